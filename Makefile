@@ -1,0 +1,59 @@
+# Everything happens in .venv, which is made when it is missing. Works from any folder: make -C path/to/medseg-diffusion demo
+PYTHON ?= python3
+BIN := .venv/bin
+CODE := medseg_diffusion cli configs tests examples benchmarks
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all lint check wheel-test clean
+
+help:
+	@echo "make setup | demo | test | test-all | lint | check | wheel-test | clean"
+
+# Stamps: an install runs again only when pyproject.toml has changed.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+setup: .venv/.installed-demo .venv/.installed-test .venv/.installed-dev
+
+demo: .venv/.installed-demo
+	$(BIN)/python examples/demo.py
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(foreach folder,$(CODE),$(if $(wildcard $(folder)/*.py),$(folder)))
+	$(BIN)/lint-imports --no-cache
+
+check: lint test wheel-test
+
+# The wheel in a fresh environment, tested from another folder. Dependencies are borrowed from .venv through a .pth file;
+# .pth files that lie in there are not followed, so its editable install is out of reach.
+wheel-test: .venv/.installed-test
+	@set -eu; root=$$(pwd); tmp=$$(mktemp -d); trap 'rm -rf "$$tmp" "$$root/build"' EXIT; rm -rf build; \
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$$tmp" .; \
+	$(BIN)/python -m venv --without-pip "$$tmp/venv"; \
+	$(BIN)/python -m pip --python "$$tmp/venv/bin/python" install --quiet --disable-pip-version-check --no-deps "$$tmp"/*.whl; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$("$$tmp/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"; \
+	cd "$$tmp"; \
+	venv/bin/medseg --help > /dev/null; \
+	venv/bin/python -c 'import medseg_diffusion as m, pathlib; p = next(iter(m.__path__)); assert p.startswith(str(pathlib.Path.cwd())), p'; \
+	venv/bin/python -m zipfile -l *.whl | grep -E '\.(yaml|j2|json|safetensors) ' || true; \
+	venv/bin/python -m pytest -p no:cacheprovider --rootdir "$$tmp" -c "$$root/pyproject.toml" \
+	    "$$root/tests/test_packaging.py" "$$root/tests/test_cli.py"
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output

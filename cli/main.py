@@ -1,0 +1,59 @@
+"""Entry point of `medseg`: the list of commands, and expected failures as one line and an exit code."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from medseg_diffusion.errors import MedsegError
+
+from . import configs, evaluate, info, models, segment, train
+from ._shared import fail
+
+
+class _Group(TyperGroup):
+    """A command group that prints an expected failure as one line on stderr instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MedsegError as error:
+            fail(str(error))
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            fail("interrupted", kind="stopped")
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    name="medseg",
+    cls=_Group,
+    help="Medical image segmentation with diffusion models. For research only, not for clinical use.",
+    epilog="Exit codes: 0 done, 1 some cases failed, 2 wrong usage, 3 bad input, 4 model missing or unusable.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("segment")(segment.segment)
+app.command("train-segmenter")(train.train_segmenter)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(configs.app, name="configs")
+app.add_typer(models.app, name="models")
+app.command("info")(info.info)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"medseg {version('medseg-diffusion')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...

@@ -1,0 +1,122 @@
+"""`medseg segment`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, progress
+
+if TYPE_CHECKING:
+    from medseg_diffusion.pipeline import CaseResult
+
+
+class Sampler(StrEnum):
+    """Names of the update rules."""
+
+    DDPM = "ddpm"
+    DDIM = "ddim"
+    DPM_SOLVER = "dpm++"
+
+
+class Fusion(StrEnum):
+    """Ways to make one mask from several."""
+
+    MEAN = "mean"
+    MAJORITY = "majority"
+    STAPLE = "staple"
+
+
+class Format(StrEnum):
+    """File formats of the mask."""
+
+    NIFTI = "nifti"
+
+
+def _parse_shard(value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    part, _, count = value.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
+        raise typer.BadParameter(f"{value!r} is not i/n with 1 <= i <= n, for instance 1/4", param_hint="--shard")
+    return int(part), int(count)
+
+
+def segment(
+    scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="Files, folders, DICOM folders or zips.")],
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Name or folder; default: the built-in.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")] = None,
+    ensemble: Annotated[int, typer.Option(min=1, help="Masks sampled per scan.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help="Default: the model's.")] = None,
+    fusion: Annotated[Fusion, typer.Option(help="How the masks of the ensemble become one.")] = Fusion.MEAN,
+    save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Write *_prob.nii.gz.")] = False,
+    save_uncertainty: Annotated[bool, typer.Option("--save-uncertainty", help="Write *_uncertainty.nii.gz.")] = False,
+    statistics: Annotated[bool, typer.Option("--statistics", help="Write *_statistics.json: volumes in ml.")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Write *_preview.png.")] = False,
+    output_format: Annotated[Format, typer.Option("--format", help="Format of the mask.")] = Format.NIFTI,
+    report: Annotated[Path | None, typer.Option(help="Write one HTML page on all scans.")] = None,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave finished scans alone.")] = False,
+    shard: Annotated[str | None, typer.Option(metavar="i/n", help="Do part i of n (1/4 to 4/4) of the scans.")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Segment scans; masks are written next to them unless -o says otherwise."""
+    part = _parse_shard(shard)
+    from medseg_diffusion import pipeline
+
+    options = pipeline.SegmentOptions(
+        model=model,
+        output=output,
+        ensemble=ensemble,
+        steps=steps,
+        sampler=sampler.value if sampler else None,
+        fusion=fusion.value,
+        seed=seed,
+        device=device,
+        save_probabilities=save_probabilities,
+        save_uncertainty=save_uncertainty,
+        statistics=statistics,
+        preview=preview,
+        report=report,
+        skip_existing=skip_existing,
+        shard=part,
+        output_format=output_format.value,
+    )
+
+    def print_case(case: CaseResult) -> None:
+        if case.status != "failed":
+            note = "exists, skipped" if case.status == "skipped" else f"{case.seconds:.1f} s"
+            typer.echo(f"{case.scan} ({note})")
+            for warning in case.warnings:
+                fail(f"{case.scan}: {warning}", kind="warning")
+            for name, path in case.outputs.items():
+                typer.echo(f"  {name}: {path}")
+            if quiet is False:
+                for name, volume in case.volumes_ml.items():
+                    typer.echo(f"  {name}: {volume:.2f} ml")
+
+    with progress(quiet) as on_progress:
+        on_case = None if quiet or as_json else print_case
+        cases = pipeline.segment(scans, options, on_case=on_case, on_progress=on_progress)
+    if as_json:
+        print_json([asdict(case) for case in cases])
+    _exit(cases)
+
+
+def _exit(cases: list[CaseResult]) -> None:
+    """List the failures on stderr. A scan that was alone gives its own exit code; among several any failure gives 1."""
+    failed = [case for case in cases if case.status == "failed"]
+    for case in failed:
+        error = case.error or "failed"
+        fail(error if case.scan.name in error else f"{case.scan}: {error}")
+    if failed:
+        if len(cases) > 1:
+            fail(f"{len(failed)} of {len(cases)} scans failed")
+        raise typer.Exit(failed[0].exit_code if len(cases) == 1 else 1)

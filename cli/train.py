@@ -1,0 +1,68 @@
+"""`medseg train-segmenter`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medseg_diffusion.errors import UsageError
+
+from ._shared import AsJson, Device, Quiet, Seed, print_json, progress
+
+if TYPE_CHECKING:
+    from medseg_diffusion.training.trainer import Progress
+
+
+def train_segmenter(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`medseg configs list`) or a YAML file.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of labelled scans.")],
+    run: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many training steps.")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices; above 1 prints how to launch it.")] = 1,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a segmentation model on labelled scans."""
+    if gpus > 1:
+        launcher = f"torchrun --standalone --nproc-per-node {gpus} --no-python medseg train-segmenter ..."
+        raise UsageError(f"--gpus {gpus}: one process trains on one device; for several run `{launcher}`")
+    from medseg_diffusion.config import load_config
+    from medseg_diffusion.train import train_segmenter as train
+
+    settings = load_config(config, overrides or [])
+    with progress(quiet) as show:
+
+        def on_prepare(done: int, total: int) -> None:
+            show(f"preparing case {done} of {total}", done / max(total, 1))
+
+        def on_progress(state: Progress) -> None:
+            score = "" if state.score is None else f", score {state.score:.3f}"
+            left = f", {state.seconds_left / 60:.0f} min left"
+            message = f"step {state.step} of {state.max_steps}, loss {state.loss:.4f}{score}{left}"
+            show(message, state.step / max(state.max_steps, 1))
+
+        model = train(
+            settings,
+            data,
+            run,
+            resume=resume,
+            max_steps=max_steps,
+            time_limit_min=time_limit,
+            device=device,
+            seed=seed,
+            on_progress=on_progress,
+            on_prepare=on_prepare,
+        )
+    if as_json:
+        print_json({"model": model})
+    elif not quiet:
+        typer.echo(f"model: {model}")

@@ -1,0 +1,1 @@
+"""Presets: one YAML file per published setting, and small ones that train on two CPU cores."""

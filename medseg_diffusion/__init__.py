@@ -1,0 +1,49 @@
+"""Diffusion models that generate, segment and find anomalies in medical images.
+
+Library first: `SegmentationModel` segments scans in memory, `segment` writes files, `train_segmenter` trains,
+`evaluate` compares masks. The command line `medseg` calls these functions.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .evaluation import evaluate
+    from .pipeline import SegmentationModel, SegmentOptions, segment
+    from .train import train_segmenter
+    from .volumes.io import read_labels, read_volume, write_labels, write_map
+
+__version__ = version("medseg-diffusion")
+
+# Imported on first use: `medseg --help` must not wait for torch.
+_HOMES = {
+    "evaluate": "evaluation",
+    "SegmentationModel": "pipeline",
+    "SegmentOptions": "pipeline",
+    "segment": "pipeline",
+    "train_segmenter": "train",
+    "read_labels": "volumes.io",
+    "read_volume": "volumes.io",
+    "write_labels": "volumes.io",
+    "write_map": "volumes.io",
+}
+__all__ = [
+    "SegmentOptions",
+    "SegmentationModel",
+    "evaluate",
+    "read_labels",
+    "read_volume",
+    "segment",
+    "train_segmenter",
+    "write_labels",
+    "write_map",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,163 @@
+"""Model directories: weights, what is needed to use them, and a card; and where they are found.
+
+    model.json           everything that sampling must agree on with training (no pickle, no code)
+    weights.safetensors  the averaged weights
+    README.md            model card
+    SHA256SUMS           of the other files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import ModelError
+
+SCHEMA_VERSION = 1
+FILES = ("model.json", "weights.safetensors", "README.md")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One line of `medseg models list`."""
+
+    name: str
+    path: Path
+    method: str
+    labels: tuple[str, ...]
+    megabytes: float
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class SavedModel:
+    """A model directory in memory: ``card`` is model.json, ``weights`` are float32 on the CPU."""
+
+    path: Path
+    card: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def save_model(
+    path: Path,
+    card: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    readme: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes a model directory under a temporary name, then puts it in place of any older one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        content = {**card, "schema_version": SCHEMA_VERSION}
+        (temporary / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        stored = {k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in weights.items()}
+        save_file(stored, temporary / "weights.safetensors")
+        (temporary / "README.md").write_text(readme)
+        sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in FILES)
+        (temporary / "SHA256SUMS").write_text(sums)
+        temporary.chmod(0o755)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_model_files(name_or_path: str | Path) -> SavedModel:
+    """Reads a model directory, checking its sums.
+
+    Args:
+        name_or_path: a model directory, a run directory (its model/), or the name of an installed model.
+
+    Raises:
+        ModelError: not found, incomplete, damaged, or written by a newer version.
+    """
+    path = find_model(name_or_path)
+    card = _read_card(path)
+    listed = dict(reversed(line.split("  ", 1)) for line in (path / "SHA256SUMS").read_text().splitlines() if line)
+    for name in FILES:
+        if listed.get(name) != _sha256(path / name):
+            raise ModelError(f"{path / name}: its SHA-256 differs from SHA256SUMS; the model is damaged, copy it again")
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path / "weights.safetensors").items()}
+    return SavedModel(path, card, weights)
+
+
+def load_card(name_or_path: str | Path) -> dict[str, Any]:
+    """The content of a model's model.json."""
+    return _read_card(find_model(name_or_path))
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The model directory of a path or an installed name.
+
+    Raises:
+        ModelError: nothing there; lists the installed names.
+    """
+    direct = Path(name_or_path)
+    for candidate in (direct, direct / "model"):
+        if (candidate / "model.json").is_file():
+            return candidate
+    known = {info.name: info.path for info in list_models()}
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    raise ModelError(
+        f"{name_or_path}: found no model there and none installed by that name; "
+        f"installed: {', '.join(known) or 'none'}; give a model folder, a run folder or one of these names"
+    )
+
+
+def model_folders() -> dict[str, Path]:
+    """Where installed models are looked for: MEDSEG_HOME/models (default ~/.medseg), then the package itself."""
+    home = Path(os.environ.get("MEDSEG_HOME", Path.home() / ".medseg"))
+    return {"user": home / "models", "package": Path(str(resources.files("medseg_diffusion") / "models"))}
+
+
+def list_models() -> list[ModelInfo]:
+    """The installed models; a user's model hides a packaged one of the same name."""
+    found: dict[str, ModelInfo] = {}
+    for source, folder in model_folders().items():
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.name in found or path.name.startswith(".") or not (path / "model.json").is_file():
+                continue
+            card = _read_card(path)
+            megabytes = (path / "weights.safetensors").stat().st_size / 1e6
+            labels = tuple(str(name) for name in card["labels"].values()) if "labels" in card else ()
+            found[path.name] = ModelInfo(path.name, path, card["method"], labels, megabytes, source)
+    return list(found.values())
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    missing = [name for name in (*FILES, "SHA256SUMS") if not (path / name).is_file()]
+    if missing:
+        raise ModelError(f"{path}: incomplete model, without {', '.join(missing)}; copy the whole folder")
+    try:
+        card: dict[str, Any] = json.loads((path / "model.json").read_text())
+        version = int(card["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path / 'model.json'}: unreadable ({error}); copy the model again") from error
+    if version > SCHEMA_VERSION:
+        raise ModelError(
+            f"{path}: written for model format {version}, this version reads up to {SCHEMA_VERSION}; upgrade medseg-diffusion"
+        )
+    return card
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Folders of cases to training examples."""

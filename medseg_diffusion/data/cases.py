@@ -1,0 +1,140 @@
+"""Folders on disk to lists of labelled cases, and their split by patient."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from ..volumes.io import find_scans, scan_name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled scan. ``patient`` groups the cases that must stay on one side of a split."""
+
+    name: str
+    image: Path
+    label: Path
+    patient: str
+
+
+@dataclass(frozen=True)
+class CaseFolder:
+    """The cases of a folder, with the names of its labels and channels.
+
+    Attributes:
+        cases: sorted by name.
+        labels: label value to name, background 0 included; empty where the folder does not say.
+        channels: names of the image channels, one per channel.
+    """
+
+    cases: tuple[Case, ...]
+    labels: dict[int, str]
+    channels: tuple[str, ...]
+
+
+def find_cases(folder: Path) -> CaseFolder:
+    """Reads a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
+
+    In an image-mask folder a mask has its image's name; a subfolder of images/ names the patient.
+
+    Raises:
+        InputError: no such folder, neither layout, an image without its label, or no case at all.
+    """
+    if not folder.is_dir():
+        raise InputError(folder, "no such folder", "a data folder", "check the path given with --data")
+    if (folder / "dataset.json").is_file():
+        return _decathlon(folder)
+    for images, labels in (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr")):
+        if (folder / images).is_dir() and (folder / labels).is_dir():
+            return _image_mask(folder / images, folder / labels)
+    raise InputError(
+        folder,
+        "neither dataset.json nor images/ with labels/ or masks/",
+        "a Decathlon folder or an image-mask folder",
+        "arrange the scans in one of these layouts",
+    )
+
+
+def _decathlon(folder: Path) -> CaseFolder:
+    source = folder / "dataset.json"
+    try:
+        info = json.loads(source.read_text())
+        pairs = [(folder / entry["image"], folder / entry["label"]) for entry in info["training"]]
+        labels = {int(value): str(name) for value, name in info.get("labels", {}).items()}
+        modality = info.get("modality", info.get("channel_names", {"0": "image"}))
+        channels = tuple(str(modality[key]) for key in sorted(modality, key=int))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            source, f"an unreadable entry ({error!r})", "a Decathlon dataset.json", "correct the file"
+        ) from error
+    cases = [Case(scan_name(image), image, label, scan_name(image)) for image, label in pairs]
+    return CaseFolder(_checked(folder, cases), labels, channels)
+
+
+def _image_mask(images: Path, labels: Path) -> CaseFolder:
+    groups = [images, *sorted(path for path in images.iterdir() if path.is_dir())]
+    masks = {
+        (path.parent.relative_to(labels), scan_name(path)): path
+        for group in [labels, *sorted(p for p in labels.iterdir() if p.is_dir())]
+        for path in _scans(group)
+    }
+    cases = []
+    for group in groups:
+        for image in _scans(group):
+            name, relative = scan_name(image), group.relative_to(images)
+            label = masks.get((relative, name), labels / relative / image.name)
+            patient = name if group == images else group.name
+            cases.append(Case(name if group == images else f"{group.name}/{name}", image, label, patient))
+    return CaseFolder(_checked(images.parent, cases), {}, ("image",))
+
+
+def _scans(folder: Path) -> list[Path]:
+    return find_scans(folder) if any(path.is_file() for path in folder.iterdir()) else []
+
+
+def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
+    if not cases:
+        raise InputError(folder, "no labelled case", "at least one image with its label", "check the folder's layout")
+    for case in cases:
+        for path in (case.image, case.label):
+            if not path.is_file():
+                raise InputError(
+                    path, "no such file", f"the image and the label of case {case.name}", "add the file or drop the case"
+                )
+    return tuple(sorted(cases, key=lambda case: case.name))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of the cases on each side; no patient is on two sides."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
+    """Splits by ranking the SHA-256 of the patients' names: the smallest are test, the next validation, the rest training.
+
+    The side of a patient depends on the names alone, never on the order of files or on a seed. ``test`` and
+    ``validation`` count patients.
+
+    Raises:
+        InputError: no patient would be left to train on.
+    """
+    patients = sorted({case.patient for case in cases}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    if test < 0 or validation < 0 or len(patients) <= test + validation:
+        raise InputError(
+            None,
+            f"{len(patients)} patients",
+            f"more than {test} for testing and {validation} for validation",
+            "lower data.test_cases or data.validation_cases",
+        )
+    sides = [set(patients[:test]), set(patients[test : test + validation]), set(patients[test + validation :])]
+    tests, validations, trains = (tuple(case.name for case in cases if case.patient in side) for side in sides)
+    return Split(trains, validations, tests)

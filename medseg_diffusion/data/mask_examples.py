@@ -1,0 +1,137 @@
+"""Labelled scans as training examples: preprocessed once, cut into windows, augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from ..volumes.io import read_labels, read_volume
+from ..volumes.preprocessing import Preprocessing, apply_labels
+from .augmentation import Augmenter
+from .cases import Case
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCase:
+    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) uint8, memory-mapped."""
+
+    name: str
+    image: Tensor
+    label: Tensor
+
+
+def prepare(
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    channels: int,
+    num_classes: int,
+    cache: Path,
+    on_case: Callable[[int, int], None] = lambda done, total: None,
+) -> list[PreparedCase]:
+    """Preprocesses every case once into ``cache`` (.npy pairs) and maps the results into memory.
+
+    Raises:
+        InputError: an unusable file, a label on another grid than its image, or a label value beyond ``num_classes``.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    prepared = []
+    for i, case in enumerate(cases):
+        stem = case.name.replace("/", "__")
+        image_file, label_file = cache / f"{stem}.image.npy", cache / f"{stem}.label.npy"
+        if not (image_file.exists() and label_file.exists()):
+            volume, labels = read_volume(case.image, channels=channels), read_labels(case.label)
+            if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
+                raise InputError(
+                    case.label,
+                    f"a grid of {labels.shape}",
+                    f"that of its image {case.image.name}, {volume.shape}, with the same affine",
+                    "resample the label onto its image",
+                )
+            if int(labels.data.max()) >= num_classes:
+                raise InputError(
+                    case.label,
+                    f"label {int(labels.data.max())}",
+                    f"labels 0 to {num_classes - 1}",
+                    "correct the label file or the names of the labels",
+                )
+            image, placement = preprocessing.apply(volume)
+            label = apply_labels(labels, placement)[0]
+            _save(image_file, image.numpy().astype(np.float32))
+            _save(label_file, label.numpy().astype(np.uint8))
+        image_map, label_map = np.load(image_file, mmap_mode="c"), np.load(label_file, mmap_mode="c")
+        prepared.append(PreparedCase(case.name, torch.from_numpy(image_map), torch.from_numpy(label_map)))
+        on_case(i + 1, len(cases))
+    return prepared
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    temporary.replace(path)
+
+
+class MaskExamples:
+    """Windows of labelled scans.
+
+    Args:
+        cases: the prepared cases.
+        window: size in voxels, 3 numbers, or 2 for slices across the third axis. Smaller cases are padded.
+        foreground_share: share of the windows that are centred near a labelled voxel (for slices: that show one).
+        augmenter: changes each window, or None.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[PreparedCase],
+        window: Sequence[int],
+        foreground_share: float = 0.33,
+        augmenter: Augmenter | None = None,
+    ) -> None:
+        self.cases = list(cases)
+        self.window = tuple(window)
+        self.foreground_share = foreground_share
+        self.augmenter = augmenter
+        self.foreground = [torch.nonzero(case.label)[::7] for case in self.cases]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """"image" (C, *window) float32 and "label" (*window) int64."""
+        case, window = self.cases[index], (*self.window, 1)[:3]
+        positions = self.foreground[index]
+        aimed = len(positions) > 0 and float(torch.rand((), generator=generator)) < self.foreground_share
+        centre = positions[int(torch.randint(len(positions), (), generator=generator))].tolist() if aimed else None
+        corner = [
+            self._start(size, want, None if centre is None else centre[axis], generator)
+            for axis, (size, want) in enumerate(zip(case.label.shape, window, strict=True))
+        ]
+        cut = tuple(slice(start, start + want) for start, want in zip(corner, window, strict=True))
+        image, label = case.image[(slice(None), *cut)].float(), case.label[cut].long()
+        missing = [want - size for size, want in zip(label.shape, window, strict=True)]
+        if any(missing):
+            pad = [n for m in reversed(missing) for n in (m // 2, m - m // 2)]
+            image, label = F.pad(image[None], pad, mode="replicate")[0], F.pad(label, pad)
+        if len(self.window) == 2:
+            image, label = image[..., 0], label[..., 0]
+        if self.augmenter is not None:
+            image, label = self.augmenter(image, label, generator)
+        return {"image": image.contiguous(), "label": label.contiguous()}
+
+    @staticmethod
+    def _start(size: int, want: int, centre: int | None, generator: torch.Generator) -> int:
+        room = size - want
+        if room <= 0:
+            return 0
+        if centre is None:
+            return int(torch.randint(room + 1, (), generator=generator))
+        jitter = int(torch.randint(-(want // 4), want // 4 + 1, (), generator=generator)) if want > 3 else 0
+        return min(max(centre - want // 2 + jitter, 0), room)

@@ -1,0 +1,1 @@
+"""Mathematics of Gaussian diffusion: torch in, torch out."""

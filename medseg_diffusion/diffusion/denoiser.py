@@ -1,0 +1,119 @@
+"""Denoisers: (x_t, t, condition) -> Prediction. Samplers, guidance and methods see nothing else of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .prediction import Prediction, Target, read_output
+from .schedule import NoiseSchedule
+
+Condition = Mapping[str, Tensor]
+"""Whatever conditions the network, by name: "concat" (B, C', *S), "stem" (B, C', *S), "label" (B,), ..."""
+
+Head = Literal["linear", "softmax", "sigmoid"]
+"""How the network's output is read: as the target itself, or as logits of classes whose x0 is scale (2 p - 1)."""
+
+
+class Denoiser(Protocol):
+    """Anything that predicts the clean tensor behind ``x_t`` (B, C, *S) at the times ``t`` (B,) int64 in 1..T."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction: ...
+
+
+class NetworkDenoiser(nn.Module):
+    """A network with the schedule and the target that it was trained for: the trained thing that all methods share.
+
+    The network is called as ``network(x_t, t - 1, cond)``: public weights were trained on indices 0..T-1. Its output
+    is brought to the dtype of ``x_t`` before any algebra, so that autocast never reaches the schedule.
+
+    Args:
+        network: maps (B, C, *S) to (B, C, *S), or to 2 C channels if ``learned_variance``.
+        schedule: the noise schedule of the training.
+        target: what the network predicts.
+        learned_variance: the second half of the channels is the variance interpolation, nominally in [-1, 1].
+        head: "softmax" or "sigmoid" reads the output as logits over the channels; the target is then x0.
+        scale: the value that a certain class has in x0; masks live in [-scale, scale]. Used by classifying heads only.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        target: Target = "eps",
+        learned_variance: bool = False,
+        head: Head = "linear",
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if head != "linear" and (target != "x0" or learned_variance):
+            raise ValueError(f"head {head!r} emits class logits: it needs target 'x0' and no learned variance")
+        self.network = network
+        self.schedule = schedule
+        self.target: Target = target
+        self.learned_variance = learned_variance
+        self.head: Head = head
+        self.scale = scale
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        out = self.network(x_t, t - 1, cond).to(x_t.dtype)
+        alpha, sigma = self.schedule.scales(t, x_t)
+        var_weight = None
+        if self.learned_variance:
+            out, v = out.chunk(2, dim=1)
+            var_weight = (v + 1) / 2
+        if self.head == "linear":
+            x0, eps = read_output(self.target, out, x_t, alpha, sigma)
+            return Prediction(x0, eps, var_weight)
+        probabilities = out.softmax(dim=1) if self.head == "softmax" else out.sigmoid()
+        x0, eps = read_output("x0", self.scale * (2 * probabilities - 1), x_t, alpha, sigma)
+        return Prediction(x0, eps, logits=out)
+
+
+@dataclass(frozen=True, eq=False)
+class Clipped:
+    """A denoiser whose x0 is kept in [low, high], with eps recomputed to match (as guided diffusion does).
+
+    The outermost wrapper: guidance works on the unclipped prediction. Not for latents, inversion or likelihoods.
+    """
+
+    denoiser: Denoiser
+    low: float = -1.0
+    high: float = 1.0
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        prediction = self.denoiser(x_t, t, cond)
+        alpha, sigma = self.schedule.scales(t, x_t)
+        x0, eps = read_output("x0", prediction.x0.clamp(self.low, self.high), x_t, alpha, sigma)
+        return replace(prediction, x0=x0, eps=eps)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianDenoiser:
+    """The exact denoiser of data x0 ~ N(mean, std^2) with independent elements: the oracle of the tests.
+
+    E[x0 | x_t] = (sigma^2 mean + alpha std^2 x_t) / (alpha^2 std^2 + sigma^2). ``mean`` and ``std`` are floats or
+    tensors that broadcast with x_t.
+    """
+
+    schedule: NoiseSchedule
+    mean: float | Tensor = 0.0
+    std: float | Tensor = 1.0
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        alpha, sigma = self.schedule.scales(t, x_t)
+        variance = torch.as_tensor(self.std, dtype=x_t.dtype, device=x_t.device) ** 2
+        total = alpha**2 * variance + sigma**2
+        x0 = (sigma**2 * self.mean + alpha * variance * x_t) / total
+        return Prediction(x0, sigma * (x_t - alpha * self.mean) / total)

@@ -1,0 +1,59 @@
+"""What a network predicts, and how it is read: the only place that knows the algebra of epsilon, x0 and v.
+
+With x_t = alpha x0 + sigma eps and alpha^2 + sigma^2 = 1 (`schedule`), each of
+
+    eps                                          Ho et al. 2020, arXiv 2006.11239
+    x0  = (x_t - sigma eps) / alpha
+    v   = alpha eps - sigma x0                   Salimans & Ho 2022, arXiv 2202.00512
+
+determines the others, given x_t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Target = Literal["eps", "x0", "v"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A denoiser's answer at (x_t, t): both read-outs of the same prediction, never clipped.
+
+    Attributes:
+        x0: (B, C, *S) predicted clean tensor.
+        eps: (B, C, *S) predicted noise.
+        var_weight: (B, C, *S) or None. Nominally in [0, 1] and never clamped: 0 is the smallest, 1 the largest
+            variance of the reverse step (Nichol & Dhariwal 2021, eq. 15).
+        logits: (B, K, *S) or None. What a classifying head emitted before its softmax.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    var_weight: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def read_output(target: Target, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0, eps) of a network's output ``out`` (B, C, *S) that was trained to predict ``target``.
+
+    ``alpha`` and ``sigma`` are (B, 1, ..., 1). At t = 0 sigma is 0 and eps cannot be recovered from x0: the denoiser
+    is never called there.
+    """
+    if target == "eps":
+        return (x_t - sigma * out) / alpha, out
+    if target == "x0":
+        return out, (x_t - alpha * out) / sigma
+    return alpha * x_t - sigma * out, sigma * x_t + alpha * out
+
+
+def target_of(target: Target, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network should have predicted, (B, C, *S): the inverse of `read_output`."""
+    if target == "eps":
+        return eps
+    if target == "x0":
+        return x0
+    return alpha * eps - sigma * x0

@@ -1,0 +1,117 @@
+"""Variance-preserving noise schedules.
+
+A schedule is a table of ``alpha_bar[t]`` for t = 0..T, and the forward process is
+
+    q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I),   alpha_t = sqrt(alpha_bar[t]),   sigma_t = sqrt(1 - alpha_bar[t])
+
+(Ho et al. 2020, arXiv 2006.11239, eq. 4). Time is an integer: 0 is clean, 1..T are noisy. The only constraint on a
+schedule is that ``alpha_bar`` starts at 1 and decreases. A schedule is chosen once, at training; taking fewer steps
+when sampling is another list of times (`medseg_diffusion.sampling.loop`), never another schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The table ``alpha_bar``: shape (T + 1,), float64, ``alpha_bar[0] == 1``, strictly decreasing, positive."""
+
+    alpha_bar: Tensor
+
+    def __post_init__(self) -> None:
+        ab = self.alpha_bar
+        if ab.dtype != torch.float64 or ab.ndim != 1 or len(ab) < 2:
+            raise ValueError(f"alpha_bar must be float64 of shape (T + 1,), got {ab.dtype} of shape {tuple(ab.shape)}")
+        if float(ab[0]) != 1.0:
+            raise ValueError(f"alpha_bar[0] is the clean image and must be 1, got {float(ab[0])}")
+        if not bool((ab[1:] < ab[:-1]).all()) or not float(ab[-1]) > 0:
+            raise ValueError("alpha_bar must decrease strictly and stay positive: some beta is 0, 1 or beyond")
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of noise levels that the model was trained on."""
+        return len(self.alpha_bar) - 1
+
+    def scales(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, each (B, 1, ..., 1) in the dtype and on the device of ``like`` (B, C, *S).
+
+        ``t`` is (B,) int64, or one int for the whole batch. With `expand`, this is the only place where time meets a
+        spatial shape.
+        """
+        ab = self.at(t)
+        return expand(ab.sqrt(), like), expand((1 - ab).sqrt(), like)
+
+    def at(self, t: Tensor | int) -> Tensor:
+        """``alpha_bar[t]`` in float64 on the CPU, shape (B,), or (1,) for an int."""
+        index = torch.as_tensor(t, device="cpu").reshape(-1)
+        return self.alpha_bar[index]
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps, shape of ``x0`` (B, C, *S)."""
+        alpha, sigma = self.scales(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def snr(self, t: Tensor | int) -> Tensor:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2, float64 (B,); infinite at t = 0."""
+        ab = self.at(t)
+        return ab / (1 - ab)
+
+    def half_log_snr(self) -> Tensor:
+        """lambda_t = log(alpha_t / sigma_t) for t = 0..T, float64 (T + 1,); lambda_0 is infinite."""
+        return 0.5 * (self.alpha_bar / (1 - self.alpha_bar)).log()
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """Per-element values (B,) or (1,) as (B, 1, ..., 1), in the dtype and on the device of ``like`` (B, C, *S)."""
+    return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def from_betas(betas: Tensor) -> NoiseSchedule:
+    """The schedule of a list of ``betas`` (T,), alpha_bar_t = prod_{i <= t} (1 - beta_i). Refuses beta >= 1 or <= 0."""
+    betas = betas.to(torch.float64)
+    if not bool(((betas > 0) & (betas < 1)).all()):
+        raise ValueError(
+            f"every beta must lie in (0, 1), got {float(betas.min()):.4g} to {float(betas.max()):.4g} "
+            f"over {len(betas)} steps; use more steps or another schedule (cosine works for any number)"
+        )
+    return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)]))
+
+
+def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
+    """Linear betas of Ho et al. 2020, rescaled by 1000 / T so that x_T is noise for any T.
+
+    The rescaling is that of Nichol & Dhariwal's public code and of SegDiff (T = 100). Below T = 21 the last beta of
+    the default range would reach 1, which is refused.
+    """
+    scale = 1000 / num_steps
+    return from_betas(torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64))
+
+
+def scaled_linear(num_steps: int = 1000, beta_start: float = 1.5e-3, beta_end: float = 1.95e-2) -> NoiseSchedule:
+    """Betas linear in their square root, rescaled by 1000 / T: the "linear" of latent diffusion (Rombach et al. 2022)."""
+    root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64)
+    return from_betas(root**2 * (1000 / num_steps))
+
+
+def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """alpha_bar(t) = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2) (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17)."""
+    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    f = ((u + offset) / (1 + offset) * math.pi / 2).cos() ** 2
+    return from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+
+
+def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> NoiseSchedule:
+    """alpha_bar(u) = (g(end) - g(u)) / (g(end) - g(start)), g a sigmoid of (start + u (end - start)) / tau, u = t / T.
+
+    Jabri et al. 2022 (arXiv 2212.11972). The last entry would be exactly 0 and is kept at 1e-9, as published.
+    """
+    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    g = ((start + u * (end - start)) / tau).sigmoid()
+    alpha_bar = (g[-1] - g) / (g[-1] - g[0])
+    return NoiseSchedule(alpha_bar.clamp(min=1e-9))

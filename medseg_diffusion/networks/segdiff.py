@@ -1,0 +1,90 @@
+"""SegDiff's backbone (Amit et al. 2021, arXiv 2112.00390): eps(x_t, I, t) = D(E(F(x_t) + G(I), t), t).
+
+F is the U-Net's first convolution, E and D its encoder and decoder, and G an encoder of residual-in-residual dense
+blocks (RRDB; Wang et al. 2018, arXiv 1809.00219) that knows nothing of x_t and t: it runs once per image.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..diffusion.denoiser import Condition
+from .unet import UNet, conv, fold
+
+
+class DenseBlock(nn.Module):
+    """Five densely connected convolutions, scaled by 0.2 into a residual (Wang et al. 2018, fig. 4)."""
+
+    def __init__(self, dims: int, channels: int, growth: int) -> None:
+        super().__init__()
+        outs = [growth] * 4 + [channels]
+        self.convs = nn.ModuleList(conv(dims, channels + i * growth, out) for i, out in enumerate(outs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.convs:
+            h = layer(torch.cat(features, dim=1))
+            features.append(F.leaky_relu(h, 0.2))
+        return x + 0.2 * h
+
+
+class RRDB(nn.Module):
+    """Three dense blocks inside another residual of scale 0.2."""
+
+    def __init__(self, dims: int, channels: int, growth: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(DenseBlock(dims, channels, growth) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.2 * cast(Tensor, self.blocks(x))
+
+
+class ImageEncoder(nn.Module):
+    """G: image (B, C, *S) to features (B, out_channels, *S)."""
+
+    def __init__(
+        self, dims: int, in_channels: int, out_channels: int, channels: int = 64, blocks: int = 12, growth: int = 32
+    ) -> None:
+        super().__init__()
+        self.first = conv(dims, in_channels, channels)
+        self.trunk = nn.Sequential(*(RRDB(dims, channels, growth) for _ in range(blocks)), conv(dims, channels, channels))
+        self.high_resolution = conv(dims, channels, channels)
+        self.last = conv(dims, channels, out_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = self.first(image)
+        h = h + self.trunk(h)
+        return cast(Tensor, self.last(F.leaky_relu(self.high_resolution(h), 0.2)))
+
+
+class SegDiff(nn.Module):
+    """A U-Net over x_t whose first features are summed with those of the image.
+
+    Args:
+        unet: the U-Net of the mask alone (``in_channels`` are the mask's).
+        image_channels: channels of the image.
+        encoder_channels: width of the image encoder's trunk.
+        encoder_blocks: number of RRDBs (6 to 15 in the paper).
+        encoder_growth: growth of the dense blocks.
+    """
+
+    def __init__(
+        self, unet: UNet, image_channels: int, encoder_channels: int = 64, encoder_blocks: int = 12, encoder_growth: int = 32
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        folded = image_channels * unet.patch_size**unet.dims
+        self.image_encoder = ImageEncoder(
+            unet.dims, folded, unet.channels, encoder_channels, encoder_blocks, encoder_growth
+        )
+
+    def encode_condition(self, image: Tensor) -> Condition:
+        """G(I), once per image: {"stem": (B, channels, *S / patch_size)} of the padded image (B, C, *S)."""
+        return {"stem": self.image_encoder(fold(self.unet.padded(image), self.unet.patch_size))}
+
+    def forward(self, x: Tensor, timesteps: Tensor, cond: Condition | None = None) -> Tensor:
+        return cast(Tensor, self.unet(x, timesteps, cond))

@@ -1,0 +1,402 @@
+"""Scan in, files out: the whole of `medseg segment` as functions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from . import build
+from .checkpoint import SavedModel, load_model_files
+from .config import SegmenterConfig
+from .diffusion.noise import derive_seed
+from .errors import MedsegError, UsageError
+from .methods.ensemble import Fusion, class_volumes_ml, entropy, fuse
+from .methods.segment import Windows, count_batches
+from .methods.segment import segment as segment_tensor
+from .reports.html import SegmentedCase, segment_report
+from .reports.files import write_files
+from .reports.preview import preview_png
+from .sampling.loop import spaced
+from .training.runtime import autocast_dtype, choose_device
+from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
+from .volumes.volume import Volume
+
+DEFAULT_MODEL = "brain-tissue-t1"
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """Options of `segment`; None takes the model's own default.
+
+    Attributes:
+        model: model folder, run folder or installed name.
+        output: a file (one scan) or a folder; None writes next to each scan.
+        ensemble: number of sampled masks; None takes the model's.
+        steps: denoiser calls per sample.
+        sampler: "ddpm", "ddim" or "dpm++".
+        fusion: how members become one: "mean", "majority" or "staple".
+        seed: every case derives its own from this and its name.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        save_probabilities: write *_prob.nii.gz, channels last.
+        save_uncertainty: write *_uncertainty.nii.gz, normalised entropy in [0, 1].
+        statistics: write *_statistics.json.
+        preview: write *_preview.png.
+        report: write one HTML page on all scans to this file.
+        skip_existing: leave scans alone whose mask is there.
+        shard: (i, n), 1 <= i <= n: only the scans of part i, chosen by a hash of the name.
+        output_format: "nifti".
+    """
+
+    model: str | None = None
+    output: Path | None = None
+    ensemble: int | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    fusion: Fusion = "mean"
+    seed: int = 0
+    device: str = "auto"
+    save_probabilities: bool = False
+    save_uncertainty: bool = False
+    statistics: bool = False
+    preview: bool = False
+    report: Path | None = None
+    skip_existing: bool = False
+    shard: tuple[int, int] | None = None
+    output_format: Literal["nifti"] = "nifti"
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one scan. ``outputs`` maps a kind (segmentation, preview, ...) to its file."""
+
+    scan: Path
+    status: Literal["done", "skipped", "failed"]
+    outputs: dict[str, Path] = field(default_factory=dict)
+    seconds: float = 0.0
+    volumes_ml: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    exit_code: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A segmented scan in memory, on the scan's own grid (I, J, K).
+
+    Attributes:
+        labels: (I, J, K) uint8 or int32 class values.
+        probabilities: (K, I, J, K') class probabilities.
+        uncertainty: (I, J, K) normalised entropy of the ensemble mean, 0 to 1.
+        volumes_ml: class name to volume, background left out.
+        intervals_ml: class name to the 2.5th and 97.5th percentile of the members' volumes; empty for one member.
+    """
+
+    labels: torch.Tensor
+    probabilities: torch.Tensor
+    uncertainty: torch.Tensor
+    volumes_ml: dict[str, float]
+    intervals_ml: dict[str, tuple[float, float]]
+
+
+class SegmentationModel:
+    """A trained segmenter, loaded once for many scans.
+
+    Args:
+        name_or_path: model folder, run folder or installed name.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        ensemble: sampled masks per scan; None, like ``steps`` and ``sampler``, takes the model's default.
+        steps: denoiser calls per sample.
+        sampler: "ddpm", "ddim" or "dpm++".
+        fusion: "mean", "majority" or "staple".
+
+    Raises:
+        ModelError: missing or unusable model.
+        UsageError: unknown device or sampler.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        device: str = "auto",
+        ensemble: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        fusion: Fusion = "mean",
+    ) -> None:
+        self.device = choose_device(device)
+        self.saved: SavedModel = load_model_files(name_or_path)
+        model, config = build.restore_segmenter(self.saved)
+        self.model = model.to(self.device)
+        self.config: SegmenterConfig = config
+        self.labels = {int(value): str(name) for value, name in self.saved.card["labels"].items()}
+        self.preprocessing = build.preprocessing(config)
+        self.ensemble = ensemble or config.inference.ensemble
+        self.sampler_name = sampler or config.inference.sampler
+        self.sampler = build.sampler(self.sampler_name)
+        self.fusion: Fusion = fusion
+        self.notes: list[str] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.times = spaced(build.noise_schedule(config.diffusion), steps or config.inference.steps)
+        self.notes += [str(item.message) for item in caught]
+
+    @property
+    def name(self) -> str:
+        return str(self.saved.card.get("name") or self.saved.path.name)
+
+    def segment(
+        self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
+    ) -> Segmentation:
+        """Segments a scan; ``seed`` decides all randomness. Probabilities, never labels, are mapped back to its grid."""
+        image, placement = self.preprocessing.apply(volume)
+        inference = self.config.inference
+        windows = Windows(inference.window, inference.overlap, batch_size=1 if self.device.type == "cpu" else 4)
+        dims = self.config.network.dims
+        total, done = count_batches(image.shape, windows, dims), 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            on_progress(min(1.0, done / total))
+
+        dtype = autocast_dtype(self.device, self.config.training.precision)
+        autocast = torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+        seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
+        with torch.no_grad(), autocast:
+            members = segment_tensor(
+                self.model, image.to(self.device), seeds, self.sampler, self.times, windows, dims, step
+            ).float()
+        background = [1.0] + [0.0] * (len(self.labels) - 1)
+        mean = placement.restore(members.mean(0).cpu(), outside=background)
+        scores = mean if self.fusion == "mean" else placement.restore(fuse(members, self.fusion).cpu(), background)
+        labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
+        counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels)) * _voxel_ml(volume.affine)
+        names = {value: name for value, name in self.labels.items() if value}
+        intervals: dict[str, tuple[float, float]] = {}
+        if self.ensemble > 1:
+            sampled = class_volumes_ml(members.cpu(), 1000 * _voxel_ml(placement.affine)).numpy()
+            low, high = np.percentile(sampled, [2.5, 97.5], axis=0)
+            intervals = {name: (float(low[value]), float(high[value])) for value, name in names.items()}
+        return Segmentation(
+            labels, mean, entropy(mean), {name: float(counts[value]) for value, name in names.items()}, intervals
+        )
+
+
+def segment(
+    scans: Sequence[Path],
+    options: SegmentOptions = SegmentOptions(),
+    on_case: Callable[[CaseResult], None] | None = None,
+    on_progress: Callable[[str, float], None] | None = None,
+) -> list[CaseResult]:
+    """Segments files and folders of scans and writes the results; one bad scan does not stop the others.
+
+    The mask is written last: where it is, the scan is finished.
+
+    Args:
+        scans: files, or folders of them.
+        options: see `SegmentOptions`.
+        on_case: called after every scan.
+        on_progress: called with (scan name, share done).
+
+    Raises:
+        UsageError: contradictory options, or two scans with the same output.
+        InputError: a path that does not exist, or a folder without scans.
+        ModelError: no usable model.
+    """
+    found = [path for scan in scans for path in find_scans(scan)]
+    targets = {scan: _targets(scan, options, len(found)) for scan in found}
+    _refuse_collisions(targets)
+    if options.shard is not None:
+        found = [scan for scan in found if _shard_of(scan, options.shard[1]) == options.shard[0]]
+    model: SegmentationModel | None = None
+    results: list[CaseResult] = []
+    pages: list[SegmentedCase] = []
+    for scan in found:
+        files = targets[scan]
+        if options.skip_existing and files["segmentation"].exists():
+            result = CaseResult(scan, "skipped", {"segmentation": files["segmentation"]})
+        else:
+            try:
+                # The scan is read before the weights: a mistyped path is answered at once.
+                volume = read_volume(scan, channels=None)
+                model = model or SegmentationModel(
+                    options.model or DEFAULT_MODEL,
+                    options.device,
+                    options.ensemble,
+                    options.steps,
+                    options.sampler,
+                    options.fusion,
+                )
+                result, page = _one(scan, volume, files, model, options, on_progress)
+                pages.append(page)
+            except MedsegError as error:
+                # What concerns the model or the options concerns every scan.
+                if model is None and not _about_scan(error):
+                    raise
+                result = CaseResult(scan, "failed", error=str(error), exit_code=error.exit_code)
+            except Exception as error:
+                text = " ".join(str(error).split()) or type(error).__name__
+                result = CaseResult(scan, "failed", error=f"{scan}: {type(error).__name__}: {text}", exit_code=1)
+        results.append(result)
+        if on_case is not None:
+            on_case(result)
+    if options.report is not None and pages:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        write_files(options.report.parent, {options.report.name: segment_report(pages)})
+    return results
+
+
+def _one(
+    scan: Path,
+    volume: Volume,
+    files: dict[str, Path],
+    model: SegmentationModel,
+    options: SegmentOptions,
+    on_progress: Callable[[str, float], None] | None,
+) -> tuple[CaseResult, SegmentedCase]:
+    started = time.monotonic()
+    name = scan_name(scan)
+    _check_channels(volume, model)
+    found = model.segment(
+        volume,
+        derive_seed(options.seed, name),
+        lambda done: on_progress(name, done) if on_progress is not None else None,
+    )
+    folder = files["segmentation"].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Path] = {}
+    if options.save_probabilities:
+        write_map(found.probabilities, volume, files["probabilities"])
+        written["probabilities"] = files["probabilities"]
+    if options.save_uncertainty:
+        write_map(found.uncertainty, volume, files["uncertainty"])
+        written["uncertainty"] = files["uncertainty"]
+    picture = b""
+    if options.preview or options.report is not None:
+        upright = volume.oriented("RAS")
+        names = {value: text for value, text in model.labels.items() if value}
+        picture = preview_png(
+            upright.data[0].numpy(),
+            volume.like(found.labels[None]).oriented("RAS").data[0].numpy(),
+            upright.spacing,
+            names,
+            uncertainty=volume.like(found.uncertainty[None]).oriented("RAS").data[0].numpy()
+            if options.save_uncertainty
+            else None,
+        )
+    if options.preview:
+        write_files(folder, {files["preview"].name: picture})
+        written["preview"] = files["preview"]
+    seconds = time.monotonic() - started
+    if options.statistics:
+        write_files(folder, {files["statistics"].name: _statistics(scan, found, model, seconds)})
+        written["statistics"] = files["statistics"]
+    write_labels(found.labels, volume, files["segmentation"])
+    written = {"segmentation": files["segmentation"], **written}
+    seconds = time.monotonic() - started
+    result = CaseResult(scan, "done", written, seconds, found.volumes_ml, warnings=tuple(model.notes))
+    return result, _page(scan, found, model, options, result, picture)
+
+
+def _page(
+    scan: Path, found: Segmentation, model: SegmentationModel, options: SegmentOptions, result: CaseResult, picture: bytes
+) -> SegmentedCase:
+    return SegmentedCase(
+        name=scan.name,
+        preview=picture,
+        volumes_ml=found.volumes_ml,
+        intervals_ml=found.intervals_ml,
+        seconds=result.seconds,
+        model=model.name,
+        options=_used(model, options.seed),
+        files=[str(path) for path in result.outputs.values()],
+        warnings=list(result.warnings),
+    )
+
+
+def _used(model: SegmentationModel, seed: int) -> dict[str, str]:
+    return {
+        "sampler": model.sampler_name,
+        "steps": str(len(model.times) - 1),
+        "ensemble": str(model.ensemble),
+        "fusion": model.fusion,
+        "seed": str(seed),
+        "device": str(model.device),
+    }
+
+
+def _statistics(scan: Path, found: Segmentation, model: SegmentationModel, seconds: float) -> str:
+    classes: dict[str, Any] = {name: {"volume_ml": round(ml, 4)} for name, ml in found.volumes_ml.items()}
+    for name, interval in found.intervals_ml.items():
+        classes[name]["interval_95_ml"] = [round(end, 4) for end in interval]
+    content = {"scan": scan.name, "model": model.name, "seconds": round(seconds, 2), "classes": classes}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _check_channels(volume: Volume, model: SegmentationModel) -> None:
+    from .errors import InputError
+
+    expected = model.config.data.channels
+    if len(volume.data) != expected:
+        raise InputError(
+            volume.source,
+            f"{len(volume.data)} channels" if len(volume.data) > 1 else "1 channel",
+            f"{expected} ({', '.join(model.saved.card['channels'])}) for model {model.name}",
+            "pass one volume" if expected == 1 else "stack the channels along a fourth axis",
+        )
+
+
+def _targets(scan: Path, options: SegmentOptions, count: int) -> dict[str, Path]:
+    """The files of a scan by kind, as DESIGN'ed names beside the scan, in a folder, or beside the given file."""
+    output = options.output
+    if output is not None and output.name.lower().endswith(SUFFIXES):
+        if count > 1:
+            raise UsageError(f"-o {output} is a file, but there are {count} scans; give a folder")
+        base, segmentation = output.parent / scan_name(output).removesuffix("_seg"), output
+    else:
+        base = (scan.parent if output is None else output) / scan_name(scan)
+        segmentation = base.with_name(base.name + "_seg.nii.gz")
+    endings = {
+        "probabilities": "_prob.nii.gz",
+        "uncertainty": "_uncertainty.nii.gz",
+        "preview": "_preview.png",
+        "statistics": "_statistics.json",
+    }
+    return {
+        "segmentation": segmentation,
+        **{kind: base.with_name(base.name + ending) for kind, ending in endings.items()},
+    }
+
+
+def _refuse_collisions(targets: dict[Path, dict[str, Path]]) -> None:
+    taken: dict[Path, Path] = {}
+    for scan, files in targets.items():
+        target = files["segmentation"].absolute()
+        if target == scan.absolute():
+            raise UsageError(f"{scan}: the result would overwrite the scan; give -o another name")
+        if target in taken:
+            raise UsageError(f"{taken[target]} and {scan} would both be written to {target}; segment them apart")
+        taken[target] = scan
+
+
+def _shard_of(scan: Path, count: int) -> int:
+    """The part, 1..count, of a scan: by its name alone, so that further scans do not move it."""
+    return int(hashlib.sha256(scan_name(scan).encode()).hexdigest(), 16) % count + 1
+
+
+def _about_scan(error: MedsegError) -> bool:
+    return error.exit_code == 3
+
+
+def _voxel_ml(affine: np.ndarray) -> float:
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000

@@ -1,0 +1,157 @@
+"""Planes of volumes as pictures: what the overlay and the preview share.
+
+Drawn with matplotlib's object interface, without pyplot, so that nothing is shared between calls or threads.
+Volumes are `(I, J, K)` arrays in RAS+ orientation: I grows to the patient's right, J to anterior, K to superior. Slices
+are shown with anterior or superior up and the patient's left on the left.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+# Axis held fixed -> name of the plane.
+PLANES = {2: "Axial", 1: "Coronal", 0: "Sagittal"}
+# Okabe and Ito, "Color Universal Design", 2008: told apart with any common colour vision. Black is left out
+# (invisible on scans); orange and sky blue come first because they are the pair that differs most on grey.
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+_DPI = 150
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One plane of a volume: the axis held fixed, the index along it, and the plane's width and height in mm."""
+
+    axis: int
+    index: int
+    width_mm: float
+    height_mm: float
+
+    def take(self, volume: NDArray[Any]) -> NDArray[Any]:
+        """The plane as a picture, `(rows, columns)`, whose first row is the bottom (imshow's origin="lower")."""
+        picture: NDArray[Any] = volume.take(self.index, axis=self.axis).T
+        return picture
+
+    @property
+    def title(self) -> str:
+        """Name of the plane and its position, counted from 1 as viewers do."""
+        return f"{PLANES[self.axis]} {self.index + 1}"
+
+
+def plane(axis: int, index: int, shape: Sequence[int], spacing_mm: Sequence[float]) -> Slice:
+    """The slice `index` along `axis` of a volume with this shape and voxel size."""
+    across, up = (a for a in range(3) if a != axis)
+    return Slice(axis, index, shape[across] * spacing_mm[across], shape[up] * spacing_mm[up])
+
+
+def drawable_axes(shape: Sequence[int]) -> list[int]:
+    """Axes whose planes are pictures, not lines: all three in 3D, one for a 2D image; axial first."""
+    axes = [axis for axis in PLANES if all(shape[a] > 1 for a in range(3) if a != axis)]
+    return axes or [2]
+
+
+def label_colour(index: int) -> str | tuple[float, float, float, float]:
+    """Colour of the index-th class: the colour-blind-safe palette first, then evenly scattered hues."""
+    if index < len(PALETTE):
+        return PALETTE[index]
+    # Steps of the golden ratio never come close to an earlier hue for long.
+    red, green, blue, alpha = colormaps["hsv"]((index * 0.618034) % 1.0)
+    return (float(red), float(green), float(blue), float(alpha))
+
+
+def plain(text: str) -> str:
+    """A user's text for matplotlib, which would read a pair of dollar signs as a formula."""
+    return text.replace("$", r"\$")
+
+
+def display_range(image: NDArray[Any]) -> tuple[float, float]:
+    """Grey values to show as black and white: 1st and 99.5th percentile of what is finite and not background.
+
+    Background is the minimum of the image: scans with much air would otherwise be shown too bright.
+    """
+    values = image[np.isfinite(image)]
+    if values.size == 0:
+        return 0.0, 1.0
+    inside = values[values > values.min()]
+    if inside.size == 0:
+        return float(values.min()), float(values.min()) + 1.0
+    high = float(np.percentile(inside, 99.5))
+    low = min(float(np.percentile(inside, 1)), float(values.min()) if values.min() >= 0 else high)
+    return low, high if high > low else low + 1.0
+
+
+def panel_grid(
+    rows: Sequence[Sequence[Slice]], *, header_in: float = 0.0, footer_in: float = 0.0, cell_in: float = 2.4
+) -> tuple[Figure, list[list[Axes]]]:
+    """An empty black figure with one axes per slice, all to the same scale, with a title above each.
+
+    Args:
+        rows: The slices of each row.
+        header_in: Free space above the first row, inches.
+        footer_in: Free space below the last row, inches.
+        cell_in: Length of the longest side of any slice, inches.
+
+    Returns:
+        The figure and its axes, in the structure of `rows`.
+    """
+    gap, title = 0.06, 0.22
+    scale = cell_in / max(side for row in rows for s in row for side in (s.width_mm, s.height_mm))
+    widths = [sum(s.width_mm * scale + gap for s in row) + gap for row in rows]
+    heights = [max(s.height_mm for s in row) * scale for row in rows]
+    # A floor on the width leaves room for titles and legend beside a narrow slice.
+    width, height = max(*widths, 2.6), header_in + footer_in + sum(h + title + gap for h in heights)
+    figure = Figure(figsize=(width, height), facecolor="black")
+    panels: list[list[Axes]] = []
+    top = height - header_in
+    for row, row_width, row_height in zip(rows, widths, heights, strict=True):
+        left, bottom = (width - row_width) / 2 + gap, top - title - row_height
+        panels.append([])
+        for where in row:
+            w, h = where.width_mm * scale, where.height_mm * scale
+            box = (left / width, (bottom + (row_height - h) / 2) / height, w / width, h / height)
+            axes = figure.add_axes(box)
+            axes.set_title(where.title, color="#c9d1d9", fontsize=8, pad=3)
+            panels[-1].append(axes)
+            left += w + gap
+        top = bottom - gap
+    return figure, panels
+
+
+def show(axes: Axes, where: Slice, volume: NDArray[Any], **style: Any) -> Any:
+    """Draw one plane of a volume in millimetres; `style` goes to `Axes.imshow`."""
+    axes.set_axis_off()
+    extent = (0.0, where.width_mm, 0.0, where.height_mm)
+    return axes.imshow(
+        where.take(volume), origin="lower", extent=extent, interpolation="nearest", aspect="auto", **style
+    )
+
+
+def draw_contours(axes: Axes, where: Slice, labels: NDArray[Any], colour: str, style: Any) -> None:
+    """Outline every label of one plane; a mask that touches the border is closed along it."""
+    picture = where.take(labels)
+    rows, columns = picture.shape
+    # Centres of the pixels in millimetres, with one ring of padding around the picture.
+    y = (np.arange(rows + 2) - 0.5) * where.height_mm / rows
+    x = (np.arange(columns + 2) - 0.5) * where.width_mm / columns
+    for label in np.unique(picture[picture > 0]):
+        mask = np.pad(picture == label, 1).astype(np.float32)
+        axes.contour(x, y, mask, levels=[0.5], colors=[colour], linestyles=[style], linewidths=1.3)
+    axes.set_xlim(0, where.width_mm)
+    axes.set_ylim(0, where.height_mm)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Render a figure; the bytes hold no date or version, so equal figures give equal files."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()

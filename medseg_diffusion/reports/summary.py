@@ -1,0 +1,190 @@
+"""Evaluation results as data: `summary.json` in nnU-Net's shape and `cases.csv`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE, ClassOverlap
+from medseg_diffusion.metrics.statistics import Interval, mean_interval
+
+# nnU-Net's key for each field of `ClassOverlap`, in its order.
+_KEYS = {
+    "Dice": "dice", "FN": "fn", "FP": "fp", "IoU": "iou", "TN": "tn", "TP": "tp", "n_pred": "n_pred", "n_ref": "n_ref",
+}  # fmt: skip
+_CSV_COLUMNS = (
+    "case", "label", "class", "dice", "iou", "tp", "fp", "fn", "tn", "n_pred", "n_ref", "prediction_file",
+    "reference_file",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One evaluated case.
+
+    Attributes:
+        name: The case's name, without folder, suffix and `_seg`.
+        prediction_file: Path of the prediction as given.
+        reference_file: Path of the reference as given.
+        overlap: Label value -> agreement, for every evaluated label.
+    """
+
+    name: str
+    prediction_file: str
+    reference_file: str
+    overlap: Mapping[int, ClassOverlap]
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean Dice over the classes that occur in the case; NaN if none does."""
+        return _mean(item.dice for item in self.overlap.values())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A comparison of predictions with references over all cases.
+
+    Attributes:
+        cases: One result per case, sorted by name.
+        labels: Label value -> class name.
+        dice: Label value -> mean Dice with its 95 % interval over cases.
+        iou: Label value -> mean IoU with its 95 % interval over cases.
+        seed: Seed of the bootstrap.
+        warnings: Facts that the reader should know, one sentence each, e.g. predictions without a reference.
+    """
+
+    cases: tuple[CaseResult, ...]
+    labels: Mapping[int, str]
+    dice: Mapping[int, Interval]
+    iou: Mapping[int, Interval]
+    seed: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean over the classes of the mean Dice of each; NaN if no class occurs in any case."""
+        return _mean(interval.mean for interval in self.dice.values())
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """Rows for a terminal: class name, Dice "mean [low, high]", IoU "mean [low, high]", number of cases."""
+        return [
+            (name, format_interval(self.dice[label]), format_interval(self.iou[label]), str(self.dice[label].n))
+            for label, name in self.labels.items()
+        ]
+
+
+def summarise(
+    cases: Sequence[CaseResult], labels: Mapping[int, str], *, seed: int = 0, warnings: Sequence[str] = ()
+) -> Evaluation:
+    """Average the cases' results per class.
+
+    Args:
+        cases: Results that all hold every label of `labels`.
+        labels: Label value -> class name.
+        seed: Seed of the bootstrap.
+        warnings: Passed on to the result.
+    """
+    ordered = tuple(sorted(cases, key=lambda case: case.name))
+    dice = {label: mean_interval([case.overlap[label].dice for case in ordered], seed=seed) for label in labels}
+    iou = {label: mean_interval([case.overlap[label].iou for case in ordered], seed=seed) for label in labels}
+    return Evaluation(ordered, dict(labels), dice, iou, seed, tuple(warnings))
+
+
+def summary_json(evaluation: Evaluation) -> str:
+    """The text of `summary.json`: nnU-Net's three keys, so that existing scripts work, and what they lack.
+
+    Two differences from nnU-Net: a number that does not exist is `null`, because NaN is not JSON; and a class that is
+    absent from every case is left out of `foreground_mean` instead of turning it into NaN.
+    """
+    mean = {
+        str(label): {
+            key: _mean(getattr(case.overlap[label], field) for case in evaluation.cases) for key, field in _KEYS.items()
+        }
+        for label in evaluation.labels
+    }
+    content = {
+        "foreground_mean": {key: _mean(values[key] for values in mean.values()) for key in _KEYS},
+        "mean": mean,
+        "metric_per_case": [
+            {
+                "metrics": {
+                    str(label): {key: getattr(case.overlap[label], field) for key, field in _KEYS.items()}
+                    for label in evaluation.labels
+                },
+                "prediction_file": case.prediction_file,
+                "reference_file": case.reference_file,
+            }
+            for case in evaluation.cases
+        ],
+        "confidence_interval_95": {
+            str(label): {"Dice": asdict(evaluation.dice[label]), "IoU": asdict(evaluation.iou[label])}
+            for label in evaluation.labels
+        },
+        "labels": {str(label): name for label, name in evaluation.labels.items()},
+        "n_cases": len(evaluation.cases),
+        "policy": {**EMPTY_POLICY, "description": EMPTY_RULE},
+        "bootstrap_seed": evaluation.seed,
+        "warnings": list(evaluation.warnings),
+        "versions": versions(),
+    }
+    return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def cases_csv(evaluation: Evaluation) -> str:
+    """The text of `cases.csv`: one row per case and class; a Dice or IoU that does not exist is an empty field."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for case in evaluation.cases:
+        for label, name in evaluation.labels.items():
+            item = case.overlap[label]
+            scores = ["" if math.isnan(score) else repr(score) for score in (item.dice, item.iou)]
+            counts = [item.tp, item.fp, item.fn, item.tn, item.n_pred, item.n_ref]
+            writer.writerow([case.name, label, name, *scores, *counts, case.prediction_file, case.reference_file])
+    return text.getvalue()
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """A number for people: fixed digits, or a dash where there is none."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "\u2013"
+
+
+def format_interval(interval: Interval, digits: int = 3) -> str:
+    """ "mean [low, high]", or the mean alone where there is no interval."""
+    mean = format_number(interval.mean, digits)
+    if math.isnan(interval.low):
+        return mean
+    return f"{mean} [{format_number(interval.low, digits)}, {format_number(interval.high, digits)}]"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the numbers; "unknown" for a package that is not installed as a distribution."""
+    found = {"python": platform.python_version()}
+    for package in ("medseg-diffusion", "numpy", "scipy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    present = [value for value in values if not math.isnan(value)]
+    return math.fsum(present) / len(present) if present else math.nan
+
+
+def _strict(value: Any) -> Any:
+    """The same structure with None in place of every number that JSON cannot express."""
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Samplers: one update rule a file, walked over a list of times."""

@@ -1,0 +1,38 @@
+"""Denoising diffusion implicit models (Song et al. 2020, arXiv 2010.02502)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..diffusion.prediction import Prediction
+from ..diffusion.schedule import NoiseSchedule
+from .loop import Noise
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """x_s = alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau z, tau = eta sqrt(posterior variance) (eq. 12 and 16).
+
+    ``eta`` 0 is deterministic, 1 has the variance of ancestral sampling. With eta 0 the same rule walks upwards,
+    s > t, which inverts the walk (sec. 4.3).
+    """
+
+    eta: float = 0.0
+
+    def begin(self) -> DDIM:
+        return self
+
+    def __call__(
+        self, schedule: NoiseSchedule, prediction: Prediction, x_t: Tensor, t: int, s: int, noise: Noise
+    ) -> Tensor:
+        ab_t, ab_s = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s])
+        if self.eta == 0 or s == 0:
+            return math.sqrt(ab_s) * prediction.x0 + math.sqrt(1 - ab_s) * prediction.eps
+        if s > t:
+            raise ValueError(f"inversion is deterministic: eta must be 0, got {self.eta}")
+        tau = self.eta * math.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
+        direction = math.sqrt(max(1 - ab_s - tau**2, 0.0))
+        return math.sqrt(ab_s) * prediction.x0 + direction * prediction.eps + tau * noise()

@@ -1,0 +1,114 @@
+"""Walking a denoiser down a list of times.
+
+A sampler is an update rule ``step(schedule, prediction, x_t, t, s, noise) -> x_s`` from any time t to any other time
+s; which times are visited is a plain list, so "50 steps" can never disagree with the chain that the model was
+trained on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..diffusion.denoiser import Condition, Denoiser
+from ..diffusion.noise import gaussian
+from ..diffusion.prediction import Prediction
+from ..diffusion.schedule import NoiseSchedule
+
+Spacing = Literal["log-snr", "trailing", "leading", "linspace"]
+Noise = Callable[[], Tensor]
+"""Draws fresh standard normal noise of the shape of x_t; not called by deterministic steps."""
+
+
+class Step(Protocol):
+    """One update from time ``t`` to time ``s``; s = 0 is the clean tensor."""
+
+    def __call__(
+        self, schedule: NoiseSchedule, prediction: Prediction, x_t: Tensor, t: int, s: int, noise: Noise
+    ) -> Tensor: ...
+
+
+class Sampler(Protocol):
+    """Makes the `Step` of one walk. Multistep methods keep their history in it, so no state outlives a walk."""
+
+    def begin(self) -> Step: ...
+
+
+def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start: int | None = None) -> list[int]:
+    """The times of a walk with ``count`` denoiser calls from ``start`` (default T) to 0: count + 1 times, the last 0.
+
+    Times that coincide after rounding are removed with a warning that gives the number of steps that remain.
+
+    Args:
+        schedule: the model's noise schedule.
+        count: number of denoiser calls, at least 1.
+        how: "log-snr" uniform in log(alpha / sigma) between the start and t = 1, the default of DPM-Solver (Lu et
+            al. 2022, arXiv 2206.00927, sec. 3.4); "trailing" start, start - start/N, ...; "leading" the multiples of
+            start // N plus 1; "linspace" evenly from the start to 1, both included (guided diffusion).
+        start: first time, 1..T.
+    """
+    last = schedule.num_steps if start is None else start
+    if not 1 <= last <= schedule.num_steps:
+        raise ValueError(f"the start must lie in 1..{schedule.num_steps}, got {last}")
+    if count < 1:
+        raise ValueError(f"at least one step is needed, got {count}")
+    if how == "log-snr":
+        lam = schedule.half_log_snr()[1 : last + 1]
+        wanted = torch.linspace(float(lam[-1]), float(lam[0]), count, dtype=torch.float64)
+        times = [1 + int((lam - value).abs().argmin()) for value in wanted]
+    elif how == "trailing":
+        times = [round(last - i * last / count) for i in range(count)]
+    elif how == "leading":
+        times = [1 + i * (last // count) for i in reversed(range(count))]
+    else:
+        times = [round(float(value)) for value in torch.linspace(last, 1, count, dtype=torch.float64)]
+    unique = sorted({t for t in times if t >= 1}, reverse=True)
+    if len(unique) < count:
+        warnings.warn(
+            f"{count} steps asked for, but only {len(unique)} distinct times remain after rounding", stacklevel=2
+        )
+    return [*unique, 0]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    x: Tensor,
+    times: Sequence[int],
+    cond: Condition | None = None,
+    *,
+    generators: Sequence[torch.Generator] = (),
+    on_step: Callable[[int, Tensor, Prediction], None] | None = None,
+) -> Tensor:
+    """Walks ``x`` (B, C, *S) from ``times[0]`` to ``times[-1]`` and returns the tensor at that last time.
+
+    Args:
+        denoiser: the model, guided or clipped or not.
+        sampler: DDPM, DDIM, DPM-Solver++.
+        x: the tensor at ``times[0]``: pure noise at T, or a noised image for a later start.
+        times: strictly monotone, usually decreasing to 0 (`spaced`).
+        cond: passed to the denoiser at every step; encode an image once, before.
+        generators: one CPU generator per batch element; needed by stochastic steps only.
+        on_step: called after every step with (time reached, x there, the prediction that led there).
+    """
+    pairs = list(zip(times[:-1], times[1:], strict=True))
+    if not pairs or not (all(t > s for t, s in pairs) or all(t < s for t, s in pairs)):
+        raise ValueError(f"times must be strictly monotone and at least two, got {list(times)}")
+
+    def noise() -> Tensor:
+        if len(generators) != len(x):
+            raise ValueError(f"this sampler draws noise: {len(x)} generators are needed, got {len(generators)}")
+        return gaussian(x.shape[1:], generators, like=x)
+
+    step = sampler.begin()
+    for t, s in pairs:
+        prediction = denoiser(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), cond)
+        x = step(denoiser.schedule, prediction, x, t, s, noise)
+        if on_step is not None:
+            on_step(s, x, prediction)
+    return x

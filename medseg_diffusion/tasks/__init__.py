@@ -1,0 +1,1 @@
+"""What is diffused and what conditions it."""

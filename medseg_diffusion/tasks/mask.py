@@ -1,0 +1,143 @@
+"""Masks as the diffused tensor, images as the condition.
+
+Labels of K classes become x0 in [-scale, scale]: one channel for K = 2 (background -scale, foreground +scale), else
+one-hot. A scale below 1 makes every noise level harder (Chen 2023, arXiv 2301.10972): a mask is so redundant that at
+the usual scale most noise levels give it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+
+from ..diffusion.denoiser import NetworkDenoiser
+from ..diffusion.noise import gaussian, generators
+from ..diffusion.objective import Simple, uniform_times
+from ..diffusion.prediction import Prediction
+from ..sampling.loop import Sampler, sample
+
+Batch = Mapping[str, Tensor]
+"""A training batch: "image" (B, C, *S) float, "label" (B, *S) int64, "seed" (B,) int64."""
+
+
+@dataclass(frozen=True)
+class MaskEncoding:
+    """Labels of ``num_classes`` classes (0 is background) as diffused channels, and back to probabilities."""
+
+    num_classes: int
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2 or not self.scale > 0:
+            raise ValueError(f"a mask has at least 2 classes and a positive scale, got {self}")
+
+    @property
+    def channels(self) -> int:
+        """Channels of x0: 1 for a binary mask, else one per class."""
+        return 1 if self.num_classes == 2 else self.num_classes
+
+    def encode(self, labels: Tensor) -> Tensor:
+        """(B, *S) int64 labels to x0 (B, channels, *S) in [-scale, scale]."""
+        if self.channels == 1:
+            one_hot = (labels > 0)[:, None]
+        else:
+            one_hot = F.one_hot(labels, self.num_classes).movedim(-1, 1)
+        return self.scale * (2 * one_hot.float() - 1)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (B, channels, *S) to probabilities (B, K, *S): p = clip((x0 / scale + 1) / 2), normalised over classes."""
+        p = ((x0 / self.scale + 1) / 2).clamp(0, 1)
+        if self.channels == 1:
+            return torch.cat([1 - p, p], dim=1)
+        # An all-zero column has no preference: it becomes uniform instead of 0 / 0.
+        p = p + 1e-6
+        return p / p.sum(dim=1, keepdim=True)
+
+    def class_logits(self, logits: Tensor) -> Tensor:
+        """Logits (B, channels, *S) of a classifying head as logits of all K classes (B, K, *S)."""
+        return torch.cat([torch.zeros_like(logits), logits], dim=1) if self.channels == 1 else logits
+
+
+class MaskDiffusion(nn.Module):
+    """A conditional mask diffusion model: trains on batches, samples probabilities.
+
+    Args:
+        denoiser: its network has ``encode_condition(image)``, called once per image and not once per step.
+        encoding: how labels become x0.
+        objective: the diffusion loss.
+        dice_ce_weight: weight of Dice + cross-entropy on the logits; needs a classifying head when positive.
+    """
+
+    def __init__(
+        self, denoiser: NetworkDenoiser, encoding: MaskEncoding, objective: Simple, dice_ce_weight: float = 0.0
+    ) -> None:
+        super().__init__()
+        if dice_ce_weight > 0 and denoiser.head == "linear":
+            raise ValueError("Dice + cross-entropy need logits: use a classifying head or dice_ce_weight 0")
+        self.denoiser = denoiser
+        self.encoding = encoding
+        self.objective = objective
+        self.dice_ce_weight = dice_ce_weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Training loss, a scalar. Times and noise come from the examples' own seeds."""
+        schedule = self.denoiser.schedule
+        x0 = self.encoding.encode(batch["label"])
+        own = generators(batch["seed"].tolist())
+        t = uniform_times(schedule.num_steps, own).to(x0.device)
+        eps = gaussian(x0.shape[1:], own, like=x0)
+        cond = self.denoiser.network.encode_condition(batch["image"])  # type: ignore[operator]
+        prediction: Prediction = self.denoiser(schedule.add_noise(x0, eps, t), t, cond)
+        loss = self.objective(schedule, self.denoiser.target, prediction, x0, eps, t).mean()
+        if self.dice_ce_weight > 0 and prediction.logits is not None:
+            loss = loss + self.dice_ce_weight * dice_ce(self.encoding.class_logits(prediction.logits), batch["label"])
+        return loss
+
+    @torch.no_grad()
+    def probabilities(self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]) -> Tensor:
+        """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S).
+
+        ``seeds`` holds N seeds for each of the B images; all B N samples walk in one batch, and the image is encoded
+        once for all of them.
+        """
+        count = len(seeds[0])
+        own = generators([seed for members in seeds for seed in members])
+        cond = self.denoiser.network.encode_condition(image)  # type: ignore[operator]
+        cond = {name: value.repeat_interleave(count, dim=0) for name, value in cond.items()}
+        x = gaussian((self.encoding.channels, *image.shape[2:]), own, like=image)
+        x0 = sample(self.denoiser, sampler, x, times, cond, generators=own)
+        return self.encoding.decode(x0).unflatten(0, (len(image), count))
+
+
+class FeedForward(nn.Module):
+    """The matched baseline: the same backbone maps the image to logits in one pass, trained with Dice + cross-entropy."""
+
+    def __init__(self, network: nn.Module, encoding: MaskEncoding) -> None:
+        super().__init__()
+        self.network = network
+        self.encoding = encoding
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits (B, K, *S) of ``image`` (B, C, *S); the backbone's time input is held at 0."""
+        out = self.network(image, torch.zeros(len(image), dtype=torch.int64, device=image.device), None)
+        return self.encoding.class_logits(out.to(image.dtype))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Training loss, a scalar."""
+        return dice_ce(self.logits(batch["image"]), batch["label"])
+
+    @torch.no_grad()
+    def probabilities(self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]) -> Tensor:
+        """Probabilities (B, N, K, *S) as `MaskDiffusion.probabilities`; the N members are the same."""
+        return self.logits(image).softmax(dim=1)[:, None].expand(-1, len(seeds[0]), *[-1] * (image.ndim - 1))
+
+
+def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Soft Dice of the foreground classes over the batch, plus cross-entropy: logits (B, K, *S), labels (B, *S)."""
+    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    return loss(logits.float(), labels[:, None])

@@ -1,0 +1,219 @@
+"""Configuration and data in, run directory out: the whole of `medseg train-segmenter` as a function.
+
+    RUN/config.yaml     resolved configuration
+    RUN/split.json      which case is on which side
+    RUN/log.csv         one row per validation; RUN/tensorboard every step
+    RUN/checkpoints/    last.pt: everything to resume bit-exactly
+    RUN/model/          the best model by validation, always loadable
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from . import build
+from .checkpoint import save_model
+from .config import SegmenterConfig
+from .data.augmentation import Augmenter
+from .data.cases import Split, find_cases, split_by_hash
+from .data.draws import Draws, Examples
+from .data.mask_examples import MaskExamples, PreparedCase, prepare
+from .diffusion.noise import derive_seed
+from .errors import UsageError
+from .methods.segment import Windows, segment
+from .metrics.overlap import label_overlap
+from .reports.card import model_card
+from .sampling.loop import spaced
+from .training.runtime import Runtime
+from .training.trainer import Callbacks, Progress, fit
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a source of examples provides: training examples, prepared validation cases, class names, a summary."""
+
+    examples: Examples
+    validation: list[PreparedCase]
+    labels: dict[int, str]
+    channels: tuple[str, ...]
+    summary: dict[str, Any]
+    split: Split
+
+
+def train_segmenter(
+    config: SegmenterConfig,
+    data: Path,
+    run: Path,
+    *,
+    resume: bool = False,
+    max_steps: int | None = None,
+    time_limit_min: float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_prepare: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Trains the segmenter of ``config`` on the folder ``data`` and returns the model directory.
+
+    Ctrl-C leaves a resume file and a loadable model behind.
+
+    Args:
+        config: the whole configuration.
+        data: a Decathlon or image-mask folder, or a folder of label maps (data.source brain-labelmaps).
+        run: the run directory, new unless ``resume``.
+        resume: continue an interrupted run with the configuration that it was started with.
+        max_steps: stop at this step; the learning rate follows config.training.max_steps.
+        time_limit_min: stop after so many minutes of this call.
+        device: auto, cpu, cuda, cuda:N or mps.
+        seed: of weights, order, augmentation, times and noise.
+        on_progress: called after every step.
+        on_prepare: called after every prepared case with (done, total).
+
+    Raises:
+        UsageError: the run exists and ``resume`` is off, or was started with another configuration.
+        InputError: unusable data or resume file.
+    """
+    _start(run, config, seed, resume)
+    source = _brain_labelmaps if config.data.source == "brain-labelmaps" else _scans
+    found = source(config, data, run, seed, on_prepare)
+    _write_json(run / "split.json", asdict(found.split))
+    torch.manual_seed(derive_seed(seed, "weights"))
+    model = build.segmenter(config, len(found.labels))
+    runtime = Runtime(device, config.training.precision)
+    target = run / "model"
+
+    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        card = _card(config, found, seed, step, numbers)
+        save_model(target, card, averaged.state_dict(), model_card(card))
+
+    fit(
+        model,
+        Draws(found.examples, seed),
+        build.training_options(config),
+        Callbacks(lambda averaged: validate(averaged, config, found, runtime), save, on_progress),
+        run,
+        runtime,
+        seed=seed,
+        resume=resume,
+        max_steps=max_steps,
+        time_limit_min=time_limit_min,
+    )
+    return target
+
+
+def validate(model: nn.Module, config: SegmenterConfig, data: TrainingData, runtime: Runtime) -> dict[str, float]:
+    """Segments the validation cases with the configuration's sampler and steps; Dice per class on the model's grid.
+
+    "score" is the mean over classes of the mean over cases; a class absent from a case and its prediction is left out.
+    """
+    sampler = build.sampler(config.inference.sampler)
+    times = spaced(build.noise_schedule(config.diffusion), config.inference.steps)
+    windows = Windows(config.inference.window, config.inference.overlap)
+    labels = [label for label in data.labels if label]
+    dice: dict[int, list[float]] = {label: [] for label in labels}
+    for case in data.validation:
+        with runtime.accelerator.autocast(), torch.no_grad():
+            probabilities = segment(
+                model,  # type: ignore[arg-type]
+                case.image.to(runtime.device),
+                [derive_seed(0, case.name)],
+                sampler,
+                times,
+                windows,
+                config.network.dims,
+            )[0]
+        overlap = label_overlap(probabilities.argmax(0).cpu().numpy(), case.label.numpy(), labels)
+        for label in labels:
+            dice[label].append(overlap[label].dice)
+    means = {label: float(torch.tensor(values).nanmean()) for label, values in dice.items()}
+    score = sum(means.values()) / len(means)
+    return {"score": score, **{f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in means.items()}}
+
+
+def _scans(
+    config: SegmenterConfig, data: Path, run: Path, seed: int, on_prepare: Callable[[int, int], None]
+) -> TrainingData:
+    folder = find_cases(data)
+    labels = dict(enumerate(["background", *config.data.labels])) if config.data.labels else folder.labels
+    if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
+        raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
+    split = split_by_hash(folder.cases, config.data.test_cases, config.data.validation_cases)
+    used = [case for case in folder.cases if case.name not in split.test]
+    prepared = prepare(
+        used, build.preprocessing(config), config.data.channels, len(labels), run / "cache", on_prepare
+    )
+    augmenter = Augmenter(build.augmentation(config), config.network.dims)
+    training = [case for case in prepared if case.name in split.train]
+    examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter)
+    summary = {
+        "cases": len(split.train),
+        "validation_cases": len(split.validation),
+        "test_cases": len(split.test),
+        "training_shapes": _ranges([tuple(case.label.shape) for case in training]),
+    }
+    validation = [case for case in prepared if case.name in split.validation]
+    return TrainingData(examples, validation, labels, folder.channels, summary, split)
+
+
+def _brain_labelmaps(
+    config: SegmenterConfig, data: Path, run: Path, seed: int, on_prepare: Callable[[int, int], None]
+) -> TrainingData:
+    raise NotImplementedError
+
+
+def _ranges(shapes: list[tuple[int, ...]]) -> list[list[int]]:
+    return [[min(axis), max(axis)] for axis in zip(*shapes, strict=True)]
+
+
+def _start(run: Path, config: SegmenterConfig, seed: int, resume: bool) -> None:
+    resolved = {**config.model_dump(mode="json"), "seed": seed}
+    file = run / "config.yaml"
+    if resume and file.is_file():
+        before = yaml.safe_load(file.read_text())
+        changed = [key for key in resolved if before.get(key) != resolved[key]]
+        if changed:
+            raise UsageError(
+                f"{run}: was started with another {' and '.join(changed)}; resume with {file}, or use another folder"
+            )
+    elif file.is_file():
+        raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(resolved, sort_keys=False))
+
+
+def _card(
+    config: SegmenterConfig, data: TrainingData, seed: int, step: int, numbers: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "task": "mask",
+        "method": config.method,
+        "dims": config.network.dims,
+        "labels": {str(value): name for value, name in data.labels.items()},
+        "channels": list(data.channels),
+        "config": config.model_dump(mode="json"),
+        "training": {"seed": seed, "step": step, "data": data.summary},
+        "metrics": {"validation": dict(numbers)},
+        "licence": "see the training data",
+        "versions": {
+            **{name: version(name) for name in ("medseg-diffusion", "torch", "monai")},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+

@@ -1,0 +1,113 @@
+"""Where a training run computes: device, precision and processes, behind one small class."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from ..errors import UsageError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The torch device of "auto", "cpu", "cuda", "cuda:N" or "mps"; auto prefers CUDA, then MPS.
+
+    Raises:
+        UsageError: an unknown name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"device {name!r} asked for, but {torch.cuda.device_count()} CUDA devices found; try --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' asked for, but this machine has none; try --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def autocast_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype | None:
+    """bfloat16 where it pays, else None for plain float32.
+
+    "auto" takes bf16 on CUDA devices that have it and on CPUs with AMX tiles. AVX512-BF16 alone is not enough: the
+    3D convolutions of this package measured slower with it than in float32.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if amx else None
+
+
+class Runtime:
+    """One process, or one of several started by a launcher (RANK and WORLD_SIZE set): accelerate does the work."""
+
+    def __init__(self, device: str = "auto", precision: Precision = "auto") -> None:
+        chosen = choose_device(device)
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen)
+        self.autocast = autocast_dtype(chosen, precision)
+        # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100
+        # times slower than numbers.
+        torch.set_flush_denormal(True)
+        # Accelerate keeps its settings in a process-wide singleton; a second run in one process needs its own.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator = Accelerator(
+            cpu=chosen.type == "cpu", mixed_precision="bf16" if self.autocast is torch.bfloat16 else "no"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model on the device (wrapped for several processes) and its optimiser."""
+        return self.accelerator.prepare(model, optimizer)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip(self, model: nn.Module, max_norm: float) -> float:
+        """Clips the gradient's norm; returns the norm before."""
+        return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm))
+
+    def mean(self, value: Tensor) -> float:
+        """Mean of a scalar over the processes."""
+        return float(self.accelerator.reduce(value.detach().float(), reduction="mean"))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process: all of them must stop together."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum") > 0)
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,1 @@
+"""Files to tensors and back, with geometry."""

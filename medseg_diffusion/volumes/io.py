@@ -1,0 +1,239 @@
+"""Scans and label maps in and out of files, refused with one clear line where they cannot be used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medseg_diffusion.errors import InputError, MedsegError, UsageError
+from medseg_diffusion.volumes import itk, nifti
+from medseg_diffusion.volumes.volume import FileImage, Volume, check_affine, grid_distance
+
+_READERS: dict[str, ModuleType] = {".nii.gz": nifti, ".nii": nifti, ".nrrd": itk, ".mha": itk, ".mhd": itk}
+SUFFIXES = tuple(_READERS)
+RESULTS = ("_seg", "_prob", "_uncertainty", "_anomaly", "_anomaly_mask")  # endings of the files that we write
+_MAX_LABEL = 65535
+
+
+def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
+    """Read an image of three spatial axes.
+
+    Args:
+        path: a file with one of `SUFFIXES`.
+        channels: how many channels it must have (last axis in the file); None takes any number.
+
+    Returns:
+        (C, I, J, K) float32, slope and intercept applied.
+
+    Raises:
+        InputError: a file that is missing, damaged or of another kind; another number of axes or channels; voxels
+            that are NaN, infinite or beyond float32; a constant channel; a geometry that cannot place voxels.
+    """
+    path = Path(path)
+    array, opened = _read(path, channels)
+    limit = float(np.finfo(np.float32).max)
+    if array.dtype.itemsize > 4 and max(float(array.max()), -float(array.min())) > limit:
+        raise InputError(path, "voxels beyond 3.4e38", "values that fit float32", "rescale the intensities")
+    data = np.array(array, dtype=np.float32, order="C")  # a copy: the file may be memory-mapped
+    for index, channel in enumerate(data):
+        if channel.min() == channel.max():
+            which = f" in channel {index}" if len(data) > 1 else ""
+            raise InputError(
+                path, f"the constant value {channel.flat[0]:g}{which}", "an image with contrast", "check its export"
+            )
+    return Volume(torch.from_numpy(data), opened.affine, path, opened.header)
+
+
+def read_labels(path: Path | str) -> Volume:
+    """Read a label map.
+
+    Returns:
+        (1, I, J, K) int32 of values 0 to 65535.
+
+    Raises:
+        InputError: as `read_volume`, and for values that are not whole numbers from 0 to 65535.
+    """
+    path = Path(path)
+    array, opened = _read(path, channels=1)
+    expected, remedy = f"whole numbers from 0 to {_MAX_LABEL}", "pass a label map, not an image or a probability map"
+    whole = array
+    if array.dtype.kind == "f":
+        whole = np.rint(array)
+        # A slope that float32 cannot hold exactly leaves labels such as 0.99999994.
+        wrong = np.abs(array - whole) > 1e-3
+        if wrong.any():
+            raise InputError(path, f"the label {array[wrong].flat[0]:g}", expected, remedy)
+    if whole.min() < 0 or whole.max() > _MAX_LABEL:
+        raise InputError(path, f"labels from {whole.min():g} to {whole.max():g}", expected, remedy)
+    data = np.array(whole, dtype=np.int32, order="C")
+    return Volume(torch.from_numpy(data), opened.affine, path, opened.header)
+
+
+def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
+    """Write a label map with the geometry of a scan: uint8, or uint16 if a label is above 255; unscaled.
+
+    Args:
+        labels: (I, J, K) of an integer type or bool, values 0 to 65535.
+        like: the scan; its header codes and units go into the file too.
+        path: the file; it appears complete or not at all.
+
+    Raises:
+        ValueError: another shape, type or range.
+        InputError: an unknown suffix.
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    array = labels.detach().cpu().numpy()
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    if low < 0 or high > _MAX_LABEL:
+        raise ValueError(f"labels must lie in 0..{_MAX_LABEL}, got {low}..{high}")
+    _write(array.astype(np.uint8 if high <= 255 else np.uint16), like, Path(path))
+
+
+def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
+    """Write a map as float32 with the geometry of a scan; channels are the last axis in the file.
+
+    Args:
+        data: (C, I, J, K) or (I, J, K), of any real values.
+        like: the scan; its header codes and units go into the file too.
+        path: the file; it appears complete or not at all.
+
+    Raises:
+        ValueError: another shape.
+        InputError: an unknown suffix.
+    """
+    array = data.detach().cpu().to(torch.float32).numpy()
+    if array.ndim == 4:
+        array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
+    _write(array, like, Path(path))
+
+
+def suffix_of(path: Path | str) -> str:
+    """The suffix out of `SUFFIXES` that a name ends with, in lower case.
+
+    Raises:
+        InputError: none of them.
+    """
+    name = Path(path).name.lower()
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return suffix
+    raise InputError(
+        path, f"the suffix {Path(path).suffix!r}", f"one of {', '.join(SUFFIXES)}", "convert or rename the file"
+    )
+
+
+def scan_name(path: Path | str) -> str:
+    """The file's name without its suffix: "a/scan.1.nii.gz" -> "scan.1"."""
+    return Path(path).name[: -len(suffix_of(path))]
+
+
+def find_scans(path: Path | str) -> list[Path]:
+    """The scans that a path stands for: itself if a file, else the scans in the folder, sorted by name.
+
+    Files that look like our own results (`RESULTS`) and hidden files are left out of folders.
+
+    Raises:
+        InputError: a missing path, a file of another kind, or a folder without scans.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        _require_file(path)
+        return [path]
+    names = [p for p in path.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")]
+    scans = sorted(p for p in names if p.is_file() and not scan_name(p).endswith(RESULTS))
+    if not scans:
+        found = f"a folder with only results ({len(names)} files)" if names else "a folder without scans"
+        raise InputError(path, found, f"files that end with {', '.join(SUFFIXES)}", "check the path")
+    return scans
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise InputError(path, "no such file", "a scan", "check the path")
+    if not path.is_file():
+        raise InputError(path, "a folder", "a file", "name one scan in it")
+    suffix_of(path)
+
+
+def _read(path: Path, channels: int | None) -> tuple[npt.NDArray[Any], FileImage]:
+    """Open, check the header, then the voxels: (C, I, J, K) of finite numbers in the file's own type."""
+    _require_file(path)
+    opened: FileImage = _READERS[suffix_of(path)].open_image(path)
+    _check_shape(path, opened.shape, channels)
+    if opened.dtype.fields is not None or opened.dtype.kind not in "iubf":
+        kind = "colour (RGB)" if opened.dtype.fields is not None else str(opened.dtype)
+        raise InputError(path, f"{kind} voxels", "one number per voxel", "convert the scan to greyscale")
+    check_affine(opened.affine, path)
+    array: npt.NDArray[Any] = opened.load()
+    array = np.moveaxis(array.reshape(*array.shape[:3], -1), -1, 0)
+    if array.dtype.kind == "f":
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+        if bad:
+            raise InputError(
+                path,
+                f"{bad} NaN or infinite voxels ({bad / array.size:.2g} of all)",
+                "finite intensities",
+                "replace them, for example with the image's minimum",
+            )
+    return array, opened
+
+
+def _check_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> None:
+    size = " x ".join(map(str, shape))
+    if 0 in shape:
+        raise InputError(path, f"an empty image ({size})", "at least one voxel along each axis", "export it again")
+    if len(shape) < 3:
+        raise InputError(path, f"a {len(shape)}D image ({size})", "a 3D volume", "stack the slices into one volume")
+    extra = [n for n in shape[3:] if n != 1]
+    if len(extra) > 1:
+        raise InputError(path, f"{len(extra) + 3} axes ({size})", "a 3D volume", "extract the volume to be used")
+    count = extra[0] if extra else 1
+    if channels is not None and count != channels:
+        expected = "a 3D volume" if channels == 1 else f"{channels} channels along a fourth axis"
+        remedy = "extract the volume to be used" if channels == 1 else f"merge the {channels} images into one file"
+        raise InputError(path, f"{'a 3D' if count == 1 else 'a 4D'} image ({size})", expected, remedy)
+
+
+def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
+    """Write under a temporary folder beside the target, read the header back, then rename."""
+    module = _READERS[suffix_of(path)]
+    if array.shape[:3] != like.shape or array.ndim > 4:
+        raise ValueError(f"data of shape {array.shape} (channels last) is not on the grid {like.shape}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such folder; make it or write elsewhere")
+    # A folder, not a file name: .mhd comes with a data file whose name it holds.
+    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        module.write(temporary, array, like)
+        _verify(module.open_image(temporary), array, like, path)
+        parts = sorted(Path(folder).iterdir(), key=lambda part: part == temporary)  # the header last
+        for part in parts:
+            os.replace(part, path.parent / part.name)
+
+
+def _verify(written: FileImage, array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
+    # Where only a quaternion in float32 holds the axes, the format itself is no more exact than this.
+    only_quaternion = written.header.sform_code == 0
+    tolerance = (0.1 if only_quaternion else 1e-3) * min(like.spacing)
+    kept, asked = written.header, like.header
+    wrong = [
+        (written.shape != array.shape, "shape"),
+        (written.dtype != array.dtype, "voxel type"),
+        (grid_distance(written.affine, like.affine, array.shape) > tolerance, "affine"),
+    ]
+    if suffix_of(path) in (".nii", ".nii.gz"):
+        wrong += [
+            ((kept.qform_code, kept.sform_code) != (asked.qform_code, asked.sform_code), "qform or sform code"),
+            (kept.xyzt_units != asked.xyzt_units, "units"),
+        ]
+    if lost := [what for failed, what in wrong if failed]:
+        raise MedsegError(f"{path}: the format cannot keep the scan's {', '.join(lost)}; nothing was written")

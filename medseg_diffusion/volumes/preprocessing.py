@@ -1,0 +1,264 @@
+"""From a scan's own grid to a model's grid and intensity range, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+from medseg_diffusion.volumes.resample import resample, spacing_grid
+from medseg_diffusion.volumes.volume import (
+    FloatArray,
+    Shape,
+    Volume,
+    inverse_reorientation,
+    orientation_transform,
+    reorient,
+    spacing_of,
+)
+
+Box = tuple[tuple[int, int], ...]  # first and one past the last voxel of each of the three axes
+
+_COARSE_MM = 4.0  # voxel size at which the head is looked for
+_HEAD_PART_MM3 = 1000.0  # components up to this size are noise or dirt, not head
+_HEAD_MARGIN_MM = 10.0
+_FEW = 0.01  # fraction of voxels above the minimum below which statistics take all voxels
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """How a model's grid lies in a scan: made by `Preprocessing.apply`, used to map results back.
+
+    Attributes:
+        native_shape: sizes of the scan's grid.
+        native_affine: (4, 4) voxel -> RAS mm of the scan.
+        transform: (3, 2) axis moves and flips from the scan to the model's orientation (`volume.reorient`).
+        box: the part that was kept, in voxels after `transform`.
+        box_affine: (4, 4) voxel -> RAS mm of that part.
+        shape: sizes of the model's grid.
+        affine: (4, 4) voxel -> RAS mm of the model's grid.
+    """
+
+    native_shape: Shape
+    native_affine: FloatArray
+    transform: npt.NDArray[np.int64]
+    box: Box
+    box_affine: FloatArray
+    shape: Shape
+    affine: FloatArray
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size of the model's grid in millimetres."""
+        return spacing_of(self.affine)
+
+    def forward(self, data: Tensor) -> Tensor:
+        """Map data from the scan's grid to the model's, linearly (smoothed first where the model's is coarser).
+
+        Args:
+            data: (C, I, J, K) on the scan's grid.
+
+        Returns:
+            (C, *S) on the model's grid, floating point where the voxel size changes, else of the same type.
+        """
+        if tuple(data.shape[1:]) != self.native_shape:
+            raise ValueError(f"data of shape {tuple(data.shape)} is not on the scan's grid {self.native_shape}")
+        part = _cut(reorient(data, self.transform), self.box)
+        return resample(part, self.box_affine, self.affine, self.shape)
+
+    def restore(self, data: Tensor, outside: float | Sequence[float] = 0.0) -> Tensor:
+        """Map class probabilities or other maps back to the scan's grid. Take the argmax afterwards, not before.
+
+        Linear interpolation; bit-exact where the voxel size was not changed.
+
+        Args:
+            data: (C, *S) on the model's grid.
+            outside: value, or one value per channel, where the scan was cropped away. For class probabilities it is
+                1 for the background and 0 for the other classes.
+
+        Returns:
+            (C, I, J, K), the scan's own shape, floating point.
+
+        Raises:
+            ValueError: data on another grid, or a number of outside values that is not the number of channels.
+        """
+        if data.ndim != 4 or tuple(data.shape[1:]) != self.shape:
+            raise ValueError(f"data of shape {tuple(data.shape)} is not on the model's grid {self.shape}")
+        fill = [outside] * len(data) if isinstance(outside, int | float) else list(outside)
+        if len(fill) != len(data):
+            raise ValueError(f"{len(fill)} outside values were given for {len(data)} channels")
+        if not data.is_floating_point():
+            data = data.float()
+        back = inverse_reorientation(self.transform)
+        whole = tuple(self.native_shape[axis] for axis in back[:, 0])
+        part = tuple(stop - start for start, stop in self.box)
+        result = torch.empty((len(data), *self.native_shape), dtype=data.dtype, device=data.device)
+        for index, value in enumerate(fill):  # one by one: at most two channels are held beside the result
+            channel = resample(data[index : index + 1], self.affine, self.box_affine, part)
+            if part != whole:
+                padded = torch.full((1, *whole), float(value), dtype=data.dtype, device=data.device)
+                _cut(padded, self.box).copy_(channel)
+                channel = padded
+            result[index] = reorient(channel, back)[0]
+        return result
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to a scan before a model sees it.
+
+    Attributes:
+        orientation: direction of the axes, such as "RAS"; None leaves them.
+        spacing_mm: voxel size along those axes; None leaves it.
+        intensity: "percentile" maps the low and high percentile to -1 and 1 and bends what lies beyond into
+            [-1.5, 1.5]; "zscore" gives mean 0 and standard deviation 1. Both look only at voxels above the minimum
+            (the background of most scans), and neither depends on the scan's unit or offset.
+        low: lower percentile, 0 to 100.
+        high: upper percentile, 0 to 100.
+        crop_foreground: cut away the air around the head, but for 10 mm.
+    """
+
+    orientation: str | None = "RAS"
+    spacing_mm: tuple[float, float, float] | None = None
+    intensity: Literal["percentile", "zscore"] = "percentile"
+    low: float = 0.5
+    high: float = 99.5
+    crop_foreground: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 100:
+            raise ValueError(f"percentiles must satisfy 0 <= low < high <= 100, got {self.low} and {self.high}")
+        if self.intensity not in ("percentile", "zscore"):
+            raise ValueError(f"intensity must be 'percentile' or 'zscore', got {self.intensity!r}")
+
+    def apply(self, volume: Volume) -> tuple[Tensor, Placement]:
+        """Orient, crop, resample and scale a scan, each channel by its own intensities.
+
+        Args:
+            volume: the scan, (C, I, J, K).
+
+        Returns:
+            (C, *S) float32 on the model's grid, and the way back.
+        """
+        transform = orientation_transform(volume.affine, self.orientation or volume.axcodes)
+        affine = volume.affine @ nib.orientations.inv_ornt_aff(transform, volume.shape)
+        data = reorient(volume.data, transform).float()
+        box: Box = tuple((0, n) for n in data.shape[1:])
+        if self.crop_foreground:
+            box = foreground_box(data[0], affine)
+            data = _cut(data, box)
+        start = np.eye(4)
+        start[:3, 3] = [first for first, _ in box]
+        box_affine: FloatArray = affine @ start
+        i, j, k = data.shape[1:]
+        grid, shape = box_affine, (i, j, k)
+        if self.spacing_mm is not None:
+            grid, shape = spacing_grid(shape, box_affine, self.spacing_mm)
+        placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
+        # Scaling and resampling commute; the statistics are those of the voxels as measured.
+        scaling = [self._scaling(channel) for channel in data]
+        model = resample(data, box_affine, grid, shape)
+        scaled = torch.empty_like(model)
+        for out, channel, (centre, width) in zip(scaled, model, scaling, strict=True):
+            # float64: a large offset or a tiny unit would otherwise cost digits.
+            values = (channel.double() - centre) / width
+            out.copy_(_bend(values) if self.intensity == "percentile" else values)
+        return scaled, placement
+
+    def _scaling(self, channel: Tensor) -> tuple[float, float]:
+        """Centre and half-width (percentile), or mean and standard deviation, in the channel's unit."""
+        values = channel.cpu().numpy().ravel()
+        above = values[values > values.min()]
+        chosen = above if len(above) > _FEW * len(values) else values
+        if self.intensity == "zscore":
+            return float(chosen.mean(dtype=np.float64)), float(chosen.std(dtype=np.float64)) or 1.0
+        low, high = _percentiles(chosen, self.low, self.high)
+        if low == high:
+            low, high = float(values.min()), float(values.max())
+        return (low + high) / 2, (high - low) / 2 or 1.0
+
+
+def apply_labels(labels: Volume, placement: Placement) -> Tensor:
+    """Map reference labels to a model's grid: each label's mask linearly, then the largest.
+
+    Args:
+        labels: (1, I, J, K) integers on the scan's grid.
+        placement: from `Preprocessing.apply` on the scan.
+
+    Returns:
+        (1, *S) of the labels' type; of equally large ones the lowest.
+
+    Raises:
+        InputError: the labels lie on another grid than the scan.
+    """
+    scan = torch.empty(1).expand(1, *placement.native_shape)
+    Volume(scan, placement.native_affine).require_same_grid(labels)
+    best = torch.full((1, *placement.shape), -1.0)
+    result = torch.zeros((1, *placement.shape), dtype=labels.data.dtype)
+    for value in torch.unique(labels.data).tolist():
+        share = placement.forward((labels.data == value).float())
+        larger = share > best + 1e-6  # shares of one half each differ by rounding alone
+        result[larger] = value
+        best = torch.where(larger, share, best)
+    return result
+
+
+def foreground_box(image: Tensor, affine: FloatArray) -> Box:
+    """The bounding box of the head, or of whatever stands out from air, with a margin of 10 mm.
+
+    Every connected part above 1 cm^3 is inside. The threshold lies halfway between air and Otsu's: too large a box
+    costs time, too small a one would cost the result.
+
+    Args:
+        image: (I, J, K).
+        affine: (4, 4) voxel -> RAS mm.
+    """
+    sizes, spacing = image.shape, spacing_of(affine)
+    i, j, k = (max(_COARSE_MM, mm) for mm in spacing)
+    grid, shape = spacing_grid(sizes, affine, (i, j, k))
+    coarse = resample(image[None], affine, grid, shape)[0].cpu().double().numpy()
+    air, top = _percentiles(coarse.ravel(), 1, 99.5)
+    everything: Box = tuple((0, n) for n in sizes)
+    if top <= air:
+        return everything
+    scaled = np.clip((coarse - air) / (top - air), 0, 1)
+    parts, _ = ndimage.label(scaled > 0.5 * threshold_otsu(scaled))
+    large = np.bincount(parts.ravel()) * i * j * k > _HEAD_PART_MM3
+    large[0] = False  # air
+    if not large.any():
+        return everything
+    box = []
+    for axis, places in enumerate(np.nonzero(large[parts])):
+        ratio = (i, j, k)[axis] / spacing[axis]
+        excess = (shape[axis] * ratio - sizes[axis]) / 2  # by how much the coarse grid reaches further
+        margin = _HEAD_MARGIN_MM / spacing[axis]
+        first = int(np.floor(places.min() * ratio - excess - margin))
+        stop = int(np.ceil((places.max() + 1) * ratio - excess + margin))
+        box.append((max(first, 0), min(stop, sizes[axis])))
+    return tuple(box)
+
+
+def _cut(data: Tensor, box: Box) -> Tensor:
+    (i0, i1), (j0, j1), (k0, k1) = box
+    return data[:, i0:i1, j0:j1, k0:k1]
+
+
+def _bend(values: Tensor) -> Tensor:
+    """Identity within [-1, 1], smooth and monotone beyond, never outside [-1.5, 1.5]."""
+    beyond = (values.abs() - 1).clamp_(min=0)
+    return values.clamp(-1, 1) + values.sign() * 0.5 * torch.tanh(2 * beyond)
+
+
+def _percentiles(values: npt.NDArray[np.floating], low: float, high: float) -> tuple[float, float]:
+    # Each alone, in the values' own type: exact order statistics without a float64 copy of the scan.
+    places = [round(percent / 100 * (len(values) - 1)) for percent in (low, high)]
+    ordered = np.partition(values, places)
+    return float(ordered[places[0]]), float(ordered[places[1]])

@@ -1,0 +1,231 @@
+"""Images from one grid to another, with voxel centres at whole indices and geometry in RAS mm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medseg_diffusion.volumes.volume import FloatArray, Shape, spacing_of
+
+_GRID_BYTES = 64 * 2**20  # largest coordinate grid that is held at once
+_ALIGNED = 1e-4  # voxels: axes that drift apart by less than this over the whole grid count as parallel
+_SAME_SPACING = 1e-3  # relative: a voxel size this near to the one asked for is left alone
+_MARGIN = 1e-3  # voxels by which rounding may put a place beyond the outer edge
+_BLUR_ABOVE = 1.2  # times coarser than the source: from here on an image is smoothed before it is sampled
+
+
+def spacing_grid(shape: Sequence[int], affine: FloatArray, spacing_mm: Sequence[float]) -> tuple[FloatArray, Shape]:
+    """The grid of another voxel size with the same orientation that covers the same field of view.
+
+    The field of view reaches to the voxels' outer edges. Where the new voxel size does not divide it, the last voxel
+    is not cut off and the excess lies in equal parts on both sides, so that flipping an axis changes nothing.
+
+    Args:
+        shape: voxels along the three axes.
+        affine: (4, 4) voxel -> RAS mm.
+        spacing_mm: new voxel size along the same axes; one within 0.1 % of the present size changes nothing.
+
+    Returns:
+        The new affine and the new shape.
+    """
+    if len(spacing_mm) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing_mm):
+        raise ValueError(f"spacing_mm must be three positive numbers, got {tuple(spacing_mm)}")
+    step, new_shape = np.eye(4), []
+    for axis, (n, old, new) in enumerate(zip(shape, spacing_of(affine), spacing_mm, strict=True)):
+        if abs(new / old - 1) < _SAME_SPACING:
+            new_shape.append(n)
+            continue
+        m = max(1, math.ceil(n * old / new - 1e-3))
+        step[axis, axis] = new / old
+        step[axis, 3] = (n - 1) / 2 - (m - 1) / 2 * new / old
+        new_shape.append(m)
+    i, j, k = new_shape
+    return affine @ step, (i, j, k)
+
+
+def resample(
+    data: Tensor,
+    affine: FloatArray,
+    target_affine: FloatArray,
+    target_shape: Sequence[int],
+    *,
+    mode: Literal["linear", "nearest"] = "linear",
+    outside: float | Literal["edge"] = "edge",
+) -> Tensor:
+    """Sample an image on another grid.
+
+    Linear sampling on a grid that is more than 1.2 times coarser smooths first (Gaussian of the width that turns one
+    voxel size into the other: Cardoso et al., "Scale factor point spread function matching", MICCAI 2015), so that
+    nothing aliases. Grids with parallel axes, the usual case, are handled axis by axis; oblique ones in slabs.
+
+    Args:
+        data: (C, I, J, K).
+        affine: (4, 4) voxel -> RAS mm of `data`.
+        target_affine: (4, 4) of the result.
+        target_shape: its three sizes.
+        mode: "linear" gives floating point; "nearest" keeps the type of `data`.
+        outside: what lies beyond the outer edges of `data`'s voxels: a value, or "edge" for the nearest voxel's.
+
+    Returns:
+        (C, *target_shape). `data` itself, not a copy, if the grids are the same.
+
+    Raises:
+        ValueError: data or shape with another number of axes.
+    """
+    if data.ndim != 4 or len(target_shape) != 3 or min(target_shape) < 1:
+        raise ValueError(
+            f"expected data (C, I, J, K) and three sizes, got {tuple(data.shape)} and {tuple(target_shape)}"
+        )
+    # Column b says how far one target voxel along axis b goes along each source axis.
+    to_source = np.linalg.inv(affine) @ target_affine
+    if mode == "linear" and data.dtype not in (torch.float32, torch.float64):
+        data = data.float()
+    i, j, k = (int(n) for n in target_shape)
+    shape = (i, j, k)
+    order = np.abs(to_source[:3, :3]).argmax(axis=0)
+    if len(set(order.tolist())) == 3:
+        step = to_source[:3, :3].copy()
+        step[order, range(3)] = 0
+        if (np.abs(step).sum(axis=1) * max(shape)).max() < _ALIGNED:
+            scale, origin = to_source[order, range(3)], to_source[order, 3]
+            return _separable(data.permute(0, *(order + 1).tolist()), scale, origin, shape, mode, outside)
+    return _oblique(data, to_source, shape, mode, outside)
+
+
+def _separable(
+    data: Tensor, scale: FloatArray, origin: FloatArray, shape: Shape, mode: str, outside: float | str
+) -> Tensor:
+    """Axis by axis: index i of the result lies at index `scale * i + origin` of the same axis of `data`."""
+    positions = [origin[a] + scale[a] * np.arange(shape[a]) for a in range(3)]
+    # Inexact inverses leave 1e-16 where a whole number is meant; snapped, crops and flips are exact.
+    positions = [np.where(np.abs(p - np.rint(p)) < 1e-6, np.rint(p), p) for p in positions]
+    sizes = data.shape[1:]
+    axes = []
+    # Axes that shrink come first: the later ones then have less to do. The last axis, the slow one to gather along,
+    # has its turn when the array is small.
+    grows = [n > size for n, size in zip(shape, sizes, strict=True)]
+    for axis in sorted(range(3), key=lambda a: (grows[a], -a if grows[a] else a)):
+        sigma = _blur_sigma(abs(float(scale[axis]))) if mode == "linear" else 0.0
+        places = np.floor(positions[axis] + 0.5) if mode == "nearest" else positions[axis]
+        axes.append((axis, *_taps(places, sizes[axis], sigma)))
+    beyond = [
+        torch.from_numpy(_beyond(p, n)).nonzero().flatten().to(data.device)
+        for p, n in zip(positions, sizes, strict=True)
+    ]
+    if outside == "edge" or not any(len(b) for b in beyond):
+        beyond = []
+    if not beyond and tuple(sizes) == shape and all(_is_identity(index) for _, index, _ in axes):
+        return data
+    result = torch.empty((len(data), *shape), dtype=data.dtype, device=data.device)
+    for channel, out in zip(data, result, strict=True):
+        for axis, index, weight in axes:
+            channel = _gather(channel, axis, index, weight)
+        out.copy_(channel)
+        for axis, where in enumerate(beyond):
+            out.index_fill_(axis, where, float(outside))
+    return result
+
+
+def _oblique(data: Tensor, to_source: FloatArray, shape: Shape, mode: str, outside: float | str) -> Tensor:
+    """Any affine, through grid_sample, in slabs along the first axis that bound the coordinates' memory."""
+    sizes = data.shape[1:]
+    values = data if data.is_floating_point() else data.float()
+    if mode == "linear":
+        for axis in range(3):
+            sigma = _blur_sigma(float(np.linalg.norm(to_source[axis, :3])))
+            if sigma:
+                taps = _taps(np.arange(sizes[axis], dtype=np.float64), sizes[axis], sigma)
+                values = torch.stack([_gather(channel, axis, *taps) for channel in values])
+    result = torch.empty((len(data), *shape), dtype=data.dtype, device=data.device)
+    bytes_per_slice = shape[1] * shape[2] * 3 * values.element_size()
+    slab = max(1, _GRID_BYTES // bytes_per_slice)
+    for start in range(0, shape[0], slab):
+        stop = min(start + slab, shape[0])
+        lines = [np.arange(start, stop), np.arange(shape[1]), np.arange(shape[2])]
+        grid = torch.empty((stop - start, shape[1], shape[2], 3), dtype=values.dtype, device=data.device)
+        beyond = torch.zeros(grid.shape[:3], dtype=torch.bool, device=data.device)
+        for axis, n in enumerate(sizes):
+            i, j, k = (torch.from_numpy(to_source[axis, b] * line).to(values) for b, line in enumerate(lines))
+            place = (i + float(to_source[axis, 3]))[:, None, None] + j[:, None] + k
+            if outside != "edge":
+                beyond |= (place < -0.5 - _MARGIN) | (place > n - 0.5 + _MARGIN)
+            # grid_sample wants x (our last axis) first and, without align_corners, -1..1 from edge to edge.
+            grid[..., 2 - axis] = (2 * place + 1) / n - 1
+        interpolation = "bilinear" if mode == "linear" else "nearest"  # "bilinear" is trilinear on three axes
+        out = F.grid_sample(values[None], grid[None], interpolation, padding_mode="border", align_corners=False)[0]
+        if outside != "edge":
+            out.masked_fill_(beyond, float(outside))
+        result[:, start:stop] = out
+    return result
+
+
+def _blur_sigma(factor: float) -> float:
+    """Width in source voxels of the Gaussian that makes them `factor` times as wide (at half maximum)."""
+    return math.sqrt(factor**2 - 1) / (2 * math.sqrt(2 * math.log(2))) if factor > _BLUR_ABOVE else 0.0
+
+
+def _beyond(places: FloatArray, n: int) -> npt.NDArray[np.bool_]:
+    return (places < -0.5 - _MARGIN) | (places > n - 0.5 + _MARGIN)
+
+
+def _taps(places: FloatArray, n: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """Smoothing and linear interpolation along one axis as a short list of neighbours for each place.
+
+    Args:
+        places: (m,) in voxels; clamped to the first and last of the n voxel centres.
+        n: voxels along the axis.
+        sigma: of the Gaussian in voxels; 0 = none.
+
+    Returns:
+        Indices (T, m) int64 and weights (T, m) float64 that sum to 1 over T.
+    """
+    places = np.clip(places, 0, n - 1)
+    low = np.floor(places).astype(np.int64)
+    rows = np.arange(len(places))
+    dense = np.zeros((len(places), n))
+    np.add.at(dense, (rows, low), 1 - (places - low))
+    np.add.at(dense, (rows, np.minimum(low + 1, n - 1)), places - low)
+    if sigma:
+        reach = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+        kernel = np.exp(-0.5 * (reach / sigma) ** 2)
+        blur = np.zeros((n, n))
+        neighbours = np.clip(np.arange(n)[:, None] + reach, 0, n - 1)
+        np.add.at(blur, (np.arange(n)[:, None], neighbours), kernel / kernel.sum())
+        dense = dense @ blur
+    first = (dense != 0).argmax(axis=1)
+    last = n - 1 - (dense[:, ::-1] != 0).argmax(axis=1)
+    band = first + np.arange((last - first).max() + 1)[:, None]
+    inside = np.minimum(band, n - 1)
+    weight = np.where(band < n, dense[rows, inside], 0.0)
+    return torch.from_numpy(inside), torch.from_numpy(weight)
+
+
+def _is_identity(index: Tensor) -> bool:
+    return len(index) == 1 and torch.equal(index[0], torch.arange(index.shape[1]))
+
+
+def _gather(channel: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of neighbours along one axis of (I, J, K).
+
+    Not a matrix product: that may silently run in TF32 on a GPU, with three digits.
+    """
+    if _is_identity(index) and index.shape[1] == channel.shape[axis]:
+        return channel
+    index = index.to(channel.device)
+    result = channel.index_select(axis, index[0])
+    if len(index) == 1:
+        return result
+    shape = [1, 1, 1]
+    shape[axis] = -1
+    factors = [w.to(channel).reshape(shape) for w in weight]
+    result *= factors[0]
+    for neighbours, factor in zip(index[1:], factors[1:], strict=True):
+        result.addcmul_(channel.index_select(axis, neighbours), factor)
+    return result

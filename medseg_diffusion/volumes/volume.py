@@ -1,0 +1,217 @@
+"""A scan in memory: voxels, where they lie in the patient, and the header facts that must survive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medseg_diffusion.errors import InputError
+
+FloatArray = npt.NDArray[np.float64]
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """Facts of a NIfTI header that voxels and affine do not tell. Other formats get the defaults.
+
+    Attributes:
+        qform_code: NIfTI code of the quaternion transform (0 = absent, 1 = scanner, ...).
+        sform_code: NIfTI code of the affine transform.
+        xyzt_units: NIfTI code of the spatial and temporal units; 2 is millimetres.
+        qform: (4, 4) voxel -> RAS mm of the quaternion transform where it differs from the affine, else None.
+    """
+
+    qform_code: int = 1
+    sform_code: int = 1
+    xyzt_units: int = 2
+    qform: FloatArray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FileImage:
+    """An opened file: the header is read, the voxels are read by `load()`.
+
+    Attributes:
+        shape: spatial axes I, J, K first, further axes (channels, time) last.
+        dtype: voxel type as stored.
+        affine: (4, 4) voxel -> RAS mm.
+        header: what must survive.
+        load: returns the voxels, scaled, as an array of `shape`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    affine: FloatArray
+    header: Header
+    load: Callable[[], npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A 3D image or label map with its geometry.
+
+    Attributes:
+        data: (C, I, J, K), float32 for images, an integer type for labels.
+        affine: (4, 4) float64, voxel indices -> RAS millimetres.
+        source: the file it came from, None when made in memory.
+        header: what must survive a round trip.
+
+    Raises:
+        ValueError: data without exactly four axes.
+        InputError: an affine that is singular or not finite.
+    """
+
+    data: Tensor
+    affine: FloatArray
+    source: Path | None = None
+    header: Header = field(default_factory=Header)
+    # Affine and header before the first reorientation: arithmetic alone would return the origin only to rounding.
+    _native: tuple[FloatArray, Header] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 4:
+            raise ValueError(f"volume data must be (C, I, J, K), got shape {tuple(self.data.shape)}")
+        object.__setattr__(self, "affine", np.array(self.affine, dtype=np.float64))
+        check_affine(self.affine, self.source)
+
+    @property
+    def shape(self) -> Shape:
+        """Number of voxels along the three spatial axes."""
+        _, i, j, k = self.data.shape
+        return i, j, k
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in millimetres along the three axes of the array."""
+        return spacing_of(self.affine)
+
+    @property
+    def axcodes(self) -> str:
+        """Where the axes point to, such as "RAS" or "LPI"."""
+        return "".join(nib.orientations.aff2axcodes(self.affine))
+
+    def like(self, data: Tensor) -> Volume:
+        """Other voxels on the same grid.
+
+        Args:
+            data: (C', I, J, K); the number of channels is free.
+
+        Raises:
+            ValueError: another grid.
+        """
+        if data.ndim != 4 or tuple(data.shape[1:]) != self.shape:
+            grid = ", ".join(map(str, self.shape))
+            raise ValueError(f"data of shape {tuple(data.shape)} is not on the grid (C, {grid})")
+        return replace(self, data=data)
+
+    def require_same_grid(self, other: Volume) -> None:
+        """Refuse a volume whose shape or position differs by more than a tenth of a voxel.
+
+        Raises:
+            InputError: names the other volume's file and both grids.
+        """
+        if other.shape != self.shape:
+            raise InputError(
+                other.source,
+                f"{_by(other.shape)} voxels",
+                f"{_by(self.shape)} as in {self.source or 'the image'}",
+                "resample one onto the other's grid",
+            )
+        shift = grid_distance(self.affine, other.affine, self.shape)
+        if shift > 0.1 * min(self.spacing):
+            raise InputError(
+                other.source,
+                f"a grid up to {shift:.3g} mm away",
+                f"the position of {self.source or 'the image'}",
+                "resample one onto the other's grid",
+            )
+
+    def oriented(self, codes: str = "RAS") -> Volume:
+        """Permute and flip the axes until they point (nearly) along `codes`. Exact: no interpolation.
+
+        `volume.oriented(codes).oriented(volume.axcodes)` has the data and the affine of `volume`, bit for bit
+        (but for axes at exactly 45 degrees, for which no name is right).
+
+        Args:
+            codes: one of R/L, A/P and S/I each, in any order: where the array's axes shall point to.
+
+        Raises:
+            ValueError: codes that do not name three different directions.
+        """
+        transform = orientation_transform(self.affine, codes)
+        if np.array_equal(transform, [[0, 1], [1, 1], [2, 1]]):
+            return self
+        step = nib.orientations.inv_ornt_aff(transform, self.shape)
+        affine, header = self.affine @ step, self.header
+        if header.qform is not None:
+            header = replace(header, qform=header.qform @ step)
+        if header.qform_code == header.sform_code == 0:
+            # Without either code a NIfTI file can hold only its own default axes, which these no longer are.
+            header = replace(header, sform_code=2)
+        native = self._native or (self.affine, self.header)
+        if np.allclose(affine, native[0], rtol=1e-9, atol=1e-9 * min(self.spacing)):
+            affine, header = native
+        return replace(self, data=reorient(self.data, transform), affine=affine, header=header, _native=native)
+
+
+def spacing_of(affine: FloatArray) -> tuple[float, float, float]:
+    """Voxel size in mm along the three array axes: the norms of the affine's columns."""
+    i, j, k = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    return i, j, k
+
+
+def grid_distance(a: FloatArray, b: FloatArray, shape: tuple[int, ...]) -> float:
+    """Largest distance in mm between the places that two affines give to one of the eight corner voxels."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], (1,), indexing="ij"), axis=-1).reshape(-1, 4)
+    return float(np.linalg.norm(corners @ (a - b).T, axis=1).max())
+
+
+def orientation_transform(affine: FloatArray, codes: str) -> npt.NDArray[np.int64]:
+    """(3, 2) array for `reorient`: where each array axis goes, and whether it is flipped (-1)."""
+    if sorted(codes.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
+        raise ValueError(f"orientation must name one of R/L, A/P and S/I each, such as 'RAS', got {codes!r}")
+    target = nib.orientations.axcodes2ornt(tuple(codes))
+    transform = nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), target)
+    return np.asarray(transform).astype(np.int64)
+
+
+def reorient(data: Tensor, transform: npt.NDArray[np.int64]) -> Tensor:
+    """Move and flip the three last axes of `data` (C, I, J, K) as `orientation_transform` says. Exact."""
+    flips = [axis + 1 for axis in range(3) if transform[axis, 1] < 0]
+    order = np.argsort(transform[:, 0]).tolist()
+    moved = torch.flip(data, flips) if flips else data
+    return moved.permute(0, *(axis + 1 for axis in order)).contiguous()
+
+
+def inverse_reorientation(transform: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The transform that undoes `transform`."""
+    order = np.argsort(transform[:, 0])
+    return np.stack([order, transform[order, 1]], axis=1)
+
+
+def check_affine(affine: FloatArray, source: Path | str | None) -> None:
+    """Refuse a geometry that cannot place voxels.
+
+    Raises:
+        InputError: not 4x4, NaN or infinite entries, a zero voxel size, or axes that lie in one plane.
+    """
+    expected, remedy = "an invertible 4x4 affine", "repair the header or convert the scan again"
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise InputError(source, "an affine with NaN or infinite entries", expected, remedy)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if (spacing == 0).any():
+        raise InputError(source, f"a voxel size of {_by(spacing.tolist())} mm", expected, remedy)
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-4:
+        raise InputError(source, "a singular affine (its axes lie in one plane)", expected, remedy)
+
+
+def _by(numbers: tuple[int, ...] | list[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)

@@ -1,0 +1,164 @@
+"""The installed `medseg` command: what users type, read and get as exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
+
+(SCRIPT,) = entry_points(group="console_scripts", name="medseg")
+WIDE = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+COMMANDS = ("segment", "train-segmenter", "evaluate", "configs", "models", "info")
+
+
+def medseg(*arguments: object) -> Result:
+    return CliRunner(env=WIDE).invoke(SCRIPT.load(), [str(argument) for argument in arguments])
+
+
+def error_lines(result: Result) -> list[str]:
+    return result.stderr.strip().splitlines()
+
+
+def test_help_lists_the_commands() -> None:
+    result = medseg("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert command in result.output
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "configs list", "configs show", "models list", "models show"])
+def test_every_command_has_help(command: str) -> None:
+    assert medseg(*command.split(), "--help").exit_code == 0
+
+
+def test_version() -> None:
+    assert medseg("--version").output.strip() == f"medseg {version('medseg-diffusion')}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["segment", "scan.nii.gz", "--no-such-option"],
+        ["segment"],
+        ["segment", "scan.nii.gz", "--ensemble", "0"],
+        ["segment", "scan.nii.gz", "--sampler", "euler"],
+        ["segment", "scan.nii.gz", "--device", "gpu"],
+        ["segment", "scan.nii.gz", "--shard", "3/2"],
+        ["train-segmenter", "preset"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    assert medseg(*arguments).exit_code == 2
+
+
+def test_segment_names_a_missing_file(tmp_path: Path) -> None:
+    result = medseg("segment", tmp_path / "nowhere.nii.gz", "--device", "cpu")
+    assert result.exit_code == 3
+    (line,) = error_lines(result)
+    assert line.startswith("medseg: error: ") and "nowhere.nii.gz" in line
+
+
+def test_configs_list_and_show() -> None:
+    names = json.loads(medseg("configs", "list", "--json").stdout)
+    assert names == medseg("configs", "list").stdout.split() and names
+    assert medseg("configs", "show", names[0]).exit_code == 0
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    name = medseg("configs", "list").stdout.split()[0]
+    result = medseg("configs", "show", name + "x")
+    assert result.exit_code == 2
+    (line,) = error_lines(result)
+    assert name in line
+
+
+def test_models_list_and_show() -> None:
+    models = json.loads(medseg("models", "list", "--json").stdout)
+    assert models
+    assert json.loads(medseg("models", "show", models[0]["name"], "--json").stdout)
+    assert medseg("models", "list").exit_code == 0
+
+
+def test_info_is_json() -> None:
+    report = json.loads(medseg("info", "--json").stdout)
+    assert report["versions"]["torch"] and "cpu" in report["devices"]
+    assert "torch" in medseg("info").stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MedsegError("one\ntwo"), 1),
+        (UsageError("one two"), 2),
+        (InputError("a.nii", "NaN", "numbers", "mend it"), 3),
+        (ModelError("gone"), 4),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_expected_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def raise_it(*_: object, **__: object) -> None:
+        raise error
+
+    pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None, segment=raise_it)
+    result = _with_pipeline(monkeypatch, pipeline)
+    assert result.exit_code == code
+    (line,) = error_lines(result)
+    assert line.startswith("medseg: ")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code", "lines"),
+    [(["done"], 0, 0), (["failed"], 3, 1), (["done", "failed", "skipped"], 1, 2), (["failed", "failed"], 1, 3)],
+)
+def test_exit_code_of_several_scans(
+    monkeypatch: pytest.MonkeyPatch, statuses: list[str], code: int, lines: int
+) -> None:
+    pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None)
+    cases = [
+        types.SimpleNamespace(
+            scan=Path(f"{i}.nii.gz"),
+            status=status,
+            outputs={"mask": Path(f"{i}_seg.nii.gz")},
+            seconds=1.0,
+            volumes_ml={},
+            warnings=(),
+            error="unreadable" if status == "failed" else None,
+            exit_code=3 if status == "failed" else 0,
+        )
+        for i, status in enumerate(statuses)
+    ]
+
+    def segment(scans: object, options: object, on_case: object, on_progress: object) -> list[object]:
+        assert callable(on_case) and callable(on_progress)
+        for case in cases:
+            on_case(case)
+            on_progress("scan", 1.0)
+        return list(cases)
+
+    pipeline.segment = segment
+    result = _with_pipeline(monkeypatch, pipeline)
+    assert result.exit_code == code
+    assert len(error_lines(result)) == lines
+    assert result.stdout.count("_seg.nii.gz") == len(statuses) - statuses.count("failed")
+
+
+def _with_pipeline(monkeypatch: pytest.MonkeyPatch, pipeline: object) -> Result:
+    """Run `medseg segment` on a stand-in for the library's pipeline."""
+    import medseg_diffusion
+
+    monkeypatch.setitem(sys.modules, "medseg_diffusion.pipeline", pipeline)
+    monkeypatch.setattr(medseg_diffusion, "pipeline", pipeline, raising=False)
+    return medseg("segment", "scan.nii.gz")
+
+
+def test_the_entry_point_is_a_typer_app() -> None:
+    assert isinstance(SCRIPT.load(), typer.Typer)

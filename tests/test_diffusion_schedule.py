@@ -1,0 +1,182 @@
+"""Noise schedules: published end points, monotony, and one place where time meets space."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medseg_diffusion.diffusion import schedule as schedules
+from medseg_diffusion.diffusion.posterior import posterior
+from medseg_diffusion.diffusion.schedule import NoiseSchedule, from_betas
+
+ALL = {
+    "linear": schedules.linear,
+    "scaled-linear": schedules.scaled_linear,
+    "cosine": schedules.cosine,
+    "sigmoid": schedules.sigmoid,
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (schedules.linear(1000), 4.04e-5),
+        (schedules.linear(100), 2.04e-5),
+        (schedules.linear(50), 7.7e-6),
+        (schedules.scaled_linear(1000), 1.42e-4),
+        (schedules.scaled_linear(1000, beta_end=1.55e-2), 6.69e-4),
+    ],
+    ids=["linear-1000", "linear-100", "linear-50", "latent-0.0195", "latent-0.0155"],
+)
+def test_the_last_noise_level_is_the_published_one(schedule: NoiseSchedule, expected: float) -> None:
+    assert float(schedule.alpha_bar[-1]) == pytest.approx(expected, rel=7e-3)  # two to three printed digits
+
+
+@pytest.mark.parametrize("num_steps", [1, 20, 1000])
+def test_cosine_ends_in_pure_noise(num_steps: int) -> None:
+    assert 0 < float(schedules.cosine(num_steps).alpha_bar[-1]) <= 1.0001e-3
+    if num_steps == 1000:
+        assert float(schedules.cosine(num_steps).alpha_bar[-1]) < 1e-8
+
+
+def test_cosine_follows_its_formula_before_the_clipped_end() -> None:
+    def f(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    alpha_bar = schedules.cosine(1000).alpha_bar
+    for t in (1, 250, 500, 999):
+        assert float(alpha_bar[t]) == pytest.approx(f(t / 1000) / f(0), rel=1e-9)
+
+
+def test_linear_betas_are_those_of_ho_et_al() -> None:
+    alpha_bar = schedules.linear(1000).alpha_bar
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    torch.testing.assert_close(betas[[0, -1]], torch.tensor([1e-4, 2e-2], dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(betas.diff(), torch.full((999,), (2e-2 - 1e-4) / 999, dtype=torch.float64))
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(sorted(ALL)), num_steps=st.integers(21, 3000))
+def test_every_schedule_starts_clean_and_loses_signal_at_every_step(name: str, num_steps: int) -> None:
+    schedule = ALL[name](num_steps)
+    assert schedule.num_steps == num_steps
+    assert schedule.alpha_bar.dtype == torch.float64
+    assert float(schedule.alpha_bar[0]) == 1.0
+    assert bool((schedule.alpha_bar.diff() < 0).all())
+    assert float(schedule.alpha_bar[-1]) > 0
+    assert bool((schedule.half_log_snr()[1:].diff() < 0).all())
+
+
+@settings(deadline=None, max_examples=20)
+@given(name=st.sampled_from(["cosine", "sigmoid"]), num_steps=st.integers(1, 20))
+def test_cosine_and_sigmoid_work_for_very_few_steps(name: str, num_steps: int) -> None:
+    assert bool((ALL[name](num_steps).alpha_bar.diff() < 0).all())
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 20])
+def test_linear_with_a_beta_of_one_is_refused_with_a_remedy(num_steps: int) -> None:
+    with pytest.raises(ValueError, match=r"every beta must lie in \(0, 1\).*use more steps.*cosine"):
+        schedules.linear(num_steps)
+    schedules.linear(21)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.tensor([1.0, 0.5]), "float64"),
+        (torch.tensor([[1.0, 0.5]], dtype=torch.float64), "shape"),
+        (torch.tensor([0.9, 0.5], dtype=torch.float64), "must be 1"),
+        (torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64), "decrease strictly"),
+        (torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), "stay positive"),
+    ],
+    ids=["float32", "matrix", "noisy-start", "plateau", "zero-end"],
+)
+def test_a_table_that_is_no_schedule_is_refused(table: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule(table)
+
+
+@pytest.mark.parametrize("spatial", [(5, 7), (3, 5, 7)], ids=["2D", "3D"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_scales_broadcast_with_images_and_volumes(spatial: tuple[int, ...], dtype: torch.dtype) -> None:
+    schedule = schedules.linear(100)
+    like = torch.zeros(3, 2, *spatial, dtype=dtype)
+    t = torch.tensor([1, 50, 100])
+    for scale, expected in zip(schedule.scales(t, like), (schedule.at(t).sqrt(), (1 - schedule.at(t)).sqrt()), strict=True):
+        assert scale.dtype == dtype
+        assert scale.shape == (3, 1, *[1] * len(spatial))
+        torch.testing.assert_close(scale.flatten(), expected.to(dtype), rtol=0, atol=0)
+    for scale in schedule.scales(7, like):
+        assert scale.shape == (1, 1, *[1] * len(spatial))
+
+
+def test_noise_is_added_with_unit_total_variance() -> None:
+    schedule = schedules.cosine(200)
+    x0 = torch.randn(4, 1, 200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    eps = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([1, 50, 120, 200])
+    x_t = schedule.add_noise(x0, eps, t)
+    torch.testing.assert_close(x_t.flatten(1).std(1), torch.ones(4, dtype=torch.float64), rtol=0, atol=0.02)
+    correlation = (x_t * x0).flatten(1).mean(1)
+    torch.testing.assert_close(correlation, schedule.at(t).sqrt(), rtol=0, atol=0.03)
+    torch.testing.assert_close(schedule.snr(t), schedule.at(t) / (1 - schedule.at(t)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(name=st.sampled_from(sorted(ALL)), kept=st.sets(st.integers(1, 400), min_size=1, max_size=30))
+def test_betas_of_kept_times_multiply_to_the_original_signal(name: str, kept: set[int]) -> None:
+    """Skipping times must not change the noise level of those that are visited."""
+    schedule = ALL[name](400)
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    product, s = 1.0, 0
+    for t in sorted(kept):
+        if s == 0:
+            beta = 1 - float(schedule.alpha_bar[t])
+        else:
+            beta = float(posterior(schedule, one, one, t, s).max_variance)
+        product *= 1 - beta
+        assert product == pytest.approx(float(schedule.alpha_bar[t]), rel=1e-6, abs=1e-15)
+        s = t
+
+
+def test_from_betas_multiplies_signal_kept() -> None:
+    alpha_bar = from_betas(torch.tensor([0.5, 0.5, 0.2])).alpha_bar
+    expected = torch.tensor([1, 0.5, 0.25, 0.2], dtype=torch.float64)
+    torch.testing.assert_close(alpha_bar, expected, rtol=1e-7, atol=0)
+
+
+BY_HAND = re.compile(r"\[:(, None){3,}\]|\[\.\.\.(, None){2,}\]|\.(view|reshape)\(-1(, 1){2,}|(\.unsqueeze\(-1\)){2,}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = a[:, None, None, None] * x",
+        "b = s.view(-1, 1, 1, 1)",
+        "s.reshape(-1, 1, 1)",
+        "a[..., None, None]",
+        "a.unsqueeze(-1).unsqueeze(-1)",
+    ],
+)
+def test_the_search_for_broadcasts_by_hand_finds_them(line: str) -> None:
+    assert BY_HAND.search(line)
+
+
+def test_time_is_broadcast_in_the_schedule_alone() -> None:
+    """Broadcasts by hand are written for one number of axes and break in the other."""
+    package = Path(schedules.__file__).parents[1]
+    files = [path for path in package.rglob("*.py") if path.relative_to(package).as_posix() != "diffusion/schedule.py"]
+    assert len(files) > 20
+    found = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if BY_HAND.search(line)
+    ]
+    assert found == []
