@@ -47,10 +47,12 @@ def _parse_shard(value: str | None) -> tuple[int, int] | None:
 
 
 def segment(
-    scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="Files, folders, DICOM folders or zips.")],
+    scans: Annotated[
+        list[Path], typer.Argument(metavar="SCAN...", help="NIfTI, NRRD or MetaImage files, or folders of them.")
+    ],
     model: Annotated[str | None, typer.Option("-m", "--model", help="Name or folder; default: the built-in.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")] = None,
-    ensemble: Annotated[int, typer.Option(min=1, help="Masks sampled per scan.")] = 1,
+    ensemble: Annotated[int | None, typer.Option(min=1, help="Masks sampled per scan; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="Default: the model's.")] = None,
     fusion: Annotated[Fusion, typer.Option(help="How the masks of the ensemble become one.")] = Fusion.MEAN,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from medseg_diffusion.errors import UsageError
 
 from ._shared import AsJson, Device, Quiet, Seed, print_json, progress
 
@@ -25,20 +24,20 @@ def train_segmenter(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many training steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices; above 1 prints how to launch it.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes to train in, one a device.")] = 1,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a segmentation model on labelled scans."""
-    if gpus > 1:
-        launcher = f"torchrun --standalone --nproc-per-node {gpus} --no-python medseg train-segmenter ..."
-        raise UsageError(f"--gpus {gpus}: one process trains on one device; for several run `{launcher}`")
     from medseg_diffusion.config import load_config
     from medseg_diffusion.train import train_segmenter as train
+    from medseg_diffusion.training.launch import launch, launched
 
     settings = load_config(config, overrides or [])
+    if gpus > 1 and not launched():
+        raise typer.Exit(launch(sys.argv, gpus))
     with progress(quiet) as show:
 
         def on_prepare(done: int, total: int) -> None:

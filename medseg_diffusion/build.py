@@ -11,7 +11,7 @@ from .checkpoint import SavedModel
 from .config import DiffusionSection, SegmenterConfig, parse_config
 from .data.augmentation import Augmentation
 from .diffusion import schedule
-from .diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.denoiser import Head, NetworkDenoiser
 from .diffusion.objective import Simple
 from .diffusion.schedule import NoiseSchedule
 from .errors import ModelError, UsageError
@@ -37,6 +37,7 @@ Segmenter = MaskDiffusion | FeedForward
 
 
 def noise_schedule(section: DiffusionSection) -> NoiseSchedule:
+    """The noise schedule of a configuration; UsageError if its betas are impossible."""
     try:
         return SCHEDULES[section.schedule.name](section.schedule.num_steps)
     except ValueError as error:
@@ -52,14 +53,17 @@ def sampler(name: str) -> Sampler:
 
 
 def preprocessing(config: SegmenterConfig) -> Preprocessing:
+    """The preprocessing of a configuration."""
     return Preprocessing(**config.preprocessing.model_dump())
 
 
 def augmentation(config: SegmenterConfig) -> Augmentation:
+    """The augmentation of a configuration."""
     return Augmentation(**config.augmentation.model_dump())
 
 
 def training_options(config: SegmenterConfig) -> TrainingOptions:
+    """The optimisation of a configuration."""
     return TrainingOptions(**config.training.model_dump(exclude={"precision"}))
 
 
@@ -80,7 +84,7 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
             network = UNet(in_channels=encoding.channels + image_channels, out_channels=encoding.channels, **options)
     except ValueError as error:
         raise UsageError(f"network: {error}") from error
-    logits = "sigmoid" if encoding.channels == 1 else "softmax"
+    logits: Head = "sigmoid" if encoding.channels == 1 else "softmax"
     denoiser = NetworkDenoiser(
         network,
         noise_schedule(section),

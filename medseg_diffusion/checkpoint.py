@@ -1,9 +1,9 @@
 """Model directories: weights, what is needed to use them, and a card; and where they are found.
 
-    model.json           everything that sampling must agree on with training (no pickle, no code)
-    weights.safetensors  the averaged weights
-    README.md            model card
-    SHA256SUMS           of the other files
+model.json           everything that sampling must agree on with training (no pickle, no code)
+weights.safetensors  the averaged weights
+README.md            model card
+SHA256SUMS           of the other files
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def save_model(
     try:
         content = {**card, "schema_version": SCHEMA_VERSION}
         (temporary / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        stored = {k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in weights.items()}
+        stored = {
+            k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in weights.items()
+        }
         save_file(stored, temporary / "weights.safetensors")
         (temporary / "README.md").write_text(readme)
         sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in FILES)
@@ -90,7 +92,8 @@ def load_model_files(name_or_path: str | Path) -> SavedModel:
     """
     path = find_model(name_or_path)
     card = _read_card(path)
-    listed = dict(reversed(line.split("  ", 1)) for line in (path / "SHA256SUMS").read_text().splitlines() if line)
+    lines = (line.partition("  ") for line in (path / "SHA256SUMS").read_text().splitlines())
+    listed = {name: digest for digest, _, name in lines}
     for name in FILES:
         if listed.get(name) != _sha256(path / name):
             raise ModelError(f"{path / name}: its SHA-256 differs from SHA256SUMS; the model is damaged, copy it again")
@@ -153,7 +156,8 @@ def _read_card(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path / 'model.json'}: unreadable ({error}); copy the model again") from error
     if version > SCHEMA_VERSION:
         raise ModelError(
-            f"{path}: written for model format {version}, this version reads up to {SCHEMA_VERSION}; upgrade medseg-diffusion"
+            f"{path}: written for model format {version}, this version reads up to {SCHEMA_VERSION}; "
+            "upgrade medseg-diffusion"
         )
     return card
 

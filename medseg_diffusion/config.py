@@ -183,7 +183,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Segm
     if not path.is_file():
         known = presets()
         if str(name_or_path) not in known:
-            raise UsageError(f"{name_or_path}: no such file and no preset of that name{_nearest(str(name_or_path), known)}")
+            raise UsageError(
+                f"{name_or_path}: no such file and no preset of that name{_nearest(str(name_or_path), known)}"
+            )
         path = known[str(name_or_path)]
     try:
         content = yaml.safe_load(path.read_text())

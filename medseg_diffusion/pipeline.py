@@ -14,21 +14,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import build
 from .checkpoint import SavedModel, load_model_files
 from .config import SegmenterConfig
 from .diffusion.noise import derive_seed
-from .errors import MedsegError, UsageError
+from .errors import InputError, MedsegError, UsageError
 from .methods.ensemble import Fusion, class_volumes_ml, entropy, fuse
 from .methods.segment import Windows, count_batches
 from .methods.segment import segment as segment_tensor
-from .reports.html import SegmentedCase, segment_report
 from .reports.files import write_files
+from .reports.html import SegmentedCase, segment_report
 from .reports.preview import preview_png
 from .sampling.loop import spaced
 from .training.runtime import autocast_dtype, choose_device
 from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
+from .volumes.preprocessing import Placement
 from .volumes.volume import Volume
 
 DEFAULT_MODEL = "brain-tissue-t1"
@@ -101,9 +103,9 @@ class Segmentation:
         intervals_ml: class name to the 2.5th and 97.5th percentile of the members' volumes; empty for one member.
     """
 
-    labels: torch.Tensor
-    probabilities: torch.Tensor
-    uncertainty: torch.Tensor
+    labels: Tensor
+    probabilities: Tensor
+    uncertainty: Tensor
     volumes_ml: dict[str, float]
     intervals_ml: dict[str, tuple[float, float]]
 
@@ -154,10 +156,10 @@ class SegmentationModel:
     def name(self) -> str:
         return str(self.saved.card.get("name") or self.saved.path.name)
 
-    def segment(
+    def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
-    ) -> Segmentation:
-        """Segments a scan; ``seed`` decides all randomness. Probabilities, never labels, are mapped back to its grid."""
+    ) -> tuple[Tensor, Placement]:
+        """The ensemble on the model's grid, probabilities (N, K, *S) on the CPU, and the way back to the scan."""
         image, placement = self.preprocessing.apply(volume)
         inference = self.config.inference
         windows = Windows(inference.window, inference.overlap, batch_size=1 if self.device.type == "cpu" else 4)
@@ -175,21 +177,31 @@ class SegmentationModel:
         with torch.no_grad(), autocast:
             members = segment_tensor(
                 self.model, image.to(self.device), seeds, self.sampler, self.times, windows, dims, step
-            ).float()
-        background = [1.0] + [0.0] * (len(self.labels) - 1)
-        mean = placement.restore(members.mean(0).cpu(), outside=background)
-        scores = mean if self.fusion == "mean" else placement.restore(fuse(members, self.fusion).cpu(), background)
+            )
+        return members.float().cpu(), placement
+
+    def combine(self, members: Tensor, placement: Placement) -> Segmentation:
+        """One answer on the scan's grid from the ensemble: probabilities, never labels, are mapped back to it."""
+        outside = [1.0] + [0.0] * (len(self.labels) - 1)
+        mean = placement.restore(members.mean(0), outside)
+        scores = mean if self.fusion == "mean" else placement.restore(fuse(members, self.fusion), outside)
         labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
-        counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels)) * _voxel_ml(volume.affine)
+        voxel_ml = _voxel_ml(placement.native_affine)
+        counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels)) * voxel_ml
         names = {value: name for value, name in self.labels.items() if value}
         intervals: dict[str, tuple[float, float]] = {}
-        if self.ensemble > 1:
-            sampled = class_volumes_ml(members.cpu(), 1000 * _voxel_ml(placement.affine)).numpy()
+        if len(members) > 1:
+            sampled = class_volumes_ml(members, 1000 * _voxel_ml(placement.affine)).numpy()
             low, high = np.percentile(sampled, [2.5, 97.5], axis=0)
             intervals = {name: (float(low[value]), float(high[value])) for value, name in names.items()}
-        return Segmentation(
-            labels, mean, entropy(mean), {name: float(counts[value]) for value, name in names.items()}, intervals
-        )
+        volumes = {name: float(counts[value]) for value, name in names.items()}
+        return Segmentation(labels, mean, entropy(mean), volumes, intervals)
+
+    def segment(
+        self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
+    ) -> Segmentation:
+        """Segments a scan; ``seed`` decides all randomness."""
+        return self.combine(*self.sample(volume, seed, on_progress))
 
 
 def segment(
@@ -309,7 +321,12 @@ def _one(
 
 
 def _page(
-    scan: Path, found: Segmentation, model: SegmentationModel, options: SegmentOptions, result: CaseResult, picture: bytes
+    scan: Path,
+    found: Segmentation,
+    model: SegmentationModel,
+    options: SegmentOptions,
+    result: CaseResult,
+    picture: bytes,
 ) -> SegmentedCase:
     return SegmentedCase(
         name=scan.name,
@@ -344,8 +361,6 @@ def _statistics(scan: Path, found: Segmentation, model: SegmentationModel, secon
 
 
 def _check_channels(volume: Volume, model: SegmentationModel) -> None:
-    from .errors import InputError
-
     expected = model.config.data.channels
     if len(volume.data) != expected:
         raise InputError(

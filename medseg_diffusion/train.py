@@ -1,10 +1,10 @@
 """Configuration and data in, run directory out: the whole of `medseg train-segmenter` as a function.
 
-    RUN/config.yaml     resolved configuration
-    RUN/split.json      which case is on which side
-    RUN/log.csv         one row per validation; RUN/tensorboard every step
-    RUN/checkpoints/    last.pt: everything to resume bit-exactly
-    RUN/model/          the best model by validation, always loadable
+RUN/config.yaml     resolved configuration
+RUN/split.json      which case is on which side
+RUN/log.csv         one row per validation; RUN/tensorboard every step
+RUN/checkpoints/    last.pt: everything to resume bit-exactly
+RUN/model/          the best model by validation, always loadable
 """
 
 from __future__ import annotations
@@ -149,9 +149,7 @@ def _scans(
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
     split = split_by_hash(folder.cases, config.data.test_cases, config.data.validation_cases)
     used = [case for case in folder.cases if case.name not in split.test]
-    prepared = prepare(
-        used, build.preprocessing(config), config.data.channels, len(labels), run / "cache", on_prepare
-    )
+    prepared = prepare(used, build.preprocessing(config), config.data.channels, len(labels), run / "cache", on_prepare)
     augmenter = Augmenter(build.augmentation(config), config.network.dims)
     training = [case for case in prepared if case.name in split.train]
     examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter)
@@ -215,5 +213,3 @@ def _write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
-
-

@@ -108,7 +108,8 @@ def test_scales_broadcast_with_images_and_volumes(spatial: tuple[int, ...], dtyp
     schedule = schedules.linear(100)
     like = torch.zeros(3, 2, *spatial, dtype=dtype)
     t = torch.tensor([1, 50, 100])
-    for scale, expected in zip(schedule.scales(t, like), (schedule.at(t).sqrt(), (1 - schedule.at(t)).sqrt()), strict=True):
+    by_hand = (schedule.at(t).sqrt(), (1 - schedule.at(t)).sqrt())
+    for scale, expected in zip(schedule.scales(t, like), by_hand, strict=True):
         assert scale.dtype == dtype
         assert scale.shape == (3, 1, *[1] * len(spatial))
         torch.testing.assert_close(scale.flatten(), expected.to(dtype), rtol=0, atol=0)
@@ -136,11 +137,7 @@ def test_betas_of_kept_times_multiply_to_the_original_signal(name: str, kept: se
     one = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     product, s = 1.0, 0
     for t in sorted(kept):
-        if s == 0:
-            beta = 1 - float(schedule.alpha_bar[t])
-        else:
-            beta = float(posterior(schedule, one, one, t, s).max_variance)
-        product *= 1 - beta
+        product *= 1 - float(posterior(schedule, one, one, t, s).max_variance)
         assert product == pytest.approx(float(schedule.alpha_bar[t]), rel=1e-6, abs=1e-15)
         s = t
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
-from ..volumes.io import find_scans, scan_name
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import find_scans, scan_name
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
         for path in (case.image, case.label):
             if not path.is_file():
                 raise InputError(
-                    path, "no such file", f"the image and the label of case {case.name}", "add the file or drop the case"
+                    path,
+                    "no such file",
+                    f"the image and the label of case {case.name}",
+                    "add the file or drop the case",
                 )
     return tuple(sorted(cases, key=lambda case: case.name))
 
@@ -119,7 +122,7 @@ class Split:
 
 
 def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
-    """Splits by ranking the SHA-256 of the patients' names: the smallest are test, the next validation, the rest training.
+    """Splits by the rank of the SHA-256 of the patients' names: the smallest test, then validation, then training.
 
     The side of a patient depends on the names alone, never on the order of files or on a seed. ``test`` and
     ``validation`` count patients.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..diffusion.noise import derive_seed
+from medseg_diffusion.diffusion.noise import derive_seed
 
 
 class Examples(Protocol):

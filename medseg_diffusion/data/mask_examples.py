@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
-from ..volumes.io import read_labels, read_volume
-from ..volumes.preprocessing import Preprocessing, apply_labels
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
+
 from .augmentation import Augmenter
 from .cases import Case
 
@@ -105,7 +106,7 @@ class MaskExamples:
         return len(self.cases)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """"image" (C, *window) float32 and "label" (*window) int64."""
+        """The "image" (C, *window) float32 and "label" (*window) int64."""
         case, window = self.cases[index], (*self.window, 1)[:3]
         positions = self.foreground[index]
         aimed = len(positions) > 0 and float(torch.rand((), generator=generator)) < self.foreground_share

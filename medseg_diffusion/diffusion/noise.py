@@ -30,6 +30,6 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2^63) that depends on all parts, e.g. (seed, case name, sample index): SHA-256, so stable anywhere."""
+    """A seed in [0, 2^63) from all parts, e.g. (seed, case name, sample index), by SHA-256: the same everywhere."""
     digest = hashlib.sha256("\x1f".join(f"{type(part).__name__}:{part}" for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -3,7 +3,8 @@
 For s = t - 1 these are equations 6 and 7 of Ho et al. 2020 (arXiv 2006.11239); the pair form makes respacing of a
 trained chain unnecessary: with alpha_bar_{t|s} = alpha_bar_t / alpha_bar_s,
 
-    mean     = [sqrt(alpha_bar_s) (1 - alpha_bar_{t|s}) x0 + sqrt(alpha_bar_{t|s}) (1 - alpha_bar_s) x_t] / (1 - alpha_bar_t)
+    mean     = [sqrt(alpha_bar_s) (1 - alpha_bar_{t|s}) x0 + sqrt(alpha_bar_{t|s}) (1 - alpha_bar_s) x_t]
+               / (1 - alpha_bar_t)
     variance = (1 - alpha_bar_s) (1 - alpha_bar_{t|s}) / (1 - alpha_bar_t)      the smallest of a reverse step
     1 - alpha_bar_{t|s}                                                         the largest ("beta" of the pair)
 """

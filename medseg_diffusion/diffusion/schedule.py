@@ -94,13 +94,13 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e
 
 
 def scaled_linear(num_steps: int = 1000, beta_start: float = 1.5e-3, beta_end: float = 1.95e-2) -> NoiseSchedule:
-    """Betas linear in their square root, rescaled by 1000 / T: the "linear" of latent diffusion (Rombach et al. 2022)."""
+    """Betas linear in their square root, rescaled by 1000 / T: "linear" in latent diffusion (Rombach et al. 2022)."""
     root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64)
     return from_betas(root**2 * (1000 / num_steps))
 
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """alpha_bar(t) = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2) (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17)."""
+    """alpha_bar = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2) (Nichol & Dhariwal 2021, 2102.09672, eq. 17)."""
     u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     f = ((u + offset) / (1 + offset) * math.pi / 2).cos() ** 2
     return from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta))

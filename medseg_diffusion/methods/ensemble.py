@@ -39,7 +39,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def class_volumes_ml(members: Tensor, voxel_mm3: float) -> Tensor:
-    """Volume of every class in every member, (N, K) in millilitres, from members (N, K, *S) on voxels of ``voxel_mm3``."""
+    """Volume of each class in each member, (N, K) in ml, from members (N, K, *S) on voxels of ``voxel_mm3``."""
     labels = members.argmax(1).flatten(1)
     counts = torch.stack([torch.bincount(member, minlength=members.shape[1]) for member in labels])
     return counts.double() * voxel_mm3 / 1000

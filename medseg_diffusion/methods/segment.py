@@ -10,8 +10,8 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from ..diffusion.noise import derive_seed
-from ..sampling.loop import Sampler
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.sampling.loop import Sampler
 
 
 class Segmenter(Protocol):

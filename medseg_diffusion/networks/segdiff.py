@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import Condition
+from medseg_diffusion.diffusion.denoiser import Condition
+
 from .unet import UNet, conv, fold
 
 
@@ -51,7 +52,9 @@ class ImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.first = conv(dims, in_channels, channels)
-        self.trunk = nn.Sequential(*(RRDB(dims, channels, growth) for _ in range(blocks)), conv(dims, channels, channels))
+        self.trunk = nn.Sequential(
+            *(RRDB(dims, channels, growth) for _ in range(blocks)), conv(dims, channels, channels)
+        )
         self.high_resolution = conv(dims, channels, channels)
         self.last = conv(dims, channels, out_channels)
 
@@ -73,7 +76,12 @@ class SegDiff(nn.Module):
     """
 
     def __init__(
-        self, unet: UNet, image_channels: int, encoder_channels: int = 64, encoder_blocks: int = 12, encoder_growth: int = 32
+        self,
+        unet: UNet,
+        image_channels: int,
+        encoder_channels: int = 64,
+        encoder_blocks: int = 12,
+        encoder_growth: int = 32,
     ) -> None:
         super().__init__()
         self.unet = unet

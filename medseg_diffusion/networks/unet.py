@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..diffusion.denoiser import Condition
+from medseg_diffusion.diffusion.denoiser import Condition
 
 Resampling = Literal["none", "down", "up"]
 ResamplingKind = Literal["resblock", "conv", "plain"]
@@ -196,7 +196,9 @@ class UNet(nn.Module):
         super().__init__()
         depths = [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
         if dims not in (2, 3) or len(depths) != len(channel_mult):
-            raise ValueError(f"dims must be 2 or 3, with one num_res_blocks a level: got {dims}, {depths}, {channel_mult}")
+            raise ValueError(
+                f"dims must be 2 or 3, with one num_res_blocks a level: got {dims}, {depths}, {channel_mult}"
+            )
         self.dims = dims
         self.in_channels = in_channels
         self.channels = channels
@@ -241,7 +243,9 @@ class UNet(nn.Module):
                 inside, width = width + skips.pop(), mult * channels
                 up = resampler(width, "up") if level and i == depth else None
                 self.decoder.append(Block(res(inside, width), attention(width, level), up))
-        self.out = nn.Sequential(normalisation(width), nn.SiLU(), zeroed(conv(dims, width, out_channels * patch_size**dims)))
+        self.out = nn.Sequential(
+            normalisation(width), nn.SiLU(), zeroed(conv(dims, width, out_channels * patch_size**dims))
+        )
 
     def encode_condition(self, image: Tensor) -> Condition:
         """What conditions every step: for this network the image (B, C', *S) itself, concatenated."""
@@ -253,7 +257,7 @@ class UNet(nn.Module):
     def activations(
         self, x: Tensor, timesteps: Tensor, cond: Condition | None = None, names: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """The outputs of the named blocks: "encoder.i", "middle.i", "decoder.i", each (B, C_i, *S_i) of the padded input.
+        """The outputs of the named blocks, "encoder.i", "middle.i", "decoder.i": (B, C_i, *S_i) of the padded input.
 
         Raises:
             ValueError: a name that the network does not have, with those it has.
@@ -273,7 +277,9 @@ class UNet(nn.Module):
         if "concat" in cond:
             x = torch.cat([x, cond["concat"]], dim=1)
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(f"expected (B, {self.in_channels}, {self.dims} axes) with the condition, got {tuple(x.shape)}")
+            raise ValueError(
+                f"expected (B, {self.in_channels}, {self.dims} axes) with the condition, got {tuple(x.shape)}"
+            )
         size = x.shape[2:]
         emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(x.dtype))
         h = self.stem(fold(self.padded(x), self.patch_size))
@@ -290,7 +296,7 @@ class UNet(nn.Module):
         for i, block in enumerate(self.decoder):
             h = self._call_block(block, torch.cat([h, skips.pop()], dim=1), emb)
             collect(f"decoder.{i}", h)
-        return unfold(self.out(h), self.patch_size)[(..., *(slice(0, n) for n in size))]
+        return unfold(self.out(h), self.patch_size)[(slice(None), slice(None), *(slice(0, n) for n in size))]
 
     def _call_block(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def model_card(card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = "") -> str:
-    """Markdown for the content of model.json; ``command``, ``data`` (credit and terms) and ``notes`` are added by hand."""
+    """Markdown for the content of model.json, with the ``command``, ``data`` (credit and terms) and ``notes`` given."""
     environment = Environment(
         loader=PackageLoader("medseg_diffusion.reports"),
         undefined=StrictUndefined,

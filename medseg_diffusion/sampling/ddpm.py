@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..diffusion.posterior import posterior
-from ..diffusion.prediction import Prediction
-from ..diffusion.schedule import NoiseSchedule
+from medseg_diffusion.diffusion.posterior import posterior
+from medseg_diffusion.diffusion.prediction import Prediction
+from medseg_diffusion.diffusion.schedule import NoiseSchedule
+
 from .loop import Noise
 
 

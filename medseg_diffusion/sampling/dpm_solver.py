@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..diffusion.prediction import Prediction
-from ..diffusion.schedule import NoiseSchedule
+from medseg_diffusion.diffusion.prediction import Prediction
+from medseg_diffusion.diffusion.schedule import NoiseSchedule
+
 from .loop import Noise, Step
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ..diffusion.denoiser import Condition, Denoiser
-from ..diffusion.noise import gaussian
-from ..diffusion.prediction import Prediction
-from ..diffusion.schedule import NoiseSchedule
+from medseg_diffusion.diffusion.denoiser import Condition, Denoiser
+from medseg_diffusion.diffusion.noise import gaussian
+from medseg_diffusion.diffusion.prediction import Prediction
+from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
 Spacing = Literal["log-snr", "trailing", "leading", "linspace"]
 Noise = Callable[[], Tensor]
@@ -96,7 +97,7 @@ def sample(
         generators: one CPU generator per batch element; needed by stochastic steps only.
         on_step: called after every step with (time reached, x there, the prediction that led there).
     """
-    pairs = list(zip(times[:-1], times[1:], strict=True))
+    pairs = list(pairwise(times))
     if not pairs or not (all(t > s for t, s in pairs) or all(t < s for t, s in pairs)):
         raise ValueError(f"times must be strictly monotone and at least two, got {list(times)}")
 

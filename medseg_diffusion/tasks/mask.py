@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import NetworkDenoiser
-from ..diffusion.noise import gaussian, generators
-from ..diffusion.objective import Simple, uniform_times
-from ..diffusion.prediction import Prediction
-from ..sampling.loop import Sampler, sample
+from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.noise import gaussian, generators
+from medseg_diffusion.diffusion.objective import Simple, uniform_times
+from medseg_diffusion.diffusion.prediction import Prediction
+from medseg_diffusion.sampling.loop import Sampler, sample
 
 Batch = Mapping[str, Tensor]
 """A training batch: "image" (B, C, *S) float, "label" (B, *S) int64, "seed" (B,) int64."""
@@ -99,7 +99,9 @@ class MaskDiffusion(nn.Module):
         return loss
 
     @torch.no_grad()
-    def probabilities(self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]) -> Tensor:
+    def probabilities(
+        self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
+    ) -> Tensor:
         """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S).
 
         ``seeds`` holds N seeds for each of the B images; all B N samples walk in one batch, and the image is encoded
@@ -115,7 +117,7 @@ class MaskDiffusion(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The matched baseline: the same backbone maps the image to logits in one pass, trained with Dice + cross-entropy."""
+    """The matched baseline: the same backbone maps the image to logits in one pass (Dice + cross-entropy)."""
 
     def __init__(self, network: nn.Module, encoding: MaskEncoding) -> None:
         super().__init__()
@@ -132,7 +134,9 @@ class FeedForward(nn.Module):
         return dice_ce(self.logits(batch["image"]), batch["label"])
 
     @torch.no_grad()
-    def probabilities(self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]) -> Tensor:
+    def probabilities(
+        self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
+    ) -> Tensor:
         """Probabilities (B, N, K, *S) as `MaskDiffusion.probabilities`; the N members are the same."""
         return self.logits(image).softmax(dim=1)[:, None].expand(-1, len(seeds[0]), *[-1] * (image.ndim - 1))
 

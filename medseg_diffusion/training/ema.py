@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -30,7 +30,7 @@ class EMA:
         """Moves the average towards the present, fp32 parameters of ``model``; buffers are copied."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        shadow = list(self.module.parameters())
+        shadow: list[Tensor] = list(self.module.parameters())
         torch._foreach_lerp_(shadow, list(model.parameters()), 1 - decay)
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

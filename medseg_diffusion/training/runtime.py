@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from medseg_diffusion.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -27,7 +27,9 @@ def choose_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"device {name!r} asked for, but {torch.cuda.device_count()} CUDA devices found; try --device cpu")
+        raise UsageError(
+            f"device {name!r} asked for, but {torch.cuda.device_count()} CUDA devices found; try --device cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device 'mps' asked for, but this machine has none; try --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):

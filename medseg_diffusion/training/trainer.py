@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 
-from ..diffusion.noise import derive_seed
-from ..errors import InputError, MedsegError
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, MedsegError
+
 from .ema import EMA
 from .runtime import Runtime
 
@@ -106,7 +107,7 @@ def fit(
     max_steps: int | None = None,
     time_limit_min: float | None = None,
 ) -> dict[str, float]:
-    """Trains ``model`` (batch -> scalar loss) until ``options.max_steps``, a limit, or Ctrl-C; returns the best numbers.
+    """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or Ctrl-C; returns the best numbers.
 
     ``run`` receives checkpoints/last.pt (everything to resume bit-exactly), log.csv and tensorboard/. The best
     averaged weights by validation are handed to ``callbacks.save``. Ctrl-C and the limits write a resume file first.
@@ -169,8 +170,8 @@ def fit(
             value = runtime.mean(loss)
             if not torch.isfinite(torch.tensor([value, norm])).all():
                 raise MedsegError(
-                    f"the loss became {value} (gradient norm {norm}) at step {state.step}: lower training.learning_rate, "
-                    "or use --set training.precision=fp32; the last resume file is from before"
+                    f"the loss became {value} (gradient norm {norm}) at step {state.step}: "
+                    "lower training.learning_rate, or use --set training.precision=fp32"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -252,9 +253,7 @@ def _save(
     temporary.replace(path)
 
 
-def _load(
-    path: Path, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA
-) -> _State:
+def _load(path: Path, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> _State:
     if not path.is_file():
         raise InputError(path, "no resume file", "a run that was started before", "drop --resume to start it")
     try:
@@ -267,7 +266,7 @@ def _load(
     except Exception as error:
         raise InputError(
             path,
-            f"an unusable resume file ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"an unusable resume file ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
             "the one that this configuration wrote",
             "restore it, or start a new run in another folder",
         ) from error

@@ -1,0 +1,266 @@
+"""Configurations: presets, strictness, overrides, and sections that mirror what they feed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from medseg_diffusion import build
+from medseg_diffusion.config import (
+    AugmentationSection,
+    DataSection,
+    ImageEncoderSection,
+    PreprocessingSection,
+    Section,
+    SegmenterConfig,
+    TrainingSection,
+    UNetSection,
+    load_config,
+    parse_config,
+    presets,
+)
+from medseg_diffusion.data.augmentation import Augmentation
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.networks.segdiff import SegDiff
+from medseg_diffusion.networks.unet import UNet
+from medseg_diffusion.training.trainer import TrainingOptions
+from medseg_diffusion.volumes.preprocessing import Preprocessing
+
+MINIMAL = {"method": "ensemdiff", "data": {"window": [8, 8, 8]}}
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_presets() -> None:
+    assert len(presets()) > 0
+    assert all("_" not in name and name == name.lower() for name in presets())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_loads_builds_and_takes_a_step(name: str) -> None:
+    config = load_config(name)
+    assert config.description
+    model = build.segmenter(config, 1 + (len(config.data.labels) or 3))
+    assert sum(p.numel() for p in model.parameters()) > 1000
+    build.preprocessing(config)
+    build.augmentation(config)
+    build.training_options(config)
+    build.sampler(config.inference.sampler)
+    build.noise_schedule(config.diffusion)
+    window = [8] * config.network.dims
+    batch = {
+        "image": torch.randn(1, config.data.channels, *window),
+        "label": torch.zeros(1, *window, dtype=torch.int64),
+        "seed": torch.tensor([0]),
+    }
+    loss = model(batch)
+    loss.backward()
+    assert bool(loss.isfinite())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_survives_being_written_and_read_again(name: str, tmp_path: Path) -> None:
+    """A model's card holds its configuration as JSON: it must come back the same."""
+    config = load_config(name)
+    assert load_config(write(tmp_path, config.model_dump(mode="json"))) == config
+
+
+# ---- strictness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "nearest"),
+    [
+        ({"trainning": {}}, "trainning", "training"),
+        ({"network": {"chanels": 3}}, "network.chanels", "channels"),
+        ({"diffusion": {"schedule": {"steps": 3}}}, "diffusion.schedule.steps", "num_steps"),
+        ({"data": {"window": [8, 8, 8], "test_case": 3}}, "data.test_case", "test_cases"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_file_path_and_nearest_key(
+    tmp_path: Path, change: dict[str, object], key: str, nearest: str
+) -> None:
+    path = write(tmp_path, {**MINIMAL, **change})
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: unknown key {key}; did you mean {nearest}?"
+
+
+def test_an_unknown_key_that_resembles_nothing_is_refused_with_all_keys(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown key network\.zzz; known: dims, channels, "):
+        load_config(write(tmp_path, {**MINIMAL, "network": {"zzz": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "nnunet"}, r"method: .*'ensemdiff', 'segdiff' or 'baseline'.*got 'nnunet'"),
+        ({"training": {"batch_size": 0}}, r"training\.batch_size: .*greater than or equal to 1 \(got 0\)"),
+        ({"training": {"learning_rate": "fast"}}, r"training\.learning_rate: .*number.*got 'fast'"),
+        ({"network": {"channel_mult": 3}}, r"network\.channel_mult: .*tuple"),
+        ({"network": {"dims": 4}}, r"network\.dims: "),
+        ({"network": 3}, r"network: .*got 3"),
+        ({"diffusion": {"dice_ce_weight": 1}}, "dice_ce_weight needs head: logits"),
+        ({"diffusion": {"head": "logits", "target": "eps"}}, "head: logits needs target: x0"),
+        ({"inference": {"overlap": 1.0}}, r"inference\.overlap: .*less than 1"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = write(tmp_path, {**MINIMAL, **change})
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("part", "window"), [("data", [8, 8]), ("data", [8, 8, 8, 8]), ("inference", [8, 8])])
+def test_a_window_of_another_dimension_is_refused(tmp_path: Path, part: str, window: list[int]) -> None:
+    content = {**MINIMAL, part: {**MINIMAL.get(part, {}), "window": window}}
+    with pytest.raises(UsageError, match=rf"{part}\.window has {len(window)} numbers, but network\.dims is 3"):
+        load_config(write(tmp_path, content))
+    flat = {**MINIMAL, "data": {"window": [8, 8]}, "network": {"dims": 2}, "inference": {"window": [4, 4]}}
+    assert load_config(write(tmp_path, flat)).inference.window == (4, 4)
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="method: Field required"):
+        load_config(write(tmp_path, {"data": {"window": [8, 8, 8]}}))
+    with pytest.raises(UsageError, match=r"data\.window: Field required"):
+        load_config(write(tmp_path, {"method": "segdiff", "data": {}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("method: [", "not YAML"), ("- a\n- b", "holds list"), ("", "holds NoneType"), ("just words", "holds str")],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_names_code_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    with pytest.raises(UsageError, match="not YAML"):
+        load_config(write(tmp_path, f"method: !!python/object/apply:pathlib.Path.touch [{marker}]"))
+    assert not marker.exists()
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    name = next(iter(presets()))
+    with pytest.raises(UsageError, match=rf"no preset of that name; did you mean {name}\?"):
+        load_config(name[:-1])
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = parse_config(MINIMAL, "here")
+    with pytest.raises(ValueError, match="frozen"):
+        config.method = "segdiff"
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.max_steps = 1
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
+    overrides = [
+        "training.max_steps=7",
+        "training.learning_rate=1.0e-5",
+        "network.channel_mult=[1, 2]",
+        "diffusion.schedule.name=cosine",
+        "inference.window=null",
+        "preprocessing.spacing_mm=[1, 1, 2.5]",
+    ]
+    config = load_config(write(tmp_path, {**MINIMAL, "training": {"max_steps": 5, "workers": 2}}), overrides)
+    assert config.training.max_steps == 7 and config.training.workers == 2
+    assert config.training.learning_rate == 1e-5
+    assert config.network.channel_mult == (1, 2)
+    assert config.diffusion.schedule.name == "cosine"
+    assert config.preprocessing.spacing_mm == (1, 1, 2.5)
+    assert load_config(write(tmp_path, MINIMAL), ["method=segdiff", "method=baseline"]).method == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.max_steps", r"expected a\.b=value"),
+        ("=3", r"expected a\.b=value"),
+        ("training.max_step=3", r"unknown key training\.max_step; did you mean max_steps\?"),
+        ("training.max_steps=many", r"training\.max_steps: .*got 'many'"),
+        ("method.name=3", "method is a value, not a section"),
+        ("network.channels=[", "is not YAML"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+# ---- sections and constructors ---------------------------------------------------------------------------------------
+
+
+def constructor(kind: type, without: set[str]) -> dict[str, object]:
+    """Parameters of a constructor with their defaults."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in without}
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "given_elsewhere", "own"),
+    [
+        (UNetSection, UNet, {"in_channels", "out_channels"}, set()),
+        (ImageEncoderSection, SegDiff, {"unet", "image_channels"}, set()),
+        (TrainingSection, TrainingOptions, set(), {"precision"}),
+        (PreprocessingSection, Preprocessing, set(), set()),
+        (AugmentationSection, Augmentation, set(), set()),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_section_mirrors_the_constructor_it_feeds(
+    section: type[Section], kind: type, given_elsewhere: set[str], own: set[str]
+) -> None:
+    parameters = constructor(kind, given_elsewhere)
+    assert [name for name in section.model_fields if name not in own] == list(parameters)
+    if section is not UNetSection:  # its defaults are those of a small CPU network, not of the publication
+        defaults = section().model_dump(exclude=own)
+        assert defaults == parameters
+
+
+def test_options_without_a_default_are_none() -> None:
+    assert all(field.default is not MISSING for field in fields(TrainingOptions))
+    assert DataSection.model_fields["window"].is_required()
+
+
+def test_every_name_that_a_configuration_may_use_is_built() -> None:
+    base = parse_config(MINIMAL, "here").model_dump()
+    for name in build.SCHEDULES:
+        changed = {**base, "diffusion": {"schedule": {"name": name, "num_steps": 50}}}
+        assert build.noise_schedule(parse_config(changed, name).diffusion).num_steps == 50
+    names = SegmenterConfig.model_fields["inference"].annotation.model_fields["sampler"].annotation.__args__
+    assert set(names) == set(build.SAMPLERS)
+    for name in names:
+        assert build.sampler(name).begin() is not None
+
+
+def test_what_cannot_be_built_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="sampler 'euler' is unknown; use ddpm, ddim"):
+        build.sampler("euler")
+    few = parse_config({**MINIMAL, "diffusion": {"schedule": {"num_steps": 10}}}, "here")
+    with pytest.raises(UsageError, match=r"diffusion\.schedule: every beta must lie in"):
+        build.segmenter(few, 2)
+    heads = {"attention_factors": [1], "channels": 8, "head_channels": 3}
+    with pytest.raises(UsageError, match=r"network: head_channels \(3\) must divide"):
+        build.segmenter(parse_config({**MINIMAL, "network": heads}, "here"), 2)
