@@ -10,22 +10,40 @@ import typer
 from ._shared import AsJson, Quiet, Seed, print_json, print_table
 
 
+def _parse_labels(values: list[str] | None) -> dict[int, str] | None:
+    if not values:
+        return None
+    labels = {}
+    for text in values:
+        number, _, name = text.partition("=")
+        if not number.isdecimal() or int(number) == 0:
+            raise typer.BadParameter(f"{text!r} is not VALUE or VALUE=NAME with a value above 0", param_hint="--label")
+        labels[int(number)] = name or f"label {number}"
+    return labels
+
+
 def evaluate(
     prediction: Annotated[Path, typer.Argument(metavar="PRED", help="Predicted mask, or a folder of them.")],
     reference: Annotated[Path, typer.Argument(metavar="REF", help="Reference mask, or a folder of them.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder for summary.json, cases.csv, report.html.")],
-    labels: Annotated[list[int] | None, typer.Option("--label", min=1, help="Repeatable; default: all found.")] = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", metavar="VALUE[=NAME]", help="Repeatable; default: all found.")
+    ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="The scans, for the report's pictures.")] = None,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predicted with reference masks: overlap and surface distances per label, with intervals."""
-    from medseg_diffusion import evaluation
+    """Compare predicted with reference masks: Dice and IoU per class, with intervals over cases."""
+    names = _parse_labels(labels)
+    from medseg_diffusion.evaluation import evaluate as compare
 
-    rows = evaluation.evaluate(prediction, reference, out, labels=labels, images=images, seed=seed).table()
+    result = compare(prediction, reference, out, labels=names, images=images, seed=seed)
+    rows = [dict(zip(("class", "Dice", "IoU", "cases"), row, strict=True)) for row in result.table()]
     if as_json:
         print_json(rows)
     elif not quiet:
         print_table(rows)
+        for warning in result.warnings:
+            typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"report: {out / 'report.html'}")

@@ -11,7 +11,7 @@ from .checkpoint import SavedModel
 from .config import DiffusionSection, SegmenterConfig, parse_config
 from .data.augmentation import Augmentation
 from .diffusion import schedule
-from medseg_diffusion.diffusion.denoiser import Head, NetworkDenoiser
+from .diffusion.denoiser import Head, NetworkDenoiser
 from .diffusion.objective import Simple
 from .diffusion.schedule import NoiseSchedule
 from .errors import ModelError, UsageError

@@ -154,7 +154,8 @@ class SegmentationModel:
 
     @property
     def name(self) -> str:
-        return str(self.saved.card.get("name") or self.saved.path.name)
+        path = self.saved.path
+        return path.resolve().parent.name if path.name == "model" else path.name
 
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None

@@ -25,9 +25,11 @@ from . import build
 from .checkpoint import save_model
 from .config import SegmenterConfig
 from .data.augmentation import Augmenter
-from .data.cases import Split, find_cases, split_by_hash
+from .data.cases import Case, Split, find_cases, split_by_hash
 from .data.draws import Draws, Examples
 from .data.mask_examples import MaskExamples, PreparedCase, prepare
+from .data.synthesis import LabelMap, SyntheticBrains, load_label_map
+from .data.tissue import TISSUES
 from .diffusion.noise import derive_seed
 from .errors import UsageError
 from .methods.segment import Windows, segment
@@ -36,6 +38,10 @@ from .reports.card import model_card
 from .sampling.loop import spaced
 from .training.runtime import Runtime
 from .training.trainer import Callbacks, Progress, fit
+from .volumes.io import find_scans, scan_name
+
+VALIDATION_WINDOWS = 12
+"""Synthetic windows, of the held-out anatomies, on which training from label maps is validated."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,32 @@ def _scans(
 def _brain_labelmaps(
     config: SegmenterConfig, data: Path, run: Path, seed: int, on_prepare: Callable[[int, int], None]
 ) -> TrainingData:
-    raise NotImplementedError
+    spacing = config.preprocessing.spacing_mm
+    if spacing is None or len(set(spacing)) != 1 or config.data.channels != 1 or config.network.dims != 3:
+        raise UsageError("data.source brain-labelmaps needs isotropic preprocessing.spacing_mm, 1 channel and 3D")
+    files = find_scans(data)
+    cases = [Case(scan_name(file), file, file, scan_name(file)) for file in files]
+    split = split_by_hash(cases, config.data.test_cases, config.data.validation_cases)
+    maps: dict[str, LabelMap] = {}
+    for case in cases:
+        if case.name not in split.test:
+            maps[case.name] = load_label_map(case.label)
+            on_prepare(len(maps), len(cases) - len(split.test))
+    training = [maps[name] for name in split.train]
+    examples = SyntheticBrains(training, config.data.window, spacing[0], config.data.examples_per_map)
+    held_out = SyntheticBrains([maps[name] for name in split.validation], config.data.window, spacing[0])
+    validation = []
+    for i in range(VALIDATION_WINDOWS):
+        name = f"{held_out.maps[i % len(held_out)].name}-{i}"
+        example = held_out.example(i, torch.Generator().manual_seed(derive_seed("validation", name)))
+        validation.append(PreparedCase(name, example["image"], example["label"].to(torch.uint8)))
+    summary = {
+        "label_maps": len(split.train),
+        "validation_label_maps": len(split.validation),
+        "test_label_maps": len(split.test),
+        "examples": "synthesised, never the same twice",
+    }
+    return TrainingData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split)
 
 
 def _ranges(shapes: list[tuple[int, ...]]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,9 +16,8 @@ from medseg_diffusion.config import (
     AugmentationSection,
     DataSection,
     ImageEncoderSection,
+    InferenceSection,
     PreprocessingSection,
-    Section,
-    SegmenterConfig,
     TrainingSection,
     UNetSection,
     load_config,
@@ -31,7 +31,7 @@ from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.training.trainer import TrainingOptions
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
-MINIMAL = {"method": "ensemdiff", "data": {"window": [8, 8, 8]}}
+MINIMAL: dict[str, Any] = {"method": "ensemdiff", "data": {"window": [8, 8, 8]}}
 
 
 def write(folder: Path, content: object) -> Path:
@@ -49,7 +49,7 @@ def test_there_are_presets() -> None:
 
 
 @pytest.mark.parametrize("name", presets())
-def test_a_preset_loads_builds_and_takes_a_step(name: str) -> None:
+def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
     config = load_config(name)
     assert config.description
     model = build.segmenter(config, 1 + (len(config.data.labels) or 3))
@@ -71,7 +71,7 @@ def test_a_preset_loads_builds_and_takes_a_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", presets())
-def test_a_preset_survives_being_written_and_read_again(name: str, tmp_path: Path) -> None:
+def test_a_preset_survives_being_written_and_read_again(name, tmp_path: Path) -> None:
     """A model's card holds its configuration as JSON: it must come back the same."""
     config = load_config(name)
     assert load_config(write(tmp_path, config.model_dump(mode="json"))) == config
@@ -89,9 +89,7 @@ def test_a_preset_survives_being_written_and_read_again(name: str, tmp_path: Pat
         ({"data": {"window": [8, 8, 8], "test_case": 3}}, "data.test_case", "test_cases"),
     ],
 )
-def test_an_unknown_key_is_refused_with_file_path_and_nearest_key(
-    tmp_path: Path, change: dict[str, object], key: str, nearest: str
-) -> None:
+def test_an_unknown_key_is_refused_with_file_path_and_nearest_key(tmp_path: Path, change, key, nearest) -> None:
     path = write(tmp_path, {**MINIMAL, **change})
     with pytest.raises(UsageError) as caught:
         load_config(path)
@@ -117,7 +115,7 @@ def test_an_unknown_key_that_resembles_nothing_is_refused_with_all_keys(tmp_path
         ({"inference": {"overlap": 1.0}}, r"inference\.overlap: .*less than 1"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_a_bad_value_is_refused_with_its_key(tmp_path: Path, change, message) -> None:
     path = write(tmp_path, {**MINIMAL, **change})
     with pytest.raises(UsageError, match=message) as caught:
         load_config(path)
@@ -126,7 +124,7 @@ def test_a_bad_value_is_refused_with_its_key(tmp_path: Path, change: dict[str, o
 
 
 @pytest.mark.parametrize(("part", "window"), [("data", [8, 8]), ("data", [8, 8, 8, 8]), ("inference", [8, 8])])
-def test_a_window_of_another_dimension_is_refused(tmp_path: Path, part: str, window: list[int]) -> None:
+def test_a_window_of_another_dimension_is_refused(tmp_path: Path, part, window) -> None:
     content = {**MINIMAL, part: {**MINIMAL.get(part, {}), "window": window}}
     with pytest.raises(UsageError, match=rf"{part}\.window has {len(window)} numbers, but network\.dims is 3"):
         load_config(write(tmp_path, content))
@@ -145,7 +143,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
     ("text", "message"),
     [("method: [", "not YAML"), ("- a\n- b", "holds list"), ("", "holds NoneType"), ("just words", "holds str")],
 )
-def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text, message) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load_config(write(tmp_path, text))
     assert "\n" not in str(caught.value)
@@ -167,9 +165,9 @@ def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     config = parse_config(MINIMAL, "here")
     with pytest.raises(ValueError, match="frozen"):
-        config.method = "segdiff"
+        config.method = "segdiff"  # type: ignore[misc]
     with pytest.raises(ValueError, match="frozen"):
-        config.training.max_steps = 1
+        config.training.max_steps = 1  # type: ignore[misc]
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------
@@ -204,7 +202,7 @@ def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
         ("network.channels=[", "is not YAML"),
     ],
 )
-def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+def test_a_bad_override_is_refused(tmp_path: Path, override, message) -> None:
     with pytest.raises(UsageError, match=message):
         load_config(write(tmp_path, MINIMAL), [override])
 
@@ -229,9 +227,7 @@ def constructor(kind: type, without: set[str]) -> dict[str, object]:
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_a_section_mirrors_the_constructor_it_feeds(
-    section: type[Section], kind: type, given_elsewhere: set[str], own: set[str]
-) -> None:
+def test_a_section_mirrors_the_constructor_it_feeds(section, kind, given_elsewhere, own) -> None:
     parameters = constructor(kind, given_elsewhere)
     assert [name for name in section.model_fields if name not in own] == list(parameters)
     if section is not UNetSection:  # its defaults are those of a small CPU network, not of the publication
@@ -249,7 +245,7 @@ def test_every_name_that_a_configuration_may_use_is_built() -> None:
     for name in build.SCHEDULES:
         changed = {**base, "diffusion": {"schedule": {"name": name, "num_steps": 50}}}
         assert build.noise_schedule(parse_config(changed, name).diffusion).num_steps == 50
-    names = SegmenterConfig.model_fields["inference"].annotation.model_fields["sampler"].annotation.__args__
+    names = get_args(InferenceSection.model_fields["sampler"].annotation)
     assert set(names) == set(build.SAMPLERS)
     for name in names:
         assert build.sampler(name).begin() is not None

@@ -13,7 +13,9 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +118,7 @@ def assert_moments(found: Tensor, expected: Moments, errors: float = 5.0) -> Non
 @pytest.mark.parametrize("how", SPACINGS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_mean_and_spread_follow_the_closed_form(name: str, schedule: str, how: str) -> None:
+def test_mean_and_spread_follow_the_closed_form(name, schedule, how) -> None:
     for count, mean, std in ((4, -0.5, 1.0), (12, 0.3, 0.2)):
         times = spaced(SCHEDULES[schedule], count, how)
         expected = closed_form(name, SCHEDULES[schedule], times, mean, std)
@@ -128,13 +130,11 @@ def test_mean_and_spread_follow_the_closed_form(name: str, schedule: str, how: s
     name=st.sampled_from(sorted(SAMPLERS)),
     schedule=st.sampled_from(sorted(SCHEDULES)),
     kept=st.sets(st.integers(1, 100), min_size=1, max_size=12),
-    mean=st.floats(-1, 1),
+    mean=st.floats(-1, 1, allow_subnormal=False),
     std=st.floats(0.05, 2),
     end=st.booleans(),
 )
-def test_any_decreasing_times_follow_the_closed_form(
-    name: str, schedule: str, kept: set[int], mean: float, std: float, end: bool
-) -> None:
+def test_any_decreasing_times_follow_the_closed_form(name, schedule, kept, mean, std, end) -> None:
     """Irregular grids, late starts, and walks that stop before the clean time."""
     times = [*sorted(kept, reverse=True), *([0] if end or len(kept) < 2 else [])]
     expected = closed_form(name, SCHEDULES[schedule], times, mean, std)
@@ -145,7 +145,7 @@ def test_any_decreasing_times_follow_the_closed_form(
 @pytest.mark.parametrize("how", SPACINGS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["ddim", "dpm++"])
-def test_deterministic_samplers_are_the_closed_form_exactly(name: str, schedule: str, how: str) -> None:
+def test_deterministic_samplers_are_the_closed_form_exactly(name, schedule, how) -> None:
     """Without noise the result is one affine map of the start: no Monte-Carlo error hides a small mistake."""
     times = spaced(SCHEDULES[schedule], 15, how)
     expected = closed_form(name, SCHEDULES[schedule], times, 0.3, 0.2)
@@ -170,7 +170,7 @@ def table_times(count: int) -> list[int]:
     ],
     ids=["ddim", "ddpm", "dpm++", "dpm++-log-snr"],
 )
-def test_the_spread_by_number_of_steps_is_the_established_table(name: str, how: str, stds: dict[int, float]) -> None:
+def test_the_spread_by_number_of_steps_is_the_established_table(name, how, stds) -> None:
     """Data of mean 0.3 and standard deviation 0.2, linear schedule of 1000: a wrong step shows here at once."""
     schedule = SCHEDULES["linear"]
     for count, std in stds.items():
@@ -187,7 +187,7 @@ def test_the_spread_by_number_of_steps_is_the_established_table(name: str, how: 
 
 @pytest.mark.filterwarnings("ignore:.*distinct times remain")  # a property of the grids, tested below
 @pytest.mark.parametrize("name", ["ddim", "dpm++"])
-def test_more_steps_come_closer_to_the_data(name: str) -> None:
+def test_more_steps_come_closer_to_the_data(name) -> None:
     schedule = SCHEDULES["linear"]
     errors = [abs(closed_form(name, schedule, spaced(schedule, n), 0.3, 0.2).std - 0.2) for n in (5, 20, 200)]
     assert errors[0] > errors[1] > errors[2]
@@ -211,7 +211,7 @@ class Wave(nn.Module):
         return torch.sin(3 * x + 0.01 * timesteps[0]) + 0.1 * x.tanh().mean()
 
 
-def their(kind: type, schedule: NoiseSchedule, target: str, **options: object) -> object:
+def their(kind: Any, schedule: NoiseSchedule, target: str, **options: Any) -> Any:
     """A diffusers scheduler whose table is ours: their index i is our time i + 1."""
     scheduler = kind(num_train_timesteps=1000, prediction_type=PREDICTION_TYPES[target], **options)
     scheduler.alphas_cumprod = schedule.alpha_bar[1:].clone()
@@ -223,7 +223,7 @@ def their(kind: type, schedule: NoiseSchedule, target: str, **options: object) -
 def compare(
     schedule: NoiseSchedule,
     sampler: Sampler,
-    target: str,
+    target: Any,
     times: list[int],
     their_step: Callable[[Tensor, int, int, Tensor, torch.Generator], Tensor],
 ) -> None:
@@ -234,7 +234,7 @@ def compare(
     step = sampler.begin()
     for t, s in pairwise(times):
         prediction = denoiser(x, torch.tensor([t]))
-        ours = step(schedule, prediction, x, t, s, lambda x=x: gaussian(x.shape[1:], [own], like=x))
+        ours = step(schedule, prediction, x, t, s, partial(gaussian, x.shape[1:], [own], like=x))
         theirs = their_step(denoiser.network(x, torch.tensor([t - 1])), t, s, x, other)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         x = ours
@@ -244,7 +244,7 @@ def compare(
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(("variance", "theirs"), [("posterior", "fixed_small"), ("beta", "fixed_large")])
-def test_ancestral_sampling_equals_diffusers(variance: str, theirs: str, schedule: str, target: str, grid: str) -> None:
+def test_ancestral_sampling_equals_diffusers(variance, theirs, schedule, target, grid) -> None:
     table, times = SCHEDULES[schedule], GRIDS[grid]
     scheduler = their(DDPMScheduler, table, target, clip_sample=False, variance_type=theirs)
     scheduler.set_timesteps(timesteps=[t - 1 for t in times[:-1]])
@@ -259,7 +259,7 @@ def test_ancestral_sampling_equals_diffusers(variance: str, theirs: str, schedul
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ddim_equals_diffusers(schedule: str, target: str, eta: float, grid: str) -> None:
+def test_ddim_equals_diffusers(schedule, target, eta, grid) -> None:
     table, times = SCHEDULES[schedule], GRIDS[grid]
     scheduler = their(DDIMScheduler, table, target, clip_sample=False)
 
@@ -288,7 +288,7 @@ def test_ddim_on_diffusers_own_grid() -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_dpm_solver_equals_diffusers(schedule: str, target: str, grid: str) -> None:
+def test_dpm_solver_equals_diffusers(schedule, target, grid) -> None:
     table, times = SCHEDULES[schedule], GRIDS[grid]
     scheduler = their(
         DPMSolverMultistepScheduler,
@@ -322,7 +322,7 @@ def test_dpm_solver_equals_diffusers(schedule: str, target: str, grid: str) -> N
     kind=st.sampled_from([linear, cosine, sigmoid]),
     share=st.floats(0.05, 1),
 )
-def test_times_decrease_to_the_clean_one(num_steps: int, count: int, how: str, kind: Callable, share: float) -> None:
+def test_times_decrease_to_the_clean_one(num_steps, count, how, kind, share) -> None:
     schedule, start = kind(num_steps), max(1, round(share * num_steps))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -353,7 +353,7 @@ def test_log_snr_times_are_even_in_log_snr() -> None:
 
 
 @pytest.mark.parametrize(("how", "count"), [("log-snr", 45), ("trailing", 60), ("linspace", 60), ("leading", 60)])
-def test_times_that_coincide_are_removed_with_a_warning_that_counts_them(how: str, count: int) -> None:
+def test_times_that_coincide_are_removed_with_a_warning_that_counts_them(how, count) -> None:
     with pytest.warns(UserWarning, match=rf"{count} steps asked for, but only \d+ distinct") as caught:
         times = spaced(linear(50), count, how)
     [warning] = caught
@@ -364,7 +364,7 @@ def test_times_that_coincide_are_removed_with_a_warning_that_counts_them(how: st
 @pytest.mark.parametrize(
     ("count", "start", "message"), [(0, None, "at least one step"), (5, 0, "in 1..100"), (5, 101, "in 1..100")]
 )
-def test_impossible_times_are_refused(count: int, start: int | None, message: str) -> None:
+def test_impossible_times_are_refused(count, start, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         spaced(linear(100), count, "trailing", start)
 
@@ -384,7 +384,7 @@ def test_the_last_step_returns_the_predicted_image() -> None:
             x,
             [900, 400, 40, 0],
             generators=generators([2, 3]),
-            on_step=lambda s, x, prediction, seen=seen: seen.append((s, x, prediction)),
+            on_step=lambda *step: seen.append(step),  # noqa: B023
         )
         assert [s for s, _, _ in seen] == [400, 40, 0], name
         torch.testing.assert_close(out, seen[-1][2].x0, rtol=1e-6, atol=1e-6)
@@ -394,7 +394,7 @@ def test_the_last_step_returns_the_predicted_image() -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("spatial", [(9, 7), (5, 4, 3)], ids=["2D", "3D"])
-def test_an_element_is_the_same_in_any_batch(name: str, spatial: tuple[int, ...]) -> None:
+def test_an_element_is_the_same_in_any_batch(name, spatial) -> None:
     schedule = SCHEDULES["cosine"]
 
     def run(seeds: list[int]) -> Tensor:
@@ -409,7 +409,7 @@ def test_an_element_is_the_same_in_any_batch(name: str, spatial: tuple[int, ...]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_walk_keeps_the_type_of_its_start(dtype: torch.dtype) -> None:
+def test_a_walk_keeps_the_type_of_its_start(dtype) -> None:
     for name, sampler in SAMPLERS.items():
         own = generators([0])
         x = torch.zeros(1, 1, 4, 4, dtype=dtype)
@@ -427,14 +427,14 @@ def test_multistep_history_does_not_outlive_a_walk() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("name", ["ddpm", "ddpm-beta", "ddim-0.5"])
-def test_a_stochastic_sampler_needs_a_generator_for_every_element(name: str, count: int) -> None:
+def test_a_stochastic_sampler_needs_a_generator_for_every_element(name, count) -> None:
     denoiser, x, own = GaussianDenoiser(SCHEDULES["linear"]), torch.zeros(2, 1, 3, 3), generators(range(count))
     with pytest.raises(ValueError, match=f"2 generators are needed, got {count}"):
         sample(denoiser, SAMPLERS[name], x, [500, 100, 0], generators=own)
 
 
 @pytest.mark.parametrize("times", [[], [500], [500, 500, 0], [500, 600, 0], [0, 5, 3]])
-def test_times_that_go_to_and_fro_are_refused(times: list[int]) -> None:
+def test_times_that_go_to_and_fro_are_refused(times) -> None:
     with pytest.raises(ValueError, match="strictly monotone and at least two"):
         sample(GaussianDenoiser(SCHEDULES["linear"]), DDIM(), torch.zeros(1, 1, 2, 2), times)
 

@@ -94,7 +94,9 @@ def _image_mask(images: Path, labels: Path) -> CaseFolder:
 
 
 def _scans(folder: Path) -> list[Path]:
-    return find_scans(folder) if any(path.is_file() for path in folder.iterdir()) else []
+    return (
+        find_scans(folder) if any(path.is_file() and not path.name.startswith(".") for path in folder.iterdir()) else []
+    )
 
 
 def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:

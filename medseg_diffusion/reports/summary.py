@@ -157,7 +157,7 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def format_interval(interval: Interval, digits: int = 3) -> str:
-    """ "mean [low, high]", or the mean alone where there is no interval."""
+    """The text "mean [low, high]", or the mean alone where there is no interval."""
     mean = format_number(interval.mean, digits)
     if math.isnan(interval.low):
         return mean

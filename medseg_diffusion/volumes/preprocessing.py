@@ -170,7 +170,7 @@ class Preprocessing:
         for out, channel, (centre, width) in zip(scaled, model, scaling, strict=True):
             # float64: a large offset or a tiny unit would otherwise cost digits.
             values = (channel.double() - centre) / width
-            out.copy_(_bend(values) if self.intensity == "percentile" else values)
+            out.copy_(bend(values) if self.intensity == "percentile" else values)
         return scaled, placement
 
     def _scaling(self, channel: Tensor) -> tuple[float, float]:
@@ -251,7 +251,7 @@ def _cut(data: Tensor, box: Box) -> Tensor:
     return data[:, i0:i1, j0:j1, k0:k1]
 
 
-def _bend(values: Tensor) -> Tensor:
+def bend(values: Tensor) -> Tensor:
     """Identity within [-1, 1], smooth and monotone beyond, never outside [-1.5, 1.5]."""
     beyond = (values.abs() - 1).clamp_(min=0)
     return values.clamp(-1, 1) + values.sign() * 0.5 * torch.tanh(2 * beyond)

@@ -1,0 +1,208 @@
+"""Folders to labelled cases, and their split by patient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medseg_diffusion.data.cases import Case, find_cases, split_by_hash
+from medseg_diffusion.errors import InputError
+
+
+def scan(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.arange(8, dtype=np.float32).reshape(2, 2, 2), np.eye(4)), path)
+    return path
+
+
+def decathlon(folder: Path, names: list[str], **entries: object) -> Path:
+    for name in names:
+        scan(folder / "imagesTr" / f"{name}.nii.gz")
+        scan(folder / "labelsTr" / f"{name}.nii.gz")
+    content = {
+        "modality": {"0": "T1"},
+        "labels": {"0": "background", "1": "anterior", "2": "posterior"},
+        "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
+        **entries,
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def cases_of(*patients: str) -> list[Case]:
+    return [Case(name, Path(name), Path(name), name) for name in patients]
+
+
+# ---- Decathlon folders -----------------------------------------------------------------------------------------------
+
+
+def test_a_decathlon_folder(tmp_path: Path) -> None:
+    found = find_cases(decathlon(tmp_path, ["b_2", "a_1", "c.3"]))
+    assert [case.name for case in found.cases] == ["a_1", "b_2", "c.3"], "sorted, whatever dataset.json says"
+    assert found.cases[0] == Case(
+        "a_1", tmp_path / "imagesTr" / "a_1.nii.gz", tmp_path / "labelsTr" / "a_1.nii.gz", "a_1"
+    )
+    assert found.labels == {0: "background", 1: "anterior", 2: "posterior"}
+    assert found.channels == ("T1",)
+
+
+def test_channels_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    modality = {str(i): f"channel {i}" for i in (10, 2, 0, 1)}
+    assert find_cases(decathlon(tmp_path, ["a"], modality=modality)).channels == (
+        "channel 0", "channel 1", "channel 2", "channel 10",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"training": [{"image": "a.nii.gz"}]}', '{"training": [], "labels": {"one": "x"}}', '"text"'],
+)
+def test_a_bad_dataset_json_is_refused_by_name(tmp_path: Path, text) -> None:
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match=r"dataset\.json: found an unreadable entry.*expected a Decathlon") as caught:
+        find_cases(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decathlon_case_without_its_label_is_refused(tmp_path: Path) -> None:
+    decathlon(tmp_path, ["a", "b"])
+    (tmp_path / "labelsTr" / "b.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"labelsTr.b\.nii\.gz: found no such file; expected .* of case b"):
+        find_cases(tmp_path)
+
+
+def test_a_decathlon_folder_without_cases_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no labelled case"):
+        find_cases(decathlon(tmp_path, []))
+
+
+# ---- image-mask folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"), [("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr")], ids=str
+)
+def test_an_image_mask_folder(tmp_path: Path, images, labels) -> None:
+    for name in ("two", "one"):
+        scan(tmp_path / images / f"{name}.nii.gz")
+        scan(tmp_path / labels / f"{name}.nii.gz")
+    (tmp_path / images / "notes.txt").write_text("not a scan")
+    found = find_cases(tmp_path)
+    assert [(case.name, case.patient) for case in found.cases] == [("one", "one"), ("two", "two")]
+    assert found.cases[0].image == tmp_path / images / "one.nii.gz"
+    assert found.cases[0].label == tmp_path / labels / "one.nii.gz"
+    assert found.labels == {}, "such a folder does not name its labels"
+
+
+def test_image_and_mask_may_be_of_different_kinds(tmp_path: Path) -> None:
+    scan(tmp_path / "images" / "a.nii.gz")
+    label = scan(tmp_path / "masks" / "a.nii")
+    assert find_cases(tmp_path).cases[0].label == label
+
+
+def test_subfolders_name_patients_who_stay_on_one_side(tmp_path: Path) -> None:
+    """Two visits of a patient in training and test would leak."""
+    for patient in "abcde":
+        for visit in ("visit1", "visit2"):
+            scan(tmp_path / "images" / patient / f"{visit}.nii.gz")
+            scan(tmp_path / "labels" / patient / f"{visit}.nii.gz")
+    scan(tmp_path / "images" / "single.nii.gz")
+    scan(tmp_path / "labels" / "single.nii.gz")
+    found = find_cases(tmp_path)
+    assert len(found.cases) == 11
+    assert {case.name: case.patient for case in found.cases}["a/visit1"] == "a"
+    assert all(case.label == tmp_path / "labels" / case.image.relative_to(tmp_path / "images") for case in found.cases)
+    split = split_by_hash(found.cases, test=2, validation=1)
+    sides = [{name.split("/")[0] for name in side} for side in (split.train, split.validation, split.test)]
+    assert [len(side) for side in sides] == [3, 1, 2]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert len(split.train) + len(split.validation) + len(split.test) == 11
+
+
+def test_hidden_files_beside_patients_are_no_scans(tmp_path: Path) -> None:
+    """File browsers leave .DS_Store and the like in every folder that they show."""
+    for part in ("images", "labels"):
+        scan(tmp_path / part / "p1" / "scan.nii.gz")
+        (tmp_path / part / ".DS_Store").write_text("x")
+        (tmp_path / part / "p1" / "._scan.nii.gz").write_text("x")
+    assert [case.name for case in find_cases(tmp_path).cases] == ["p1/scan"]
+
+
+def test_an_image_without_its_mask_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        scan(tmp_path / "images" / f"{name}.nii.gz")
+    scan(tmp_path / "labels" / "a.nii.gz")
+    with pytest.raises(InputError, match=r"labels.b\.nii\.gz: found no such file; .*add the file or drop the case"):
+        find_cases(tmp_path)
+
+
+def test_a_mask_of_another_patient_does_not_count(tmp_path: Path) -> None:
+    scan(tmp_path / "images" / "p1" / "scan.nii.gz")
+    scan(tmp_path / "labels" / "p2" / "scan.nii.gz")
+    with pytest.raises(InputError, match="no such file"):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize("folders", [[], ["images"], ["labels"], ["scans", "labels"]], ids=str)
+def test_a_folder_of_neither_layout_is_refused(tmp_path: Path, folders) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    with pytest.raises(InputError, match=r"neither dataset\.json nor images/"):
+        find_cases(tmp_path)
+
+
+def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(InputError, match="no labelled case"):
+        find_cases(tmp_path)
+    with pytest.raises(InputError, match=r"no such folder.*--data"):
+        find_cases(tmp_path / "nothing")
+
+
+# ---- the split -------------------------------------------------------------------------------------------------------
+
+
+def test_patients_are_ranked_by_the_hash_of_their_names() -> None:
+    """SHA-256 begins with d: 18ac, c: 2e7d, b: 3e23, e: 3f79, a: ca97."""
+    split = split_by_hash(cases_of(*"abcde"), test=2, validation=1)
+    assert (split.test, split.validation, split.train) == (("c", "d"), ("b",), ("a", "e"))
+    split = split_by_hash(cases_of(*"abcde"), test=0, validation=1)
+    assert (split.test, split.validation, split.train) == ((), ("d",), ("a", "b", "c", "e"))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    names=st.sets(st.text("abcdefgh0123456789", min_size=1, max_size=6), min_size=4, max_size=20),
+    test=st.integers(0, 2),
+    validation=st.integers(0, 1),
+    order=st.randoms(),
+)
+def test_the_split_covers_all_and_ignores_order(names, test, validation, order) -> None:
+    shuffled = sorted(names)
+    order.shuffle(shuffled)
+    split, again = (split_by_hash(cases_of(*n), test, validation) for n in (sorted(names), shuffled))
+    assert [set(s) for s in (split.train, split.validation, split.test)] == [
+        set(s) for s in (again.train, again.validation, again.test)
+    ]
+    assert sorted([*split.train, *split.validation, *split.test]) == sorted(names)
+    assert (len(split.test), len(split.validation)) == (test, validation)
+
+
+def test_more_patients_only_push_others_towards_training() -> None:
+    """A new patient never moves a training patient into the test set."""
+    before = split_by_hash(cases_of(*"abcde"), test=2, validation=1)
+    after = split_by_hash(cases_of(*"abcdefghij"), test=2, validation=1)
+    assert set(before.train) <= set(after.train)
+
+
+@pytest.mark.parametrize(("test", "validation"), [(3, 2), (5, 0), (0, 5), (-1, 1), (1, -1)])
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(test, validation) -> None:
+    with pytest.raises(InputError, match=r"found 5 patients; .*lower data\.test_cases or data\.validation_cases"):
+        split_by_hash(cases_of(*"abcde"), test, validation)
