@@ -54,7 +54,10 @@ def sampler(name: str) -> Sampler:
 
 def preprocessing(config: SegmenterConfig) -> Preprocessing:
     """The preprocessing of a configuration."""
-    return Preprocessing(**config.preprocessing.model_dump())
+    try:
+        return Preprocessing(**config.preprocessing.model_dump())
+    except ValueError as error:
+        raise UsageError(f"preprocessing: {error}") from error
 
 
 def augmentation(config: SegmenterConfig) -> Augmentation:

@@ -75,7 +75,12 @@ def save_model(
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,10 +143,14 @@ def list_models() -> list[ModelInfo]:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.name in found or path.name.startswith(".") or not (path / "model.json").is_file():
                 continue
-            card = _read_card(path)
-            megabytes = (path / "weights.safetensors").stat().st_size / 1e6
-            labels = tuple(str(name) for name in card["labels"].values()) if "labels" in card else ()
-            found[path.name] = ModelInfo(path.name, path, card["method"], labels, megabytes, source)
+            try:
+                card = _read_card(path)
+                labels = tuple(str(name) for name in card["labels"].values())
+                megabytes = (path / "weights.safetensors").stat().st_size / 1e6
+                found[path.name] = ModelInfo(path.name, path, str(card["method"]), labels, megabytes, source)
+            except (ModelError, KeyError, AttributeError) as error:
+                # One damaged model must not hide the others; using it by name says what is wrong.
+                found[path.name] = ModelInfo(path.name, path, f"unusable ({type(error).__name__})", (), 0.0, source)
     return list(found.values())
 
 

@@ -19,7 +19,7 @@ from .errors import UsageError
 
 
 class Section(BaseModel):
-    """Base of all sections: no unknown keys, no changes after reading, no silent conversions of text to numbers."""
+    """Base of all sections: no unknown keys, no changes after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,7 +29,7 @@ class UNetSection(Section):
 
     dims: Literal[2, 3] = 3
     channels: int = Field(32, gt=0)
-    channel_mult: tuple[int, ...] = (1, 2, 3)
+    channel_mult: tuple[int, ...] = Field((1, 2, 3), min_length=1)
     num_res_blocks: int | tuple[int, ...] = 1
     attention_factors: tuple[int, ...] = ()
     head_channels: int = 32
@@ -48,7 +48,7 @@ class ImageEncoderSection(Section):
 
 
 class ScheduleSection(Section):
-    """Noise schedule by name, with T and, for the beta schedules, their range (of T = 1000)."""
+    """Noise schedule by name, with T."""
 
     name: Literal["linear", "cosine", "scaled-linear", "sigmoid"] = "linear"
     num_steps: int = Field(1000, ge=2)

@@ -142,8 +142,9 @@ def validate(model: nn.Module, config: SegmenterConfig, data: TrainingData, runt
         for label in labels:
             dice[label].append(overlap[label].dice)
     means = {label: float(torch.tensor(values).nanmean()) for label, values in dice.items()}
-    score = sum(means.values()) / len(means)
-    return {"score": score, **{f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in means.items()}}
+    known = {label: mean for label, mean in means.items() if mean == mean}
+    score = sum(known.values()) / len(known) if known else 0.0
+    return {"score": score, **{f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in known.items()}}
 
 
 def _scans(

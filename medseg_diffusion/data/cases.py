@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import find_scans, scan_name
+from medseg_diffusion.volumes.io import SUFFIXES, scan_name
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class CaseFolder:
 def find_cases(folder: Path) -> CaseFolder:
     """Reads a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
 
-    In an image-mask folder a mask has its image's name; a subfolder of images/ names the patient.
+    In an image-mask folder a mask has its image's name, with or without "_seg"; a subfolder of images/ names the
+    patient.
 
     Raises:
         InputError: no such folder, neither layout, an image without its label, or no case at all.
@@ -79,7 +80,7 @@ def _decathlon(folder: Path) -> CaseFolder:
 def _image_mask(images: Path, labels: Path) -> CaseFolder:
     groups = [images, *sorted(path for path in images.iterdir() if path.is_dir())]
     masks = {
-        (path.parent.relative_to(labels), scan_name(path)): path
+        (path.parent.relative_to(labels), scan_name(path).removesuffix("_seg")): path
         for group in [labels, *sorted(p for p in labels.iterdir() if p.is_dir())]
         for path in _scans(group)
     }
@@ -94,9 +95,8 @@ def _image_mask(images: Path, labels: Path) -> CaseFolder:
 
 
 def _scans(folder: Path) -> list[Path]:
-    return (
-        find_scans(folder) if any(path.is_file() and not path.name.startswith(".") for path in folder.iterdir()) else []
-    )
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if path.name.lower().endswith(SUFFIXES))
 
 
 def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
@@ -111,6 +111,11 @@ def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
                     f"the image and the label of case {case.name}",
                     "add the file or drop the case",
                 )
+    names = [case.name for case in cases]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            folder, f"two cases named {twice[0]}", "names that differ before the suffix", "rename one of them"
+        )
     return tuple(sorted(cases, key=lambda case: case.name))
 
 

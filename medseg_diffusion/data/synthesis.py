@@ -242,8 +242,8 @@ def _render(
     isotropic = float(torch.exp(draw.uniform(np.log(low), np.log(high))))
     voxel = [isotropic] * 3
     if draw.chance(0.4):
-        voxel = [draw.uniform(0.7, 1.2).item()] * 3
-        voxel[draw.integer(3)] = draw.uniform(1.0, high).item()
+        voxel = [draw.uniform(max(low, 0.7), max(low, min(high, 1.2))).item()] * 3
+        voxel[draw.integer(3)] = draw.uniform(min(high, 1.0), high).item()
     sigma = [draw.uniform(0.4, 0.6).item() * max(size / spacing, 1.0) for size in voxel]
     image = _blur(image, sigma)
     acquired = [max(2, round(n * min(1.0, spacing / size))) for n, size in zip(window, voxel, strict=True)]

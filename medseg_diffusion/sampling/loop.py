@@ -21,6 +21,8 @@ from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
 Spacing = Literal["log-snr", "trailing", "leading", "linspace"]
+LOWEST_HALF_LOG_SNR = -5.1
+"""log(alpha / sigma) at the end of the linear schedule of 1000 steps: what lies below is pure noise."""
 Noise = Callable[[], Tensor]
 """Draws fresh standard normal noise of the shape of x_t; not called by deterministic steps."""
 
@@ -48,8 +50,10 @@ def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start:
         schedule: the model's noise schedule.
         count: number of denoiser calls, at least 1.
         how: "log-snr" uniform in log(alpha / sigma) between the start and t = 1, the default of DPM-Solver (Lu et
-            al. 2022, arXiv 2206.00927, sec. 3.4); "trailing" start, start - start/N, ...; "leading" the multiples of
-            start // N plus 1; "linspace" evenly from the start to 1, both included (guided diffusion).
+            al. 2022, arXiv 2206.00927, sec. 3.4), where all below -5.1 counts as -5.1: the clipped last betas of the
+            cosine schedule would otherwise take half of the steps, all in pure noise; "trailing" start,
+            start - start/N, ...; "leading" the multiples of start // N plus 1; "linspace" evenly from the start to 1,
+            both included (guided diffusion).
         start: first time, 1..T.
     """
     last = schedule.num_steps if start is None else start
@@ -59,8 +63,8 @@ def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start:
         raise ValueError(f"at least one step is needed, got {count}")
     if how == "log-snr":
         lam = schedule.half_log_snr()[1 : last + 1]
-        wanted = torch.linspace(float(lam[-1]), float(lam[0]), count, dtype=torch.float64)
-        times = [1 + int((lam - value).abs().argmin()) for value in wanted]
+        wanted = torch.linspace(max(float(lam[-1]), LOWEST_HALF_LOG_SNR), float(lam[0]), count, dtype=torch.float64)
+        times = [last, *(1 + int((lam - value).abs().argmin()) for value in wanted[1:])]
     elif how == "trailing":
         times = [round(last - i * last / count) for i in range(count)]
     elif how == "leading":

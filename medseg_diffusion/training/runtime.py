@@ -59,9 +59,6 @@ class Runtime:
         if chosen.type == "cuda" and chosen.index is not None:
             torch.cuda.set_device(chosen)
         self.autocast = autocast_dtype(chosen, precision)
-        # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100
-        # times slower than numbers.
-        torch.set_flush_denormal(True)
         # Accelerate keeps its settings in a process-wide singleton; a second run in one process needs its own.
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(

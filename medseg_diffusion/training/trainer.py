@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -153,6 +155,10 @@ def fit(
     log = _Log(run, state.step, resume) if runtime.is_main else None
     saved = time.monotonic()
     speed = 0.0
+    interrupt = _Interrupt()
+    # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100 times
+    # slower than other numbers.
+    torch.set_flush_denormal(True)
     try:
         batches = iter(loader)
         while state.step < last:
@@ -201,6 +207,8 @@ def fit(
                 cast(_Log, log).step(state.step, value, norm)
                 left = (last - state.step) * speed
                 callbacks.progress(Progress(state.step, last, state.loss, left, state.score))
+            if interrupt.requested:
+                raise KeyboardInterrupt
             if stop:
                 break
     except KeyboardInterrupt:
@@ -210,6 +218,8 @@ def fit(
                 callbacks.save(ema.module, state.step, {})
         raise
     finally:
+        torch.set_flush_denormal(False)
+        interrupt.restore()
         if log is not None:
             log.close()
     return state.best
@@ -221,6 +231,24 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
         return options.learning_rate * (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
     return options.learning_rate * max(0.0, 1 - progress) ** 0.9
+
+
+class _Interrupt:
+    """Ctrl-C waits for the end of the step, so that what is saved is whole; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.main = threading.current_thread() is threading.main_thread()
+        self.before = signal.signal(signal.SIGINT, self._handle) if self.main else None
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def restore(self) -> None:
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
 
 
 @dataclass
