@@ -1,0 +1,275 @@
+"""`medseg segment` from file to file: geometry, names, options, bad input, and that one bad scan stops no other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from medseg_diffusion import build
+from medseg_diffusion.checkpoint import save_model
+from medseg_diffusion.config import SegmenterConfig, parse_config
+from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.pipeline import CaseResult, SegmentationModel, SegmentOptions, segment
+from medseg_diffusion.volumes.io import read_volume
+
+OBLIQUE = np.array([[-0.9, 0.1, 0.0, 40.0], [0.1, 1.1, 0.2, -30.0], [0.0, -0.2, 2.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+def tiny_config(**changes: object) -> SegmenterConfig:
+    content = {
+        "method": "ensemdiff",
+        "data": {"labels": ["bright"], "window": [8, 8, 8]},
+        "network": {"channels": 8, "channel_mult": [1, 2]},
+        "diffusion": {"head": "logits", "scale": 0.5, "schedule": {"name": "cosine"}},
+        "inference": {"steps": 2},
+        **changes,
+    }
+    return parse_config(content, "test")
+
+
+def make_model(path: Path, config: SegmenterConfig, labels: int = 2) -> Path:
+    torch.manual_seed(0)
+    model = build.segmenter(config, labels)
+    for parameter in model.parameters():  # zero-initialised outputs would hide everything behind them
+        torch.nn.init.normal_(parameter, std=0.1)
+    card = {
+        "method": config.method,
+        "labels": {"0": "background", "1": "bright"} | ({"2": "dark"} if labels == 3 else {}),
+        "channels": ["T1"] * config.data.channels,
+        "config": config.model_dump(mode="json"),
+    }
+    save_model(path, card, model.state_dict(), "# card")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", tiny_config())
+
+
+def save(path: Path, data: np.ndarray | None = None, affine: np.ndarray = OBLIQUE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if data is None:
+        data = np.random.default_rng(len(path.name)).random((11, 13, 9)).astype(np.float32)
+    image = nib.Nifti1Image(data, affine)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 2)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+    return path
+
+
+def run(scans: list[Path], model: Path, **options: object) -> list[CaseResult]:
+    return segment(scans, SegmentOptions(model=str(model), device="cpu", **options))  # type: ignore[arg-type]
+
+
+def test_every_output_lies_on_the_grid_of_the_scan(tmp_path: Path, model: Path) -> None:
+    scan = save(tmp_path / "scan.nii.gz")
+    (result,) = run(
+        [scan], model, ensemble=3, save_probabilities=True, save_uncertainty=True, statistics=True, preview=True,
+        report=tmp_path / "report.html",
+    )  # fmt: skip
+    assert result.status == "done", result.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.html", "scan.nii.gz", "scan_preview.png", "scan_prob.nii.gz", "scan_seg.nii.gz",
+        "scan_statistics.json", "scan_uncertainty.nii.gz",
+    ]  # fmt: skip
+    original = nib.load(scan)
+    for kind in ("segmentation", "probabilities", "uncertainty"):
+        written = nib.load(result.outputs[kind])
+        assert written.shape[:3] == original.shape
+        np.testing.assert_allclose(written.affine, original.affine, atol=1e-6)
+        assert written.header["qform_code"] == 2 and written.header["sform_code"] == 1
+        assert written.header.get_xyzt_units()[0] == "mm"
+    labels = np.asarray(nib.load(result.outputs["segmentation"]).dataobj)
+    assert labels.dtype == np.uint8
+    probabilities = nib.load(result.outputs["probabilities"]).get_fdata()
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-4)
+    np.testing.assert_array_equal(probabilities.argmax(-1), labels)
+    uncertainty = nib.load(result.outputs["uncertainty"]).get_fdata()
+    assert uncertainty.min() >= -1e-6 and uncertainty.max() <= 1 + 1e-6
+    voxel_ml = abs(np.linalg.det(OBLIQUE[:3, :3])) / 1000
+    statistics = json.loads(result.outputs["statistics"].read_text())
+    assert statistics["classes"]["bright"]["volume_ml"] == pytest.approx((labels == 1).sum() * voxel_ml, abs=1e-3)
+    assert len(statistics["classes"]["bright"]["interval_95_ml"]) == 2
+    assert "scan.nii.gz" in (tmp_path / "report.html").read_text()
+
+
+def test_result_depends_on_seed_and_name_alone(tmp_path: Path, model: Path) -> None:
+    data = np.random.default_rng(0).random((11, 13, 9)).astype(np.float32)
+    scans = [save(tmp_path / "in" / f"{name}.nii.gz", data) for name in ("a", "b", "c")]
+
+    def masks(out: str, which: list[Path], **options: object) -> dict[str, np.ndarray]:
+        results = run(which, model, output=tmp_path / out, save_probabilities=True, **options)
+        return {r.scan.name: nib.load(r.outputs["probabilities"]).get_fdata() for r in results}
+
+    together = masks("1", scans)
+    for scan in scans:
+        alone = masks(f"2{scan.name[0]}", [scan])
+        np.testing.assert_array_equal(alone[scan.name], together[scan.name])
+    assert not np.array_equal(together["a.nii.gz"], together["b.nii.gz"])
+    assert not np.array_equal(masks("3", scans[:1], seed=1)["a.nii.gz"], together["a.nii.gz"])
+
+
+@pytest.mark.parametrize("method", ["segdiff", "baseline"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_all_methods_in_2d_and_3d_with_windows(tmp_path: Path, method: str, dims: int) -> None:
+    window = [8] * dims
+    config = tiny_config(
+        method=method,
+        data={"window": window},
+        network={"dims": dims, "channels": 8, "channel_mult": [1, 2]},
+        image_encoder={"encoder_channels": 4, "encoder_blocks": 1, "encoder_growth": 4},
+        inference={"steps": 2, "window": window, "overlap": 0.5},
+    )
+    path = make_model(tmp_path / "model", config, labels=3)
+    (result,) = run([save(tmp_path / "scan.nii.gz")], path, ensemble=2)
+    assert result.status == "done", result.error
+    assert nib.load(result.outputs["segmentation"]).shape == (11, 13, 9)
+
+
+def test_resampling_models_return_to_the_native_grid(tmp_path: Path) -> None:
+    config = tiny_config(preprocessing={"spacing_mm": [1.5, 1.5, 1.5], "crop_foreground": True})
+    path = make_model(tmp_path / "model", config)
+    data = np.zeros((30, 31, 20), dtype=np.float32)
+    data[8:22, 9:24, 4:15] = 100 + np.random.default_rng(0).random((14, 15, 11))
+    (result,) = run([save(tmp_path / "scan.nii.gz", data)], path)
+    assert nib.load(result.outputs["segmentation"]).shape == data.shape
+
+
+@pytest.mark.parametrize("fusion", ["mean", "majority", "staple"])
+def test_fusions(tmp_path: Path, model: Path, fusion: str) -> None:
+    (result,) = run([save(tmp_path / "scan.nii.gz")], model, ensemble=3, fusion=fusion)
+    assert result.status == "done", result.error
+
+
+def bad_scans(folder: Path) -> dict[str, Path]:
+    good = np.random.default_rng(0).random((6, 6, 6)).astype(np.float32)
+    holes = good.copy()
+    holes[0, 0, :2] = np.nan
+    truncated = save(folder / "truncated.nii.gz", np.random.default_rng(0).random((20, 20, 20)))
+    truncated.write_bytes(truncated.read_bytes()[:3000])
+    garbage = folder / "garbage.nii.gz"
+    garbage.write_bytes(b"not an image")
+    singular = save(folder / "singular.nii.gz", good)
+    image = nib.load(singular)
+    header = image.header.copy()
+    header["sform_code"], header["qform_code"] = 1, 0
+    header["srow_z"] = 0
+    nib.save(nib.Nifti1Image(good, None, header), singular)
+    return {
+        "missing": folder / "missing.nii.gz",
+        "truncated": truncated,
+        "garbage": garbage,
+        "2d": save(folder / "2d.nii.gz", good[:, :, 0]),
+        "4d": save(folder / "4d.nii.gz", np.stack([good] * 3, -1)),
+        "nan": save(folder / "nan.nii.gz", holes),
+        "constant": save(folder / "constant.nii.gz", np.full((6, 6, 6), 7.0, np.float32)),
+        "singular": singular,
+    }
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "garbage", "2d", "4d", "nan", "constant", "singular"])
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, model: Path, kind: str) -> None:
+    scan = bad_scans(tmp_path / "in")[kind]
+    out = tmp_path / "out"
+    try:
+        (result,) = run([scan], model, output=out, preview=True, report=out / "report.html")
+        assert result.status == "failed"
+        message, code = str(result.error), result.exit_code
+    except InputError as error:
+        message, code = str(error), error.exit_code
+    assert code == 3
+    assert scan.name in message and "\n" not in message
+    assert "found" in message and "expected" in message
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_wrong_channel_count(tmp_path: Path) -> None:
+    config = tiny_config(data={"window": [8, 8, 8], "channels": 2})
+    path = make_model(tmp_path / "model", config)
+    (result,) = run([save(tmp_path / "scan.nii.gz")], path)
+    assert result.exit_code == 3 and "1 channel" in str(result.error) and "expected 2 (T1, T1)" in str(result.error)
+    data = np.random.default_rng(0).random((8, 8, 8, 2)).astype(np.float32)
+    (result,) = run([save(tmp_path / "two.nii.gz", data)], path)
+    assert result.status == "done", result.error
+    assert nib.load(result.outputs["segmentation"]).shape == (8, 8, 8)
+
+
+def test_one_bad_scan_stops_no_other(tmp_path: Path, model: Path) -> None:
+    bad_scans(tmp_path / "in")
+    save(tmp_path / "in" / "zz_good.nii.gz")
+    results = {r.scan.name: r for r in run([tmp_path / "in"], model, output=tmp_path / "out")}
+    assert results["zz_good.nii.gz"].status == "done"
+    assert all(r.status == "failed" for name, r in results.items() if name != "zz_good.nii.gz")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["zz_good_seg.nii.gz"]
+
+
+def test_skip_existing_and_shards(tmp_path: Path, model: Path) -> None:
+    scans = [save(tmp_path / "in" / f"case{i}.nii.gz") for i in range(6)]
+    parts = [{r.scan for r in run(scans, model, output=tmp_path / "out", shard=(i, 3))} for i in (1, 2, 3)]
+    assert sorted(path for part in parts for path in part) == scans
+    again = run(scans, model, output=tmp_path / "out", skip_existing=True)
+    assert {r.status for r in again} == {"skipped"}
+
+
+def test_outputs_are_named_as_asked(tmp_path: Path, model: Path) -> None:
+    scan = save(tmp_path / "scan.nii.gz")
+    (result,) = run([scan], model, output=tmp_path / "deep" / "mask.nrrd", save_uncertainty=True)
+    assert result.outputs["segmentation"] == tmp_path / "deep" / "mask.nrrd"
+    assert result.outputs["uncertainty"] == tmp_path / "deep" / "mask_uncertainty.nii.gz"
+    np.testing.assert_allclose(read_volume_affine(result.outputs["segmentation"]), nib.load(scan).affine, atol=1e-4)
+
+
+def read_volume_affine(path: Path) -> np.ndarray:
+    from medseg_diffusion.volumes.io import read_labels
+
+    return read_labels(path).affine
+
+
+def test_contradictions_are_refused_before_any_work(tmp_path: Path, model: Path) -> None:
+    a, b = save(tmp_path / "1" / "x.nii.gz"), save(tmp_path / "2" / "x.nii.gz")
+    with pytest.raises(UsageError, match="is a file, but there are 2 scans"):
+        run([a, b], model, output=tmp_path / "mask.nii.gz")
+    with pytest.raises(UsageError, match="both be written"):
+        run([a, b], model, output=tmp_path / "out")
+    with pytest.raises(UsageError, match="overwrite the scan"):
+        run([a], model, output=a)
+    with pytest.raises(UsageError, match="sampler 'euler' is unknown"):
+        run([a], model, sampler="euler")
+
+
+def test_a_missing_or_damaged_model(tmp_path: Path, model: Path) -> None:
+    scan = save(tmp_path / "scan.nii.gz")
+    with pytest.raises(ModelError, match="no-such-model"):
+        run([scan], Path("no-such-model"))
+    broken = make_model(tmp_path / "broken", tiny_config())
+    weights = bytearray((broken / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (broken / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(ModelError, match="SHA-256"):
+        run([scan], broken)
+    assert not (tmp_path / "scan_seg.nii.gz").exists()
+
+
+def test_a_shorter_walk_is_reported(tmp_path: Path, model: Path) -> None:
+    (result,) = run([save(tmp_path / "scan.nii.gz")], model, steps=400)
+    (note,) = result.warnings
+    assert "400 steps asked for" in note
+
+
+def test_members_do_not_depend_on_the_size_of_the_ensemble(tmp_path: Path, model: Path) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    three, _ = SegmentationModel(model, "cpu", ensemble=3).sample(volume, seed=5)
+    one, _ = SegmentationModel(model, "cpu", ensemble=1).sample(volume, seed=5)
+    torch.testing.assert_close(three[:1], one)
+
+
+def test_options_are_frozen() -> None:
+    assert replace(SegmentOptions(), ensemble=3).ensemble == 3
