@@ -1,20 +1,37 @@
-"""Two folders in, a report out: the whole of `medseg evaluate` as a function."""
+"""Predicted masks against reference masks: the whole of `medseg evaluate` as one function."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from .errors import InputError
-from .metrics.overlap import label_overlap
-from .reports.files import write_files
-from .reports.html import evaluation_report
-from .reports.plots import overlay
-from .reports.summary import CaseResult, Evaluation, cases_csv, summarise, summary_json
-from .volumes.io import SUFFIXES, read_labels, read_volume, scan_name
-from .volumes.volume import Volume
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
+from medseg_diffusion.reports.files import write_files
+from medseg_diffusion.reports.html import CasePicture, evaluation_report
+from medseg_diffusion.reports.plots import overlay
+from medseg_diffusion.reports.summary import CaseResult, Evaluation, cases_csv, summarise, summary_json
+from medseg_diffusion.volumes.io import SUFFIXES, read_labels, read_volume, scan_name
+from medseg_diffusion.volumes.volume import Volume
+
+__all__ = ["Evaluation", "evaluate"]
+
+# A label map has a few hundred classes at the very most; a scan passed by mistake has thousands of values.
+_MAX_CLASSES = 1000
+# Written by `medseg segment` beside its masks: not predictions to be compared, and no surprise in their folder.
+_COMPANIONS = ("_prob", "_uncertainty", "_anomaly")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    name: str
+    prediction: Path
+    reference: Path
 
 
 def evaluate(
@@ -22,118 +39,63 @@ def evaluate(
     reference: Path,
     out: Path,
     *,
-    labels: Mapping[int, str] | None = None,
+    labels: Mapping[int, str] | Sequence[int] | None = None,
     images: Path | None = None,
     seed: int = 0,
+    command: str | None = None,
 ) -> Evaluation:
-    """Compares predicted with reference label maps and writes summary.json, cases.csv and report.html into ``out``.
+    """Compare predicted with reference masks; write `summary.json`, `cases.csv` and `report.html`.
 
-    Cases are paired by name: `case_seg.nii.gz` or `case.nii.gz` with `case.nii.gz` or `case_seg.nii.gz`; two single
-    files are paired whatever their names. Means are over cases.
+    Two files are compared with each other. Files in folders are paired by name: `case_seg.nii.gz`, else `case.nii.gz`,
+    stands for `case` on either side. A single prediction in front of a folder of references is compared with its own
+    reference only. Every file counts as one independent case.
 
     Args:
-        prediction: a label map, or a folder of them.
-        reference: a label map, or a folder of them.
-        out: created if missing.
-        labels: value to name of the classes to compare; default: every value above 0 in any file.
-        images: scans (a file or a folder, paired by name) behind the outlines in the report.
-        seed: of the bootstrap.
+        prediction: Predicted label map, or a folder of them.
+        reference: Reference label map, or a folder of them.
+        out: Folder for the results; created. An earlier result in it is replaced.
+        labels: Label value -> class name, or label values, to evaluate; None takes every label above 0 that any
+            prediction or reference holds, so that false alarms of a class without reference count.
+        images: The scans (a file or a folder, paired by name) as background of the pictures; without one the reference
+            is shown on black.
+        seed: Seed of the bootstrap.
+        command: What the report's footer says was run; None describes this call.
+
+    Returns:
+        The numbers. `warnings` names predictions without a reference and labels that were left out.
 
     Raises:
-        InputError: an unusable file, a reference without a prediction, or a pair on different grids.
+        InputError: A path or file that cannot be used, a reference without a prediction, two files for one case, a
+            prediction or image on another grid than its reference, or no label to evaluate. Nothing is written then.
     """
-    pairs, warnings = _pairs(prediction, reference)
-    values = sorted(labels) if labels is not None else _values(pairs)
-    names = dict(labels) if labels is not None else {value: f"label {value}" for value in values}
-    if not values:
-        raise InputError(reference, "no label above 0 in any file", "at least one class", "check the references")
-    cases = []
-    for name, (predicted, expected) in pairs.items():
-        found, truth = _read_pair(predicted, expected)
-        overlap = label_overlap(found.data[0].numpy(), truth.data[0].numpy(), values)
-        cases.append(CaseResult(name, str(predicted), str(expected), overlap))
-    result = summarise(cases, names, seed=seed, warnings=warnings)
-    scans = _by_name(images) if images is not None else {}
-    page = evaluation_report(result, _pictures(result, scans))
-    write_files(out, {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": page})
+    prediction, reference, out = Path(prediction), Path(reference), Path(out)
+    pairs, notes = _pairs(prediction, reference)
+    backgrounds = _backgrounds(images, pairs)
+    wanted = _named(labels)
+    found = {pair.name: _compare(pair, set(wanted)) for pair in pairs}
+    present = {label for overlap in found.values() for label, item in overlap.items() if item.n_pred or item.n_ref}
+    names = wanted or {label: f"label {label}" for label in sorted(present)}
+    if not names:
+        raise InputError(
+            reference, "no label above 0 in any reference or prediction", "at least one class", "pass the labels to use"
+        )
+    if left_out := sorted(present - set(names)):
+        notes.append(f"Labels not evaluated: {', '.join(map(str, left_out))}.")
+    if absent := sorted(set(names) - present):
+        notes.append(f"Labels in no reference and no prediction: {', '.join(map(str, absent))}.")
+    cases = [
+        CaseResult(
+            pair.name, str(pair.prediction), str(pair.reference), {label: found[pair.name][label] for label in names}
+        )
+        for pair in (_ for _ in pairs)
+    ]
+    result = summarise(cases, names, seed=seed, warnings=notes)
+    report = evaluation_report(
+        result,
+        _pictures(result, {pair.name: pair for pair in pairs}, backgrounds),
+        command=command if command is not None else _command(prediction, reference, out, images),
+    )
+    write_files(
+        out, {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
+    )
     return result
-
-
-def _pairs(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
-    predictions, references = _by_name(prediction), _by_name(reference)
-    if prediction.is_file() and reference.is_file():
-        return {next(iter(references)): (prediction, reference)}, []
-    missing = sorted(set(references) - set(predictions))
-    if missing:
-        raise InputError(
-            prediction,
-            f"no prediction for {len(missing)} of {len(references)} references ({', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''})",
-            "one prediction for each reference, named alike",
-            "segment the missing scans, or remove their references",
-        )
-    extra = sorted(set(predictions) - set(references))
-    warnings = [f"{len(extra)} predictions have no reference and were left out: {', '.join(extra)}."] if extra else []
-    return {name: (predictions[name], path) for name, path in sorted(references.items())}, warnings
-
-
-def _by_name(path: Path) -> dict[str, Path]:
-    """Case name to file, of a file or of all label maps or scans in a folder."""
-    if not path.exists():
-        raise InputError(path, "no such file or folder", "label maps", "check the path")
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name.lower().endswith(SUFFIXES))
-    # Maps that `medseg segment` writes beside the masks are no masks.
-    files = [f for f in files if path.is_file() or not scan_name(f).endswith(("_prob", "_uncertainty"))]
-    found: dict[str, Path] = {}
-    masks = {scan_name(f).removesuffix("_seg") for f in files if scan_name(f).endswith("_seg")}
-    for file in files:
-        name = scan_name(file)
-        if name in masks and not path.is_file():
-            continue  # the scan beside its own mask
-        name = name.removesuffix("_seg")
-        if name in found:
-            raise InputError(file, f"a second file for case {name}", f"only {found[name].name}", "remove one of them")
-        found[name] = file
-    if not found:
-        raise InputError(path, "no label map", f"files ending in {', '.join(SUFFIXES)}", "check the folder")
-    return found
-
-
-def _values(pairs: Mapping[str, tuple[Path, Path]]) -> list[int]:
-    found: set[int] = set()
-    for files in pairs.values():
-        for file in files:
-            found.update(int(value) for value in np.unique(read_labels(file).data.numpy()))
-    return sorted(found - {0})
-
-
-def _read_pair(predicted: Path, expected: Path) -> tuple[Volume, Volume]:
-    found, truth = read_labels(predicted), read_labels(expected)
-    if found.shape != truth.shape or not np.allclose(found.affine, truth.affine, atol=1e-3):
-        what = "the same shape with another affine" if found.shape == truth.shape else f"a grid of {found.shape}"
-        raise InputError(
-            predicted, what, f"the grid of {expected}, {truth.shape}", "resample the prediction onto the reference"
-        )
-    return found, truth
-
-
-def _pictures(result: Evaluation, scans: Mapping[str, Path]) -> dict[str, tuple[CaseResult, bytes]]:
-    """Overlays of the best, the median and the worst case that have a Dice, each case once."""
-    ranked = sorted((case for case in result.cases if case.mean_dice == case.mean_dice), key=lambda c: -c.mean_dice)
-    if not ranked:
-        return {}
-    chosen = {"Best case": ranked[0], "Median case": ranked[len(ranked) // 2], "Worst case": ranked[-1]}
-    if len(ranked) == 1:
-        chosen = {"The case": ranked[0]}
-    elif len(ranked) == 2:
-        del chosen["Median case"]
-    pictures = {}
-    for title, case in chosen.items():
-        found, truth = (v.oriented("RAS") for v in _read_pair(Path(case.prediction_file), Path(case.reference_file)))
-        image = None
-        if case.name in scans or len(scans) == len(result.cases) == 1:
-            scan = read_volume(scans.get(case.name, next(iter(scans.values()))), channels=None).oriented("RAS")
-            image = scan.data[0].numpy() if scan.shape == truth.shape else None
-        png = overlay(truth.data[0].numpy(), found.data[0].numpy(), truth.spacing, image)
-        pictures[title] = (case, png)
-    return pictures

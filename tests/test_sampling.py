@@ -519,3 +519,12 @@ def test_noise_is_standard_normal_and_belongs_to_its_element() -> None:
     assert float(noise.std()) == pytest.approx(1, abs=0.02)
     assert torch.equal(gaussian((3, 100, 100), generators([6]))[0], noise[1])
     assert gaussian((2, 2), generators([0]), like=torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_log_snr_wastes_no_steps_in_pure_noise() -> None:
+    """The clipped last betas of the cosine schedule stretch lambda to -10; no more than the first step lies there."""
+    schedule = SCHEDULES["cosine"]
+    times = spaced(schedule, 10)
+    assert times[0] == schedule.num_steps
+    below = [t for t in times[:-1] if float(schedule.half_log_snr()[t]) < -5.2]
+    assert below == [schedule.num_steps]

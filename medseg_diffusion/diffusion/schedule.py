@@ -90,11 +90,8 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e
     the default range would reach 1, which is refused.
     """
     scale = 1000 / num_steps
-    if scale * beta_end >= 1:
-        raise ValueError(
-            f"the last beta of {num_steps} steps would be {scale * beta_end:.4g}, but must be below 1; "
-            "use more steps or another schedule (cosine works for any number)"
-        )
+    # The range is checked by itself: linspace of a single step would leave its end out.
+    from_betas(torch.tensor([scale * beta_start, scale * beta_end]))
     return from_betas(torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64))
 
 

@@ -1,39 +1,60 @@
-"""Self-contained HTML pages: no file beside them, nothing from the network."""
+"""Reports as one self-contained HTML file each: style, script and pictures inside, nothing fetched."""
 
 from __future__ import annotations
 
-import base64
+import math
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import datetime
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from matplotlib.colors import to_hex
 
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
+from medseg_diffusion.metrics.statistics import Interval
 from medseg_diffusion.reports.plots import box_plot
-from medseg_diffusion.reports.summary import CaseResult, Evaluation, format_interval, format_number, versions
+from medseg_diffusion.reports.slices import label_colour
+from medseg_diffusion.reports.summary import Evaluation, format_number, versions
+
+
+@dataclass(frozen=True)
+class CasePicture:
+    """A picture of one evaluated case.
+
+    Attributes:
+        title: Why it is shown, such as "Worst case".
+        name: The case's name.
+        dice: Its mean Dice over classes.
+        png: The picture.
+    """
+
+    title: str
+    name: str
+    dice: float
+    png: bytes
 
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """One card of the page on segmented scans.
+    """What the report says about one segmented scan.
 
     Attributes:
-        name: the scan's file name.
-        preview: PNG.
-        volumes_ml: class name to volume.
-        intervals_ml: class name to the ensemble's 95 % interval; empty for a single sample.
-        seconds: wall time of the scan.
-        model: name of the model.
-        options: option to value, as used.
-        files: files written.
-        warnings: sentences for the reader.
+        name: Name of the scan.
+        preview: PNG, or nothing.
+        volumes_ml: Class name -> volume in millilitres.
+        intervals_ml: Class name -> ends of the 95 % interval over the ensemble, for classes that have one.
+        seconds: Time taken.
+        model: Name of the model, with its version if it has one.
+        options: What the mask was made with, such as sampler and steps.
+        files: Files written.
+        warnings: What the reader should know, one sentence each.
     """
 
     name: str
-    preview: bytes
-    volumes_ml: Mapping[str, float]
+    preview: bytes = b""
+    volumes_ml: Mapping[str, float] = field(default_factory=dict)
     intervals_ml: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float = 0.0
     model: str = ""
@@ -42,43 +63,106 @@ class SegmentedCase:
     warnings: Sequence[str] = ()
 
 
-def evaluation_report(evaluation: Evaluation, pictures: Mapping[str, tuple[CaseResult, bytes]]) -> str:
-    """The page of `medseg evaluate`.
+def evaluation_report(
+    evaluation: Evaluation, pictures: Sequence[CasePicture] = (), *, command: str = "", date: str | None = None
+) -> str:
+    """The page on an evaluation: means with intervals, box plot, pictures, and every case, worst first.
 
     Args:
-        evaluation: the numbers.
-        pictures: title ("Best case", ...) to the case and its overlay as PNG.
+        evaluation: The numbers.
+        pictures: Cases to show, in this order.
+        command: What was run, for the footer.
+        date: Date and time for the footer; None takes the present.
+
+    Returns:
+        HTML; names are escaped, so that a file name cannot become markup.
     """
-    scores = {
-        name: [case.overlap[label].dice for case in evaluation.cases] for label, name in evaluation.labels.items()
-    }
-    worst_first = sorted(evaluation.cases, key=lambda case: (case.mean_dice != case.mean_dice, case.mean_dice))
+    classes = [
+        {
+            "name": name,
+            "colour": to_hex(label_colour(row)),
+            "dice": evaluation.dice[label],
+            "iou": evaluation.iou[label],
+        }
+        for row, (label, name) in enumerate(evaluation.labels.items())
+    ]
+    cases = [
+        {"name": case.name, "mean": case.mean_dice, "dice": [case.overlap[label].dice for label in evaluation.labels]}
+        for case in evaluation.worst_first()
+    ]
+    # Two classes may share a name; a mapping would lose one of them.
+    scores = [
+        (name, [case.overlap[label].dice for case in evaluation.cases]) for label, name in evaluation.labels.items()
+    ]
     return _render(
         "report.html.j2",
-        evaluation=evaluation,
-        rows=worst_first,
-        rule=EMPTY_RULE,
-        plot=_data_uri(box_plot(scores)) if evaluation.labels else "",
-        pictures={title: (case, _data_uri(png)) for title, (case, png) in pictures.items()},
+        command=command,
+        date=date,
+        classes=classes,
+        cases=cases,
+        mean_dice=evaluation.mean_dice,
+        mean_iou=evaluation.mean_iou,
+        warnings=evaluation.warnings,
+        seed=evaluation.seed,
+        empty_rule=EMPTY_RULE,
+        box_plot=_base64(box_plot(scores)),
+        pictures=[{"title": p.title, "name": p.name, "dice": p.dice, "png": _base64(p.png)} for p in pictures],
+        number=format_number,
+        limits=_limits,
     )
 
 
-def segment_report(cases: Sequence[SegmentedCase]) -> str:
-    """The page of `medseg segment --report`: one card per scan."""
-    return _render("segment_report.html.j2", cases=[(case, _data_uri(case.preview)) for case in cases])
+def segment_report(cases: Sequence[SegmentedCase], *, command: str = "", date: str | None = None) -> str:
+    """The page on segmented scans, one card per scan.
+
+    Args:
+        cases: The scans, in this order.
+        command: What was run, for the footer.
+        date: Date and time for the footer; None takes the present.
+    """
+    content = [
+        {
+            "name": case.name,
+            "preview": _base64(case.preview),
+            "volumes": [
+                {"name": name, "volume": volume, "interval": case.intervals_ml.get(name)}
+                for name, volume in case.volumes_ml.items()
+            ],
+            "has_intervals": bool(case.intervals_ml),
+            "seconds": case.seconds,
+            "model": case.model,
+            "options": case.options,
+            "files": case.files,
+            "warnings": case.warnings,
+        }
+        for case in cases
+    ]
+    return _render("segment_report.html.j2", command=command, date=date, cases=content, ml=_millilitres)
 
 
-def _render(template: str, **content: object) -> str:
+def _render(template: str, *, date: str | None, **values: Any) -> str:
+    # autoescape=True, not select_autoescape: that goes by the suffix, and would leave *.j2 unescaped.
     environment = Environment(
         loader=PackageLoader("medseg_diffusion.reports"),
-        autoescape=True,
         undefined=StrictUndefined,
+        autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=format_number, interval=format_interval)
-    return environment.get_template(template).render(versions=versions(), today=date.today().isoformat(), **content)
+    when = date if date is not None else datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    return environment.get_template(template).render(date=when, version=versions()["medseg-diffusion"], **values)
 
 
-def _data_uri(png: bytes) -> Markup:
-    return Markup("data:image/png;base64,") + base64.b64encode(png).decode()
+def _base64(png: bytes) -> str:
+    return b64encode(png).decode("ascii")
+
+
+def _limits(interval: Interval) -> str:
+    if math.isnan(interval.low):
+        return "\u2013"
+    return f"{format_number(interval.low)} to {format_number(interval.high)}"
+
+
+def _millilitres(volume: float) -> str:
+    """Three decimals for small structures, fewer for large ones: about four significant digits."""
+    return format_number(volume, 3 if abs(volume) < 10 else 2 if abs(volume) < 100 else 1)

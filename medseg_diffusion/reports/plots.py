@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from medseg_diffusion.reports.slices import (
     panel_grid,
     plain,
     plane,
+    shortened,
     show,
     to_png,
 )
@@ -30,14 +31,14 @@ _INK, _GRID = "#1f2933", "#e3e7eb"
 _DASHES = (0, (3, 1.6))
 
 
-def box_plot(scores: Mapping[str, Sequence[float]], *, axis_label: str = "Dice") -> bytes:
+def box_plot(scores: Sequence[tuple[str, Sequence[float]]], *, axis_label: str = "Dice") -> bytes:
     """Horizontal box plot of a score in [0, 1], one row per class with one point per case.
 
     Boxes span the quartiles with a line at the median, whiskers reach the last point within 1.5 times the box's width
     (Tukey). NaN values are left out. Drawn from bars and lines: `Axes.boxplot` renamed its orientation argument.
 
     Args:
-        scores: Class name -> one value per case.
+        scores: Class name and its values, one per case, for each row from the top.
         axis_label: Name of the score.
 
     Returns:
@@ -45,7 +46,7 @@ def box_plot(scores: Mapping[str, Sequence[float]], *, axis_label: str = "Dice")
     """
     figure = Figure(figsize=(7.2, 0.85 + 0.42 * max(len(scores), 1)), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    for row, values in enumerate(scores.values()):
+    for row, (_, values) in enumerate(scores):
         present = np.asarray([value for value in values if not np.isnan(value)])
         if present.size == 0:
             continue
@@ -60,7 +61,7 @@ def box_plot(scores: Mapping[str, Sequence[float]], *, axis_label: str = "Dice")
         # A fixed scatter across the row: the same report from the same numbers.
         offset = ((np.arange(present.size) * 0.618034) % 1.0 - 0.5) * 0.4
         axes.scatter(present, row + offset, s=14, color=to_rgba(colour, 0.9), edgecolors=_INK, linewidths=0.5, zorder=3)
-    axes.set_yticks(range(len(scores)), [plain(name) for name in scores])
+    axes.set_yticks(range(len(scores)), [plain(shortened(name)) for name, _ in scores])
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_xlim(-0.015, 1.015)
     axes.set_xticks(np.linspace(0, 1, 6))

@@ -73,6 +73,11 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def shortened(text: str, length: int = 32) -> str:
+    """A name that fits beside a picture: the middle of a long one becomes an ellipsis."""
+    return text if len(text) <= length else f"{text[: length // 2]}\u2026{text[-(length // 2 - 1) :]}"
+
+
 def display_range(image: NDArray[Any]) -> tuple[float, float]:
     """Grey values to show as black and white: 1st and 99.5th percentile of what is finite and not background.
 

@@ -72,12 +72,33 @@ class Evaluation:
         """Mean over the classes of the mean Dice of each; NaN if no class occurs in any case."""
         return _mean(interval.mean for interval in self.dice.values())
 
-    def table(self) -> list[tuple[str, str, str, str]]:
-        """Rows for a terminal: class name, Dice "mean [low, high]", IoU "mean [low, high]", number of cases."""
-        return [
-            (name, format_interval(self.dice[label]), format_interval(self.iou[label]), str(self.dice[label].n))
-            for label, name in self.labels.items()
-        ]
+    @property
+    def mean_iou(self) -> float:
+        """Mean over the classes of the mean IoU of each; NaN if no class occurs in any case."""
+        return _mean(interval.mean for interval in self.iou.values())
+
+    def worst_first(self) -> list[CaseResult]:
+        """The cases by ascending mean Dice, then by name; cases without any class come last."""
+        return sorted(self.cases, key=lambda case: (math.isnan(case.mean_dice), case.mean_dice, case.name))
+
+    def table(self) -> list[dict[str, str | int | float | None]]:
+        """One row per class: name, means with the ends of their 95 % intervals, cases in the mean and left out.
+
+        Numbers that do not exist are None.
+        """
+        rows: list[dict[str, str | int | float | None]] = []
+        for label, name in self.labels.items():
+            dice, iou = self.dice[label], self.iou[label]
+            numbers = {
+                "dice": dice.mean,
+                "dice_low": dice.low,
+                "dice_high": dice.high,
+                "iou": iou.mean,
+                "iou_low": iou.low,
+                "iou_high": iou.high,
+            }
+            rows.append({"class": name, **_strict(numbers), "n": dice.n, "n_missing": dice.n_missing})
+        return rows
 
 
 def summarise(
@@ -154,14 +175,6 @@ def cases_csv(evaluation: Evaluation) -> str:
 def format_number(value: float, digits: int = 3) -> str:
     """A number for people: fixed digits, or a dash where there is none."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "\u2013"
-
-
-def format_interval(interval: Interval, digits: int = 3) -> str:
-    """The text "mean [low, high]", or the mean alone where there is no interval."""
-    mean = format_number(interval.mean, digits)
-    if math.isnan(interval.low):
-        return mean
-    return f"{mean} [{format_number(interval.low, digits)}, {format_number(interval.high, digits)}]"
 
 
 def versions() -> dict[str, str]:
