@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,19 @@ class _Pair:
     name: str
     prediction: Path
     reference: Path
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Overlap of the labels that were found in one case, or asked for, and the number of voxels."""
+
+    overlap: Mapping[int, ClassOverlap]
+    n_voxels: int
+
+    def of(self, labels: Iterable[int]) -> dict[int, ClassOverlap]:
+        """Overlap of each of `labels`; one that was not found is empty on both sides."""
+        absent = ClassOverlap.from_counts(tp=0, n_pred=0, n_ref=0, n_voxels=self.n_voxels)
+        return {label: self.overlap.get(label, absent) for label in labels}
 
 
 def evaluate(
@@ -72,30 +85,178 @@ def evaluate(
     pairs, notes = _pairs(prediction, reference)
     backgrounds = _backgrounds(images, pairs)
     wanted = _named(labels)
-    found = {pair.name: _compare(pair, set(wanted)) for pair in pairs}
-    present = {label for overlap in found.values() for label, item in overlap.items() if item.n_pred or item.n_ref}
+    counts = {pair.name: _compare(pair, wanted) for pair in pairs}
+    present = {label for case in counts.values() for label, item in case.overlap.items() if item.n_pred or item.n_ref}
     names = wanted or {label: f"label {label}" for label in sorted(present)}
     if not names:
         raise InputError(
-            reference, "no label above 0 in any reference or prediction", "at least one class", "pass the labels to use"
+            reference, "no label above 0 in any reference or prediction", "at least one class", "name the labels to use"
         )
     if left_out := sorted(present - set(names)):
-        notes.append(f"Labels not evaluated: {', '.join(map(str, left_out))}.")
+        notes.append(f"Labels not evaluated: {_listed(left_out)}.")
     if absent := sorted(set(names) - present):
-        notes.append(f"Labels in no reference and no prediction: {', '.join(map(str, absent))}.")
+        notes.append(f"Labels in no reference and no prediction: {_listed(absent)}.")
     cases = [
-        CaseResult(
-            pair.name, str(pair.prediction), str(pair.reference), {label: found[pair.name][label] for label in names}
-        )
-        for pair in (_ for _ in pairs)
+        CaseResult(pair.name, str(pair.prediction), str(pair.reference), counts[pair.name].of(names)) for pair in pairs
     ]
     result = summarise(cases, names, seed=seed, warnings=notes)
     report = evaluation_report(
         result,
         _pictures(result, {pair.name: pair for pair in pairs}, backgrounds),
-        command=command if command is not None else _command(prediction, reference, out, images),
+        command=command if command is not None else _command(prediction, reference, out, list(wanted), images, seed),
     )
-    write_files(
-        out, {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
-    )
+    write_files(out, {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report})
     return result
+
+
+# ---- which file belongs to which ---------------------------------------------------------------------------------
+
+
+def _pairs(prediction: Path, reference: Path) -> tuple[list[_Pair], list[str]]:
+    """The pairs of files sorted by case name, and remarks on predictions that are in none."""
+    predicted, expected = _by_case(prediction), _by_case(reference)
+    if not prediction.is_dir() and not reference.is_dir():
+        (name,) = expected
+        return [_Pair(name, prediction, reference)], []
+    if not prediction.is_dir():
+        expected = {name: path for name, path in expected.items() if name in predicted}
+        if not expected:
+            raise InputError(
+                reference,
+                f"no reference for {', '.join(predicted)}",
+                "a file of that name",
+                "pass the reference itself",
+            )
+    if missing := [name for name in expected if name not in predicted]:
+        raise InputError(
+            prediction,
+            f"no prediction for {_listed(missing)} ({len(missing)} of {len(expected)} references)",
+            "one prediction for each reference",
+            "segment these cases too, or take their references out",
+        )
+    extra = [name for name in predicted if name not in expected]
+    notes = [f"Predictions without a reference, not evaluated: {_listed(extra)}."] if extra else []
+    return [_Pair(name, predicted[name], path) for name, path in sorted(expected.items())], notes
+
+
+def _by_case(path: Path) -> dict[str, Path]:
+    """Case name -> label map, for a file or a folder; where `case_seg` lies beside `case`, the latter is the scan."""
+    if not path.exists():
+        raise InputError(path, "no such file or folder", "a label map or a folder of them", "check the path")
+    if not path.is_dir():
+        return {scan_name(path).removesuffix("_seg"): path}
+    files = _files(path)
+    masks = {name: file for name, file in files.items() if not name.endswith(_COMPANIONS)}
+    cases = {
+        name.removesuffix("_seg"): file
+        for name, file in masks.items()
+        if name.endswith("_seg") or f"{name}_seg" not in masks
+    }
+    if not cases:
+        raise InputError(path, "a folder without label maps", f"files that end with {', '.join(SUFFIXES)}", "check it")
+    return cases
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Name without suffix -> file, for the visible images directly in a folder."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."):
+            name = scan_name(path)
+            if name in files:
+                raise InputError(
+                    path, f"the same name as {files[name].name}", "one file per case", "take one of them out"
+                )
+            files[name] = path
+    return files
+
+
+def _backgrounds(images: Path | None, pairs: Sequence[_Pair]) -> dict[str, Path]:
+    """Case name -> scan, for the cases that have one; nnU-Net's first channel, `case_0000`, counts as the scan."""
+    if images is None:
+        return {}
+    images = Path(images)
+    if not images.exists():
+        raise InputError(images, "no such file or folder", "a scan or a folder of scans", "check the path")
+    if not images.is_dir():
+        return {pairs[0].name: images} if len(pairs) == 1 else {scan_name(images): images}
+    files = _files(images)
+    matches = {pair.name: files.get(pair.name) or files.get(f"{pair.name}_0000") for pair in pairs}
+    return {name: path for name, path in matches.items() if path is not None}
+
+
+# ---- one case ----------------------------------------------------------------------------------------------------
+
+
+def _read_pair(pair: _Pair) -> tuple[Volume, Volume]:
+    """Prediction and reference, on one grid."""
+    prediction, reference = read_labels(pair.prediction), read_labels(pair.reference)
+    reference.require_same_grid(prediction)
+    return prediction, reference
+
+
+def _compare(pair: _Pair, wanted: Mapping[int, str]) -> _Counts:
+    prediction, reference = (volume.data[0].numpy() for volume in _read_pair(pair))
+    found = set(wanted)
+    for path, array in ((pair.prediction, prediction), (pair.reference, reference)):
+        values = np.unique(array)
+        if len(values) > _MAX_CLASSES:
+            raise InputError(path, f"{len(values)} different labels", "a label map", "check that it is not a scan")
+        found.update(int(value) for value in values if value > 0)
+    return _Counts(label_overlap(prediction, reference, found), prediction.size)
+
+
+def _pictures(result: Evaluation, pairs: Mapping[str, _Pair], backgrounds: Mapping[str, Path]) -> list[CasePicture]:
+    """Best, median and worst case; fewer if there are fewer."""
+    ranked = [case for case in result.worst_first() if not np.isnan(case.mean_dice)]
+    if len(ranked) < 2:
+        chosen = [("Case", case) for case in ranked]
+    else:
+        middle = [("Median case", ranked[(len(ranked) - 1) // 2])] if len(ranked) > 2 else []
+        chosen = [("Best case", ranked[-1]), *middle, ("Worst case", ranked[0])]
+    pictures = []
+    for title, case in chosen:
+        prediction, reference = _read_pair(pairs[case.name])
+        image = None
+        if case.name in backgrounds:
+            scan = read_volume(backgrounds[case.name], channels=None)
+            reference.require_same_grid(scan)
+            image = scan.oriented("RAS").data[0].numpy()
+        reference, prediction = reference.oriented("RAS"), prediction.oriented("RAS")
+        png = overlay(_only(reference, result.labels), _only(prediction, result.labels), reference.spacing, image)
+        pictures.append(CasePicture(title, case.name, case.mean_dice, png))
+    return pictures
+
+
+def _only(volume: Volume, labels: Mapping[int, str]) -> npt.NDArray[np.int32]:
+    """The label map (I, J, K) with every label that is not evaluated set to 0."""
+    array = volume.data[0].numpy()
+    return np.where(np.isin(array, list(labels)), array, 0)
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def _named(labels: Mapping[int, str] | Sequence[int] | None) -> dict[int, str]:
+    """Label value -> class name in ascending order; empty if none are asked for."""
+    if labels is None:
+        return {}
+    names = labels if isinstance(labels, Mapping) else {label: f"label {label}" for label in labels}
+    return {int(label): names[label] for label in sorted(names)}
+
+
+def _listed(items: Sequence[object], limit: int = 20) -> str:
+    """The items separated by commas; of a long list the beginning and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
+
+
+def _command(
+    prediction: Path, reference: Path, out: Path, labels: Sequence[int], images: Path | None, seed: int
+) -> str:
+    words = ["medseg", "evaluate", str(prediction), str(reference), "-o", str(out)]
+    for label in labels:
+        words += ["--label", str(label)]
+    words += ["--images", str(images)] if images is not None else []
+    words += ["--seed", str(seed)] if seed else []
+    return shlex.join(words)

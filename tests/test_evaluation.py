@@ -94,7 +94,7 @@ def test_predictions_beside_their_scans_and_maps_are_found(tmp_path: Path) -> No
 def test_a_missing_prediction_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     pred, ref, out = folders(tmp_path)
     (pred / "b_seg.nii.gz").unlink()
-    with pytest.raises(InputError, match=r"no prediction for 1 of 3 references \(b\)"):
+    with pytest.raises(InputError, match=r"no prediction for b \(1 of 3 references\)"):
         evaluate(pred, ref, out)
     assert not out.exists()
 
@@ -102,10 +102,10 @@ def test_a_missing_prediction_is_named_and_nothing_is_written(tmp_path: Path) ->
 def test_another_grid_is_refused(tmp_path: Path) -> None:
     pred, ref, out = folders(tmp_path)
     save(pred / "b_seg.nii.gz", box(1, 3), np.diag([1.0, 2.0, 1.5, 1.0]))
-    with pytest.raises(InputError, match=r"b_seg.nii.gz: found the same shape with another affine"):
+    with pytest.raises(InputError, match=r"b_seg.nii.gz: found a grid up to 18 mm away"):
         evaluate(pred, ref, out)
     save(pred / "b_seg.nii.gz", box(1, 3)[:, :4])
-    with pytest.raises(InputError, match=r"found a grid of \(10, 4, 6\)"):
+    with pytest.raises(InputError, match=r"10, 4, 6|10 x 4 x 6"):
         evaluate(pred, ref, out)
     assert not out.exists()
 
@@ -114,7 +114,7 @@ def test_extra_predictions_are_reported(tmp_path: Path) -> None:
     pred, ref, out = folders(tmp_path)
     save(pred / "z_seg.nii.gz", box(0, 4))
     (warning,) = evaluate(pred, ref, out).warnings
-    assert "z" in warning and "left out" in warning
+    assert "z" in warning and "not evaluated" in warning
 
 
 def test_false_alarms_count(tmp_path: Path) -> None:

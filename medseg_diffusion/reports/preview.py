@@ -78,7 +78,10 @@ def preview_png(
             _colour_labels(axes, where, labels, colours)
     if shown:
         figure.legend(
-            handles=[Patch(color=colours[label], label=plain(shortened(names.get(label, f"label {label}"), 24))) for label in shown],
+            handles=[
+                Patch(color=colours[label], label=plain(shortened(names.get(label, f"label {label}"), 24)))
+                for label in shown
+            ],
             loc="upper center",
             ncols=min(len(shown), _LEGEND_COLUMNS),
             frameon=False,

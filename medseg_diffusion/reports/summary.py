@@ -79,7 +79,12 @@ class Evaluation:
 
     def worst_first(self) -> list[CaseResult]:
         """The cases by ascending mean Dice, then by name; cases without any class come last."""
-        return sorted(self.cases, key=lambda case: (math.isnan(case.mean_dice), case.mean_dice, case.name))
+
+        def badness(case: CaseResult) -> tuple[float, str]:
+            # NaN has no order.
+            return (math.inf if math.isnan(case.mean_dice) else case.mean_dice, case.name)
+
+        return sorted(self.cases, key=badness)
 
     def table(self) -> list[dict[str, str | int | float | None]]:
         """One row per class: name, means with the ends of their 95 % intervals, cases in the mean and left out.
