@@ -1,9 +1,9 @@
-"""`evaluate` on files: pairing, grids, rules for empty masks, and complete output or none."""
-
 from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -13,113 +13,203 @@ import pytest
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.evaluation import evaluate
 
-AFFINE = np.diag([-1.0, 2.0, 1.5, 1.0])
+AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 
 
-def save(path: Path, labels: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(labels.astype(np.uint8), affine), path)
+    nib.save(nib.Nifti1Image(array, affine), path)
     return path
 
 
-def box(start: int, stop: int, value: int = 1) -> np.ndarray:
-    labels = np.zeros((10, 8, 6), dtype=np.uint8)
-    labels[start:stop] = value
-    return labels
+def box(stop: int, label: int = 1) -> np.ndarray:
+    """A box of 4 x 4 x (stop - 2) voxels that begins at (2, 2, 2)."""
+    array = np.zeros((10, 9, 8), np.uint8)
+    array[2:6, 2:6, 2:stop] = label
+    return array
 
 
-def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Case a: 4 slabs against 4, 2 shared: Dice 1/2, IoU 1/3. Case b: perfect. Case c: empty in both."""
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Case a: 2 of 4 layers found (Dice 2/3). Case b: exact, label 2. Case c: empty reference, label 3 predicted."""
     pred, ref = tmp_path / "pred", tmp_path / "ref"
-    for name, found, truth in (("a", box(0, 4), box(2, 6)), ("b", box(1, 3), box(1, 3)), ("c", box(0, 0), box(0, 0))):
-        save(pred / f"{name}_seg.nii.gz", found)
-        save(ref / f"{name}.nii.gz", truth)
-    return pred, ref, tmp_path / "out"
+    save(pred / "a_seg.nii.gz", box(4))
+    save(ref / "a.nii.gz", box(6))
+    save(pred / "b.nii.gz", box(6, 2))
+    save(ref / "b_seg.nii.gz", box(6, 2))
+    save(pred / "c_seg.nii.gz", box(6, 3))
+    save(ref / "c.nii.gz", box(2))
+    return pred, ref
 
 
-def test_numbers_and_files(tmp_path: Path) -> None:
-    pred, ref, out = folders(tmp_path)
-    result = evaluate(pred, ref, out, labels={1: "box"})
-    assert result.dice[1].mean == pytest.approx((0.5 + 1.0) / 2) and result.dice[1].n == 2
-    assert result.iou[1].mean == pytest.approx((1 / 3 + 1.0) / 2)
-    assert result.dice[1].n_missing == 1
-    summary = json.loads((out / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert summary["mean"]["1"]["Dice"] == pytest.approx(0.75)
-    assert summary["foreground_mean"]["IoU"] == pytest.approx(2 / 3)
-    assert [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]] == [0.5, 1.0, None]
-    assert {"TP", "FP", "FN", "TN", "n_pred", "n_ref"} <= set(summary["metric_per_case"][0]["metrics"]["1"])
-    rows = list(csv.DictReader((out / "cases.csv").read_text().splitlines()))
-    assert len(rows) == 3
+def test_folders_end_to_end(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    result = evaluate(*folders, out)
+    assert sorted(os.listdir(out)) == ["cases.csv", "report.html", "summary.json"]
+    assert [case.name for case in result.cases] == ["a", "b", "c"]
+    assert result.labels == {1: "label 1", 2: "label 2", 3: "label 3"}
+    assert result.dice[1].mean == pytest.approx(2 * 2 / (2 + 4)) and result.dice[1].n == 1
+    assert result.dice[2].mean == 1.0 and result.dice[2].n_missing == 2
+    assert result.dice[3].mean == 0.0 and result.dice[3].n == 1  # predicted where no reference has it
+    assert result.warnings == ()
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["metric_per_case"][0]["metrics"]["1"]["TP"] == 4 * 4 * 2
+    assert summary["metric_per_case"][1]["prediction_file"].endswith("b.nii.gz")
+    assert summary["mean"]["3"]["FP"] == pytest.approx(4 * 4 * 4 / 3)
+    voxels = {sum(float(case["metrics"][k][key]) for key in ("TP", "FP", "FN", "TN"))
+              for case in summary["metric_per_case"] for k in "123"}  # fmt: skip
+    assert voxels == {10 * 9 * 8}, "also for a class that a case does not have"
+    with (out / "cases.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 3 * 3
     page = (out / "report.html").read_text()
-    assert "0.750" in page and page.count("data:image/png;base64,") == 3  # the plot, the best and the worst case
-    assert "http" not in page.replace("http-equiv", "") and 'src="/' not in page
-    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "report.html", "summary.json"]
+    assert re.findall(r"<h2>(\w+) case: (\w)", page) == [("Best", "b"), ("Median", "a"), ("Worst", "c")]
+    assert f"medseg evaluate {folders[0]} {folders[1]} -o {out}" in page
 
 
-def test_names_are_escaped(tmp_path: Path) -> None:
+def test_two_files_need_no_common_name(tmp_path: Path) -> None:
+    pred, ref = save(tmp_path / "mine.nii.gz", box(5)), save(tmp_path / "truth.nii", box(5))
+    result = evaluate(pred, ref, tmp_path / "out", labels={1: "liver"})
+    assert result.cases[0].name == "truth" and result.table()[0]["class"] == "liver"
+    assert result.dice[1].mean == 1.0
+
+
+def test_one_prediction_meets_its_own_reference(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    assert [case.name for case in evaluate(pred / "a_seg.nii.gz", ref, tmp_path / "out").cases] == ["a"]
+    assert [case.name for case in evaluate(pred, ref / "b_seg.nii.gz", tmp_path / "out").cases] == ["b"]
+    with pytest.raises(InputError, match="no reference for z"):
+        evaluate(save(tmp_path / "z.nii.gz", box(3)), ref, tmp_path / "other")
+
+
+def test_scans_and_maps_beside_the_masks_are_not_predictions(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    noise = np.random.default_rng(0).random((10, 9, 8)).astype(np.float32)
+    for name in ("a.nii.gz", "a_prob.nii.gz", "a_uncertainty.nii.gz", ".hidden.nii.gz"):
+        save(pred / name, noise)
+    save(pred / "more_seg.nii.gz", box(3))
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert result.cases[0].prediction_file.endswith("a_seg.nii.gz")
+    assert result.warnings == ("Predictions without a reference, not evaluated: more.",)
+    assert "not evaluated: more" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("labels", [[2, 1, 7], {7: "absent", 2: "two", 1: "one"}])
+def test_asked_labels_only(folders: tuple[Path, Path], tmp_path: Path, labels: dict[int, str] | list[int]) -> None:
+    result = evaluate(*folders, tmp_path / "out", labels=labels)
+    assert list(result.labels) == [1, 2, 7]
+    assert result.warnings == ("Labels not evaluated: 3.", "Labels in no reference and no prediction: 7.")
+    assert result.dice[7].n == 0 and result.dice[7].n_missing == 3
+
+
+def test_missing_prediction_is_named_and_nothing_is_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    (pred / "b.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"no prediction for b \(1 of 3"):
+        evaluate(pred, ref, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "affine", "message"),
+    [
+        (np.zeros((10, 9, 7), np.uint8), AFFINE, "10 x 9 x 7 voxels; expected 10 x 9 x 8"),
+        (box(4), np.diag([-1.0, 1.0, 2.0, 1.0]), "mm away"),
+        (box(4) * np.float32(0.5), AFFINE, "label 0.5"),
+    ],
+)
+def test_a_bad_file_leaves_the_earlier_result(
+    folders: tuple[Path, Path], tmp_path: Path, array: np.ndarray, affine: np.ndarray, message: str
+) -> None:
+    pred, ref = folders
+    out = tmp_path / "out"
+    evaluate(pred, ref, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    save(pred / "c_seg.nii.gz", array, affine)
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate(pred, ref, out)
+    assert "c_seg.nii.gz" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    ref = save(tmp_path / "ref" / "a.nii.gz", box(4)).parent
+    with pytest.raises(InputError, match="no such file or folder"):
+        evaluate(tmp_path / "nowhere", ref, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="without label maps"):
+        evaluate(tmp_path / "empty", ref, tmp_path / "out")
+    save(ref / "a.nii", box(4))
+    with pytest.raises(InputError, match=r"the same name as a\.nii"):
+        evaluate(ref, ref, tmp_path / "out")
+
+
+def test_no_label_at_all(tmp_path: Path) -> None:
+    empty = save(tmp_path / "a.nii.gz", box(2))
+    with pytest.raises(InputError, match="no label above 0"):
+        evaluate(empty, empty, tmp_path / "out")
+    result = evaluate(empty, empty, tmp_path / "out", labels=[1])  # asked for: absent, and said so
+    assert result.dice[1].n_missing == 1
+
+
+def test_a_scan_is_not_taken_for_a_label_map(tmp_path: Path) -> None:
+    scan = save(tmp_path / "a.nii.gz", np.arange(12 * 12 * 12, dtype=np.int16).reshape(12, 12, 12))
+    with pytest.raises(InputError, match="1728 different labels"):
+        evaluate(scan, scan, tmp_path / "out")
+
+
+def test_images_are_the_background(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    evaluate(pred, ref, tmp_path / "plain")
+    noise = np.random.default_rng(0).random((10, 9, 8)).astype(np.float32)
+    save(tmp_path / "images" / "a.nii.gz", noise)
+    save(tmp_path / "images" / "b_0000.nii.gz", noise)
+    evaluate(pred, ref, tmp_path / "pictured", images=tmp_path / "images")
+
+    def pictures(folder: str) -> list[str]:
+        page = (tmp_path / folder / "report.html").read_text()
+        return re.findall(r'figure class="scan"><img src="([^"]+)"', page)
+
+    same = [a == b for a, b in zip(pictures("plain"), pictures("pictured"), strict=True)]
+    assert same == [False, False, True]  # best b and median a have a scan, worst c has none
+    save(tmp_path / "images" / "a.nii.gz", noise[1:])
+    with pytest.raises(InputError, match="9 x 9 x 8 voxels"):
+        evaluate(pred, ref, tmp_path / "never", images=tmp_path / "images")
+    assert not (tmp_path / "never").exists()
+
+
+def test_pictures_are_the_same_whatever_the_storage_order(tmp_path: Path) -> None:
+    pages = []
+    for flip in (False, True):
+        folder = tmp_path / str(flip)
+        for name, stop in (("p", 4), ("r", 6)):
+            array, affine = box(stop), AFFINE.copy()
+            if flip:  # the same anatomy, stored from right to left
+                array, affine[0, 0], affine[0, 3] = array[::-1].copy(), -1.0, 9.0
+            save(folder / f"{name}.nii.gz", array, affine)
+        evaluate(folder / "p.nii.gz", folder / "r.nii.gz", folder / "out")
+        pages.append(re.findall(r"base64,([^\"]+)", (folder / "out" / "report.html").read_text()))
+    assert pages[0] == pages[1]
+
+
+def test_a_case_without_the_class_is_left_out_of_its_mean(tmp_path: Path) -> None:
+    pred, ref = tmp_path / "pred", tmp_path / "ref"
+    for name, found, truth in (("a", 4, 6), ("b", 6, 6), ("c", 2, 2)):  # half of it, exact, empty on both sides
+        save(pred / f"{name}_seg.nii.gz", box(found))
+        save(ref / f"{name}.nii.gz", box(truth))
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert result.dice[1].mean == pytest.approx((2 / 3 + 1) / 2) and result.iou[1].mean == pytest.approx(
+        (1 / 2 + 1) / 2
+    )
+    assert (result.dice[1].n, result.dice[1].n_missing) == (2, 1)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]] == [pytest.approx(2 / 3), 1.0, None]
+
+
+def test_file_names_are_escaped(tmp_path: Path) -> None:
     name = "<img onerror=x>"
-    save(tmp_path / "pred" / f"{name}_seg.nii.gz", box(0, 2))
-    save(tmp_path / "ref" / f"{name}.nii.gz", box(0, 2))
+    save(tmp_path / "pred" / f"{name}_seg.nii.gz", box(4))
+    save(tmp_path / "ref" / f"{name}.nii.gz", box(4))
     evaluate(tmp_path / "pred", tmp_path / "ref", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert name not in page and "&lt;img onerror" in page
-
-
-def test_two_files_are_paired_whatever_their_names(tmp_path: Path) -> None:
-    a, b = save(tmp_path / "x.nii.gz", box(0, 4)), save(tmp_path / "truth.nii", box(0, 4))
-    assert evaluate(a, b, tmp_path / "out").dice[1].mean == 1.0
-
-
-def test_pictures_use_the_scans(tmp_path: Path) -> None:
-    pred, ref, out = folders(tmp_path)
-    evaluate(pred, ref, out)
-    plain = (out / "report.html").read_text()
-    for name in "abc":
-        scan = np.random.default_rng(0).random((10, 8, 6)).astype(np.float32)
-        (tmp_path / "scans").mkdir(exist_ok=True)
-        nib.save(nib.Nifti1Image(scan, AFFINE), tmp_path / "scans" / f"{name}.nii.gz")
-    evaluate(pred, ref, out, images=tmp_path / "scans")
-    assert (out / "report.html").read_text() != plain
-
-
-def test_predictions_beside_their_scans_and_maps_are_found(tmp_path: Path) -> None:
-    folder = tmp_path / "pred"
-    save(folder / "a_seg.nii.gz", box(0, 4))
-    for other in ("a", "a_prob", "a_uncertainty"):
-        nib.save(nib.Nifti1Image(np.random.rand(10, 8, 6).astype(np.float32), AFFINE), folder / f"{other}.nii.gz")
-    save(tmp_path / "ref" / "a.nii.gz", box(0, 4))
-    assert evaluate(folder, tmp_path / "ref", tmp_path / "out").dice[1].mean == 1.0
-
-
-def test_a_missing_prediction_is_named_and_nothing_is_written(tmp_path: Path) -> None:
-    pred, ref, out = folders(tmp_path)
-    (pred / "b_seg.nii.gz").unlink()
-    with pytest.raises(InputError, match=r"no prediction for b \(1 of 3 references\)"):
-        evaluate(pred, ref, out)
-    assert not out.exists()
-
-
-def test_another_grid_is_refused(tmp_path: Path) -> None:
-    pred, ref, out = folders(tmp_path)
-    save(pred / "b_seg.nii.gz", box(1, 3), np.diag([1.0, 2.0, 1.5, 1.0]))
-    with pytest.raises(InputError, match=r"b_seg.nii.gz: found a grid up to 18 mm away"):
-        evaluate(pred, ref, out)
-    save(pred / "b_seg.nii.gz", box(1, 3)[:, :4])
-    with pytest.raises(InputError, match=r"10, 4, 6|10 x 4 x 6"):
-        evaluate(pred, ref, out)
-    assert not out.exists()
-
-
-def test_extra_predictions_are_reported(tmp_path: Path) -> None:
-    pred, ref, out = folders(tmp_path)
-    save(pred / "z_seg.nii.gz", box(0, 4))
-    (warning,) = evaluate(pred, ref, out).warnings
-    assert "z" in warning and "not evaluated" in warning
-
-
-def test_false_alarms_count(tmp_path: Path) -> None:
-    """A class that no reference has is kept, with Dice 0 wherever it was predicted."""
-    save(tmp_path / "pred" / "a.nii.gz", box(0, 4) + box(5, 7, 2))
-    save(tmp_path / "ref" / "a.nii.gz", box(0, 4))
-    result = evaluate(tmp_path / "pred", tmp_path / "ref", tmp_path / "out")
-    assert result.dice[2].mean == 0.0 and result.dice[1].mean == 1.0
