@@ -37,13 +37,23 @@ def evaluate(
     """Compare predicted with reference masks: Dice and IoU per class, with intervals over cases."""
     names = _parse_labels(labels)
     from medseg_diffusion.evaluation import evaluate as compare
+    from medseg_diffusion.reports.summary import format_interval
 
     result = compare(prediction, reference, out, labels=names, images=images, seed=seed)
-    rows = [dict(zip(("class", "Dice", "IoU", "cases"), row, strict=True)) for row in result.table()]
     if as_json:
-        print_json(rows)
+        print_json(result.table())
     elif not quiet:
-        print_table(rows)
+        print_table(
+            [
+                {
+                    "class": name,
+                    "Dice": format_interval(result.dice[label]),
+                    "IoU": format_interval(result.iou[label]),
+                    "cases": result.dice[label].n,
+                }
+                for label, name in result.labels.items()
+            ]
+        )
         for warning in result.warnings:
             typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"report: {out / 'report.html'}")

@@ -34,6 +34,8 @@ STILL = SynthesisConfig(
     spacing=(0.5, 1.0),
     strip=0.0,
     crop=0.0,
+    gain=(1.0, 1.0),
+    shift=(0.0, 0.0),
     atrophy=0.0,
     lesions=0.0,
 )

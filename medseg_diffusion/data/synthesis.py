@@ -46,6 +46,8 @@ class SynthesisConfig:
         crop: probability that a part of the field of view is missing.
         atrophy: probability that cortex gives way to CSF.
         lesions: probability of dark white-matter lesions.
+        gain: factor on the scaled image of a training window.
+        shift: what is added to it.
     """
 
     t1_share: float = 0.75
@@ -62,6 +64,8 @@ class SynthesisConfig:
     crop: float = 0.15
     atrophy: float = 0.35
     lesions: float = 0.35
+    gain: Range = (0.7, 1.2)
+    shift: Range = (-0.3, 0.2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,11 @@ _TISSUE = torch.tensor([TISSUE_OF[label] for label in LABELS], dtype=torch.uint8
 _OUTSIDE = torch.tensor([TISSUE_OF[label] == 0 for label in LABELS])
 _CORTEX = torch.tensor([label in (3, 42) for label in LABELS])
 _WHITE = torch.tensor([label in (2, 41) for label in LABELS])
+
+_PAIRS = (
+    *((2, 41), (3, 42), (8, 47), (7, 46), (4, 43), (10, 49), (11, 50), (12, 51), (13, 52), (17, 53), (18, 54)),
+    *((26, 58), (28, 60), (25, 57), (31, 63), (30, 62), (136, 163), (137, 164)),
+)
 
 # T1-like means relative to cerebral white matter: (low, high), or (low, high) of the way from grey to white.
 _GREY, _CSF = (0.55, 0.85), (0.03, 0.45)
@@ -171,7 +180,9 @@ class SyntheticBrains:
         image, tissue, low, high = _render(
             anatomy, draw, self.config, centre, self.window, self.spacing_mm, upsample=True
         )
-        scaled = bend(2 * (image - low) / (high - low) - 1)
+        scaled = 2 * (image - low) / (high - low) - 1
+        # A window does not know its scan's percentiles; neither do fat near a coil or a tilted field of view.
+        scaled = bend(draw.uniform(*self.config.gain) * scaled + draw.uniform(*self.config.shift))
         return {"image": scaled[None], "label": tissue.long()}
 
 
@@ -185,7 +196,7 @@ def synthetic_scan(
     image, tissue, _, _ = _render(anatomy, draw, config, centre.double(), size, 1.0, upsample=False)
     shares = F.one_hot(tissue.long(), 4).movedim(-1, 0).float()
     if image.shape != tissue.shape:
-        shares = F.adaptive_avg_pool3d(shares, image.shape)
+        shares = F.adaptive_avg_pool3d(shares, list(image.shape))
     affine = np.diag([*(n / m for n, m in zip(size, image.shape, strict=True)), 1.0])
     return 1000 * image, shares.argmax(0).to(torch.uint8), affine
 
@@ -220,8 +231,8 @@ def _render(
     else:
         kept = torch.ones_like(tissue, dtype=torch.bool)
     if draw.chance(config.crop):
-        axis, size = draw.integer(3), window[draw.integer(3)]
-        edge = draw.integer(size // 3) + 1
+        axis = draw.integer(3)
+        edge = draw.integer(max(1, window[axis] // 3)) + 1
         cut = kept.narrow(axis, 0, edge) if draw.chance(0.5) else kept.narrow(axis, kept.shape[axis] - edge, edge)
         cut.fill_(False)
     tissue = torch.where(kept, tissue, 0).to(torch.uint8)
@@ -246,6 +257,8 @@ def _render(
         voxel[draw.integer(3)] = draw.uniform(min(high, 1.0), high).item()
     sigma = [draw.uniform(0.4, 0.6).item() * max(size / spacing, 1.0) for size in voxel]
     image = _blur(image, sigma)
+    if stripped:
+        image = torch.where(kept, image, 0.0)  # the extraction is done on the finished image: its edge is sharp
     acquired = [max(2, round(n * min(1.0, spacing / size))) for n, size in zip(window, voxel, strict=True)]
     if acquired != list(window):
         image = F.interpolate(image[None, None], acquired, mode="trilinear", align_corners=False)[0, 0]
@@ -308,10 +321,14 @@ def _intensities(draw: _Draw, config: SynthesisConfig) -> tuple[Tensor, Tensor]:
         means[[LABELS.index(label) for label in (24, 4, 5, 14, 15, 43, 44, 72)]] = fluid
         for group, (low, high) in _OTHER.items():
             means[[LABELS.index(label) for label in group]] = float(draw.uniform(low, high))
+        if draw.chance(0.5):  # fat near a receiving coil: in many whole heads it is 2 to 3 times as bright as the brain
+            for fat in (507, 511, 516):
+                if draw.chance(0.5):
+                    means[LABELS.index(fat)] = float(draw.uniform(1.2, 2.5))
         deviations = draw.uniform(0.01, 0.06, len(LABELS))
     else:
         # Left and right share their contrast: a coin decides nothing about sides.
-        for pair in ((2, 41), (3, 42), (8, 47), (7, 46), (4, 43), (10, 49), (11, 50), (12, 51), (13, 52), (17, 53)):
+        for pair in _PAIRS:
             means[[LABELS.index(label) for label in pair]] = float(means[LABELS.index(pair[0])])
         means[[LABELS.index(label) for label in (4, 5, 14, 15, 43, 44)]] = float(means[LABELS.index(24)])
         deviations = draw.uniform(0.01, 0.1, len(LABELS))
