@@ -1,7 +1,6 @@
 # Everything happens in .venv, which is made when it is missing. Works from any folder: make -C path/to/medseg-diffusion demo
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := medseg_diffusion cli configs tests examples benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,7 +33,7 @@ test-all: .venv/.installed-test
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(foreach folder,$(CODE),$(if $(wildcard $(folder)/*.py),$(folder)))
+	$(BIN)/mypy medseg_diffusion cli configs examples benchmarks
 	$(BIN)/lint-imports --no-cache
 
 check: lint test wheel-test

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.pipeline import SegmentationModel
-from medseg_diffusion.reports.summary import format_interval
 from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
@@ -66,12 +64,12 @@ def heads(model: SegmentationModel, folder: Path) -> None:
         seconds.append(time.perf_counter() - started)
         dice.append(label_overlap(found.numpy(), reference.numpy(), [1])[1].dice)
         print(f"  {file.name} {dice[-1]:.3f} ({seconds[-1]:.0f} s)", flush=True)
-    print(f"brain mask on {len(dice)} heads: {format_interval(mean_interval(dice))}, {np.mean(seconds):.0f} s each")
+    print(f"brain mask on {len(dice)} heads: {mean_interval(dice)}, {np.mean(seconds):.0f} s each")
 
 
-def _print(title: str, model: SegmentationModel, dice: dict[int, Sequence[float]]) -> None:
+def _print(title: str, model: SegmentationModel, dice: dict[int, list[float]]) -> None:
     for label, values in dice.items():
-        print(f"{title}: {model.labels[label]} {format_interval(mean_interval(values))}")
+        print(f"{title}: {model.labels[label]} {mean_interval(values)}")
     print(f"{title}: mean {np.mean([np.nanmean(values) for values in dice.values()]):.3f}", flush=True)
 
 

@@ -59,7 +59,7 @@ def main() -> None:
             row: dict[str, object] = {"steps": len(model.times) - 1, "ensemble": count, "cases": len(tests)}
             for label in labels:
                 interval = mean_interval(dice[count, label])
-                row[model.labels[label]] = f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+                row[model.labels[label]] = str(interval)
             row["seconds per case"] = f"{np.mean(seconds) * count / max(options.ensemble):.2f}"
             print(row, flush=True)
             rows.append(row)

@@ -37,7 +37,6 @@ def evaluate(
     """Compare predicted with reference masks: Dice and IoU per class, with intervals over cases."""
     names = _parse_labels(labels)
     from medseg_diffusion.evaluation import evaluate as compare
-    from medseg_diffusion.reports.summary import format_interval
 
     result = compare(prediction, reference, out, labels=names, images=images, seed=seed)
     if as_json:
@@ -47,8 +46,8 @@ def evaluate(
             [
                 {
                     "class": name,
-                    "Dice": format_interval(result.dice[label]),
-                    "IoU": format_interval(result.iou[label]),
+                    "Dice": str(result.dice[label]),
+                    "IoU": str(result.iou[label]),
                     "cases": result.dice[label].n,
                 }
                 for label, name in result.labels.items()

@@ -95,3 +95,8 @@ def test_wilcoxon_without_differences_or_pairs() -> None:
     assert paired_wilcoxon([0.5, 0.6], [0.5, 0.6]).p_value == 1.0
     nothing = paired_wilcoxon([NAN], [0.5])
     assert math.isnan(nothing.p_value) and nothing.n == 0
+
+
+def test_text_of_an_interval() -> None:
+    assert str(mean_interval([0.5, 0.5])) == "0.500 [0.500, 0.500]"
+    assert str(mean_interval([0.25])) == "0.250"

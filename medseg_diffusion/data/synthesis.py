@@ -196,7 +196,7 @@ def synthetic_scan(
     image, tissue, _, _ = _render(anatomy, draw, config, centre.double(), size, 1.0, upsample=False)
     shares = F.one_hot(tissue.long(), 4).movedim(-1, 0).float()
     if image.shape != tissue.shape:
-        shares = F.adaptive_avg_pool3d(shares, list(image.shape))
+        shares = F.adaptive_avg_pool3d(shares, (image.shape[0], image.shape[1], image.shape[2]))
     affine = np.diag([*(n / m for n, m in zip(size, image.shape, strict=True)), 1.0])
     return 1000 * image, shares.argmax(0).to(torch.uint8), affine
 

@@ -34,6 +34,10 @@ class Interval:
     n: int
     n_missing: int
 
+    def __str__(self) -> str:
+        """Three digits: "0.864 [0.855, 0.873]", or the mean alone where there is no interval."""
+        return f"{self.mean:.3f}" if math.isnan(self.low) else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 @dataclass(frozen=True)
 class PairedTest:
