@@ -5,7 +5,6 @@ Writes ./demo-output: the scan, a reference, the segmentation with its uncertain
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import sysconfig
@@ -43,14 +42,13 @@ def write_scan_and_reference(folder: Path) -> tuple[Path, Path]:
     return scan, reference
 
 
-def medseg(*arguments: str | Path, capture: bool = False) -> str:
+def medseg(*arguments: str | Path) -> None:
     """Run the installed command line; stop with its exit code if it fails."""
     script = Path(sysconfig.get_path("scripts")) / "medseg"
     print("$ medseg", *arguments, flush=True)
-    done = subprocess.run([script, *arguments], stdout=subprocess.PIPE if capture else None, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout or ""
+    code = subprocess.run([script, *arguments], check=False).returncode
+    if code:
+        sys.exit(code)
 
 
 def main() -> None:
@@ -62,12 +60,8 @@ def main() -> None:
     medseg("segment", scan, "-o", mask, *extras)
     print(f"segmented in {time.perf_counter() - start:.0f} s\n")
 
-    print(medseg("evaluate", mask, reference, "-o", OUTPUT / "evaluation", capture=True))
-    summary = json.loads((OUTPUT / "evaluation" / "summary.json").read_text())
-    print(f"{'':14}{'Dice':>8}{'IoU':>8}")
-    for label, name in LABELS.items():
-        scores = summary["mean"][str(label)]
-        print(f"{name:14}{scores['Dice']:8.3f}{scores['IoU']:8.3f}")
+    names = [option for label, name in LABELS.items() for option in ("--label", f"{label}={name}")]
+    medseg("evaluate", mask, reference, "-o", OUTPUT / "evaluation", "--images", scan, *names)
     print("\nfiles:")
     for path in sorted(path for path in OUTPUT.rglob("*") if path.is_file()):
         print(f"  {path}")
