@@ -220,7 +220,7 @@ def their(kind: Any, schedule: NoiseSchedule, target: str, **options: Any) -> An
     return scheduler
 
 
-def compare(
+def assert_same_walk(
     schedule: NoiseSchedule,
     sampler: Sampler,
     target: Any,
@@ -252,7 +252,7 @@ def test_ancestral_sampling_equals_diffusers(variance, theirs, schedule, target,
     def step(out: Tensor, t: int, s: int, x: Tensor, generator: torch.Generator) -> Tensor:
         return scheduler.step(out, t - 1, x, generator=generator).prev_sample
 
-    compare(table, DDPM(variance), target, times, step)
+    assert_same_walk(table, DDPM(variance), target, times, step)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -270,7 +270,7 @@ def test_ddim_equals_diffusers(schedule, target, eta, grid) -> None:
         noise = gaussian(x.shape[1:], [generator], like=x) if eta > 0 and s > 0 else None
         return scheduler.step(out, t - 1, x, eta=eta if noise is not None else 0.0, variance_noise=noise).prev_sample
 
-    compare(table, DDIM(eta), target, times, step)
+    assert_same_walk(table, DDIM(eta), target, times, step)
 
 
 def test_ddim_on_diffusers_own_grid() -> None:
@@ -282,7 +282,7 @@ def test_ddim_on_diffusers_own_grid() -> None:
     def step(out: Tensor, t: int, s: int, x: Tensor, generator: torch.Generator) -> Tensor:
         return scheduler.step(out, t - 1, x).prev_sample
 
-    compare(SCHEDULES["linear"], DDIM(), "v", GRIDS["leading"], step)
+    assert_same_walk(SCHEDULES["linear"], DDIM(), "v", GRIDS["leading"], step)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -308,7 +308,7 @@ def test_dpm_solver_equals_diffusers(schedule, target, grid) -> None:
     def step(out: Tensor, t: int, s: int, x: Tensor, generator: torch.Generator) -> Tensor:
         return scheduler.step(out, t - 1, x).prev_sample.double()
 
-    compare(table, DPMSolver(), target, times, step)
+    assert_same_walk(table, DPMSolver(), target, times, step)
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------
