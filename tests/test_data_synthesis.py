@@ -96,7 +96,7 @@ def test_labels_follow_the_deformation() -> None:
 
 
 def test_a_stripped_head_has_nothing_outside_the_labels() -> None:
-    config = replace(STILL, strip=1.0, spacing=(0.5, 0.5))
+    config = replace(STILL, strip=1.0, rims=0.0, spacing=(0.5, 0.5))
     for seed in range(4):
         image, tissue, _ = synthetic_scan(head(), generator(seed), config)
         far = torch.nn.functional.max_pool3d((tissue > 0).float()[None], 9, 1, 4)[0] == 0
@@ -106,10 +106,13 @@ def test_a_stripped_head_has_nothing_outside_the_labels() -> None:
 
 def test_missing_field_of_view_is_background() -> None:
     config = replace(STILL, crop=1.0)
-    image, tissue, _ = synthetic_scan(head(), generator(1), config)
-    whole, expected, _ = synthetic_scan(head(), generator(1), STILL)
-    assert (tissue > 0).sum() < (expected > 0).sum()
-    assert image.shape == whole.shape
+    lost = []
+    for seed in range(4):
+        image, tissue, _ = synthetic_scan(head(), generator(seed), config)
+        whole, expected, _ = synthetic_scan(head(), generator(seed), STILL)
+        lost.append(int((expected > 0).sum() - (tissue > 0).sum()))
+        assert image.shape == whole.shape
+    assert min(lost) >= 0 and max(lost) > 0
 
 
 def test_epochs_cover_every_anatomy() -> None:

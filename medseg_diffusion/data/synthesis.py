@@ -43,26 +43,30 @@ class SynthesisConfig:
         noise: largest standard deviation of Rician noise.
         spacing: acquisition voxel size; half of the images are isotropic.
         strip: probability that skull and scalp are removed.
+        rims: probability that such a removal leaves rests behind.
         crop: probability that a part of the field of view is missing.
         atrophy: probability that cortex gives way to CSF.
+        ventricles: probability that the lateral ventricles are enlarged.
         lesions: probability of dark white-matter lesions.
         gain: factor on the scaled image of a training window.
         shift: what is added to it.
     """
 
-    t1_share: float = 0.75
+    t1_share: float = 0.9
     rotation: float = 20.0
     scale: Range = (0.85, 1.15)
     shear: float = 0.1
     coarse_warp: Range = (30.0, 4.0)
     fine_warp: Range = (12.0, 1.5)
-    texture: float = 0.3
+    texture: float = 0.5
     bias: float = 0.3
     noise: float = 0.06
     spacing: Range = (0.5, 3.0)
     strip: float = 0.35
+    rims: float = 0.3
     crop: float = 0.15
     atrophy: float = 0.35
+    ventricles: float = 0.3
     lesions: float = 0.35
     gain: Range = (0.7, 1.2)
     shift: Range = (-0.3, 0.2)
@@ -82,6 +86,7 @@ _TISSUE = torch.tensor([TISSUE_OF[label] for label in LABELS], dtype=torch.uint8
 _OUTSIDE = torch.tensor([TISSUE_OF[label] == 0 for label in LABELS])
 _CORTEX = torch.tensor([label in (3, 42) for label in LABELS])
 _WHITE = torch.tensor([label in (2, 41) for label in LABELS])
+_VENTRICLE = torch.tensor([label in (4, 43) for label in LABELS])
 
 _PAIRS = (
     *((2, 41), (3, 42), (8, 47), (7, 46), (4, 43), (10, 49), (11, 50), (12, 51), (13, 52), (17, 53), (18, 54)),
@@ -173,10 +178,11 @@ class SyntheticBrains:
         """The example's "image" (1, *window) float32, scaled as at inference, and "label" (*window) int64 tissues."""
         anatomy = self.maps[index % len(self.maps)]
         draw = _Draw(generator)
-        if draw.chance(0.9):
+        if draw.chance(0.75):
             centre = anatomy.brain[draw.integer(len(anatomy.brain))].double() + draw.uniform(-20, 20, 3)
-        else:
+        else:  # anywhere in the head, and in the neck below it
             centre = torch.tensor(anatomy.index.shape) * draw.uniform(0, 1, 3)
+            centre[2] -= 40 * draw.uniform(0, 1)
         image, tissue, low, high = _render(
             anatomy, draw, self.config, centre, self.window, self.spacing_mm, upsample=True
         )
@@ -221,13 +227,21 @@ def _render(
         eroded = _CORTEX[labels] & (fluid > draw.uniform(0.2, 0.5).item())
         labels = torch.where(eroded, LABELS.index(24), labels)
         tissue = torch.where(eroded, 1, tissue)
+    if draw.chance(config.ventricles):
+        near = _blur(_VENTRICLE[labels].float(), draw.uniform(2.0, 5.0).item() / spacing)
+        grown = (_WHITE[labels] | (tissue == 2) & ~_CORTEX[labels]) & (near > draw.uniform(0.15, 0.4).item())
+        labels = torch.where(grown, LABELS.index(4), labels)
+        tissue = torch.where(grown, 1, tissue)
     means, deviations = _intensities(draw, config)
     stripped = draw.chance(config.strip)
     if stripped:
         kept = ~_OUTSIDE[labels]
+        if draw.chance(config.rims):
+            near = _blur(kept.float(), draw.uniform(1.5, 4.0).item() / spacing)
+            kept |= (near > 0.05) & (draw.field(window, spacing, 12.0) > draw.uniform(0.3, 1.5).item())
         if draw.chance(0.7):  # most brain extractions follow the brain closely and lose the outer CSF
             near = _blur((tissue >= 2).float(), draw.uniform(2.0, 5.0).item() / spacing)
-            kept &= (tissue != 1) | (near > draw.uniform(0.05, 0.4).item())
+            kept &= (labels != LABELS.index(24)) | (near > draw.uniform(0.05, 0.4).item())
     else:
         kept = torch.ones_like(tissue, dtype=torch.bool)
     if draw.chance(config.crop):
@@ -239,7 +253,10 @@ def _render(
 
     image = means[labels] + deviations[labels] * draw.normal(window)
     outside = _OUTSIDE[labels]
-    texture = (draw.uniform(0, config.texture) * draw.field(window, spacing, 8.0)).exp()
+    texture = (draw.uniform(0, config.texture) * draw.field(window, spacing, draw.uniform(3, 12).item())).exp()
+    if draw.chance(0.5):  # muscle, fat and marrow, which the maps do not tell apart
+        field = draw.field(window, spacing, draw.uniform(4, 15).item())
+        texture *= torch.where(field > draw.uniform(-0.5, 1.5), draw.uniform(0.4, 2.0), 1.0)
     image = torch.where(outside, image * texture, image)
     if draw.chance(config.lesions):
         field = draw.field(window, spacing, draw.uniform(5, 15).item())
@@ -282,7 +299,10 @@ def _render(
 def _deformed(
     anatomy: LabelMap, draw: _Draw, config: SynthesisConfig, centre: Tensor, window: Sequence[int], spacing: float
 ) -> Tensor:
-    """Label indices (*window) int64 of the randomly deformed anatomy, nearest neighbour; beyond the map is air."""
+    """Label indices (*window) int64 of the randomly deformed anatomy, nearest neighbour; beyond the map is air.
+
+    Only below the map the neck goes on as its lowest slice, without the brain: most real heads show more of it.
+    """
     angles = torch.deg2rad(draw.uniform(-config.rotation, config.rotation, 3)).tolist()
     matrix = torch.eye(3, dtype=torch.float64)
     for axis, angle in enumerate(angles):
@@ -298,15 +318,22 @@ def _deformed(
     warps = [(nodes, draw.uniform(0, strongest)) for nodes, strongest in (config.coarse_warp, config.fine_warp)]
     flat = torch.zeros(tuple(window), dtype=torch.int64)
     inside = torch.ones(tuple(window), dtype=torch.bool)
+    below = torch.zeros_like(inside)
     for axis, size in enumerate(anatomy.index.shape):
         i, j, k = (float(matrix[axis, b]) * line for b, line in enumerate(lines))
         place = (i + float(centre[axis])).reshape(-1, 1, 1) + j.reshape(-1, 1) + k
         for nodes, strength in warps:
             place = place + strength * draw.field(window, spacing, nodes)
         voxel = place.round().long()
-        inside &= (voxel >= 0) & (voxel < size)
+        inside &= voxel < size
+        if axis == 2:
+            below = voxel < 0
+        else:
+            inside &= voxel >= 0
         flat = flat * size + voxel.clamp(0, size - 1)
-    return torch.where(inside, anatomy.index.reshape(-1)[flat.reshape(-1)].reshape(flat.shape).long(), 0)
+    found = anatomy.index.reshape(-1)[flat.reshape(-1)].reshape(flat.shape).long()
+    found = torch.where(below & ~_OUTSIDE[found], LABELS.index(516), found)
+    return torch.where(inside, found, 0)
 
 
 def _intensities(draw: _Draw, config: SynthesisConfig) -> tuple[Tensor, Tensor]:
