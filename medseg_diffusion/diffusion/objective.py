@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .posterior import Decoder, bound_term
 from .prediction import Prediction, Target, target_of
 from .schedule import NoiseSchedule, expand
 
 Weighting = Literal["none", "min-snr"]
+
+
+class Objective(Protocol):
+    """Loss per batch element (B,) of a prediction at the times ``t`` (B,); ``x0`` and ``eps`` are (B, C, *S)."""
+
+    def __call__(
+        self, schedule: NoiseSchedule, target: Target, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,89 @@ class Simple:
         return expand(weight, error) * error
 
 
+@dataclass(frozen=True)
+class Bound:
+    """L_vlb in bits per entry: T times the term of the variational bound at t, so that its mean over t is their sum.
+
+    (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 4 to 7.) The prior's term has nothing to learn and is left out.
+
+    Attributes:
+        decoder: "discretised" for 8-bit data in [-1, 1], "gaussian" for latents, masks and other floats.
+    """
+
+    decoder: Decoder = "discretised"
+
+    def __call__(
+        self, schedule: NoiseSchedule, target: Target, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor
+    ) -> Tensor:
+        x_t = schedule.add_noise(x0, eps, t)
+        later = (t + 1).clamp(max=schedule.num_steps)
+        nats = bound_term(schedule, prediction, x0, x_t, t, t - 1, later, self.decoder)
+        return schedule.num_steps / math.log(2) * nats.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """L_hybrid = L_simple + 0.001 L_vlb, where L_vlb sees the mean as given (Nichol & Dhariwal 2021, eq. 16).
+
+    The bound trains the variance alone: without the stop-gradient it would drown L_simple.
+    """
+
+    simple: Simple = Simple()
+    bound: Bound = Bound()
+    weight: float = 0.001
+
+    def __call__(
+        self, schedule: NoiseSchedule, target: Target, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor
+    ) -> Tensor:
+        if prediction.var_weight is None:
+            raise ValueError("the hybrid objective trains a variance, but this model does not learn one")
+        given = replace(prediction, x0=prediction.x0.detach(), eps=prediction.eps.detach())
+        bound = self.bound(schedule, target, given, x0, eps, t)
+        return self.simple(schedule, target, prediction, x0, eps, t) + self.weight * bound
+
+
 def uniform_times(num_steps: int, generators: list[torch.Generator]) -> Tensor:
     """One training time per batch element, uniform in 1..T: (B,) int64, each from its own generator."""
     return torch.stack([torch.randint(1, num_steps + 1, (), generator=g) for g in generators])
+
+
+class ImportanceTimes(nn.Module):
+    """Times drawn in proportion to sqrt(E[L_t^2]), for the pure bound (Nichol & Dhariwal 2021, eq. 18).
+
+    E is over the last ``history`` losses of each t; until every t has that many, and in a share ``uniform`` of the
+    draws, times are uniform. The losses are weighted by 1 / (T p_t) to keep their expectation. The history is part of
+    the module's state, and with it of a resume file.
+    """
+
+    losses: Tensor
+    counts: Tensor
+
+    def __init__(self, num_steps: int, history: int = 10, uniform: float = 0.001) -> None:
+        super().__init__()
+        self.uniform = uniform
+        self.register_buffer("losses", torch.zeros(num_steps, history, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.int64))
+
+    def probabilities(self) -> Tensor:
+        """p_t of the times 1..T, float64 (T,)."""
+        num_steps, history = self.losses.shape
+        even = torch.full_like(self.losses[:, 0], 1 / num_steps)
+        size = self.losses.square().mean(1).sqrt()
+        if int(self.counts.min()) < history or float(size.sum()) == 0:
+            return even
+        return (1 - self.uniform) * size / size.sum() + self.uniform * even
+
+    def draw(self, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """One time per generator, (B,) int64 in 1..T, and the weights (B,) float64 of their losses."""
+        p = self.probabilities().cpu()
+        t = torch.cat([torch.multinomial(p, 1, generator=g) for g in generators])
+        return t + 1, 1 / (len(p) * p[t])
+
+    @torch.no_grad()
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Records the unweighted losses (B,) of the times ``t`` (B,). With several processes, give all of theirs."""
+        history = self.losses.shape[1]
+        for time, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
+            self.losses[time - 1, int(self.counts[time - 1]) % history] = loss
+            self.counts[time - 1] += 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
+import torch
 from torch import Tensor
 
-from medseg_diffusion.diffusion.posterior import posterior
+from medseg_diffusion.diffusion.posterior import FixedVariance, log_variance, posterior
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
@@ -20,9 +21,13 @@ class DDPM:
 
     A model with a learned variance uses it, exp(w log max + (1 - w) log min) (Nichol & Dhariwal 2021, eq. 15), both
     bounds being those of the pair (t, s). Otherwise ``variance`` chooses between the posterior's and the largest.
+
+    ``gradient`` guides by a classifier: its value g at (x_t, t) shifts the mean by variance times g (Dhariwal & Nichol
+    2021, algorithm 1). The denoiser is then not guided, and may be clipped.
     """
 
-    variance: Literal["posterior", "beta"] = "posterior"
+    variance: FixedVariance = "posterior"
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def begin(self) -> DDPM:
         return self
@@ -33,9 +38,9 @@ class DDPM:
         q = posterior(schedule, prediction.x0, x_t, t, s)
         if s == 0:
             return q.mean
-        if prediction.var_weight is not None:
-            w = prediction.var_weight
-            std = (0.5 * (w * q.max_variance.log() + (1 - w) * q.variance.log())).exp()
-        else:
-            std = (q.variance if self.variance == "posterior" else q.max_variance).sqrt()
-        return q.mean + std * noise()
+        log_var = log_variance(q, prediction.var_weight, self.variance)
+        mean = q.mean
+        if self.gradient is not None:
+            times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+            mean = mean + log_var.exp() * self.gradient(x_t, times)
+        return mean + (0.5 * log_var).exp() * noise()

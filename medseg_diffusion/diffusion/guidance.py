@@ -1,0 +1,121 @@
+"""Guidance: pulling samples towards a condition, as wrappers around a denoiser.
+
+A wrapper changes the prediction and nothing else, so that every sampler can walk a guided denoiser. Guidance works on
+unclipped predictions: `Clipped` goes around it, not inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .denoiser import Condition, Denoiser
+from .prediction import Prediction, read_output
+from .schedule import NoiseSchedule
+
+Classifier = Callable[[Tensor, Tensor], Tensor]
+"""A classifier of noisy inputs: (x_t (B, C, *S), timesteps (B,) in 0..T-1) -> logits (B, K)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifierGradient:
+    """scale times the gradient of log p(label | x_t) with respect to x_t, each element's own: (B, C, *S).
+
+    Attributes:
+        classifier: trained on noisy inputs of the same schedule.
+        labels: (B,) int64, the wanted class of each element.
+        scale: s of Dhariwal & Nichol 2021; 0 is no guidance.
+    """
+
+    classifier: Classifier
+    labels: Tensor
+    scale: float = 1.0
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            log_p = self.classifier(x, t - 1).float().log_softmax(dim=1)
+            wanted = log_p.gather(1, self.labels.to(log_p.device)[:, None]).sum()
+            (gradient,) = torch.autograd.grad(wanted, x)
+        return self.scale * gradient
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifierGuided:
+    """eps - sigma_t g, with x0 recomputed to match (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2).
+
+    It shifts the score, which every sampler follows. Algorithm 1, which shifts the mean of ancestral sampling by its
+    own variance instead, is an option of `medseg_diffusion.sampling.ddpm.DDPM`: the two agree as steps become small.
+    """
+
+    denoiser: Denoiser
+    gradient: ClassifierGradient
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        prediction = self.denoiser(x_t, t, cond)
+        if self.gradient.scale == 0:
+            return prediction
+        alpha, sigma = self.schedule.scales(t, x_t)
+        x0, eps = read_output("eps", prediction.eps - sigma * self.gradient(x_t, t), x_t, alpha, sigma)
+        return replace(prediction, x0=x0, eps=eps, logits=None)
+
+
+@dataclass(frozen=True, eq=False)
+class FreeGuided:
+    """prediction_null + scale (prediction_cond - prediction_null), both from one batched call.
+
+    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), in the convention where 1 is the plain conditional
+    model, 0 the unconditional one. The variance is the conditional model's.
+
+    Attributes:
+        denoiser: trained with its condition dropped now and then (`dropped`).
+        null: what stands for "no condition", by the names that are dropped, each (1, ...) or (B, ...). Every other
+            entry of the condition stays.
+        scale: strength.
+    """
+
+    denoiser: Denoiser
+    null: Mapping[str, Tensor]
+    scale: float = 1.0
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        if self.scale == 1:
+            return self.denoiser(x_t, t, cond)
+        cond = dict(cond or {})
+        if unknown := sorted(set(self.null) - set(cond)):
+            raise ValueError(f"the condition has no {unknown} to be dropped, only {sorted(cond)}")
+        without = {
+            name: self.null[name].to(value).expand_as(value) for name, value in cond.items() if name in self.null
+        }
+        both = {name: torch.cat([value, without.get(name, value)]) for name, value in cond.items()}
+        prediction = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        x0, eps = (null + self.scale * (own - null) for own, null in (prediction.x0.chunk(2), prediction.eps.chunk(2)))
+        var_weight = None if prediction.var_weight is None else prediction.var_weight.chunk(2)[0]
+        return Prediction(x0, eps, var_weight)
+
+
+def dropped(
+    cond: Condition, null: Mapping[str, Tensor], probability: float, generators: Sequence[torch.Generator]
+) -> Condition:
+    """The condition of a training batch, in which each element loses its entries of ``null`` with ``probability``.
+
+    An element loses all of them or none. ``null`` as in `FreeGuided`.
+    """
+    lost = torch.stack([torch.rand((), generator=g) < probability for g in generators])
+    result = dict(cond)
+    for name, nothing in null.items():
+        value = cond[name]
+        mask = lost.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+        result[name] = torch.where(mask, nothing.to(value).expand_as(value), value)
+    return result

@@ -1,0 +1,161 @@
+"""How likely a tensor is under a denoiser: the variational bound, and where in space it is high.
+
+-log p(x0) <= KL(q(x_T | x0) || N(0, I)) + sum over s > 0 of KL(q(x_s | x_t, x0) || p(x_s | x_t)) - log p(x0 | x_1)
+
+(Ho et al. 2020, arXiv 2006.11239, eq. 5.) Every term is one noise draw and one call; calls are batched over times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .denoiser import Condition, Denoiser
+from .noise import gaussian
+from .posterior import Decoder, FixedVariance, bound_term, gaussian_kl
+
+Data = Literal["8-bit", "continuous"]
+
+
+@dataclass(frozen=True, eq=False)
+class VariationalBound:
+    """The bound's terms of each batch element; ``unit`` says what they are in and whether the bound is complete.
+
+    Attributes:
+        unit: "bits/dim", complete; or "nats/position without decoder term": a part of the bound, comparable between
+            elements of the same model only.
+        prior: (B,) KL of x_T against the standard normal distribution.
+        kl: (B, N) the terms of the visited times, in the order of ``times``; the last, of the step to 0, is left out.
+        decoder: (B,) -log p(x0 | x_1), or None.
+        times: the N visited times of ``kl``.
+    """
+
+    unit: str
+    prior: Tensor
+    kl: Tensor
+    decoder: Tensor | None
+    times: list[int]
+
+    @property
+    def total(self) -> Tensor:
+        """(B,) the sum of all terms that there are."""
+        total = self.prior + self.kl.sum(1)
+        return total if self.decoder is None else total + self.decoder
+
+
+@torch.no_grad()
+def variational_bound(
+    denoiser: Denoiser,
+    x0: Tensor,
+    generators: Sequence[torch.Generator],
+    data: Data,
+    cond: Condition | None = None,
+    times: Sequence[int] | None = None,
+    batch_size: int = 32,
+    fixed_variance: FixedVariance = "posterior",
+) -> VariationalBound:
+    """The variational bound of each element of ``x0`` (B, C, *S), terms in float32 or wider, sums in float64.
+
+    Args:
+        denoiser: the model, neither guided nor clipped.
+        x0: the clean tensors.
+        generators: one CPU generator per element.
+        data: "8-bit" for the levels 0..255 mapped to [-1, 1], in bits per dimension; "continuous" for latents and
+            float images, in nats per position without the decoder's term, for a density has no bits.
+        cond: the condition of each element.
+        times: a decreasing walk from T to 0; None visits all T.
+        batch_size: calls of the denoiser at once.
+        fixed_variance: of a model that learned none.
+
+    Raises:
+        ValueError: "8-bit" data that is not, or times that are no decreasing walk from T to 0.
+    """
+    last = denoiser.schedule.num_steps
+    walk = list(range(last, -1, -1)) if times is None else list(times)
+    if len(walk) < 3 or walk[0] != last or walk[-1] != 0 or any(t <= s for t, s in pairwise(walk)):
+        raise ValueError(f"times must decrease from {last} to 0 in at least two steps, got {walk[:5]}...")
+    if data == "8-bit":
+        levels = (x0 + 1) * 127.5
+        if float((levels - levels.round()).abs().max()) > 1e-2 or float(levels.min()) < -0.01 or levels.max() > 255.01:
+            raise ValueError(
+                "bits per dimension are defined for 8-bit levels mapped to [-1, 1], and this is none: "
+                'use data="continuous" for nats per position'
+            )
+    decoder: Decoder = "discretised" if data == "8-bit" else "none"
+    bits = data == "8-bit"
+    per_unit = 1 / math.log(2) if bits else float(x0.shape[1])
+    steps = list(zip(walk[:-1], walk[1:], [walk[0], *walk[:-2]], strict=True))
+
+    def mean(nats: Tensor) -> Tensor:
+        return per_unit * nats.double().flatten(1).mean(1)
+
+    terms = _terms(denoiser, x0, generators, cond, steps, decoder, fixed_variance, batch_size, mean)
+    ab = denoiser.schedule.alpha_bar[-1].to(x0)
+    prior = mean(gaussian_kl(ab.sqrt() * x0, (1 - ab).log(), torch.zeros_like(x0), torch.zeros_like(ab)))
+    return VariationalBound(
+        "bits/dim" if bits else "nats/position without decoder term",
+        prior,
+        terms[:, :-1],
+        terms[:, -1] if bits else None,
+        walk[:-2],
+    )
+
+
+@torch.no_grad()
+def kl_maps(
+    denoiser: Denoiser,
+    x0: Tensor,
+    generators: Sequence[torch.Generator],
+    times: Sequence[int],
+    cond: Condition | None = None,
+    batch_size: int = 32,
+    fixed_variance: FixedVariance = "posterior",
+) -> Tensor:
+    """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) at every position: (B, N, *S) nats, summed over channels.
+
+    Where the model finds a healthy scan surprising, this is large (Pinaya et al. 2022, arXiv 2206.03461). The N
+    ``times``, each in 2..T, have a noise of their own. The map of a time does not depend on ``batch_size`` or on the
+    other elements of the batch.
+    """
+    last = denoiser.schedule.num_steps
+    if not times or not all(2 <= t <= last for t in times):
+        raise ValueError(f"KL maps exist for times in 2..{last}, got {list(times)}")
+    steps = [(t, t - 1, min(t + 1, last)) for t in times]
+    return _terms(denoiser, x0, generators, cond, steps, "none", fixed_variance, batch_size, lambda nats: nats.sum(1))
+
+
+def _terms(
+    denoiser: Denoiser,
+    x0: Tensor,
+    generators: Sequence[torch.Generator],
+    cond: Condition | None,
+    steps: Sequence[tuple[int, int, int]],
+    decoder: Decoder,
+    fixed: FixedVariance,
+    batch_size: int,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """``reduce`` (b, C, *S) -> (b, ...) of every element's term at every step (t, s, later): (B, N, ...)."""
+    if len(generators) != len(x0):
+        raise ValueError(f"one generator an element: got {len(generators)} for {len(x0)} elements")
+    schedule = denoiser.schedule
+    pairs = [(b, step) for b in range(len(x0)) for step in steps]
+    found = []
+    for first in range(0, len(pairs), batch_size):
+        chunk = pairs[first : first + batch_size]
+        index = torch.tensor([b for b, _ in chunk], device=x0.device)
+        t, s, later = torch.tensor([step for _, step in chunk], device=x0.device).unbind(1)
+        eps = gaussian(x0.shape[1:], [generators[b] for b, _ in chunk], like=x0)
+        clean = x0[index]
+        x_t = schedule.add_noise(clean, eps, t)
+        own = None if cond is None else {name: value[index] for name, value in cond.items()}
+        prediction = denoiser(x_t, t, own)
+        found.append(reduce(bound_term(schedule, prediction, clean, x_t, t, s, later, decoder, fixed)))
+    terms = torch.cat(found)
+    return terms.reshape(len(x0), len(steps), *terms.shape[1:])
