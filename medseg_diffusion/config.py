@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class UNetSection(Section):
-    """`medseg_diffusion.networks.unet.UNet`; the channels of input and output follow from the task."""
+    """`medseg_diffusion.networks.unet.UNet`; channels in and out and conditions follow from the task."""
 
     dims: Literal[2, 3] = 3
     channels: int = Field(32, gt=0)
@@ -33,10 +33,14 @@ class UNetSection(Section):
     num_res_blocks: int | tuple[int, ...] = 1
     attention_factors: tuple[int, ...] = ()
     head_channels: int = 32
+    num_heads: int | None = None
     dropout: float = Field(0.0, ge=0, lt=1)
     resampling: Literal["resblock", "conv", "plain"] = "resblock"
     patch_size: int = Field(1, ge=1)
     checkpointing: bool = False
+    scale_shift: bool = True
+    norm_eps: float = Field(1e-5, gt=0)
+    middle_attention: bool | None = None
 
 
 class ImageEncoderSection(Section):

@@ -31,6 +31,7 @@ from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.training.trainer import TrainingOptions
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
+GIVEN_BY_THE_TASK = ("num_classes", "context_channels", "transformer_depth")
 MINIMAL: dict[str, Any] = {"method": "ensemdiff", "data": {"window": [8, 8, 8]}}
 
 
@@ -219,7 +220,7 @@ def constructor(kind: type, without: set[str]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("section", "kind", "given_elsewhere", "own"),
     [
-        (UNetSection, UNet, {"in_channels", "out_channels"}, set()),
+        (UNetSection, UNet, {"in_channels", "out_channels", *GIVEN_BY_THE_TASK}, set()),
         (ImageEncoderSection, SegDiff, {"unet", "image_channels"}, set()),
         (TrainingSection, TrainingOptions, set(), {"precision"}),
         (PreprocessingSection, Preprocessing, set(), set()),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import Condition
 
-from .unet import UNet, conv, fold
+from .blocks import conv
+from .unet import UNet, fold
 
 
 class DenseBlock(nn.Module):

@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
+from medseg_diffusion.networks.blocks import AttentionBlock, ResBlock, timestep_embedding
 from medseg_diffusion.networks.segdiff import SegDiff
-from medseg_diffusion.networks.unet import (
-    AttentionBlock,
-    ResBlock,
-    UNet,
-    fold,
-    timestep_embedding,
-    unfold,
-)
+from medseg_diffusion.networks.unet import UNet, fold, unfold
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.tasks.mask import MaskDiffusion, MaskEncoding

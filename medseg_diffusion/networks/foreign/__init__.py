@@ -1,0 +1,64 @@
+"""Weights that others published, brought into this package's networks.
+
+Each source names its parameters after its own module structure. The architecture is inferred from the names and
+shapes, our network of that architecture is built, and walking its blocks gives for each of our parameters the published
+one(s) that it is made of. What is left over on either side refuses the file. What shapes do not tell (attention heads,
+the order of queries, keys and values, schedules) is asked for or assumed, and said.
+
+guided-diffusion     U-Net and noisy classifier of Dhariwal & Nichol 2021
+improved-diffusion   U-Net of Nichol & Dhariwal 2021
+latent-diffusion     U-Net and KL autoencoder of Rombach et al. 2022
+monai                DiffusionModelUNet and AutoencoderKL
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from medseg_diffusion.errors import ModelError, UsageError
+
+from .checkpoint_file import read_state
+from .latent_diffusion import latent_diffusion
+from .monai import monai_autoencoder, monai_unet
+from .openai import openai_classifier, openai_unet
+from .rules import Foreign, State
+from .signatures import few, nearest
+
+__all__ = ["SOURCES", "Foreign", "Source", "convert", "read_state"]
+
+Source = Literal["guided-diffusion", "improved-diffusion", "latent-diffusion", "monai"]
+SOURCES: tuple[Source, ...] = ("guided-diffusion", "improved-diffusion", "latent-diffusion", "monai")
+
+
+def convert(state: State, source: Source, settings: Mapping[str, Any] | None = None) -> Foreign:
+    """Brings a published state dict into our network.
+
+    Args:
+        state: names and tensors (`read_state`).
+        source: whose names they are.
+        settings: what the shapes do not tell: head_channels or num_heads where there is attention; qkv_order (legacy,
+            the default, or new) of guided-diffusion; norm_eps; part (denoiser or autoencoder) of latent-diffusion.
+
+    Raises:
+        ModelError: names or shapes that the source's networks do not have; names the nearest known architecture.
+        UsageError: a setting that is needed or unknown.
+    """
+    given = dict(settings or {})
+    known = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
+    if unknown := sorted(set(given) - known):
+        raise UsageError(f"--set {unknown[0]}: unknown here; known: {', '.join(sorted(known))}")
+    if given.get("qkv_order", "legacy") not in ("legacy", "new"):
+        raise UsageError(f"--set qkv_order={given['qkv_order']}: use legacy or new")
+    try:
+        if source == "monai":
+            return monai_autoencoder(state) if "encoder.blocks.0.conv.weight" in state else monai_unet(state, given)
+        if source == "latent-diffusion":
+            return latent_diffusion(state, given)
+        if any(name.startswith("out.2.positional") for name in state):
+            return openai_classifier(state, given)
+        return openai_unet(state, given)
+    except KeyError as error:
+        raise ModelError(
+            f"not a {source} network: it has no {error.args[0]}, but {few(state)}; {nearest(state)}"
+        ) from error
