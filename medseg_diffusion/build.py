@@ -33,6 +33,9 @@ SCHEDULES = {
 }
 SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver}
 
+ARITHMETIC = ("precision", "channels_last", "compile")
+"""Keys of the training section that say how to compute, not what."""
+
 Segmenter = MaskDiffusion | FeedForward
 
 
@@ -67,7 +70,7 @@ def augmentation(config: SegmenterConfig) -> Augmentation:
 
 def training_options(config: SegmenterConfig) -> TrainingOptions:
     """The optimisation of a configuration."""
-    return TrainingOptions(**config.training.model_dump(exclude={"precision"}))
+    return TrainingOptions(**config.training.model_dump(exclude=set(ARITHMETIC)))
 
 
 def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:

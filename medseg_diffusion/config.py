@@ -124,7 +124,7 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """`medseg_diffusion.training.trainer.TrainingOptions`, and the precision of the arithmetic."""
+    """`medseg_diffusion.training.trainer.TrainingOptions`, and how it computes: `medseg_diffusion.training.runtime`."""
 
     batch_size: int = Field(4, ge=1)
     max_steps: int = Field(10_000, ge=1)
@@ -137,6 +137,8 @@ class TrainingSection(Section):
     validate_every: int = Field(500, ge=1)
     checkpoint_minutes: float = Field(5.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
 
 
 class InferenceSection(Section):

@@ -28,7 +28,7 @@ from .reports.files import write_files
 from .reports.html import SegmentedCase, segment_report
 from .reports.preview import preview_png
 from .sampling.loop import spaced
-from .training.runtime import autocast_dtype, choose_device
+from .training.runtime import autocast_dtype, choose_device, tune
 from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
 from .volumes.preprocessing import Placement
 from .volumes.volume import Volume
@@ -136,6 +136,7 @@ class SegmentationModel:
         fusion: Fusion = "mean",
     ) -> None:
         self.device = choose_device(device)
+        tune(self.device)
         self.saved: SavedModel = load_model_files(name_or_path)
         model, config = build.restore_segmenter(self.saved)
         self.model = model.to(self.device)

@@ -36,7 +36,7 @@ from .methods.segment import Windows, segment
 from .metrics.overlap import label_overlap
 from .reports.card import model_card
 from .sampling.loop import spaced
-from .training.runtime import Runtime
+from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
 from .volumes.io import find_scans, scan_name
 
@@ -96,6 +96,7 @@ def train_segmenter(
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build.segmenter(config, len(found.labels))
     runtime = Runtime(device, config.training.precision)
+    arranged(model.network, config.training.channels_last, config.training.compile)
     target = run / "model"
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:

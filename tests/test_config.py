@@ -222,7 +222,7 @@ def constructor(kind: type, without: set[str]) -> dict[str, object]:
     [
         (UNetSection, UNet, {"in_channels", "out_channels", *GIVEN_BY_THE_TASK}, set()),
         (ImageEncoderSection, SegDiff, {"unet", "image_channels"}, set()),
-        (TrainingSection, TrainingOptions, set(), {"precision"}),
+        (TrainingSection, TrainingOptions, set(), {"precision", "channels_last", "compile"}),
         (PreprocessingSection, Preprocessing, set(), set()),
         (AugmentationSection, Augmentation, set(), set()),
     ],

@@ -12,7 +12,7 @@ when sampling is another list of times (`medseg_diffusion.sampling.loop`), never
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class NoiseSchedule:
     """The table ``alpha_bar``: shape (T + 1,), float64, ``alpha_bar[0] == 1``, strictly decreasing, positive."""
 
     alpha_bar: Tensor
+    _values: tuple[float, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         ab = self.alpha_bar
@@ -32,11 +33,16 @@ class NoiseSchedule:
             raise ValueError(f"alpha_bar[0] is the clean image and must be 1, got {float(ab[0])}")
         if not bool((ab[1:] < ab[:-1]).all()) or not float(ab[-1]) > 0:
             raise ValueError("alpha_bar must decrease strictly and stay positive: some beta is 0, 1 or beyond")
+        object.__setattr__(self, "_values", tuple(ab.tolist()))
 
     @property
     def num_steps(self) -> int:
         """T, the number of noise levels that the model was trained on."""
         return len(self.alpha_bar) - 1
+
+    def value(self, t: int) -> float:
+        """``alpha_bar[t]`` as a number; works where tensors have no values (tracing, fake tensors)."""
+        return self._values[t]
 
     def scales(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, each (B, 1, ..., 1) in the dtype and on the device of ``like`` (B, C, *S).
@@ -49,6 +55,8 @@ class NoiseSchedule:
 
     def at(self, t: Tensor | int) -> Tensor:
         """``alpha_bar[t]`` in float64 on the CPU, shape (B,), or (1,) for an int."""
+        if isinstance(t, int):
+            return torch.tensor([self.value(t)], dtype=torch.float64)
         index = torch.as_tensor(t, device="cpu").reshape(-1)
         return self.alpha_bar[index]
 

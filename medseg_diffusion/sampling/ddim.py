@@ -29,7 +29,7 @@ class DDIM:
     def __call__(
         self, schedule: NoiseSchedule, prediction: Prediction, x_t: Tensor, t: int, s: int, noise: Noise
     ) -> Tensor:
-        ab_t, ab_s = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s])
+        ab_t, ab_s = schedule.value(t), schedule.value(s)
         if self.eta == 0 or s == 0:
             return math.sqrt(ab_s) * prediction.x0 + math.sqrt(1 - ab_s) * prediction.eps
         if s > t:

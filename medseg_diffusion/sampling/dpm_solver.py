@@ -35,7 +35,7 @@ class _Walk:
     def __call__(
         self, schedule: NoiseSchedule, prediction: Prediction, x_t: Tensor, t: int, s: int, noise: Noise
     ) -> Tensor:
-        ab_t, ab_s = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s])
+        ab_t, ab_s = schedule.value(t), schedule.value(s)
         if s == 0:
             return prediction.x0
         h = 0.5 * (math.log(ab_s / (1 - ab_s)) - math.log(ab_t / (1 - ab_t)))

@@ -84,6 +84,10 @@ class MaskDiffusion(nn.Module):
         self.objective = objective
         self.dice_ce_weight = dice_ce_weight
 
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.network
+
     def forward(self, batch: Batch) -> Tensor:
         """Training loss, a scalar. Times and noise come from the examples' own seeds."""
         schedule = self.denoiser.schedule
