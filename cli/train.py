@@ -22,6 +22,9 @@ def train_segmenter(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
+    init: Annotated[
+        str | None, typer.Option("--init", metavar="MODEL", help="Start from the weights of this trained model.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many training steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Processes to train in, one a device.")] = 1,
@@ -54,6 +57,7 @@ def train_segmenter(
             data,
             run,
             resume=resume,
+            init=init,
             max_steps=max_steps,
             time_limit_min=time_limit,
             device=device,

@@ -1,7 +1,8 @@
 """Diffusion models that generate, segment and find anomalies in medical images.
 
 Library first: `SegmentationModel` segments scans in memory, `segment` writes files, `train_segmenter` trains,
-`evaluate` compares masks. The command line `medseg` calls these functions.
+`evaluate` compares masks, `import_model` brings published weights here. The command line
+`medseg` calls these functions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
+    from .importing import import_model, load_model
     from .pipeline import SegmentationModel, SegmentOptions, segment
     from .train import train_segmenter
     from .volumes.io import read_labels, read_volume, write_labels, write_map
@@ -21,6 +23,8 @@ __version__ = version("medseg-diffusion")
 # Imported on first use: `medseg --help` must not wait for torch.
 _HOMES = {
     "evaluate": "evaluation",
+    "import_model": "importing",
+    "load_model": "importing",
     "SegmentationModel": "pipeline",
     "SegmentOptions": "pipeline",
     "segment": "pipeline",
@@ -34,6 +38,8 @@ __all__ = [
     "SegmentOptions",
     "SegmentationModel",
     "evaluate",
+    "import_model",
+    "load_model",
     "read_labels",
     "read_volume",
     "segment",

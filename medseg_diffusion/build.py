@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .checkpoint import SavedModel
-from .config import DiffusionSection, SegmenterConfig, parse_config
+from .config import ScheduleSection, SegmenterConfig, parse_config
 from .data.augmentation import Augmentation
 from .diffusion import schedule
 from .diffusion.denoiser import Head, NetworkDenoiser
@@ -25,7 +26,7 @@ from .tasks.mask import FeedForward, MaskDiffusion, MaskEncoding
 from .training.trainer import TrainingOptions
 from .volumes.preprocessing import Preprocessing
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": schedule.linear,
     "cosine": schedule.cosine,
     "scaled-linear": schedule.scaled_linear,
@@ -39,12 +40,14 @@ ARITHMETIC = ("precision", "channels_last", "compile")
 Segmenter = MaskDiffusion | FeedForward
 
 
-def noise_schedule(section: DiffusionSection) -> NoiseSchedule:
+def noise_schedule(section: ScheduleSection) -> NoiseSchedule:
     """The noise schedule of a configuration; UsageError if its betas are impossible."""
     try:
-        return SCHEDULES[section.schedule.name](section.schedule.num_steps)
+        ends = {name: getattr(section, name) for name in ("beta_start", "beta_end")}
+        given = {name: value for name, value in ends.items() if value is not None}
+        return SCHEDULES[section.name](section.num_steps, **given)
     except ValueError as error:
-        raise UsageError(f"diffusion.schedule: {error}") from error
+        raise UsageError(f"schedule: {error}") from error
 
 
 def sampler(name: str) -> Sampler:
@@ -93,7 +96,7 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
     logits: Head = "sigmoid" if encoding.channels == 1 else "softmax"
     denoiser = NetworkDenoiser(
         network,
-        noise_schedule(section),
+        noise_schedule(section.schedule),
         section.target,
         head=logits if section.head == "logits" else "linear",
         scale=section.scale,

@@ -43,6 +43,48 @@ class UNetSection(Section):
     middle_attention: bool | None = None
 
 
+class DenoiserUNetSection(UNetSection):
+    """The U-Net of a denoiser of images or latents, whole: nothing follows from a task."""
+
+    in_channels: int = Field(gt=0)
+    out_channels: int = Field(gt=0)
+    num_classes: int | None = None
+    context_channels: int | None = None
+    transformer_depth: int = 1
+
+
+class NoisyClassifierSection(Section):
+    """`medseg_diffusion.networks.noisy_classifier.NoisyClassifier`."""
+
+    dims: Literal[2, 3] = 2
+    in_channels: int = Field(gt=0)
+    num_classes: int = Field(gt=0)
+    size: tuple[int, ...]
+    channels: int = Field(128, gt=0)
+    channel_mult: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1)
+    num_res_blocks: int = Field(4, ge=1)
+    attention_factors: tuple[int, ...] = (2, 4, 8)
+    head_channels: int = 64
+    dropout: float = Field(0.0, ge=0, lt=1)
+    resampling: Literal["resblock", "conv", "plain"] = "resblock"
+    scale_shift: bool = True
+    norm_eps: float = Field(1e-5, gt=0)
+
+
+class AutoencoderSection(Section):
+    """`medseg_diffusion.networks.autoencoder.KLAutoencoder`."""
+
+    dims: Literal[2, 3] = 2
+    in_channels: int = Field(gt=0)
+    out_channels: int = Field(gt=0)
+    latent_channels: int = Field(gt=0)
+    channels: tuple[int, ...] = (64, 128, 128)
+    num_res_blocks: int = Field(1, ge=1)
+    attention_levels: tuple[bool, ...] = (False, False, False)
+    layout: Literal["monai", "latent-diffusion"] = "monai"
+    norm_eps: float = Field(1e-6, gt=0)
+
+
 class ImageEncoderSection(Section):
     """SegDiff's RRDB encoder (`medseg_diffusion.networks.segdiff.SegDiff`)."""
 
@@ -52,10 +94,18 @@ class ImageEncoderSection(Section):
 
 
 class ScheduleSection(Section):
-    """Noise schedule by name, with T."""
+    """Noise schedule by name, with T; the ends of beta for linear and scaled-linear, None for the published ones."""
 
     name: Literal["linear", "cosine", "scaled-linear", "sigmoid"] = "linear"
     num_steps: int = Field(1000, ge=2)
+    beta_start: float | None = Field(None, gt=0, lt=1)
+    beta_end: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _ends(self) -> ScheduleSection:
+        if (self.beta_start, self.beta_end) != (None, None) and self.name not in ("linear", "scaled-linear"):
+            raise ValueError(f"a {self.name} schedule has no beta_start and beta_end")
+        return self
 
 
 class DiffusionSection(Section):
@@ -142,13 +192,17 @@ class TrainingSection(Section):
 
 
 class InferenceSection(Section):
-    """Defaults of sampling, stored in the model; ``window`` None takes the whole image at once."""
+    """Defaults of sampling, stored in the model; ``window`` None takes the whole image at once.
+
+    ``largest_part`` keeps the largest connected part of the foreground, all classes together: for organs that are one.
+    """
 
     sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"
     steps: int = Field(5, ge=1)
     ensemble: int = Field(1, ge=1)
     window: tuple[int, ...] | None = None
     overlap: float = Field(0.25, ge=0, lt=1)
+    largest_part: bool = False
 
 
 class SegmenterConfig(Section):
@@ -171,6 +225,28 @@ class SegmenterConfig(Section):
             if window is not None and len(window) != self.network.dims:
                 raise ValueError(f"{name} has {len(window)} numbers, but network.dims is {self.network.dims}")
         return self
+
+
+class DenoiserConfig(Section):
+    """A denoiser of images or latents: what a model card holds of it."""
+
+    network: DenoiserUNetSection
+    schedule: ScheduleSection = ScheduleSection()
+    target: Literal["eps", "x0", "v"] = "eps"
+    learned_variance: bool = False
+
+
+class ClassifierConfig(Section):
+    """A classifier of noisy images, and the schedule of the model that it guides."""
+
+    network: NoisyClassifierSection
+    schedule: ScheduleSection = ScheduleSection()
+
+
+class AutoencoderConfig(Section):
+    """An autoencoder of images."""
+
+    network: AutoencoderSection
 
 
 def presets() -> dict[str, Path]:
@@ -215,6 +291,14 @@ def parse_config(content: Mapping[str, Any], source: str) -> SegmenterConfig:
             names = _fields(first["loc"][:-1])
             raise UsageError(f"{source}: unknown key {key}{_nearest(str(first['loc'][-1]), names)}") from error
         raise UsageError(f"{source}: {key or 'configuration'}: {first['msg']} (got {first['input']!r})") from error
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Settings "name=value" with values in YAML; UsageError for anything else."""
+    content: dict[str, Any] = {}
+    for setting in settings:
+        _override(content, setting)
+    return content
 
 
 def _override(content: dict[str, Any], override: str) -> None:

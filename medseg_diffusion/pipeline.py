@@ -21,7 +21,7 @@ from .checkpoint import SavedModel, load_model_files
 from .config import SegmenterConfig
 from .diffusion.noise import derive_seed
 from .errors import InputError, MedsegError, UsageError
-from .methods.ensemble import Fusion, class_volumes_ml, entropy, fuse
+from .methods.ensemble import Fusion, class_volumes_ml, entropy, fuse, largest_part
 from .methods.segment import Windows, count_batches
 from .methods.segment import segment as segment_tensor
 from .reports.files import write_files
@@ -150,7 +150,7 @@ class SegmentationModel:
         self.notes: list[str] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self.times = spaced(build.noise_schedule(config.diffusion), steps or config.inference.steps)
+            self.times = spaced(build.noise_schedule(config.diffusion.schedule), steps or config.inference.steps)
         self.notes += [str(item.message) for item in caught]
 
     @property
@@ -188,6 +188,10 @@ class SegmentationModel:
         mean = placement.restore(members.mean(0), outside)
         scores = mean if self.fusion == "mean" else placement.restore(fuse(members, self.fusion), outside)
         labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
+        if self.config.inference.largest_part:
+            lost = (labels > 0) & ~largest_part(labels)
+            labels[lost] = 0
+            mean[:, lost] = torch.tensor(outside)[:, None]
         voxel_ml = _voxel_ml(placement.native_affine)
         counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels)) * voxel_ml
         names = {value: name for value, name in self.labels.items() if value}

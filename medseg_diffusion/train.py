@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 
 from . import build
-from .checkpoint import save_model
+from .checkpoint import load_model_files, save_model
 from .config import SegmenterConfig
 from .data.augmentation import Augmenter
 from .data.cases import Case, Split, find_cases, split_by_hash
@@ -31,7 +31,7 @@ from .data.mask_examples import MaskExamples, PreparedCase, prepare
 from .data.synthesis import LabelMap, SyntheticBrains, load_label_map
 from .data.tissue import TISSUES
 from .diffusion.noise import derive_seed
-from .errors import UsageError
+from .errors import ModelError, UsageError
 from .methods.segment import Windows, segment
 from .metrics.overlap import label_overlap
 from .reports.card import model_card
@@ -62,6 +62,7 @@ def train_segmenter(
     run: Path,
     *,
     resume: bool = False,
+    init: str | Path | None = None,
     max_steps: int | None = None,
     time_limit_min: float | None = None,
     device: str = "auto",
@@ -78,6 +79,8 @@ def train_segmenter(
         data: a Decathlon or image-mask folder, or a folder of label maps (data.source brain-labelmaps).
         run: the run directory, new unless ``resume``.
         resume: continue an interrupted run with the configuration that it was started with.
+        init: a trained model (folder or installed name) whose weights the run starts from instead of random ones; the
+            model card names it.
         max_steps: stop at this step; the learning rate follows config.training.max_steps.
         time_limit_min: stop after so many minutes of this call.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -88,6 +91,7 @@ def train_segmenter(
     Raises:
         UsageError: the run exists and ``resume`` is off, or was started with another configuration.
         InputError: unusable data or resume file.
+        ModelError: ``init`` is missing or another network.
     """
     _start(run, config, seed, resume)
     source = _brain_labelmaps if config.data.source == "brain-labelmaps" else _scans
@@ -95,12 +99,15 @@ def train_segmenter(
     _write_json(run / "split.json", asdict(found.split))
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build.segmenter(config, len(found.labels))
+    origin = None if init is None else _load_weights(model, init)
     runtime = Runtime(device, config.training.precision)
     arranged(model.network, config.training.channels_last, config.training.compile)
     target = run / "model"
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         card = _card(config, found, seed, step, numbers)
+        if origin is not None:
+            card["training"]["init"] = origin
         save_model(target, card, averaged.state_dict(), model_card(card))
 
     fit(
@@ -124,7 +131,7 @@ def validate(model: nn.Module, config: SegmenterConfig, data: TrainingData, runt
     "score" is the mean over classes of the mean over cases; a class absent from a case and its prediction is left out.
     """
     sampler = build.sampler(config.inference.sampler)
-    times = spaced(build.noise_schedule(config.diffusion), config.inference.steps)
+    times = spaced(build.noise_schedule(config.diffusion.schedule), config.inference.steps)
     windows = Windows(config.inference.window, config.inference.overlap)
     labels = [label for label in data.labels if label]
     dice: dict[int, list[float]] = {label: [] for label in labels}
@@ -200,6 +207,18 @@ def _brain_labelmaps(
         "examples": "synthesised, never the same twice",
     }
     return TrainingData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split)
+
+
+def _load_weights(model: nn.Module, init: str | Path) -> dict[str, str]:
+    """Gives ``model`` the weights of a trained one; returns that one's name and the sum of its weights."""
+    saved = load_model_files(init)
+    try:
+        model.load_state_dict(saved.weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{saved.path}: its network is not that of the configuration ({reason})") from error
+    sums = dict(line.split("  ")[::-1] for line in (saved.path / "SHA256SUMS").read_text().splitlines())
+    return {"model": str(init), "sha256": sums["weights.safetensors"]}
 
 
 def _ranges(shapes: list[tuple[int, ...]]) -> list[list[int]]:

@@ -59,7 +59,7 @@ def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
     build.augmentation(config)
     build.training_options(config)
     build.sampler(config.inference.sampler)
-    build.noise_schedule(config.diffusion)
+    build.noise_schedule(config.diffusion.schedule)
     window = [8] * config.network.dims
     batch = {
         "image": torch.randn(1, config.data.channels, *window),
@@ -245,7 +245,7 @@ def test_every_name_that_a_configuration_may_use_is_built() -> None:
     base = parse_config(MINIMAL, "here").model_dump()
     for name in build.SCHEDULES:
         changed = {**base, "diffusion": {"schedule": {"name": name, "num_steps": 50}}}
-        assert build.noise_schedule(parse_config(changed, name).diffusion).num_steps == 50
+        assert build.noise_schedule(parse_config(changed, name).diffusion.schedule).num_steps == 50
     names = get_args(InferenceSection.model_fields["sampler"].annotation)
     assert set(names) == set(build.SAMPLERS)
     for name in names:

@@ -38,6 +38,8 @@ STILL = SynthesisConfig(
     shift=(0.0, 0.0),
     atrophy=0.0,
     lesions=0.0,
+    ventricles=0.0,
+    rims=0.0,
 )
 
 
@@ -96,7 +98,7 @@ def test_labels_follow_the_deformation() -> None:
 
 
 def test_a_stripped_head_has_nothing_outside_the_labels() -> None:
-    config = replace(STILL, strip=1.0, rims=0.0, spacing=(0.5, 0.5))
+    config = replace(STILL, strip=1.0, spacing=(0.5, 0.5))
     for seed in range(4):
         image, tissue, _ = synthetic_scan(head(), generator(seed), config)
         far = torch.nn.functional.max_pool3d((tissue > 0).float()[None], 9, 1, 4)[0] == 0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medseg_diffusion.methods.ensemble import class_volumes_ml, entropy, fuse
+from medseg_diffusion.methods.ensemble import class_volumes_ml, entropy, fuse, largest_part
 from medseg_diffusion.methods.segment import Windows, segment
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import Sampler
@@ -240,3 +240,15 @@ def test_volumes_are_counted_in_millilitres() -> None:
     found = class_volumes_ml(torch.stack([member(labels, 3), member(0 * labels, 3)]), voxel_mm3=2.0)
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, 1.0], [2.0, 0.0, 0.0]], dtype=torch.float64))
     assert math.isclose(float(found.sum()), 4.0)
+
+
+def test_the_largest_part_is_found_by_faces_and_over_all_classes() -> None:
+    labels = torch.zeros(6, 6, 6, dtype=torch.uint8)
+    labels[0:2, 0:2, 0:2] = 1
+    labels[2, 0:2, 0:2] = 2  # touches the block above: one part of two classes
+    labels[4:6, 4:6, 4:6] = 3
+    labels[3, 2, 2] = 1  # touches by an edge only
+    keep = largest_part(labels)
+    assert keep.dtype == torch.bool and int(keep.sum()) == 12
+    assert bool(keep[:3, :2, :2].all())
+    assert not bool(largest_part(torch.zeros(3, 3, 3, dtype=torch.uint8)).any())

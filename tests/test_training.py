@@ -25,7 +25,7 @@ from medseg_diffusion import build
 from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
-from medseg_diffusion.errors import InputError, MedsegError, UsageError
+from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
 from medseg_diffusion.train import train_segmenter
 from medseg_diffusion.training.ema import EMA
 from medseg_diffusion.training.runtime import Runtime, autocast_dtype, choose_device
@@ -452,3 +452,17 @@ def test_ctrl_c_leaves_a_segmenter_that_can_be_used(folder: Path, tmp_path: Path
     model, _ = build.restore_segmenter(load_model_files(tmp_path / "run"))
     assert not model.training
     assert resume_file(tmp_path / "run")["state"]["step"] == 1
+
+
+def test_a_run_starts_from_the_weights_of_a_trained_model(folder: Path, tmp_path: Path) -> None:
+    first = train_segmenter(config(), folder, tmp_path / "first", device="cpu")
+    second = train_segmenter(config(learning_rate=1e-9), folder, tmp_path / "second", device="cpu", seed=1, init=first)
+    before, after = load_model_files(first), load_model_files(second)
+    for name, weights in before.weights.items():
+        torch.testing.assert_close(after.weights[name], weights, rtol=1e-3, atol=1e-6)
+    sums = (first / "SHA256SUMS").read_text()
+    assert after.card["training"]["init"]["model"] == str(first)
+    assert after.card["training"]["init"]["sha256"] in sums
+    wider = config().model_copy(update={"network": config().network.model_copy(update={"channels": 16})})
+    with pytest.raises(ModelError, match="its network is not that of the configuration"):
+        train_segmenter(wider, folder, tmp_path / "third", device="cpu", init=first)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
+from skimage.measure import label
 from torch import Tensor
 
 Fusion = Literal["mean", "majority", "staple"]
@@ -31,6 +33,14 @@ def fuse(members: Tensor, how: Fusion = "mean") -> Tensor:
     fused = torch.from_numpy(sitk.GetArrayFromImage(sitk.MultiLabelSTAPLE(images, undecided))).to(members.device).long()
     fused = torch.where(fused == undecided, mean.argmax(0), fused)
     return F.one_hot(fused, members.shape[1]).movedim(-1, 0).float()
+
+
+def largest_part(labels: Tensor) -> Tensor:
+    """Where ``labels`` (*S) are the largest connected part (faces) of all foreground together; bool (*S)."""
+    parts = label(labels.cpu().numpy() > 0, connectivity=1)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return torch.from_numpy((parts == sizes.argmax()) & (parts > 0))
 
 
 def entropy(probabilities: Tensor) -> Tensor:

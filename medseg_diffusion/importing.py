@@ -1,0 +1,201 @@
+"""Published weights as models of this package: `medseg models import`, and what they are good for once here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from . import build
+from .checkpoint import SavedModel, load_model_files, save_model
+from .config import AutoencoderConfig, ClassifierConfig, DenoiserConfig, Section
+from .diffusion.denoiser import NetworkDenoiser
+from .errors import ModelError, UsageError
+from .networks.autoencoder import KLAutoencoder
+from .networks.foreign import SOURCES, Foreign, Source, convert, read_state
+from .networks.noisy_classifier import NoisyClassifier
+from .networks.unet import UNet
+
+_OF_THE_NETWORK = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
+_OF_THE_DIFFUSION = {"schedule", "num_steps", "beta_start", "beta_end", "target", "learned_variance"}
+_CONFIGS: dict[str, type[Section]] = {
+    "denoiser": DenoiserConfig,
+    "classifier": ClassifierConfig,
+    "autoencoder": AutoencoderConfig,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A denoiser, noisy classifier or autoencoder of a model directory.
+
+    Attributes:
+        saved: card and weights as stored.
+        module: `NetworkDenoiser`, `NoisyClassifier` or `KLAutoencoder`, in evaluation mode.
+    """
+
+    saved: SavedModel
+    module: nn.Module
+
+    def network(
+        self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """The network's raw output, called as the original is: ``timesteps`` (B,) count from 0, nothing is split off.
+
+        ``x`` (B, in_channels, *S) includes a concatenated condition; ``context`` is (B, L, D).
+        """
+        if isinstance(self.module, NoisyClassifier):
+            return cast(Tensor, self.module(x, timesteps))
+        if not isinstance(self.module, NetworkDenoiser):
+            raise UsageError(f"{self.saved.path}: an autoencoder has no timesteps; use module.encode and module.decode")
+        given = {"label": class_labels, "context": context}
+        cond = {name: value for name, value in given.items() if value is not None}
+        return cast(Tensor, self.module.network(x, timesteps, cond))
+
+
+def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Loads an imported model.
+
+    Raises:
+        ModelError: missing, damaged, or a segmenter (`SegmentationModel` is for those).
+    """
+    saved = load_model_files(name_or_path)
+    kind = saved.card.get("task")
+    if kind not in _CONFIGS:
+        raise ModelError(f"{saved.path}: a model for {kind!r}, expected {', '.join(_CONFIGS)}; segment with it instead")
+    try:
+        config = _CONFIGS[kind].model_validate(saved.card["config"])
+        module = _built(config)
+        # Of a denoiser the network alone is stored.
+        (module.network if isinstance(module, NetworkDenoiser) else module).load_state_dict(saved.weights)
+    except (KeyError, ValidationError, RuntimeError) as error:
+        raise ModelError(f"{saved.path}: not a model of this version ({str(error).splitlines()[0]})") from error
+    return LoadedModel(saved, module.to(device).eval())
+
+
+def _built(config: Section) -> nn.Module:
+    if isinstance(config, DenoiserConfig):
+        network = UNet(**config.network.model_dump())
+        schedule = build.noise_schedule(config.schedule)
+        return NetworkDenoiser(network, schedule, config.target, config.learned_variance)
+    if isinstance(config, ClassifierConfig):
+        return NoisyClassifier(**config.network.model_dump())
+    return KLAutoencoder(**cast(AutoencoderConfig, config).network.model_dump())
+
+
+def import_model(
+    file: Path, source: Source, output: Path, settings: Mapping[str, Any] | None = None
+) -> tuple[Path, list[str]]:
+    """Converts a published checkpoint into the model directory ``output``.
+
+    Args:
+        file: a .pt, .pth, .ckpt or .safetensors file.
+        source: guided-diffusion, improved-diffusion, latent-diffusion or monai.
+        output: the model directory, new.
+        settings: what the shapes do not tell: those of `medseg_diffusion.networks.foreign.convert`, and schedule,
+            num_steps, beta_start, beta_end, target, learned_variance.
+
+    Returns:
+        The model directory, and a sentence for each thing that was assumed or left out.
+
+    Raises:
+        ModelError: a file that is no state dict or does not fit.
+        UsageError: a setting that is missing or unknown, or an output that exists.
+    """
+    given = dict(settings or {})
+    if source not in SOURCES:
+        raise UsageError(f"--from {source}: unknown; use {', '.join(SOURCES)}")
+    if unknown := sorted(set(given) - _OF_THE_NETWORK - _OF_THE_DIFFUSION):
+        raise UsageError(
+            f"--set {unknown[0]}: unknown; known: {', '.join(sorted(_OF_THE_NETWORK | _OF_THE_DIFFUSION))}"
+        )
+    if output.exists():
+        raise UsageError(f"{output}: exists; choose a new folder")
+    try:
+        found = convert(read_state(file), source, {k: v for k, v in given.items() if k in _OF_THE_NETWORK})
+    except ModelError as error:
+        raise ModelError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
+    content = _config(found, source, given)
+    try:
+        config = _CONFIGS[found.kind].model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--set {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+    card = {
+        "task": found.kind,
+        "method": source,
+        "dims": found.network["dims"],
+        "labels": {},
+        "channels": [str(i) for i in range(found.network["in_channels"])],
+        "config": config.model_dump(mode="json"),
+        "training": {"imported": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "metrics": {},
+        "assumed": found.assumed,
+        "licence": "that of the imported weights",
+        "versions": {"medseg-diffusion": version("medseg-diffusion")},
+    }
+    save_model(output, card, found.weights, _readme(card))
+    return output, found.assumed
+
+
+def _config(found: Foreign, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    if found.kind == "autoencoder":
+        return {"network": found.network}
+    content: dict[str, Any] = {"network": found.network, "schedule": _schedule(found, given)}
+    if found.kind == "denoiser":
+        content |= {"target": given.get("target", "eps"), "learned_variance": _learned_variance(found, source, given)}
+        if "target" not in given:
+            found.assumed.append("predictions of the noise (--set target=v for the velocity)")
+    return content
+
+
+def _schedule(found: Foreign, given: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("num_steps", "beta_start", "beta_end")
+    if found.betas is None:
+        name = given.get("schedule", "linear")
+        if "schedule" not in given:
+            found.assumed.append("a linear schedule of 1000 steps (--set schedule=cosine, --set num_steps=4000, ...)")
+        return {"name": name, **{key: given[key] for key in keys if key in given}}
+    betas = found.betas.double()
+    for name, power in (("scaled-linear", 0.5), ("linear", 1.0)):
+        line = torch.linspace(float(betas[0]) ** power, float(betas[-1]) ** power, len(betas), dtype=torch.float64)
+        if torch.allclose(line ** (1 / power), betas, rtol=1e-4, atol=0):
+            scale = len(betas) / 1000  # our ends are those of 1000 steps
+            return {
+                "name": name,
+                "num_steps": len(betas),
+                "beta_start": scale * float(betas[0]),
+                "beta_end": scale * float(betas[-1]),
+            }
+    raise ModelError("the checkpoint's betas are neither linear nor scaled-linear; such schedules cannot be imported")
+
+
+def _learned_variance(found: Foreign, source: Source, given: Mapping[str, Any]) -> bool:
+    if "learned_variance" in given:
+        return bool(given["learned_variance"])
+    inside, outside = found.network["in_channels"], found.network["out_channels"]
+    if outside == 2 * inside:
+        return True
+    if outside == inside and inside % 2 == 0 and source in ("guided-diffusion", "improved-diffusion"):
+        raise UsageError(
+            f"{inside} channels in and out fit a plain model and one with a condition of {inside // 2} channels and a "
+            "learned variance: add --set learned_variance=true or false"
+        )
+    return False
+
+
+def _readme(card: Mapping[str, Any]) -> str:
+    assumed = "".join(f"* {sentence}\n" for sentence in card["assumed"]) or "* nothing\n"
+    return (
+        f"# Imported from {card['method']}\n\n{card['task']}, {card['dims']}D; from {card['training']['imported']} "
+        f"(SHA-256 {card['training']['sha256']}).\n\nAssumed or left out:\n\n{assumed}\n```\n"
+        f"{yaml.safe_dump(card['config'], sort_keys=False)}```\n\nThe terms are those of the imported weights.\n"
+    )
