@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from monai.networks.nets import DiffusionModelUNet
@@ -101,7 +102,7 @@ def main() -> None:
             for name, run in (("forward", inference), ("both", training)):
                 networks = {"ours": ours, "monai": theirs, **variants}
                 found = compare(
-                    {key: lambda run=run, network=network: run(network) for key, network in networks.items()},
+                    {key: partial(run, network) for key, network in networks.items()},
                     device,
                     options.repeats,
                 )

@@ -178,11 +178,11 @@ class SyntheticBrains:
         """The example's "image" (1, *window) float32, scaled as at inference, and "label" (*window) int64 tissues."""
         anatomy = self.maps[index % len(self.maps)]
         draw = _Draw(generator)
-        if draw.chance(0.75):
+        if draw.chance(0.6):
             centre = anatomy.brain[draw.integer(len(anatomy.brain))].double() + draw.uniform(-20, 20, 3)
         else:  # anywhere in the head, and in the neck below it
             centre = torch.tensor(anatomy.index.shape) * draw.uniform(0, 1, 3)
-            centre[2] -= 40 * draw.uniform(0, 1)
+            centre[2] -= 60 * draw.uniform(0, 1)
         image, tissue, low, high = _render(
             anatomy, draw, self.config, centre, self.window, self.spacing_mm, upsample=True
         )
