@@ -96,12 +96,13 @@ def test_guidance_and_the_noisy_classifier_stay_on_the_device(dims) -> None:
 @BOTH
 @pytest.mark.parametrize("kind", ["ensemdiff", "segdiff"])
 def test_mask_diffusion_stays_on_the_device(kind, dims) -> None:
+    schedule = linear(50)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             unet = UNet(dims, 3 + (kind == "ensemdiff"), 3, **SMALL)
             network = unet if kind == "ensemdiff" else SegDiff(unet, 1, 8, 1, 4)
             image = torch.zeros(2, 1, *[8] * dims)
-        denoiser = NetworkDenoiser(network, linear(50), "x0", head="softmax", scale=0.5)
+        denoiser = NetworkDenoiser(network, schedule, "x0", head="softmax", scale=0.5)
         model = MaskDiffusion(denoiser, MaskEncoding(3, 0.5), Simple())
         probabilities = model.probabilities(image, [[1, 2], [3, 4]], DPMSolver(), TIMES)
         assert probabilities.device.type == "cuda" and probabilities.shape[:3] == (2, 2, 3)
@@ -126,11 +127,12 @@ class Forgetful(nn.Module):
 
 
 def test_a_tensor_left_on_the_cpu_is_found() -> None:
+    schedule = linear(50)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             x = torch.zeros(2, 1, 8, 8)
         with pytest.raises(RuntimeError, match="device"):
-            sample(NetworkDenoiser(Forgetful(), linear(50)), DDIM(), x, TIMES)
+            sample(NetworkDenoiser(Forgetful(), schedule), DDIM(), x, TIMES)
 
 
 @BOTH
