@@ -28,7 +28,7 @@ from .reports.files import write_files
 from .reports.html import SegmentedCase, segment_report
 from .reports.preview import preview_png
 from .sampling.loop import spaced
-from .training.runtime import autocast_dtype, choose_device, tune
+from .training.runtime import autocast_dtype, choose_device, keep_freed_memory, tune
 from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
 from .volumes.preprocessing import Placement
 from .volumes.volume import Volume
@@ -247,6 +247,8 @@ def segment(
             try:
                 # The scan is read before the weights: a mistyped path is answered at once.
                 volume = read_volume(scan, channels=None)
+                if model is None:
+                    keep_freed_memory()
                 model = model or SegmentationModel(
                     options.model or DEFAULT_MODEL,
                     options.device,
