@@ -17,6 +17,7 @@ from medseg_diffusion.config import SegmenterConfig, parse_config
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.pipeline import CaseResult, SegmentationModel, SegmentOptions, segment
 from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.volume import Volume
 
 OBLIQUE = np.array([[-0.9, 0.1, 0.0, 40.0], [0.1, 1.1, 0.2, -30.0], [0.0, -0.2, 2.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
 
@@ -273,3 +274,19 @@ def test_members_do_not_depend_on_the_size_of_the_ensemble(tmp_path: Path, model
 
 def test_options_are_frozen() -> None:
     assert replace(SegmentOptions(), ensemble=3).ensemble == 3
+
+
+def test_only_the_largest_part_counts_in_labels_volumes_and_intervals() -> None:
+    model = SegmentationModel("brain-tissue-t1", "cpu", ensemble=2)
+    assert model.config.inference.largest_part
+    volume = Volume(torch.rand(1, 40, 40, 40, generator=torch.Generator().manual_seed(0)), np.eye(4))
+    image, placement = model.preprocessing.apply(volume)
+    members = torch.zeros(2, 4, *image.shape[1:])
+    members[:, 0] = 1.0
+    for block in (slice(0, 5), slice(8, 11)):
+        members[:, 0, block, block, block] = 0.0
+        members[:, 2, block, block, block] = 1.0
+    result = model.combine(members, placement)
+    assert int((result.labels > 0).sum()) == 125
+    assert result.volumes_ml["grey matter"] == pytest.approx(0.125)
+    assert result.intervals_ml["grey matter"] == pytest.approx((0.125, 0.125))
