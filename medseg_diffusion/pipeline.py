@@ -200,7 +200,7 @@ class SegmentationModel:
             if self.config.inference.largest_part:  # the interval is that of what is kept
                 found = members.mean(0).argmax(0)
                 kept = (found == 0) | largest_part(found)
-                members = torch.where(kept, members, torch.tensor(outside)[:, None, None, None])
+                members = torch.where(kept, members, torch.tensor(outside).unflatten(0, (-1, 1, 1, 1)))
             sampled = class_volumes_ml(members, 1000 * _voxel_ml(placement.affine)).numpy()
             low, high = np.percentile(sampled, [2.5, 97.5], axis=0)
             intervals = {name: (float(low[value]), float(high[value])) for value, name in names.items()}

@@ -38,6 +38,7 @@ class SynthesisConfig:
         shear: shears, uniform in +- this.
         coarse_warp: (node distance, largest standard deviation) of the smooth deformation.
         fine_warp: the same of the fine one.
+        pieces: probability that the tissue outside the brain is cut into pieces of other intensities.
         texture: largest standard deviation of the smooth log-texture outside the brain.
         bias: largest standard deviation of the log bias field.
         noise: largest standard deviation of Rician noise.
@@ -58,6 +59,7 @@ class SynthesisConfig:
     shear: float = 0.1
     coarse_warp: Range = (30.0, 4.0)
     fine_warp: Range = (12.0, 1.5)
+    pieces: float = 0.6
     texture: float = 0.5
     bias: float = 0.3
     noise: float = 0.06
@@ -84,6 +86,7 @@ class LabelMap:
 LABELS: tuple[int, ...] = tuple(sorted(TISSUE_OF))
 _TISSUE = torch.tensor([TISSUE_OF[label] for label in LABELS], dtype=torch.uint8)
 _OUTSIDE = torch.tensor([TISSUE_OF[label] == 0 for label in LABELS])
+_SOFT = torch.tensor([label in (507, 509, 511, 514, 516) for label in LABELS])
 _CORTEX = torch.tensor([label in (3, 42) for label in LABELS])
 _WHITE = torch.tensor([label in (2, 41) for label in LABELS])
 _VENTRICLE = torch.tensor([label in (4, 43) for label in LABELS])
@@ -254,9 +257,23 @@ def _render(
     image = means[labels] + deviations[labels] * draw.normal(window)
     outside = _OUTSIDE[labels]
     texture = (draw.uniform(0, config.texture) * draw.field(window, spacing, draw.uniform(3, 12).item())).exp()
-    if draw.chance(0.5):  # muscle, fat and marrow, which the maps do not tell apart
-        field = draw.field(window, spacing, draw.uniform(4, 15).item())
-        texture *= torch.where(field > draw.uniform(-0.5, 1.5), draw.uniform(0.4, 2.0), 1.0)
+    if draw.chance(config.pieces):
+        # The maps have one label for tongue, muscle, fat, marrow and glands. In pieces with sharp borders and any
+        # intensity, some that of the brain, they teach that the brain is not known by its intensity.
+        depth = 3
+        piece = sum(
+            (draw.field(window, spacing, draw.uniform(6, 30).item()) > draw.uniform(-0.7, 0.7).item()).long() << bit
+            for bit in range(depth)
+        )
+        levels = draw.uniform(0.03, 1.5, 1 << depth)
+        alike = draw.uniform(0, 1, 1 << depth) < 0.4
+        brain = means[torch.tensor([LABELS.index(label) for label in (2, 3, 24)])]
+        levels = torch.where(
+            alike, brain[[draw.integer(3) for _ in levels]] * draw.uniform(0.9, 1.1, 1 << depth), levels
+        )
+        soft = _SOFT[labels] & (draw.field(window, spacing, 40.0) > draw.uniform(-2.0, 0.3).item())
+        spread = draw.uniform(0.0, 0.08, 1 << depth)
+        image = torch.where(soft, levels[piece] + spread[piece] * draw.normal(window), image)
     image = torch.where(outside, image * texture, image)
     if draw.chance(config.lesions):
         field = draw.field(window, spacing, draw.uniform(5, 15).item())

@@ -29,6 +29,7 @@ from medseg_diffusion.diffusion.denoiser import GaussianDenoiser, NetworkDenoise
 from medseg_diffusion.diffusion.noise import derive_seed, gaussian, generators
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule, cosine, linear, scaled_linear, sigmoid
+from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
@@ -406,6 +407,44 @@ def test_an_element_is_the_same_in_any_batch(name, spatial) -> None:
     assert torch.equal(together[2:3], run([13]))
     assert torch.equal(together[[3, 0]], run([14, 11]))
     assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_network_gives_an_element_the_same_result_in_any_batch(name) -> None:
+    """Kernels may sum in another order for another batch; the noise may not differ at all."""
+    torch.manual_seed(0)
+    network = UNet(2, 1, 1, channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(2,))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    denoiser = NetworkDenoiser(network.eval(), SCHEDULES["cosine"], "v")
+
+    def run(seeds: list[int]) -> Tensor:
+        own = generators(seeds)
+        x = gaussian((1, 16, 16), own)
+        return sample(denoiser, SAMPLERS[name], x, spaced(SCHEDULES["cosine"], 8), generators=own)
+
+    together = run([11, 12, 13, 14, 15])
+    torch.testing.assert_close(run([13]), together[2:3], rtol=0, atol=1e-4)
+    torch.testing.assert_close(run([15, 11]), together[[4, 0]], rtol=0, atol=1e-4)
+
+
+def test_half_precision_leaves_the_schedule_alone() -> None:
+    """A table rounded to bfloat16 has alpha_bar = 1 for many times: sigma is then 0 and eps infinite."""
+    schedule = linear(1000)
+    before = schedule.alpha_bar.clone()
+    network = UNet(2, 1, 1, channels=32, channel_mult=(1,), num_res_blocks=1)
+    denoiser = NetworkDenoiser(network, schedule, "v").to(torch.bfloat16)
+    own = generators([0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        for sampler in SAMPLERS.values():
+            out = sample(denoiser, sampler, gaussian((1, 8, 8), own), [1000, 500, 2, 1, 0], generators=own)
+            assert out.dtype == torch.float32 and out.isfinite().all()
+    assert next(network.parameters()).dtype == torch.bfloat16
+    assert denoiser.schedule.alpha_bar.dtype == torch.float64
+    assert torch.equal(denoiser.schedule.alpha_bar, before)
+    alpha, sigma = denoiser.schedule.scales(1, torch.zeros(1, 1, 8, 8, dtype=torch.float32))
+    torch.testing.assert_close((alpha**2 + sigma**2).flatten(), torch.ones(1), rtol=0, atol=1e-6)
+    assert float(sigma) == pytest.approx(math.sqrt(1e-4), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
