@@ -28,6 +28,7 @@ STILL = SynthesisConfig(
     shear=0.0,
     coarse_warp=(30.0, 0.0),
     fine_warp=(12.0, 0.0),
+    pieces=0.0,
     texture=0.0,
     bias=0.0,
     noise=0.0,
@@ -95,6 +96,22 @@ def test_labels_follow_the_deformation() -> None:
         means = [float(image[tissue == value].mean()) for value in (1, 2, 3)]
         assert means[0] < means[1] < means[2], f"CSF < grey < white expected in T1, got {means}"
         assert float(image[tissue == 3].std()) < 0.3 * means[2]
+
+
+def test_pieces_change_the_tissue_outside_the_brain_alone() -> None:
+    """The balls' skin is the only soft tissue: with pieces it has several intensities; the brain keeps its contrast."""
+    anatomy = head()
+    skin = torch.tensor(LABELS)[anatomy.index.long()] == 511
+    spreads: dict[float, list[float]] = {0.0: [], 1.0: []}
+    for pieces, found in spreads.items():
+        for seed in range(6):
+            config = replace(STILL, pieces=pieces, spacing=(1.0, 1.0))
+            image, tissue, _ = synthetic_scan(anatomy, generator(seed), config)
+            grey, white = image[tissue == 2], image[tissue == 3]
+            assert grey.std() < 150 and white.std() < 150 and white.mean() > grey.mean()
+            inner = image[tuple(slice((n - 64) // 2, (n - 64) // 2 + 64) for n in image.shape)]
+            found.append(float(inner[skin].std() / inner[skin].mean()))
+    assert np.median(spreads[1.0]) > 1.5 * np.median(spreads[0.0]), spreads
 
 
 def test_a_stripped_head_has_nothing_outside_the_labels() -> None:

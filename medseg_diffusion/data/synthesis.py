@@ -258,22 +258,7 @@ def _render(
     outside = _OUTSIDE[labels]
     texture = (draw.uniform(0, config.texture) * draw.field(window, spacing, draw.uniform(3, 12).item())).exp()
     if draw.chance(config.pieces):
-        # The maps have one label for tongue, muscle, fat, marrow and glands. In pieces with sharp borders and any
-        # intensity, some that of the brain, they teach that the brain is not known by its intensity.
-        depth = 3
-        piece = sum(
-            (draw.field(window, spacing, draw.uniform(6, 30).item()) > draw.uniform(-0.7, 0.7).item()).long() << bit
-            for bit in range(depth)
-        )
-        levels = draw.uniform(0.03, 1.5, 1 << depth)
-        alike = draw.uniform(0, 1, 1 << depth) < 0.4
-        brain = means[torch.tensor([LABELS.index(label) for label in (2, 3, 24)])]
-        levels = torch.where(
-            alike, brain[[draw.integer(3) for _ in levels]] * draw.uniform(0.9, 1.1, 1 << depth), levels
-        )
-        soft = _SOFT[labels] & (draw.field(window, spacing, 40.0) > draw.uniform(-2.0, 0.3).item())
-        spread = draw.uniform(0.0, 0.08, 1 << depth)
-        image = torch.where(soft, levels[piece] + spread[piece] * draw.normal(window), image)
+        image = _in_pieces(image, labels, means, draw, spacing)
     image = torch.where(outside, image * texture, image)
     if draw.chance(config.lesions):
         field = draw.field(window, spacing, draw.uniform(5, 15).item())
@@ -378,6 +363,25 @@ def _intensities(draw: _Draw, config: SynthesisConfig) -> tuple[Tensor, Tensor]:
         deviations = draw.uniform(0.01, 0.1, len(LABELS))
     means[LABELS.index(0)] = deviations[LABELS.index(0)] = 0.0
     return means, deviations
+
+
+def _in_pieces(image: Tensor, labels: Tensor, means: Tensor, draw: _Draw, spacing: float) -> Tensor:
+    """``image`` (I, J, K) with the soft tissue outside the brain in pieces with sharp borders, of any intensity.
+
+    The maps have one label for tongue, muscle, fat, marrow and glands. Pieces, some as bright as a tissue of the brain,
+    teach that intensity alone does not make a brain.
+    """
+    window, count = image.shape, 8
+    piece = torch.zeros(window, dtype=torch.int64)
+    for _ in range(3):  # three random cuts make eight pieces
+        field = draw.field(window, spacing, draw.uniform(6, 30).item())
+        piece = 2 * piece + (field > draw.uniform(-0.7, 0.7).item()).long()
+    brain = means[[LABELS.index(label) for label in (2, 3, 24)]][[draw.integer(3) for _ in range(count)]]
+    like_brain = draw.uniform(0, 1, count) < 0.4
+    levels = torch.where(like_brain, brain * draw.uniform(0.9, 1.1, count), draw.uniform(0.03, 1.5, count))
+    spread = draw.uniform(0.0, 0.08, count)
+    soft = _SOFT[labels] & (draw.field(window, spacing, 40.0) > draw.uniform(-2.0, 0.3).item())
+    return torch.where(soft, levels[piece] + spread[piece] * draw.normal(window), image)
 
 
 class _Draw:
