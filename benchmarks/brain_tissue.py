@@ -4,6 +4,11 @@
 
 Prints Dice per tissue on synthetic whole heads (T1-like and of any contrast), and Dice of the brain mask (all three
 tissues) against the masks that come with the heads (images/ beside dlmuse_automatic/).
+
+    python benchmarks/brain_tissue.py MODEL --labelmaps brain_labelmaps --sweep 1 2 5 10 50 --ensembles 1 5
+
+Dice per tissue against the number of steps and the size of the ensemble, on synthetic windows of the held-out
+anatomies. The members of the largest ensemble are sampled once; smaller ensembles are their first ones.
 """
 
 from __future__ import annotations
@@ -16,39 +21,74 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medseg_diffusion.build import noise_schedule
 from medseg_diffusion.data.cases import Case, split_by_hash
-from medseg_diffusion.data.synthesis import SynthesisConfig, load_label_map, synthetic_scan
+from medseg_diffusion.data.synthesis import LabelMap, SynthesisConfig, SyntheticBrains, load_label_map, synthetic_scan
 from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.methods.segment import segment
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.pipeline import SegmentationModel
+from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 
-def synthetic(model: SegmentationModel, folder: Path, scans: int) -> None:
-    """Dice on ``scans`` whole heads of each held-out anatomy, T1-like and of any contrast."""
+def held_out(model: SegmentationModel, folder: Path) -> list[LabelMap]:
+    """The test anatomies of ``folder``: those that the model's training and validation left out."""
     cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(folder)]
     section = model.config.data
     split = split_by_hash(cases, section.test_cases, section.validation_cases)
+    return [load_label_map(case.label) for case in cases if case.name in split.test]
+
+
+def sweep(model: SegmentationModel, folder: Path, steps: list[int], ensembles: list[int], windows: int) -> None:
+    """Dice per tissue and seconds per window for every number of steps and size of the ensemble."""
+    examples = SyntheticBrains(held_out(model, folder), model.config.data.window)
+    drawn = [examples.example(i, torch.Generator().manual_seed(derive_seed("sweep", i))) for i in range(windows)]
+    labels = [label for label in model.labels if label]
+    schedule = noise_schedule(model.config.diffusion.schedule)
+    for count in steps:
+        times = spaced(schedule, count)
+        dice: dict[tuple[int, int], list[float]] = {(n, label): [] for n in ensembles for label in labels}
+        started = time.perf_counter()
+        for i, example in enumerate(drawn):
+            seeds = [derive_seed("sweep", i, member) for member in range(max(ensembles))]
+            image = example["image"].to(model.device)
+            with torch.no_grad():
+                members = segment(model.model, image, seeds, model.sampler, times).cpu()
+            for n in ensembles:
+                found = members[:n].mean(0).argmax(0)
+                overlap = label_overlap(found.numpy(), example["label"].numpy(), labels)
+                for label in labels:
+                    dice[n, label].append(overlap[label].dice)
+        seconds = (time.perf_counter() - started) / windows / max(ensembles)
+        for n in ensembles:
+            row = {model.labels[label]: str(mean_interval(dice[n, label])) for label in labels}
+            print(
+                {"steps": len(times) - 1, "ensemble": n, "windows": windows, **row, "s": f"{n * seconds:.2f}"},
+                flush=True,
+            )
+
+
+def synthetic(model: SegmentationModel, folder: Path, scans: int) -> None:
+    """Dice on ``scans`` whole heads of each held-out anatomy, T1-like and of any contrast."""
+    anatomies = held_out(model, folder)
     labels = [label for label in model.labels if label]
     for title, config in (
         ("T1-like", replace(SynthesisConfig(), t1_share=1.0)),
         ("any contrast", replace(SynthesisConfig(), t1_share=0.0)),
     ):
         dice: dict[int, list[float]] = {label: [] for label in labels}
-        for case in cases:
-            if case.name not in split.test:
-                continue
-            anatomy = load_label_map(case.label)
+        for anatomy in anatomies:
             for i in range(scans):
-                generator = torch.Generator().manual_seed(derive_seed("test", title, case.name, i))
+                generator = torch.Generator().manual_seed(derive_seed("test", title, anatomy.name, i))
                 image, tissue, affine = synthetic_scan(anatomy, generator, config)
-                found = model.segment(Volume(image[None], affine), derive_seed(case.name, i)).labels
+                found = model.segment(Volume(image[None], affine), derive_seed(anatomy.name, i)).labels
                 overlap = label_overlap(found.numpy(), tissue.numpy(), labels)
                 for label in labels:
                     dice[label].append(overlap[label].dice)
-                print(f"  {case.name} {i}", [round(dice[label][-1], 3) for label in labels], flush=True)
+                print(f"  {anatomy.name} {i}", [round(dice[label][-1], 3) for label in labels], flush=True)
         _print(f"synthetic, {title}", model, dice)
 
 
@@ -80,12 +120,19 @@ def main() -> None:
     parser.add_argument("--labelmaps", type=Path)
     parser.add_argument("--heads", type=Path)
     parser.add_argument("--scans", type=int, default=2, help="synthetic scans of each anatomy")
+    parser.add_argument("--sweep", type=int, nargs="+", metavar="STEPS", help="windows instead of whole heads")
+    parser.add_argument("--ensembles", type=int, nargs="+", default=[1, 5], help="of the sweep")
+    parser.add_argument("--windows", type=int, default=8, help="of the sweep")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--ensemble", type=int)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     model = SegmentationModel(options.model, options.device, options.ensemble, options.steps)
-    if options.labelmaps:
+    if options.sweep:
+        if not options.labelmaps:
+            parser.error("--sweep needs --labelmaps")
+        sweep(model, options.labelmaps, options.sweep, options.ensembles, options.windows)
+    elif options.labelmaps:
         synthetic(model, options.labelmaps, options.scans)
     if options.heads:
         heads(model, options.heads)

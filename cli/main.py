@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from medseg_diffusion.errors import MedsegError
 
-from . import configs, evaluate, info, models, segment, train
+from . import check, configs, evaluate, generator, info, models, segment, train
 from ._shared import fail
 
 
@@ -37,11 +37,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("train-generator")(generator.train_generator)
+app.command("sample")(generator.sample)
 app.command("segment")(segment.segment)
 app.command("train-segmenter")(train.train_segmenter)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(configs.app, name="configs")
 app.add_typer(models.app, name="models")
+app.command("check")(check.check)
 app.command("info")(info.info)
 
 

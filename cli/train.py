@@ -34,11 +34,11 @@ def train_segmenter(
     as_json: AsJson = False,
 ) -> None:
     """Train a segmentation model on labelled scans."""
-    from medseg_diffusion.config import load_config
+    from medseg_diffusion.config import load_segmenter_config
     from medseg_diffusion.train import train_segmenter as train
     from medseg_diffusion.training.launch import launch, launched
 
-    settings = load_config(config, overrides or [])
+    settings = load_segmenter_config(config, overrides or [])
     if gpus > 1 and not launched():
         raise typer.Exit(launch(sys.argv, gpus))
     with progress(quiet) as show:

@@ -9,19 +9,25 @@ import torch
 from torch import nn
 
 from .checkpoint import SavedModel
-from .config import ScheduleSection, SegmenterConfig, parse_config
+from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, SegmenterConfig, parse_config
 from .data.augmentation import Augmentation
 from .diffusion import schedule
 from .diffusion.denoiser import Head, NetworkDenoiser
-from .diffusion.objective import Simple
+from .diffusion.objective import Bound, Hybrid, ImportanceTimes, Objective, Simple
 from .diffusion.schedule import NoiseSchedule
 from .errors import ModelError, UsageError
+from .methods.shape_prior import ShapePrior
+from .networks.autoencoder import KLAutoencoder, VQAutoencoder
+from .networks.noisy_classifier import NoisyClassifier
 from .networks.segdiff import SegDiff
 from .networks.unet import UNet
 from .sampling.ddim import DDIM
 from .sampling.ddpm import DDPM
 from .sampling.dpm_solver import DPMSolver
 from .sampling.loop import Sampler
+from .sections import ScheduleSection, TrainingSection
+from .tasks.classifier import NoisyClassification
+from .tasks.image import ImageDiffusion
 from .tasks.mask import FeedForward, MaskDiffusion, MaskEncoding
 from .training.trainer import TrainingOptions
 from .volumes.preprocessing import Preprocessing
@@ -36,6 +42,9 @@ SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver
 
 ARITHMETIC = ("precision", "channels_last", "compile")
 """Keys of the training section that say how to compute, not what."""
+
+SHAPE_PRIOR = "shape_prior"
+"""Among a model's weights: the shape prior's shares, as uint8."""
 
 Segmenter = MaskDiffusion | FeedForward
 
@@ -71,9 +80,9 @@ def augmentation(config: SegmenterConfig) -> Augmentation:
     return Augmentation(**config.augmentation.model_dump())
 
 
-def training_options(config: SegmenterConfig) -> TrainingOptions:
+def training_options(section: TrainingSection) -> TrainingOptions:
     """The optimisation of a configuration."""
-    return TrainingOptions(**config.training.model_dump(exclude=set(ARITHMETIC)))
+    return TrainingOptions(**section.model_dump(exclude=set(ARITHMETIC)))
 
 
 def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
@@ -112,12 +121,92 @@ def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
     """
     try:
         config = parse_config(saved.card["config"], str(saved.path / "model.json"))
+        if not isinstance(config, SegmenterConfig):
+            raise UsageError(f"a {config.method}, which makes no masks")
         model = segmenter(config, len(saved.card["labels"]))
         with torch.no_grad():
-            model.load_state_dict(saved.weights)
+            model.load_state_dict({k: v for k, v in saved.weights.items() if k != SHAPE_PRIOR})
     except (KeyError, UsageError, RuntimeError) as error:
         raise ModelError(
             f"{saved.path}: not a segmenter of this version ({str(error).splitlines()[0]}); "
             "use a model made by train-segmenter"
         ) from error
     return model.eval(), config
+
+
+def shape_prior(saved: SavedModel) -> ShapePrior | None:
+    """The shape prior of a model directory, None if it has none."""
+    if SHAPE_PRIOR not in saved.weights:
+        return None
+    return ShapePrior(saved.weights[SHAPE_PRIOR].float() / 255, float(saved.card[SHAPE_PRIOR]["spacing_mm"]))
+
+
+def autoencoder(config: ImageAutoencoderConfig) -> KLAutoencoder | VQAutoencoder:
+    """The untrained autoencoder of a configuration."""
+    section, channels = config.network, config.data.channels
+    shared: dict[str, Any] = {
+        "dims": 2,
+        "in_channels": channels,
+        "out_channels": channels,
+        "latent_channels": section.latent_channels,
+        "channels": section.channels,
+        "num_res_blocks": section.num_res_blocks,
+        "attention_levels": section.attention_levels,
+    }
+    try:
+        if section.quantiser == "vq":
+            return VQAutoencoder(**shared, codebook_size=section.codebook_size)
+        return KLAutoencoder(**shared)
+    except ValueError as error:
+        raise UsageError(f"network: {error}") from error
+
+
+def generator(config: GeneratorConfig, num_classes: int, latent_channels: int | None = None) -> ImageDiffusion:
+    """The untrained generator of a configuration.
+
+    Args:
+        config: pixel, latent or upsampler.
+        num_classes: of the data; used if the configuration is conditioned by classes.
+        latent_channels: of the autoencoder (method latent).
+    """
+    section, condition = config.diffusion, config.condition
+    channels = latent_channels or config.data.channels
+    with_class = condition.classes != "none"
+    if with_class and not num_classes:
+        raise UsageError("condition.classes asks for classes, but the data has none; set condition.classes=none")
+    token = condition.context_channels if condition.classes == "cross-attention" else None
+    try:
+        network = UNet(
+            in_channels=(1 + (config.method == "upsampler")) * channels,
+            out_channels=(1 + section.learned_variance) * channels,
+            num_classes=num_classes + 1 if condition.classes == "embedding" else None,
+            context_channels=token,
+            **config.network.model_dump(),
+        )
+    except ValueError as error:
+        raise UsageError(f"network: {error}") from error
+    schedule = noise_schedule(section.schedule)
+    simple = Simple(section.weighting, section.gamma)
+    bound = Bound("gaussian" if config.method == "latent" else "discretised")
+    objectives: dict[str, Objective] = {"simple": simple, "hybrid": Hybrid(simple, bound), "bound": bound}
+    return ImageDiffusion(
+        NetworkDenoiser(network, schedule, section.target, section.learned_variance),
+        objectives[section.objective],
+        ImportanceTimes(schedule.num_steps) if section.times == "importance" else None,
+        num_classes if with_class else 0,
+        condition.drop,
+        token,
+        config.factor if config.method == "upsampler" else None,
+    )
+
+
+def noisy_classifier(config: NoisyClassifierConfig, num_classes: int) -> NoisyClassification:
+    """The untrained classifier of noisy images of a configuration."""
+    if not num_classes:
+        raise UsageError("a classifier needs classes, but the data has none")
+    size = (config.data.size, config.data.size)
+    try:
+        network = NoisyClassifier(2, config.data.channels, num_classes, size, **config.network.model_dump())
+    except ValueError as error:
+        raise UsageError(f"network: {error}") from error
+    return NoisyClassification(network, noise_schedule(config.schedule))

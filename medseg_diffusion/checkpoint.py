@@ -43,11 +43,12 @@ class ModelInfo:
 
 @dataclass(frozen=True, eq=False)
 class SavedModel:
-    """A model directory in memory: ``card`` is model.json, ``weights`` are float32 on the CPU."""
+    """A model directory in memory: ``card`` is model.json, ``weights`` are float32 on the CPU, ``sha256`` their sum."""
 
     path: Path
     card: dict[str, Any]
     weights: dict[str, Tensor]
+    sha256: str
 
 
 def save_model(
@@ -70,6 +71,8 @@ def save_model(
         (temporary / "README.md").write_text(readme)
         sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in FILES)
         (temporary / "SHA256SUMS").write_text(sums)
+        for file in temporary.iterdir():  # safetensors writes for the owner alone
+            file.chmod(0o644)
         temporary.chmod(0o755)
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -103,7 +106,7 @@ def load_model_files(name_or_path: str | Path) -> SavedModel:
         if listed.get(name) != _sha256(path / name):
             raise ModelError(f"{path / name}: its SHA-256 differs from SHA256SUMS; the model is damaged, copy it again")
     weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path / "weights.safetensors").items()}
-    return SavedModel(path, card, weights)
+    return SavedModel(path, card, weights, listed["weights.safetensors"])
 
 
 def load_card(name_or_path: str | Path) -> dict[str, Any]:
@@ -130,10 +133,14 @@ def find_model(name_or_path: str | Path) -> Path:
     )
 
 
+def home() -> Path:
+    """The user's folder for models and packed images: MEDSEG_HOME, default ~/.medseg."""
+    return Path(os.environ.get("MEDSEG_HOME", Path.home() / ".medseg"))
+
+
 def model_folders() -> dict[str, Path]:
-    """Where installed models are looked for: MEDSEG_HOME/models (default ~/.medseg), then the package itself."""
-    home = Path(os.environ.get("MEDSEG_HOME", Path.home() / ".medseg"))
-    return {"user": home / "models", "package": Path(str(resources.files("medseg_diffusion") / "models"))}
+    """Where installed models are looked for: the user's folder, then the package itself."""
+    return {"user": home() / "models", "package": Path(str(resources.files("medseg_diffusion") / "models"))}
 
 
 def list_models() -> list[ModelInfo]:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from . import build
 from .checkpoint import SavedModel, load_model_files, save_model
-from .config import AutoencoderConfig, ClassifierConfig, DenoiserConfig, Section
+from .config import AutoencoderConfig, ClassifierConfig, DenoiserConfig
 from .diffusion.denoiser import NetworkDenoiser
 from .errors import ModelError, UsageError
 from .networks.autoencoder import KLAutoencoder
 from .networks.foreign import SOURCES, Foreign, Source, convert, read_state
 from .networks.noisy_classifier import NoisyClassifier
 from .networks.unet import UNet
+from .sections import Section
 
 _OF_THE_NETWORK = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
 _OF_THE_DIFFUSION = {"schedule", "num_steps", "beta_start", "beta_end", "target", "learned_variance"}

@@ -140,6 +140,7 @@ class SegmentationModel:
         self.saved: SavedModel = load_model_files(name_or_path)
         model, config = build.restore_segmenter(self.saved)
         self.model = model.to(self.device)
+        self.prior = build.shape_prior(self.saved)
         self.config: SegmenterConfig = config
         self.labels = {int(value): str(name) for value, name in self.saved.card["labels"].items()}
         self.preprocessing = build.preprocessing(config)
@@ -185,6 +186,8 @@ class SegmentationModel:
     def combine(self, members: Tensor, placement: Placement) -> Segmentation:
         """One answer on the scan's grid from the ensemble: probabilities, never labels, are mapped back to it."""
         outside = [1.0] + [0.0] * (len(self.labels) - 1)
+        if (near := self._near_the_shape(members, placement)) is not None:
+            members = torch.where(near, members, torch.tensor(outside).unflatten(0, (-1, 1, 1, 1)))
         mean = placement.restore(members.mean(0), outside)
         scores = mean if self.fusion == "mean" else placement.restore(fuse(members, self.fusion), outside)
         labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
@@ -206,6 +209,12 @@ class SegmentationModel:
             intervals = {name: (float(low[value]), float(high[value])) for value, name in names.items()}
         volumes = {name: float(counts[value]) for value, name in names.items()}
         return Segmentation(labels, mean, entropy(mean), volumes, intervals)
+
+    def _near_the_shape(self, members: Tensor, placement: Placement) -> Tensor | None:
+        tolerance = self.config.inference.shape_prior_mm
+        if self.prior is None or tolerance is None:
+            return None
+        return self.prior.near(members.mean(0).argmax(0) > 0, placement.spacing, tolerance)
 
     def segment(
         self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None

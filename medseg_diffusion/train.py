@@ -9,16 +9,12 @@ RUN/model/          the best model by validation, always loadable
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from . import build
@@ -28,14 +24,16 @@ from .data.augmentation import Augmenter
 from .data.cases import Case, Split, find_cases, split_by_hash
 from .data.draws import Draws, Examples
 from .data.mask_examples import MaskExamples, PreparedCase, prepare
-from .data.synthesis import LabelMap, SyntheticBrains, load_label_map
+from .data.synthesis import LabelMap, SyntheticBrains, load_label_map, tissues
 from .data.tissue import TISSUES
 from .diffusion.noise import derive_seed
 from .errors import ModelError, UsageError
 from .methods.segment import Windows, segment
+from .methods.shape_prior import ShapePrior, average_shape
 from .metrics.overlap import label_overlap
 from .reports.card import model_card
 from .sampling.loop import spaced
+from .training.run import start_run, versions, write_json
 from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
 from .volumes.io import find_scans, scan_name
@@ -46,7 +44,7 @@ VALIDATION_WINDOWS = 12
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a source of examples provides: training examples, prepared validation cases, class names, a summary."""
+    """What a source provides: training examples, prepared validation cases, class names, a summary, a shape prior."""
 
     examples: Examples
     validation: list[PreparedCase]
@@ -54,6 +52,7 @@ class TrainingData:
     channels: tuple[str, ...]
     summary: dict[str, Any]
     split: Split
+    shape: ShapePrior | None = None
 
 
 def train_segmenter(
@@ -93,10 +92,10 @@ def train_segmenter(
         InputError: unusable data or resume file.
         ModelError: ``init`` is missing or another network.
     """
-    _start(run, config, seed, resume)
+    start_run(run, {**config.model_dump(mode="json"), "seed": seed}, resume)
     source = _brain_labelmaps if config.data.source == "brain-labelmaps" else _scans
     found = source(config, data, run, seed, on_prepare)
-    _write_json(run / "split.json", asdict(found.split))
+    write_json(run / "split.json", asdict(found.split))
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build.segmenter(config, len(found.labels))
     origin = None if init is None else _load_weights(model, init)
@@ -108,12 +107,16 @@ def train_segmenter(
         card = _card(config, found, seed, step, numbers)
         if origin is not None:
             card["training"]["init"] = origin
-        save_model(target, card, averaged.state_dict(), model_card(card))
+        weights = averaged.state_dict()
+        if found.shape is not None:
+            card[build.SHAPE_PRIOR] = {"spacing_mm": found.shape.spacing_mm}
+            weights[build.SHAPE_PRIOR] = (255 * found.shape.share).round().to(torch.uint8)
+        save_model(target, card, weights, model_card(card))
 
     fit(
         model,
         Draws(found.examples, seed),
-        build.training_options(config),
+        build.training_options(config.training),
         Callbacks(lambda averaged: validate(averaged, config, found, runtime), save, on_progress),
         run,
         runtime,
@@ -158,6 +161,8 @@ def validate(model: nn.Module, config: SegmenterConfig, data: TrainingData, runt
 def _scans(
     config: SegmenterConfig, data: Path, run: Path, seed: int, on_prepare: Callable[[int, int], None]
 ) -> TrainingData:
+    if config.inference.shape_prior_mm is not None:
+        raise UsageError("inference.shape_prior_mm is for data.source brain-labelmaps")
     folder = find_cases(data)
     labels = dict(enumerate(["background", *config.data.labels])) if config.data.labels else folder.labels
     if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
@@ -206,39 +211,25 @@ def _brain_labelmaps(
         "test_label_maps": len(split.test),
         "examples": "synthesised, never the same twice",
     }
-    return TrainingData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split)
+    shape = None
+    if config.inference.shape_prior_mm is not None:
+        shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
+    return TrainingData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split, shape)
 
 
 def _load_weights(model: nn.Module, init: str | Path) -> dict[str, str]:
     """Gives ``model`` the weights of a trained one; returns that one's name and the sum of its weights."""
     saved = load_model_files(init)
     try:
-        model.load_state_dict(saved.weights)
+        model.load_state_dict({k: v for k, v in saved.weights.items() if k != build.SHAPE_PRIOR})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{saved.path}: its network is not that of the configuration ({reason})") from error
-    sums = dict(line.split("  ")[::-1] for line in (saved.path / "SHA256SUMS").read_text().splitlines())
-    return {"model": str(init), "sha256": sums["weights.safetensors"]}
+    return {"model": str(init), "sha256": saved.sha256}
 
 
 def _ranges(shapes: list[tuple[int, ...]]) -> list[list[int]]:
     return [[min(axis), max(axis)] for axis in zip(*shapes, strict=True)]
-
-
-def _start(run: Path, config: SegmenterConfig, seed: int, resume: bool) -> None:
-    resolved = {**config.model_dump(mode="json"), "seed": seed}
-    file = run / "config.yaml"
-    if resume and file.is_file():
-        before = yaml.safe_load(file.read_text())
-        changed = [key for key in resolved if before.get(key) != resolved[key]]
-        if changed:
-            raise UsageError(
-                f"{run}: was started with another {' and '.join(changed)}; resume with {file}, or use another folder"
-            )
-    elif file.is_file():
-        raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(resolved, sort_keys=False))
 
 
 def _card(
@@ -254,14 +245,5 @@ def _card(
         "training": {"seed": seed, "step": step, "data": data.summary},
         "metrics": {"validation": dict(numbers)},
         "licence": "see the training data",
-        "versions": {
-            **{name: version(name) for name in ("medseg-diffusion", "torch", "monai")},
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

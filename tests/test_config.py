@@ -57,7 +57,7 @@ def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
     assert sum(p.numel() for p in model.parameters()) > 1000
     build.preprocessing(config)
     build.augmentation(config)
-    build.training_options(config)
+    build.training_options(config.training)
     build.sampler(config.inference.sampler)
     build.noise_schedule(config.diffusion.schedule)
     window = [8] * config.network.dims

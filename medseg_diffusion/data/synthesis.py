@@ -121,6 +121,11 @@ _OTHER: dict[tuple[int, ...], Range] = {
 }
 
 
+def tissues(anatomy: LabelMap) -> Tensor:
+    """The tissue (I, J, K) uint8 of every voxel (`medseg_diffusion.data.tissue.TISSUES`)."""
+    return _TISSUE[anatomy.index.long()]
+
+
 def load_label_map(file: Path) -> LabelMap:
     """Reads a label map of 1 mm.
 

@@ -1,16 +1,20 @@
-"""KL autoencoders: images to latents and back (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1), from MONAI's blocks.
+"""Autoencoders: images to latents and back (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1), from MONAI's blocks.
 
-Two layouts exist. MONAI's `AutoencoderKL` has separate convolutions for the latent's mean and log-variance. The
-published latent-diffusion network emits both from one, activates before its last convolutions, and has one residual
-block more in each level of the decoder. Both are the same class here, behind the same methods.
+"KL" latents have a variance that a small penalty keeps near 1; "VQ" latents are replaced by their nearest codebook
+entry before decoding.
+
+Of the KL kind two layouts exist. MONAI's `AutoencoderKL` has separate convolutions for the latent's mean and
+log-variance. The published latent-diffusion network emits both from one, activates before its last convolutions, and
+has one residual block more in each level of the decoder. Both are the same class here, behind the same methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
+from monai.networks.layers.vector_quantizer import EMAQuantizer
 from monai.networks.nets.autoencoderkl import Decoder, Encoder
 from torch import Tensor, nn
 
@@ -19,6 +23,16 @@ from medseg_diffusion.diffusion.noise import gaussian
 from .blocks import conv
 
 Layout = Literal["monai", "latent-diffusion"]
+
+
+class Codec(Protocol):
+    """Images (B, C, *S) to scaled latents (B, C', *s) of about unit variance, and back."""
+
+    scale: Tensor
+
+    def encode(self, image: Tensor) -> Tensor: ...
+
+    def decode(self, latent: Tensor) -> Tensor: ...
 
 
 class KLAutoencoder(nn.Module):
@@ -101,11 +115,92 @@ class KLAutoencoder(nn.Module):
         mean, log_variance = self.moments(image)
         if generators:
             mean = mean + (0.5 * log_variance).exp() * gaussian(mean.shape[1:], generators, like=mean)
-        return mean * self._per_channel(mean)
+        return mean * _per_channel(self.scale, mean)
 
     def decode(self, latent: Tensor) -> Tensor:
         """The image of a scaled latent."""
-        return cast(Tensor, self.decoder(self.post_quant_conv(latent / self._per_channel(latent))))
+        return cast(Tensor, self.decoder(self.post_quant_conv(latent / _per_channel(self.scale, latent))))
 
-    def _per_channel(self, latent: Tensor) -> Tensor:
-        return self.scale.to(latent.dtype).reshape(-1, *[1] * (latent.ndim - 2))
+    def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Image -> (its reconstruction from a sampled latent, KL of the latents from N(0, I), nats per image (B,))."""
+        mean, log_variance = self.moments(image)
+        noise = gaussian(mean.shape[1:], generators, like=mean)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
+        return self.decoder(self.post_quant_conv(mean + (0.5 * log_variance).exp() * noise)), kl
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's last convolution, where the adversarial loss is balanced."""
+        return _last_weight(self.decoder)
+
+
+class VQAutoencoder(nn.Module):
+    """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)) with a codebook.
+
+    What is diffused is the latent before quantisation; `decode` quantises. The codebook follows the latents by moving
+    averages (van den Oord et al. 2017, arXiv 1711.00937, appendix). Arguments as for `KLAutoencoder`.
+
+    Args:
+        codebook_size: number of codebook entries.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        out_channels: int,
+        latent_channels: int,
+        channels: Sequence[int] = (64, 128, 128),
+        num_res_blocks: int = 1,
+        attention_levels: Sequence[bool] = (False, False, False),
+        codebook_size: int = 1024,
+    ) -> None:
+        super().__init__()
+        if len(channels) != len(attention_levels) or any(width % 32 for width in channels):
+            raise ValueError(
+                f"channels must be multiples of 32, with one attention_levels each: got {channels}, {attention_levels}"
+            )
+        shared = {
+            "spatial_dims": dims,
+            "channels": list(channels),
+            "num_res_blocks": [num_res_blocks] * len(channels),
+            "norm_num_groups": 32,
+            "norm_eps": 1e-6,
+            "attention_levels": list(attention_levels),
+        }
+        self.encoder = Encoder(in_channels=in_channels, out_channels=latent_channels, **shared)
+        self.decoder = Decoder(in_channels=latent_channels, out_channels=out_channels, **shared)
+        self.quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
+        self.post_quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
+        self.quantizer = EMAQuantizer(dims, codebook_size, latent_channels)
+        self.register_buffer("scale", torch.ones(latent_channels))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The scaled latent before quantisation."""
+        latent = self.quant_conv(self.encoder(image))
+        return latent * _per_channel(self.scale, latent)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The image of a scaled latent, quantised first."""
+        quantised, _, _ = self.quantizer(latent / _per_channel(self.scale, latent))
+        return cast(Tensor, self.decoder(self.post_quant_conv(quantised)))
+
+    def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Image -> (its reconstruction, commitment loss (B,), the same for all); in training the codebook moves."""
+        quantised, commitment, _ = self.quantizer(self.quant_conv(self.encoder(image)))
+        return self.decoder(self.post_quant_conv(quantised)), commitment.expand(len(image))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's last convolution, where the adversarial loss is balanced."""
+        return _last_weight(self.decoder)
+
+
+def _per_channel(scale: Tensor, latent: Tensor) -> Tensor:
+    return scale.to(latent.dtype).reshape(-1, *[1] * (latent.ndim - 2))
+
+
+def _last_weight(decoder: nn.Module) -> nn.Parameter:
+    return [parameter for name, parameter in decoder.named_parameters() if name.endswith("weight")][-1]

@@ -9,7 +9,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def model_card(card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = "") -> str:
-    """Markdown for the content of model.json, with the ``command``, ``data`` (credit and terms) and ``notes`` given."""
+    """Markdown for a segmenter's model.json, with the ``command``, ``data`` (credit, terms) and ``notes`` given."""
+    return _render("model_card.md.j2", card=card, name=name, command=command, data=data, notes=notes)
+
+
+def generator_card(card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = "") -> str:
+    """Markdown for the model.json of a generator, an autoencoder or a noisy classifier; arguments as `model_card`."""
+    return _render("generator_card.md.j2", card=card, name=name, command=command, data=data, notes=notes)
+
+
+def _render(template: str, **values: object) -> str:
     environment = Environment(
         loader=PackageLoader("medseg_diffusion.reports"),
         undefined=StrictUndefined,
@@ -17,5 +26,4 @@ def model_card(card: Mapping[str, Any], name: str = "", command: str = "", data:
         lstrip_blocks=True,
         autoescape=False,  # Markdown, not HTML
     )
-    template = environment.get_template("model_card.md.j2")
-    return template.render(card=card, name=name, command=command, data=data, notes=notes)
+    return environment.get_template(template).render(**values)

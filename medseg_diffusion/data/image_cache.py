@@ -1,0 +1,205 @@
+"""Images decoded once into one memory-mapped uint8 array: any image in microseconds, no copy of the collection in RAM.
+
+images.u8     all images, (N, size, size, channels) uint8, nothing else
+index.json    shape, class names, labels, sides, names, what was skipped
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medseg_diffusion.errors import InputError
+
+from .images import ImageCollection, Part, Pixels, find_images
+
+
+@dataclass(frozen=True, eq=False)
+class PackedImages:
+    """A packed collection.
+
+    Attributes:
+        folder: where it lies.
+        images: (N, size, size, channels) uint8, memory-mapped and read-only.
+        labels: (N,) int64, -1 without a class.
+        parts: side to the positions of its images.
+        classes: names by label.
+        names: of the files, one an image.
+        skipped: broken files that were left out.
+    """
+
+    folder: Path
+    images: Pixels
+    labels: npt.NDArray[np.int64]
+    parts: Mapping[Part, npt.NDArray[np.int64]]
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def part(self, name: Part) -> npt.NDArray[np.int64]:
+        """Positions of the images of one side; empty where there are none."""
+        return self.parts.get(name, np.zeros(0, np.int64))
+
+
+def packed(
+    source: Path,
+    store: Path,
+    size: int,
+    channels: int = 3,
+    *,
+    held_out: tuple[int, int] = (0, 0),
+    skip_broken: bool = False,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> PackedImages:
+    """The images of a folder or zip, packed into ``store`` at the first call and opened from there ever after.
+
+    Args:
+        source: what `find_images` reads.
+        store: folder of packed collections; a changed source gets a new one.
+        size: side of the images.
+        channels: 1 or 3.
+        held_out: numbers of groups (scans or images) for the test and validation sides where the collection itself
+            names none; those of smallest SHA-256 of the name.
+        skip_broken: leave broken files out instead of stopping.
+        on_file: called with (files done, files in all) while packing.
+
+    Raises:
+        InputError: nothing to read, a broken file, or too few images to hold any out.
+    """
+    if not source.exists():
+        raise InputError(source, "no such file or folder", "a zip or folder of images", "check the path")
+    key = hashlib.sha256(
+        json.dumps([str(source.resolve()), _state(source), size, channels, held_out, skip_broken]).encode()
+    ).hexdigest()[:16]
+    folder = store / f"{source.stem}-{size}-{key}"
+    if not (folder / "index.json").is_file():
+        store.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".packing-", dir=store))
+        try:
+            _pack(find_images(source), temporary, size, channels, held_out, skip_broken, on_file)
+            if not folder.exists():  # another process may have been faster
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return open_packed(folder)
+
+
+def open_packed(folder: Path) -> PackedImages:
+    """Opens a packed collection without reading its images."""
+    index = json.loads((folder / "index.json").read_text())
+    images = np.memmap(folder / "images.u8", np.uint8, "r", shape=tuple(index["shape"]))
+    parts = {part: np.asarray(positions, np.int64) for part, positions in index["parts"].items()}
+    labels = np.asarray(index["labels"], np.int64)
+    return PackedImages(
+        folder, images, labels, parts, tuple(index["classes"]), tuple(index["names"]), tuple(index["skipped"])
+    )
+
+
+def _pack(
+    collection: ImageCollection,
+    folder: Path,
+    size: int,
+    channels: int,
+    held_out: tuple[int, int],
+    skip_broken: bool,
+    on_file: Callable[[int, int], None],
+) -> None:
+    sides = _sides(collection, held_out)
+    labels: list[int] = []
+    names: list[str] = []
+    skipped: list[str] = []
+    parts: dict[str, list[int]] = {}
+    with (folder / "images.u8").open("wb") as file:
+        for i, entry in enumerate(collection.entries):
+            try:
+                images = collection.pixels(entry, size, channels)
+            except InputError:
+                if not skip_broken:
+                    raise
+                skipped.append(entry.name)
+                continue
+            file.write(np.ascontiguousarray(images).tobytes())
+            first = len(names)
+            names += [entry.name] * len(images)
+            labels += [entry.label] * len(images)
+            parts.setdefault(entry.part or sides[entry.group], []).extend(range(first, len(names)))
+            on_file(i + 1, len(collection.entries))
+    if not parts.get("train"):
+        raise InputError(collection.source, "no image to train on", "at least one whole image", "check the folder")
+    index = {
+        "shape": [len(names), size, size, channels],
+        "classes": collection.classes,
+        "parts": parts,
+        "labels": labels,
+        "names": names,
+        "skipped": skipped,
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, Part]:
+    """Side of every group that has no official one, by rank of the SHA-256 of its name."""
+    groups = sorted(
+        {entry.group for entry in collection.entries if entry.part is None},
+        key=lambda name: hashlib.sha256(name.encode()).hexdigest(),
+    )
+    test, validation = held_out
+    if groups and len(groups) <= test + validation:
+        raise InputError(
+            collection.source,
+            f"{len(groups)} files",
+            f"more than {test} for testing and {validation} for validation",
+            "lower data.test_images or data.validation_images",
+        )
+    return {
+        group: "test" if i < test else "validation" if i < test + validation else "train"
+        for i, group in enumerate(groups)
+    }
+
+
+def _state(source: Path) -> list[object]:
+    """What changes when the source does: sizes and times of all files."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    stats = [(str(file.relative_to(source)), file.stat()) for file in files]
+    return [len(files), hashlib.sha256(str([(n, s.st_size, s.st_mtime_ns) for n, s in stats]).encode()).hexdigest()]
+
+
+class ImageExamples:
+    """Packed images as training examples, each mirrored left to right with probability 1/2 if ``flip``."""
+
+    def __init__(self, images: PackedImages, positions: npt.NDArray[np.int64], flip: bool = True) -> None:
+        self.images = images
+        self.positions = positions
+        self.flip = flip
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """The "image" (C, size, size) float32 in [-1, 1] and "label" () int64."""
+        position = self.positions[index]
+        pixels = self.images.images[position]
+        if self.flip and float(torch.rand((), generator=generator)) < 0.5:
+            pixels = pixels[:, ::-1]
+        image = to_unit(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+        return {"image": image, "label": torch.tensor(int(self.images.labels[position]))}
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 levels 0..255 to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_levels(image: Tensor) -> Tensor:
+    """Float images in [-1, 1] to uint8 levels, values outside clipped: the inverse of `to_unit` on its range."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

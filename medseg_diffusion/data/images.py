@@ -1,0 +1,290 @@
+"""Folders and zips of images, and folders of scans, as one kind of collection: Tiny ImageNet first.
+
+Three layouts are told apart by what is there:
+
+"tiny-imagenet"  wnids.txt, words.txt, train/<wnid>/images/ with <wnid>_boxes.txt, val/ with val_annotations.txt, test/
+"images"         images anywhere below; where all of them lie in subfolders, the first folder is the class
+"scans"          volumes (NIfTI, NRRD, MetaImage), of which the slices across the third axis (RAS) are the images
+
+A folder and a zip of it are the same collection.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import SUFFIXES, find_scans, read_volume, scan_name
+from medseg_diffusion.volumes.preprocessing import Preprocessing
+
+Kind = Literal["tiny-imagenet", "images", "scans"]
+Part = Literal["train", "validation", "test"]
+Pixels = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+FOREGROUND_SHARE = 0.1
+"""A scan's slice is an image if so much of it is brighter than the scan's darkest level: the rest would be black."""
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a collection.
+
+    Attributes:
+        name: where it is, relative to the collection.
+        group: what must stay on one side of a split: the scan, or the image itself.
+        label: class, `UNLABELLED` without one.
+        part: the official side, or None where there is none.
+        box: (x0, y0, x1, y1) of the object in pixels, where the collection says.
+    """
+
+    name: str
+    group: str
+    label: int = UNLABELLED
+    part: Part | None = None
+    box: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCollection:
+    """What `find_images` found; ``classes`` are names by label, empty if there are none."""
+
+    source: Path
+    kind: Kind
+    entries: tuple[Entry, ...]
+    classes: tuple[str, ...]
+    read: Callable[[str], bytes] = field(repr=False)
+
+    def pixels(self, entry: Entry, size: int, channels: int) -> Pixels:
+        """The images of an entry, (n, size, size, channels) uint8: one, or the slices of a scan.
+
+        Images are cropped to their central square and resized; greyscale becomes RGB and back as ``channels`` says.
+
+        Raises:
+            InputError: a file that cannot be read whole.
+        """
+        if self.kind == "scans":
+            return _slices(self.source / entry.name, size, channels)
+        with _opened(self.source, entry.name, self.read(entry.name)) as image:
+            return np.asarray(_fitted(image, size, channels)).reshape(1, size, size, channels)
+
+
+def find_images(source: Path) -> ImageCollection:
+    """Reads the layout of a folder or zip.
+
+    Raises:
+        InputError: nothing there, no zip, no image, or a Tiny ImageNet with a part missing.
+    """
+    names, read = _zip(source) if source.is_file() else _folder(source)
+    roots = [name.removesuffix("wnids.txt") for name in names if name.rpartition("/")[2] == "wnids.txt"]
+    if roots:
+        return _tiny_imagenet(source, min(roots, key=len), names, read)
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    if images:
+        return _images(source, images, read)
+    if source.is_dir() and any(name.lower().endswith(SUFFIXES) for name in names):
+        scans = [Entry(str(file.relative_to(source)), scan_name(file)) for file in find_scans(source)]
+        return ImageCollection(source, "scans", tuple(scans), (), read)
+    raise InputError(
+        source,
+        f"{len(names)} files, none of them an image",
+        f"Tiny ImageNet, or files that end with {', '.join(IMAGE_SUFFIXES)} or {', '.join(SUFFIXES)}",
+        "check the path given with --data",
+    )
+
+
+def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    try:
+        archive = zipfile.ZipFile(source)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(
+            source, f"no readable zip ({error})", "a zip or a folder of images", "download or unpack it again"
+        ) from error
+    names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(name)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise InputError(f"{source}/{name}", f"a damaged entry ({error})", "a whole file", _REPAIR) from error
+
+    return sorted(names), read
+
+
+def _folder(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    if not source.is_dir():
+        raise InputError(source, "no such file or folder", "a zip or folder of images", "check the path")
+    files = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    names = sorted(path.as_posix() for path in files if not any(part.startswith(".") for part in path.parts))
+    return names, lambda name: (source / name).read_bytes()
+
+
+def _tiny_imagenet(source: Path, root: str, names: Sequence[str], read: Callable[[str], bytes]) -> ImageCollection:
+    """The official layout. Classes are numbered in the order of their sorted ids, as ImageFolder would do."""
+    there = set(names)
+
+    def lines(name: str) -> list[list[str]]:
+        if root + name not in there:
+            raise InputError(f"{source}/{root}{name}", "no such file", "the official Tiny ImageNet", _REPAIR)
+        return [line.split("\t") for line in read(root + name).decode().splitlines() if line.strip()]
+
+    wnids = sorted(line[0].strip() for line in lines("wnids.txt"))
+    words = {line[0]: line[-1] for line in lines("words.txt")} if root + "words.txt" in there else {}
+    label = {wnid: i for i, wnid in enumerate(wnids)}
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        if name.lower().endswith(IMAGE_SUFFIXES) and name.startswith(root):
+            inside.setdefault(name.rpartition("/")[0].removeprefix(root), []).append(name)
+    entries: list[Entry] = []
+    for wnid in wnids:
+        folder = f"train/{wnid}/images"
+        if folder not in inside:
+            raise InputError(f"{source}/{root}{folder}", "no images", f"those of class {wnid} in wnids.txt", _REPAIR)
+        rows = lines(f"train/{wnid}/{wnid}_boxes.txt") if f"{root}train/{wnid}/{wnid}_boxes.txt" in there else []
+        boxes = {row[0]: _box(row[1:5]) for row in rows}
+        entries += [
+            Entry(name, name, label[wnid], "train", boxes.get(name.rpartition("/")[2])) for name in inside[folder]
+        ]
+    for row in lines("val/val_annotations.txt") if "val/images" in inside else []:
+        name = f"{root}val/images/{row[0]}"
+        if row[1] not in label:
+            raise InputError(
+                f"{source}/{root}val/val_annotations.txt", f"class {row[1]}", "a class of wnids.txt", _REPAIR
+            )
+        if name in there:
+            entries.append(Entry(name, name, label[row[1]], "validation", _box(row[2:6])))
+    entries += [Entry(name, name, UNLABELLED, "test") for name in inside.get("test/images", [])]
+    classes = tuple(words.get(wnid, wnid).partition(",")[0] for wnid in wnids)
+    return ImageCollection(source, "tiny-imagenet", tuple(entries), classes, read)
+
+
+def _images(source: Path, names: Sequence[str], read: Callable[[str], bytes]) -> ImageCollection:
+    """Plain images; a single folder around everything (as zips often have) is no class."""
+    parts = [name.split("/") for name in names]
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    classes = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
+    label: Mapping[str, int] = {name: i for i, name in enumerate(classes)}
+    entries = [Entry(n, n, label.get(p[0], UNLABELLED)) for n, p in zip(names, parts, strict=True)]
+    return ImageCollection(source, "images", tuple(entries), tuple(classes), read)
+
+
+def _box(row: Sequence[str]) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = (int(value) for value in row)
+    return x0, y0, x1, y1
+
+
+def _opened(source: Path, name: str, content: bytes) -> Image.Image:
+    """The image decoded whole: PIL itself stays silent about a truncated file until its pixels are asked for."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{source}/{name}",
+            f"a broken image ({error})",
+            "a whole image",
+            "replace it, or leave it out with --skip-broken",
+        ) from error
+    return image
+
+
+def _fitted(image: Image.Image, size: int, channels: int) -> Image.Image:
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    if image.size != (size, size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((size, size), Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BICUBIC,
+                             box=(left, top, left + side, top + side))  # fmt: skip
+    return image
+
+
+def _slices(file: Path, size: int, channels: int) -> Pixels:
+    """The slices of a scan that show something, padded to a square, the scan's percentiles spread over 0..255."""
+    volume, _ = Preprocessing(spacing_mm=None).apply(read_volume(file))
+    levels = ((volume[0].clamp(-1, 1) + 1) * 127.5).round().numpy().astype(np.uint8)
+    shown = []
+    for i in range(levels.shape[2]):
+        image = np.rot90(levels[:, :, i])  # anterior on top, left of the person on the right of RAS
+        if (image > 0.05 * 255).mean() >= FOREGROUND_SHARE:
+            side = max(image.shape)
+            square = np.zeros((side, side), np.uint8)
+            top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
+            square[top : top + image.shape[0], left : left + image.shape[1]] = image
+            shown.append(np.asarray(_fitted(Image.fromarray(square), size, channels)).reshape(size, size, channels))
+    return np.stack(shown) if shown else np.zeros((0, size, size, channels), np.uint8)
+
+
+_REPAIR = "download the official archive again"
+
+
+@dataclass
+class ImageCheck:
+    """What `medseg check` says of a collection of images."""
+
+    kind: Kind
+    parts: dict[str, int]
+    classes: int
+    images_per_class: tuple[int, int] | None
+    sizes: dict[str, int]
+    modes: dict[str, int]
+    broken: list[str]
+
+    def rows(self) -> dict[str, Any]:
+        """The findings by name."""
+        per_class = "-" if self.images_per_class is None else "{} to {}".format(*self.images_per_class)
+        return {
+            "layout": self.kind,
+            **{f"{part} files": count for part, count in self.parts.items()},
+            "classes": self.classes,
+            "training files per class": per_class,
+            "sizes": ", ".join(f"{size} ({count})" for size, count in self.sizes.items()),
+            "colours": ", ".join(f"{mode} ({count})" for mode, count in self.modes.items()),
+            "broken files": len(self.broken),
+        }
+
+
+def check_images(
+    collection: ImageCollection, on_file: Callable[[int, int], None] = lambda done, total: None
+) -> ImageCheck:
+    """Opens every file and counts; broken ones are listed, not raised."""
+    sizes: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
+    broken = []
+    for i, entry in enumerate(collection.entries):
+        try:
+            if collection.kind == "scans":
+                volume = read_volume(collection.source / entry.name)
+                sizes[" x ".join(map(str, volume.shape))] += 1
+                modes[f"{len(volume.data)} channels"] += 1
+            else:
+                with _opened(collection.source, entry.name, collection.read(entry.name)) as image:
+                    sizes["{} x {}".format(*image.size)] += 1
+                    modes[image.mode] += 1
+        except InputError as error:
+            broken.append(str(error))
+        on_file(i + 1, len(collection.entries))
+    parts = Counter[str](entry.part or "all" for entry in collection.entries)
+    known = [e.label for e in collection.entries if e.label != UNLABELLED and e.part in (None, "train")]
+    counts = Counter(known).values()
+    per_class = (min(counts), max(counts)) if counts else None
+    return ImageCheck(
+        collection.kind,
+        dict(parts),
+        len(collection.classes),
+        per_class,
+        dict(sizes.most_common(5)),
+        dict(modes.most_common()),
+        broken,
+    )

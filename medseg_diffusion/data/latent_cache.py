@@ -1,0 +1,88 @@
+"""Latents of packed images, computed once: training a latent generator never touches the autoencoder again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .image_cache import PackedImages, to_unit
+
+BATCH = 64
+
+
+class Encoder(Protocol):
+    """The half of a codec that is needed here: images (B, C, H, W) to latents."""
+
+    def encode(self, image: Tensor) -> Tensor: ...
+
+
+@torch.no_grad()
+def cached_latents(
+    images: PackedImages,
+    codec: Encoder,
+    key: str,
+    device: torch.device,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> npt.NDArray[np.float16]:
+    """Latents (N, 2, C', h, w) float16 of all images and of their mirror images, memory-mapped.
+
+    The latent of a mirror image is not the mirror image of the latent, so both are kept. Latents are the mean of the
+    encoder: the noise of its variance is far below what the diffusion adds.
+
+    Args:
+        images: the packed images.
+        codec: the trained autoencoder, on ``device``.
+        key: what tells this autoencoder's latents from another's, e.g. the SHA-256 of its weights.
+        device: where to compute.
+        on_image: called with (images done, all).
+    """
+    count, size, _, channels = images.images.shape
+    shape = tuple(codec.encode(torch.zeros(1, channels, size, size, device=device)).shape[1:])
+    file = images.folder / f"latents-{key[:16]}.f16"
+    if not file.is_file():
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            made = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
+            for first in range(0, count, BATCH):
+                pixels = torch.from_numpy(np.ascontiguousarray(images.images[first : first + BATCH]))
+                batch = to_unit(pixels.permute(0, 3, 1, 2)).to(device)
+                for side, image in enumerate((batch, batch.flip(-1))):
+                    made[first : first + BATCH, side] = codec.encode(image).float().cpu().numpy()
+                on_image(min(first + BATCH, count), count)
+            made.flush()
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return np.memmap(file, np.float16, "r", shape=(count, 2, *shape))
+
+
+class LatentExamples:
+    """Latents as training examples, with probability 1/2 those of the mirror image if ``flip``."""
+
+    def __init__(
+        self,
+        latents: npt.NDArray[np.float16],
+        images: PackedImages,
+        positions: npt.NDArray[np.int64],
+        flip: bool = True,
+    ) -> None:
+        self.latents = latents
+        self.images = images
+        self.positions = positions
+        self.flip = flip
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """The "image" (C', h, w) float32, a scaled latent, and "label" () int64."""
+        position = self.positions[index]
+        side = int(self.flip and float(torch.rand((), generator=generator)) < 0.5)
+        latent = torch.from_numpy(self.latents[position, side].astype(np.float32))
+        return {"image": latent, "label": torch.tensor(int(self.images.labels[position]))}

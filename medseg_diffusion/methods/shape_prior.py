@@ -1,0 +1,156 @@
+"""What an organ looks like on average, to discard what lies where it cannot be.
+
+A network that sees windows may take a tongue for grey matter: the tissue is alike and the window does not show that the
+brain lies above. The average shape of the training anatomies, registered to the prediction itself, knows. Registration
+needs no scan, and the shape is a few kilobytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+Array = npt.NDArray[np.float32]
+
+SLAB_MM = 80.0
+"""Height below the top over which the first guess of the position is made: what hangs below must not shift it."""
+LEAST_COVERED = 0.7
+"""Share of the registered shape that the prediction must fill; with less, the two are not of the same thing."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShapePrior:
+    """The share of anatomies to which a position belongs, after affine alignment.
+
+    Attributes:
+        share: (I, J, K) in [0, 1]; axes to the right, front and top of the person.
+        spacing_mm: size of its voxels.
+    """
+
+    share: Tensor
+    spacing_mm: float
+
+    def near(self, found: Tensor, spacing_mm: Sequence[float], tolerance_mm: float) -> Tensor | None:
+        """Where the shape, registered to ``found``, is at most ``tolerance_mm`` away: bool (*S).
+
+        None if the two do not fit: nothing found, or the shape mostly empty of it.
+
+        Args:
+            found: (*S) bool, axes as for ``share``. It may be cut off by the border: the shape may lie outside.
+            spacing_mm: size of its voxels.
+            tolerance_mm: of individual shapes.
+        """
+        size = [max(1, round(n * mm / self.spacing_mm)) for n, mm in zip(found.shape, spacing_mm, strict=True)]
+        coarse_mm = [n * mm / m for n, mm, m in zip(found.shape, spacing_mm, size, strict=True)]
+        share = F.interpolate(found.float()[None, None], size, mode="area")[0, 0].cpu().numpy()
+        mask = share > 0.5
+        if not mask.any():
+            return None
+        fixed, moving = _image(share, coarse_mm), _image(self.share.numpy(), [self.spacing_mm] * 3)
+        guesses = [_affine(_centre(part, coarse_mm), target) for part, target in self._anchors(mask, coarse_mm)]
+        best, _ = min((_register(fixed, moving, guess) for guess in guesses), key=lambda pair: pair[1])
+        inside = _array(sitk.Resample(moving, fixed, best)) > 0.5
+        if not inside.any() or mask[inside].mean() < LEAST_COVERED:
+            return None
+        away = torch.from_numpy(ndimage.distance_transform_edt(~inside, sampling=coarse_mm)).float()
+        return F.interpolate(away[None, None], tuple(found.shape), mode="trilinear")[0, 0] <= tolerance_mm
+
+    def _anchors(
+        self, mask: npt.NDArray[np.bool_], spacing_mm: Sequence[float]
+    ) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
+        """Parts of the mask, each with the point of the shape onto which its centre is put first."""
+        shape, own = self.share.numpy() > 0.5, [self.spacing_mm] * 3
+        return [
+            (_top(mask, spacing_mm[2]), _centre(_top(shape, self.spacing_mm), own)),
+            (mask, _centre(shape, own)),
+        ]
+
+
+def average_shape(masks: Sequence[Tensor], spacing_mm: float, grid_mm: float = 3.0, rounds: int = 2) -> ShapePrior:
+    """The average of masks (*S) bool on voxels of ``spacing_mm``, each registered affinely to the average so far.
+
+    Cavities are filled. The first mask gives position and size.
+    """
+    coarse = []
+    for mask in masks:
+        whole = np.pad(ndimage.binary_fill_holes(mask.numpy()).astype(np.float32), round(30 / spacing_mm))
+        smooth = ndimage.gaussian_filter(whole, 0.5 * grid_mm / spacing_mm)
+        coarse.append(ndimage.zoom(smooth, spacing_mm / grid_mm, order=1))
+    grid = [grid_mm] * 3
+    centres = [_centre(mask > 0.5, grid) for mask in coarse]
+    average, centre = _image(coarse[0], grid), centres[0]
+    for _ in range(rounds):
+        moved = []
+        for mask, own in zip(coarse, centres, strict=True):
+            moving = _image(mask, grid)
+            moved.append(_array(sitk.Resample(moving, average, _register(average, moving, _affine(centre, own))[0])))
+        average = _image(np.mean(moved, axis=0), grid)
+    share = _array(average)
+    used = np.argwhere(share > 0.01)
+    cut = tuple(slice(max(0, low - 1), high + 2) for low, high in zip(used.min(0), used.max(0), strict=True))
+    return ShapePrior(torch.from_numpy(np.ascontiguousarray(share[cut])), grid_mm)
+
+
+def _register(fixed: sitk.Image, moving: sitk.Image, guess: sitk.AffineTransform) -> tuple[sitk.AffineTransform, float]:
+    """The affine map from ``fixed`` to ``moving`` of least squared difference within ``fixed``, and that difference."""
+    similarity = sitk.Similarity3DTransform()
+    similarity.SetCenter(guess.GetCenter())
+    similarity.SetTranslation(guess.GetTranslation())
+    _optimise(fixed, moving, similarity)
+    affine = sitk.AffineTransform(3)
+    affine.SetCenter(similarity.GetCenter())
+    affine.SetMatrix(similarity.GetMatrix())
+    affine.SetTranslation(similarity.GetTranslation())
+    return affine, _optimise(fixed, moving, affine)
+
+
+def _optimise(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> float:
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMeanSquares()
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 100, relaxationFactor=0.7)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetShrinkFactorsPerLevel([2, 1])
+    method.SetSmoothingSigmasPerLevel([6.0, 3.0])
+    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(True)
+    method.SetInitialTransform(transform, inPlace=True)
+    method.Execute(fixed, moving)
+    return float(method.GetMetricValue())
+
+
+def _affine(centre: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> sitk.AffineTransform:
+    transform = sitk.AffineTransform(3)
+    transform.SetCenter(centre.tolist())
+    transform.SetTranslation((target - centre).tolist())
+    return transform
+
+
+def _top(mask: npt.NDArray[np.bool_], spacing_mm: float) -> npt.NDArray[np.bool_]:
+    top = int(np.flatnonzero(mask.any((0, 1))).max())
+    cut = mask.copy()
+    cut[:, :, : max(0, top + 1 - round(SLAB_MM / spacing_mm))] = False
+    return cut
+
+
+def _centre(mask: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> npt.NDArray[np.float64]:
+    return np.asarray(ndimage.center_of_mass(mask)) * np.asarray(spacing_mm)
+
+
+def _image(array: npt.NDArray[np.generic], spacing_mm: Sequence[float]) -> sitk.Image:
+    """An image whose first axis is x; what lies outside of it counts as 0."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.astype(np.float32).T))
+    image.SetSpacing([float(size) for size in spacing_mm])
+    return image
+
+
+def _array(image: sitk.Image) -> Array:
+    found: Array = sitk.GetArrayFromImage(image).T
+    return found

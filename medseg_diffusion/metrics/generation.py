@@ -1,0 +1,133 @@
+"""Scores of generated against real images, from their features: FID, sFID, KID, Inception Score, Precision and Recall.
+
+The definitions are those of guided diffusion's evaluator; what the features are is the extractor's business, and no
+score means anything without its name. All arithmetic is in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SPLIT = 5_000
+"""Images in each part of the Inception Score."""
+NEIGHBOUR = 3
+"""Precision and Recall: a ball reaches to its centre's third neighbour."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What an extractor says of N images: ``pooled`` (N, D), ``spatial`` (N, D') and ``logits`` (N, K)."""
+
+    pooled: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def __getitem__(self, index: slice | Tensor) -> Features:
+        return Features(self.pooled[index], self.spatial[index], self.logits[index])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row of the table; ``count`` images against ``reference_count`` real ones."""
+
+    recall: float
+    precision: float
+    inception_score: float
+    fid: float
+    sfid: float
+    kid: float
+    count: int
+    reference_count: int
+
+
+def scores(samples: Features, reference: Features, seed: int = 0) -> Scores:
+    """All scores; Precision and Recall against as many reference images as there are samples, chosen by ``seed``."""
+    precision, recall = precision_recall(samples.pooled, chosen(reference.pooled, len(samples), seed))
+    return Scores(
+        recall,
+        precision,
+        inception_score(samples.logits),
+        frechet_distance(samples.pooled, reference.pooled),
+        frechet_distance(samples.spatial, reference.spatial),
+        kernel_distance(samples.pooled, reference.pooled),
+        len(samples),
+        len(reference),
+    )
+
+
+def chosen(features: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` of the rows at most, without repetition, by ``seed``."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    return features[order[:count]]
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D), covariances over N - 1.
+
+    (Heusel et al. 2017, arXiv 1706.08500, eq. 6.) The trace of the root is the sum of the roots of the eigenvalues of
+    the symmetric C_a^(1/2) C_b C_a^(1/2), which stays real where the published root of a product does not.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(torch.atleast_2d(cov_a))
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    mixed = torch.linalg.eigvalsh(root @ torch.atleast_2d(cov_b) @ root).clamp(min=0).sqrt().sum()
+    traces = torch.atleast_2d(cov_a).trace() + torch.atleast_2d(cov_b).trace()
+    return float((a.mean(0) - b.mean(0)).square().sum() + traces - 2 * mixed)
+
+
+def kernel_distance(a: Tensor, b: Tensor, subset: int = 1_000, repeats: int = 50, seed: int = 0) -> float:
+    """KID: the unbiased squared MMD with the kernel (x y / D + 1)^3, the mean over random subsets.
+
+    (Binkowski et al. 2018, arXiv 1801.01401.) Subsets have ``subset`` rows, or all where there are fewer.
+    """
+    a, b = a.double(), b.double()
+    size = min(subset, len(a), len(b))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(repeats if size < max(len(a), len(b)) else 1):
+        x, y = (side[torch.randperm(len(side), generator=generator)[:size]] for side in (a, b))
+        xx, yy, xy = ((left @ right.T / a.shape[1] + 1) ** 3 for left, right in ((x, x), (y, y), (x, y)))
+        own = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        found.append(own - 2 * xy.mean())
+    return float(torch.stack(found).mean())
+
+
+def inception_score(logits: Tensor, split: int = SPLIT) -> float:
+    """exp(mean KL(p(y|x) | p(y))) of logits (N, K), the mean over whole splits of min(``split``, N) images in order.
+
+    (Salimans et al. 2016, arXiv 1606.03498.)
+    """
+    size = min(split, len(logits))
+    found = []
+    for first in range(0, len(logits) - size + 1, size):
+        log_p = logits[first : first + size].double().log_softmax(1)
+        log_mean = log_p.logsumexp(0) - torch.log(torch.tensor(float(size)))
+        found.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
+    return float(torch.stack(found).mean())
+
+
+def precision_recall(samples: Tensor, reference: Tensor, neighbour: int = NEIGHBOUR) -> tuple[float, float]:
+    """Share of samples within a ball of the reference, and share of the reference within a ball of the samples.
+
+    A ball's radius is the distance to its centre's ``neighbour``-th nearest of its own kind (Kynkaanniemi et al. 2019,
+    arXiv 1904.06991, eq. 1 and 2). Features (N, D) and (M, D).
+    """
+    samples, reference = samples.double(), reference.double()
+    return _inside(samples, reference, neighbour), _inside(reference, samples, neighbour)
+
+
+def _inside(points: Tensor, centres: Tensor, neighbour: int) -> float:
+    radii = _distances(centres, centres).kthvalue(neighbour + 1, dim=1).values  # the first is the centre itself
+    parts = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(2_000)]
+    return float(torch.cat(parts).double().mean())
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist" if len(a) <= 64 else "use_mm_for_euclid_dist")

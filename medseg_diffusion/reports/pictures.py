@@ -1,0 +1,39 @@
+"""Batches of images as one picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from .files import write_files
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> npt.NDArray[np.uint8]:
+    """Images (N, 1 or 3, H, W) in [-1, 1] side by side, (H', W', 3) uint8, about as many rows as columns."""
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    count, height, width, _ = levels.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    picture = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(levels.cpu().numpy()):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def png(picture: npt.NDArray[np.uint8]) -> bytes:
+    """A PNG file of (H, W, 3) or (H, W) uint8."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_png(picture: npt.NDArray[np.uint8], path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    write_files(path.parent, {path.name: png(picture)})

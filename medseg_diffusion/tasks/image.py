@@ -1,0 +1,128 @@
+"""Images, or their latents, as the diffused tensor; nothing, a class or a low-resolution image as the condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medseg_diffusion.diffusion.denoiser import Condition, NetworkDenoiser
+from medseg_diffusion.diffusion.guidance import dropped
+from medseg_diffusion.diffusion.noise import gaussian, generators
+from medseg_diffusion.diffusion.objective import ImportanceTimes, Objective, uniform_times
+
+
+class ImageDiffusion(nn.Module):
+    """A generator: batch -> training loss.
+
+    Args:
+        denoiser: of x0 (B, C, *S), the image in [-1, 1] or its scaled latent.
+        objective: the diffusion loss.
+        times: None for uniform training times.
+        num_classes: classes that condition it, 0 for none. Class ``num_classes`` stands for "no class".
+        drop: probability that a training example loses its class.
+        context_channels: width of the token that a class becomes for cross-attention; None adds its embedding to
+            that of the time instead.
+        factor: of the low-resolution image that is given, None where there is none (an upsampler has one).
+    """
+
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        objective: Objective,
+        times: ImportanceTimes | None = None,
+        num_classes: int = 0,
+        drop: float = 0.1,
+        context_channels: int | None = None,
+        factor: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+        self.times = times
+        self.num_classes = num_classes
+        self.drop = drop
+        self.factor = factor
+        with_token = num_classes > 0 and context_channels is not None
+        self.token = nn.Embedding(num_classes + 1, context_channels or 1) if with_token else None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.network
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss, a scalar, of "image" (B, C, *S), "label" (B,) int64 and "seed" (B,) int64.
+
+        Times, noise and dropped classes come from the examples' own seeds. In evaluation mode times are uniform and no
+        class is dropped.
+        """
+        x0, schedule = batch["image"], self.denoiser.schedule
+        own = generators(batch["seed"].tolist())
+        if self.times is not None and self.training:
+            t, weights = (value.to(x0.device) for value in self.times.draw(own))
+        else:
+            t, weights = uniform_times(schedule.num_steps, own).to(x0.device), None
+        eps = gaussian(x0.shape[1:], own, like=x0)
+        label = batch["label"] if self.num_classes else None
+        if label is not None and self.training:
+            label = dropped({"label": label}, self._no_class(label), self.drop, own)["label"]
+        low = None if self.factor is None else reduced(x0, self.factor)
+        prediction = self.denoiser(schedule.add_noise(x0, eps, t), t, self.condition(label, low))
+        losses = self.objective(schedule, self.denoiser.target, prediction, x0, eps, t)
+        if weights is None:
+            return losses.mean()
+        if self.times is not None:
+            self.times.update(*_of_all_processes(t, losses.detach()))
+        return (weights.to(losses) * losses).mean()
+
+    def condition(self, label: Tensor | None = None, low: Tensor | None = None) -> Condition:
+        """The network's condition for classes (B,) and low-resolution images (B, C, *s), of which None is absent."""
+        cond: dict[str, Tensor] = {}
+        if self.num_classes:
+            if label is None:
+                raise ValueError("this model is conditioned by classes")
+            if self.token is None:
+                cond["label"] = label
+            else:
+                cond["context"] = self.token(label)[:, None]
+        if self.factor is not None:
+            if low is None:
+                raise ValueError("this model is conditioned by low-resolution images")
+            cond["concat"] = enlarged(low, self.factor)
+        return cond
+
+    def null(self, like: Tensor) -> Condition:
+        """What stands for "no class", for `medseg_diffusion.diffusion.guidance.FreeGuided`; on the device of like."""
+        if not self.num_classes:
+            return {}
+        nothing = self._no_class(like)["label"]
+        return {"label": nothing} if self.token is None else {"context": self.token(nothing)[:, None]}
+
+    def _no_class(self, like: Tensor) -> dict[str, Tensor]:
+        return {"label": torch.tensor([self.num_classes], device=like.device)}
+
+
+def reduced(image: Tensor, factor: int) -> Tensor:
+    """The low-resolution image (B, C, *S / factor) of (B, C, *S): means of blocks."""
+    pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
+    return pool(image, factor)
+
+
+def enlarged(low: Tensor, factor: int) -> Tensor:
+    """A low-resolution image at full size, (bi- or tri-)linearly (Dhariwal & Nichol 2021, appendix)."""
+    return F.interpolate(low, scale_factor=factor, mode="bilinear" if low.ndim == 4 else "trilinear")
+
+
+def _of_all_processes(*values: Tensor) -> Sequence[Tensor]:
+    """Each tensor with those of the other processes behind it, the same in all of them."""
+    if not torch.distributed.is_initialized():
+        return values
+    found = []
+    for value in values:
+        parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, value.contiguous())
+        found.append(torch.cat(parts))
+    return found

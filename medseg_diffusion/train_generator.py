@@ -1,0 +1,368 @@
+"""Configuration and images in, run directory out: the whole of `medseg train-generator` as a function.
+
+RUN/config.yaml     resolved configuration
+RUN/log.csv         one row per validation; RUN/tensorboard every step
+RUN/samples/        pictures: samples, or images beside their reconstructions
+RUN/checkpoints/    last.pt: everything to resume bit-exactly
+RUN/model/          the loadable model
+RUN/autoencoder/    the run of the first stage, where a latent generator trains its own
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from . import build
+from .checkpoint import home, load_model_files, save_model
+from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, load_config
+from .data.draws import Draws, Examples
+from .data.image_cache import ImageExamples, PackedImages, packed
+from .data.latent_cache import LatentExamples, cached_latents
+from .diffusion.noise import derive_seed
+from .errors import InputError, ModelError, UsageError
+from .generate import Generator, restore_autoencoder
+from .networks.autoencoder import KLAutoencoder, VQAutoencoder
+from .reports.card import generator_card
+from .reports.pictures import grid, write_png
+from .tasks.classifier import NoisyClassification
+from .tasks.image import ImageDiffusion
+from .training.autoencoder import AutoencoderTraining, LossWeights, unit_scale
+from .training.perceptual import perceptual_loss
+from .training.run import start_run, versions
+from .training.runtime import Runtime, arranged
+from .training.trainer import Callbacks, Progress, fit
+
+ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
+Stage = Literal["all", "autoencoder"]
+
+VALIDATION_IMAGES = 512
+"""Images, always the same with the same noise, whose loss is logged and chooses the best weights."""
+SCALE_BATCHES = 64
+"""Batches over which the scale of latents is estimated."""
+PICTURES = 16
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the stages share."""
+
+    data: Path
+    run: Path
+    resume: bool
+    max_steps: int | None
+    deadline: float | None
+    device: str
+    seed: int
+    skip_broken: bool
+    on_progress: Callable[[Progress], None]
+    on_prepare: Callable[[str, int, int], None]
+
+    @property
+    def minutes_left(self) -> float | None:
+        return None if self.deadline is None else max(0.0, (self.deadline - time.monotonic()) / 60)
+
+
+def train_generator(
+    config: ImageConfig,
+    data: Path,
+    run: Path,
+    *,
+    autoencoder: str | Path | None = None,
+    stage: Stage = "all",
+    resume: bool = False,
+    max_steps: int | None = None,
+    time_limit_min: float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    skip_broken: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Path:
+    """Trains what ``config`` describes on the images of ``data`` and returns the model directory.
+
+    A latent generator needs an autoencoder: the one given, or else its configuration's own, trained first.
+
+    Args:
+        config: generator, autoencoder or noisy classifier.
+        data: a folder or zip of images, or a folder of scans (`medseg_diffusion.data.images`).
+        run: the run directory, new unless ``resume``.
+        autoencoder: a trained autoencoder (folder or installed name) for a latent generator.
+        stage: "autoencoder" stops after the first stage of a latent generator.
+        resume: continue an interrupted run with the configuration that it was started with.
+        max_steps: stop each stage at this step; the learning rate follows training.max_steps.
+        time_limit_min: stop after so many minutes of this call.
+        device: auto, cpu, cuda, cuda:N or mps.
+        seed: of weights, order, times and noise.
+        skip_broken: leave broken files out instead of stopping.
+        on_progress: called after every step.
+        on_prepare: called with (what is prepared, done, total).
+
+    Raises:
+        UsageError: the run exists and ``resume`` is off, or options that do not fit the configuration.
+        InputError: unusable data or resume file.
+        ModelError: no usable autoencoder, or no weights for LPIPS where it is demanded.
+    """
+    latent = isinstance(config, GeneratorConfig) and config.method == "latent"
+    if not latent and (autoencoder is not None or stage != "all"):
+        raise UsageError(f"--autoencoder and --stage are for latent generators; this configures a {config.method}")
+    deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
+    job = _Job(data, run, resume, max_steps, deadline, device, seed, skip_broken, on_progress, on_prepare)
+    if isinstance(config, ImageAutoencoderConfig):
+        return _train_autoencoder(config, job)
+    if isinstance(config, NoisyClassifierConfig):
+        return _train_classifier(config, job)
+    if latent and autoencoder is None:
+        first = run / "autoencoder"
+        settings = load_config(str(config.autoencoder))
+        if not isinstance(settings, ImageAutoencoderConfig):
+            raise UsageError(f"autoencoder: {config.autoencoder} configures a {settings.method}, not an autoencoder")
+        again = resume and (first / "config.yaml").is_file()
+        autoencoder = _train_autoencoder(settings, _Job(**{**vars(job), "run": first, "resume": again}))
+        if stage == "autoencoder" or job.minutes_left == 0:
+            return autoencoder
+        # The second stage of an interrupted run may not have begun.
+        job = _Job(**{**vars(job), "resume": resume and (run / "config.yaml").is_file()})
+    return _train_generator(config, autoencoder, job)
+
+
+def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, job: _Job) -> Path:
+    resolved = {**config.model_dump(mode="json"), "seed": job.seed}
+    codec: KLAutoencoder | VQAutoencoder | None = None
+    if autoencoder is not None:
+        saved = load_model_files(autoencoder)
+        codec, stage = restore_autoencoder(saved)
+        if stage.data.channels != config.data.channels:
+            raise ModelError(f"{saved.path}: made for {stage.data.channels} channels, not {config.data.channels}")
+        resolved["autoencoder_sha256"] = saved.sha256
+    start_run(job.run, resolved, job.resume)
+    images = _images(config, job)
+    runtime = Runtime(job.device, config.training.precision)
+    extra: dict[str, Any] = {}
+    shape: tuple[int, ...] = (config.data.channels, config.data.size, config.data.size)
+    if codec is not None:
+        codec = codec.to(runtime.device)
+        prepare = lambda done, total: job.on_prepare("latents", done, total)  # noqa: E731
+        latents = cached_latents(images, codec, saved.sha256, runtime.device, prepare)
+        examples: Examples = LatentExamples(latents, images, images.part("train"), config.data.flip)
+        held_out: Examples = LatentExamples(latents, images, images.part("validation"), flip=False)
+        extra = {"autoencoder": stage.model_dump(mode="json"), "autoencoder_sha256": saved.sha256}
+        shape = latents.shape[2:]
+    else:
+        examples = ImageExamples(images, images.part("train"), config.data.flip)
+        held_out = ImageExamples(images, images.part("validation"), flip=False)
+    torch.manual_seed(derive_seed(job.seed, "weights"))
+    model = build.generator(config, len(images.classes), None if codec is None else shape[0])
+    arranged(model.network, config.training.channels_last, config.training.compile)
+    batches = _validation_batches(held_out, config.training.batch_size)
+    extra |= {"shape": list(shape), "classes": list(images.classes) if model.num_classes else []}
+
+    def validate(averaged: nn.Module) -> dict[str, float]:
+        loss = _mean_loss(averaged, batches, runtime)
+        generator = Generator(cast(ImageDiffusion, averaged), config, shape, codec)
+        with runtime.accelerator.autocast():
+            pictures = _pictures(generator, images, runtime.device)
+        write_png(grid(pictures), _next_picture(job.run))
+        return {"score": -loss, "loss": loss}
+
+    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        card = {**_card(config, images, job.seed, step, numbers), **extra}
+        weights = averaged.state_dict()
+        if codec is not None:
+            weights |= {f"codec.{name}": value for name, value in codec.state_dict().items()}
+        save_model(job.run / "model", card, weights, generator_card(card))
+
+    _fit(model, examples, config, Callbacks(validate, save, job.on_progress), runtime, job)
+    return job.run / "model"
+
+
+def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
+    start_run(job.run, {**config.model_dump(mode="json"), "seed": job.seed}, job.resume)
+    images = _images(config, job)
+    runtime = Runtime(job.device, config.training.precision)
+    loss = config.loss
+    perceptual, stated = perceptual_loss(loss.perceptual, loss.lpips_backbone, config.data.channels, runtime.device)
+    if loss.perceptual == "auto" and stated != "lpips":
+        warnings.warn(f"LPIPS has no weights here; training with {stated} instead", stacklevel=2)
+    torch.manual_seed(derive_seed(job.seed, "weights"))
+    weights = LossWeights(loss.perceptual_weight, loss.kl_weight, loss.adversarial_weight, loss.adversarial_start)
+    if config.network.quantiser == "vq":
+        weights = LossWeights(weights.perceptual, 1.0, weights.adversarial, weights.adversarial_start)
+    model = AutoencoderTraining(
+        build.autoencoder(config), perceptual, weights, loss.discriminator_channels, loss.discriminator_layers
+    )
+    examples = ImageExamples(images, images.part("train"), config.data.flip)
+    batches = _validation_batches(ImageExamples(images, images.part("validation"), flip=False), 16)
+    started = [0]
+
+    def validate(averaged: nn.Module) -> dict[str, float]:
+        found = _mean_loss(averaged, batches, runtime)
+        codec = cast(AutoencoderTraining, averaged).autoencoder
+        with runtime.accelerator.autocast(), torch.no_grad():
+            kept = [codec.decode(codec.encode(batch["image"].to(runtime.device))).float().cpu() for batch in batches]
+        wanted = torch.cat([batch["image"] for batch in batches])
+        psnr = -10 * torch.log10((torch.cat(kept).clamp(-1, 1) - wanted).square().flatten(1).mean(1) / 4).mean()
+        pairs = torch.stack([wanted[:PICTURES], torch.cat(kept)[:PICTURES]], dim=1).flatten(0, 1)
+        write_png(grid(pairs), _next_picture(job.run))
+        started[0] += 1
+        # The adversarial loss trades reconstruction for sharpness on purpose: the last weights are wanted, not those of
+        # the lowest reconstruction loss, which come before it.
+        return {"score": float(started[0]), "loss": found, "psnr": float(psnr)}
+
+    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        codec = cast(AutoencoderTraining, averaged).autoencoder
+        generator = torch.Generator().manual_seed(derive_seed(job.seed, "scale"))
+        size = min(len(examples), SCALE_BATCHES * 16)
+        chosen = torch.randperm(len(examples), generator=generator)[:size].tolist()
+        parts = [
+            torch.stack([examples.example(i, generator)["image"] for i in chosen[k : k + 16]])
+            for k in range(0, size, 16)
+        ]
+        codec.scale.copy_(unit_scale(codec, [part.to(runtime.device) for part in parts]).to(codec.scale))
+        card = _card(config, images, job.seed, step, numbers)
+        card["training"]["perceptual_loss"] = stated
+        card["classes"] = []
+        save_model(job.run / "model", card, codec.state_dict(), generator_card(card))
+
+    _fit(model, examples, config, Callbacks(validate, save, job.on_progress), runtime, job)
+    return job.run / "model"
+
+
+def _train_classifier(config: NoisyClassifierConfig, job: _Job) -> Path:
+    start_run(job.run, {**config.model_dump(mode="json"), "seed": job.seed}, job.resume)
+    images = _images(config, job)
+    runtime = Runtime(job.device, config.training.precision)
+    torch.manual_seed(derive_seed(job.seed, "weights"))
+    model = build.noisy_classifier(config, len(images.classes))
+    examples = ImageExamples(images, _labelled(images, "train"), config.data.flip)
+    held_out = ImageExamples(images, _labelled(images, "validation"), flip=False)
+    batches = _validation_batches(held_out, config.training.batch_size)
+
+    def validate(averaged: nn.Module) -> dict[str, float]:
+        loss = _mean_loss(averaged, batches, runtime)
+        return {"score": -loss, "loss": loss}
+
+    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        card = {**_card(config, images, job.seed, step, numbers), "classes": list(images.classes)}
+        save_model(
+            job.run / "model", card, cast(NoisyClassification, averaged).network.state_dict(), generator_card(card)
+        )
+
+    _fit(model, examples, config, Callbacks(validate, save, job.on_progress), runtime, job)
+    return job.run / "model"
+
+
+def _fit(
+    model: nn.Module, examples: Examples, config: ImageConfig, callbacks: Callbacks, runtime: Runtime, job: _Job
+) -> None:
+    fit(
+        model,
+        Draws(examples, job.seed),
+        build.training_options(config.training),
+        callbacks,
+        job.run,
+        runtime,
+        seed=job.seed,
+        resume=job.resume,
+        max_steps=job.max_steps,
+        time_limit_min=job.minutes_left,
+    )
+
+
+def _images(config: ImageConfig, job: _Job) -> PackedImages:
+    section = config.data
+    held_out = (section.test_images, section.validation_images)
+    images = packed(
+        job.data,
+        home() / "images",
+        section.size,
+        section.channels,
+        held_out=held_out,
+        skip_broken=job.skip_broken,
+        on_file=lambda done, total: job.on_prepare("images", done, total),
+    )
+    if not len(images.part("validation")):
+        raise InputError(job.data, "no validation images", "a val/ side with annotations", "restore it")
+    return images
+
+
+def _labelled(images: PackedImages, part: Literal["train", "validation"]) -> npt.NDArray[np.int64]:
+    positions = images.part(part)
+    return positions[images.labels[positions] >= 0]
+
+
+def _validation_batches(examples: Examples, batch_size: int) -> list[dict[str, Tensor]]:
+    """The first validation examples, each with a seed of its own that never changes."""
+    found = []
+    for i in range(min(VALIDATION_IMAGES, len(examples))):
+        seed = derive_seed("validation", i)
+        example = dict(examples.example(i, torch.Generator().manual_seed(seed)))
+        found.append({**example, "seed": torch.tensor(seed)})
+    return [
+        {name: torch.stack([example[name] for example in part]) for name in part[0]}
+        for part in (found[k : k + batch_size] for k in range(0, len(found), batch_size))
+    ]
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], runtime: Runtime) -> float:
+    total, count = 0.0, 0
+    for batch in batches:
+        with runtime.accelerator.autocast():
+            loss = model(runtime.to_device(batch))
+        total, count = total + float(loss) * len(batch["image"]), count + len(batch["image"])
+    return total / count
+
+
+def _pictures(generator: Generator, images: PackedImages, device: torch.device) -> Tensor:
+    """Samples with the same noise, and classes or low-resolution images, at every validation."""
+    task = generator.task
+    label = torch.arange(PICTURES, device=device) % task.num_classes if task.num_classes else None
+    low = None
+    if task.factor is not None:
+        held_out = ImageExamples(images, images.part("validation")[:PICTURES], flip=False)
+        real = torch.stack([held_out.example(i, torch.Generator())["image"] for i in range(len(held_out))])
+        low = torch.nn.functional.avg_pool2d(real, task.factor).to(device)
+    seeds = [derive_seed("picture", i) for i in range(PICTURES if low is None else len(low))]
+    return generator.sample(seeds, "ddim", 20, label, low).cpu()
+
+
+def _next_picture(run: Path) -> Path:
+    folder = run / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{len(list(folder.glob('*.png'))) + 1:03d}.png"
+
+
+def _card(
+    config: ImageConfig, images: PackedImages, seed: int, step: int, numbers: Mapping[str, float]
+) -> dict[str, Any]:
+    tasks = {"autoencoder": "image-autoencoder", "classifier": "image-classifier"}
+    return {
+        "task": tasks.get(config.method, "image"),
+        "method": config.method,
+        "dims": 2,
+        "labels": {},
+        "channels": ["red", "green", "blue"] if config.data.channels == 3 else ["grey"],
+        "config": config.model_dump(mode="json"),
+        "training": {
+            "seed": seed,
+            "step": step,
+            "data": {
+                "images": len(images.part("train")),
+                "validation_images": len(images.part("validation")),
+                "broken_files_left_out": len(images.skipped),
+            },
+        },
+        "metrics": {"validation": {name: value for name, value in numbers.items() if name != "score"}},
+        "licence": "see the training data",
+        "versions": versions(),
+    }

@@ -1,0 +1,52 @@
+"""The run directory: who may write into it, and what is noted of how it was made."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medseg_diffusion.errors import UsageError
+
+
+def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
+    """Makes the run directory and writes its config.yaml.
+
+    Args:
+        run: the directory, new unless ``resume``.
+        resolved: the whole configuration and the seed, in plain types.
+        resume: go on with a run that was started with the same.
+
+    Raises:
+        UsageError: the run exists and ``resume`` is off, or was started with another configuration.
+    """
+    file = run / "config.yaml"
+    if resume and file.is_file():
+        before = yaml.safe_load(file.read_text())
+        changed = [key for key in resolved if before.get(key) != resolved[key]]
+        if changed:
+            raise UsageError(
+                f"{run}: was started with another {' and '.join(changed)}; resume with {file}, or use another folder"
+            )
+    elif file.is_file():
+        raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
+
+
+def versions() -> dict[str, str]:
+    """What a model card says of the software that made the model."""
+    names = ("medseg-diffusion", "torch", "monai")
+    return {**{name: version(name) for name in names}, "python": platform.python_version()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
