@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.command("train-generator")(generator.train_generator)
 app.command("sample")(generator.sample)
+app.command("evaluate-generator")(generator.evaluate_generator)
 app.command("segment")(segment.segment)
 app.command("train-segmenter")(train.train_segmenter)
 app.command("evaluate")(evaluate.evaluate)

@@ -22,13 +22,16 @@ Array = npt.NDArray[np.float32]
 
 SLAB_MM = 80.0
 """Height below the top over which the first guess of the position is made: what hangs below must not shift it."""
+LARGEST_SCALE = 1.3
+"""Of a plausible organ against the average one. Nothing else than size, place and tilt is adapted: an affine map would
+stretch the shape over whatever hangs on the organ."""
 LEAST_COVERED = 0.7
 """Share of the registered shape that the prediction must fill; with less, the two are not of the same thing."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShapePrior:
-    """The share of anatomies to which a position belongs, after affine alignment.
+    """The share of anatomies to which a position belongs, each moved, turned and scaled to fit the others.
 
     Attributes:
         share: (I, J, K) in [0, 1]; axes to the right, front and top of the person.
@@ -55,8 +58,12 @@ class ShapePrior:
         if not mask.any():
             return None
         fixed, moving = _image(share, coarse_mm), _image(self.share.numpy(), [self.spacing_mm] * 3)
-        guesses = [_affine(_centre(part, coarse_mm), target) for part, target in self._anchors(mask, coarse_mm)]
-        best, _ = min((_register(fixed, moving, guess) for guess in guesses), key=lambda pair: pair[1])
+        guesses = [_shift(_centre(part, coarse_mm), target) for part, target in self._anchors(mask, coarse_mm)]
+        placed = [(guess, _optimise(fixed, moving, guess)) for guess in guesses]
+        plausible = [pair for pair in placed if 1 / LARGEST_SCALE < pair[0].GetScale() < LARGEST_SCALE]
+        if not plausible:
+            return None
+        best = min(plausible, key=lambda pair: pair[1])[0]
         inside = _array(sitk.Resample(moving, fixed, best)) > 0.5
         if not inside.any() or mask[inside].mean() < LEAST_COVERED:
             return None
@@ -75,7 +82,7 @@ class ShapePrior:
 
 
 def average_shape(masks: Sequence[Tensor], spacing_mm: float, grid_mm: float = 3.0, rounds: int = 2) -> ShapePrior:
-    """The average of masks (*S) bool on voxels of ``spacing_mm``, each registered affinely to the average so far.
+    """The average of masks (*S) bool on voxels of ``spacing_mm``, each moved, turned and scaled to the average so far.
 
     Cavities are filled. The first mask gives position and size.
     """
@@ -91,25 +98,14 @@ def average_shape(masks: Sequence[Tensor], spacing_mm: float, grid_mm: float = 3
         moved = []
         for mask, own in zip(coarse, centres, strict=True):
             moving = _image(mask, grid)
-            moved.append(_array(sitk.Resample(moving, average, _register(average, moving, _affine(centre, own))[0])))
+            guess = _shift(centre, own)
+            _optimise(average, moving, guess)
+            moved.append(_array(sitk.Resample(moving, average, guess)))
         average = _image(np.mean(moved, axis=0), grid)
     share = _array(average)
     used = np.argwhere(share > 0.01)
     cut = tuple(slice(max(0, low - 1), high + 2) for low, high in zip(used.min(0), used.max(0), strict=True))
     return ShapePrior(torch.from_numpy(np.ascontiguousarray(share[cut])), grid_mm)
-
-
-def _register(fixed: sitk.Image, moving: sitk.Image, guess: sitk.AffineTransform) -> tuple[sitk.AffineTransform, float]:
-    """The affine map from ``fixed`` to ``moving`` of least squared difference within ``fixed``, and that difference."""
-    similarity = sitk.Similarity3DTransform()
-    similarity.SetCenter(guess.GetCenter())
-    similarity.SetTranslation(guess.GetTranslation())
-    _optimise(fixed, moving, similarity)
-    affine = sitk.AffineTransform(3)
-    affine.SetCenter(similarity.GetCenter())
-    affine.SetMatrix(similarity.GetMatrix())
-    affine.SetTranslation(similarity.GetTranslation())
-    return affine, _optimise(fixed, moving, affine)
 
 
 def _optimise(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> float:
@@ -126,8 +122,9 @@ def _optimise(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) 
     return float(method.GetMetricValue())
 
 
-def _affine(centre: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> sitk.AffineTransform:
-    transform = sitk.AffineTransform(3)
+def _shift(centre: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> sitk.Similarity3DTransform:
+    """The map that moves ``centre`` to ``target`` and may turn and scale about it."""
+    transform = sitk.Similarity3DTransform()
     transform.SetCenter(centre.tolist())
     transform.SetTranslation((target - centre).tolist())
     return transform

@@ -1,0 +1,284 @@
+"""Generators to a table of scores: the whole of `medseg evaluate-generator` as a function.
+
+OUT/scores.json, scores.csv     one row per model and sampler, and the floor: real images against other real ones
+OUT/samples/<row>/<i>.npy       the samples, 64 a file; they are not made again
+OUT/<row>.png                   the first 64 of them
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoint import home
+from .data.image_cache import PackedImages, packed, to_unit
+from .errors import InputError, ModelError, UsageError
+from .generate import SampleOptions, Source
+from .metrics.generation import NEIGHBOUR, Features, Scores, scores
+from .networks.extractors import Extractor, extractor
+from .reports.files import write_files
+from .reports.pictures import grid, png
+from .training.runtime import choose_device
+
+CHUNK = 64
+DEFAULTS = SampleOptions(count=10_000)
+FLOOR = "real images (floor)"
+FAST_IS_BAD = 2.0
+"""A fast sampler whose FID is so many times that of the slowest one does not sample what the model has learned."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table; ``model`` is what was named, ``sampler`` is empty for folders of samples and the floor."""
+
+    model: str
+    sampler: str
+    steps: int
+    scores: Scores
+
+    def cells(self) -> dict[str, Any]:
+        """The row as the table shows it, in the order of the published ones."""
+        s = self.scores
+        return {
+            "model": self.model,
+            "sampler": f"{self.sampler}-{self.steps}" if self.sampler else "",
+            "recall": round(s.recall, 4),
+            "precision": round(s.precision, 4),
+            "IS": round(s.inception_score, 2),
+            "FID": round(s.fid, 2),
+            "sFID": round(s.sfid, 2),
+            "KID": round(s.kid, 5),
+            "N": s.count,
+        }
+
+
+@dataclass
+class GeneratorEvaluation:
+    """The table, what the scores are scores of, and what the reader must know."""
+
+    extractor: str
+    maps: str
+    reference: str
+    reference_count: int
+    rows: list[Row] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def table(self) -> list[dict[str, Any]]:
+        """All rows, printable."""
+        return [row.cells() for row in self.rows]
+
+
+def evaluate_generator(
+    models: Sequence[str],
+    reference: Path,
+    output: Path,
+    samplers: Sequence[tuple[str, int]] = (("ddim", 50), ("ddim", 200), ("ddpm", 1000)),
+    options: SampleOptions = DEFAULTS,
+    extractor_name: str = "auto",
+    inception: Path | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> GeneratorEvaluation:
+    """Samples ``options.count`` images of every model with every sampler and scores them against real ones.
+
+    An interrupted call can be repeated: samples that are there are not made again.
+
+    Args:
+        models: generators (folder or installed name), or folders of sampled images, which need no sampler.
+        reference: real images (`medseg_diffusion.data.images`); their test side if they have one, else all.
+        output: folder for the results.
+        samplers: pairs of a sampler and its number of steps.
+        options: of the sampling.
+        extractor_name: see `medseg_diffusion.networks.extractors`.
+        inception: Inception's weight file.
+        on_progress: called with (what, images done, all).
+        on_row: called after every row.
+
+    Raises:
+        UsageError: an unknown sampler or extractor, or too few images for the scores.
+        InputError: an unusable reference.
+        ModelError: no usable model or extractor, or one that a model was trained with.
+    """
+    device = choose_device(options.device)
+    extract = extractor(extractor_name, device, inception)
+    real, size = _reference(reference, models)
+    if min(len(real), options.count) < NEIGHBOUR + 2:
+        raise UsageError(
+            f"{options.count} samples against {len(real)} real images are too few: the scores need {NEIGHBOUR + 2} each"
+        )
+    known = _features(real, extract, partial(on_progress, "real images"))
+    result = GeneratorEvaluation(extract.name, extract.maps, str(reference), len(real))
+    fewest, features = min(options.count, len(real)), known.pooled.shape[1]
+    if fewest <= features:
+        result.warnings.append(
+            f"FID is biased upwards ({fewest} images for {features} features): compare rows of this table only"
+        )
+
+    def add(row: Row) -> None:
+        result.rows.append(row)
+        on_row(row)
+
+    add(Row(FLOOR, "", 0, _floor(known, options.count)))
+    for model in models:
+        for name, sampler, steps, images in _rows(model, samplers, options, output, size, extract, on_progress):
+            found = _features(images, extract, partial(on_progress, f"{name}: features"))
+            write_files(output, {f"{name}.png": _picture(images)})
+            add(Row(model, sampler, steps, scores(found, known)))
+            _write(result, output)
+    result.warnings += _suspicious(result.rows)
+    _write(result, output)
+    return result
+
+
+Images = np.ndarray | np.memmap
+"""(N, H, W, C) uint8."""
+
+
+def _rows(
+    model: str,
+    samplers: Sequence[tuple[str, int]],
+    options: SampleOptions,
+    output: Path,
+    size: tuple[int, int],
+    extract: Extractor,
+    on_progress: Callable[[str, int, int], None],
+) -> Iterator[tuple[str, str, int, Images]]:
+    if _is_samples(model):
+        images = packed(Path(model), home() / "images", *size).images
+        yield _name(model), "", 0, images[: options.count]
+        return
+    for sampler, steps in samplers:
+        own = SampleOptions(**{**asdict(options), "sampler": sampler, "steps": steps})
+        name = f"{_name(model)}-{sampler}-{steps}"
+        source = Source(model, own)
+        if extract.name in source.saved.card.get("loss_extractors", []):
+            raise ModelError(
+                f"{model}: was trained with {extract.name}, which cannot score it; use another --extractor"
+            )
+        yield name, sampler, steps, _samples(source, own, output / "samples" / name, name, on_progress)
+
+
+def _samples(
+    source: Source, options: SampleOptions, folder: Path, name: str, on_progress: Callable[[str, int, int], None]
+) -> Images:
+    """The samples, from their files where they exist."""
+    about = {"sha256": source.saved.sha256, **{k: v for k, v in asdict(options).items() if k not in _FREE}}
+    note = folder / "samples.json"
+    if note.is_file() and json.loads(note.read_text()) != about:
+        raise UsageError(f"{folder}: holds samples of another model or of other options; choose another output folder")
+    write_files(folder, {"samples.json": json.dumps(about, indent=2) + "\n"})
+    parts = []
+    for first in range(0, options.count, CHUNK):
+        file = folder / f"{first // CHUNK:05d}.npy"
+        if not file.is_file():
+            drawn = [
+                source.draw(range(start, min(start + options.batch_size, first + CHUNK)))
+                for start in range(first, first + CHUNK, options.batch_size)
+            ]
+            buffer = io.BytesIO()
+            np.save(buffer, torch.cat(drawn).numpy())
+            write_files(folder, {file.name: buffer.getvalue()})
+        parts.append(np.load(file))
+        on_progress(f"{name}: samples", min(first + CHUNK, options.count), options.count)
+    return np.concatenate(parts)[: options.count]
+
+
+_FREE = ("count", "batch_size", "device")
+"""Options that do not change the samples."""
+
+
+def _features(images: Images, extract: Extractor, on_progress: Callable[[int, int], None]) -> Features:
+    parts = []
+    for first in range(0, len(images), CHUNK):
+        parts.append(extract(torch.from_numpy(np.ascontiguousarray(images[first : first + CHUNK]))))
+        on_progress(min(first + CHUNK, len(images)), len(images))
+    joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "spatial", "logits")]
+    return Features(*joined)
+
+
+def _floor(real: Features, count: int) -> Scores:
+    """Scores of real images against other real ones: ``count`` of them against the rest, or halves."""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    count = min(count, len(real) // 2)
+    return scores(real[order[:count]], real[order[count:]])
+
+
+def _reference(reference: Path, models: Sequence[str]) -> tuple[Images, tuple[int, int]]:
+    """Real images at the size of the models, or 64 where only folders of samples are compared."""
+    sizes = set()
+    for model in models:
+        if not _is_samples(model):
+            data = Source(model).generator.config.data
+            sizes.add((data.size, data.channels))
+    if len(sizes) > 1:
+        raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
+    size = next(iter(sizes), (64, 3))
+    collection: PackedImages = packed(reference, home() / "images", *size)
+    test = collection.part("test")
+    positions = test if len(test) else collection.part("train")
+    if not len(positions):
+        raise InputError(reference, "no image", "real images", "check --reference")
+    return collection.images[positions], size
+
+
+def _is_samples(model: str) -> bool:
+    folder = Path(model)
+    return folder.is_dir() and not any((place / "model.json").is_file() for place in (folder, folder / "model"))
+
+
+def _name(model: str) -> str:
+    path = Path(model)
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _picture(images: Images) -> bytes:
+    return png(grid(to_unit(torch.from_numpy(np.ascontiguousarray(images[:64]))).permute(0, 3, 1, 2)))
+
+
+def _suspicious(rows: Sequence[Row]) -> list[str]:
+    """Fast samplers that do much worse than the slowest one of the same model."""
+    found = []
+    for model in dict.fromkeys(row.model for row in rows if row.sampler):
+        own = sorted((row for row in rows if row.model == model), key=lambda row: row.steps)
+        full = own[-1]
+        found += [
+            f"{model}: FID {row.scores.fid:.1f} with {row.sampler}-{row.steps} is more than {FAST_IS_BAD:g} times the "
+            f"{full.scores.fid:.1f} of {full.sampler}-{full.steps}: the fast sampler does not fit this model"
+            for row in own[:-1]
+            if row.scores.fid > FAST_IS_BAD * full.scores.fid
+        ]
+    return found
+
+
+def _write(result: GeneratorEvaluation, output: Path) -> None:
+    table = result.table()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]))
+    writer.writeheader()
+    writer.writerows(table)
+    content = {**{k: v for k, v in vars(result).items() if k != "rows"}, "rows": [asdict(row) for row in result.rows]}
+    write_files(output, {"scores.json": json.dumps(content, indent=2) + "\n", "scores.csv": text.getvalue()})
+
+
+def parse_samplers(text: str) -> list[tuple[str, int]]:
+    """Text such as ddim:50,ddpm:1000 to pairs.
+
+    Raises:
+        UsageError: anything else.
+    """
+    found = []
+    for part in text.split(","):
+        name, _, steps = part.strip().partition(":")
+        if name not in ("ddpm", "ddim", "dpm++") or not steps.isdecimal() or int(steps) < 1:
+            raise UsageError(f"--samplers {part!r}: expected NAME:STEPS with ddpm, ddim or dpm++, for instance ddim:50")
+        found.append((name, int(steps)))
+    return found
