@@ -30,6 +30,7 @@ from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.training.runtime import keep_freed_memory
 from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--ensemble", type=int)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
+    keep_freed_memory()  # as `medseg segment` does
     model = SegmentationModel(options.model, options.device, options.ensemble, options.steps)
     if options.sweep:
         if not options.labelmaps:

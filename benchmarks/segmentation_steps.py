@@ -20,6 +20,7 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.pipeline import SegmentationModel
+from medseg_diffusion.training.runtime import keep_freed_memory
 from medseg_diffusion.volumes.io import read_labels, read_volume
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="only the first so many test cases")
     parser.add_argument("--out", type=Path, default=None, help="CSV file")
     options = parser.parse_args()
+    keep_freed_memory()  # as `medseg segment` does
     rows = []
     for steps in options.steps:
         model = SegmentationModel(options.model, options.device, max(options.ensemble), steps, options.sampler)

@@ -189,7 +189,8 @@ def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
     """A configuration from plain types, e.g. that of a model card; errors name ``source`` and the dotted key."""
     method = content.get("method")
     if method not in _SCHEMAS:
-        raise UsageError(f"{source}: method is {method!r}; known: {', '.join(_SCHEMAS)}")
+        found = f"got {method!r}" if method else "Field required"
+        raise UsageError(f"{source}: method: {found}; known: {', '.join(_SCHEMAS)}")
     schema = _SCHEMAS[str(method)]
     try:
         return schema.model_validate(content)

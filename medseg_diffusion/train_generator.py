@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from . import build
 from .checkpoint import home, load_model_files, save_model
@@ -156,6 +157,7 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
         examples: Examples = LatentExamples(latents, images, images.part("train"), config.data.flip)
         held_out: Examples = LatentExamples(latents, images, images.part("validation"), flip=False)
         extra = {"autoencoder": stage.model_dump(mode="json"), "autoencoder_sha256": saved.sha256}
+        extra["loss_extractors"] = saved.card["loss_extractors"]
         shape = latents.shape[2:]
     else:
         examples = ImageExamples(images, images.part("train"), config.data.flip)
@@ -190,7 +192,9 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
     images = _images(config, job)
     runtime = Runtime(job.device, config.training.precision)
     loss = config.loss
-    perceptual, stated = perceptual_loss(loss.perceptual, loss.lpips_backbone, config.data.channels, runtime.device)
+    perceptual, stated, inside = perceptual_loss(
+        loss.perceptual, loss.lpips_backbone, config.data.channels, runtime.device
+    )
     if loss.perceptual == "auto" and stated != "lpips":
         warnings.warn(f"LPIPS has no weights here; training with {stated} instead", stacklevel=2)
     torch.manual_seed(derive_seed(job.seed, "weights"))
@@ -202,21 +206,27 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
     )
     examples = ImageExamples(images, images.part("train"), config.data.flip)
     batches = _validation_batches(ImageExamples(images, images.part("validation"), flip=False), 16)
-    started = [0]
 
     def validate(averaged: nn.Module) -> dict[str, float]:
-        found = _mean_loss(averaged, batches, runtime)
-        codec = cast(AutoencoderTraining, averaged).autoencoder
+        training = cast(AutoencoderTraining, averaged)
+        codec = training.autoencoder
         with runtime.accelerator.autocast(), torch.no_grad():
-            kept = [codec.decode(codec.encode(batch["image"].to(runtime.device))).float().cpu() for batch in batches]
-        wanted = torch.cat([batch["image"] for batch in batches])
-        psnr = -10 * torch.log10((torch.cat(kept).clamp(-1, 1) - wanted).square().flatten(1).mean(1) / 4).mean()
-        pairs = torch.stack([wanted[:PICTURES], torch.cat(kept)[:PICTURES]], dim=1).flatten(0, 1)
+            parts = [codec.decode(codec.encode(batch["image"].to(runtime.device))).float().cpu() for batch in batches]
+        kept, wanted = torch.cat(parts).clamp(-1, 1), torch.cat([batch["image"] for batch in batches])
+        error = (kept - wanted).square().flatten(1).mean(1)
+        numbers = {
+            # The adversarial loss trades reconstruction for sharpness on purpose: the last weights are wanted, not
+            # those of the lowest reconstruction loss, which come before it.
+            "score": float(training.step),
+            "loss": _mean_loss(averaged, batches, runtime),
+            "psnr": float(-10 * torch.log10(error / 4).mean()),
+            "ssim": float(structural_similarity_index_measure(kept, wanted, data_range=2.0)),
+        }
+        if stated == "lpips":
+            numbers["lpips"] = float(perceptual(kept.to(runtime.device), wanted.to(runtime.device)))
+        pairs = torch.stack([wanted[:PICTURES], kept[:PICTURES]], dim=1).flatten(0, 1)
         write_png(grid(pairs), _next_picture(job.run))
-        started[0] += 1
-        # The adversarial loss trades reconstruction for sharpness on purpose: the last weights are wanted, not those of
-        # the lowest reconstruction loss, which come before it.
-        return {"score": float(started[0]), "loss": found, "psnr": float(psnr)}
+        return numbers
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         codec = cast(AutoencoderTraining, averaged).autoencoder
@@ -230,7 +240,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
         codec.scale.copy_(unit_scale(codec, [part.to(runtime.device) for part in parts]).to(codec.scale))
         card = _card(config, images, job.seed, step, numbers)
         card["training"]["perceptual_loss"] = stated
-        card["classes"] = []
+        card |= {"classes": [], "loss_extractors": inside}
         save_model(job.run / "model", card, codec.state_dict(), generator_card(card))
 
     _fit(model, examples, config, Callbacks(validate, save, job.on_progress), runtime, job)

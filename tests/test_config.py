@@ -12,7 +12,12 @@ import torch
 import yaml
 
 from medseg_diffusion import build
-from medseg_diffusion.config import (
+from medseg_diffusion.config import SegmenterConfig, load_config, load_segmenter_config, parse_config, presets
+from medseg_diffusion.data.augmentation import Augmentation
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.networks.segdiff import SegDiff
+from medseg_diffusion.networks.unet import UNet
+from medseg_diffusion.sections import (
     AugmentationSection,
     DataSection,
     ImageEncoderSection,
@@ -20,14 +25,7 @@ from medseg_diffusion.config import (
     PreprocessingSection,
     TrainingSection,
     UNetSection,
-    load_config,
-    parse_config,
-    presets,
 )
-from medseg_diffusion.data.augmentation import Augmentation
-from medseg_diffusion.errors import UsageError
-from medseg_diffusion.networks.segdiff import SegDiff
-from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.training.trainer import TrainingOptions
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
@@ -49,9 +47,12 @@ def test_there_are_presets() -> None:
     assert all("_" not in name and name == name.lower() for name in presets())
 
 
-@pytest.mark.parametrize("name", presets())
+SEGMENTERS = [name for name in presets() if isinstance(load_config(name), SegmenterConfig)]
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
 def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
-    config = load_config(name)
+    config = load_segmenter_config(name)
     assert config.description
     model = build.segmenter(config, 1 + (len(config.data.labels) or 3))
     assert sum(p.numel() for p in model.parameters()) > 1000
@@ -75,7 +76,13 @@ def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
 def test_a_preset_survives_being_written_and_read_again(name, tmp_path: Path) -> None:
     """A model's card holds its configuration as JSON: it must come back the same."""
     config = load_config(name)
+    assert config.description
     assert load_config(write(tmp_path, config.model_dump(mode="json"))) == config
+
+
+def test_a_generator_is_no_segmenter() -> None:
+    with pytest.raises(UsageError, match="configures a pixel; train it with train-generator"):
+        load_segmenter_config("adm-tiny-imagenet-small")
 
 
 # ---- strictness ------------------------------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def test_an_unknown_key_that_resembles_nothing_is_refused_with_all_keys(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "nnunet"}, r"method: .*'ensemdiff', 'segdiff' or 'baseline'.*got 'nnunet'"),
+        ({"method": "nnunet"}, r"method: got 'nnunet'; known: ensemdiff, segdiff, baseline, pixel"),
         ({"training": {"batch_size": 0}}, r"training\.batch_size: .*greater than or equal to 1 \(got 0\)"),
         ({"training": {"learning_rate": "fast"}}, r"training\.learning_rate: .*number.*got 'fast'"),
         ({"network": {"channel_mult": 3}}, r"network\.channel_mult: .*tuple"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,11 @@ BACKBONE = "vgg16-397923af.pth"
 
 def perceptual_loss(
     wanted: Literal["auto", "lpips", "gradient-ssim"], backbone: str | None, channels: int, device: torch.device
-) -> tuple[Perceptual, str]:
+) -> tuple[Perceptual, str, list[str]]:
     """The distance asked for and its name; "auto" is LPIPS where package and weights are, else "gradient-ssim".
+
+    The third value names the trained networks inside it as extractors of scores are named: no score of what was trained
+    with them may be theirs.
 
     Nothing is downloaded.
 
@@ -33,13 +37,14 @@ def perceptual_loss(
         ModelError: LPIPS is demanded, or its backbone named, but something that it needs is missing.
     """
     if wanted == "gradient-ssim":
-        return GradientSSIM(), "gradient-ssim"
+        return GradientSSIM(), "gradient-ssim", []
     file = Path(backbone) if backbone else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
     try:
-        return LPIPS(file, channels).to(device), "lpips"
+        loss = LPIPS(file, channels).to(device)
+        return loss, "lpips", [f"{file.name} ({hashlib.sha256(file.read_bytes()).hexdigest()[:8]})"]
     except (ImportError, OSError) as error:
         if wanted == "auto" and backbone is None:
-            return GradientSSIM(), "gradient-ssim"
+            return GradientSSIM(), "gradient-ssim", []
         raise ModelError(
             f"{file}: LPIPS cannot be had ({str(error).splitlines()[0]}); install medseg-diffusion[lpips] and name the "
             "weights of torchvision's VGG-16 with --set loss.lpips_backbone=FILE, or set loss.perceptual=gradient-ssim"

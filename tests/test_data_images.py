@@ -1,0 +1,177 @@
+"""Collections of images: the official Tiny ImageNet layout, plain folders, scans; packing; broken files."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medseg_diffusion.data.image_cache import ImageExamples, packed, to_levels, to_unit
+from medseg_diffusion.data.images import check_images, find_images
+from medseg_diffusion.errors import InputError
+
+WNIDS = ("n02", "n01")  # unsorted on purpose, as a file may be
+
+
+def jpeg(value: int, size: int = 64, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    ramp = np.broadcast_to(2 * np.arange(size, dtype=np.uint8), (size, size))
+    pixels = ramp if mode == "L" else np.stack([ramp, np.full_like(ramp, value), ramp.T], axis=2)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def tiny_imagenet(root: Path, per_class: int = 3) -> Path:
+    """Tiny ImageNet in its official layout, with two classes."""
+    folder = root / "tiny-imagenet-200"
+    (folder / "val" / "images").mkdir(parents=True)
+    (folder / "test" / "images").mkdir(parents=True)
+    (folder / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
+    (folder / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tbullfrog\nn03\tunused\n")
+    for c, wnid in enumerate(sorted(WNIDS)):
+        images = folder / "train" / wnid / "images"
+        images.mkdir(parents=True)
+        boxes = []
+        for i in range(per_class):
+            images.joinpath(f"{wnid}_{i}.JPEG").write_bytes(jpeg(100 * c + i, mode="L" if i == 0 else "RGB"))
+            boxes.append(f"{wnid}_{i}.JPEG\t{i}\t1\t60\t61\n")
+        (images.parent / f"{wnid}_boxes.txt").write_text("".join(boxes))
+    notes = []
+    for i in range(4):
+        (folder / "val" / "images" / f"val_{i}.JPEG").write_bytes(jpeg(30 + i))
+        notes.append(f"val_{i}.JPEG\t{WNIDS[i % 2]}\t0\t0\t10\t10\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(notes))
+    for i in range(5):
+        (folder / "test" / "images" / f"test_{i}.JPEG").write_bytes(jpeg(200 + i))
+    return folder
+
+
+def zipped(folder: Path) -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder.parent))
+    return path
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_tiny_imagenet_is_read_from_folder_and_zip(tmp_path: Path, as_zip) -> None:
+    folder = tiny_imagenet(tmp_path)
+    found = find_images(zipped(folder) if as_zip else folder)
+    assert found.kind == "tiny-imagenet"
+    assert found.classes == ("goldfish", "bullfrog")  # in the order of the sorted ids
+    parts = [(entry.part, entry.label) for entry in found.entries]
+    assert parts.count(("train", 0)) == parts.count(("train", 1)) == 3
+    # val_0 belongs to n02, which comes second when sorted.
+    assert [label for part, label in parts if part == "validation"] == [1, 0, 1, 0]
+    assert parts.count(("test", -1)) == 5
+    assert found.entries[1].box == (1, 1, 60, 61)
+    grey = found.pixels(found.entries[0], 64, 3)
+    assert grey.shape == (1, 64, 64, 3)
+    assert np.ptp(grey, axis=3).max() == 0
+
+
+def test_the_cache_holds_every_image_in_its_place(tmp_path: Path) -> None:
+    folder = tiny_imagenet(tmp_path)
+    images = packed(folder, tmp_path / "store", 64)
+    assert images.images.shape == (15, 64, 64, 3)
+    assert {part: len(found) for part, found in images.parts.items()} == {"train": 6, "validation": 4, "test": 5}
+    for part in ("train", "validation", "test"):
+        for position in images.part(part):
+            with Image.open(folder / images.names[position].removeprefix("tiny-imagenet-200/")) as image:
+                assert np.array_equal(images.images[position], np.asarray(image.convert("RGB")))
+
+
+def test_the_cache_is_made_once_and_again_when_the_source_changes(tmp_path: Path) -> None:
+    folder, store, calls = tiny_imagenet(tmp_path), tmp_path / "store", []
+    for _ in range(2):
+        packed(folder, store, 64, on_file=lambda done, total: calls.append(done))
+    assert calls == list(range(1, 16))
+    (folder / "test" / "images" / "test_9.JPEG").write_bytes(jpeg(9))
+    assert len(packed(folder, store, 64).part("test")) == 6
+    assert len(packed(folder, store, 32).images[0]) == 32
+
+
+def test_examples_are_exact_and_mirrored_half_of_the_time(tmp_path: Path) -> None:
+    images = packed(tiny_imagenet(tmp_path), tmp_path / "store", 64)
+    plain = ImageExamples(images, images.part("train"), flip=False)
+    example = plain.example(1, torch.Generator())
+    assert torch.equal(to_levels(example["image"]).permute(1, 2, 0), torch.from_numpy(images.images[1].copy()))
+    assert int(example["label"]) == images.labels[1]
+    mirrored = ImageExamples(images, images.part("train"))
+    draws = [mirrored.example(1, torch.Generator().manual_seed(i))["image"] for i in range(40)]
+    kept = sum(torch.equal(draw, example["image"]) for draw in draws)
+    flipped = sum(torch.equal(draw, example["image"].flip(-1)) for draw in draws)
+    assert kept + flipped == 40 and 8 < flipped < 32
+
+
+def test_levels_survive_the_way_to_the_unit_range_and_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_levels(to_unit(levels)), levels)
+    assert float(to_unit(levels).min()) == -1 and float(to_unit(levels).max()) == 1
+
+
+def test_a_folder_of_images_has_its_subfolders_as_classes_and_sides_by_hash(tmp_path: Path) -> None:
+    for i in range(12):
+        path = tmp_path / "data" / ("cats" if i % 2 else "dogs") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (i, i, i)).save(path)
+    images = packed(tmp_path / "data", tmp_path / "store", 16, held_out=(3, 2))
+    assert images.classes == ("cats", "dogs")
+    assert {part: len(found) for part, found in images.parts.items()} == {"train": 7, "validation": 2, "test": 3}
+    assert all(images.classes[images.labels[i]] == name.split("/")[0] for i, name in enumerate(images.names))
+
+
+def test_a_folder_of_scans_gives_the_slices_that_show_something_and_splits_by_scan(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        data = np.zeros((24, 30, 10), np.float32)
+        data[4:20, 5:25, 2:8] = 100 + np.arange(16)[:, None, None]
+        nib.save(nib.Nifti1Image(data * 10**i, np.eye(4)), tmp_path / "data" / f"scan{i}.nii.gz")
+    images = packed(tmp_path / "data", tmp_path / "store", 32, 1, held_out=(1, 1))
+    assert images.images.shape == (4 * 6, 32, 32, 1)
+    assert {part: len(found) for part, found in images.parts.items()} == {"train": 12, "validation": 6, "test": 6}
+    for part, count in (("train", 2), ("validation", 1), ("test", 1)):
+        assert len({images.names[i] for i in images.part(part)}) == count
+    # The unit of the intensities does not matter.
+    assert np.abs(images.images[:6].astype(int) - images.images[6:12].astype(int)).max() <= 1
+
+
+def test_a_truncated_image_is_named_or_skipped(tmp_path: Path) -> None:
+    folder = tiny_imagenet(tmp_path)
+    bad = folder / "train" / "n01" / "images" / "n01_1.JPEG"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"n01_1\.JPEG: found a broken image .*--skip-broken"):
+        packed(folder, tmp_path / "store", 64)
+    assert not list((tmp_path / "store").iterdir())  # nothing half-packed
+    images = packed(folder, tmp_path / "store", 64, skip_broken=True)
+    assert len(images.part("train")) == 5
+    assert images.skipped == ("train/n01/images/n01_1.JPEG",)
+    check = check_images(find_images(folder))
+    assert len(check.broken) == 1 and "n01_1.JPEG" in check.broken[0]
+    assert check.modes == {"RGB": 12, "L": 2}
+    assert check.sizes == {"64 x 64": 14}
+
+
+def test_a_missing_class_folder_and_a_wrong_zip_are_refused(tmp_path: Path) -> None:
+    folder = tiny_imagenet(tmp_path)
+    for file in (folder / "train" / "n02" / "images").iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match=r"train/n02/images: found no images; expected those of class n02"):
+        find_images(folder)
+    wrong = tmp_path / "wrong.zip"
+    with zipfile.ZipFile(wrong, "w") as archive:
+        archive.writestr("notes.txt", "nothing")
+    with pytest.raises(InputError, match="found 1 files, none of them an image"):
+        find_images(wrong)
+    wrong.write_bytes(b"PK no zip")
+    with pytest.raises(InputError, match="found no readable zip"):
+        find_images(wrong)
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_images(tmp_path / "nothing")

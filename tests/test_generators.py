@@ -1,0 +1,308 @@
+"""Generators of images through the public functions: a training step of every preset, sampling, guidance, scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medseg_diffusion.checkpoint import load_model_files
+from medseg_diffusion.config import (
+    GeneratorConfig,
+    ImageAutoencoderConfig,
+    NoisyClassifierConfig,
+    SegmenterConfig,
+    load_config,
+    parse_config,
+    presets,
+)
+from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.evaluate_generator import evaluate_generator, parse_samplers
+from medseg_diffusion.generate import SampleOptions, Source, restore_autoencoder, sample_images
+from medseg_diffusion.importing import load_model
+from medseg_diffusion.train_generator import train_generator
+
+IMAGES = [name for name in presets() if not isinstance(load_config(name), SegmenterConfig)]
+SMALL = [name for name in IMAGES if name.endswith("-small")]
+
+pytestmark = pytest.mark.filterwarnings("ignore:LPIPS has no weights here")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_home(tmp_path_factory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDSEG_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Two classes of 64 x 64 images: dark on the left, dark on the right."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i in range(24):
+        pixels = generator.integers(100, 256, (64, 64, 3), dtype=np.uint8)
+        pixels[:, :32] //= 1 + 3 * (i % 2)
+        pixels[:, 32:] //= 4 - 3 * (i % 2)
+        path = folder / ("left" if i % 2 else "right") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def small(method: str, **changes: object) -> GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig:
+    """The smallest configuration of a method, on 16 x 16 images."""
+    network: dict[str, object] = {
+        "autoencoder": {"latent_channels": 2, "channels": [32, 32], "num_res_blocks": 1},
+        "classifier": {"channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_factors": [2]},
+    }.get(method, {"dims": 2, "channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1})  # type: ignore[assignment]
+    content = {
+        "method": method,
+        "data": {"size": 16, "validation_images": 4},
+        "network": network,
+        "training": {"batch_size": 2, "max_steps": 2, "validate_every": 2, "warmup_steps": 1, "ema_decay": 0.5},
+        **({"sampling": {"sampler": "ddim", "steps": 4}} if method in ("pixel", "latent", "upsampler") else {}),
+        **({"autoencoder": "autoencoder-tiny-imagenet-small"} if method == "latent" else {}),
+        **({"loss": {"discriminator_channels": 8, "discriminator_layers": 1}} if method == "autoencoder" else {}),
+        **changes,
+    }
+    found = parse_config(content, "test")
+    assert not isinstance(found, SegmenterConfig)
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(pictures, tmp_path_factory) -> dict[str, Path]:
+    """One trained model of each kind; two steps each."""
+    root = tmp_path_factory.mktemp("models")
+    autoencoder = train_generator(small("autoencoder"), pictures, root / "autoencoder", device="cpu")
+    by_class = {"condition": {"classes": "embedding"}}
+    by_token = {"condition": {"classes": "cross-attention", "context_channels": 8}}
+    half = {"data": {"size": 8, "validation_images": 4}}
+    configs = {
+        "pixel": small("pixel", diffusion={"learned_variance": True, "objective": "hybrid"}),
+        "class": small("pixel", **by_class),
+        "half": small("pixel", **half),
+        "upsampler": small("upsampler"),
+        "classifier": small("classifier"),
+        "latent": small("latent"),
+        "token": small("latent", **by_token),
+    }
+    found = {"autoencoder": autoencoder}
+    for name, config in configs.items():
+        codec = autoencoder if config.method == "latent" else None
+        found[name] = train_generator(config, pictures, root / name, autoencoder=codec, device="cpu")
+    return found
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SMALL else (pytest.mark.slow,)) for n in IMAGES])
+def test_a_preset_trains_for_a_step_and_is_a_loadable_model(name, pictures, models, tmp_path: Path) -> None:
+    config = load_config(name, ["training.batch_size=2", "training.workers=0", "data.validation_images=2"])
+    assert not isinstance(config, SegmenterConfig)
+    if isinstance(config, GeneratorConfig) and config.method == "latent":
+        # The first stage of 64 x 64 images, untrained, stands for the preset's own.
+        first = load_config(str(config.autoencoder), ["training.batch_size=2", "data.validation_images=2",
+                                                      "training.workers=0"])  # fmt: skip
+        codec = train_generator(first, pictures, tmp_path / "first", max_steps=1, device="cpu")  # type: ignore[arg-type]
+    else:
+        codec = None
+    path = train_generator(config, pictures, tmp_path / "run", autoencoder=codec, max_steps=1, device="cpu")
+    assert load_model_files(path).card["config"]["method"] == config.method
+    assert (tmp_path / "run" / "log.csv").is_file()
+
+
+def test_a_latent_generator_trains_its_autoencoder_first(pictures, tmp_path: Path) -> None:
+    first = tmp_path / "first.yaml"
+    first.write_text(json.dumps(small("autoencoder").model_dump(mode="json")))
+    config = small("latent", autoencoder=str(first))
+    run = tmp_path / "run"
+    stage = train_generator(config, pictures, run, stage="autoencoder", device="cpu")
+    assert stage == run / "autoencoder" / "model"
+    assert not (run / "model").exists()
+    path = train_generator(config, pictures, run, resume=True, device="cpu")
+    weights = load_model_files(path).weights
+    kept = restore_autoencoder(load_model_files(stage))[0].state_dict()
+    assert all(torch.equal(weights[f"codec.{name}"], value) for name, value in kept.items())
+
+
+def test_latents_have_unit_variance(pictures, models) -> None:
+    """The scale that is stored with the autoencoder brings each channel to a standard deviation of about 1."""
+    codec, _ = restore_autoencoder(load_model_files(models["autoencoder"]))
+    images = [torch.from_numpy(np.asarray(Image.open(path).resize((16, 16), Image.Resampling.BOX)).copy())
+              for path in sorted(pictures.rglob("*.png"))]  # fmt: skip
+    latent = codec.encode(torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    assert torch.allclose(latent.transpose(0, 1).flatten(1).std(1), torch.ones(2), atol=0.1)
+
+
+def test_training_resumes_exactly(pictures, tmp_path: Path) -> None:
+    config = small("pixel")
+    whole = train_generator(config, pictures, tmp_path / "whole", device="cpu")
+    train_generator(config, pictures, tmp_path / "parts", max_steps=1, device="cpu")
+    parts = train_generator(config, pictures, tmp_path / "parts", resume=True, device="cpu")
+    first, second = (load_model_files(path).weights for path in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_options_that_do_not_fit_are_refused(pictures, models, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--autoencoder and --stage are for latent generators"):
+        train_generator(small("pixel"), pictures, tmp_path / "a", autoencoder=models["autoencoder"])
+    with pytest.raises(ModelError, match="a pixel, not an autoencoder"):
+        train_generator(small("latent"), pictures, tmp_path / "b", autoencoder=models["pixel"])
+    with pytest.raises(InputError, match="24 files; expected more than 0 for testing and 40"):
+        train_generator(small("pixel", data={"size": 16, "validation_images": 40}), pictures, tmp_path / "c")
+    with pytest.raises(ModelError, match=r"nothing\.pth: LPIPS cannot be had"):
+        lpips = small("autoencoder", loss={"perceptual": "lpips", "lpips_backbone": str(tmp_path / "nothing.pth")})
+        train_generator(lpips, pictures, tmp_path / "d")
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pixel", "class", "latent", "token"])
+def test_a_sample_is_the_same_in_any_batch(name, models) -> None:
+    options = SampleOptions(sampler="ddpm", steps=3, device="cpu")
+    source = Source(models[name], options)
+    together = source.draw([0, 1, 2]).int()
+    assert together.shape == (3, 16, 16, 3)
+    assert int((source.draw([2]).int() - together[2:]).abs().max()) <= 1
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("name", ["class", "token"])
+def test_guidance_of_one_is_the_conditional_model_and_more_is_not(name, models) -> None:
+    plain, same, strong = (
+        Source(models[name], SampleOptions(label=1, guidance=g, steps=3, device="cpu")).draw([0, 1])
+        for g in (1, 1.0, 4.0)
+    )
+    assert torch.equal(plain, same)
+    assert not torch.equal(plain, strong)
+
+
+def test_a_classifier_guides_pixels(models) -> None:
+    def draw(scale: float) -> torch.Tensor:
+        options = SampleOptions(
+            label=1, classifier=str(models["classifier"]), classifier_scale=scale, steps=3, device="cpu"
+        )
+        return Source(models["pixel"], options).draw([0, 1])
+
+    assert torch.equal(draw(0.0), Source(models["pixel"], SampleOptions(steps=3, device="cpu")).draw([0, 1]))
+    assert not torch.equal(draw(0.0), draw(50.0))
+
+
+def test_an_upsampler_doubles_what_is_sampled(models) -> None:
+    options = SampleOptions(upsampler=str(models["upsampler"]), steps=3, device="cpu")
+    assert Source(models["half"], options).draw([0, 1]).shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("pixel", {"label": 0}, "knows no classes"),
+        ("class", {"label": 2}, "--class 2: the model knows classes 0 to 1"),
+        ("pixel", {"guidance": 2.0}, "--guidance needs a model that is conditioned by classes"),
+        ("latent", {"classifier": "classifier"}, "--classifier sees pixels"),
+        ("upsampler", {}, "give it with --upsampler"),
+        ("pixel", {"upsampler": "upsampler"}, "does not enlarge images of 16 x 16"),
+    ],
+)
+def test_wishes_that_a_model_cannot_fulfil_are_refused(model, options, message, models) -> None:
+    named = {key: str(models[value]) if value in models else value for key, value in options.items()}
+    with pytest.raises(UsageError, match=message):
+        Source(models[model], SampleOptions(device="cpu", **named))
+
+
+def test_an_interrupted_call_is_finished_with_the_same_images(models, tmp_path: Path) -> None:
+    whole = sample_images(models["pixel"], tmp_path / "a", SampleOptions(count=5, device="cpu"))
+    paths = sample_images(models["pixel"], tmp_path / "b", SampleOptions(count=2, device="cpu"))
+    stamp = paths[0].stat().st_mtime_ns
+    paths = sample_images(models["pixel"], tmp_path / "b", SampleOptions(count=5, batch_size=2, device="cpu"))
+    assert paths[0].stat().st_mtime_ns == stamp
+    for one, other in zip(whole, paths, strict=True):
+        gap = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other)).astype(int)
+        assert np.abs(gap).max() <= 1
+    assert Image.open(tmp_path / "b" / "grid.png").size == (3 * 18 - 2, 2 * 18 - 2)
+    with pytest.raises(UsageError, match="of other options"):
+        sample_images(models["pixel"], tmp_path / "b", SampleOptions(count=5, steps=9, device="cpu"))
+
+
+def test_the_trained_network_is_at_hand(models) -> None:
+    loaded = load_model(models["class"])
+    out = loaded.network(torch.zeros(1, 3, 16, 16), torch.tensor([5]), torch.tensor([1]))
+    assert out.shape == (1, 3, 16, 16)
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    """A small network of random weights in the place of Inception, with its three outputs."""
+
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = torch.nn.Conv2d(3, 8, 5, stride=4)
+            self.fc = torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            maps = self.conv(x).relu()
+            pooled = maps.mean((2, 3))
+            return pooled, maps, self.fc(pooled)
+
+    path = tmp_path_factory.mktemp("network") / "small.pt"
+    torch.jit.trace(Small().eval(), torch.zeros(2, 3, 64, 64)).save(str(path))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_table_has_a_row_a_sampler_and_the_floor_and_resumes(models, pictures, network, tmp_path: Path) -> None:
+    def run() -> object:
+        return evaluate_generator(
+            [str(models["pixel"]), str(pictures)],
+            pictures,
+            tmp_path / "out",
+            [("ddim", 2), ("ddpm", 4)],
+            SampleOptions(count=10, device="cpu"),
+            str(network),
+        )
+
+    result = run()
+    table = result.table()
+    assert [row["sampler"] for row in table] == ["", "ddim-2", "ddpm-4", ""]
+    assert result.extractor.startswith("small.pt (")
+    assert all(row["N"] == 10 for row in table)
+    own = table[-1]  # ten of the real images against all of them
+    assert own["recall"] > 0.3 and own["precision"] == 1
+    assert own["FID"] < min(table[1]["FID"], table[2]["FID"])
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npy")}
+    again = run()
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert again.table() == table
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["extractor"] == result.extractor
+
+
+def test_too_few_images_are_refused(models, pictures, network, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="4 samples against 24 real images are too few"):
+        evaluate_generator(
+            [str(models["pixel"])],
+            pictures,
+            tmp_path,
+            [("ddim", 2)],
+            SampleOptions(count=4, device="cpu"),
+            str(network),
+        )
+
+
+def test_samplers_are_parsed_or_refused() -> None:
+    assert parse_samplers("ddim:50, ddpm:1000") == [("ddim", 50), ("ddpm", 1000)]
+    for text in ("ddim", "euler:5", "ddim:0", "ddim:x"):
+        with pytest.raises(UsageError, match="expected NAME:STEPS"):
+            parse_samplers(text)

@@ -1,0 +1,99 @@
+"""Scores of generated images: closed forms, identities, and torchmetrics' arithmetic on the same features."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+from torchmetrics.image.fid import _compute_fid
+from torchmetrics.image.kid import poly_mmd
+
+from medseg_diffusion.metrics.generation import (
+    Features,
+    chosen,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    scores,
+)
+
+
+def normal(count: int, size: int, seed: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+    return mean + std * torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_set_against_itself() -> None:
+    x = normal(200, 16, 0)
+    assert abs(frechet_distance(x, x)) < 1e-9
+    assert precision_recall(x, x) == (1.0, 1.0)
+    assert kernel_distance(x, x) < 0  # unbiased: the diagonal is left out of one part only
+
+
+def test_frechet_distance_of_gaussians_in_closed_form() -> None:
+    """Means 3 apart and standard deviations 1 and 2 in each of 4 dimensions: 4 (9 + 1)."""
+    x = normal(500, 4, 0)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    assert frechet_distance(x, 2 * x + 3) == pytest.approx(4 * (9 + 1), rel=1e-9)
+
+
+@pytest.mark.parametrize(("count", "size"), [(300, 32), (60, 64)])
+def test_frechet_distance_as_torchmetrics(count, size) -> None:
+    """Also with fewer images than features, where the covariances are singular."""
+    x, y = normal(count, size, 1), normal(count, size, 2, 0.3, 1.4)
+    moments = [value for z in (x, y) for value in (z.mean(0), torch.cov(z.T))]
+    assert frechet_distance(x, y) == pytest.approx(float(_compute_fid(*moments)), rel=1e-3)
+
+
+def test_kernel_distance_as_torchmetrics() -> None:
+    x, y = normal(100, 8, 1), normal(100, 8, 2, 0.5)
+    assert kernel_distance(x, y) == pytest.approx(float(poly_mmd(y, x)), rel=1e-6)
+
+
+def test_inception_score_in_closed_form() -> None:
+    certain = 1000.0 * torch.eye(10).repeat(3, 1)
+    assert inception_score(certain) == pytest.approx(10.0)
+    assert inception_score(torch.zeros(30, 10)) == pytest.approx(1.0)
+
+
+def test_inception_score_takes_whole_splits_in_order() -> None:
+    logits = 1000.0 * torch.eye(4)[torch.tensor([0, 0, 1, 1, 2, 3, 0])]
+    # Splits of 2: (0, 0), (1, 1), (2, 3); the seventh is left out.
+    assert inception_score(logits, split=2) == pytest.approx((1 + 1 + 2) / 3)
+    assert inception_score(logits[:4], split=5000) == pytest.approx(2.0)
+
+
+def test_precision_and_recall_as_defined() -> None:
+    """Against a direct reading of the definition with SciPy's distances."""
+    samples, real = normal(80, 5, 3, 0.5), normal(120, 5, 4)
+
+    def inside(points: np.ndarray, centres: np.ndarray) -> float:
+        radius = np.sort(cdist(centres, centres), axis=1)[:, 3]
+        return float((cdist(points, centres) <= radius).any(1).mean())
+
+    found = precision_recall(samples, real)
+    assert found == (inside(samples.numpy(), real.numpy()), inside(real.numpy(), samples.numpy()))
+    assert 0 < found[0] < 1
+
+
+def test_a_collapsed_generator_is_precise_and_recalls_nothing() -> None:
+    real = normal(300, 4, 5)
+    precision, recall = precision_recall(real[:1] + 1e-3 * normal(300, 4, 6), real)
+    assert precision == 1.0 and recall < 0.02
+
+
+def test_rows_are_chosen_by_seed_without_repetition() -> None:
+    x = torch.arange(50.0)[:, None]
+    assert len(torch.unique(chosen(x, 20, 1))) == 20
+    assert torch.equal(chosen(x, 20, 1), chosen(x, 20, 1))
+    assert len(chosen(x, 80, 1)) == 50
+
+
+def test_a_row_has_every_score_and_both_counts() -> None:
+    features = Features(normal(60, 6, 0), normal(60, 9, 1), normal(60, 3, 2))
+    row = scores(features[:20], features)
+    assert (row.count, row.reference_count) == (20, 60)
+    assert all(math.isfinite(value) for value in vars(row).values())
