@@ -220,7 +220,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
             "score": float(training.step),
             "loss": _mean_loss(averaged, batches, runtime),
             "psnr": float(-10 * torch.log10(error / 4).mean()),
-            "ssim": float(structural_similarity_index_measure(kept, wanted, data_range=2.0)),
+            "ssim": float(cast(Tensor, structural_similarity_index_measure(kept, wanted, data_range=2.0))),
         }
         if stated == "lpips":
             numbers["lpips"] = float(perceptual(kept.to(runtime.device), wanted.to(runtime.device)))
