@@ -19,7 +19,7 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from medseg_diffusion.networks.foreign import convert
-from medseg_diffusion.training.runtime import arranged, tune
+from medseg_diffusion.training.runtime import arranged, keep_freed_memory, tune
 
 
 def both(dims: int, channels: int) -> tuple[nn.Module, nn.Module]:
@@ -51,10 +51,10 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def compare(runs: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each, measured in turns after two warm-up rounds."""
+    """Median seconds of each, measured in turns, to and fro, after two warm-up rounds."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 2):
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: 1 if i % 2 else -1]:
             took = seconds(run, device)
             if i >= 2:
                 found[name].append(took)
@@ -73,6 +73,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     tune(device)
+    # Whether the system hands out fresh pages or used ones would otherwise decide between networks that are alike.
+    keep_freed_memory()
     print(f"{torch.__version__}, {device}, {torch.get_num_threads()} threads; ratio = ours / MONAI's")
     print(
         f"{'network':22} {'precision':9} {'pass':8} {'ours':>8} {'MONAI':>8} {'ratio':>6}  variants of ours / MONAI's"
