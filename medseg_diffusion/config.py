@@ -86,6 +86,9 @@ class GeneratorConfig(Section):
             raise ValueError("method latent names its autoencoder, the other methods have none")
         if self.network.dims != 2:
             raise ValueError(f"images have 2 dimensions, network.dims is {self.network.dims}")
+        attends = bool(self.network.attention_factors) or self.network.middle_attention is True
+        if self.condition.classes == "cross-attention" and not attends:
+            raise ValueError("condition.classes cross-attention needs network.attention_factors")
         return self
 
 

@@ -199,7 +199,7 @@ _FREE = ("count", "batch_size", "device")
 def _features(images: Images, extract: Extractor, on_progress: Callable[[int, int], None]) -> Features:
     parts = []
     for first in range(0, len(images), CHUNK):
-        parts.append(extract(torch.from_numpy(np.ascontiguousarray(images[first : first + CHUNK]))))
+        parts.append(extract(torch.from_numpy(np.array(images[first : first + CHUNK]))))
         on_progress(min(first + CHUNK, len(images)), len(images))
     joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "spatial", "logits")]
     return Features(*joined)
@@ -241,7 +241,7 @@ def _name(model: str) -> str:
 
 
 def _picture(images: Images) -> bytes:
-    return png(grid(to_unit(torch.from_numpy(np.ascontiguousarray(images[:64]))).permute(0, 3, 1, 2)))
+    return png(grid(to_unit(torch.from_numpy(np.array(images[:64]))).permute(0, 3, 1, 2)))
 
 
 def _suspicious(rows: Sequence[Row]) -> list[str]:

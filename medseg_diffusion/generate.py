@@ -204,7 +204,7 @@ class Source:
         build.sampler(options.sampler or self.generator.config.sampling.sampler)
         if task.factor is not None:
             raise UsageError(f"{path}: an upsampler enlarges the images of another model: give it with --upsampler")
-        if options.label is not None and not task.num_classes and self.classifier is None:
+        if options.label is not None and not task.num_classes and options.classifier is None:
             raise UsageError(f"{path}: this model knows no classes; leave --class out")
         if options.guidance != 1 and not task.num_classes:
             raise UsageError(f"{path}: --guidance needs a model that is conditioned by classes")

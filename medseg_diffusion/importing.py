@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from .checkpoint import SavedModel, load_model_files, save_model
 from .config import AutoencoderConfig, ClassifierConfig, DenoiserConfig
 from .diffusion.denoiser import NetworkDenoiser
 from .errors import ModelError, UsageError
+from .generate import restore_autoencoder, restore_classifier, restore_generator
 from .networks.autoencoder import KLAutoencoder
 from .networks.foreign import SOURCES, Foreign, Source, convert, read_state
 from .networks.noisy_classifier import NoisyClassifier
@@ -63,13 +64,20 @@ class LoadedModel:
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Loads an imported model.
+    """Loads an imported model, or a generator, autoencoder or noisy classifier that was trained here.
 
     Raises:
         ModelError: missing, damaged, or a segmenter (`SegmentationModel` is for those).
     """
     saved = load_model_files(name_or_path)
     kind = saved.card.get("task")
+    trained: dict[str, Callable[[], nn.Module]] = {
+        "image": lambda: restore_generator(saved).task.denoiser,
+        "image-autoencoder": lambda: restore_autoencoder(saved)[0],
+        "image-classifier": lambda: restore_classifier(saved)[0],
+    }
+    if kind in trained:
+        return LoadedModel(saved, trained[kind]().to(device))
     if kind not in _CONFIGS:
         raise ModelError(f"{saved.path}: a model for {kind!r}, expected {', '.join(_CONFIGS)}; segment with it instead")
     try:

@@ -191,7 +191,7 @@ class ImageExamples:
         pixels = self.images.images[position]
         if self.flip and float(torch.rand((), generator=generator)) < 0.5:
             pixels = pixels[:, ::-1]
-        image = to_unit(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+        image = to_unit(torch.from_numpy(np.array(pixels.transpose(2, 0, 1))))
         return {"image": image, "label": torch.tensor(int(self.images.labels[position]))}
 
 

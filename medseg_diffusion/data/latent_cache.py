@@ -50,7 +50,7 @@ def cached_latents(
         try:
             made = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
             for first in range(0, count, BATCH):
-                pixels = torch.from_numpy(np.ascontiguousarray(images.images[first : first + BATCH]))
+                pixels = torch.from_numpy(np.array(images.images[first : first + BATCH]))
                 batch = to_unit(pixels.permute(0, 3, 1, 2)).to(device)
                 for side, image in enumerate((batch, batch.flip(-1))):
                     made[first : first + BATCH, side] = codec.encode(image).float().cpu().numpy()
