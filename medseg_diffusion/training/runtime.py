@@ -83,7 +83,7 @@ def autocast_dtype(device: torch.device, precision: Precision = "auto") -> torch
         return torch.bfloat16 if precision == "bf16" else None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
     amx = device.type == "cpu" and known.get("amx_bf16", False)
     return torch.bfloat16 if amx else None
 
