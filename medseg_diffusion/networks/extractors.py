@@ -102,12 +102,10 @@ def _efficientnet(device: torch.device) -> Extractor:
     network.requires_grad_(False).to(device).eval()
     block = next(i for i, part in enumerate(network._blocks) if part._project_conv.out_channels == 112)
     maps, pooled = _listen(network._blocks[block]), _listen(network._avg_pooling)
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
 
     def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = F.interpolate(images.to(device).float() / 255, (224, 224), mode="bilinear", antialias=True)
-        logits = network((x - mean) / std)
+        x = F.interpolate(images.to(device).float(), (224, 224), mode="bilinear", antialias=True)
+        logits = network((x - 127) / 128)  # as its weights were trained, not ImageNet's usual mean and deviation
         return pooled[0].flatten(1), maps[0], logits
 
     return Extractor("efficientnet-lite0", f"block {block}, 14 x 14", run)
