@@ -18,6 +18,8 @@ from .diffusion.schedule import NoiseSchedule
 from .errors import ModelError, UsageError
 from .methods.shape_prior import ShapePrior
 from .networks.autoencoder import KLAutoencoder, VQAutoencoder
+from .networks.medsegdiff import MedSegDiff
+from .networks.medsegdiff_v2 import MedSegDiffV2
 from .networks.noisy_classifier import NoisyClassifier
 from .networks.segdiff import SegDiff
 from .networks.unet import UNet
@@ -28,7 +30,7 @@ from .sampling.loop import Sampler
 from .sections import ScheduleSection, TrainingSection
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
-from .tasks.mask import FeedForward, MaskDiffusion, MaskEncoding
+from .tasks.mask import AnchorLoss, FeedForward, MaskDiffusion, MaskEncoding
 from .training.trainer import TrainingOptions
 from .volumes.preprocessing import Preprocessing
 
@@ -89,17 +91,23 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
     """The untrained model of a configuration for ``num_classes`` classes, background included."""
     section = config.diffusion
     encoding = MaskEncoding(num_classes, section.scale)
-    image_channels = config.data.channels
+    image_channels, channels = config.data.channels, encoding.channels
+    out_channels = (1 + section.learned_variance) * channels
     options = config.network.model_dump()
     try:
         if config.method == "baseline":
-            return FeedForward(UNet(in_channels=image_channels, out_channels=encoding.channels, **options), encoding)
+            return FeedForward(UNet(in_channels=image_channels, out_channels=channels, **options), encoding)
         network: nn.Module
-        if config.method == "segdiff":
-            unet = UNet(in_channels=encoding.channels, out_channels=encoding.channels, **options)
-            network = SegDiff(unet, image_channels, **config.image_encoder.model_dump())
+        if config.method == "ensemdiff":
+            network = UNet(in_channels=channels + image_channels, out_channels=out_channels, **options)
         else:
-            network = UNet(in_channels=encoding.channels + image_channels, out_channels=encoding.channels, **options)
+            unet = UNet(in_channels=channels, out_channels=out_channels, **options)
+            if config.method == "segdiff":
+                network = SegDiff(unet, image_channels, **config.image_encoder.model_dump())
+            elif config.method == "medsegdiff":
+                network = MedSegDiff(unet, image_channels, **config.dynamic_encoding.model_dump())
+            else:
+                network = MedSegDiffV2(unet, image_channels, channels, **config.semantic_condition.model_dump())
     except ValueError as error:
         raise UsageError(f"network: {error}") from error
     logits: Head = "sigmoid" if encoding.channels == 1 else "softmax"
@@ -107,10 +115,18 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
         network,
         noise_schedule(section.schedule),
         section.target,
-        head=logits if section.head == "logits" else "linear",
-        scale=section.scale,
+        section.learned_variance,
+        logits if section.head == "logits" else "linear",
+        section.scale,
     )
-    return MaskDiffusion(denoiser, encoding, Simple(section.weighting, section.gamma), section.dice_ce_weight)
+    simple = Simple(section.weighting, section.gamma)
+    return MaskDiffusion(
+        denoiser,
+        encoding,
+        Hybrid(simple, Bound("gaussian")) if section.learned_variance else simple,
+        section.dice_ce_weight,
+        AnchorLoss(**config.anchor_loss.model_dump()),
+    )
 
 
 def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from .errors import UsageError
 from .sections import (
+    AnchorLossSection,
     AugmentationSection,
     AutoencoderLossSection,
     AutoencoderNetworkSection,
@@ -25,6 +26,7 @@ from .sections import (
     DataSection,
     DenoiserUNetSection,
     DiffusionSection,
+    DynamicEncodingSection,
     GeneratorSamplingSection,
     ImageConditionSection,
     ImageDataSection,
@@ -35,21 +37,29 @@ from .sections import (
     PreprocessingSection,
     ScheduleSection,
     Section,
+    SemanticConditionSection,
     TrainingSection,
     UNetSection,
 )
 
 
 class SegmenterConfig(Section):
-    """A mask segmenter: mask diffusion conditioned by concatenation (EnsemDiff) or SegDiff, or the matched baseline."""
+    """A mask segmenter: mask diffusion in one of four networks, or the matched feed-forward baseline.
+
+    "ensemdiff" concatenates the image. ``image_encoder`` is SegDiff's, ``dynamic_encoding`` MedSegDiff's,
+    ``semantic_condition`` and ``anchor_loss`` are MedSegDiff-V2's.
+    """
 
     description: str = ""
-    method: Literal["ensemdiff", "segdiff", "baseline"]
+    method: Literal["ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "baseline"]
     data: DataSection
     preprocessing: PreprocessingSection = PreprocessingSection()
     augmentation: AugmentationSection = AugmentationSection()
     network: UNetSection = UNetSection()
     image_encoder: ImageEncoderSection = ImageEncoderSection()
+    dynamic_encoding: DynamicEncodingSection = DynamicEncodingSection()
+    semantic_condition: SemanticConditionSection = SemanticConditionSection()
+    anchor_loss: AnchorLossSection = AnchorLossSection()
     diffusion: DiffusionSection = DiffusionSection()
     training: TrainingSection = TrainingSection()
     inference: InferenceSection = InferenceSection()
@@ -146,6 +156,8 @@ AnyConfig = SegmenterConfig | GeneratorConfig | ImageAutoencoderConfig | NoisyCl
 _SCHEMAS: dict[str, type[SegmenterConfig | GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig]] = {
     "ensemdiff": SegmenterConfig,
     "segdiff": SegmenterConfig,
+    "medsegdiff": SegmenterConfig,
+    "medsegdiff-v2": SegmenterConfig,
     "baseline": SegmenterConfig,
     "pixel": GeneratorConfig,
     "latent": GeneratorConfig,

@@ -82,6 +82,27 @@ class ImageEncoderSection(Section):
     encoder_growth: int = 32
 
 
+class DynamicEncodingSection(Section):
+    """MedSegDiff's FF-Parser (`medseg_diffusion.networks.medsegdiff.MedSegDiff`)."""
+
+    bands: int = Field(33, ge=3)
+
+
+class SemanticConditionSection(Section):
+    """MedSegDiff-V2's SS-Former (`medseg_diffusion.networks.medsegdiff_v2.MedSegDiffV2`)."""
+
+    depth: int = Field(4, ge=1)
+    head_channels: int = Field(64, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class AnchorLossSection(Section):
+    """MedSegDiff-V2's anchor loss (`medseg_diffusion.tasks.mask.AnchorLoss`)."""
+
+    every: int = Field(5, ge=1)
+    cross_entropy_weight: float = Field(10.0, ge=0)
+
+
 class ScheduleSection(Section):
     """Noise schedule by name, with T; the ends of beta for linear and scaled-linear, None for the published ones."""
 
@@ -98,7 +119,7 @@ class ScheduleSection(Section):
 
 
 class DiffusionSection(Section):
-    """What is predicted, and with which loss.
+    """What is predicted, and with which loss; ``learned_variance`` adds the variance's (hybrid objective).
 
     ``head`` "logits" makes the network emit class logits (target x0) and is needed for ``dice_ce_weight`` > 0.
     ``scale`` is the value of a certain class in x0: below 1 the noise is harder to see through.
@@ -111,9 +132,12 @@ class DiffusionSection(Section):
     weighting: Literal["none", "min-snr"] = "none"
     gamma: float = Field(5.0, gt=0)
     dice_ce_weight: float = Field(0.0, ge=0)
+    learned_variance: bool = False
 
     @model_validator(mode="after")
     def _logits(self) -> DiffusionSection:
+        if self.learned_variance and self.head == "logits":
+            raise ValueError("head: logits has no learned_variance")
         if self.dice_ce_weight > 0 and self.head != "logits":
             raise ValueError("dice_ce_weight needs head: logits")
         if self.head == "logits" and self.target != "x0":

@@ -48,7 +48,7 @@ class ResBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        emb_channels: length of the time embedding.
+        emb_channels: length of the time embedding; 0 for a block that knows no time.
         dims: 2 or 3.
         dropout: probability, before the second convolution.
         resampling: "down" halves (average pooling), "up" doubles (nearest) both branches.
@@ -74,21 +74,25 @@ class ResBlock(nn.Module):
         self.scale_shift = scale_shift
         self.norm1 = normalisation(in_channels, norm_eps)
         self.conv1 = conv(dims, in_channels, out_channels)
-        self.emb = nn.Linear(emb_channels, (1 + scale_shift) * out_channels)
+        self.emb = nn.Linear(emb_channels, (1 + scale_shift) * out_channels) if emb_channels else None
         self.norm2 = normalisation(out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(conv(dims, out_channels, out_channels))
         self.skip = nn.Identity() if in_channels == out_channels else conv(dims, in_channels, out_channels, kernel=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(resample(F.silu(self.norm1(x)), self.resampling))
-        time = self.emb(F.silu(emb)).reshape(len(x), -1, *[1] * self.dims)
-        if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
+        if self.emb is None or emb is None:
+            h = self.norm2(h)
+        elif self.scale_shift:
+            scale, shift = self._time(x, self.emb, emb).chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h + time)
+            h = self.norm2(h + self._time(x, self.emb, emb))
         return self.skip(resample(x, self.resampling)) + self.conv2(self.dropout(F.silu(h)))
+
+    def _time(self, x: Tensor, layer: nn.Linear, emb: Tensor) -> Tensor:
+        return cast(Tensor, layer(F.silu(emb)).reshape(len(x), -1, *[1] * self.dims))
 
 
 def resample(x: Tensor, resampling: Resampling) -> Tensor:
@@ -107,7 +111,7 @@ class Resample(nn.Module):
         stride = 2 if resampling == "down" else 1
         self.conv = conv(dims, channels, channels, stride=stride) if kind == "conv" else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         if self.conv is None:
             return resample(x, self.resampling)
         return cast(Tensor, self.conv(x if self.resampling == "down" else resample(x, "up")))
@@ -229,7 +233,7 @@ class Block(nn.Module):
         self.attention = attention
         self.up = up
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         h = self.res(x, emb)
         if isinstance(self.attention, SpatialTransformer):
             h = self.attention(h, context)

@@ -94,10 +94,12 @@ class UNet(nn.Module):
         self.factor = patch_size * 2 ** (len(channel_mult) - 1)
         self.num_classes = num_classes
         self.context_channels = context_channels
+        self.depths = tuple(depths)
+        self.widths = tuple(mult * channels for mult in channel_mult)
         emb = 4 * channels
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embed = None if num_classes is None else nn.Embedding(num_classes, emb)
-        parts = Parts(
+        self.parts = parts = Parts(
             dims=dims,
             emb_channels=emb,
             attention_factors=tuple(attention_factors),
@@ -110,7 +112,7 @@ class UNet(nn.Module):
             context_channels=context_channels,
             transformer_depth=transformer_depth,
         )
-        widths = [mult * channels for mult in channel_mult]
+        widths = list(self.widths)
         self.stem = conv(dims, in_channels * patch_size**dims, channels)
         self.encoder, skips = parts.encoder(channels, widths, depths)
         self.middle = parts.middle(
@@ -157,23 +159,46 @@ class UNet(nn.Module):
                 f"expected (B, {self.in_channels}, {self.dims} axes) with the condition, got {tuple(x.shape)}"
             )
         size = x.shape[2:]
-        emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(x.dtype))
-        if self.label_embed is not None:
-            emb = emb + self.label_embed(self._needed(cond, "label")).to(emb.dtype)
+        emb = self.embedding(timesteps, cond, x.dtype)
         context = None if self.context_channels is None else self._needed(cond, "context")
         h = self.stem(fold(self.padded(x), self.patch_size))
         if "stem" in cond:
             h = h + cond["stem"]
+        skips = self.encode(h, emb, context, collect)
+        return self.decode(skips[-1], skips, emb, size, context, collect)
+
+    def embedding(self, timesteps: Tensor, cond: Condition, dtype: torch.dtype) -> Tensor:
+        """What the blocks know of the time, and of the class if there is one: (B, 4 channels)."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(dtype))
+        if self.label_embed is not None:
+            emb = emb + self.label_embed(self._needed(cond, "label")).to(emb.dtype)
+        return cast(Tensor, emb)
+
+    def encode(
+        self, h: Tensor, emb: Tensor, context: Tensor | None = None, collect: Collect = lambda name, h: None
+    ) -> list[Tensor]:
+        """The output of the stem ``h`` and of every encoder block: what the decoder reads, from last to first."""
         skips = [h]
         for i, block in enumerate(self.encoder):
-            h = self._call_block(block, h, emb, context)
-            collect(f"encoder.{i}", h)
-            skips.append(h)
+            skips.append(self._call_block(block, skips[-1], emb, context))
+            collect(f"encoder.{i}", skips[-1])
+        return skips
+
+    def decode(
+        self,
+        h: Tensor,
+        skips: Sequence[Tensor],
+        emb: Tensor,
+        size: Sequence[int],
+        context: Tensor | None = None,
+        collect: Collect = lambda name, h: None,
+    ) -> Tensor:
+        """The output (B, out_channels, *size) from the bottleneck ``h`` and the encoder's outputs."""
         for i, block in enumerate(self.middle):
             h = self._call_block(block, h, emb, context)
             collect(f"middle.{i}", h)
-        for i, block in enumerate(self.decoder):
-            h = self._call_block(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+        for i, (block, skip) in enumerate(zip(self.decoder, reversed(skips), strict=True)):
+            h = self._call_block(block, torch.cat([h, skip], dim=1), emb, context)
             collect(f"decoder.{i}", h)
         return unfold(self.out(h), self.patch_size)[(slice(None), slice(None), *(slice(0, n) for n in size))]
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.diffusion.objective import Simple, uniform_times
+from medseg_diffusion.diffusion.objective import Objective, uniform_times
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.sampling.loop import Sampler, sample
 
@@ -63,6 +63,21 @@ class MaskEncoding:
         return torch.cat([torch.zeros_like(logits), logits], dim=1) if self.channels == 1 else logits
 
 
+@dataclass(frozen=True)
+class AnchorLoss:
+    """[t mod every = 0] (Dice + w cross-entropy) of a condition network's own mask (MedSegDiff-V2, eq. 9)."""
+
+    every: int = 5
+    cross_entropy_weight: float = 10.0
+
+    def __call__(self, logits: Tensor, labels: Tensor, t: Tensor) -> Tensor:
+        """Logits (B, K, *S), labels (B, *S) and times (B,) to a scalar, the mean over the batch."""
+        dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")
+        per_case = dice(logits.float(), labels[:, None]).flatten(1).mean(1)
+        entropy = F.cross_entropy(logits.float(), labels, reduction="none").flatten(1).mean(1)
+        return ((t % self.every == 0) * (per_case + self.cross_entropy_weight * entropy)).mean()
+
+
 class MaskDiffusion(nn.Module):
     """A conditional mask diffusion model: trains on batches, samples probabilities.
 
@@ -71,10 +86,16 @@ class MaskDiffusion(nn.Module):
         encoding: how labels become x0.
         objective: the diffusion loss.
         dice_ce_weight: weight of Dice + cross-entropy on the logits; needs a classifying head when positive.
+        anchor_loss: of networks whose condition has an "anchor": logits of the mask.
     """
 
     def __init__(
-        self, denoiser: NetworkDenoiser, encoding: MaskEncoding, objective: Simple, dice_ce_weight: float = 0.0
+        self,
+        denoiser: NetworkDenoiser,
+        encoding: MaskEncoding,
+        objective: Objective,
+        dice_ce_weight: float = 0.0,
+        anchor_loss: AnchorLoss = AnchorLoss(),
     ) -> None:
         super().__init__()
         if dice_ce_weight > 0 and denoiser.head == "linear":
@@ -83,6 +104,7 @@ class MaskDiffusion(nn.Module):
         self.encoding = encoding
         self.objective = objective
         self.dice_ce_weight = dice_ce_weight
+        self.anchor_loss = anchor_loss
 
     @property
     def network(self) -> nn.Module:
@@ -100,6 +122,8 @@ class MaskDiffusion(nn.Module):
         loss = self.objective(schedule, self.denoiser.target, prediction, x0, eps, t).mean()
         if self.dice_ce_weight > 0 and prediction.logits is not None:
             loss = loss + self.dice_ce_weight * dice_ce(self.encoding.class_logits(prediction.logits), batch["label"])
+        if "anchor" in cond:
+            loss = loss + self.anchor_loss(self.encoding.class_logits(cond["anchor"]), batch["label"], t)
         return loss
 
     @torch.no_grad()
@@ -114,7 +138,7 @@ class MaskDiffusion(nn.Module):
         count = len(seeds[0])
         own = generators([seed for members in seeds for seed in members])
         cond = self.denoiser.network.encode_condition(image)  # type: ignore[operator]
-        cond = {name: value.repeat_interleave(count, dim=0) for name, value in cond.items()}
+        cond = {name: value.repeat_interleave(count, dim=0) for name, value in cond.items() if name != "anchor"}
         x = gaussian((self.encoding.channels, *image.shape[2:]), own, like=image)
         x0 = sample(self.denoiser, sampler, x, times, cond, generators=own)
         return self.encoding.decode(x0).unflatten(0, (len(image), count))
