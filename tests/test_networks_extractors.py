@@ -1,4 +1,4 @@
-"""Feature extractors: the shapes and names that the scores rely on, and that a network sees images as it was trained."""
+"""Feature extractors: shapes and names that the scores rely on, and that a network sees images as it was trained."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_inception_gives_the_pool_seven_channels_of_17_x_17_and_the_logits(tmp_p
 def test_a_damaged_or_missing_inception_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     for file in (tmp_path / "weights.pth", tmp_path / "missing.pth"):
-        with pytest.raises(ModelError, match="extractor inception: cannot be had .*it needs torch-fidelity") as caught:
+        with pytest.raises(ModelError, match=r"extractor inception: cannot be had .*it needs torch-fidelity") as caught:
             extractor("inception", inception=file)
         assert "\n" not in str(caught.value)
 

@@ -7,6 +7,8 @@ A schedule is a table of ``alpha_bar[t]`` for t = 0..T, and the forward process 
 (Ho et al. 2020, arXiv 2006.11239, eq. 4). Time is an integer: 0 is clean, 1..T are noisy. The only constraint on a
 schedule is that ``alpha_bar`` starts at 1 and decreases. A schedule is chosen once, at training; taking fewer steps
 when sampling is another list of times (`medseg_diffusion.sampling.loop`), never another schedule.
+
+Tables are on the CPU whatever torch's default device is: their values are needed as numbers.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def from_betas(betas: Tensor) -> NoiseSchedule:
             f"every beta must lie in (0, 1), got {float(betas.min()):.4g} to {float(betas.max()):.4g} "
             f"over {len(betas)} steps; use more steps or another schedule (cosine works for any number)"
         )
-    return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)]))
+    return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - betas).cumprod(0)]))
 
 
 def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
@@ -99,19 +101,21 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e
     """
     scale = 1000 / num_steps
     # The range is checked by itself: linspace of a single step would leave its end out.
-    from_betas(torch.tensor([scale * beta_start, scale * beta_end]))
-    return from_betas(torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64))
+    from_betas(torch.tensor([scale * beta_start, scale * beta_end], device="cpu"))
+    return from_betas(
+        torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64, device="cpu")
+    )
 
 
 def scaled_linear(num_steps: int = 1000, beta_start: float = 1.5e-3, beta_end: float = 1.95e-2) -> NoiseSchedule:
     """Betas linear in their square root, rescaled by 1000 / T: "linear" in latent diffusion (Rombach et al. 2022)."""
-    root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64)
+    root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64, device="cpu")
     return from_betas(root**2 * (1000 / num_steps))
 
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
     """alpha_bar = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2) (Nichol & Dhariwal 2021, 2102.09672, eq. 17)."""
-    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    u = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
     f = ((u + offset) / (1 + offset) * math.pi / 2).cos() ** 2
     return from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta))
 
@@ -121,7 +125,7 @@ def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: f
 
     Jabri et al. 2022 (arXiv 2212.11972). The last entry would be exactly 0 and is kept at 1e-9, as published.
     """
-    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    u = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
     g = ((start + u * (end - start)) / tau).sigmoid()
     alpha_bar = (g[-1] - g) / (g[-1] - g[0])
     return NoiseSchedule(alpha_bar.clamp(min=1e-9))
