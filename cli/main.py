@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from medseg_diffusion.errors import MedsegError
 
-from . import check, configs, evaluate, generator, info, models, segment, train
+from . import benchmark, check, configs, evaluate, generator, info, models, segment, train
 from ._shared import fail
 
 
@@ -42,6 +42,7 @@ app.command("sample")(generator.sample)
 app.command("evaluate-generator")(generator.evaluate_generator)
 app.command("segment")(segment.segment)
 app.command("train-segmenter")(train.train_segmenter)
+app.command("benchmark-segmenter")(benchmark.benchmark_segmenter)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(configs.app, name="configs")
 app.add_typer(models.app, name="models")

@@ -31,6 +31,14 @@ class Fusion(StrEnum):
     STAPLE = "staple"
 
 
+class Uncertainty(StrEnum):
+    """Maps of uncertainty."""
+
+    ENTROPY = "entropy"
+    MUTUAL_INFORMATION = "mutual-information"
+    VARIANCE = "variance"
+
+
 class Format(StrEnum):
     """File formats of the mask."""
 
@@ -58,6 +66,8 @@ def segment(
     fusion: Annotated[Fusion, typer.Option(help="How the masks of the ensemble become one.")] = Fusion.MEAN,
     save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Write *_prob.nii.gz.")] = False,
     save_uncertainty: Annotated[bool, typer.Option("--save-uncertainty", help="Write *_uncertainty.nii.gz.")] = False,
+    uncertainty: Annotated[Uncertainty, typer.Option(help="Which uncertainty is written.")] = Uncertainty.ENTROPY,
+    save_members: Annotated[bool, typer.Option("--save-members", help="Write *_members.nii.gz.")] = False,
     statistics: Annotated[bool, typer.Option("--statistics", help="Write *_statistics.json: volumes in ml.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Write *_preview.png.")] = False,
     output_format: Annotated[Format, typer.Option("--format", help="Format of the mask.")] = Format.NIFTI,
@@ -84,6 +94,8 @@ def segment(
         device=device,
         save_probabilities=save_probabilities,
         save_uncertainty=save_uncertainty,
+        uncertainty=uncertainty.value,
+        save_members=save_members,
         statistics=statistics,
         preview=preview,
         report=report,

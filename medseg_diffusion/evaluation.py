@@ -24,7 +24,7 @@ __all__ = ["Evaluation", "evaluate"]
 # A label map has a few hundred classes at the very most; a scan passed by mistake has thousands of values.
 _MAX_CLASSES = 1000
 # Written by `medseg segment` beside its masks: not predictions to be compared, and no surprise in their folder.
-_COMPANIONS = ("_prob", "_uncertainty", "_anomaly")
+_COMPANIONS = ("_prob", "_uncertainty", "_members", "_anomaly", "_anomaly_mask")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .reports.files import write_files
 from .reports.pictures import grid, png
 from .sampling.loop import sample, spaced
 from .tasks.image import ImageDiffusion
-from .training.runtime import autocast_dtype, choose_device, tune
+from .training.runtime import arranged, autocast_dtype, choose_device, tune
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +129,7 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
         task.load_state_dict({k: v for k, v in saved.weights.items() if not k.startswith("codec.")})
     except (KeyError, ValueError, RuntimeError, UsageError) as error:
         raise _unusable(saved, error) from error
+    arranged(task.denoiser.network, config.training.channels_last, compiled=False)
     return Generator(task.requires_grad_(False).to(device).eval(), config, shape, codec, classes)
 
 

@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import build
 from .checkpoint import SavedModel, load_model_files
 from .config import SegmenterConfig
 from .diffusion.noise import derive_seed
-from .errors import InputError, MedsegError, UsageError
-from .methods.ensemble import Fusion, class_volumes_ml, entropy, fuse, largest_part
+from .errors import InputError, MedsegError, ModelError, UsageError
+from .methods.calibration import Calibration
+from .methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
 from .methods.segment import Windows, count_batches
 from .methods.segment import segment as segment_tensor
 from .reports.files import write_files
@@ -34,6 +36,9 @@ from .volumes.preprocessing import Placement
 from .volumes.volume import Volume
 
 DEFAULT_MODEL = "brain-tissue-t1"
+
+MEMBERS_AT_ONCE = 10
+"""Of an ensemble: they walk in one batch, and the image is encoded once for them. More only cost memory."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class SegmentOptions:
         seed: every case derives its own from this and its name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         save_probabilities: write *_prob.nii.gz, channels last.
-        save_uncertainty: write *_uncertainty.nii.gz, normalised entropy in [0, 1].
+        save_uncertainty: write *_uncertainty.nii.gz.
+        uncertainty: which one: "entropy" (of the mean, 0 to 1), "mutual-information" (the members' disagreement, on the
+            same scale) or "variance" (of the foreground's probability over members).
+        save_members: write *_members.nii.gz, the mask of every member, channels last.
         statistics: write *_statistics.json.
         preview: write *_preview.png.
         report: write one HTML page on all scans to this file.
@@ -69,6 +77,8 @@ class SegmentOptions:
     device: str = "auto"
     save_probabilities: bool = False
     save_uncertainty: bool = False
+    uncertainty: Uncertainty = "entropy"
+    save_members: bool = False
     statistics: bool = False
     preview: bool = False
     report: Path | None = None
@@ -98,16 +108,23 @@ class Segmentation:
     Attributes:
         labels: (I, J, K) uint8 or int32 class values.
         probabilities: (K, I, J, K') class probabilities.
-        uncertainty: (I, J, K) normalised entropy of the ensemble mean, 0 to 1.
+        uncertainty: (I, J, K) of the kind that was asked for.
+        members: (N, *S) labels of every member on the model's grid.
         volumes_ml: class name to volume, background left out.
         intervals_ml: class name to the 2.5th and 97.5th percentile of the members' volumes; empty for one member.
+        agreement: class name to the mean Dice of pairs of members; empty for one member.
+        quality: "check" where the members agree less than on 95 of 100 validation cases of the model, else "usual";
+            None where the model was not calibrated with these options.
     """
 
     labels: Tensor
     probabilities: Tensor
     uncertainty: Tensor
+    members: Tensor
     volumes_ml: dict[str, float]
     intervals_ml: dict[str, tuple[float, float]]
+    agreement: dict[str, float]
+    quality: Literal["usual", "check"] | None
 
 
 class SegmentationModel:
@@ -120,6 +137,7 @@ class SegmentationModel:
         steps: denoiser calls per sample.
         sampler: "ddpm", "ddim" or "dpm++".
         fusion: "mean", "majority" or "staple".
+        uncertainty: see `SegmentOptions`.
 
     Raises:
         ModelError: missing or unusable model.
@@ -134,6 +152,7 @@ class SegmentationModel:
         steps: int | None = None,
         sampler: str | None = None,
         fusion: Fusion = "mean",
+        uncertainty: Uncertainty = "entropy",
     ) -> None:
         self.device = choose_device(device)
         tune(self.device)
@@ -148,11 +167,13 @@ class SegmentationModel:
         self.sampler_name = sampler or config.inference.sampler
         self.sampler = build.sampler(self.sampler_name)
         self.fusion: Fusion = fusion
+        self.uncertainty: Uncertainty = uncertainty
         self.notes: list[str] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.times = spaced(build.noise_schedule(config.diffusion.schedule), steps or config.inference.steps)
         self.notes += [str(item.message) for item in caught]
+        self.calibration = self._calibration()
 
     @property
     def name(self) -> str:
@@ -161,13 +182,15 @@ class SegmentationModel:
 
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
-    ) -> tuple[Tensor, Placement]:
-        """The ensemble on the model's grid, probabilities (N, K, *S) on the CPU, and the way back to the scan."""
+    ) -> tuple[Ensemble, Placement]:
+        """The ensemble on the model's grid, on the CPU, and the way back to the scan."""
         image, placement = self.preprocessing.apply(volume)
         inference = self.config.inference
         windows = Windows(inference.window, inference.overlap, batch_size=1 if self.device.type == "cpu" else 4)
         dims = self.config.network.dims
-        total, done = count_batches(image.shape, windows, dims), 0
+        seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
+        parts = [seeds[i : i + MEMBERS_AT_ONCE] for i in range(0, len(seeds), MEMBERS_AT_ONCE)]
+        total, done = len(parts) * count_batches(image.shape, windows, dims), 0
 
         def step() -> None:
             nonlocal done
@@ -176,45 +199,87 @@ class SegmentationModel:
 
         dtype = autocast_dtype(self.device, self.config.training.precision)
         autocast = torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-        seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
-        with torch.no_grad(), autocast:
-            members = segment_tensor(
-                self.model, image.to(self.device), seeds, self.sampler, self.times, windows, dims, step
-            )
-        return members.float().cpu(), placement
+        image = image.to(self.device)
+        ensemble: Ensemble | None = None
+        for part in parts:
+            with torch.no_grad(), autocast:
+                found = segment_tensor(self.model, image, part, self.sampler, self.times, windows, dims, step)
+            members = found.float().cpu()
+            ensemble = Ensemble.of(members) if ensemble is None else ensemble.add(members)
+        assert ensemble is not None
+        return ensemble, placement
 
-    def combine(self, members: Tensor, placement: Placement) -> Segmentation:
+    def combine(self, ensemble: Ensemble, placement: Placement) -> Segmentation:
         """One answer on the scan's grid from the ensemble: probabilities, never labels, are mapped back to it."""
         outside = [1.0] + [0.0] * (len(self.labels) - 1)
-        if (near := self._near_the_shape(members, placement)) is not None:
-            members = torch.where(near, members, torch.tensor(outside).unflatten(0, (-1, 1, 1, 1)))
-        mean = placement.restore(members.mean(0), outside)
-        scores = mean if self.fusion == "mean" else placement.restore(fuse(members, self.fusion), outside)
+        if (near := self._near_the_shape(ensemble, placement)) is not None:
+            ensemble = ensemble.within(near)
+        mean = placement.restore(ensemble.mean, outside)
+        scores = mean if self.fusion == "mean" else placement.restore(ensemble.fuse(self.fusion), outside)
         labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
         if self.config.inference.largest_part:
             lost = (labels > 0) & ~largest_part(labels)
             labels[lost] = 0
             mean[:, lost] = torch.tensor(outside)[:, None]
+            # What follows is of what is kept.
+            found = ensemble.mean.argmax(0)
+            ensemble = ensemble.within((found == 0) | largest_part(found))
         voxel_ml = _voxel_ml(placement.native_affine)
         counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels)) * voxel_ml
         names = {value: name for value, name in self.labels.items() if value}
         intervals: dict[str, tuple[float, float]] = {}
-        if len(members) > 1:
-            if self.config.inference.largest_part:  # the interval is that of what is kept
-                found = members.mean(0).argmax(0)
-                kept = (found == 0) | largest_part(found)
-                members = torch.where(kept, members, torch.tensor(outside).unflatten(0, (-1, 1, 1, 1)))
-            sampled = class_volumes_ml(members, 1000 * _voxel_ml(placement.affine)).numpy()
+        agreement: dict[str, float] = {}
+        if len(ensemble) > 1:
+            sampled = ensemble.volumes_ml(1000 * _voxel_ml(placement.affine)).numpy()
             low, high = np.percentile(sampled, [2.5, 97.5], axis=0)
             intervals = {name: (float(low[value]), float(high[value])) for value, name in names.items()}
+            agreement = {name: float(ensemble.pairwise_dice()[value - 1]) for value, name in names.items()}
         volumes = {name: float(counts[value]) for value, name in names.items()}
-        return Segmentation(labels, mean, entropy(mean), volumes, intervals)
+        if self.calibration is not None:  # it changes no label, so it may come after the largest class was taken
+            mean = tempered(mean, self.calibration.temperature(len(ensemble)))
+        kind = self.uncertainty
+        uncertain = entropy(mean) if kind == "entropy" else placement.restore(ensemble.uncertainty(kind)[None])[0]
+        return Segmentation(
+            labels, mean, uncertain, ensemble.labels, volumes, intervals, agreement, self._quality(agreement)
+        )
 
-    def _near_the_shape(self, members: Tensor, placement: Placement) -> Tensor | None:
+    def members_on_scan(self, found: Segmentation, placement: Placement) -> Tensor:
+        """Masks of all members on the scan's grid, (N, I, J, K) of the type of ``found.labels``."""
+        outside = [1.0] + [0.0] * (len(self.labels) - 1)
+        return torch.stack(
+            [
+                placement.restore(F.one_hot(member.long(), len(self.labels)).movedim(-1, 0).float(), outside).argmax(0)
+                for member in found.members
+            ]
+        ).to(found.labels.dtype)
+
+    def _calibration(self) -> Calibration | None:
+        """The model's calibration, if it was made with this sampler and so many steps."""
+        content = self.saved.card.get("calibration")
+        if content is None:
+            return None
+        try:
+            known = Calibration(**content)
+        except TypeError as error:
+            raise ModelError(f"{self.saved.path}: its calibration is of another version; train it again") from error
+        if (known.sampler, known.steps) == (self.sampler_name, len(self.times) - 1):
+            return known
+        self.notes.append(
+            f"probabilities are not calibrated: the model's calibration is for {known.sampler} with {known.steps} steps"
+        )
+        return None
+
+    def _quality(self, agreement: dict[str, float]) -> Literal["usual", "check"] | None:
+        if self.calibration is None or self.calibration.agreement is None or not agreement:
+            return None
+        known = [value for value in agreement.values() if value == value]
+        return "usual" if known and sum(known) / len(known) >= self.calibration.agreement else "check"
+
+    def _near_the_shape(self, ensemble: Ensemble, placement: Placement) -> Tensor | None:
         tolerance = self.config.inference.shape_prior_mm
         if self.prior is None or tolerance is None:
             return None
-        return self.prior.near(members.mean(0).argmax(0) > 0, placement.spacing, tolerance)
+        return self.prior.near(ensemble.mean.argmax(0) > 0, placement.spacing, tolerance)
 
     def segment(
         self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
@@ -269,6 +334,7 @@ def segment(
                     options.steps,
                     options.sampler,
                     options.fusion,
+                    options.uncertainty,
                 )
                 result, page = _one(scan, volume, files, model, options, on_progress)
                 pages.append(page)
@@ -300,11 +366,12 @@ def _one(
     started = time.monotonic()
     name = scan_name(scan)
     _check_channels(volume, model)
-    found = model.segment(
+    ensemble, placement = model.sample(
         volume,
         derive_seed(options.seed, name),
         lambda done: on_progress(name, done) if on_progress is not None else None,
     )
+    found = model.combine(ensemble, placement)
     folder = files["segmentation"].parent
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, Path] = {}
@@ -314,6 +381,9 @@ def _one(
     if options.save_uncertainty:
         write_map(found.uncertainty, volume, files["uncertainty"])
         written["uncertainty"] = files["uncertainty"]
+    if options.save_members:
+        write_labels(model.members_on_scan(found, placement), volume, files["members"])
+        written["members"] = files["members"]
     picture = b""
     if options.preview or options.report is not None:
         upright = volume.oriented("RAS")
@@ -337,7 +407,10 @@ def _one(
     write_labels(found.labels, volume, files["segmentation"])
     written = {"segmentation": files["segmentation"], **written}
     seconds = time.monotonic() - started
-    result = CaseResult(scan, "done", written, seconds, found.volumes_ml, warnings=tuple(model.notes))
+    notes = [*model.notes]
+    if found.quality == "check":
+        notes.append("the sampled masks agree less than is usual for this model; look at the result")
+    result = CaseResult(scan, "done", written, seconds, found.volumes_ml, warnings=tuple(notes))
     return result, _page(scan, found, model, options, result, picture)
 
 
@@ -377,7 +450,11 @@ def _statistics(scan: Path, found: Segmentation, model: SegmentationModel, secon
     classes: dict[str, Any] = {name: {"volume_ml": round(ml, 4)} for name, ml in found.volumes_ml.items()}
     for name, interval in found.intervals_ml.items():
         classes[name]["interval_95_ml"] = [round(end, 4) for end in interval]
-    content = {"scan": scan.name, "model": model.name, "seconds": round(seconds, 2), "classes": classes}
+    for name, dice in found.agreement.items():
+        classes[name]["pairwise_dice"] = round(dice, 4) if dice == dice else None
+    content: dict[str, Any] = {"scan": scan.name, "model": model.name, "seconds": round(seconds, 2), "classes": classes}
+    if found.quality is not None:
+        content["quality"] = found.quality
     return json.dumps(content, indent=2) + "\n"
 
 
@@ -405,6 +482,7 @@ def _targets(scan: Path, options: SegmentOptions, count: int) -> dict[str, Path]
     endings = {
         "probabilities": "_prob.nii.gz",
         "uncertainty": "_uncertainty.nii.gz",
+        "members": "_members.nii.gz",
         "preview": "_preview.png",
         "statistics": "_statistics.json",
     }

@@ -28,6 +28,7 @@ from .data.synthesis import LabelMap, SyntheticBrains, load_label_map, tissues
 from .data.tissue import TISSUES
 from .diffusion.noise import derive_seed
 from .errors import ModelError, UsageError
+from .methods.calibration import MEMBERS, Calibration, TemperatureFit
 from .methods.segment import Windows, segment
 from .methods.shape_prior import ShapePrior, average_shape
 from .metrics.overlap import label_overlap
@@ -113,7 +114,7 @@ def train_segmenter(
             weights[build.SHAPE_PRIOR] = (255 * found.shape.share).round().to(torch.uint8)
         save_model(target, card, weights, model_card(card))
 
-    fit(
+    numbers = fit(
         model,
         Draws(found.examples, seed),
         build.training_options(config.training),
@@ -125,7 +126,37 @@ def train_segmenter(
         max_steps=max_steps,
         time_limit_min=time_limit_min,
     )
+    if numbers and runtime.is_main:
+        calibrate(target, config, found, runtime)
     return target
+
+
+def calibrate(target: Path, config: SegmenterConfig, data: TrainingData, runtime: Runtime) -> Calibration:
+    """Fits temperatures and the usual agreement on the validation cases and stores them in the model ``target``.
+
+    They hold for the configuration's sampler and steps, on the model's grid, before any largest part or shape prior.
+    """
+    saved = load_model_files(target)
+    model, _ = build.restore_segmenter(saved)
+    model.to(runtime.device)
+    sampler = build.sampler(config.inference.sampler)
+    times = spaced(build.noise_schedule(config.diffusion.schedule), config.inference.steps)
+    windows = Windows(config.inference.window, config.inference.overlap)
+    fit = TemperatureFit(config.inference.sampler, config.inference.steps)
+    for case in data.validation:
+        seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(_members(config))]
+        with runtime.accelerator.autocast(), torch.no_grad():
+            image = case.image.to(runtime.device)
+            members = segment(model, image, seeds, sampler, times, windows, config.network.dims)
+        fit.add(members.float().cpu(), case.label)
+    calibration = fit.result()
+    card = {**saved.card, "calibration": asdict(calibration)}
+    save_model(target, card, saved.weights, model_card(card))
+    return calibration
+
+
+def _members(config: SegmenterConfig) -> int:
+    return 1 if config.method == "baseline" else MEMBERS
 
 
 def validate(model: nn.Module, config: SegmenterConfig, data: TrainingData, runtime: Runtime) -> dict[str, float]:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from medseg_diffusion import build
-from medseg_diffusion.checkpoint import save_model
+from medseg_diffusion import build, pipeline
+from medseg_diffusion.checkpoint import load_model_files, save_model
 from medseg_diffusion.config import SegmenterConfig, parse_config
+from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.methods.ensemble import Ensemble, tempered
 from medseg_diffusion.pipeline import CaseResult, SegmentationModel, SegmentOptions, segment
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.volume import Volume
@@ -269,7 +271,8 @@ def test_members_do_not_depend_on_the_size_of_the_ensemble(tmp_path: Path, model
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
     three, _ = SegmentationModel(model, "cpu", ensemble=3).sample(volume, seed=5)
     one, _ = SegmentationModel(model, "cpu", ensemble=1).sample(volume, seed=5)
-    torch.testing.assert_close(three[:1], one)
+    assert torch.equal(three.labels[:1], one.labels)
+    assert not torch.equal(three.mean, one.mean)
 
 
 def test_options_are_frozen() -> None:
@@ -286,7 +289,80 @@ def test_only_the_largest_part_counts_in_labels_volumes_and_intervals() -> None:
     for block in (slice(0, 5), slice(8, 11)):
         members[:, 0, block, block, block] = 0.0
         members[:, 2, block, block, block] = 1.0
-    result = model.combine(members, placement)
+    result = model.combine(Ensemble.of(members), placement)
     assert int((result.labels > 0).sum()) == 125
     assert result.volumes_ml["grey matter"] == pytest.approx(0.125)
     assert result.intervals_ml["grey matter"] == pytest.approx((0.125, 0.125))
+
+
+# ---- ensembles and calibration ---------------------------------------------------------------------------------------
+
+
+def calibrated(model: Path, path: Path, **changes: object) -> Path:
+    """A copy of a model with a calibration for its own sampler and steps."""
+    saved = load_model_files(model)
+    content = {
+        "sampler": "dpm++", "steps": 2, "temperatures": [3.0, 2.0], "ece": [0.1, 0.05], "agreement": 0.0, "cases": 4,
+        **changes,
+    }  # fmt: skip
+    save_model(path, {**saved.card, "calibration": content}, saved.weights, "# card")
+    return path
+
+
+def test_a_calibrated_model_is_less_sure_of_the_same_labels(tmp_path: Path, model: Path) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    other = calibrated(model, tmp_path / "calibrated")
+    for ensemble, temperature in ((1, 3.0), (2, 2.0), (4, 2.0)):
+        raw = SegmentationModel(model, "cpu", ensemble=ensemble).segment(volume)
+        soft = SegmentationModel(other, "cpu", ensemble=ensemble).segment(volume)
+        assert torch.equal(raw.labels, soft.labels)
+        torch.testing.assert_close(soft.probabilities, tempered(raw.probabilities, temperature))
+        assert float(soft.uncertainty.mean()) > float(raw.uncertainty.mean())
+
+
+def test_a_calibration_for_other_steps_is_not_used_and_that_is_said(tmp_path: Path, model: Path) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    other = SegmentationModel(calibrated(model, tmp_path / "calibrated"), "cpu", steps=3)
+    assert other.notes == ["probabilities are not calibrated: the model's calibration is for dpm++ with 2 steps"]
+    expected = SegmentationModel(model, "cpu", steps=3).segment(volume)
+    torch.testing.assert_close(other.segment(volume).probabilities, expected.probabilities)
+    with pytest.raises(ModelError, match="calibration is of another version"):
+        SegmentationModel(calibrated(model, tmp_path / "newer", kind="isotonic"), "cpu")
+
+
+def test_unusual_disagreement_is_flagged(tmp_path: Path, model: Path) -> None:
+    scan = save(tmp_path / "scan.nii.gz")
+    for bound, quality in ((0.0, "usual"), (1.0, "check")):
+        path = calibrated(model, tmp_path / quality, agreement=bound)
+        (result,) = run([scan], path, ensemble=3, statistics=True)
+        statistics = json.loads(result.outputs["statistics"].read_text())
+        assert statistics["quality"] == quality
+        assert 0 <= statistics["classes"]["bright"]["pairwise_dice"] <= 1
+        assert any("agree less than is usual" in note for note in result.warnings) == (quality == "check")
+
+
+def test_members_and_other_uncertainties_are_written_on_the_grid_of_the_scan(tmp_path: Path, model: Path) -> None:
+    scan = save(tmp_path / "scan.nii.gz")
+    (result,) = run(
+        [scan], model, ensemble=3, save_members=True, save_uncertainty=True, uncertainty="mutual-information"
+    )
+    members = nib.load(result.outputs["members"])
+    assert members.shape == (11, 13, 9, 3) and members.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(members.affine, nib.load(scan).affine, atol=1e-6)
+    volume = read_volume(scan)
+    whole = SegmentationModel(model, "cpu", ensemble=3)
+    ensemble, placement = whole.sample(volume, derive_seed(0, "scan"))
+    found = whole.combine(ensemble, placement)
+    np.testing.assert_array_equal(members.get_fdata().transpose(3, 0, 1, 2), whole.members_on_scan(found, placement))
+    disagreement = nib.load(result.outputs["uncertainty"]).get_fdata()
+    assert 0 < disagreement.max() <= 1
+    assert (disagreement <= found.uncertainty.numpy() + 1e-5).all(), "at most the whole entropy"
+
+
+def test_a_large_ensemble_walks_in_parts(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    whole = SegmentationModel(model, "cpu", ensemble=5).segment(volume)
+    monkeypatch.setattr(pipeline, "MEMBERS_AT_ONCE", 2)
+    parts = SegmentationModel(model, "cpu", ensemble=5).segment(volume)
+    torch.testing.assert_close(parts.probabilities, whole.probabilities)
+    assert torch.equal(parts.members, whole.members) and len(whole.members) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,26 +14,141 @@ from skimage.measure import label
 from torch import Tensor
 
 Fusion = Literal["mean", "majority", "staple"]
+Uncertainty = Literal["entropy", "mutual-information", "variance"]
 
 
-def fuse(members: Tensor, how: Fusion = "mean") -> Tensor:
-    """Class scores (K, *S), a distribution over K at every position, of members (N, K, *S).
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """N sampled masks of one image, added batch by batch.
 
-    "mean" averages the probabilities. "majority" is the share of members whose largest class it is. "staple"
-    (Warfield et al. 2004) weighs the members' labels by their estimated performance (SimpleITK's multi-label EM);
-    members of one model are exchangeable, so it differs little from the majority. Undecided positions keep the mean.
+    Members' probabilities are not kept: beside their labels, memory does not grow with N.
+
+    Attributes:
+        mean: (K, *S) mean of the members' class probabilities.
+        squares: (K, *S) sum over members of the squared deviations from the mean.
+        member_entropy: (*S) mean over members of their own entropy, in nats.
+        labels: (N, *S) largest class of every member.
     """
-    mean = members.mean(0)
-    if how == "mean" or len(members) == 1:
-        return mean
-    votes = members.argmax(1)
-    if how == "majority":
-        return F.one_hot(votes, members.shape[1]).movedim(-1, 1).float().mean(0)
-    undecided = members.shape[1]
-    images = [sitk.GetImageFromArray(vote.to(torch.uint8).cpu().numpy()) for vote in votes]
-    fused = torch.from_numpy(sitk.GetArrayFromImage(sitk.MultiLabelSTAPLE(images, undecided))).to(members.device).long()
-    fused = torch.where(fused == undecided, mean.argmax(0), fused)
-    return F.one_hot(fused, members.shape[1]).movedim(-1, 0).float()
+
+    mean: Tensor
+    squares: Tensor
+    member_entropy: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, members: Tensor) -> Ensemble:
+        """The ensemble of members (N, K, *S), N >= 1."""
+        mean = members.mean(0)
+        kind = torch.uint8 if members.shape[1] <= 256 else torch.int32
+        entropies = -torch.special.xlogy(members, members).sum(1)
+        return cls(mean, (members - mean).square().sum(0), entropies.mean(0), members.argmax(1).to(kind))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def add(self, members: Tensor) -> Ensemble:
+        """This ensemble and further members (N', K, *S), by the pairwise update of Chan et al. (1983)."""
+        other = Ensemble.of(members)
+        n, m = len(self), len(other)
+        delta, share = other.mean - self.mean, m / (n + m)
+        return Ensemble(
+            self.mean + share * delta,
+            self.squares + other.squares + n * share * delta.square(),
+            self.member_entropy + share * (other.member_entropy - self.member_entropy),
+            torch.cat([self.labels, other.labels]),
+        )
+
+    def within(self, mask: Tensor) -> Ensemble:
+        """The ensemble with certain background outside ``mask``, bool (*S)."""
+        mean = self.mean * mask
+        mean[0] += (~mask).to(mean.dtype)
+        return replace(
+            self,
+            mean=mean,
+            squares=self.squares * mask,
+            member_entropy=self.member_entropy * mask,
+            labels=self.labels * mask,
+        )
+
+    def uncertainty(self, kind: Uncertainty) -> Tensor:
+        """One of three maps (*S).
+
+        "entropy" is `entropy` of the mean: 0 certain, 1 all classes alike. "mutual-information" is the part of it on
+        which members disagree, H(mean) - mean H, on the same scale: soft boundaries that all members share leave it at
+        0. "variance" is that of the foreground's probability over members, 0 to 0.25.
+        """
+        if kind == "variance":
+            return self.squares[0] / len(self)
+        total = entropy(self.mean)
+        if kind == "entropy":
+            return total
+        return (total - self.member_entropy / math.log(len(self.mean))).clamp(min=0)
+
+    def pairwise_dice(self) -> Tensor:
+        """(K - 1,) float64: mean over pairs of members of the Dice of each class above background.
+
+        NaN for one member, and for a class that no pair has; a pair of which neither has the class is left out.
+        """
+        n, classes = len(self), len(self.mean)
+        flat = self.labels.flatten(1)
+        flat = flat[:, (flat > 0).any(0)]
+        found = []
+        pairs = torch.ones(n, n, dtype=torch.bool).triu(1)
+        for value in range(1, classes):
+            one = (flat == value).double()
+            size = one.sum(1)
+            dice = 2 * (one @ one.T) / (size[:, None] + size)
+            found.append(dice[pairs].nanmean())
+        return torch.stack(found)
+
+    def volumes_ml(self, voxel_mm3: float) -> Tensor:
+        """Volume of each class in each member, (N, K) in ml, on voxels of ``voxel_mm3``."""
+        counts = [torch.bincount(member.flatten().long(), minlength=len(self.mean)) for member in self.labels]
+        return torch.stack(counts).double() * voxel_mm3 / 1000
+
+    def fuse(self, how: Fusion = "mean") -> Tensor:
+        """Class scores (K, *S), a distribution over K at every position.
+
+        "mean" averages the probabilities. "majority" is the share of members whose largest class it is. "staple"
+        (Warfield et al. 2004) weighs the members' labels by their estimated performance (SimpleITK's multi-label EM);
+        members of one model are exchangeable, so it differs little from the majority. Undecided positions keep the
+        mean.
+        """
+        classes = len(self.mean)
+        if how == "mean" or len(self) == 1:
+            return self.mean
+        if how == "majority":
+            return torch.stack([(self.labels == value).float().mean(0) for value in range(classes)])
+        fused = staple(self.labels, classes).to(self.mean.device)
+        fused = torch.where(fused == classes, self.mean.argmax(0), fused)
+        return F.one_hot(fused, classes).movedim(-1, 0).float()
+
+
+def staple(labels: Tensor, classes: int) -> Tensor:
+    """Labels (*S) int64 of raters' labels (N, *S) by STAPLE; positions that stay undecided get the value ``classes``.
+
+    Only the box of what any rater marked takes part, with a margin of 2: the more certain background there is, the
+    nearer every specificity is to 1, and the less it says about a rater.
+    """
+    marked = (labels > 0).any(0).nonzero()
+    result = torch.zeros(labels.shape[1:], dtype=torch.int64)
+    if len(marked) == 0:
+        return result
+    box = tuple(
+        slice(max(0, int(low) - 2), int(high) + 3)
+        for low, high in zip(marked.amin(0), marked.amax(0), strict=True)
+    )  # fmt: skip
+    images = [sitk.GetImageFromArray(rater[box].to(torch.uint8).cpu().numpy()) for rater in labels]
+    fused = sitk.GetArrayFromImage(sitk.MultiLabelSTAPLE(images, classes))
+    result[box] = torch.from_numpy(fused).long()
+    return result
+
+
+def tempered(probabilities: Tensor, temperature: float) -> Tensor:
+    """Probabilities (K, *S) of a softmax at another temperature, p^(1/T) normalised; the largest class stays."""
+    if temperature == 1:
+        return probabilities
+    return (probabilities.clamp(min=1e-7).log() / temperature).softmax(0)
 
 
 def largest_part(labels: Tensor) -> Tensor:
@@ -46,10 +162,3 @@ def largest_part(labels: Tensor) -> Tensor:
 def entropy(probabilities: Tensor) -> Tensor:
     """Predictive entropy (*S) of class probabilities (K, *S), divided by log K: 0 certain, 1 all classes alike."""
     return -torch.special.xlogy(probabilities, probabilities).sum(0) / math.log(len(probabilities))
-
-
-def class_volumes_ml(members: Tensor, voxel_mm3: float) -> Tensor:
-    """Volume of each class in each member, (N, K) in ml, from members (N, K, *S) on voxels of ``voxel_mm3``."""
-    labels = members.argmax(1).flatten(1)
-    counts = torch.stack([torch.bincount(member, minlength=members.shape[1]) for member in labels])
-    return counts.double() * voxel_mm3 / 1000

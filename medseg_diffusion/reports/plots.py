@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,59 @@ def box_plot(scores: Sequence[tuple[str, Sequence[float]]], *, axis_label: str =
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=_INK)
     axes.spines[:].set_visible(False)
+    return to_png(figure)
+
+
+def quality_plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, axis_label: str = "Dice") -> bytes:
+    """A score against the network evaluations that it costs (logarithmic axis), one line per name; PNG on white."""
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    for i, (name, points) in enumerate(lines.items()):
+        evaluations, scores = zip(*sorted(points), strict=True)
+        style = _DASHES if i % 2 else "-"
+        axes.plot(evaluations, scores, color=label_colour(i), linestyle=style, marker="o", markersize=4, label=name)
+    axes.set_xscale("log")
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("network evaluations per case and window", color=_INK)
+    axes.set_ylabel(axis_label, color=_INK)
+    axes.grid(color=_GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=_INK)
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    return to_png(figure)
+
+
+def reliability_diagram(
+    confidence: NDArray[np.floating], accuracy: NDArray[np.floating], share: NDArray[np.floating]
+) -> bytes:
+    """Accuracy against confidence, one bar per bin, and below it the share of voxels in the bin; PNG on white.
+
+    Args:
+        confidence: (bins,) mean confidence; NaN in empty bins, as ``accuracy``.
+        accuracy: (bins,) share of correct voxels.
+        share: (bins,) share of all voxels.
+    """
+    figure = Figure(figsize=(4.6, 5.2), layout="constrained", facecolor="white")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    edges = np.linspace(0, 1, len(share) + 1)
+    middle, width = (edges[1:] + edges[:-1]) / 2, edges[1] * 0.92
+    above.bar(middle, np.nan_to_num(accuracy), width, facecolor=to_rgba(PALETTE[1], 0.5), edgecolor=_INK, linewidth=0.6)
+    above.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=_DASHES)
+    above.plot(confidence, accuracy, "o", color=PALETTE[0], markeredgecolor=_INK, markersize=5)
+    below.bar(middle, share, width, facecolor=to_rgba(PALETTE[1], 0.5), edgecolor=_INK, linewidth=0.6)
+    above.set_ylabel("accuracy", color=_INK)
+    below.set_ylabel("voxels", color=_INK)
+    below.set_xlabel("confidence", color=_INK)
+    above.set_xlim(0, 1)
+    above.set_ylim(0, 1)
+    for axes in (above, below):
+        axes.grid(color=_GRID)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, colors=_INK)
+        axes.spines[:].set_visible(False)
     return to_png(figure)
 
 

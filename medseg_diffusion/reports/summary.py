@@ -102,7 +102,7 @@ class Evaluation:
                 "iou_low": iou.low,
                 "iou_high": iou.high,
             }
-            rows.append({"class": name, **_strict(numbers), "n": dice.n, "n_missing": dice.n_missing})
+            rows.append({"class": name, **json_ready(numbers), "n": dice.n, "n_missing": dice.n_missing})
         return rows
 
 
@@ -160,7 +160,7 @@ def summary_json(evaluation: Evaluation) -> str:
         "warnings": list(evaluation.warnings),
         "versions": versions(),
     }
-    return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(json_ready(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def cases_csv(evaluation: Evaluation) -> str:
@@ -199,10 +199,10 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(present) / len(present) if present else math.nan
 
 
-def _strict(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """The same structure with None in place of every number that JSON cannot express."""
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_strict(item) for item in value]
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

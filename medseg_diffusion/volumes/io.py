@@ -19,7 +19,14 @@ from medseg_diffusion.volumes.volume import FileImage, Volume, check_affine, gri
 
 _READERS: dict[str, ModuleType] = {".nii.gz": nifti, ".nii": nifti, ".nrrd": itk, ".mha": itk, ".mhd": itk}
 SUFFIXES = tuple(_READERS)
-RESULTS = ("_seg", "_prob", "_uncertainty", "_anomaly", "_anomaly_mask")  # endings of the files that we write
+RESULTS = (
+    "_seg",
+    "_prob",
+    "_uncertainty",
+    "_members",
+    "_anomaly",
+    "_anomaly_mask",
+)  # endings of the files that we write
 _MAX_LABEL = 65535
 
 
@@ -81,7 +88,7 @@ def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
     """Write a label map with the geometry of a scan: uint8, or uint16 if a label is above 255; unscaled.
 
     Args:
-        labels: (I, J, K) of an integer type or bool, values 0 to 65535.
+        labels: (I, J, K), or (N, I, J, K) for N maps along the file's last axis, integers or bool, 0 to 65535.
         like: the scan; its header codes and units go into the file too.
         path: the file; it appears complete or not at all.
 
@@ -95,6 +102,8 @@ def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < 0 or high > _MAX_LABEL:
         raise ValueError(f"labels must lie in 0..{_MAX_LABEL}, got {low}..{high}")
+    if array.ndim == 4:
+        array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
     _write(array.astype(np.uint8 if high <= 255 else np.uint16), like, Path(path))
 
 

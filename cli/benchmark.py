@@ -1,0 +1,65 @@
+"""`medseg benchmark-segmenter`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._shared import AsJson, Device, Quiet, Seed, print_json, print_table, progress
+
+
+class Side(StrEnum):
+    """Sides of a split."""
+
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,5,20", param_hint=option)
+    return [int(part) for part in parts]
+
+
+def benchmark_segmenter(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names or folders of segmenters.")],
+    data: Annotated[Path, typer.Option("--data", help="The labelled folder that they were trained on.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table and plot.")],
+    steps: Annotated[str, typer.Option(help="Numbers of denoising steps, for one sample.")] = "1,2,5,10,20,50,100",
+    ensembles: Annotated[str, typer.Option(help="Sizes of the ensemble, at the model's steps.")] = "1,2,5,10",
+    samplers: Annotated[str, typer.Option(help="Samplers, at the model's steps.")] = "dpm++,ddim,ddpm",
+    cases: Annotated[int, typer.Option("-n", min=0, help="Number of cases; 0 for all.")] = 10,
+    side: Annotated[Side, typer.Option(help="Choose settings on validation cases.")] = Side.VALIDATION,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure Dice, IoU, HD95, ECE and seconds of segmenters against sampler, steps and ensemble size."""
+    step_counts, sizes = _numbers(steps, "--steps"), _numbers(ensembles, "--ensembles")
+    from medseg_diffusion.benchmark_segmenter import benchmark_segmenter as run
+
+    with progress(quiet) as show:
+        rows = run(
+            models,
+            data,
+            output,
+            steps=step_counts,
+            ensembles=sizes,
+            samplers=[name.strip() for name in samplers.split(",")],
+            cases=cases or None,
+            side=side.value,
+            device=device,
+            seed=seed,
+            on_progress=lambda what, done, total: show(f"{what}: case {done} of {total}", done / total),
+        )
+    if as_json:
+        print_json([row.cells() for row in rows])
+    elif not quiet:
+        print_table([row.cells() for row in rows])
+        typer.echo(f"table: {output / 'benchmark.csv'}")
+        typer.echo(f"plot: {output / 'benchmark.png'}")
