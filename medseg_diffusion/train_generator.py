@@ -37,7 +37,7 @@ from .reports.card import generator_card
 from .reports.pictures import grid, write_png
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
-from .training.autoencoder import AutoencoderTraining, LossWeights, unit_scale
+from .training.autoencoder import AutoencoderTraining, LossWeights, standardise
 from .training.perceptual import perceptual_loss
 from .training.run import start_run, versions
 from .training.runtime import Runtime, arranged
@@ -49,7 +49,7 @@ Stage = Literal["all", "autoencoder"]
 VALIDATION_IMAGES = 512
 """Images, always the same with the same noise, whose loss is logged and chooses the best weights."""
 SCALE_BATCHES = 64
-"""Batches over which the scale of latents is estimated."""
+"""Batches over which mean and deviation of latents are estimated."""
 PICTURES = 16
 
 
@@ -237,7 +237,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
             torch.stack([examples.example(i, generator)["image"] for i in chosen[k : k + 16]])
             for k in range(0, size, 16)
         ]
-        codec.scale.copy_(unit_scale(codec, [part.to(runtime.device) for part in parts]).to(codec.scale))
+        standardise(codec, [part.to(runtime.device) for part in parts])
         card = _card(config, images, job.seed, step, numbers)
         card["training"]["perceptual_loss"] = stated
         card |= {"classes": [], "loss_extractors": inside}

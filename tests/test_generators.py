@@ -139,13 +139,18 @@ def test_a_latent_generator_trains_its_autoencoder_first(pictures, tmp_path: Pat
     assert all(torch.equal(weights[f"codec.{name}"], value) for name, value in kept.items())
 
 
-def test_latents_have_unit_variance(pictures, models) -> None:
-    """The scale that is stored with the autoencoder brings each channel to a standard deviation of about 1."""
+def test_latents_have_zero_mean_and_unit_variance(pictures, models) -> None:
+    """Shift and scale are stored with the autoencoder; a mean of two deviations once spoiled a latent generator."""
     codec, _ = restore_autoencoder(load_model_files(models["autoencoder"]))
     images = [torch.from_numpy(np.asarray(Image.open(path).resize((16, 16), Image.Resampling.BOX)).copy())
               for path in sorted(pictures.rglob("*.png"))]  # fmt: skip
-    latent = codec.encode(torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    image = torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latent = codec.encode(image)
     assert torch.allclose(latent.transpose(0, 1).flatten(1).std(1), torch.ones(2), atol=0.1)
+    assert torch.allclose(latent.mean((0, 2, 3)), torch.zeros(2), atol=0.1)
+    assert codec.shift.abs().min() > 1e-4, "a shift of nothing would prove nothing"
+    unscaled, _ = codec.moments(image)
+    torch.testing.assert_close(codec.unstandardised(latent), unscaled, rtol=1e-4, atol=1e-5)
 
 
 def test_training_resumes_exactly(pictures, tmp_path: Path) -> None:

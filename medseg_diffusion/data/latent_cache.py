@@ -81,7 +81,7 @@ class LatentExamples:
         return len(self.positions)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (C', h, w) float32, a scaled latent, and "label" () int64."""
+        """The "image" (C', h, w) float32, a standardised latent, and "label" () int64."""
         position = self.positions[index]
         side = int(self.flip and float(torch.rand((), generator=generator)) < 0.5)
         latent = torch.from_numpy(self.latents[position, side].astype(np.float32))

@@ -26,20 +26,40 @@ Layout = Literal["monai", "latent-diffusion"]
 
 
 class Codec(Protocol):
-    """Images (B, C, *S) to scaled latents (B, C', *s) of about unit variance, and back."""
-
-    scale: Tensor
+    """Images (B, C, *S) to latents (B, C', *s) of about zero mean and unit variance, and back."""
 
     def encode(self, image: Tensor) -> Tensor: ...
 
     def decode(self, latent: Tensor) -> Tensor: ...
 
 
-class KLAutoencoder(nn.Module):
-    """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)).
+class _Standardised(nn.Module):
+    """Latents as a diffusion model sees them: (z - shift) * scale, per channel.
 
-    Latents are multiplied by ``scale`` when encoded and divided by it when decoded, so that a diffusion model sees
-    about unit variance. ``scale`` is a buffer (latent_channels,), stored with the weights.
+    Noise of a schedule fits data of zero mean and unit variance. A scale alone, as in the published code, leaves the
+    means where training put them: an autoencoder of this package ended with means of two standard deviations.
+    ``shift`` and ``scale`` are buffers (latent_channels,), stored with the weights.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(latent_channels))
+        self.register_buffer("scale", torch.ones(latent_channels))
+
+    def standardised(self, latent: Tensor) -> Tensor:
+        """The autoencoder's latent to the diffusion model's."""
+        return (latent - _per_channel(self.shift, latent)) * _per_channel(self.scale, latent)
+
+    def unstandardised(self, latent: Tensor) -> Tensor:
+        """The inverse of `standardised`."""
+        return latent / _per_channel(self.scale, latent) + _per_channel(self.shift, latent)
+
+
+class KLAutoencoder(_Standardised):
+    """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)), standardised.
 
     Args:
         dims: 2 or 3.
@@ -53,8 +73,6 @@ class KLAutoencoder(nn.Module):
         norm_eps: of the group normalisations.
     """
 
-    scale: Tensor
-
     def __init__(
         self,
         dims: int,
@@ -67,7 +85,7 @@ class KLAutoencoder(nn.Module):
         layout: Layout = "monai",
         norm_eps: float = 1e-6,
     ) -> None:
-        super().__init__()
+        super().__init__(latent_channels)
         if len(channels) != len(attention_levels) or any(width % 32 for width in channels):
             raise ValueError(
                 f"channels must be multiples of 32, with one attention_levels each: got {channels}, {attention_levels}"
@@ -99,10 +117,9 @@ class KLAutoencoder(nn.Module):
             self.quant_conv_mu = conv(dims, latent_channels, latent_channels, kernel=1)
             self.quant_conv_log_sigma = conv(dims, latent_channels, latent_channels, kernel=1)
         self.post_quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
-        self.register_buffer("scale", torch.ones(latent_channels))
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the unscaled latent, each (B, latent_channels, *s)."""
+        """Mean and log-variance of the latent before it is standardised, each (B, latent_channels, *s)."""
         h = self.encoder(image)
         if self.layout == "latent-diffusion":
             mean, log_variance = self.quant_conv(h).chunk(2, dim=1)
@@ -111,15 +128,15 @@ class KLAutoencoder(nn.Module):
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, image: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
-        """The scaled latent: its mean, or with one generator an element a sample."""
+        """The standardised latent: its mean, or with one generator an element a sample."""
         mean, log_variance = self.moments(image)
         if generators:
             mean = mean + (0.5 * log_variance).exp() * gaussian(mean.shape[1:], generators, like=mean)
-        return mean * _per_channel(self.scale, mean)
+        return self.standardised(mean)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The image of a scaled latent."""
-        return cast(Tensor, self.decoder(self.post_quant_conv(latent / _per_channel(self.scale, latent))))
+        """The image of a standardised latent."""
+        return cast(Tensor, self.decoder(self.post_quant_conv(self.unstandardised(latent))))
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Image -> (its reconstruction from a sampled latent, KL of the latents from N(0, I), nats per image (B,))."""
@@ -134,7 +151,7 @@ class KLAutoencoder(nn.Module):
         return _last_weight(self.decoder)
 
 
-class VQAutoencoder(nn.Module):
+class VQAutoencoder(_Standardised):
     """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)) with a codebook.
 
     What is diffused is the latent before quantisation; `decode` quantises. The codebook follows the latents by moving
@@ -143,8 +160,6 @@ class VQAutoencoder(nn.Module):
     Args:
         codebook_size: number of codebook entries.
     """
-
-    scale: Tensor
 
     def __init__(
         self,
@@ -157,7 +172,7 @@ class VQAutoencoder(nn.Module):
         attention_levels: Sequence[bool] = (False, False, False),
         codebook_size: int = 1024,
     ) -> None:
-        super().__init__()
+        super().__init__(latent_channels)
         if len(channels) != len(attention_levels) or any(width % 32 for width in channels):
             raise ValueError(
                 f"channels must be multiples of 32, with one attention_levels each: got {channels}, {attention_levels}"
@@ -175,16 +190,14 @@ class VQAutoencoder(nn.Module):
         self.quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
         self.post_quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
         self.quantizer = EMAQuantizer(dims, codebook_size, latent_channels)
-        self.register_buffer("scale", torch.ones(latent_channels))
 
     def encode(self, image: Tensor) -> Tensor:
-        """The scaled latent before quantisation."""
-        latent = self.quant_conv(self.encoder(image))
-        return latent * _per_channel(self.scale, latent)
+        """The standardised latent before quantisation."""
+        return self.standardised(self.quant_conv(self.encoder(image)))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The image of a scaled latent, quantised first."""
-        quantised, _, _ = self.quantizer(latent / _per_channel(self.scale, latent))
+        """The image of a standardised latent, quantised first."""
+        quantised, _, _ = self.quantizer(self.unstandardised(latent))
         return cast(Tensor, self.decoder(self.post_quant_conv(quantised)))
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -198,8 +211,8 @@ class VQAutoencoder(nn.Module):
         return _last_weight(self.decoder)
 
 
-def _per_channel(scale: Tensor, latent: Tensor) -> Tensor:
-    return scale.to(latent.dtype).reshape(-1, *[1] * (latent.ndim - 2))
+def _per_channel(values: Tensor, latent: Tensor) -> Tensor:
+    return values.to(latent.dtype).reshape(-1, *[1] * (latent.ndim - 2))
 
 
 def _last_weight(decoder: nn.Module) -> nn.Parameter:

@@ -19,7 +19,7 @@ class ImageDiffusion(nn.Module):
     """A generator: batch -> training loss.
 
     Args:
-        denoiser: of x0 (B, C, *S), the image in [-1, 1] or its scaled latent.
+        denoiser: of x0 (B, C, *S), the image in [-1, 1] or its standardised latent.
         objective: the diffusion loss.
         times: None for uniform training times.
         num_classes: classes that condition it, 0 for none. Class ``num_classes`` stands for "no class".

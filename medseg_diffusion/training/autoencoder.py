@@ -125,8 +125,9 @@ class GradientSSIM:
 
 
 @torch.no_grad()
-def unit_scale(autoencoder: KLAutoencoder | VQAutoencoder, batches: list[Tensor]) -> Tensor:
-    """1 / standard deviation of each latent channel (C',) over all ``batches`` of images: what `scale` is set to."""
+def standardise(autoencoder: KLAutoencoder | VQAutoencoder, batches: list[Tensor]) -> None:
+    """Sets ``shift`` and ``scale`` from the mean and deviation of each latent channel over ``batches`` of images."""
+    autoencoder.shift.fill_(0)
     autoencoder.scale.fill_(1)
     total = square = torch.zeros(())
     count = 0
@@ -134,4 +135,5 @@ def unit_scale(autoencoder: KLAutoencoder | VQAutoencoder, batches: list[Tensor]
         latent = autoencoder.encode(batch).double().transpose(0, 1).flatten(1).cpu()
         total, square, count = total + latent.sum(1), square + latent.square().sum(1), count + latent.shape[1]
     mean = total / count
-    return 1 / (square / count - mean**2).clamp(min=1e-12).sqrt().float()
+    autoencoder.shift.copy_(mean)
+    autoencoder.scale.copy_((square / count - mean**2).clamp(min=1e-12).rsqrt())

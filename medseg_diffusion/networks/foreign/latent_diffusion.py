@@ -82,7 +82,7 @@ def _ldm_autoencoder(state: State) -> Foreign:
         for index, (kind, name) in enumerate(order):
             rules += _ldm_autoencoder_block(kind, f"{side}.blocks.{index}", f"{side}.{name}", state)
     weights = apply(rules, state, ours, "latent-diffusion autoencoder")
-    weights["scale"] = torch.ones(latent)
+    weights["shift"], weights["scale"] = torch.zeros(latent), torch.ones(latent)
     return Foreign("autoencoder", network, weights)
 
 

@@ -157,5 +157,5 @@ def monai_autoencoder(state: State) -> Foreign:
     rules = [rule for name in outer for rule in same(name, f"{name}.conv")]
     rules += [Rule(name, (name,)) for name in ours.state_dict() if name.startswith(("encoder.", "decoder."))]
     weights = apply(rules, state, ours, "MONAI AutoencoderKL")
-    weights["scale"] = torch.ones(latent)
+    weights["shift"], weights["scale"] = torch.zeros(latent), torch.ones(latent)
     return Foreign("autoencoder", network, weights)

@@ -80,7 +80,7 @@ def apply(rules: Iterable[Rule], state: State, network: nn.Module, what: str) ->
         problems.append(f"wrongly shaped {few(misshapen)}")
     if problems:
         raise ModelError(f"not a {what} that fits together: {'; '.join(problems)}; {nearest(state)}")
-    assert set(result) | {"scale"} >= set(wanted), sorted(set(wanted) - set(result))
+    assert set(result) | {"shift", "scale"} >= set(wanted), sorted(set(wanted) - set(result))
     return result
 
 
