@@ -23,7 +23,7 @@ from .config import SegmenterConfig
 from .data.augmentation import Augmenter
 from .data.cases import Case, Split, find_cases, split_by_hash
 from .data.draws import Draws, Examples
-from .data.mask_examples import MaskExamples, PreparedCase, prepare
+from .data.mask_examples import MaskExamples, PreparedCase, prepare, require_every_class
 from .data.synthesis import LabelMap, SyntheticBrains, load_label_map, tissues
 from .data.tissue import TISSUES
 from .diffusion.noise import derive_seed
@@ -203,6 +203,7 @@ def _scans(
     prepared = prepare(used, build.preprocessing(config), config.data.channels, len(labels), run / "cache", on_prepare)
     augmenter = Augmenter(build.augmentation(config), config.network.dims)
     training = [case for case in prepared if case.name in split.train]
+    require_every_class(training, labels, data)
     examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter)
     summary = {
         "cases": len(split.train),

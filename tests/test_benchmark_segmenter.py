@@ -86,7 +86,7 @@ def test_one_factor_changes_at_a_time(models, data, tmp_path: Path) -> None:
     for row in rows:
         assert row.cases == 3 and 0 <= row.mean_dice <= 1 and 0 <= row.ece <= 1 and row.seconds > 0
         assert row.iou["block"].mean <= row.dice["block"].mean
-    written = list(csv.DictReader((tmp_path / "benchmark.csv").open()))
+    written = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
     assert len(written) == 6 and written[1]["steps"] == "3"
     assert json.loads((tmp_path / "benchmark.json").read_text())[5]["setting"]["factor"] == "feed-forward"
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")

@@ -14,6 +14,7 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
+from medseg_diffusion.volumes.volume import Volume
 
 from .augmentation import Augmenter
 from .cases import Case
@@ -55,13 +56,7 @@ def prepare(
                     f"that of its image {case.image.name}, {volume.shape}, with the same affine",
                     "resample the label onto its image",
                 )
-            if int(labels.data.max()) >= num_classes:
-                raise InputError(
-                    case.label,
-                    f"label {int(labels.data.max())}",
-                    f"labels 0 to {num_classes - 1}",
-                    "correct the label file or the names of the labels",
-                )
+            _check_values(labels, case.label, num_classes)
             image, placement = preprocessing.apply(volume)
             label = apply_labels(labels, placement)[0]
             _save(image_file, image.numpy().astype(np.float32))
@@ -70,6 +65,38 @@ def prepare(
         prepared.append(PreparedCase(case.name, torch.from_numpy(image_map), torch.from_numpy(label_map)))
         on_case(i + 1, len(cases))
     return prepared
+
+
+def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str], folder: Path) -> None:
+    """Refuses training cases none of which has a voxel of some class of ``labels`` (value to name)."""
+    found = set()
+    for case in cases:
+        found.update(torch.unique(case.label).tolist())
+        if len(found) == len(labels):
+            return
+    empty = [f"{value} ({labels[value]})" for value in sorted(set(labels) - found) if value]
+    if empty:
+        raise InputError(
+            folder,
+            f"no voxel of label {', '.join(empty)} in the {len(cases)} training cases",
+            "every class in at least one of them",
+            "add cases that show it, or take it out of the names of the labels",
+        )
+
+
+def _check_values(labels: Volume, path: Path, num_classes: int) -> None:
+    largest = int(labels.data.max())
+    if largest < num_classes:
+        return
+    values = torch.unique(labels.data)
+    if len(values) > max(num_classes, 16):
+        found = f"{len(values)} different values up to {largest}, as of a greyscale mask that was interpolated"
+        remedy = "make it again from the original mask, with nearest-neighbour resizing"
+    elif len(values) == num_classes == 2:
+        found, remedy = f"the values 0 and {largest}", f"divide the mask by {largest}"
+    else:
+        found, remedy = f"label {largest}", "correct the label file or the names of the labels"
+    raise InputError(path, found, f"labels 0 to {num_classes - 1}", remedy)
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -1,0 +1,76 @@
+"""Bad labels are found before training starts, and the file is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medseg_diffusion.config import SegmenterConfig
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.train import train_segmenter
+
+
+def config(labels: list[str]) -> SegmenterConfig:
+    return SegmenterConfig.model_validate(
+        {
+            "method": "baseline",
+            "data": {"window": [8, 8, 8], "labels": labels, "test_cases": 1, "validation_cases": 1},
+            "network": {"channels": 8, "channel_mult": [1, 2]},
+            "training": {"batch_size": 2, "max_steps": 1},
+        }
+    )
+
+
+def folder(root: Path, change: object = None, affine: np.ndarray | None = None) -> Path:
+    """Five scans with a block of label 1; ``change`` spoils the mask array of every case."""
+    for part in ("images", "labels"):
+        (root / part).mkdir(parents=True)
+    for i in range(5):
+        label = np.zeros((8, 8, 8), np.uint8)
+        label[2:5, 2:6, 3:7] = 1
+        if callable(change):
+            label = change(label)
+        nib.save(nib.Nifti1Image(np.random.default_rng(i).random((8, 8, 8)), np.eye(4)), root / "images" / f"{i}.nii")
+        nib.save(nib.Nifti1Image(label, np.eye(4) if affine is None else affine), root / "labels" / f"{i}.nii")
+    return root
+
+
+def smooth(label: np.ndarray) -> np.ndarray:
+    return np.linspace(0, 255, label.size).reshape(label.shape).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "labels", "message"),
+    [
+        (lambda label: label * 7, ["block"], r"labels/\d\.nii: found the values 0 and 7; .*divide the mask by 7"),
+        (lambda label: label + 3, ["block", "rim"], r"labels/\d\.nii: found label 4; expected labels 0 to 2"),
+        (smooth, ["block"], r"labels/\d\.nii: found 256 different values up to 255, as of a greyscale mask that was"),
+        (lambda label: label * 0.5, ["block"], r"labels/\d\.nii: found the label 0\.5; expected whole numbers"),
+        (None, ["block", "rim", "core"], r"data: found no voxel of label 2 \(rim\), 3 \(core\) in the 3 training"),
+        (
+            lambda label: label[:7],
+            ["block"],
+            r"labels/\d\.nii: found a grid of \(7, 8, 8\); expected that of its",
+        ),
+    ],
+    ids=["0 and 7", "unnamed", "greyscale", "halves", "empty class", "other size"],
+)
+def test_a_bad_mask_is_refused_before_training(tmp_path: Path, change, labels, message) -> None:
+    data = folder(tmp_path / "data", change)
+    with pytest.raises(InputError, match=message):
+        train_segmenter(config(labels), data, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_mask_at_another_place_is_refused(tmp_path: Path) -> None:
+    moved = np.eye(4)
+    moved[0, 3] = 1.0
+    with pytest.raises(InputError, match="with the same affine"):
+        train_segmenter(config(["block"]), folder(tmp_path / "data", affine=moved), tmp_path / "run", device="cpu")
+
+
+def test_a_good_folder_trains(tmp_path: Path) -> None:
+    assert train_segmenter(config(["block"]), folder(tmp_path / "data"), tmp_path / "run", device="cpu").is_dir()
