@@ -195,7 +195,7 @@ def test_a_temperature_changes_certainty_but_no_label(seed, temperature, num_cla
     softer = entropy(found) - entropy(p)
     assert bool((softer >= -1e-5).all()) if temperature >= 1 else bool((softer <= 1e-5).all())
     if temperature > 0.5:
-        torch.testing.assert_close(tempered(found, 1 / temperature), p, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tempered(found, 1 / temperature), p, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

@@ -1,0 +1,1 @@
+"""A package, so that the "tests" that some dependencies install beside themselves is not mistaken for it."""
