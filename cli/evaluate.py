@@ -30,6 +30,9 @@ def evaluate(
         list[str] | None, typer.Option("--label", metavar="VALUE[=NAME]", help="Repeatable; default: all found.")
     ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="The scans, for the report's pictures.")] = None,
+    raters: Annotated[
+        list[Path] | None, typer.Option("--rater", metavar="REF", help="References by a further rater; repeatable.")
+    ] = None,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -38,7 +41,7 @@ def evaluate(
     names = _parse_labels(labels)
     from medseg_diffusion.evaluation import evaluate as compare
 
-    result = compare(prediction, reference, out, labels=names, images=images, seed=seed)
+    result = compare(prediction, reference, out, labels=names, images=images, raters=raters or (), seed=seed)
     if as_json:
         print_json(result.table())
     elif not quiet:
@@ -48,11 +51,16 @@ def evaluate(
                     "class": name,
                     "Dice": str(result.dice[label]),
                     "IoU": str(result.iou[label]),
+                    "HD95 mm": result.hd95[label].mean,
                     "cases": result.dice[label].n,
                 }
                 for label, name in result.labels.items()
             ]
         )
+        if result.reliability is not None:
+            typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
+        if result.energy_distance is not None:
+            typer.echo(f"generalised energy distance {result.energy_distance}, matched IoU {result.matched_iou}")
         for warning in result.warnings:
             typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"report: {out / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.metrics.ambiguity import generalised_energy_distance, matched_iou
+from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
+from medseg_diffusion.metrics.surface import hd95
 from medseg_diffusion.reports.files import write_files
 from medseg_diffusion.reports.html import CasePicture, evaluation_report
 from medseg_diffusion.reports.plots import overlay
 from medseg_diffusion.reports.summary import CaseResult, Evaluation, cases_csv, summarise, summary_json
-from medseg_diffusion.volumes.io import SUFFIXES, read_labels, read_volume, scan_name
+from medseg_diffusion.volumes.io import SUFFIXES, read_labels, read_map, read_volume, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 __all__ = ["Evaluation", "evaluate"]
@@ -39,6 +43,7 @@ class _Counts:
     """Overlap of the labels that were found in one case, or asked for, and the number of voxels."""
 
     overlap: Mapping[int, ClassOverlap]
+    hd95_mm: Mapping[int, float]
     n_voxels: int
 
     def of(self, labels: Iterable[int]) -> dict[int, ClassOverlap]:
@@ -54,10 +59,13 @@ def evaluate(
     *,
     labels: Mapping[int, str] | Sequence[int] | None = None,
     images: Path | None = None,
+    raters: Sequence[Path] = (),
     seed: int = 0,
     command: str | None = None,
 ) -> Evaluation:
     """Compare predicted with reference masks; write `summary.json`, `cases.csv` and `report.html`.
+
+    Where `case_prob.nii.gz` lies beside a prediction, the report says how well its probabilities are calibrated.
 
     Two files are compared with each other. Files in folders are paired by name: `case_seg.nii.gz`, else `case.nii.gz`,
     stands for `case` on either side. A single prediction in front of a folder of references is compared with its own
@@ -71,6 +79,8 @@ def evaluate(
             prediction or reference holds, so that false alarms of a class without reference count.
         images: The scans (a file or a folder, paired by name) as background of the pictures; without one the reference
             is shown on black.
+        raters: Further references of the same cases (files or folders, paired by name), by other raters. The samples of
+            a case, in `case_members.nii.gz` beside the prediction, else the prediction alone, are compared with all.
         seed: Seed of the bootstrap.
         command: What the report's footer says was run; None describes this call.
 
@@ -84,6 +94,7 @@ def evaluate(
     prediction, reference, out = Path(prediction), Path(reference), Path(out)
     pairs, notes = _pairs(prediction, reference)
     backgrounds = _backgrounds(images, pairs)
+    others = [_by_case(Path(rater)) for rater in raters]
     wanted = _named(labels)
     counts = {pair.name: _compare(pair, wanted) for pair in pairs}
     present = {label for case in counts.values() for label, item in case.overlap.items() if item.n_pred or item.n_ref}
@@ -96,14 +107,31 @@ def evaluate(
         notes.append(f"Labels not evaluated: {_listed(left_out)}.")
     if absent := sorted(set(names) - present):
         notes.append(f"Labels in no reference and no prediction: {_listed(absent)}.")
-    cases = [
-        CaseResult(pair.name, str(pair.prediction), str(pair.reference), counts[pair.name].of(names)) for pair in pairs
-    ]
+    cases = []
+    for pair in pairs:
+        reliability, note = _reliability(pair)
+        notes += [note] if note else []
+        distance, matched = _against_raters(pair, [rater[pair.name] for rater in others if pair.name in rater])
+        count = counts[pair.name]
+        cases.append(
+            CaseResult(
+                pair.name,
+                str(pair.prediction),
+                str(pair.reference),
+                count.of(names),
+                count.hd95_mm,
+                reliability,
+                distance,
+                matched,
+            )
+        )
     result = summarise(cases, names, seed=seed, warnings=notes)
     report = evaluation_report(
         result,
         _pictures(result, {pair.name: pair for pair in pairs}, backgrounds),
-        command=command if command is not None else _command(prediction, reference, out, list(wanted), images, seed),
+        command=command
+        if command is not None
+        else _command(prediction, reference, out, list(wanted), images, raters, seed),
     )
     write_files(out, {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report})
     return result
@@ -196,14 +224,59 @@ def _read_pair(pair: _Pair) -> tuple[Volume, Volume]:
 
 
 def _compare(pair: _Pair, wanted: Mapping[int, str]) -> _Counts:
-    prediction, reference = (volume.data[0].numpy() for volume in _read_pair(pair))
+    volumes = _read_pair(pair)
+    prediction, reference = (volume.data[0].numpy() for volume in volumes)
+    spacing = volumes[1].spacing
     found = set(wanted)
     for path, array in ((pair.prediction, prediction), (pair.reference, reference)):
         values = np.unique(array)
         if len(values) > _MAX_CLASSES:
             raise InputError(path, f"{len(values)} different labels", "a label map", "check that it is not a scan")
         found.update(int(value) for value in values if value > 0)
-    return _Counts(label_overlap(prediction, reference, found), prediction.size)
+    surfaces = {value: hd95(prediction == value, reference == value, spacing) for value in found}
+    return _Counts(label_overlap(prediction, reference, found), surfaces, prediction.size)
+
+
+def _reliability(pair: _Pair) -> tuple[Reliability | None, str]:
+    """Of the probabilities beside the prediction, if there are any; else why what is there was not used."""
+    path = _companion(pair, "_prob")
+    if path is None:
+        return None, ""
+    probabilities, reference = read_map(path), read_labels(pair.reference)
+    p, truth = probabilities.data.numpy(), reference.data[0].numpy()
+    if probabilities.shape != reference.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
+        return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
+    if truth.max() >= len(p):
+        return None, f"Not used for calibration: {path.name} has no probability of label {truth.max()}."
+    return Reliability.of(p, truth, region(truth)), ""
+
+
+def _against_raters(pair: _Pair, others: Sequence[Path]) -> tuple[float, float]:
+    """Energy distance and matched IoU of the samples from all raters, the reference among them; NaN if it is alone."""
+    if not others:
+        return math.nan, math.nan
+    reference = read_labels(pair.reference)
+    raters = [reference]
+    for path in others:
+        raters.append(read_labels(path))
+        reference.require_same_grid(raters[-1])
+    members = _companion(pair, "_members")
+    samples = read_labels(pair.prediction) if members is None else read_map(members)
+    reference.require_same_grid(samples)
+    maps = [list(volume.data.numpy().astype(np.int64)) for volume in (samples, *raters)]
+    first, *second = maps
+    known = [one for rater in second for one in rater]
+    classes = int(max(one.max() for one in (*first, *known))) + 1
+    return generalised_energy_distance(first, known, classes), matched_iou(first, known, classes)
+
+
+def _companion(pair: _Pair, ending: str) -> Path | None:
+    """What `medseg segment` wrote beside a mask, if it is there."""
+    for suffix in SUFFIXES:
+        path = pair.prediction.with_name(scan_name(pair.prediction).removesuffix("_seg") + ending + suffix)
+        if path.is_file():
+            return path
+    return None
 
 
 def _pictures(result: Evaluation, pairs: Mapping[str, _Pair], backgrounds: Mapping[str, Path]) -> list[CasePicture]:
@@ -252,11 +325,19 @@ def _listed(items: Sequence[object], limit: int = 20) -> str:
 
 
 def _command(
-    prediction: Path, reference: Path, out: Path, labels: Sequence[int], images: Path | None, seed: int
+    prediction: Path,
+    reference: Path,
+    out: Path,
+    labels: Sequence[int],
+    images: Path | None,
+    raters: Sequence[Path],
+    seed: int,
 ) -> str:
     words = ["medseg", "evaluate", str(prediction), str(reference), "-o", str(out)]
     for label in labels:
         words += ["--label", str(label)]
     words += ["--images", str(images)] if images is not None else []
+    for rater in raters:
+        words += ["--rater", str(rater)]
     words += ["--seed", str(seed)] if seed else []
     return shlex.join(words)

@@ -90,7 +90,11 @@ def test_scans_and_maps_beside_the_masks_are_not_predictions(folders: tuple[Path
     save(pred / "more_seg.nii.gz", box(3))
     result = evaluate(pred, ref, tmp_path / "out")
     assert result.cases[0].prediction_file.endswith("a_seg.nii.gz")
-    assert result.warnings == ("Predictions without a reference, not evaluated: more.",)
+    assert result.warnings == (
+        "Predictions without a reference, not evaluated: more.",
+        "Not used for calibration: a_prob.nii.gz holds no class probabilities on the grid of its reference.",
+    )
+    assert result.reliability is None
     assert "not evaluated: more" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -213,3 +217,62 @@ def test_file_names_are_escaped(tmp_path: Path) -> None:
     evaluate(tmp_path / "pred", tmp_path / "ref", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert name not in page and "&lt;img onerror" in page
+
+
+# ---- surfaces, calibration, several raters ---------------------------------------------------------------------------
+
+
+def test_distances_are_in_millimetres_and_missing_masks_have_none(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    result = evaluate(*folders, tmp_path / "out")
+    assert result.hd95[1].mean == pytest.approx(2 * 2.0)  # two layers of 2 mm are missing
+    assert result.hd95[2].mean == 0 and (result.hd95[2].n, result.hd95[2].n_missing) == (1, 2)
+    assert result.hd95[3].n == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["metric_per_case"][0]["metrics"]["1"]["HD95_mm"] == pytest.approx(4.0)
+    assert summary["metric_per_case"][2]["metrics"]["3"]["HD95_mm"] is None
+
+
+def test_probabilities_beside_the_masks_are_judged(tmp_path: Path) -> None:
+    pred, ref = tmp_path / "pred", tmp_path / "ref"
+    truth = box(6)
+    for name, certainty in (("a", 0.9), ("b", 0.7)):
+        p = np.where(truth == 1, certainty, 1 - certainty).astype(np.float32)
+        save(pred / f"{name}_seg.nii.gz", truth)
+        save(pred / f"{name}_prob.nii.gz", np.stack([1 - p, p], axis=-1))
+        save(ref / f"{name}.nii.gz", truth)
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert result.reliability is not None
+    assert result.reliability.ece == pytest.approx(0.2, abs=1e-6)  # always right, 0.8 sure on average
+    assert result.reliability.brier_score == pytest.approx(2 * (0.1**2 + 0.3**2) / 2, abs=1e-6)
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["calibration"]
+    assert found["n_cases"] == 2 and found["ECE"] == pytest.approx(0.2, abs=1e-6)
+    assert "<h2>Calibration</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_label_without_probability_is_no_calibration(tmp_path: Path) -> None:
+    pred, ref = save(tmp_path / "pred" / "a_seg.nii.gz", box(5)), save(tmp_path / "ref" / "a.nii.gz", box(5, 2))
+    save(tmp_path / "pred" / "a_prob.nii.gz", np.full((10, 9, 8, 2), 0.5, np.float32))
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert result.warnings[0] == "Not used for calibration: a_prob.nii.gz has no probability of label 2."
+
+
+def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:
+    pred, one, two = tmp_path / "pred", tmp_path / "one", tmp_path / "two"
+    for name in ("a", "b"):
+        save(one / f"{name}.nii.gz", box(4))
+        save(pred / f"{name}_seg.nii.gz", box(4))
+    save(two / "a.nii.gz", box(6))
+    alone = evaluate(pred, one, tmp_path / "alone")
+    assert alone.energy_distance is None
+    single = evaluate(pred, one, tmp_path / "single", raters=[two])
+    assert single.energy_distance is not None and single.energy_distance.n == 1, "only case a has a second rater"
+    assert single.energy_distance.mean == pytest.approx(0.25)  # 2 (0 + 1/2) / 2 - (1/2 + 1/2) / 4
+    save(pred / "a_members.nii.gz", np.stack([box(6), box(4)], axis=-1))
+    both = evaluate(pred, one, tmp_path / "both", raters=[two])
+    assert both.energy_distance is not None and both.energy_distance.mean == pytest.approx(0, abs=1e-9)
+    assert both.matched_iou is not None and both.matched_iou.mean == pytest.approx(1)
+    assert "Several raters" in (tmp_path / "both" / "report.html").read_text()
+    assert f"--rater {two}" in (tmp_path / "both" / "report.html").read_text()
+    save(two / "a.nii.gz", np.zeros((3, 3, 3), np.uint8))
+    with pytest.raises(InputError, match="3 x 3 x 3 voxels; expected 10 x 9 x 8"):
+        evaluate(pred, one, tmp_path / "bad", raters=[two])

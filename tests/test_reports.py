@@ -66,7 +66,8 @@ def test_summary_is_strict_json_in_nnunets_shape() -> None:
     case = found["metric_per_case"][0]
     assert case["prediction_file"] == "case_a_seg.nii.gz" and case["reference_file"] == "case_a.nii.gz"
     assert case["metrics"]["1"] == {
-        "Dice": 2 / 3, "IoU": 1 / 2, "TP": 1, "FP": 1, "FN": 0, "TN": 2, "n_pred": 2, "n_ref": 1
+        "Dice": 2 / 3, "IoU": 1 / 2, "TP": 1, "FP": 1, "FN": 0, "TN": 2, "n_pred": 2, "n_ref": 1,
+        "HD95_mm": None,
     }  # fmt: skip
 
 

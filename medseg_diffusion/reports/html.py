@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import to_hex
 
+from medseg_diffusion.metrics.calibration import Reliability
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
 from medseg_diffusion.metrics.statistics import Interval
-from medseg_diffusion.reports.plots import box_plot
+from medseg_diffusion.reports.plots import box_plot, reliability_diagram
 from medseg_diffusion.reports.slices import label_colour
-from medseg_diffusion.reports.summary import Evaluation, format_number, versions
+from medseg_diffusion.reports.summary import CALIBRATION_REGION, Evaluation, format_number, versions
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def evaluation_report(
             "colour": to_hex(label_colour(row)),
             "dice": evaluation.dice[label],
             "iou": evaluation.iou[label],
+            "hd95": evaluation.hd95[label],
         }
         for row, (label, name) in enumerate(evaluation.labels.items())
     ]
@@ -105,11 +108,24 @@ def evaluation_report(
         warnings=evaluation.warnings,
         seed=evaluation.seed,
         empty_rule=EMPTY_RULE,
+        calibration=_calibration(evaluation.reliability),
+        calibration_region=CALIBRATION_REGION,
+        energy_distance=evaluation.energy_distance,
+        matched_iou=evaluation.matched_iou,
         box_plot=_base64(box_plot(scores)),
         pictures=[{"title": p.title, "name": p.name, "dice": p.dice, "png": _base64(p.png)} for p in pictures],
         number=format_number,
         limits=_limits,
     )
+
+
+def _calibration(reliability: Reliability | None) -> dict[str, Any] | None:
+    if reliability is None or not reliability.count.any():
+        return None
+    with np.errstate(invalid="ignore"):
+        confidence, accuracy = reliability.confidence / reliability.count, reliability.correct / reliability.count
+    diagram = reliability_diagram(confidence, accuracy, reliability.count / reliability.count.sum())
+    return {"ece": reliability.ece, "brier": reliability.brier_score, "diagram": _base64(diagram)}
 
 
 def segment_report(cases: Sequence[SegmentedCase], *, command: str = "", date: str | None = None) -> str:

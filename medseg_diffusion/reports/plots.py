@@ -105,16 +105,18 @@ def reliability_diagram(
         accuracy: (bins,) share of correct voxels.
         share: (bins,) share of all voxels.
     """
-    figure = Figure(figsize=(4.6, 5.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained", facecolor="white")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     edges = np.linspace(0, 1, len(share) + 1)
     middle, width = (edges[1:] + edges[:-1]) / 2, edges[1] * 0.92
     above.bar(middle, np.nan_to_num(accuracy), width, facecolor=to_rgba(PALETTE[1], 0.5), edgecolor=_INK, linewidth=0.6)
     above.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=_DASHES)
-    above.plot(confidence, accuracy, "o", color=PALETTE[0], markeredgecolor=_INK, markersize=5)
+    above.plot(confidence, accuracy, "o", color=PALETTE[0], markeredgecolor=_INK, markersize=5, clip_on=False)
     below.bar(middle, share, width, facecolor=to_rgba(PALETTE[1], 0.5), edgecolor=_INK, linewidth=0.6)
     above.set_ylabel("accuracy", color=_INK)
     below.set_ylabel("voxels", color=_INK)
+    below.set_ylim(0, 1)
+    below.set_yticks([0.5, 1.0])
     below.set_xlabel("confidence", color=_INK)
     above.set_xlim(0, 1)
     above.set_ylim(0, 1)

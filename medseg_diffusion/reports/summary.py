@@ -8,10 +8,11 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS, Reliability
 from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE, ClassOverlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
 
@@ -20,9 +21,12 @@ _KEYS = {
     "Dice": "dice", "FN": "fn", "FP": "fp", "IoU": "iou", "TN": "tn", "TP": "tp", "n_pred": "n_pred", "n_ref": "n_ref",
 }  # fmt: skip
 _CSV_COLUMNS = (
-    "case", "label", "class", "dice", "iou", "tp", "fp", "fn", "tn", "n_pred", "n_ref", "prediction_file",
+    "case", "label", "class", "dice", "iou", "hd95_mm", "tp", "fp", "fn", "tn", "n_pred", "n_ref", "prediction_file",
     "reference_file",
 )  # fmt: skip
+
+
+CALIBRATION_REGION = f"the reference's foreground and {REGION_VOXELS} voxels around it"
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,20 @@ class CaseResult:
         prediction_file: Path of the prediction as given.
         reference_file: Path of the reference as given.
         overlap: Label value -> agreement, for every evaluated label.
+        hd95_mm: Label value -> 95th percentile Hausdorff distance; NaN where either mask is empty.
+        reliability: Of the case's probabilities around the reference's foreground, where there are any.
+        energy_distance: Generalised energy distance of the samples from several raters; NaN without them.
+        matched_iou: Hungarian-matched IoU of the samples with several raters; NaN without them.
     """
 
     name: str
     prediction_file: str
     reference_file: str
     overlap: Mapping[int, ClassOverlap]
+    hd95_mm: Mapping[int, float] = field(default_factory=dict)
+    reliability: Reliability | None = None
+    energy_distance: float = math.nan
+    matched_iou: float = math.nan
 
     @property
     def mean_dice(self) -> float:
@@ -56,6 +68,10 @@ class Evaluation:
         labels: Label value -> class name.
         dice: Label value -> mean Dice with its 95 % interval over cases.
         iou: Label value -> mean IoU with its 95 % interval over cases.
+        hd95: Label value -> mean of the 95th percentile Hausdorff distance in mm, with its interval.
+        reliability: Of all cases with probabilities together; None without any.
+        energy_distance: Mean over cases with several raters; None without any.
+        matched_iou: The same of the matched IoU.
         seed: Seed of the bootstrap.
         warnings: Facts that the reader should know, one sentence each, e.g. predictions without a reference.
     """
@@ -64,6 +80,10 @@ class Evaluation:
     labels: Mapping[int, str]
     dice: Mapping[int, Interval]
     iou: Mapping[int, Interval]
+    hd95: Mapping[int, Interval]
+    reliability: Reliability | None = None
+    energy_distance: Interval | None = None
+    matched_iou: Interval | None = None
     seed: int = 0
     warnings: tuple[str, ...] = ()
 
@@ -93,7 +113,7 @@ class Evaluation:
         """
         rows: list[dict[str, str | int | float | None]] = []
         for label, name in self.labels.items():
-            dice, iou = self.dice[label], self.iou[label]
+            dice, iou, hd95 = self.dice[label], self.iou[label], self.hd95[label]
             numbers = {
                 "dice": dice.mean,
                 "dice_low": dice.low,
@@ -101,6 +121,7 @@ class Evaluation:
                 "iou": iou.mean,
                 "iou_low": iou.low,
                 "iou_high": iou.high,
+                "hd95_mm": hd95.mean,
             }
             rows.append({"class": name, **json_ready(numbers), "n": dice.n, "n_missing": dice.n_missing})
         return rows
@@ -120,7 +141,23 @@ def summarise(
     ordered = tuple(sorted(cases, key=lambda case: case.name))
     dice = {label: mean_interval([case.overlap[label].dice for case in ordered], seed=seed) for label in labels}
     iou = {label: mean_interval([case.overlap[label].iou for case in ordered], seed=seed) for label in labels}
-    return Evaluation(ordered, dict(labels), dice, iou, seed, tuple(warnings))
+    hd95 = {
+        label: mean_interval([case.hd95_mm.get(label, math.nan) for case in ordered], seed=seed) for label in labels
+    }
+    known = [case.reliability for case in ordered if case.reliability is not None]
+    rated = [case for case in ordered if not math.isnan(case.energy_distance)]
+    return Evaluation(
+        ordered,
+        dict(labels),
+        dice,
+        iou,
+        hd95,
+        sum(known[1:], known[0]) if known else None,
+        mean_interval([case.energy_distance for case in rated], seed=seed) if rated else None,
+        mean_interval([case.matched_iou for case in rated], seed=seed) if rated else None,
+        seed,
+        tuple(warnings),
+    )
 
 
 def summary_json(evaluation: Evaluation) -> str:
@@ -141,7 +178,10 @@ def summary_json(evaluation: Evaluation) -> str:
         "metric_per_case": [
             {
                 "metrics": {
-                    str(label): {key: getattr(case.overlap[label], field) for key, field in _KEYS.items()}
+                    str(label): {
+                        **{key: getattr(case.overlap[label], field) for key, field in _KEYS.items()},
+                        "HD95_mm": case.hd95_mm.get(label, math.nan),
+                    }
                     for label in evaluation.labels
                 },
                 "prediction_file": case.prediction_file,
@@ -150,9 +190,14 @@ def summary_json(evaluation: Evaluation) -> str:
             for case in evaluation.cases
         ],
         "confidence_interval_95": {
-            str(label): {"Dice": asdict(evaluation.dice[label]), "IoU": asdict(evaluation.iou[label])}
+            str(label): {
+                "Dice": asdict(evaluation.dice[label]),
+                "IoU": asdict(evaluation.iou[label]),
+                "HD95_mm": asdict(evaluation.hd95[label]),
+            }
             for label in evaluation.labels
         },
+        **_further(evaluation),
         "labels": {str(label): name for label, name in evaluation.labels.items()},
         "n_cases": len(evaluation.cases),
         "policy": {**EMPTY_POLICY, "description": EMPTY_RULE},
@@ -163,6 +208,25 @@ def summary_json(evaluation: Evaluation) -> str:
     return json.dumps(json_ready(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _further(evaluation: Evaluation) -> dict[str, Any]:
+    """Calibration and agreement with several raters, where they were measured."""
+    found: dict[str, Any] = {}
+    if (reliability := evaluation.reliability) is not None:
+        found["calibration"] = {
+            "ECE": reliability.ece,
+            "Brier": reliability.brier_score,
+            "bins": BINS,
+            "region": CALIBRATION_REGION,
+            "n_cases": sum(case.reliability is not None for case in evaluation.cases),
+        }
+    if evaluation.energy_distance is not None and evaluation.matched_iou is not None:
+        found["raters"] = {
+            "generalised_energy_distance": asdict(evaluation.energy_distance),
+            "matched_IoU": asdict(evaluation.matched_iou),
+        }
+    return found
+
+
 def cases_csv(evaluation: Evaluation) -> str:
     """The text of `cases.csv`: one row per case and class; a Dice or IoU that does not exist is an empty field."""
     text = io.StringIO()
@@ -171,7 +235,8 @@ def cases_csv(evaluation: Evaluation) -> str:
     for case in evaluation.cases:
         for label, name in evaluation.labels.items():
             item = case.overlap[label]
-            scores = ["" if math.isnan(score) else repr(score) for score in (item.dice, item.iou)]
+            numbers = (item.dice, item.iou, case.hd95_mm.get(label, math.nan))
+            scores = ["" if math.isnan(number) else repr(number) for number in numbers]
             counts = [item.tp, item.fp, item.fn, item.tn, item.n_pred, item.n_ref]
             writer.writerow([case.name, label, name, *scores, *counts, case.prediction_file, case.reference_file])
     return text.getvalue()

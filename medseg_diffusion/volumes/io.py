@@ -19,14 +19,8 @@ from medseg_diffusion.volumes.volume import FileImage, Volume, check_affine, gri
 
 _READERS: dict[str, ModuleType] = {".nii.gz": nifti, ".nii": nifti, ".nrrd": itk, ".mha": itk, ".mhd": itk}
 SUFFIXES = tuple(_READERS)
-RESULTS = (
-    "_seg",
-    "_prob",
-    "_uncertainty",
-    "_members",
-    "_anomaly",
-    "_anomaly_mask",
-)  # endings of the files that we write
+RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_anomaly", "_anomaly_mask")
+"""Endings of the files that we write."""
 _MAX_LABEL = 65535
 
 
@@ -44,18 +38,23 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
         InputError: a file that is missing, damaged or of another kind; another number of axes or channels; voxels
             that are NaN, infinite or beyond float32; a constant channel; a geometry that cannot place voxels.
     """
+    volume = read_map(path, channels)
+    for index, channel in enumerate(volume.data):
+        if channel.min() == channel.max():
+            which = f" in channel {index}" if len(volume.data) > 1 else ""
+            found = f"the constant value {float(channel.flatten()[0]):g}{which}"
+            raise InputError(volume.source, found, "an image with contrast", "check its export")
+    return volume
+
+
+def read_map(path: Path | str, channels: int | None = None) -> Volume:
+    """`read_volume` for maps, such as probabilities: a channel may be constant."""
     path = Path(path)
     array, opened = _read(path, channels)
     limit = float(np.finfo(np.float32).max)
     if array.dtype.itemsize > 4 and max(float(array.max()), -float(array.min())) > limit:
         raise InputError(path, "voxels beyond 3.4e38", "values that fit float32", "rescale the intensities")
     data = np.array(array, dtype=np.float32, order="C")  # a copy: the file may be memory-mapped
-    for index, channel in enumerate(data):
-        if channel.min() == channel.max():
-            which = f" in channel {index}" if len(data) > 1 else ""
-            raise InputError(
-                path, f"the constant value {channel.flat[0]:g}{which}", "an image with contrast", "check its export"
-            )
     return Volume(torch.from_numpy(data), opened.affine, path, opened.header)
 
 
