@@ -18,6 +18,7 @@ from .diffusion.schedule import NoiseSchedule
 from .errors import ModelError, UsageError
 from .methods.shape_prior import ShapePrior
 from .networks.autoencoder import KLAutoencoder, VQAutoencoder
+from .networks.latent_mask import LatentMask
 from .networks.medsegdiff import MedSegDiff
 from .networks.medsegdiff_v2 import MedSegDiffV2
 from .networks.noisy_classifier import NoisyClassifier
@@ -30,6 +31,7 @@ from .sampling.loop import Sampler
 from .sections import ScheduleSection, TrainingSection
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
+from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .tasks.mask import AnchorLoss, FeedForward, MaskDiffusion, MaskEncoding
 from .training.trainer import TrainingOptions
 from .volumes.preprocessing import Preprocessing
@@ -48,7 +50,7 @@ ARITHMETIC = ("precision", "channels_last", "compile")
 SHAPE_PRIOR = "shape_prior"
 """Among a model's weights: the shape prior's shares, as uint8."""
 
-Segmenter = MaskDiffusion | FeedForward
+Segmenter = MaskDiffusion | LatentMaskDiffusion | FeedForward
 
 
 def noise_schedule(section: ScheduleSection) -> NoiseSchedule:
@@ -91,7 +93,9 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
     """The untrained model of a configuration for ``num_classes`` classes, background included."""
     section = config.diffusion
     encoding = MaskEncoding(num_classes, section.scale)
-    image_channels, channels = config.data.channels, encoding.channels
+    latent = config.mask_autoencoder
+    image_channels = config.data.channels
+    channels = latent.latent_channels if config.method == "latent-mask" else encoding.channels
     out_channels = (1 + section.learned_variance) * channels
     options = config.network.model_dump()
     try:
@@ -100,6 +104,12 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
         network: nn.Module
         if config.method == "ensemdiff":
             network = UNet(in_channels=channels + image_channels, out_channels=out_channels, **options)
+        elif config.method == "latent-mask":
+            unet = UNet(in_channels=channels + latent.features, out_channels=out_channels, **options)
+            network = LatentMask(
+                config.network.dims, unet, image_channels, latent.features, latent.channels, latent.num_res_blocks
+            )
+            autoencoder = mask_autoencoder(config, encoding)
         else:
             unet = UNet(in_channels=channels, out_channels=out_channels, **options)
             if config.method == "segdiff":
@@ -120,13 +130,31 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
         section.scale,
     )
     simple = Simple(section.weighting, section.gamma)
+    objective = Hybrid(simple, Bound("gaussian")) if section.learned_variance else simple
+    if config.method == "latent-mask":
+        return LatentMaskDiffusion(denoiser, autoencoder, objective)
     return MaskDiffusion(
         denoiser,
         encoding,
-        Hybrid(simple, Bound("gaussian")) if section.learned_variance else simple,
+        objective,
         section.dice_ce_weight,
         AnchorLoss(**config.anchor_loss.model_dump()),
     )
+
+
+def mask_autoencoder(config: SegmenterConfig, encoding: MaskEncoding) -> MaskAutoencoder:
+    """The untrained autoencoder of masks of a configuration."""
+    section = config.mask_autoencoder
+    codec = KLAutoencoder(
+        config.network.dims,
+        encoding.channels,
+        encoding.channels,
+        section.latent_channels,
+        section.channels,
+        section.num_res_blocks,
+        [False] * len(section.channels),
+    )
+    return MaskAutoencoder(codec, encoding, 2 ** (len(section.channels) - 1), section.kl_weight)
 
 
 def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:

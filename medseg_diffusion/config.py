@@ -33,6 +33,7 @@ from .sections import (
     ImageDiffusionSection,
     ImageEncoderSection,
     InferenceSection,
+    MaskAutoencoderSection,
     NoisyClassifierSection,
     PreprocessingSection,
     ScheduleSection,
@@ -44,14 +45,14 @@ from .sections import (
 
 
 class SegmenterConfig(Section):
-    """A mask segmenter: mask diffusion in one of four networks, or the matched feed-forward baseline.
+    """A mask segmenter: mask diffusion in one of four networks or in latents, or the matched feed-forward baseline.
 
     "ensemdiff" concatenates the image. ``image_encoder`` is SegDiff's, ``dynamic_encoding`` MedSegDiff's,
-    ``semantic_condition`` and ``anchor_loss`` are MedSegDiff-V2's.
+    ``semantic_condition`` and ``anchor_loss`` are MedSegDiff-V2's, ``mask_autoencoder`` is of "latent-mask".
     """
 
     description: str = ""
-    method: Literal["ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "baseline"]
+    method: Literal["ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask", "baseline"]
     data: DataSection
     preprocessing: PreprocessingSection = PreprocessingSection()
     augmentation: AugmentationSection = AugmentationSection()
@@ -60,6 +61,7 @@ class SegmenterConfig(Section):
     dynamic_encoding: DynamicEncodingSection = DynamicEncodingSection()
     semantic_condition: SemanticConditionSection = SemanticConditionSection()
     anchor_loss: AnchorLossSection = AnchorLossSection()
+    mask_autoencoder: MaskAutoencoderSection = MaskAutoencoderSection()
     diffusion: DiffusionSection = DiffusionSection()
     training: TrainingSection = TrainingSection()
     inference: InferenceSection = InferenceSection()
@@ -69,6 +71,8 @@ class SegmenterConfig(Section):
         for name, window in (("data.window", self.data.window), ("inference.window", self.inference.window)):
             if window is not None and len(window) != self.network.dims:
                 raise ValueError(f"{name} has {len(window)} numbers, but network.dims is {self.network.dims}")
+        if self.method == "latent-mask" and self.diffusion.head == "logits":
+            raise ValueError("latents have no head: logits and no dice_ce_weight")
         return self
 
 
@@ -158,6 +162,7 @@ _SCHEMAS: dict[str, type[SegmenterConfig | GeneratorConfig | ImageAutoencoderCon
     "segdiff": SegmenterConfig,
     "medsegdiff": SegmenterConfig,
     "medsegdiff-v2": SegmenterConfig,
+    "latent-mask": SegmenterConfig,
     "baseline": SegmenterConfig,
     "pixel": GeneratorConfig,
     "latent": GeneratorConfig,

@@ -103,6 +103,21 @@ class AnchorLossSection(Section):
     cross_entropy_weight: float = Field(10.0, ge=0)
 
 
+class MaskAutoencoderSection(Section):
+    """Latent mask diffusion: the autoencoder of masks (`tasks.latent_mask`), and the image's encoder of its layout.
+
+    ``features`` are the channels of the encoded image. The autoencoder trains for ``max_steps``, before the denoiser.
+    """
+
+    latent_channels: int = Field(4, gt=0)
+    channels: tuple[int, ...] = Field((32, 64), min_length=1)
+    num_res_blocks: int = Field(1, ge=1)
+    features: int = Field(32, gt=0)
+    kl_weight: float = Field(1e-6, ge=0)
+    max_steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
 class ScheduleSection(Section):
     """Noise schedule by name, with T; the ends of beta for linear and scaled-linear, None for the published ones."""
 

@@ -9,13 +9,14 @@ RUN/model/          the best model by validation, always loadable
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import build
 from .checkpoint import load_model_files, save_model
@@ -34,10 +35,15 @@ from .methods.shape_prior import ShapePrior, average_shape
 from .metrics.overlap import label_overlap
 from .reports.card import model_card
 from .sampling.loop import spaced
+from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
+from .training.autoencoder import standardise
 from .training.run import start_run, versions, write_json
 from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
 from .volumes.io import find_scans, scan_name
+
+STANDARDISE_CASES = 64
+"""Training masks over which mean and deviation of mask latents are estimated."""
 
 VALIDATION_WINDOWS = 12
 """Synthetic windows, of the held-out anatomies, on which training from label maps is validated."""
@@ -100,12 +106,23 @@ def train_segmenter(
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build.segmenter(config, len(found.labels))
     origin = None if init is None else _load_weights(model, init)
+    deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
+    ceiling: dict[str, float] = {}
+    if isinstance(model, LatentMaskDiffusion):
+        first = Runtime(device, config.training.precision)
+        ceiling = _train_mask_autoencoder(
+            model.autoencoder, config, found, run / "autoencoder", first, seed, resume, max_steps, deadline, on_progress
+        )
+        # The second stage of an interrupted run may not have begun.
+        resume = resume and (run / "checkpoints" / "last.pt").is_file()
     runtime = Runtime(device, config.training.precision)
     arranged(model.network, config.training.channels_last, config.training.compile)
     target = run / "model"
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         card = _card(config, found, seed, step, numbers)
+        if ceiling:
+            card["metrics"]["autoencoder's ceiling"] = ceiling
         if origin is not None:
             card["training"]["init"] = origin
         weights = averaged.state_dict()
@@ -124,11 +141,90 @@ def train_segmenter(
         seed=seed,
         resume=resume,
         max_steps=max_steps,
-        time_limit_min=time_limit_min,
+        time_limit_min=_minutes_left(deadline),
     )
     if numbers and runtime.is_main:
         calibrate(target, config, found, runtime)
     return target
+
+
+def _train_mask_autoencoder(
+    autoencoder: MaskAutoencoder,
+    config: SegmenterConfig,
+    data: TrainingData,
+    run: Path,
+    runtime: Runtime,
+    seed: int,
+    resume: bool,
+    max_steps: int | None,
+    deadline: float | None,
+    on_progress: Callable[[Progress], None],
+) -> dict[str, float]:
+    """Trains the first stage of latent mask diffusion in its own run folder, and returns its ceiling.
+
+    The ceiling is the Dice of validation masks against their own reconstructions, per class: no segmenter whose masks
+    come out of this autoencoder can be expected to do better.
+    """
+    section = config.mask_autoencoder
+    autoencoder.requires_grad_(True)
+    draws = Draws(data.examples, seed)
+    size = min(len(data.examples), STANDARDISE_CASES)
+
+    def validate(averaged: nn.Module) -> dict[str, float]:
+        dice: dict[int, list[float]] = {label: [] for label in data.labels if label}
+        for case in data.validation:
+            with torch.no_grad():
+                for mask in _masks(case.label, config.network.dims):
+                    labels = mask.long().to(runtime.device)
+                    kept = averaged.decode(averaged.encode(labels), labels.shape[1:]).argmax(1)  # type: ignore[operator]
+                    overlap = label_overlap(kept.cpu().numpy(), labels.cpu().numpy(), dice)
+                    for label, found in overlap.items():
+                        dice[label].append(found.dice)
+        means = {label: float(torch.tensor(values).nanmean()) for label, values in dice.items()}
+        known = {data.labels[label]: mean for label, mean in means.items() if mean == mean}
+        return {"score": sum(known.values()) / max(1, len(known)), **known}
+
+    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        kept = cast(MaskAutoencoder, averaged)
+        labels = [draws[i]["label"][None].to(runtime.device) for i in range(size)]
+        standardise(kept.codec, [kept.channels_of(one) for one in labels])
+        card = {
+            "task": "mask autoencoder",
+            "config": config.model_dump(mode="json"),
+            "training": {"seed": seed, "step": step},
+            "metrics": {"validation": dict(numbers)},
+            "versions": versions(),
+        }
+        save_model(run / "model", card, kept.state_dict(), "# Mask autoencoder\n")
+
+    changed = config.training.model_copy(
+        update={"max_steps": section.max_steps, "learning_rate": section.learning_rate, "warmup_steps": 50}
+    )
+    fit(
+        autoencoder,
+        draws,
+        build.training_options(changed),
+        Callbacks(validate, save, on_progress),
+        run,
+        runtime,
+        seed=seed,
+        resume=resume and (run / "checkpoints" / "last.pt").is_file(),
+        max_steps=max_steps,
+        time_limit_min=_minutes_left(deadline),
+    )
+    saved = load_model_files(run / "model")
+    autoencoder.load_state_dict(saved.weights)
+    autoencoder.requires_grad_(False)
+    return {name: float(value) for name, value in saved.card["metrics"]["validation"].items() if name != "score"}
+
+
+def _masks(label: Tensor, dims: int) -> Sequence[Tensor]:
+    """A case's labels (I, J, K) as batches: the volume, or all slices across the third axis."""
+    return [label[None]] if dims == 3 else [label.movedim(-1, 0)]
+
+
+def _minutes_left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, (deadline - time.monotonic()) / 60)
 
 
 def calibrate(target: Path, config: SegmenterConfig, data: TrainingData, runtime: Runtime) -> Calibration:

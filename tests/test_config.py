@@ -103,6 +103,32 @@ def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
     assert bool(loss.isfinite())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "window"), [(3, [256, 256]), (4, [32, 32, 32])], ids=["photograph", "MRI"])
+@pytest.mark.parametrize("name", [name for name in SEGMENTERS if name not in FULL])
+def test_a_small_preset_takes_a_step_on_data_of_another_kind(name, channels, window) -> None:
+    """RGB photographs of 256 x 256 and volumes of four contrasts, also where the preset is for something else."""
+    content = load_segmenter_config(name).model_dump(mode="json")
+    content["network"]["dims"] = len(window)
+    content["augmentation"]["flip_axes"] = []
+    content["data"] |= {"source": "scans", "labels": ["lesion"], "channels": channels, "window": window}
+    content["inference"]["window"] = None
+    config = parse_config(content, name)
+    assert isinstance(config, SegmenterConfig)
+    model = build.segmenter(config, 2)
+    batch = {
+        "image": torch.rand(1, channels, *window, generator=torch.Generator().manual_seed(0)),
+        "label": torch.zeros(1, *window, dtype=torch.int64),
+        "seed": torch.tensor([0]),
+    }
+    batch["label"][0, 5:20, 5:20] = 1
+    loss = model(batch)
+    loss.backward()
+    assert bool(loss.isfinite())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients) and any(bool(g.any()) for g in gradients)
+
+
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_survives_being_written_and_read_again(name, tmp_path: Path) -> None:
     """A model's card holds its configuration as JSON: it must come back the same."""

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medseg_diffusion import build
 from medseg_diffusion.config import parse_config
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
+from medseg_diffusion.training.autoencoder import standardise
 
 STEPS, RATE = 400, 1e-3
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -19,6 +21,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "dynamic_encoding": {"bands": 5},
     "semantic_condition": {"depth": 1, "head_channels": 16, "dropout": 0.0},
 }
+LOGITS: dict[str, Any] = {"head": "logits", "scale": 0.5, "dice_ce_weight": 1.0}
+LATENT: dict[str, Any] = {"target": "x0"}
 
 
 def cases(dims: int) -> tuple[Tensor, Tensor]:
@@ -32,21 +36,7 @@ def cases(dims: int) -> tuple[Tensor, Tensor]:
     return (labels > 0).float()[:, None] + 0.3 * torch.randn((2, 1, *shape), generator=generator), labels
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("method", ["baseline", "ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2"])
-def test_two_cases_are_learnt_by_heart(method, dims) -> None:
-    image, labels = cases(dims)
-    content = {
-        "method": method,
-        "data": {"window": list(image.shape[2:]), "labels": ["one", "two"]},
-        "network": {"dims": dims, "channels": 16, "channel_mult": [1, 2, 2], "num_res_blocks": 1},
-        "diffusion": {"head": "logits", "scale": 0.5, "dice_ce_weight": 1.0, "schedule": {"name": "cosine"}},
-        **CONDITIONS,
-    }
-    config = parse_config(content, "test")
-    torch.manual_seed(0)
-    model = build.segmenter(config, 3)
+def learn(model: nn.Module, image: Tensor, labels: Tensor) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     model.train()
     for step in range(STEPS):
@@ -57,6 +47,29 @@ def test_two_cases_are_learnt_by_heart(method, dims) -> None:
         loss.backward()
         optimizer.step()
     model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("method", ["baseline", "ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask"])
+def test_two_cases_are_learnt_by_heart(method, dims) -> None:
+    image, labels = cases(dims)
+    content = {
+        "method": method,
+        "data": {"window": list(image.shape[2:]), "labels": ["one", "two"]},
+        "network": {"dims": dims, "channels": 16, "channel_mult": [1, 2, 2], "num_res_blocks": 1},
+        "diffusion": {"schedule": {"name": "cosine"}, **(LATENT if method == "latent-mask" else LOGITS)},
+        **CONDITIONS,
+    }
+    config = parse_config(content, "test")
+    torch.manual_seed(0)
+    model = build.segmenter(config, 3)
+    if isinstance(model, LatentMaskDiffusion):
+        learn(model.autoencoder.requires_grad_(True), image, labels)
+        model.autoencoder.requires_grad_(False)
+        with torch.no_grad():
+            standardise(model.autoencoder.codec, [model.autoencoder.channels_of(labels)])
+    learn(model, image, labels)
     times = spaced(build.noise_schedule(config.diffusion.schedule), 5)
     found = model.probabilities(image, [[1, 2], [3, 4]], build.sampler("dpm++"), times).argmax(2)
     for case in range(2):

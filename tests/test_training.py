@@ -466,3 +466,31 @@ def test_a_run_starts_from_the_weights_of_a_trained_model(folder: Path, tmp_path
     wider = config().model_copy(update={"network": config().network.model_copy(update={"channels": 16})})
     with pytest.raises(ModelError, match="its network is not that of the configuration"):
         train_segmenter(wider, folder, tmp_path / "third", device="cpu", init=first)
+
+
+def test_latent_mask_diffusion_trains_its_autoencoder_first_and_states_its_ceiling(
+    folder: Path, tmp_path: Path
+) -> None:
+    content = config().model_dump(mode="json")
+    content |= {
+        "method": "latent-mask",
+        "mask_autoencoder": {"latent_channels": 2, "channels": [32, 32], "max_steps": 6},
+    }
+    settings = SegmenterConfig.model_validate(content)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_segmenter(settings, folder, whole, device="cpu")
+    saved = load_model_files(whole)
+    ceiling = saved.card["metrics"]["autoencoder's ceiling"]
+    assert set(ceiling) == {"block"} and 0 <= ceiling["block"] <= 1
+    first = load_model_files(whole / "autoencoder")
+    for name, value in first.weights.items():
+        torch.testing.assert_close(saved.weights[f"autoencoder.{name}"], value, rtol=0, atol=0)
+    assert not torch.equal(first.weights["codec.scale"], torch.ones(2)), "latents are standardised"
+    train_segmenter(settings, folder, parts, device="cpu", max_steps=2)
+    train_segmenter(settings, folder, parts, device="cpu", resume=True)
+    assert_same(resume_file(parts / "autoencoder"), resume_file(whole / "autoencoder"))
+    model, _ = build.restore_segmenter(saved)
+    image = torch.rand(1, 1, 9, 8, 7)
+    sampled = model.probabilities(image, [[1, 2]], build.sampler("ddim"), [1000, 500, 0])
+    assert sampled.shape == (1, 2, 2, 9, 8, 7)
+    torch.testing.assert_close(sampled.sum(2), torch.ones(1, 2, 9, 8, 7))

@@ -1,0 +1,59 @@
+"""The network of latent mask diffusion (Lin et al. 2024, arXiv 2401.13466): a U-Net on mask latents beside the image's.
+
+The image has an encoder of the autoencoder's layout, trained with the denoiser; what it finds is concatenated to the
+noisy latent. It knows nothing of z_t and t and runs once per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from monai.networks.nets.autoencoderkl import Encoder
+from torch import Tensor, nn
+
+from medseg_diffusion.diffusion.denoiser import Condition
+
+from .unet import UNet
+
+
+class LatentMask(nn.Module):
+    """Latents (B, C, *s), times and the encoded image to the U-Net's output (B, C', *s).
+
+    Args:
+        dims: 2 or 3.
+        unet: takes C + ``features`` channels.
+        image_channels: of the image (B, image_channels, *S), s = S / 2^(levels - 1).
+        features: channels of the encoded image.
+        channels: width of each level of the image encoder, multiples of 32.
+        num_res_blocks: residual blocks of each of its levels.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        unet: UNet,
+        image_channels: int,
+        features: int,
+        channels: Sequence[int],
+        num_res_blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.image_encoder = Encoder(
+            spatial_dims=dims,
+            in_channels=image_channels,
+            channels=list(channels),
+            out_channels=features,
+            num_res_blocks=[num_res_blocks] * len(channels),
+            norm_num_groups=32,
+            norm_eps=1e-6,
+            attention_levels=[False] * len(channels),
+        )
+
+    def encode_condition(self, image: Tensor) -> dict[str, Tensor]:
+        """The image (B, image_channels, *S) as "concat" (B, features, *s)."""
+        return {"concat": self.image_encoder(image)}
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
+        return cast(Tensor, self.unet(x, t, cond))

@@ -1,0 +1,120 @@
+"""Masks diffused in the latent space of an autoencoder of masks (after SDSeg, Lin et al. 2024, arXiv 2401.13466).
+
+SDSeg reuses an autoencoder of photographs; here a small one is trained on the training masks themselves, with Dice and
+cross-entropy, so that it fits any number of classes and 3D. What it loses bounds what the segmenter can reach: the Dice
+of masks against their own reconstructions is measured on the validation cases and stored as the ceiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.noise import gaussian, generators
+from medseg_diffusion.diffusion.objective import Objective, uniform_times
+from medseg_diffusion.networks.autoencoder import KLAutoencoder
+from medseg_diffusion.sampling.loop import Sampler, sample
+
+from .mask import Batch, MaskEncoding, dice_ce
+
+
+class MaskAutoencoder(nn.Module):
+    """Labels (B, *S) <-> latents (B, C', *s) with s = ceil(S / factor); trains itself on batches.
+
+    Args:
+        codec: takes and gives as many channels as ``encoding``; what it gives are logits.
+        encoding: how labels become channels.
+        factor: of the codec's downsampling. Labels are padded with background to multiples of it.
+        kl_weight: weight of the KL divergence in nats per voxel.
+    """
+
+    def __init__(self, codec: KLAutoencoder, encoding: MaskEncoding, factor: int, kl_weight: float = 1e-6) -> None:
+        super().__init__()
+        self.codec = codec
+        self.encoding = encoding
+        self.factor = factor
+        self.kl_weight = kl_weight
+
+    def encode(self, labels: Tensor) -> Tensor:
+        """Labels (B, *S) to standardised latents."""
+        return self.codec.encode(self.channels_of(labels))
+
+    def channels_of(self, labels: Tensor) -> Tensor:
+        """Labels (B, *S) to what the codec sees, padded."""
+        return self.encoding.encode(padded(labels[:, None], self.factor)[:, 0])
+
+    def decode(self, latent: Tensor, shape: Sequence[int]) -> Tensor:
+        """Latents to class probabilities (B, K, *S) of this ``shape`` S."""
+        return self._cut(self.codec.decode(latent), shape).softmax(1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Training loss, a scalar: Dice and cross-entropy of the reconstruction, and the KL divergence."""
+        labels = batch["label"]
+        logits, kl = self.codec.reconstruct(self.channels_of(labels), generators(batch["seed"].tolist()))
+        voxels = labels[0].numel()
+        return dice_ce(self._cut(logits, labels.shape[1:]), labels) + self.kl_weight * kl.mean() / voxels
+
+    def _cut(self, logits: Tensor, shape: Sequence[int]) -> Tensor:
+        return self.encoding.class_logits(logits.float())[(slice(None), slice(None), *[slice(size) for size in shape])]
+
+
+class LatentMaskDiffusion(nn.Module):
+    """A conditional diffusion model of mask latents: trains on batches, samples probabilities, as `MaskDiffusion`.
+
+    Args:
+        denoiser: its network has ``encode_condition(image)``.
+        autoencoder: trained already; it stays as it is.
+        objective: the diffusion loss. With target x0 one step from pure noise is a prediction of its own; SDSeg
+            predicts eps and adds an L1 loss of x0 to the same end.
+    """
+
+    def __init__(self, denoiser: NetworkDenoiser, autoencoder: MaskAutoencoder, objective: Objective) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.autoencoder = autoencoder.requires_grad_(False)
+        self.objective = objective
+
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.network
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Training loss, a scalar. Times and noise come from the examples' own seeds."""
+        schedule = self.denoiser.schedule
+        with torch.no_grad():
+            z0 = self.autoencoder.encode(batch["label"]).to(batch["image"].dtype)
+        own = generators(batch["seed"].tolist())
+        t = uniform_times(schedule.num_steps, own).to(z0.device)
+        eps = gaussian(z0.shape[1:], own, like=z0)
+        cond = self._condition(batch["image"])
+        prediction = self.denoiser(schedule.add_noise(z0, eps, t), t, cond)
+        return self.objective(schedule, self.denoiser.target, prediction, z0, eps, t).mean()
+
+    @torch.no_grad()
+    def probabilities(
+        self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
+    ) -> Tensor:
+        """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S), as `MaskDiffusion.probabilities`."""
+        count = len(seeds[0])
+        own = generators([seed for members in seeds for seed in members])
+        cond = {name: value.repeat_interleave(count, dim=0) for name, value in self._condition(image).items()}
+        shape = (len(self.autoencoder.codec.scale), *cond["concat"].shape[2:])
+        z0 = sample(self.denoiser, sampler, gaussian(shape, own, like=image), times, cond, generators=own)
+        return self.autoencoder.decode(z0, image.shape[2:]).unflatten(0, (len(image), count))
+
+    def _condition(self, image: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.network.encode_condition(padded(image, self.autoencoder.factor))  # type: ignore[operator]
+        return found
+
+
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """(B, C, *S) with the far end of every axis repeated up to a multiple; labels end in background there."""
+    missing = [-size % multiple for size in x.shape[2:]]
+    if not any(missing):
+        return x
+    pad = [n for m in reversed(missing) for n in (0, m)]
+    return F.pad(x, pad) if not x.is_floating_point() else F.pad(x, pad, mode="replicate")
