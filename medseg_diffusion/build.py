@@ -107,7 +107,13 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
         elif config.method == "latent-mask":
             unet = UNet(in_channels=channels + latent.features, out_channels=out_channels, **options)
             network = LatentMask(
-                config.network.dims, unet, image_channels, latent.features, latent.channels, latent.num_res_blocks
+                config.network.dims,
+                unet,
+                image_channels,
+                latent.features,
+                latent.channels,
+                latent.num_res_blocks,
+                latent.norm_groups,
             )
             autoencoder = mask_autoencoder(config, encoding)
         else:
@@ -153,6 +159,7 @@ def mask_autoencoder(config: SegmenterConfig, encoding: MaskEncoding) -> MaskAut
         section.channels,
         section.num_res_blocks,
         [False] * len(section.channels),
+        norm_groups=section.norm_groups,
     )
     return MaskAutoencoder(codec, encoding, 2 ** (len(section.channels) - 1), section.kl_weight)
 
@@ -196,6 +203,7 @@ def autoencoder(config: ImageAutoencoderConfig) -> KLAutoencoder | VQAutoencoder
         "channels": section.channels,
         "num_res_blocks": section.num_res_blocks,
         "attention_levels": section.attention_levels,
+        "norm_groups": section.norm_groups,
     }
     try:
         if section.quantiser == "vq":

@@ -29,6 +29,7 @@ class UNetSection(Section):
     checkpointing: bool = False
     scale_shift: bool = True
     norm_eps: float = Field(1e-5, gt=0)
+    norm_groups: int = Field(32, gt=0)
     middle_attention: bool | None = None
 
 
@@ -58,6 +59,7 @@ class NoisyClassifierSection(Section):
     resampling: Literal["resblock", "conv", "plain"] = "resblock"
     scale_shift: bool = True
     norm_eps: float = Field(1e-5, gt=0)
+    norm_groups: int = Field(32, gt=0)
 
 
 class AutoencoderSection(Section):
@@ -72,6 +74,7 @@ class AutoencoderSection(Section):
     attention_levels: tuple[bool, ...] = (False, False, False)
     layout: Literal["monai", "latent-diffusion"] = "monai"
     norm_eps: float = Field(1e-6, gt=0)
+    norm_groups: int = Field(32, gt=0)
 
 
 class ImageEncoderSection(Section):
@@ -114,6 +117,7 @@ class MaskAutoencoderSection(Section):
     num_res_blocks: int = Field(1, ge=1)
     features: int = Field(32, gt=0)
     kl_weight: float = Field(1e-6, ge=0)
+    norm_groups: int = Field(8, gt=0)
     max_steps: int = Field(1000, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
 
@@ -296,6 +300,7 @@ class AutoencoderNetworkSection(Section):
     channels: tuple[int, ...] = (64, 128)
     num_res_blocks: int = Field(2, ge=1)
     attention_levels: tuple[bool, ...] = (False, False)
+    norm_groups: int = Field(32, gt=0)
 
 
 class AutoencoderLossSection(Section):
@@ -324,3 +329,4 @@ class ClassifierNetworkSection(Section):
     attention_factors: tuple[int, ...] = (2, 4, 8)
     head_channels: int = 64
     dropout: float = Field(0.0, ge=0, lt=1)
+    norm_groups: int = Field(32, gt=0)

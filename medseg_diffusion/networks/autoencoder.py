@@ -66,11 +66,12 @@ class KLAutoencoder(_Standardised):
         in_channels: channels of the image.
         out_channels: channels of the reconstruction.
         latent_channels: channels of the latent.
-        channels: width of each level, multiples of 32.
+        channels: width of each level, multiples of ``norm_groups``.
         num_res_blocks: residual blocks of each encoder level.
         attention_levels: whether a level has attention after each residual block.
         layout: "monai" or "latent-diffusion".
         norm_eps: of the group normalisations.
+        norm_groups: of the same; fewer for narrow networks (`medseg_diffusion.networks.blocks.normalisation`).
     """
 
     def __init__(
@@ -84,15 +85,13 @@ class KLAutoencoder(_Standardised):
         attention_levels: Sequence[bool] = (False, False, False),
         layout: Layout = "monai",
         norm_eps: float = 1e-6,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__(latent_channels)
-        if len(channels) != len(attention_levels) or any(width % 32 for width in channels):
-            raise ValueError(
-                f"channels must be multiples of 32, with one attention_levels each: got {channels}, {attention_levels}"
-            )
+        _check(channels, attention_levels, norm_groups)
         self.layout: Layout = layout
         joint = layout == "latent-diffusion"
-        shared = {"norm_num_groups": 32, "norm_eps": norm_eps, "attention_levels": list(attention_levels)}
+        shared = {"norm_num_groups": norm_groups, "norm_eps": norm_eps, "attention_levels": list(attention_levels)}
         self.encoder = Encoder(
             spatial_dims=dims,
             in_channels=in_channels,
@@ -171,17 +170,15 @@ class VQAutoencoder(_Standardised):
         num_res_blocks: int = 1,
         attention_levels: Sequence[bool] = (False, False, False),
         codebook_size: int = 1024,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__(latent_channels)
-        if len(channels) != len(attention_levels) or any(width % 32 for width in channels):
-            raise ValueError(
-                f"channels must be multiples of 32, with one attention_levels each: got {channels}, {attention_levels}"
-            )
+        _check(channels, attention_levels, norm_groups)
         shared = {
             "spatial_dims": dims,
             "channels": list(channels),
             "num_res_blocks": [num_res_blocks] * len(channels),
-            "norm_num_groups": 32,
+            "norm_num_groups": norm_groups,
             "norm_eps": 1e-6,
             "attention_levels": list(attention_levels),
         }
@@ -209,6 +206,14 @@ class VQAutoencoder(_Standardised):
     def last_layer(self) -> nn.Parameter:
         """Weight of the decoder's last convolution, where the adversarial loss is balanced."""
         return _last_weight(self.decoder)
+
+
+def _check(channels: Sequence[int], attention_levels: Sequence[bool], norm_groups: int) -> None:
+    if len(channels) != len(attention_levels) or any(width % norm_groups for width in channels):
+        raise ValueError(
+            f"channels must be multiples of norm_groups ({norm_groups}), with one attention_levels each: "
+            f"got {channels}, {attention_levels}"
+        )
 
 
 def _per_channel(values: Tensor, latent: Tensor) -> Tensor:

@@ -21,9 +21,13 @@ def conv(dims: int, in_channels: int, out_channels: int, kernel: int = 3, stride
     return layer(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
 
 
-def normalisation(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """Group normalisation with 32 groups, or as many as divide the channels and 32."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+def normalisation(channels: int, eps: float = 1e-5, groups: int = 32) -> nn.GroupNorm:
+    """Group normalisation with ``groups`` groups, or as many as divide them and the channels.
+
+    The published 32 are for 128 channels and more. With as many groups as channels every channel loses its own mean,
+    and with it what is the same all over an image, such as its brightness.
+    """
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=eps)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -55,6 +59,7 @@ class ResBlock(nn.Module):
         scale_shift: the embedding scales and shifts the second normalisation's output (Dhariwal & Nichol's AdaGN);
             otherwise it is added before that normalisation (Ho et al.).
         norm_eps: of the normalisations.
+        norm_groups: of the normalisations.
     """
 
     def __init__(
@@ -67,15 +72,16 @@ class ResBlock(nn.Module):
         resampling: Resampling = "none",
         scale_shift: bool = True,
         norm_eps: float = 1e-5,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.resampling: Resampling = resampling
         self.dims = dims
         self.scale_shift = scale_shift
-        self.norm1 = normalisation(in_channels, norm_eps)
+        self.norm1 = normalisation(in_channels, norm_eps, norm_groups)
         self.conv1 = conv(dims, in_channels, out_channels)
         self.emb = nn.Linear(emb_channels, (1 + scale_shift) * out_channels) if emb_channels else None
-        self.norm2 = normalisation(out_channels, norm_eps)
+        self.norm2 = normalisation(out_channels, norm_eps, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(conv(dims, out_channels, out_channels))
         self.skip = nn.Identity() if in_channels == out_channels else conv(dims, in_channels, out_channels, kernel=1)
@@ -140,11 +146,17 @@ class AttentionBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, dims: int, head_channels: int, num_heads: int | None = None, norm_eps: float = 1e-5
+        self,
+        channels: int,
+        dims: int,
+        head_channels: int,
+        num_heads: int | None = None,
+        norm_eps: float = 1e-5,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.num_heads = heads_of(channels, head_channels, num_heads)
-        self.norm = normalisation(channels, norm_eps)
+        self.norm = normalisation(channels, norm_eps, norm_groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = zeroed(nn.Linear(channels, channels))
 
@@ -204,10 +216,11 @@ class SpatialTransformer(nn.Module):
         num_heads: int | None = None,
         depth: int = 1,
         dropout: float = 0.0,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         heads = heads_of(channels, head_channels, num_heads)
-        self.norm = normalisation(channels, 1e-6)
+        self.norm = normalisation(channels, 1e-6, norm_groups)
         self.proj_in = nn.Linear(channels, channels)
         self.layers = nn.ModuleList(TransformerLayer(channels, context_channels, heads, dropout) for _ in range(depth))
         self.proj_out = zeroed(nn.Linear(channels, channels))
@@ -258,12 +271,21 @@ class Parts:
     resampling: ResamplingKind = "resblock"
     scale_shift: bool = True
     norm_eps: float = 1e-5
+    norm_groups: int = 32
     context_channels: int | None = None
     transformer_depth: int = 1
 
     def res(self, inside: int, outside: int, direction: Resampling = "none") -> ResBlock:
         return ResBlock(
-            inside, outside, self.emb_channels, self.dims, self.dropout, direction, self.scale_shift, self.norm_eps
+            inside,
+            outside,
+            self.emb_channels,
+            self.dims,
+            self.dropout,
+            direction,
+            self.scale_shift,
+            self.norm_eps,
+            self.norm_groups,
         )
 
     def resampler(self, width: int, direction: Resampling) -> ResBlock | Resample:
@@ -273,7 +295,7 @@ class Parts:
 
     def attention(self, width: int) -> AttentionBlock | SpatialTransformer:
         if self.context_channels is None:
-            return AttentionBlock(width, self.dims, self.head_channels, self.num_heads, self.norm_eps)
+            return AttentionBlock(width, self.dims, self.head_channels, self.num_heads, self.norm_eps, self.norm_groups)
         return SpatialTransformer(
             width,
             self.dims,
@@ -282,6 +304,7 @@ class Parts:
             self.num_heads,
             self.transformer_depth,
             self.dropout,
+            self.norm_groups,
         )
 
     def attention_at(self, width: int, level: int) -> AttentionBlock | SpatialTransformer | None:

@@ -25,8 +25,9 @@ class LatentMask(nn.Module):
         unet: takes C + ``features`` channels.
         image_channels: of the image (B, image_channels, *S), s = S / 2^(levels - 1).
         features: channels of the encoded image.
-        channels: width of each level of the image encoder, multiples of 32.
+        channels: width of each level of the image encoder, multiples of ``norm_groups``.
         num_res_blocks: residual blocks of each of its levels.
+        norm_groups: of its group normalisations.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class LatentMask(nn.Module):
         features: int,
         channels: Sequence[int],
         num_res_blocks: int = 1,
+        norm_groups: int = 8,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -46,7 +48,7 @@ class LatentMask(nn.Module):
             channels=list(channels),
             out_channels=features,
             num_res_blocks=[num_res_blocks] * len(channels),
-            norm_num_groups=32,
+            norm_num_groups=norm_groups,
             norm_eps=1e-6,
             attention_levels=[False] * len(channels),
         )

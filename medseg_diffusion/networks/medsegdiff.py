@@ -140,6 +140,7 @@ def timeless(parts: Parts) -> Parts:
         dropout=parts.dropout,
         resampling=parts.resampling,
         norm_eps=parts.norm_eps,
+        norm_groups=parts.norm_groups,
     )
 
 

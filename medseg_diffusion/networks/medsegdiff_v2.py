@@ -203,7 +203,7 @@ class ConditionUNet(nn.Module):
         self.encoder, skips = parts.encoder(unet.channels, widths, depths)
         self.middle = parts.middle(widths[-1], attention=False)
         self.decoder = parts.decoder(widths[-1], skips, widths, depths)
-        self.norm = normalisation(widths[0], parts.norm_eps)
+        self.norm = normalisation(widths[0], parts.norm_eps, parts.norm_groups)
         self.to_mask = conv(unet.dims, widths[0], out_channels * unet.patch_size**unet.dims, kernel=1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,6 +55,7 @@ class NoisyClassifier(nn.Module):
         resampling: as in `medseg_diffusion.networks.unet.UNet`.
         scale_shift: as there.
         norm_eps: as there.
+        norm_groups: as there.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class NoisyClassifier(nn.Module):
         resampling: ResamplingKind = "resblock",
         scale_shift: bool = True,
         norm_eps: float = 1e-5,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         factor = 2 ** (len(channel_mult) - 1)
@@ -89,12 +91,13 @@ class NoisyClassifier(nn.Module):
             resampling=resampling,
             scale_shift=scale_shift,
             norm_eps=norm_eps,
+            norm_groups=norm_groups,
         )
         widths = [mult * channels for mult in channel_mult]
         self.stem = conv(dims, in_channels, channels)
         self.encoder, _ = parts.encoder(channels, widths, [num_res_blocks] * len(widths))
         self.middle = parts.middle(widths[-1], attention=True)
-        self.norm = normalisation(widths[-1], norm_eps)
+        self.norm = normalisation(widths[-1], norm_eps, norm_groups)
         self.pool = AttentionPool(widths[-1], math.prod(n // factor for n in size), head_channels, num_classes)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:

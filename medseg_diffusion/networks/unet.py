@@ -52,6 +52,7 @@ class UNet(nn.Module):
         checkpointing: recompute the blocks' activations in the backward pass to save memory.
         scale_shift: how the embedding acts (`ResBlock`).
         norm_eps: of the group normalisations; 1e-5 in guided diffusion, 1e-6 in MONAI.
+        norm_groups: of the same; fewer for narrow networks (`medseg_diffusion.networks.blocks.normalisation`).
         middle_attention: attention at the lowest level; None where there is attention elsewhere.
         num_classes: number of labels, with that of "no label" if there is one.
         context_channels: width of the context; attention is then by spatial transformers.
@@ -75,6 +76,7 @@ class UNet(nn.Module):
         checkpointing: bool = False,
         scale_shift: bool = True,
         norm_eps: float = 1e-5,
+        norm_groups: int = 32,
         middle_attention: bool | None = None,
         num_classes: int | None = None,
         context_channels: int | None = None,
@@ -109,6 +111,7 @@ class UNet(nn.Module):
             resampling=resampling,
             scale_shift=scale_shift,
             norm_eps=norm_eps,
+            norm_groups=norm_groups,
             context_channels=context_channels,
             transformer_depth=transformer_depth,
         )
@@ -120,7 +123,7 @@ class UNet(nn.Module):
         )
         self.decoder = parts.decoder(widths[-1], skips, widths, depths)
         self.out = nn.Sequential(
-            normalisation(widths[0], norm_eps),
+            normalisation(widths[0], norm_eps, norm_groups),
             nn.SiLU(),
             zeroed(conv(dims, widths[0], out_channels * patch_size**dims)),
         )

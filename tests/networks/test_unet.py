@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
+from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
 from medseg_diffusion.networks.blocks import AttentionBlock, ResBlock, timestep_embedding
+from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
 from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet, fold, unfold
 from medseg_diffusion.sampling.ddim import DDIM
@@ -375,3 +377,17 @@ def test_samples_of_an_image_differ_by_their_seeds_only(dims) -> None:
     found = model.probabilities(image, [[7, 8, 7]], DDIM(), [100, 50, 0])[0]
     torch.testing.assert_close(found[0], found[2])
     assert not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.parametrize("kind", [UNet, KLAutoencoder, VQAutoencoder, NoisyClassifier])
+def test_the_number_of_groups_reaches_every_normalisation(kind) -> None:
+    """With as many groups as channels, every channel loses its mean: narrow networks need fewer."""
+    shared = {"channels": 32, "channel_mult": (1, 2), "attention_factors": (2,), "norm_groups": 8}
+    network = {
+        UNet: lambda: UNet(2, 1, 1, **shared),
+        NoisyClassifier: lambda: NoisyClassifier(2, 1, 3, (8, 8), **shared),
+        KLAutoencoder: lambda: KLAutoencoder(2, 1, 1, 2, (32, 64), 1, (False, True), norm_groups=8),
+        VQAutoencoder: lambda: VQAutoencoder(2, 1, 1, 2, (32, 64), 1, (False, True), 16, norm_groups=8),
+    }[kind]()
+    groups = [module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert groups and set(groups) == {8}
