@@ -33,15 +33,36 @@ def evaluate(
     raters: Annotated[
         list[Path] | None, typer.Option("--rater", metavar="REF", help="References by a further rater; repeatable.")
     ] = None,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", metavar="MAPS", help="Anomaly score maps: AUROC, AUPRC, lesions found.")
+    ] = None,
+    foreground: Annotated[
+        Path | None, typer.Option("--foreground", metavar="MASKS", help="Where scores count; default: everywhere.")
+    ] = None,
+    lesion_overlap: Annotated[
+        float, typer.Option("--lesion-overlap", help="Share of a lesion that must be predicted to detect it.")
+    ] = 0.1,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predicted with reference masks: Dice and IoU per class, with intervals over cases."""
+    """Compare predicted with reference masks, and anomaly score maps too: means with intervals over cases."""
     names = _parse_labels(labels)
     from medseg_diffusion.evaluation import evaluate as compare
+    from medseg_diffusion.reports.detection_text import detection_lines
 
-    result = compare(prediction, reference, out, labels=names, images=images, raters=raters or (), seed=seed)
+    result = compare(
+        prediction,
+        reference,
+        out,
+        labels=names,
+        images=images,
+        raters=raters or (),
+        scores=scores,
+        foreground=foreground,
+        lesion_overlap=lesion_overlap,
+        seed=seed,
+    )
     if as_json:
         print_json(result.table())
     elif not quiet:
@@ -61,6 +82,9 @@ def evaluate(
             typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
         if result.energy_distance is not None:
             typer.echo(f"generalised energy distance {result.energy_distance}, matched IoU {result.matched_iou}")
+        if result.detection is not None:
+            for line in detection_lines(result.detection):
+                typer.echo(line)
         for warning in result.warnings:
             typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"report: {out / 'report.html'}")

@@ -46,14 +46,16 @@ def train_generator(
     as_json: AsJson = False,
 ) -> None:
     """Train a pixel or latent generator, an upsampler, an autoencoder or a noisy classifier on images."""
-    from medseg_diffusion.config import SegmenterConfig, load_config
+    from medseg_diffusion.config import AnomalyConfig, PixelClassifierConfig, SegmenterConfig, load_config
     from medseg_diffusion.errors import UsageError
     from medseg_diffusion.train_generator import train_generator as train
     from medseg_diffusion.training.launch import launch, launched
 
     settings = load_config(config, overrides or [])
-    if isinstance(settings, SegmenterConfig):
-        raise UsageError(f"{config}: configures a segmenter; train it with train-segmenter")
+    if isinstance(settings, SegmenterConfig | PixelClassifierConfig | AnomalyConfig):
+        others = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}
+        command = others.get(settings.method, "train-segmenter")
+        raise UsageError(f"{config}: configures a segmenter; train it with {command}")
     if gpus > 1 and not launched():
         raise typer.Exit(launch(sys.argv, gpus))
     with progress(quiet) as show, warnings.catch_warnings(record=True) as caught:

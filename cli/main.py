@@ -10,7 +10,20 @@ from typer.core import TyperGroup
 
 from medseg_diffusion.errors import MedsegError
 
-from . import benchmark, check, configs, evaluate, generator, info, models, segment, train
+from . import (
+    anomaly,
+    benchmark,
+    check,
+    configs,
+    evaluate,
+    generator,
+    info,
+    models,
+    pixel_classifier,
+    segment,
+    synthesize,
+    train,
+)
 from ._shared import fail
 
 
@@ -42,7 +55,12 @@ app.command("sample")(generator.sample)
 app.command("evaluate-generator")(generator.evaluate_generator)
 app.command("segment")(segment.segment)
 app.command("train-segmenter")(train.train_segmenter)
+app.command("train-pixel-classifier")(pixel_classifier.train_pixel_classifier)
 app.command("benchmark-segmenter")(benchmark.benchmark_segmenter)
+app.command("train-anomaly")(anomaly.train_anomaly)
+app.command("calibrate-anomaly")(anomaly.calibrate_anomaly)
+app.command("anomaly")(anomaly.anomaly)
+app.command("synthesize-anomalies")(synthesize.synthesize_anomalies)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(configs.app, name="configs")
 app.add_typer(models.app, name="models")

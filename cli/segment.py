@@ -56,7 +56,8 @@ def _parse_shard(value: str | None) -> tuple[int, int] | None:
 
 def segment(
     scans: Annotated[
-        list[Path], typer.Argument(metavar="SCAN...", help="NIfTI, NRRD or MetaImage files, or folders of them.")
+        list[Path],
+        typer.Argument(metavar="SCAN...", help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files, or folders."),
     ],
     model: Annotated[str | None, typer.Option("-m", "--model", help="Name or folder; default: the built-in.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")] = None,
@@ -68,6 +69,12 @@ def segment(
     save_uncertainty: Annotated[bool, typer.Option("--save-uncertainty", help="Write *_uncertainty.nii.gz.")] = False,
     uncertainty: Annotated[Uncertainty, typer.Option(help="Which uncertainty is written.")] = Uncertainty.ENTROPY,
     save_members: Annotated[bool, typer.Option("--save-members", help="Write *_members.nii.gz.")] = False,
+    save_pseudo_labels: Annotated[
+        bool, typer.Option("--save-pseudo-labels", help="Write *_pseudo.nii.gz: 255 where the members disagree.")
+    ] = False,
+    max_disagreement: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of pseudo-labels: most mutual information of the members.")
+    ] = 0.1,
     statistics: Annotated[bool, typer.Option("--statistics", help="Write *_statistics.json: volumes in ml.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Write *_preview.png.")] = False,
     output_format: Annotated[Format, typer.Option("--format", help="Format of the mask.")] = Format.NIFTI,
@@ -96,6 +103,8 @@ def segment(
         save_uncertainty=save_uncertainty,
         uncertainty=uncertainty.value,
         save_members=save_members,
+        save_pseudo_labels=save_pseudo_labels,
+        max_disagreement=max_disagreement,
         statistics=statistics,
         preview=preview,
         report=report,
@@ -121,10 +130,10 @@ def segment(
         cases = pipeline.segment(scans, options, on_case=on_case, on_progress=on_progress)
     if as_json:
         print_json([asdict(case) for case in cases])
-    _exit(cases)
+    exit_with(cases)
 
 
-def _exit(cases: list[CaseResult]) -> None:
+def exit_with(cases: list[CaseResult]) -> None:
     """List the failures on stderr. A scan that was alone gives its own exit code; among several any failure gives 1."""
     failed = [case for case in cases if case.status == "failed"]
     for case in failed:

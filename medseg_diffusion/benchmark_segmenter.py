@@ -149,9 +149,9 @@ def benchmark_segmenter(
 def _settings(
     model: SegmentationModel, steps: Sequence[int], ensembles: Sequence[int], samplers: Sequence[str]
 ) -> Iterator[Setting]:
-    own = model.config.inference
-    if model.config.method == "baseline":
-        yield Setting("feed-forward", "", 1, 1)
+    own = model.inference
+    if model.config.method in ("baseline", "label-efficient"):
+        yield Setting("feed-forward", "", 1, own.ensemble)
         return
     for count in steps:
         yield Setting("steps", own.sampler, count, 1)

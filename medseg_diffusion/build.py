@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from .checkpoint import SavedModel
-from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, SegmenterConfig, parse_config
+from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, SegmenterConfig
 from .data.augmentation import Augmentation
 from .diffusion import schedule
 from .diffusion.denoiser import Head, NetworkDenoiser
+from .diffusion.noise import NoiseSource, gaussian
 from .diffusion.objective import Bound, Hybrid, ImportanceTimes, Objective, Simple
 from .diffusion.schedule import NoiseSchedule
-from .errors import ModelError, UsageError
-from .methods.shape_prior import ShapePrior
+from .diffusion.simplex import simplex
+from .errors import UsageError
 from .networks.autoencoder import KLAutoencoder, VQAutoencoder
 from .networks.latent_mask import LatentMask
 from .networks.medsegdiff import MedSegDiff
@@ -28,11 +27,12 @@ from .sampling.ddim import DDIM
 from .sampling.ddpm import DDPM
 from .sampling.dpm_solver import DPMSolver
 from .sampling.loop import Sampler
-from .sections import ScheduleSection, TrainingSection
+from .sections import PreprocessingSection, ScheduleSection, TrainingSection
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .tasks.mask import AnchorLoss, FeedForward, MaskDiffusion, MaskEncoding
+from .tasks.patched import PatchedDiffusion
 from .training.trainer import TrainingOptions
 from .volumes.preprocessing import Preprocessing
 
@@ -71,10 +71,10 @@ def sampler(name: str) -> Sampler:
     return made
 
 
-def preprocessing(config: SegmenterConfig) -> Preprocessing:
+def preprocessing(section: PreprocessingSection) -> Preprocessing:
     """The preprocessing of a configuration."""
     try:
-        return Preprocessing(**config.preprocessing.model_dump())
+        return Preprocessing(**section.model_dump())
     except ValueError as error:
         raise UsageError(f"preprocessing: {error}") from error
 
@@ -164,39 +164,11 @@ def mask_autoencoder(config: SegmenterConfig, encoding: MaskEncoding) -> MaskAut
     return MaskAutoencoder(codec, encoding, 2 ** (len(section.channels) - 1), section.kl_weight)
 
 
-def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
-    """The trained model of a model directory, in evaluation mode on the CPU, and its configuration.
-
-    Raises:
-        ModelError: a card or weights that do not describe a segmenter of this version.
-    """
-    try:
-        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
-        if not isinstance(config, SegmenterConfig):
-            raise UsageError(f"a {config.method}, which makes no masks")
-        model = segmenter(config, len(saved.card["labels"]))
-        with torch.no_grad():
-            model.load_state_dict({k: v for k, v in saved.weights.items() if k != SHAPE_PRIOR})
-    except (KeyError, UsageError, RuntimeError) as error:
-        raise ModelError(
-            f"{saved.path}: not a segmenter of this version ({str(error).splitlines()[0]}); "
-            "use a model made by train-segmenter"
-        ) from error
-    return model.eval(), config
-
-
-def shape_prior(saved: SavedModel) -> ShapePrior | None:
-    """The shape prior of a model directory, None if it has none."""
-    if SHAPE_PRIOR not in saved.weights:
-        return None
-    return ShapePrior(saved.weights[SHAPE_PRIOR].float() / 255, float(saved.card[SHAPE_PRIOR]["spacing_mm"]))
-
-
 def autoencoder(config: ImageAutoencoderConfig) -> KLAutoencoder | VQAutoencoder:
     """The untrained autoencoder of a configuration."""
     section, channels = config.network, config.data.channels
     shared: dict[str, Any] = {
-        "dims": 2,
+        "dims": len(config.data.shape),
         "in_channels": channels,
         "out_channels": channels,
         "latent_channels": section.latent_channels,
@@ -213,11 +185,18 @@ def autoencoder(config: ImageAutoencoderConfig) -> KLAutoencoder | VQAutoencoder
         raise UsageError(f"network: {error}") from error
 
 
-def generator(config: GeneratorConfig, num_classes: int, latent_channels: int | None = None) -> ImageDiffusion:
+def noise_source(name: Literal["gaussian", "simplex"]) -> NoiseSource:
+    """The source of noise of a configuration."""
+    return gaussian if name == "gaussian" else simplex
+
+
+def generator(
+    config: GeneratorConfig, num_classes: int, latent_channels: int | None = None
+) -> ImageDiffusion | PatchedDiffusion:
     """The untrained generator of a configuration.
 
     Args:
-        config: pixel, latent or upsampler.
+        config: pixel, latent, upsampler or patched.
         num_classes: of the data; used if the configuration is conditioned by classes.
         latent_channels: of the autoencoder (method latent).
     """
@@ -238,6 +217,9 @@ def generator(config: GeneratorConfig, num_classes: int, latent_channels: int | 
     except ValueError as error:
         raise UsageError(f"network: {error}") from error
     schedule = noise_schedule(section.schedule)
+    noise = noise_source(section.noise)
+    if config.method == "patched":
+        return PatchedDiffusion(NetworkDenoiser(network, schedule, section.target), noise)
     simple = Simple(section.weighting, section.gamma)
     bound = Bound("gaussian" if config.method == "latent" else "discretised")
     objectives: dict[str, Objective] = {"simple": simple, "hybrid": Hybrid(simple, bound), "bound": bound}
@@ -249,6 +231,7 @@ def generator(config: GeneratorConfig, num_classes: int, latent_channels: int | 
         condition.drop,
         token,
         config.factor if config.method == "upsampler" else None,
+        noise,
     )
 
 
@@ -256,9 +239,9 @@ def noisy_classifier(config: NoisyClassifierConfig, num_classes: int) -> NoisyCl
     """The untrained classifier of noisy images of a configuration."""
     if not num_classes:
         raise UsageError("a classifier needs classes, but the data has none")
-    size = (config.data.size, config.data.size)
+    size = config.data.shape
     try:
-        network = NoisyClassifier(2, config.data.channels, num_classes, size, **config.network.model_dump())
+        network = NoisyClassifier(len(size), config.data.channels, num_classes, size, **config.network.model_dump())
     except ValueError as error:
         raise UsageError(f"network: {error}") from error
     return NoisyClassification(network, noise_schedule(config.schedule))

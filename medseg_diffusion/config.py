@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -23,18 +23,26 @@ from .sections import (
     AutoencoderNetworkSection,
     AutoencoderSection,
     ClassifierNetworkSection,
+    CounterfactualSection,
     DataSection,
     DenoiserUNetSection,
     DiffusionSection,
     DynamicEncodingSection,
+    FeaturesSection,
     GeneratorSamplingSection,
     ImageConditionSection,
     ImageDataSection,
     ImageDiffusionSection,
     ImageEncoderSection,
     InferenceSection,
+    LabelledDataSection,
+    LatentHealingSection,
     MaskAutoencoderSection,
     NoisyClassifierSection,
+    PartialNoiseSection,
+    PatchedSection,
+    PixelClassifierSection,
+    PostprocessingSection,
     PreprocessingSection,
     ScheduleSection,
     Section,
@@ -76,18 +84,31 @@ class SegmenterConfig(Section):
         return self
 
 
-class GeneratorConfig(Section):
-    """A generator of images: of pixels, of an autoencoder's latents, or of pixels from a low-resolution image.
+class PixelClassifierConfig(Section):
+    """Label-efficient segmentation: classifiers of a generator's activations, trained on a few labelled images."""
 
+    description: str = ""
+    method: Literal["label-efficient"]
+    data: LabelledDataSection = LabelledDataSection()
+    features: FeaturesSection = FeaturesSection()
+    classifier: PixelClassifierSection = PixelClassifierSection()
+    largest_part: bool = False
+
+
+class GeneratorConfig(Section):
+    """A generator of images or volumes: of pixels, of an autoencoder's latents, or of pixels from a smaller image.
+
+    Method "patched" (pDDPM) learns to restore patches of an image from what surrounds them, and cannot be sampled.
     ``autoencoder`` (method latent) is the configuration of the first stage, a preset's name or a YAML file.
-    ``factor`` (method upsampler) is how much smaller the low-resolution image is.
+    ``factor`` (method upsampler) is how much smaller the low-resolution image is. ``preprocessing`` is of scans.
     """
 
     description: str = ""
-    method: Literal["pixel", "latent", "upsampler"]
+    method: Literal["pixel", "latent", "upsampler", "patched"]
     autoencoder: str | None = None
     factor: int = Field(2, ge=2)
     data: ImageDataSection = ImageDataSection()
+    preprocessing: PreprocessingSection = PreprocessingSection()
     network: UNetSection = UNetSection(dims=2)
     condition: ImageConditionSection = ImageConditionSection()
     diffusion: ImageDiffusionSection = ImageDiffusionSection()
@@ -98,8 +119,12 @@ class GeneratorConfig(Section):
     def _stages(self) -> GeneratorConfig:
         if (self.method == "latent") != (self.autoencoder is not None):
             raise ValueError("method latent names its autoencoder, the other methods have none")
-        if self.network.dims != 2:
-            raise ValueError(f"images have 2 dimensions, network.dims is {self.network.dims}")
+        if self.method == "patched" and (
+            self.diffusion.target != "x0" or self.diffusion.objective != "simple" or self.condition.classes != "none"
+        ):
+            raise ValueError("method patched needs diffusion.target: x0 and objective: simple, and knows no classes")
+        if self.network.dims != len(self.data.shape):
+            raise ValueError(f"data.size has {len(self.data.shape)} sides, but network.dims is {self.network.dims}")
         attends = bool(self.network.attention_factors) or self.network.middle_attention is True
         if self.condition.classes == "cross-attention" and not attends:
             raise ValueError("condition.classes cross-attention needs network.attention_factors")
@@ -112,6 +137,7 @@ class ImageAutoencoderConfig(Section):
     description: str = ""
     method: Literal["autoencoder"]
     data: ImageDataSection = ImageDataSection()
+    preprocessing: PreprocessingSection = PreprocessingSection()
     network: AutoencoderNetworkSection = AutoencoderNetworkSection()
     loss: AutoencoderLossSection = AutoencoderLossSection()
     training: TrainingSection = TrainingSection()
@@ -123,9 +149,61 @@ class NoisyClassifierConfig(Section):
     description: str = ""
     method: Literal["classifier"]
     data: ImageDataSection = ImageDataSection()
+    preprocessing: PreprocessingSection = PreprocessingSection()
     network: ClassifierNetworkSection = ClassifierNetworkSection()
     schedule: ScheduleSection = ScheduleSection()
     training: TrainingSection = TrainingSection()
+
+
+class AnomalyConfig(Section):
+    """Anomaly segmentation: a generator of healthy images, and how its detectors are used.
+
+    What the generator is decides what can be detected with: latent "latent-healing" and "reconstruction", pixel
+    "partial-noise", patched "patched", pixel with classes "counterfactual" and, with a ``classifier``,
+    "classifier-guided". ``quantile`` of the maps of held-out healthy scans is the threshold.
+    """
+
+    description: str = ""
+    method: Literal["anomaly"]
+    generator: GeneratorConfig
+    classifier: NoisyClassifierConfig | None = None
+    quantile: float = Field(0.975, gt=0, lt=1)
+    latent_healing: LatentHealingSection = LatentHealingSection()
+    partial_noise: PartialNoiseSection = PartialNoiseSection()
+    patched: PatchedSection = PatchedSection()
+    counterfactual: CounterfactualSection = CounterfactualSection()
+    postprocessing: PostprocessingSection = PostprocessingSection()
+
+    @property
+    def detectors(self) -> tuple[str, ...]:
+        """Names of the detectors that this generator serves, the default one first."""
+        if self.generator.method == "latent":
+            return ("latent-healing", "reconstruction")
+        if self.generator.method == "patched":
+            return ("patched",)
+        if self.generator.condition.classes == "none":
+            return ("partial-noise",)
+        return ("counterfactual",) if self.classifier is None else ("classifier-guided", "counterfactual")
+
+    @property
+    def needs_unhealthy(self) -> bool:
+        """Whether its detectors were told what unhealthy images are."""
+        return self.generator.condition.classes != "none"
+
+    @model_validator(mode="after")
+    def _parts(self) -> AnomalyConfig:
+        generator, classifier = self.generator, self.classifier
+        if generator.method == "upsampler":
+            raise ValueError("generator.method upsampler enlarges images; it cannot detect anomalies")
+        if generator.method == "latent" and generator.condition.classes != "none":
+            raise ValueError("generator.method latent takes no classes here; counterfactuals are of pixels")
+        if classifier is not None and not self.needs_unhealthy:
+            raise ValueError("a classifier needs a generator with generator.condition.classes")
+        if classifier is not None and (
+            classifier.data.shape != generator.data.shape or classifier.schedule != generator.diffusion.schedule
+        ):
+            raise ValueError("classifier: its data.size and schedule must be the generator's")
+        return self
 
 
 class DenoiserConfig(Section):
@@ -156,17 +234,27 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-AnyConfig = SegmenterConfig | GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
-_SCHEMAS: dict[str, type[SegmenterConfig | GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig]] = {
+AnyConfig = (
+    SegmenterConfig
+    | PixelClassifierConfig
+    | GeneratorConfig
+    | ImageAutoencoderConfig
+    | NoisyClassifierConfig
+    | AnomalyConfig
+)
+_SCHEMAS: dict[str, type[AnyConfig]] = {
     "ensemdiff": SegmenterConfig,
     "segdiff": SegmenterConfig,
     "medsegdiff": SegmenterConfig,
     "medsegdiff-v2": SegmenterConfig,
     "latent-mask": SegmenterConfig,
     "baseline": SegmenterConfig,
+    "label-efficient": PixelClassifierConfig,
+    "anomaly": AnomalyConfig,
     "pixel": GeneratorConfig,
     "latent": GeneratorConfig,
     "upsampler": GeneratorConfig,
+    "patched": GeneratorConfig,
     "autoencoder": ImageAutoencoderConfig,
     "classifier": NoisyClassifierConfig,
 }
@@ -201,7 +289,10 @@ def load_segmenter_config(name_or_path: str | Path, overrides: Sequence[str] = (
     """`load_config` for a segmenter; UsageError for the configuration of something else."""
     config = load_config(name_or_path, overrides)
     if not isinstance(config, SegmenterConfig):
-        raise UsageError(f"{name_or_path}: configures a {config.method}; train it with train-generator")
+        command = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}.get(
+            config.method, "train-generator"
+        )
+        raise UsageError(f"{name_or_path}: configures a {config.method}; train it with {command}")
     return config
 
 
@@ -249,7 +340,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _fields(section: Any, location: Sequence[int | str]) -> Sequence[str]:
     for part in location:
-        section = section.model_fields[str(part)].annotation
+        annotation = section.model_fields[str(part)].annotation
+        section = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
     return list(section.model_fields)
 
 

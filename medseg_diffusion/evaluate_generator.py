@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import build
 from .checkpoint import home
 from .data.image_cache import PackedImages, packed, to_unit
 from .errors import InputError, ModelError, UsageError
@@ -27,6 +28,7 @@ from .metrics.generation import NEIGHBOUR, Features, Scores, scores
 from .networks.extractors import Extractor, extractor
 from .reports.files import write_files
 from .reports.pictures import grid, png
+from .sections import ImageDataSection, PreprocessingSection
 from .training.runtime import choose_device
 
 CHUNK = 64
@@ -215,14 +217,24 @@ def _floor(real: Features, count: int) -> Scores:
 def _reference(reference: Path, models: Sequence[str]) -> tuple[Images, tuple[int, int]]:
     """Real images at the size of the models, or 64 where only folders of samples are compared."""
     sizes = set()
+    section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if not _is_samples(model):
-            data = Source(model).generator.config.data
-            sizes.add((data.size, data.channels))
+            config = Source(model).generator.config
+            section, preprocessing = config.data, config.preprocessing
+            if not isinstance(section.size, int):
+                raise UsageError(f"{model}: makes volumes, and the scores are of images")
+            sizes.add((section.size, section.channels))
     if len(sizes) > 1:
         raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
     size = next(iter(sizes), (64, 3))
-    collection: PackedImages = packed(reference, home() / "images", *size)
+    collection: PackedImages = packed(
+        reference,
+        home() / "images",
+        *size,
+        preprocessing=build.preprocessing(preprocessing),
+        held_out=(section.test_images, 0),
+    )
     test = collection.part("test")
     positions = test if len(test) else collection.part("train")
     if not len(positions):

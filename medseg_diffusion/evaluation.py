@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.evaluate_scores import MAP_ENDINGS, evaluate_scores
 from medseg_diffusion.metrics.ambiguity import generalised_energy_distance, matched_iou
 from medseg_diffusion.metrics.calibration import Reliability, region
+from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
 from medseg_diffusion.metrics.surface import hd95
 from medseg_diffusion.reports.files import write_files
 from medseg_diffusion.reports.html import CasePicture, evaluation_report
 from medseg_diffusion.reports.plots import overlay
 from medseg_diffusion.reports.summary import CaseResult, Evaluation, cases_csv, summarise, summary_json
-from medseg_diffusion.volumes.io import SUFFIXES, read_labels, read_map, read_volume, scan_name
+from medseg_diffusion.volumes.io import SUFFIXES, read_labels, read_map, read_volume, scan_files, scan_name, upright
 from medseg_diffusion.volumes.volume import Volume
 
 __all__ = ["Evaluation", "evaluate"]
@@ -28,7 +30,9 @@ __all__ = ["Evaluation", "evaluate"]
 # A label map has a few hundred classes at the very most; a scan passed by mistake has thousands of values.
 _MAX_CLASSES = 1000
 # Written by `medseg segment` beside its masks: not predictions to be compared, and no surprise in their folder.
-_COMPANIONS = ("_prob", "_uncertainty", "_members", "_anomaly", "_anomaly_mask")
+_COMPANIONS = ("_prob", "_uncertainty", "_members", "_pseudo", "_anomaly")
+# What a mask's name may end with: those of `medseg segment` and `medseg anomaly`.
+_MASKS = ("_seg", "_anomaly_mask")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ def evaluate(
     labels: Mapping[int, str] | Sequence[int] | None = None,
     images: Path | None = None,
     raters: Sequence[Path] = (),
+    scores: Path | None = None,
+    foreground: Path | None = None,
+    lesion_overlap: float = MIN_OVERLAP,
     seed: int = 0,
     command: str | None = None,
 ) -> Evaluation:
@@ -67,9 +74,9 @@ def evaluate(
 
     Where `case_prob.nii.gz` lies beside a prediction, the report says how well its probabilities are calibrated.
 
-    Two files are compared with each other. Files in folders are paired by name: `case_seg.nii.gz`, else `case.nii.gz`,
-    stands for `case` on either side. A single prediction in front of a folder of references is compared with its own
-    reference only. Every file counts as one independent case.
+    Two files are compared with each other. Files in folders are paired by name: `case_seg.nii.gz` (or
+    `case_anomaly_mask.nii.gz`), else `case.nii.gz`, stands for `case` on either side. A single prediction in front of a
+    folder of references is compared with its own reference only. Every file counts as one independent case.
 
     Args:
         prediction: Predicted label map, or a folder of them.
@@ -81,6 +88,13 @@ def evaluate(
             is shown on black.
         raters: Further references of the same cases (files or folders, paired by name), by other raters. The samples of
             a case, in `case_members.nii.gz` beside the prediction, else the prediction alone, are compared with all.
+        scores: Score maps of one channel (a file or a folder, paired by name: `case_anomaly.nii.gz`, else
+            `case_scores.nii.gz`, else `case.nii.gz`), high where a lesion is likely. The result then says how well they
+            find the lesions, which are all evaluated labels of the reference together; where `case_anomaly.json` with a
+            number "score" lies beside a map, also how well these tell scans with lesions from others. Voxels whose
+            score is NaN do not count.
+        foreground: Masks of the voxels whose scores count (a file or a folder, paired by name); None takes all voxels.
+        lesion_overlap: Share in (0, 1] of a lesion's voxels that must be predicted for it to be detected.
         seed: Seed of the bootstrap.
         command: What the report's footer says was run; None describes this call.
 
@@ -89,16 +103,25 @@ def evaluate(
 
     Raises:
         InputError: A path or file that cannot be used, a reference without a prediction, two files for one case, a
-            prediction or image on another grid than its reference, or no label to evaluate. Nothing is written then.
+            prediction or image on another grid than its reference, or no label to evaluate; a score map or foreground
+            mask that is missing, on another grid or not usable. Nothing is written then.
+        UsageError: A foreground without scores, or a `lesion_overlap` out of range.
     """
     prediction, reference, out = Path(prediction), Path(reference), Path(out)
+    if foreground is not None and scores is None:
+        raise UsageError("a foreground mask restricts score maps; give --scores too, or no --foreground")
+    if not 0 < lesion_overlap <= 1:
+        raise UsageError(f"a lesion overlap of {lesion_overlap:g}; expected a share above 0 and not above 1")
     pairs, notes = _pairs(prediction, reference)
     backgrounds = _backgrounds(images, pairs)
     others = [_by_case(Path(rater)) for rater in raters]
+    maps = _of_each(Path(scores), pairs, MAP_ENDINGS, "score map") if scores is not None else None
+    inside = _of_each(Path(foreground), pairs, ("_seg", ""), "foreground mask") if foreground is not None else None
     wanted = _named(labels)
     counts = {pair.name: _compare(pair, wanted) for pair in pairs}
     present = {label for case in counts.values() for label, item in case.overlap.items() if item.n_pred or item.n_ref}
-    names = wanted or {label: f"label {label}" for label in sorted(present)}
+    # Scans without lesions in which nothing is predicted are a result too, where score maps are judged.
+    names = wanted or {label: f"label {label}" for label in sorted(present or ({1} if maps is not None else set()))}
     if not names:
         raise InputError(
             reference, "no label above 0 in any reference or prediction", "at least one class", "name the labels to use"
@@ -125,13 +148,30 @@ def evaluate(
                 matched,
             )
         )
-    result = summarise(cases, names, seed=seed, warnings=notes)
+    detection = None
+    if maps is not None:
+        by_name = {pair.name: pair for pair in pairs}
+        # The overlap of a single class is that of the lesions; several classes are lesions together.
+        known = {case.name: overlap for case in cases for overlap in case.overlap.values()} if len(names) == 1 else {}
+        detection, remarks = evaluate_scores(
+            maps,
+            inside,
+            lambda name: _read_pair(by_name[name]),
+            names,
+            known,
+            min_overlap=lesion_overlap,
+            seed=seed,
+        )
+        notes += remarks
+    result = summarise(cases, names, detection=detection, seed=seed, warnings=notes)
     report = evaluation_report(
         result,
         _pictures(result, {pair.name: pair for pair in pairs}, backgrounds),
         command=command
         if command is not None
-        else _command(prediction, reference, out, list(wanted), images, raters, seed),
+        else _command(
+            prediction, reference, out, list(wanted), images, raters, scores, foreground, lesion_overlap, seed
+        ),
     )
     write_files(out, {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report})
     return result
@@ -168,34 +208,40 @@ def _pairs(prediction: Path, reference: Path) -> tuple[list[_Pair], list[str]]:
 
 
 def _by_case(path: Path) -> dict[str, Path]:
-    """Case name -> label map, for a file or a folder; where `case_seg` lies beside `case`, the latter is the scan."""
+    """Case name -> label map, for a file or a folder.
+
+    Where `case_seg` or `case_anomaly_mask` lies beside `case`, the latter is the scan.
+    """
     if not path.exists():
         raise InputError(path, "no such file or folder", "a label map or a folder of them", "check the path")
     if not path.is_dir():
-        return {scan_name(path).removesuffix("_seg"): path}
+        return {_case_name(scan_name(path)): path}
     files = _files(path)
     masks = {name: file for name, file in files.items() if not name.endswith(_COMPANIONS)}
     cases = {
-        name.removesuffix("_seg"): file
+        _case_name(name): file
         for name, file in masks.items()
-        if name.endswith("_seg") or f"{name}_seg" not in masks
+        if name.endswith(_MASKS) or not any(name + ending in masks for ending in _MASKS)
     }
     if not cases:
         raise InputError(path, "a folder without label maps", f"files that end with {', '.join(SUFFIXES)}", "check it")
     return cases
 
 
+def _case_name(name: str) -> str:
+    for ending in _MASKS:
+        name = name.removesuffix(ending)
+    return name
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Name without suffix -> file, for the visible images directly in a folder."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."):
-            name = scan_name(path)
-            if name in files:
-                raise InputError(
-                    path, f"the same name as {files[name].name}", "one file per case", "take one of them out"
-                )
-            files[name] = path
+    for path in scan_files(folder):
+        name = scan_name(path)
+        if name in files:
+            raise InputError(path, f"the same name as {files[name].name}", "one file per case", "take one of them out")
+        files[name] = path
     return files
 
 
@@ -211,6 +257,26 @@ def _backgrounds(images: Path | None, pairs: Sequence[_Pair]) -> dict[str, Path]
     files = _files(images)
     matches = {pair.name: files.get(pair.name) or files.get(f"{pair.name}_0000") for pair in pairs}
     return {name: path for name, path in matches.items() if path is not None}
+
+
+def _of_each(path: Path, pairs: Sequence[_Pair], endings: Sequence[str], what: str) -> dict[str, Path]:
+    """Case name -> file, for every case: of a single case any file, else the first of `case` with one of `endings`."""
+    if not path.exists():
+        raise InputError(path, "no such file or folder", f"a {what} or a folder of them", "check the path")
+    if not path.is_dir() and len(pairs) == 1:
+        return {pairs[0].name: path}
+    files = _files(path) if path.is_dir() else {scan_name(path): path}
+    found = {
+        pair.name: next((files[pair.name + end] for end in endings if pair.name + end in files), None) for pair in pairs
+    }
+    if missing := [name for name, file in found.items() if file is None]:
+        raise InputError(
+            path,
+            f"no {what} for {_listed(missing)} ({len(missing)} of {len(pairs)} cases)",
+            f"one {what} for each case: {', '.join(f'NAME{ending}' for ending in endings)}",
+            "make these too, or take the cases out",
+        )
+    return {name: file for name, file in found.items() if file is not None}
 
 
 # ---- one case ----------------------------------------------------------------------------------------------------
@@ -273,7 +339,7 @@ def _against_raters(pair: _Pair, others: Sequence[Path]) -> tuple[float, float]:
 def _companion(pair: _Pair, ending: str) -> Path | None:
     """What `medseg segment` wrote beside a mask, if it is there."""
     for suffix in SUFFIXES:
-        path = pair.prediction.with_name(scan_name(pair.prediction).removesuffix("_seg") + ending + suffix)
+        path = pair.prediction.with_name(_case_name(scan_name(pair.prediction)) + ending + suffix)
         if path.is_file():
             return path
     return None
@@ -291,11 +357,12 @@ def _pictures(result: Evaluation, pairs: Mapping[str, _Pair], backgrounds: Mappi
     for title, case in chosen:
         prediction, reference = _read_pair(pairs[case.name])
         image = None
+        where = pairs[case.name].reference
         if case.name in backgrounds:
             scan = read_volume(backgrounds[case.name], channels=None)
             reference.require_same_grid(scan)
-            image = scan.oriented("RAS").data[0].numpy()
-        reference, prediction = reference.oriented("RAS"), prediction.oriented("RAS")
+            image = upright(scan, where).data[0].numpy()
+        reference, prediction = upright(reference, where), upright(prediction, where)
         png = overlay(_only(reference, result.labels), _only(prediction, result.labels), reference.spacing, image)
         pictures.append(CasePicture(title, case.name, case.mean_dice, png))
     return pictures
@@ -331,6 +398,9 @@ def _command(
     labels: Sequence[int],
     images: Path | None,
     raters: Sequence[Path],
+    scores: Path | None,
+    foreground: Path | None,
+    lesion_overlap: float,
     seed: int,
 ) -> str:
     words = ["medseg", "evaluate", str(prediction), str(reference), "-o", str(out)]
@@ -339,5 +409,8 @@ def _command(
     words += ["--images", str(images)] if images is not None else []
     for rater in raters:
         words += ["--rater", str(rater)]
+    words += ["--scores", str(scores)] if scores is not None else []
+    words += ["--foreground", str(foreground)] if foreground is not None else []
+    words += ["--lesion-overlap", f"{lesion_overlap:g}"] if scores is not None and lesion_overlap != MIN_OVERLAP else []
     words += ["--seed", str(seed)] if seed else []
     return shlex.join(words)

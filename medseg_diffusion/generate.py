@@ -13,78 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from . import build
-from .checkpoint import SavedModel, load_model_files
-from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, parse_config
+from .checkpoint import load_model_files
 from .data.image_cache import to_levels, to_unit
-from .diffusion.denoiser import Clipped, Denoiser
-from .diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided
-from .diffusion.noise import derive_seed, gaussian, generators
-from .errors import InputError, ModelError, UsageError
-from .networks.autoencoder import Codec, KLAutoencoder, VQAutoencoder
+from .diffusion.guidance import ClassifierGradient
+from .diffusion.noise import derive_seed
+from .errors import InputError, UsageError
+from .generator import restore_classifier, restore_generator
 from .reports.files import write_files
-from .reports.pictures import grid, png
-from .sampling.loop import sample, spaced
-from .tasks.image import ImageDiffusion
-from .training.runtime import arranged, autocast_dtype, choose_device, tune
-
-
-@dataclass(frozen=True, eq=False)
-class Generator:
-    """A trained generator, ready to sample.
-
-    Attributes:
-        task: the diffusion model, on its device.
-        config: what it was trained with.
-        shape: of x0, (C, *S): the image's, or the latent's.
-        codec: of a latent generator.
-        classes: their names.
-    """
-
-    task: ImageDiffusion
-    config: GeneratorConfig
-    shape: tuple[int, ...]
-    codec: Codec | None = None
-    classes: tuple[str, ...] = ()
-
-    @torch.no_grad()
-    def sample(
-        self,
-        seeds: Sequence[int],
-        sampler: str | None = None,
-        steps: int | None = None,
-        label: Tensor | None = None,
-        low: Tensor | None = None,
-        guidance: float = 1.0,
-        classifier: ClassifierGradient | None = None,
-    ) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], one a seed; a seed gives the same image in any batch (to rounding).
-
-        Args:
-            seeds: one an image.
-            sampler: "ddpm", "ddim" or "dpm++"; None, like ``steps``, takes the model's default.
-            steps: denoiser calls.
-            label: (B,) classes, for a model that is conditioned by them.
-            low: (B, C, H / factor, W / factor) low-resolution images, for an upsampler.
-            guidance: strength of classifier-free guidance, 1 for none.
-            classifier: gradient of a noisy classifier.
-        """
-        task = self.task
-        device = next(task.parameters()).device
-        denoiser: Denoiser = task.denoiser
-        if guidance != 1:
-            denoiser = FreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
-        if classifier is not None:
-            denoiser = ClassifierGuided(denoiser, classifier)
-        if self.codec is None:  # pixels have a range, latents have none
-            denoiser = Clipped(denoiser)
-        own = generators(seeds)
-        noise = gaussian(self.shape, own, like=torch.zeros((), device=device))
-        defaults = self.config.sampling
-        name, count = sampler or defaults.sampler, steps or defaults.steps
-        # Published scores of DDPM and DDIM are for evenly spaced times, DPM-Solver's for times even in log-SNR.
-        times = spaced(task.denoiser.schedule, count, "log-snr" if name == "dpm++" else "linspace")
-        x0 = sample(denoiser, build.sampler(name), noise, times, task.condition(label, low), generators=own)
-        return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)
+from .reports.pictures import as_pictures, grid, png
+from .tasks.patched import PatchedDiffusion
+from .training.runtime import autocast_dtype, choose_device, tune
+from .volumes.io import read_map, write_map
+from .volumes.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -110,52 +50,6 @@ class SampleOptions:
     seed: int = 0
 
 
-def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> Generator:
-    """The generator of a model directory.
-
-    Raises:
-        ModelError: a model of another kind or version.
-    """
-    config = _config(saved, GeneratorConfig, "a generator", "train-generator")
-    try:
-        shape, classes = tuple(saved.card["shape"]), tuple(saved.card["classes"])
-        codec: KLAutoencoder | VQAutoencoder | None = None
-        if config.method == "latent":
-            stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
-            codec = build.autoencoder(stage)
-            codec.load_state_dict(_under("codec.", saved.weights))
-            codec.requires_grad_(False).to(device).eval()
-        task = build.generator(config, len(classes), None if codec is None else shape[0])
-        task.load_state_dict({k: v for k, v in saved.weights.items() if not k.startswith("codec.")})
-    except (KeyError, ValueError, RuntimeError, UsageError) as error:
-        raise _unusable(saved, error) from error
-    arranged(task.denoiser.network, config.training.channels_last, compiled=False)
-    return Generator(task.requires_grad_(False).to(device).eval(), config, shape, codec, classes)
-
-
-def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencoder, ImageAutoencoderConfig]:
-    """The autoencoder of a model directory, in evaluation mode on the CPU, and its configuration."""
-    config = _config(saved, ImageAutoencoderConfig, "an autoencoder", "train-generator")
-    try:
-        codec = build.autoencoder(config)
-        codec.load_state_dict(saved.weights)
-    except (RuntimeError, UsageError) as error:
-        raise _unusable(saved, error) from error
-    return codec.requires_grad_(False).eval(), config
-
-
-def restore_classifier(saved: SavedModel, device: torch.device | str = "cpu") -> tuple[nn.Module, int]:
-    """The noisy classifier of a model directory, and its number of classes."""
-    config = _config(saved, NoisyClassifierConfig, "a noisy classifier", "train-generator")
-    classes = len(saved.card["classes"])
-    try:
-        network = build.noisy_classifier(config, classes).network
-        network.load_state_dict(saved.weights)
-    except (RuntimeError, UsageError) as error:
-        raise _unusable(saved, error) from error
-    return network.requires_grad_(False).to(device).eval(), classes
-
-
 class Source:
     """Numbered images of a generator, guided and enlarged as the options say: number i is always the same image."""
 
@@ -173,7 +67,7 @@ class Source:
         self._check()
 
     def draw(self, numbers: Sequence[int]) -> Tensor:
-        """Images (B, H, W, C) uint8 of these numbers."""
+        """Images (B, *S, C) uint8 of these numbers."""
         options, task = self.options, self.generator.task
         label = self.labels(numbers).to(self.device)
         seeds = [derive_seed(options.seed, "sample", number) for number in numbers]
@@ -192,7 +86,7 @@ class Source:
                 # What it enlarges is an image of 256 levels, as in its training.
                 low = to_unit(to_levels(image))
                 image = self.upsampler.sample(again, options.sampler, options.steps, given, low)
-        return to_levels(image).permute(0, 2, 3, 1).cpu()
+        return to_levels(image).movedim(1, -1).cpu()
 
     def labels(self, numbers: Sequence[int]) -> Tensor:
         """Class of each image: the one asked for, or all in turn."""
@@ -202,21 +96,24 @@ class Source:
 
     def _check(self) -> None:
         options, task, path = self.options, self.generator.task, self.saved.path
+        if isinstance(task, PatchedDiffusion):
+            raise UsageError(f"{path}: a patched model restores patches of images; it makes none of its own")
         build.sampler(options.sampler or self.generator.config.sampling.sampler)
         if task.factor is not None:
             raise UsageError(f"{path}: an upsampler enlarges the images of another model: give it with --upsampler")
         if options.label is not None and not task.num_classes and options.classifier is None:
             raise UsageError(f"{path}: this model knows no classes; leave --class out")
-        if options.guidance != 1 and not task.num_classes:
-            raise UsageError(f"{path}: --guidance needs a model that is conditioned by classes")
+        if options.guidance != 1 and not (task.num_classes and self.generator.config.condition.drop):
+            raise UsageError(f"{path}: --guidance needs a model whose training dropped its classes now and then")
         if task.num_classes:
             self._check_class(task.num_classes)
         if self.classifier is not None and self.generator.codec is not None:
             raise UsageError(f"{path}: --classifier sees pixels, but this model diffuses latents; use --guidance")
         if self.upsampler:
-            size, factor = self.generator.config.data.size, self.upsampler.task.factor
-            if factor is None or self.upsampler.config.data.size != factor * size:
-                raise UsageError(f"{options.upsampler}: does not enlarge images of {size} x {size}")
+            size = self.generator.config.data.shape
+            factor = None if isinstance(self.upsampler.task, PatchedDiffusion) else self.upsampler.task.factor
+            if factor is None or self.upsampler.config.data.shape != tuple(factor * side for side in size):
+                raise UsageError(f"{options.upsampler}: does not enlarge images of {' x '.join(map(str, size))}")
 
     def _check_class(self, known: int) -> None:
         label = self.options.label
@@ -231,6 +128,8 @@ def sample_images(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
     """Samples images into the folder ``output``: 00000.png, ..., grid.png of the first 64, and samples.json.
+
+    Volumes become 00000.nii.gz, ..., of levels 0 to 255 in RAS, and grid.png shows their middle slices.
 
     Images that are there already, made by the same model with the same options, are left alone, so that an interrupted
     call can be repeated.
@@ -249,17 +148,23 @@ def sample_images(
     if note.is_file() and json.loads(note.read_text()) != about:
         raise UsageError(f"{output}: holds samples of another model or of other options; choose another folder")
     write_files(output, {"samples.json": json.dumps(about, indent=2) + "\n"})
-    paths = [output / f"{i:05d}.png" for i in range(options.count)]
+    volumes = len(source.generator.config.data.shape) == 3
+    spacing = source.generator.config.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
+    paths = [output / f"{i:05d}{'.nii.gz' if volumes else '.png'}" for i in range(options.count)]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     for first in range(0, len(missing), options.batch_size):
         numbers = missing[first : first + options.batch_size]
-        images = source.draw(numbers).numpy()
-        content = {paths[i].name: png(image.squeeze(-1) if image.shape[-1] == 1 else image)
-                   for i, image in zip(numbers, images, strict=True)}  # fmt: skip
-        write_files(output, content)
+        images = source.draw(numbers)
+        for i, image in zip(numbers, images, strict=True):
+            if volumes:
+                levels = image.movedim(-1, 0).float()
+                write_map(levels, Volume(levels, np.diag([*spacing, 1.0])), paths[i])
+            else:
+                write_files(output, {paths[i].name: png(image.squeeze(-1).numpy())})
         on_progress(min(first + options.batch_size, len(missing)), len(missing))
-    shown = torch.stack([to_unit(torch.from_numpy(read_png(path))).permute(2, 0, 1) for path in paths[:64]])
-    write_files(output, {"grid.png": png(grid(shown))})
+    read = (lambda path: read_map(path).data) if volumes else (lambda path: _channels_first(read_png(path)))
+    shown = torch.stack([to_unit(read(path)) for path in paths[:64]])
+    write_files(output, {"grid.png": png(grid(as_pictures(shown)))})
     return paths
 
 
@@ -275,19 +180,5 @@ def read_png(path: Path) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _config(saved: SavedModel, kind: type, what: str, command: str) -> Any:
-    try:
-        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
-    except (KeyError, AttributeError, UsageError) as error:
-        raise ModelError(f"{saved.path}: not {what}; use a model made by {command}") from error
-    if not isinstance(config, kind):
-        raise ModelError(f"{saved.path}: a {config.method}, not {what}; use a model made by {command}")
-    return config
-
-
-def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _unusable(saved: SavedModel, error: Exception) -> ModelError:
-    return ModelError(f"{saved.path}: not a model of this version ({str(error).splitlines()[0]}); train it again")
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).movedim(-1, 0)

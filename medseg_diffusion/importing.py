@@ -19,7 +19,7 @@ from .checkpoint import SavedModel, load_model_files, save_model
 from .config import AutoencoderConfig, ClassifierConfig, DenoiserConfig
 from .diffusion.denoiser import NetworkDenoiser
 from .errors import ModelError, UsageError
-from .generate import restore_autoencoder, restore_classifier, restore_generator
+from .generator import restore_autoencoder, restore_classifier, restore_generator
 from .networks.autoencoder import KLAutoencoder
 from .networks.foreign import SOURCES, Foreign, Source, convert, read_state
 from .networks.noisy_classifier import NoisyClassifier
@@ -27,6 +27,7 @@ from .networks.unet import UNet
 from .sections import Section
 
 _OF_THE_NETWORK = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
+_OF_THE_IMAGES = {"size"}
 _OF_THE_DIFFUSION = {"schedule", "num_steps", "beta_start", "beta_end", "target", "learned_variance"}
 _CONFIGS: dict[str, type[Section]] = {
     "denoiser": DenoiserConfig,
@@ -110,7 +111,8 @@ def import_model(
         source: guided-diffusion, improved-diffusion, latent-diffusion or monai.
         output: the model directory, new.
         settings: what the shapes do not tell: those of `medseg_diffusion.networks.foreign.convert`, and schedule,
-            num_steps, beta_start, beta_end, target, learned_variance.
+            num_steps, beta_start, beta_end, target, learned_variance; and size, the side of the images, without which
+            a denoiser cannot be sampled.
 
     Returns:
         The model directory, and a sentence for each thing that was assumed or left out.
@@ -122,10 +124,12 @@ def import_model(
     given = dict(settings or {})
     if source not in SOURCES:
         raise UsageError(f"--from {source}: unknown; use {', '.join(SOURCES)}")
-    if unknown := sorted(set(given) - _OF_THE_NETWORK - _OF_THE_DIFFUSION):
-        raise UsageError(
-            f"--set {unknown[0]}: unknown; known: {', '.join(sorted(_OF_THE_NETWORK | _OF_THE_DIFFUSION))}"
-        )
+    known = _OF_THE_NETWORK | _OF_THE_DIFFUSION | _OF_THE_IMAGES
+    if unknown := sorted(set(given) - known):
+        raise UsageError(f"--set {unknown[0]}: unknown; known: {', '.join(sorted(known))}")
+    size = given.get("size")
+    if size is not None and not (isinstance(size, int) and size > 0):
+        raise UsageError(f"--set size={size}: expected a whole number of pixels")
     if output.exists():
         raise UsageError(f"{output}: exists; choose a new folder")
     try:
@@ -147,6 +151,7 @@ def import_model(
         "config": config.model_dump(mode="json"),
         "training": {"imported": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
         "metrics": {},
+        "size": size,
         "assumed": found.assumed,
         "licence": "that of the imported weights",
         "versions": {"medseg-diffusion": version("medseg-diffusion")},

@@ -19,23 +19,38 @@ from torch import Tensor
 
 from . import build
 from .checkpoint import SavedModel, load_model_files
-from .config import SegmenterConfig
+from .config import PixelClassifierConfig, SegmenterConfig
 from .diffusion.noise import derive_seed
 from .errors import InputError, MedsegError, ModelError, UsageError
 from .methods.calibration import Calibration
 from .methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
-from .methods.segment import Windows, count_batches
+from .methods.segment import Segmenter, Windows, count_batches
 from .methods.segment import segment as segment_tensor
 from .reports.files import write_files
 from .reports.html import SegmentedCase, segment_report
 from .reports.preview import preview_png
 from .sampling.loop import spaced
+from .sections import InferenceSection
+from .segmenter import pixel_inference, restore_pixel_segmentation, restore_segmenter, shape_prior
 from .training.runtime import autocast_dtype, choose_device, keep_freed_memory, tune
-from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
+from .volumes.io import (
+    SUFFIXES,
+    find_scans,
+    is_image,
+    read_volume,
+    scan_name,
+    suffix_of,
+    upright,
+    write_labels,
+    write_map,
+)
 from .volumes.preprocessing import Placement
 from .volumes.volume import Volume
 
 DEFAULT_MODEL = "brain-tissue-t1"
+
+IGNORED = 255
+"""The value of pseudo-labels that are too uncertain to be used."""
 
 MEMBERS_AT_ONCE = 10
 """Of an ensemble: they walk in one batch, and the image is encoded once for them. More only cost memory."""
@@ -59,6 +74,9 @@ class SegmentOptions:
         uncertainty: which one: "entropy" (of the mean, 0 to 1), "mutual-information" (the members' disagreement, on the
             same scale) or "variance" (of the foreground's probability over members).
         save_members: write *_members.nii.gz, the mask of every member, channels last.
+        save_pseudo_labels: write *_pseudo.nii.gz, the mask with `IGNORED` where members disagree more than
+            ``max_disagreement``: labels to train on, for scans that nobody has labelled.
+        max_disagreement: mutual information of the members, 0 to 1 (`Ensemble.uncertainty`).
         statistics: write *_statistics.json.
         preview: write *_preview.png.
         report: write one HTML page on all scans to this file.
@@ -79,6 +97,8 @@ class SegmentOptions:
     save_uncertainty: bool = False
     uncertainty: Uncertainty = "entropy"
     save_members: bool = False
+    save_pseudo_labels: bool = False
+    max_disagreement: float = 0.1
     statistics: bool = False
     preview: bool = False
     report: Path | None = None
@@ -115,6 +135,7 @@ class Segmentation:
         agreement: class name to the mean Dice of pairs of members; empty for one member.
         quality: "check" where the members agree less than on 95 of 100 validation cases of the model, else "usual";
             None where the model was not calibrated with these options.
+        disagreement: of the members, one number for the scan (`Ensemble.disagreement`); None for one member.
     """
 
     labels: Tensor
@@ -125,6 +146,7 @@ class Segmentation:
     intervals_ml: dict[str, tuple[float, float]]
     agreement: dict[str, float]
     quality: Literal["usual", "check"] | None
+    disagreement: float | None
 
 
 class SegmentationModel:
@@ -157,23 +179,49 @@ class SegmentationModel:
         self.device = choose_device(device)
         tune(self.device)
         self.saved: SavedModel = load_model_files(name_or_path)
-        model, config = build.restore_segmenter(self.saved)
-        self.model = model.to(self.device)
-        self.prior = build.shape_prior(self.saved)
-        self.config: SegmenterConfig = config
+        self.notes: list[str] = []
+        if self.saved.card.get("method") == "label-efficient":
+            self._restore_pixel_segmentation(steps, sampler)
+        else:
+            self._restore_segmenter(steps)
+        self.prior = shape_prior(self.saved)
         self.labels = {int(value): str(name) for value, name in self.saved.card["labels"].items()}
-        self.preprocessing = build.preprocessing(config)
-        self.ensemble = ensemble or config.inference.ensemble
-        self.sampler_name = sampler or config.inference.sampler
+        self.ensemble = ensemble or self.inference.ensemble
+        self.sampler_name = sampler or self.inference.sampler
         self.sampler = build.sampler(self.sampler_name)
         self.fusion: Fusion = fusion
         self.uncertainty: Uncertainty = uncertainty
-        self.notes: list[str] = []
+        self.calibration = self._calibration()
+
+    def _restore_segmenter(self, steps: int | None) -> None:
+        self.model: Segmenter
+        self.model, config = restore_segmenter(self.saved)
+        self.model.to(self.device)
+        self.config: SegmenterConfig | PixelClassifierConfig = config
+        self.inference: InferenceSection = config.inference
+        self.dims: int = config.network.dims
+        self.channels: int = config.data.channels
+        self.precision = config.training.precision
+        self.preprocessing = build.preprocessing(config.preprocessing)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.times = spaced(build.noise_schedule(config.diffusion.schedule), steps or config.inference.steps)
         self.notes += [str(item.message) for item in caught]
-        self.calibration = self._calibration()
+
+    def _restore_pixel_segmentation(self, steps: int | None, sampler: str | None) -> None:
+        if steps is not None or sampler is not None:
+            raise UsageError(
+                f"{self.saved.path}: classifies pixels and samples nothing: leave --steps and --sampler out"
+            )
+        self.model, config, generator = restore_pixel_segmentation(self.saved)
+        self.model.to(self.device)
+        self.config = config
+        self.inference = pixel_inference(generator, config)
+        self.dims = len(generator.config.data.shape)
+        self.channels = generator.config.data.channels
+        self.precision = generator.config.training.precision
+        self.preprocessing = build.preprocessing(generator.config.preprocessing)
+        self.times = [1, 0]
 
     @property
     def name(self) -> str:
@@ -185,9 +233,8 @@ class SegmentationModel:
     ) -> tuple[Ensemble, Placement]:
         """The ensemble on the model's grid, on the CPU, and the way back to the scan."""
         image, placement = self.preprocessing.apply(volume)
-        inference = self.config.inference
+        inference, dims = self.inference, self.dims
         windows = Windows(inference.window, inference.overlap, batch_size=1 if self.device.type == "cpu" else 4)
-        dims = self.config.network.dims
         seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
         parts = [seeds[i : i + MEMBERS_AT_ONCE] for i in range(0, len(seeds), MEMBERS_AT_ONCE)]
         total, done = len(parts) * count_batches(image.shape, windows, dims), 0
@@ -197,7 +244,7 @@ class SegmentationModel:
             done += 1
             on_progress(min(1.0, done / total))
 
-        dtype = autocast_dtype(self.device, self.config.training.precision)
+        dtype = autocast_dtype(self.device, self.precision)
         autocast = torch.autocast(self.device.type, dtype) if dtype else nullcontext()
         image = image.to(self.device)
         ensemble: Ensemble | None = None
@@ -217,7 +264,7 @@ class SegmentationModel:
         mean = placement.restore(ensemble.mean, outside)
         scores = mean if self.fusion == "mean" else placement.restore(ensemble.fuse(self.fusion), outside)
         labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
-        if self.config.inference.largest_part:
+        if self.inference.largest_part:
             lost = (labels > 0) & ~largest_part(labels)
             labels[lost] = 0
             mean[:, lost] = torch.tensor(outside)[:, None]
@@ -239,8 +286,17 @@ class SegmentationModel:
             mean = tempered(mean, self.calibration.temperature(len(ensemble)))
         kind = self.uncertainty
         uncertain = entropy(mean) if kind == "entropy" else placement.restore(ensemble.uncertainty(kind)[None])[0]
+        several = len(ensemble) > 1
         return Segmentation(
-            labels, mean, uncertain, ensemble.labels, volumes, intervals, agreement, self._quality(agreement)
+            labels=labels,
+            probabilities=mean,
+            uncertainty=uncertain,
+            members=ensemble.labels,
+            volumes_ml=volumes,
+            intervals_ml=intervals,
+            agreement=agreement,
+            quality=self._quality(agreement),
+            disagreement=ensemble.disagreement if several else None,
         )
 
     def members_on_scan(self, found: Segmentation, placement: Placement) -> Tensor:
@@ -276,7 +332,7 @@ class SegmentationModel:
         return "usual" if known and sum(known) / len(known) >= self.calibration.agreement else "check"
 
     def _near_the_shape(self, ensemble: Ensemble, placement: Placement) -> Tensor | None:
-        tolerance = self.config.inference.shape_prior_mm
+        tolerance = self.inference.shape_prior_mm
         if self.prior is None or tolerance is None:
             return None
         return self.prior.near(ensemble.mean.argmax(0) > 0, placement.spacing, tolerance)
@@ -311,7 +367,7 @@ def segment(
     """
     found = [path for scan in scans for path in find_scans(scan)]
     targets = {scan: _targets(scan, options, len(found)) for scan in found}
-    _refuse_collisions(targets)
+    refuse_collisions(targets)
     if options.shard is not None:
         found = [scan for scan in found if _shard_of(scan, options.shard[1]) == options.shard[0]]
     model: SegmentationModel | None = None
@@ -365,7 +421,7 @@ def _one(
 ) -> tuple[CaseResult, SegmentedCase]:
     started = time.monotonic()
     name = scan_name(scan)
-    _check_channels(volume, model)
+    _check_fits(volume, model)
     ensemble, placement = model.sample(
         volume,
         derive_seed(options.seed, name),
@@ -384,16 +440,19 @@ def _one(
     if options.save_members:
         write_labels(model.members_on_scan(found, placement), volume, files["members"])
         written["members"] = files["members"]
+    if options.save_pseudo_labels:
+        write_labels(_pseudo_labels(ensemble, placement, found.labels, options), volume, files["pseudo-labels"])
+        written["pseudo-labels"] = files["pseudo-labels"]
     picture = b""
     if options.preview or options.report is not None:
-        upright = volume.oriented("RAS")
+        shown = upright(volume, scan)
         names = {value: text for value, text in model.labels.items() if value}
         picture = preview_png(
-            upright.data[0].numpy(),
-            volume.like(found.labels[None]).oriented("RAS").data[0].numpy(),
-            upright.spacing,
+            shown.data[0].numpy(),
+            upright(volume.like(found.labels[None]), scan).data[0].numpy(),
+            shown.spacing,
             names,
-            uncertainty=volume.like(found.uncertainty[None]).oriented("RAS").data[0].numpy()
+            uncertainty=upright(volume.like(found.uncertainty[None]), scan).data[0].numpy()
             if options.save_uncertainty
             else None,
         )
@@ -412,6 +471,15 @@ def _one(
         notes.append("the sampled masks agree less than is usual for this model; look at the result")
     result = CaseResult(scan, "done", written, seconds, found.volumes_ml, warnings=tuple(notes))
     return result, _page(scan, found, model, options, result, picture)
+
+
+def _pseudo_labels(ensemble: Ensemble, placement: Placement, labels: Tensor, options: SegmentOptions) -> Tensor:
+    if len(ensemble) < 2:
+        raise UsageError("pseudo-labels need members that can disagree: add --ensemble 5")
+    if int(labels.max()) >= IGNORED:
+        raise UsageError(f"pseudo-labels mark what to ignore by {IGNORED}, which is a class of this model")
+    disagreement = placement.restore(ensemble.uncertainty("mutual-information")[None])[0]
+    return torch.where(disagreement > options.max_disagreement, IGNORED, labels.to(torch.uint8))
 
 
 def _page(
@@ -453,19 +521,32 @@ def _statistics(scan: Path, found: Segmentation, model: SegmentationModel, secon
     for name, dice in found.agreement.items():
         classes[name]["pairwise_dice"] = round(dice, 4) if dice == dice else None
     content: dict[str, Any] = {"scan": scan.name, "model": model.name, "seconds": round(seconds, 2), "classes": classes}
+    if found.disagreement is not None:
+        content["disagreement"] = round(found.disagreement, 5)
     if found.quality is not None:
         content["quality"] = found.quality
     return json.dumps(content, indent=2) + "\n"
 
 
-def _check_channels(volume: Volume, model: SegmentationModel) -> None:
-    expected = model.config.data.channels
+def _check_fits(volume: Volume, model: SegmentationModel) -> None:
+    """Refuse an image for a 3D model, and another number of channels than the model's."""
+    if model.dims == 3 and 1 in volume.shape:
+        size = " x ".join(str(n) for n in volume.shape if n > 1)
+        raise InputError(
+            volume.source, f"a 2D image ({size})", f"a volume for the 3D model {model.name}", "name a 2D model with -m"
+        )
+    expected = model.channels
     if len(volume.data) != expected:
+        if is_image(volume.source or ""):
+            known = {1: "convert the image to greyscale", 3: "convert the image to colour"}
+            remedy = known.get(expected, f"pass a volume of {expected} channels")
+        else:
+            remedy = "pass one volume" if expected == 1 else "stack the channels along a fourth axis"
         raise InputError(
             volume.source,
             f"{len(volume.data)} channels" if len(volume.data) > 1 else "1 channel",
             f"{expected} ({', '.join(model.saved.card['channels'])}) for model {model.name}",
-            "pass one volume" if expected == 1 else "stack the channels along a fourth axis",
+            remedy,
         )
 
 
@@ -475,14 +556,18 @@ def _targets(scan: Path, options: SegmentOptions, count: int) -> dict[str, Path]
     if output is not None and output.name.lower().endswith(SUFFIXES):
         if count > 1:
             raise UsageError(f"-o {output} is a file, but there are {count} scans; give a folder")
+        if is_image(output) and not (is_image(scan) and suffix_of(output) == ".png"):
+            known = ".png or .nii.gz" if is_image(scan) else ".nii.gz"
+            raise UsageError(f"-o {output}: the mask of {scan.name} is not written as {suffix_of(output)}; use {known}")
         base, segmentation = output.parent / scan_name(output).removesuffix("_seg"), output
     else:
         base = (scan.parent if output is None else output) / scan_name(scan)
-        segmentation = base.with_name(base.name + "_seg.nii.gz")
+        segmentation = base.with_name(base.name + ("_seg.png" if is_image(scan) else "_seg.nii.gz"))
     endings = {
         "probabilities": "_prob.nii.gz",
         "uncertainty": "_uncertainty.nii.gz",
         "members": "_members.nii.gz",
+        "pseudo-labels": "_pseudo.nii.gz",
         "preview": "_preview.png",
         "statistics": "_statistics.json",
     }
@@ -492,15 +577,17 @@ def _targets(scan: Path, options: SegmentOptions, count: int) -> dict[str, Path]
     }
 
 
-def _refuse_collisions(targets: dict[Path, dict[str, Path]]) -> None:
+def refuse_collisions(targets: dict[Path, dict[str, Path]]) -> None:
+    """UsageError if a result would overwrite a scan or another result; ``targets`` are files by kind, for each scan."""
     taken: dict[Path, Path] = {}
     for scan, files in targets.items():
-        target = files["segmentation"].absolute()
-        if target == scan.absolute():
+        if scan.absolute() in [path.absolute() for path in files.values()]:
             raise UsageError(f"{scan}: the result would overwrite the scan; give -o another name")
-        if target in taken:
-            raise UsageError(f"{taken[target]} and {scan} would both be written to {target}; segment them apart")
-        taken[target] = scan
+        # Of an image and a volume of one name the masks differ in suffix; the maps do not.
+        for target in (path.absolute() for path in files.values()):
+            if target in taken:
+                raise UsageError(f"{taken[target]} and {scan} would both be written to {target}; segment them apart")
+            taken[target] = scan
 
 
 def _shard_of(scan: Path, count: int) -> int:

@@ -240,18 +240,113 @@ class InferenceSection(Section):
     shape_prior_mm: float | None = Field(None, gt=0)
 
 
+class LabelledDataSection(Section):
+    """Labelled images for pixel classifiers; ``labels`` names the classes above background where the folder does not.
+
+    Sides are those of `DataSection` with the same numbers.
+    """
+
+    labels: tuple[str, ...] = ()
+    test_cases: int = Field(40, ge=0)
+    validation_cases: int = Field(20, ge=0)
+    pixels_per_class: int = Field(1000, ge=20)
+
+
+class FeaturesSection(Section):
+    """`medseg_diffusion.methods.activations.Activations`.
+
+    ``blocks`` are numbers of decoder blocks; "auto" takes the published ones, 5, 6, 7, 8 and 12, where the generator
+    has them, and searches otherwise. ``times`` count from 0.
+    """
+
+    times: tuple[int, ...] = Field((50, 150, 250), min_length=1)
+    blocks: Literal["auto"] | tuple[int, ...] = "auto"
+
+
+class PixelClassifierSection(Section):
+    """`medseg_diffusion.methods.label_efficient.ClassifierOptions`."""
+
+    members: int = Field(10, ge=1)
+    hidden: tuple[int, int] | None = None
+    batch_size: int = Field(64, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    max_epochs: int = Field(100, ge=1)
+    min_epochs: int = Field(4, ge=0)
+    patience: int = Field(50, ge=1)
+
+
+class LatentHealingSection(Section):
+    """`medseg_diffusion.methods.latent_healing.LatentHealing`; ``times`` KL maps are taken between ``earliest`` and
+    ``latest``.
+    """
+
+    times: int = Field(21, ge=1)
+    earliest: int = Field(400, ge=2)
+    latest: int = Field(600, ge=2)
+    start: int = Field(500, ge=1)
+    steps: int = Field(25, ge=1)
+    quantile: float = Field(0.975, gt=0, lt=1)
+    smoothing: float = Field(1.0, ge=0)
+
+
+class PartialNoiseSection(Section):
+    """`medseg_diffusion.methods.partial_noise.PartialNoise`; its noise is that of the generator's training."""
+
+    start: int = Field(250, ge=1)
+    steps: int = Field(25, ge=1)
+
+
+class PatchedSection(Section):
+    """`medseg_diffusion.methods.patched.Patched`; its patches and noise are those of the generator's training."""
+
+    time: int = Field(500, ge=1)
+
+
+class CounterfactualSection(Section):
+    """`medseg_diffusion.methods.counterfactual`: with a classifier's gradient of ``scale``, or with free guidance."""
+
+    start: int = Field(500, ge=1)
+    steps: int = Field(50, ge=1)
+    scale: float = Field(100.0, ge=0)
+    guidance: float = Field(3.0, ge=0)
+
+
+class PostprocessingSection(Section):
+    """What is done to an anomaly map on the model's grid, and to its mask.
+
+    ``median`` is the side of a median filter in voxels (1: none; slices are filtered in their planes). The foreground
+    is eroded by ``erosion`` voxels. Connected parts of the mask below ``min_volume_mm3`` are dropped.
+    """
+
+    median: int = Field(1, ge=1)
+    erosion: int = Field(0, ge=0)
+    min_volume_mm3: float = Field(0.0, ge=0)
+
+
 class ImageDataSection(Section):
     """Images as training examples: `medseg_diffusion.data.image_cache`.
 
+    ``size`` is the side of images and of slices of scans; three sides make whole volumes of scans.
     ``test_images`` and ``validation_images`` are held out of collections that name no sides themselves; scans count
     as one each.
     """
 
-    size: int = Field(64, ge=8)
+    size: int | tuple[int, int, int] = 64
     channels: Literal[1, 3] = 3
     flip: bool = True
     test_images: int = Field(0, ge=0)
     validation_images: int = Field(100, ge=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sides of an image, two or three."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @model_validator(mode="after")
+    def _sides(self) -> ImageDataSection:
+        if min(self.shape) < 8:
+            raise ValueError(f"size must be at least 8, got {self.size}")
+        return self
 
 
 class ImageConditionSection(Section):
@@ -267,9 +362,13 @@ class ImageConditionSection(Section):
 
 
 class ImageDiffusionSection(Section):
-    """What is predicted and with which loss; "hybrid" and "bound" train a learned variance, and need one."""
+    """What is predicted and with which loss; "hybrid" and "bound" train a learned variance, and need one.
+
+    ``noise`` "simplex" is AnoDDPM's (`medseg_diffusion.diffusion.simplex`).
+    """
 
     schedule: ScheduleSection = ScheduleSection()
+    noise: Literal["gaussian", "simplex"] = "gaussian"
     target: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
     objective: Literal["simple", "hybrid", "bound"] = "simple"

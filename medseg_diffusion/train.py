@@ -35,6 +35,7 @@ from .methods.shape_prior import ShapePrior, average_shape
 from .metrics.overlap import label_overlap
 from .reports.card import model_card
 from .sampling.loop import spaced
+from .segmenter import restore_segmenter
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .training.autoencoder import standardise
 from .training.run import start_run, versions, write_json
@@ -233,7 +234,7 @@ def calibrate(target: Path, config: SegmenterConfig, data: TrainingData, runtime
     They hold for the configuration's sampler and steps, on the model's grid, before any largest part or shape prior.
     """
     saved = load_model_files(target)
-    model, _ = build.restore_segmenter(saved)
+    model, _ = restore_segmenter(saved)
     model.to(runtime.device)
     sampler = build.sampler(config.inference.sampler)
     times = spaced(build.noise_schedule(config.diffusion.schedule), config.inference.steps)
@@ -296,7 +297,9 @@ def _scans(
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
     split = split_by_hash(folder.cases, config.data.test_cases, config.data.validation_cases)
     used = [case for case in folder.cases if case.name not in split.test]
-    prepared = prepare(used, build.preprocessing(config), config.data.channels, len(labels), run / "cache", on_prepare)
+    prepared = prepare(
+        used, build.preprocessing(config.preprocessing), config.data.channels, len(labels), run / "cache", on_prepare
+    )
     augmenter = Augmenter(build.augmentation(config), config.network.dims)
     training = [case for case in prepared if case.name in split.train]
     require_every_class(training, labels, data)

@@ -31,12 +31,14 @@ from .data.image_cache import ImageExamples, PackedImages, packed
 from .data.latent_cache import LatentExamples, cached_latents
 from .diffusion.noise import derive_seed
 from .errors import InputError, ModelError, UsageError
-from .generate import Generator, restore_autoencoder
+from .generator import Generator, restore_autoencoder
+from .methods.patched import Patched
 from .networks.autoencoder import KLAutoencoder, VQAutoencoder
 from .reports.card import generator_card
-from .reports.pictures import grid, write_png
+from .reports.pictures import as_pictures, grid, write_png
 from .tasks.classifier import NoisyClassification
-from .tasks.image import ImageDiffusion
+from .tasks.image import ImageDiffusion, reduced
+from .tasks.patched import PatchedDiffusion
 from .training.autoencoder import AutoencoderTraining, LossWeights, standardise
 from .training.perceptual import perceptual_loss
 from .training.run import start_run, versions
@@ -57,7 +59,7 @@ PICTURES = 16
 class _Job:
     """What the stages share."""
 
-    data: Path
+    data: Path | PackedImages
     run: Path
     resume: bool
     max_steps: int | None
@@ -75,7 +77,7 @@ class _Job:
 
 def train_generator(
     config: ImageConfig,
-    data: Path,
+    data: Path | PackedImages,
     run: Path,
     *,
     autoencoder: str | Path | None = None,
@@ -95,7 +97,8 @@ def train_generator(
 
     Args:
         config: generator, autoencoder or noisy classifier.
-        data: a folder or zip of images, or a folder of scans (`medseg_diffusion.data.images`).
+        data: a folder or zip of images, or a folder of scans (`medseg_diffusion.data.images`), or what was packed
+            of them already.
         run: the run directory, new unless ``resume``.
         autoencoder: a trained autoencoder (folder or installed name) for a latent generator.
         stage: "autoencoder" stops after the first stage of a latent generator.
@@ -149,7 +152,7 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
     images = _images(config, job)
     runtime = Runtime(job.device, config.training.precision)
     extra: dict[str, Any] = {}
-    shape: tuple[int, ...] = (config.data.channels, config.data.size, config.data.size)
+    shape: tuple[int, ...] = (config.data.channels, *config.data.shape)
     if codec is not None:
         codec = codec.to(runtime.device)
         prepare = lambda done, total: job.on_prepare("latents", done, total)  # noqa: E731
@@ -166,14 +169,15 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
     model = build.generator(config, len(images.classes), None if codec is None else shape[0])
     arranged(model.network, config.training.channels_last, config.training.compile)
     batches = _validation_batches(held_out, config.training.batch_size)
-    extra |= {"shape": list(shape), "classes": list(images.classes) if model.num_classes else []}
+    with_classes = isinstance(model, ImageDiffusion) and model.num_classes > 0
+    extra |= {"shape": list(shape), "classes": list(images.classes) if with_classes else []}
 
     def validate(averaged: nn.Module) -> dict[str, float]:
         loss = _mean_loss(averaged, batches, runtime)
-        generator = Generator(cast(ImageDiffusion, averaged), config, shape, codec)
+        generator = Generator(cast(ImageDiffusion | PatchedDiffusion, averaged), config, shape, codec)
         with runtime.accelerator.autocast():
-            pictures = _pictures(generator, images, runtime.device)
-        write_png(grid(pictures), _next_picture(job.run))
+            pictures = _pictures(generator, images)
+        write_png(grid(as_pictures(pictures)), _next_picture(job.run))
         return {"score": -loss, "loss": loss}
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
@@ -193,7 +197,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
     runtime = Runtime(job.device, config.training.precision)
     loss = config.loss
     perceptual, stated, inside = perceptual_loss(
-        loss.perceptual, loss.lpips_backbone, config.data.channels, runtime.device
+        loss.perceptual, loss.lpips_backbone, config.data.channels, runtime.device, len(config.data.shape)
     )
     if loss.perceptual == "auto" and stated != "lpips":
         warnings.warn(f"LPIPS has no weights here; training with {stated} instead", stacklevel=2)
@@ -225,7 +229,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
         if stated == "lpips":
             numbers["lpips"] = float(perceptual(kept.to(runtime.device), wanted.to(runtime.device)))
         pairs = torch.stack([wanted[:PICTURES], kept[:PICTURES]], dim=1).flatten(0, 1)
-        write_png(grid(pairs), _next_picture(job.run))
+        write_png(grid(as_pictures(pairs)), _next_picture(job.run))
         return numbers
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
@@ -289,13 +293,16 @@ def _fit(
 
 
 def _images(config: ImageConfig, job: _Job) -> PackedImages:
+    if isinstance(job.data, PackedImages):
+        return job.data
     section = config.data
     held_out = (section.test_images, section.validation_images)
     images = packed(
         job.data,
         home() / "images",
-        section.size,
+        section.shape,
         section.channels,
+        preprocessing=build.preprocessing(config.preprocessing),
         held_out=held_out,
         skip_broken=job.skip_broken,
         on_file=lambda done, total: job.on_prepare("images", done, total),
@@ -333,17 +340,28 @@ def _mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], runtime: Runt
     return total / count
 
 
-def _pictures(generator: Generator, images: PackedImages, device: torch.device) -> Tensor:
-    """Samples with the same noise, and classes or low-resolution images, at every validation."""
-    task = generator.task
+def _pictures(generator: Generator, images: PackedImages) -> Tensor:
+    """Samples with the same noise, and classes or low-resolution images, at every validation.
+
+    Of a restorer of patches: validation images beside what it makes of them.
+    """
+    task, device = generator.task, generator.device
+    if isinstance(task, PatchedDiffusion):
+        real = _real(images).to(device)
+        restored = Patched(task.denoiser, task.noise, real.shape[2:]).healthy(real, range(len(real)))
+        return torch.stack([real, restored], dim=1).flatten(0, 1).cpu()
     label = torch.arange(PICTURES, device=device) % task.num_classes if task.num_classes else None
     low = None
     if task.factor is not None:
-        held_out = ImageExamples(images, images.part("validation")[:PICTURES], flip=False)
-        real = torch.stack([held_out.example(i, torch.Generator())["image"] for i in range(len(held_out))])
-        low = torch.nn.functional.avg_pool2d(real, task.factor).to(device)
+        low = reduced(_real(images), task.factor).to(device)
     seeds = [derive_seed("picture", i) for i in range(PICTURES if low is None else len(low))]
     return generator.sample(seeds, "ddim", 20, label, low).cpu()
+
+
+def _real(images: PackedImages) -> Tensor:
+    """The first validation images (n, C, *S)."""
+    held_out = ImageExamples(images, images.part("validation")[:PICTURES], flip=False)
+    return torch.stack([held_out.example(i, torch.Generator())["image"] for i in range(len(held_out))])
 
 
 def _next_picture(run: Path) -> Path:

@@ -87,7 +87,7 @@ def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
     assert config.description
     model = build.segmenter(config, 1 + (len(config.data.labels) or 3))
     assert sum(p.numel() for p in model.parameters()) > 1000
-    build.preprocessing(config)
+    build.preprocessing(config.preprocessing)
     build.augmentation(config)
     build.training_options(config.training)
     build.sampler(config.inference.sampler)
@@ -135,6 +135,15 @@ def test_a_preset_survives_being_written_and_read_again(name, tmp_path: Path) ->
     config = load_config(name)
     assert config.description
     assert load_config(write(tmp_path, config.model_dump(mode="json"))) == config
+
+
+def test_the_presets_for_nuclei_differ_in_their_method_alone() -> None:
+    """They are to be compared: data, augmentation, U-Net and optimisation must be the same."""
+    four = [load_segmenter_config(f"{m}-nuclei-small") for m in ("baseline", "ensemdiff", "segdiff", "medsegdiff-v2")]
+    for part in ("data", "preprocessing", "augmentation", "network", "training"):
+        assert all(getattr(config, part) == getattr(four[0], part) for config in four), part
+    assert all(config.diffusion == four[1].diffusion for config in four[1:])
+    assert (four[0].network.dims, four[0].data.channels, four[0].preprocessing.orientation) == (2, 3, None)
 
 
 def test_a_generator_is_no_segmenter() -> None:

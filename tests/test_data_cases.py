@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from medseg_diffusion.data.cases import Case, find_cases, split_by_hash
 from medseg_diffusion.errors import InputError
@@ -104,6 +105,30 @@ def test_image_and_mask_may_be_of_different_kinds(tmp_path: Path) -> None:
     scan(tmp_path / "images" / "a.nii.gz")
     label = scan(tmp_path / "masks" / "a.nii")
     assert find_cases(tmp_path).cases[0].label == label
+
+
+@pytest.mark.parametrize(("channels", "names"), [(1, ("image",)), (3, ("red", "green", "blue"))])
+def test_photographs_have_masks_in_another_format_and_colours_as_channels(tmp_path: Path, channels, names) -> None:
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for name in "ab":
+        colours = np.arange(64 * channels, dtype=np.uint8).reshape(8, 8, channels).squeeze()
+        Image.fromarray(colours).save(tmp_path / "images" / f"{name}.jpg")
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(
+            tmp_path / "masks" / f"{name}{'_seg' if name == 'b' else ''}.png"
+        )
+    found = find_cases(tmp_path)
+    assert [(case.image.name, case.label.name) for case in found.cases] == [("a.jpg", "a.png"), ("b.jpg", "b_seg.png")]
+    assert found.channels == names
+
+
+def test_pictures_beside_scans_are_no_cases(tmp_path: Path) -> None:
+    """Previews and screenshots lie beside scans; only in a folder without volumes are images the scans."""
+    scan(tmp_path / "images" / "a.nii.gz")
+    scan(tmp_path / "labels" / "a.nii.gz")
+    for name in ("a_preview.png", "montage.png"):
+        Image.new("L", (4, 4)).save(tmp_path / "images" / name)
+    assert [case.name for case in find_cases(tmp_path).cases] == ["a"]
 
 
 def test_subfolders_name_patients_who_stay_on_one_side(tmp_path: Path) -> None:
@@ -204,5 +229,5 @@ def test_more_patients_only_push_others_towards_training() -> None:
 
 @pytest.mark.parametrize(("test", "validation"), [(3, 2), (5, 0), (0, 5), (-1, 1), (1, -1)])
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(test, validation) -> None:
-    with pytest.raises(InputError, match=r"found 5 patients; .*lower data\.test_cases or data\.validation_cases"):
+    with pytest.raises(InputError, match=r"found 5 patients; .*lower what the configuration holds out"):
         split_by_hash(cases_of(*"abcde"), test, validation)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.data.image_cache import ImageExamples, packed, to_levels, to_unit
 from medseg_diffusion.data.images import check_images, find_images
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import scan_name
 
 WNIDS = ("n02", "n01")  # unsorted on purpose, as a file may be
 
@@ -72,7 +74,7 @@ def test_tiny_imagenet_is_read_from_folder_and_zip(tmp_path: Path, as_zip) -> No
     assert [label for part, label in parts if part == "validation"] == [1, 0, 1, 0]
     assert parts.count(("test", -1)) == 5
     assert found.entries[1].box == (1, 1, 60, 61)
-    grey = found.pixels(found.entries[0], 64, 3)
+    grey = found.pixels(found.entries[0], (64, 64), 3)
     assert grey.shape == (1, 64, 64, 3)
     assert np.ptp(grey, axis=3).max() == 0
 
@@ -141,6 +143,46 @@ def test_a_folder_of_scans_gives_the_slices_that_show_something_and_splits_by_sc
         assert len({images.names[i] for i in images.part(part)}) == count
     # The unit of the intensities does not matter.
     assert np.abs(images.images[:6].astype(int) - images.images[6:12].astype(int)).max() <= 1
+
+
+def test_scans_as_whole_volumes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    whole = np.random.default_rng(0).integers(1, 200, (5, 6, 7)).astype(np.float32)
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(whole, np.eye(4)), tmp_path / "data" / f"{name}.nii.gz")
+    images = packed(tmp_path / "data", tmp_path / "store", (8, 8, 8), 1, held_out=(0, 1))
+    assert images.images.shape == (2, 8, 8, 8, 1)
+    inside = images.images[0, 1:6, 1:7, 0:7, 0].astype(float)
+    assert np.corrcoef(inside.ravel(), whole.ravel())[0, 1] > 0.99
+    assert int(images.images[0, 0].max()) == 0  # what was added is air
+    pair = [ImageExamples(images, images.part("train"), flip).example(0, generator)["image"]
+            for flip, generator in ((False, one_that_draws(0.1)), (True, one_that_draws(0.1)))]  # fmt: skip
+    assert pair[0].shape == (1, 8, 8, 8) and torch.equal(pair[0].flip(1), pair[1])  # left and right change places
+    with pytest.raises(InputError, match=r"scans, for data\.size of three sides"):
+        packed(tiny_imagenet(tmp_path), tmp_path / "store", (8, 8, 8))
+
+
+def one_that_draws(value: float) -> torch.Generator:
+    """A generator whose first uniform number is below ``value``."""
+    for seed in range(1000):
+        if float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < value:
+            return torch.Generator().manual_seed(seed)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("layout", [("imagesTr", "labelsTr"), ("images", "masks")])
+def test_of_a_labelled_folder_only_the_images_are_taken_with_the_sides_of_its_cases(tmp_path: Path, layout) -> None:
+    for part in layout:
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for i in range(9):
+            data = np.random.default_rng(i).integers(0, 2 if part == layout[1] else 99, (12, 12, 3)).astype(np.uint8)
+            nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "data" / part / f"case{i}.nii.gz")
+    images = packed(tmp_path / "data", tmp_path / "store", 12, 1, held_out=(3, 2))
+    cases = find_cases(tmp_path / "data").cases
+    split = split_by_hash(cases, 3, 2)
+    for part, names in (("train", split.train), ("validation", split.validation), ("test", split.test)):
+        found = {scan_name(images.names[i]) for i in images.part(part)}
+        assert found == set(names) and all(images.names[i].startswith(layout[0]) for i in images.part(part))
 
 
 def test_a_truncated_image_is_named_or_skipped(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,11 @@ from PIL import Image
 
 from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import (
+    AnomalyConfig,
     GeneratorConfig,
     ImageAutoencoderConfig,
     NoisyClassifierConfig,
+    PixelClassifierConfig,
     SegmenterConfig,
     load_config,
     parse_config,
@@ -22,11 +25,13 @@ from medseg_diffusion.config import (
 )
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.evaluate_generator import evaluate_generator, parse_samplers
-from medseg_diffusion.generate import SampleOptions, Source, read_png, restore_autoencoder, sample_images
+from medseg_diffusion.generate import SampleOptions, Source, read_png, sample_images
+from medseg_diffusion.generator import restore_autoencoder
 from medseg_diffusion.importing import load_model
 from medseg_diffusion.train_generator import train_generator
 
-IMAGES = [name for name in presets() if not isinstance(load_config(name), SegmenterConfig)]
+OTHERS = SegmenterConfig | PixelClassifierConfig | AnomalyConfig
+IMAGES = [name for name in presets() if not isinstance(load_config(name), OTHERS)]
 SMALL = [name for name in IMAGES if name.endswith("-small")]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LPIPS has no weights here", "ignore:.*torch.jit")
@@ -77,7 +82,7 @@ def small(method: str, **changes: object) -> GeneratorConfig | ImageAutoencoderC
         **changes,
     }
     found = parse_config(content, "test")
-    assert not isinstance(found, SegmenterConfig)
+    assert not isinstance(found, OTHERS)
     return found
 
 
@@ -111,8 +116,14 @@ def models(pictures, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SMALL else (pytest.mark.slow,)) for n in IMAGES])
 def test_a_preset_trains_for_a_step_and_is_a_loadable_model(name, pictures, models, tmp_path: Path) -> None:
-    config = load_config(name, ["training.batch_size=2", "training.workers=0", "data.validation_images=2"])
-    assert not isinstance(config, SegmenterConfig)
+    small_data = ["data.validation_images=2", "data.test_images=0"]
+    config = load_config(name, ["training.batch_size=2", "training.workers=0", *small_data])
+    assert not isinstance(config, OTHERS)
+    if len(config.data.shape) == 3:
+        for i in range(4):
+            pixels = np.random.default_rng(i).random((20, 20, 20)).astype(np.float32)
+            nib.save(nib.Nifti1Image(pixels, np.eye(4)), tmp_path / f"{i}.nii.gz")
+        pictures = tmp_path
     if isinstance(config, GeneratorConfig) and config.method == "latent":
         # The first stage of 64 x 64 images, untrained, stands for the preset's own.
         first = load_config(str(config.autoencoder), ["training.batch_size=2", "data.validation_images=2",
@@ -226,7 +237,7 @@ def test_an_upsampler_doubles_what_is_sampled(models) -> None:
     [
         ("pixel", {"label": 0}, "knows no classes"),
         ("class", {"label": 2}, "--class 2: the model knows classes 0 to 1"),
-        ("pixel", {"guidance": 2.0}, "--guidance needs a model that is conditioned by classes"),
+        ("pixel", {"guidance": 2.0}, "--guidance needs a model whose training dropped its classes"),
         ("latent", {"classifier": "classifier"}, "--classifier sees pixels"),
         ("upsampler", {}, "give it with --upsampler"),
         ("pixel", {"upsampler": "upsampler"}, "does not enlarge images of 16 x 16"),
@@ -236,6 +247,35 @@ def test_wishes_that_a_model_cannot_fulfil_are_refused(model, options, message, 
     named = {key: str(models[value]) if value in models else value for key, value in options.items()}
     with pytest.raises(UsageError, match=message):
         Source(models[model], SampleOptions(device="cpu", **named))
+
+
+def test_generators_of_volumes_from_scans_to_scans(tmp_path: Path) -> None:
+    """Pixel and latent, trained on whole scans: what is sampled is a scan of the model's voxel size."""
+    (tmp_path / "scans").mkdir()
+    for i in range(4):
+        data = np.random.default_rng(i).random((9, 10, 8)).astype(np.float32)
+        nib.save(nib.Nifti1Image(data, np.diag([2.0, 2, 2, 1])), tmp_path / "scans" / f"{i}.nii.gz")
+    whole: dict[str, object] = {
+        "data": {"size": [12, 12, 8], "channels": 1, "validation_images": 1},
+        "preprocessing": {"spacing_mm": [2, 2, 2]},
+    }
+    network = {"dims": 3, "channels": 8, "channel_mult": [1, 1], "num_res_blocks": 1, "norm_groups": 4}
+    first = small("autoencoder", **whole, loss={"discriminator_channels": 4, "discriminator_layers": 1})
+    codec = train_generator(first, tmp_path / "scans", tmp_path / "codec", device="cpu")
+    assert load_model_files(codec).card["training"]["perceptual_loss"] == "gradient-ssim"
+    for method, given in (("pixel", None), ("latent", codec)):
+        run = tmp_path / method
+        config = small(method, **whole, network=network)
+        model = train_generator(config, tmp_path / "scans", run, autoencoder=given, device="cpu")
+        options = SampleOptions(count=2, steps=2, device="cpu")
+        paths = sample_images(model, tmp_path / f"{method}-samples", options)
+        image = nib.load(paths[1])
+        assert image.shape == (12, 12, 8) and np.allclose(np.diag(image.affine), [2, 2, 2, 1])
+        with Image.open(tmp_path / f"{method}-samples" / "grid.png") as picture:
+            assert picture.size == (2 * 12 + 2, 12)
+        assert sample_images(model, tmp_path / f"{method}-samples", options) == paths
+    with pytest.raises(UsageError, match="makes volumes, and the scores are of images"):
+        evaluate_generator([str(run)], tmp_path / "scans", tmp_path / "scores")
 
 
 def test_an_interrupted_call_is_finished_with_the_same_images(models, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from medseg_diffusion import load_model
 from medseg_diffusion.diffusion.noise import generators
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.generate import SampleOptions, Source
 from medseg_diffusion.importing import import_model
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import sample, spaced
@@ -64,6 +65,20 @@ def test_an_imported_denoiser_is_sampled_like_any_other(tmp_path: Path) -> None:
     times = spaced(denoiser.schedule, 4)
     out = sample(denoiser, DPMSolver(), normal(2, 2, 3, 8, 8), times, generators=generators([1, 2]))
     assert out.shape == (2, 3, 8, 8) and bool(out.isfinite().all())
+
+
+def test_an_imported_model_draws_images_once_its_size_is_known(tmp_path: Path) -> None:
+    file = saved(tmp_path / "a.pt", published.OpenAI(classes=5, out_channels=6).state)
+    import_model(file, "guided-diffusion", tmp_path / "m", {"num_heads": 2, "size": 8})
+    source = Source(tmp_path / "m", SampleOptions(steps=3, device="cpu", label=4))
+    assert source.draw([0, 1]).shape == (2, 8, 8, 3)
+    with pytest.raises(UsageError, match="--class 5: the model knows classes 0 to 4"):
+        Source(tmp_path / "m", SampleOptions(device="cpu", label=5))
+    with pytest.raises(UsageError, match="--guidance needs"):
+        Source(tmp_path / "m", SampleOptions(device="cpu", guidance=2.0))
+    import_model(file, "guided-diffusion", tmp_path / "n", {"num_heads": 2})
+    with pytest.raises(ModelError, match="--set size=256"):
+        Source(tmp_path / "n", SampleOptions(device="cpu"))
 
 
 def test_a_classifier_and_an_autoencoder(tmp_path: Path) -> None:

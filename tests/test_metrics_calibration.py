@@ -96,6 +96,15 @@ def test_parallel_plates_are_their_distance_apart() -> None:
     assert all(len(found) == 400 for found in surface_distances(a, b, (1, 1, 1)))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_single_slice_has_the_distances_of_the_2d_image(axis) -> None:
+    a, b = ball((20, 24), (9, 9), 6), ball((20, 24), (9, 13), 4)
+    spacing = [0.5, 2.0]
+    whole = [np.expand_dims(mask, axis) for mask in (a, b)]
+    assert hd95(*whole, np.insert(spacing, axis, 7.0).tolist()) == pytest.approx(hd95(a, b, spacing))
+    assert hd95(a, b, spacing) > 2
+
+
 def test_a_distance_to_nothing_does_not_exist() -> None:
     a, nothing = np.ones((3, 3), bool), np.zeros((3, 3), bool)
     assert math.isnan(hd95(a, nothing, (1, 1))) and math.isnan(hd95(nothing, nothing, (1, 1)))

@@ -26,6 +26,7 @@ from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
+from medseg_diffusion.segmenter import restore_segmenter
 from medseg_diffusion.train import train_segmenter
 from medseg_diffusion.training.ema import EMA
 from medseg_diffusion.training.runtime import Runtime, autocast_dtype, choose_device
@@ -431,7 +432,7 @@ def test_a_segmenter_trains_resumes_and_loads(folder: Path, tmp_path: Path) -> N
     train_segmenter(config(), folder, parts, device="cpu", resume=True)
     assert_same(resume_file(parts), resume_file(whole))
     saved = load_model_files(whole)
-    model, restored = build.restore_segmenter(saved)
+    model, restored = restore_segmenter(saved)
     assert restored == config() and saved.card["labels"] == {"0": "background", "1": "block"}
     best = load_model_files(parts).weights
     torch.testing.assert_close(dict(model.state_dict()), best, rtol=0, atol=0)
@@ -449,7 +450,7 @@ def test_ctrl_c_leaves_a_segmenter_that_can_be_used(folder: Path, tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         train_segmenter(config(), folder, tmp_path / "run", device="cpu", on_progress=interrupt)
-    model, _ = build.restore_segmenter(load_model_files(tmp_path / "run"))
+    model, _ = restore_segmenter(load_model_files(tmp_path / "run"))
     assert not model.training
     assert resume_file(tmp_path / "run")["state"]["step"] == 1
 
@@ -489,7 +490,7 @@ def test_latent_mask_diffusion_trains_its_autoencoder_first_and_states_its_ceili
     train_segmenter(settings, folder, parts, device="cpu", max_steps=2)
     train_segmenter(settings, folder, parts, device="cpu", resume=True)
     assert_same(resume_file(parts / "autoencoder"), resume_file(whole / "autoencoder"))
-    model, _ = build.restore_segmenter(saved)
+    model, _ = restore_segmenter(saved)
     image = torch.rand(1, 1, 9, 8, 7)
     sampled = model.probabilities(image, [[1, 2]], build.sampler("ddim"), [1000, 500, 0])
     assert sampled.shape == (1, 2, 2, 9, 8, 7)

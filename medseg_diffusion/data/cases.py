@@ -7,9 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import SUFFIXES, scan_name
+from medseg_diffusion.volumes.io import is_image, read_map, scan_files, scan_name
+
+COLOURS = ("red", "green", "blue")
+
+
+Side = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class CaseFolder:
 def find_cases(folder: Path) -> CaseFolder:
     """Reads a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
 
-    In an image-mask folder a mask has its image's name, with or without "_seg"; a subfolder of images/ names the
-    patient.
+    In an image-mask folder a mask has its image's name, with or without "_seg", and any suffix (image.jpg, image.png);
+    a subfolder of images/ names the patient.
 
     Raises:
         InputError: no such folder, neither layout, an image without its label, or no case at all.
@@ -82,21 +88,19 @@ def _image_mask(images: Path, labels: Path) -> CaseFolder:
     masks = {
         (path.parent.relative_to(labels), scan_name(path).removesuffix("_seg")): path
         for group in [labels, *sorted(p for p in labels.iterdir() if p.is_dir())]
-        for path in _scans(group)
+        for path in scan_files(group)
     }
     cases = []
     for group in groups:
-        for image in _scans(group):
+        for image in scan_files(group):
             name, relative = scan_name(image), group.relative_to(images)
             label = masks.get((relative, name), labels / relative / image.name)
             patient = name if group == images else group.name
             cases.append(Case(name if group == images else f"{group.name}/{name}", image, label, patient))
-    return CaseFolder(_checked(images.parent, cases), {}, ("image",))
-
-
-def _scans(folder: Path) -> list[Path]:
-    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in files if path.name.lower().endswith(SUFFIXES))
+    checked = _checked(images.parent, cases)
+    first = checked[0].image
+    colour = is_image(first) and len(read_map(first).data) == len(COLOURS)
+    return CaseFolder(checked, {}, COLOURS if colour else ("image",))
 
 
 def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
@@ -137,14 +141,29 @@ def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
     Raises:
         InputError: no patient would be left to train on.
     """
-    patients = sorted({case.patient for case in cases}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    if test < 0 or validation < 0 or len(patients) <= test + validation:
+    sides = sides_by_hash([case.patient for case in cases], test, validation)
+    parts = (
+        tuple(case.name for case in cases if sides[case.patient] == side) for side in ("train", "validation", "test")
+    )
+    return Split(*parts)
+
+
+def sides_by_hash(patients: Sequence[str], test: int, validation: int) -> dict[str, Side]:
+    """The side of every patient, as `split_by_hash` chooses it.
+
+    Raises:
+        InputError: no patient would be left to train on.
+    """
+    ordered = sorted(set(patients), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    if test < 0 or validation < 0 or len(ordered) <= test + validation:
         raise InputError(
             None,
-            f"{len(patients)} patients",
+            f"{len(ordered)} patients",
             f"more than {test} for testing and {validation} for validation",
-            "lower data.test_cases or data.validation_cases",
+            "lower what the configuration holds out: data.test_cases and validation_cases, or test_images and "
+            "validation_images",
         )
-    sides = [set(patients[:test]), set(patients[test : test + validation]), set(patients[test + validation :])]
-    tests, validations, trains = (tuple(case.name for case in cases if case.patient in side) for side in sides)
-    return Split(trains, validations, tests)
+    return {
+        name: "test" if i < test else "validation" if i < test + validation else "train"
+        for i, name in enumerate(ordered)
+    }

@@ -1,6 +1,6 @@
 """Images decoded once into one memory-mapped uint8 array: any image in microseconds, no copy of the collection in RAM.
 
-images.u8     all images, (N, size, size, channels) uint8, nothing else
+images.u8     all images, (N, *size, channels) uint8, nothing else
 index.json    shape, class names, labels, sides, names, what was skipped
 """
 
@@ -10,8 +10,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.preprocessing import Preprocessing
 
-from .images import ImageCollection, Part, Pixels, find_images
+from .images import PLAIN, ImageCollection, Part, Pixels, find_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class PackedImages:
 
     Attributes:
         folder: where it lies.
-        images: (N, size, size, channels) uint8, memory-mapped and read-only.
+        images: (N, *size, channels) uint8, memory-mapped and read-only.
         labels: (N,) int64, -1 without a class.
         parts: side to the positions of its images.
         classes: names by label.
@@ -54,9 +56,10 @@ class PackedImages:
 def packed(
     source: Path,
     store: Path,
-    size: int,
+    size: int | Sequence[int],
     channels: int = 3,
     *,
+    preprocessing: Preprocessing = PLAIN,
     held_out: tuple[int, int] = (0, 0),
     skip_broken: bool = False,
     on_file: Callable[[int, int], None] = lambda done, total: None,
@@ -66,8 +69,9 @@ def packed(
     Args:
         source: what `find_images` reads.
         store: folder of packed collections; a changed source gets a new one.
-        size: side of the images.
+        size: side of the images, or three sides of whole volumes.
         channels: 1 or 3.
+        preprocessing: of scans.
         held_out: numbers of groups (scans or images) for the test and validation sides where the collection itself
             names none; those of smallest SHA-256 of the name.
         skip_broken: leave broken files out instead of stopping.
@@ -78,20 +82,27 @@ def packed(
     """
     if not source.exists():
         raise InputError(source, "no such file or folder", "a zip or folder of images", "check the path")
-    key = hashlib.sha256(
-        json.dumps([str(source.resolve()), _state(source), size, channels, held_out, skip_broken]).encode()
-    ).hexdigest()[:16]
-    folder = store / f"{source.stem}-{size}-{key}"
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    about = [str(source.resolve()), _state(source), sides, channels, asdict(preprocessing), held_out, skip_broken]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    folder = store / f"{source.stem}-{'x'.join(map(str, sides))}-{key}"
     if not (folder / "index.json").is_file():
-        store.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".packing-", dir=store))
-        try:
-            _pack(find_images(source), temporary, size, channels, held_out, skip_broken, on_file)
-            if not folder.exists():  # another process may have been faster
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as temporary:
+            _pack(find_images(source), temporary, sides, channels, preprocessing, held_out, skip_broken, on_file)
     return open_packed(folder)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``folder`` once it is filled; nothing half-written keeps that name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".packing-", dir=folder.parent))
+    try:
+        yield temporary
+        if not folder.exists():  # another process may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_packed(folder: Path) -> PackedImages:
@@ -108,41 +119,73 @@ def open_packed(folder: Path) -> PackedImages:
 def _pack(
     collection: ImageCollection,
     folder: Path,
-    size: int,
+    size: Sequence[int],
     channels: int,
+    preprocessing: Preprocessing,
     held_out: tuple[int, int],
     skip_broken: bool,
     on_file: Callable[[int, int], None],
 ) -> None:
     sides = _sides(collection, held_out)
-    labels: list[int] = []
-    names: list[str] = []
     skipped: list[str] = []
-    parts: dict[str, list[int]] = {}
-    with (folder / "images.u8").open("wb") as file:
+
+    def rows() -> Iterator[Row]:
         for i, entry in enumerate(collection.entries):
             try:
-                images = collection.pixels(entry, size, channels)
+                images = collection.pixels(entry, size, channels, preprocessing)
             except InputError:
                 if not skip_broken:
                     raise
                 skipped.append(entry.name)
                 continue
-            file.write(np.ascontiguousarray(images).tobytes())
-            first = len(names)
-            names += [entry.name] * len(images)
-            labels += [entry.label] * len(images)
-            parts.setdefault(entry.part or sides[entry.group], []).extend(range(first, len(names)))
+            yield Row(entry.name, entry.label, entry.part or sides[entry.group], images)
             on_file(i + 1, len(collection.entries))
+
+    write_packed(folder, rows(), collection.source, (*size, channels), collection.classes, skipped)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Images (n, *size, channels) of one file, of one class and side."""
+
+    name: str
+    label: int
+    part: Part
+    images: Pixels
+
+
+def write_packed(
+    folder: Path,
+    rows: Iterable[Row],
+    source: Path,
+    shape: Sequence[int],
+    classes: Sequence[str] = (),
+    skipped: Sequence[str] = (),
+) -> None:
+    """Writes a packed collection into an empty folder; ``skipped`` may still grow while ``rows`` are taken.
+
+    Raises:
+        InputError: nothing to train on.
+    """
+    labels: list[int] = []
+    names: list[str] = []
+    parts: dict[str, list[int]] = {}
+    with (folder / "images.u8").open("wb") as file:
+        for row in rows:
+            file.write(np.ascontiguousarray(row.images).tobytes())
+            first = len(names)
+            names += [row.name] * len(row.images)
+            labels += [row.label] * len(row.images)
+            parts.setdefault(row.part, []).extend(range(first, len(names)))
     if not parts.get("train"):
-        raise InputError(collection.source, "no image to train on", "at least one whole image", "check the folder")
+        raise InputError(source, "no image to train on", "at least one whole image", "check the folder")
     index = {
-        "shape": [len(names), size, size, channels],
-        "classes": collection.classes,
+        "shape": [len(names), *shape],
+        "classes": list(classes),
         "parts": parts,
         "labels": labels,
         "names": names,
-        "skipped": skipped,
+        "skipped": list(skipped),
     }
     (folder / "index.json").write_text(json.dumps(index))
 
@@ -174,6 +217,11 @@ def _state(source: Path) -> list[object]:
     return [len(files), hashlib.sha256(str([(n, s.st_size, s.st_mtime_ns) for n, s in stats]).encode()).hexdigest()]
 
 
+def mirrored_axis(ndim: int) -> int:
+    """The axis from left to right of a picture (H, W) or a RAS volume (I, J, K), counted from the last: -1 or -3."""
+    return -1 if ndim == 2 else -3
+
+
 class ImageExamples:
     """Packed images as training examples, each mirrored left to right with probability 1/2 if ``flip``."""
 
@@ -186,12 +234,12 @@ class ImageExamples:
         return len(self.positions)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (C, size, size) float32 in [-1, 1] and "label" () int64."""
+        """The "image" (C, *size) float32 in [-1, 1] and "label" () int64."""
         position = self.positions[index]
-        pixels = self.images.images[position]
+        pixels = np.moveaxis(self.images.images[position], -1, 0)
         if self.flip and float(torch.rand((), generator=generator)) < 0.5:
-            pixels = pixels[:, ::-1]
-        image = to_unit(torch.from_numpy(np.array(pixels.transpose(2, 0, 1))))
+            pixels = np.flip(pixels, mirrored_axis(pixels.ndim - 1))
+        image = to_unit(torch.from_numpy(np.array(pixels)))
         return {"image": image, "label": torch.tensor(int(self.images.labels[position]))}
 
 

@@ -4,9 +4,11 @@ Three layouts are told apart by what is there:
 
 "tiny-imagenet"  wnids.txt, words.txt, train/<wnid>/images/ with <wnid>_boxes.txt, val/ with val_annotations.txt, test/
 "images"         images anywhere below; where all of them lie in subfolders, the first folder is the class
-"scans"          volumes (NIfTI, NRRD, MetaImage), of which the slices across the third axis (RAS) are the images
+"scans"          volumes (NIfTI, NRRD, MetaImage): their slices across the third axis (RAS), or the whole volumes
 
-A folder and a zip of it are the same collection.
+A folder and a zip of it are the same collection. Of a folder of labelled images (imagesTr/ beside labelsTr/, images/
+beside labels/ or masks/) only the images are taken, in groups by patient as `medseg_diffusion.data.cases` has them, so
+that the sides of a split are the same there.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import SUFFIXES, find_scans, read_volume, scan_name
+from medseg_diffusion.volumes.fitting import fitted
+from medseg_diffusion.volumes.io import RESULTS, SUFFIXES, VOLUME_SUFFIXES, read_volume, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 Kind = Literal["tiny-imagenet", "images", "scans"]
@@ -35,6 +39,8 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FOREGROUND_SHARE = 0.1
 """A scan's slice is an image if so much of it is brighter than the scan's darkest level: the rest would be black."""
 UNLABELLED = -1
+PLAIN = Preprocessing()
+"""Of scans: RAS, voxels as they are, percentiles of the intensities."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,27 @@ class ImageCollection:
     classes: tuple[str, ...]
     read: Callable[[str], bytes] = field(repr=False)
 
-    def pixels(self, entry: Entry, size: int, channels: int) -> Pixels:
-        """The images of an entry, (n, size, size, channels) uint8: one, or the slices of a scan.
+    def pixels(self, entry: Entry, size: Sequence[int], channels: int, preprocessing: Preprocessing = PLAIN) -> Pixels:
+        """The images of an entry, (n, *size, channels) uint8: one, or the slices of a scan.
 
-        Images are cropped to their central square and resized; greyscale becomes RGB and back as ``channels`` says.
+        Images are cropped to their central square and resized; scans are preprocessed and fitted as a whole
+        (`medseg_diffusion.volumes.fitting`). Greyscale becomes RGB and back as ``channels`` says.
+
+        Args:
+            entry: of this collection.
+            size: two sides for images and slices, three for whole volumes.
+            channels: 1 or 3.
+            preprocessing: of scans.
 
         Raises:
-            InputError: a file that cannot be read whole.
+            InputError: a file that cannot be read whole, or volumes asked of what is none.
         """
         if self.kind == "scans":
-            return _slices(self.source / entry.name, size, channels)
+            return _scan(self.source / entry.name, size, channels, preprocessing)
+        if len(size) != 2:
+            raise InputError(self.source, "images", "scans, for data.size of three sides", "give data.size one number")
         with _opened(self.source, entry.name, self.read(entry.name)) as image:
-            return np.asarray(_fitted(image, size, channels)).reshape(1, size, size, channels)
+            return np.asarray(_fitted(image, size[0], channels)).reshape(1, *size, channels)
 
 
 def find_images(source: Path) -> ImageCollection:
@@ -90,18 +105,52 @@ def find_images(source: Path) -> ImageCollection:
     roots = [name.removesuffix("wnids.txt") for name in names if name.rpartition("/")[2] == "wnids.txt"]
     if roots:
         return _tiny_imagenet(source, min(roots, key=len), names, read)
-    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    labelled = _images_beside_labels(names)
+    wanted = [name for name in names if labelled is None or name.startswith(labelled + "/")]
+    there = set(wanted)
+    images = [name for name in wanted if name.lower().endswith(IMAGE_SUFFIXES) and not _is_result(name, there)]
     if images:
+        if labelled is not None:
+            entries = tuple(Entry(name, _patient(name, labelled)) for name in images)
+            return ImageCollection(source, "images", entries, (), read)
         return _images(source, images, read)
-    if source.is_dir() and any(name.lower().endswith(SUFFIXES) for name in names):
-        scans = [Entry(str(file.relative_to(source)), scan_name(file)) for file in find_scans(source)]
-        return ImageCollection(source, "scans", tuple(scans), (), read)
+    scans = [n for n in wanted if n.lower().endswith(VOLUME_SUFFIXES) and not scan_name(n).endswith(RESULTS)]
+    if source.is_dir() and scans:
+        groups = [scan_name(name) if labelled is None else _patient(name, labelled) for name in scans]
+        entries = tuple(Entry(name, group) for name, group in zip(scans, groups, strict=True))
+        return ImageCollection(source, "scans", entries, (), read)
     raise InputError(
         source,
         f"{len(names)} files, none of them an image",
-        f"Tiny ImageNet, or files that end with {', '.join(IMAGE_SUFFIXES)} or {', '.join(SUFFIXES)}",
+        f"Tiny ImageNet, or files that end with {', '.join(IMAGE_SUFFIXES)} or {', '.join(VOLUME_SUFFIXES)}",
         "check the path given with --data",
     )
+
+
+def _is_result(name: str, names: set[str]) -> bool:
+    """Whether an image is the mask or the preview that `medseg segment` wrote beside the scan of the same name."""
+    for ending in ("_seg.png", "_preview.png"):
+        if name.endswith(ending):
+            scan = name.removesuffix(ending)
+            return any(scan + suffix in names for suffix in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
+    return False
+
+
+def _images_beside_labels(names: Sequence[str]) -> str | None:
+    """The folder of images in a labelled collection, None in any other."""
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks")):
+        if {images, labels} <= folders:
+            return images
+    return None
+
+
+def _patient(name: str, images: str) -> str:
+    """The subfolder of ``images`` that a file is in, else the file's name without suffix."""
+    parts = name.removeprefix(images + "/").split("/")
+    if len(parts) > 1:
+        return parts[0]
+    return scan_name(name) if name.lower().endswith(SUFFIXES) else Path(name).stem
 
 
 def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -210,20 +259,16 @@ def _fitted(image: Image.Image, size: int, channels: int) -> Image.Image:
     return image
 
 
-def _slices(file: Path, size: int, channels: int) -> Pixels:
-    """The slices of a scan that show something, padded to a square, the scan's percentiles spread over 0..255."""
-    volume, _ = Preprocessing(spacing_mm=None).apply(read_volume(file))
-    levels = ((volume[0].clamp(-1, 1) + 1) * 127.5).round().numpy().astype(np.uint8)
-    shown = []
-    for i in range(levels.shape[2]):
-        image = np.rot90(levels[:, :, i])  # anterior on top, left of the person on the right of RAS
-        if (image > 0.05 * 255).mean() >= FOREGROUND_SHARE:
-            side = max(image.shape)
-            square = np.zeros((side, side), np.uint8)
-            top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
-            square[top : top + image.shape[0], left : left + image.shape[1]] = image
-            shown.append(np.asarray(_fitted(Image.fromarray(square), size, channels)).reshape(size, size, channels))
-    return np.stack(shown) if shown else np.zeros((0, size, size, channels), np.uint8)
+def _scan(file: Path, size: Sequence[int], channels: int, preprocessing: Preprocessing) -> Pixels:
+    """The slices of a scan that show something, or the whole scan, its percentiles spread over 0..255."""
+    volume, _ = preprocessing.apply(read_volume(file))
+    volume = volume.clamp(-1, 1)
+    images = volume[None] if len(size) == 3 else volume.movedim(-1, 0)
+    if len(size) == 2:
+        shown = (images > -0.9).flatten(1).float().mean(1) >= FOREGROUND_SHARE
+        images = images[shown]
+    levels = ((fitted(images, size) + 1) * 127.5).round().to(torch.uint8)
+    return levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
 
 
 _REPAIR = "download the official archive again"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .image_cache import PackedImages, to_unit
+from .image_cache import PackedImages, mirrored_axis, to_unit
 
 BATCH = 64
 
@@ -30,7 +30,7 @@ def cached_latents(
     device: torch.device,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> npt.NDArray[np.float16]:
-    """Latents (N, 2, C', h, w) float16 of all images and of their mirror images, memory-mapped.
+    """Latents (N, 2, C', *s) float16 of all images and of their mirror images, memory-mapped.
 
     The latent of a mirror image is not the mirror image of the latent, so both are kept. Latents are the mean of the
     encoder: the noise of its variance is far below what the diffusion adds.
@@ -42,8 +42,9 @@ def cached_latents(
         device: where to compute.
         on_image: called with (images done, all).
     """
-    count, size, _, channels = images.images.shape
-    shape = tuple(codec.encode(torch.zeros(1, channels, size, size, device=device)).shape[1:])
+    count, *size, channels = images.images.shape
+    shape = tuple(codec.encode(torch.zeros(1, channels, *size, device=device)).shape[1:])
+    mirror = mirrored_axis(len(size))
     file = images.folder / f"latents-{key[:16]}.f16"
     if not file.is_file():
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
@@ -51,8 +52,8 @@ def cached_latents(
             made = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
             for first in range(0, count, BATCH):
                 pixels = torch.from_numpy(np.array(images.images[first : first + BATCH]))
-                batch = to_unit(pixels.permute(0, 3, 1, 2)).to(device)
-                for side, image in enumerate((batch, batch.flip(-1))):
+                batch = to_unit(pixels.movedim(-1, 1)).to(device)
+                for side, image in enumerate((batch, batch.flip(mirror))):
                     made[first : first + BATCH, side] = codec.encode(image).float().cpu().numpy()
                 on_image(min(first + BATCH, count), count)
             made.flush()
@@ -81,7 +82,7 @@ class LatentExamples:
         return len(self.positions)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (C', h, w) float32, a standardised latent, and "label" () int64."""
+        """The "image" (C', *s) float32, a standardised latent, and "label" () int64."""
         position = self.positions[index]
         side = int(self.flip and float(torch.rand((), generator=generator)) < 0.5)
         latent = torch.from_numpy(self.latents[position, side].astype(np.float32))

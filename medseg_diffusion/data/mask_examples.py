@@ -114,6 +114,9 @@ class MaskExamples:
         window: size in voxels, 3 numbers, or 2 for slices across the third axis. Smaller cases are padded.
         foreground_share: share of the windows that are centred near a labelled voxel (for slices: that show one).
         augmenter: changes each window, or None.
+
+    Raises:
+        InputError: a case of one slice for windows of three axes.
     """
 
     def __init__(
@@ -127,6 +130,10 @@ class MaskExamples:
         self.window = tuple(window)
         self.foreground_share = foreground_share
         self.augmenter = augmenter
+        for case in self.cases:
+            if len(self.window) == 3 and 1 in case.label.shape:
+                size = " x ".join(str(n) for n in case.label.shape if n > 1)
+                raise InputError(case.name, f"a 2D image ({size})", "volumes for a 3D model", "set network.dims to 2")
         self.foreground = [torch.nonzero(case.label)[::7] for case in self.cases]
 
     def __len__(self) -> int:

@@ -44,6 +44,22 @@ class ClassifierGradient:
 
 
 @dataclass(frozen=True, eq=False)
+class Fixed:
+    """A denoiser with one condition for all: ``cond``, each entry (1, ...), instead of what it is called with."""
+
+    denoiser: Denoiser
+    cond: Condition
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        own = {name: value.to(x_t.device).expand(len(x_t), *value.shape[1:]) for name, value in self.cond.items()}
+        return self.denoiser(x_t, t, own)
+
+
+@dataclass(frozen=True, eq=False)
 class ClassifierGuided:
     """eps - sigma_t g, with x0 recomputed to match (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2).
 

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class NoiseSource(Protocol):
+    """Noise (B, *shape) of mean 0 and unit variance, B = len(generators), as `gaussian` gives it."""
+
+    def __call__(
+        self, shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None
+    ) -> Tensor: ...
 
 
 def gaussian(shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None) -> Tensor:

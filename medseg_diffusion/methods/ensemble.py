@@ -84,6 +84,12 @@ class Ensemble:
             return total
         return (total - self.member_entropy / math.log(len(self.mean))).clamp(min=0)
 
+    @property
+    def disagreement(self) -> float:
+        """One number for the image: the mean of the largest tenth of its mutual information (Baranchuk et al. 2022)."""
+        values = self.uncertainty("mutual-information").flatten()
+        return float(values.topk(max(1, len(values) // 10)).values.mean())
+
     def pairwise_dice(self) -> Tensor:
         """(K - 1,) float64: mean over pairs of members of the Dice of each class above background.
 

@@ -18,6 +18,10 @@ def surface_distances(
     A surface voxel belongs to the mask and has a face towards its outside; the edge of the image counts as outside.
     Both masks must have a voxel.
     """
+    # Across an axis of one voxel nothing is outside: a 2D image would be surface all over.
+    wide = [axis for axis, size in enumerate(pred.shape) if size > 1] or [0]
+    pred, ref = (mask.reshape([mask.shape[axis] for axis in wide]) for mask in (pred, ref))
+    spacing = [spacing[axis] for axis in wide]
     box = tuple(
         slice(max(0, places.min() - 1), places.max() + 2) for places in np.nonzero(pred | ref)
     )  # distances from surface to surface never leave the box of both

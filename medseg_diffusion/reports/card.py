@@ -18,6 +18,18 @@ def generator_card(card: Mapping[str, Any], name: str = "", command: str = "", d
     return _render("generator_card.md.j2", card=card, name=name, command=command, data=data, notes=notes)
 
 
+def pixel_classifier_card(
+    card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = ""
+) -> str:
+    """Markdown for the model.json of pixel classifiers; arguments as `model_card`."""
+    return _render("pixel_classifier_card.md.j2", card=card, name=name, command=command, data=data, notes=notes)
+
+
+def anomaly_card(card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = "") -> str:
+    """Markdown for the model.json of an anomaly model; arguments as `model_card`."""
+    return _render("anomaly_card.md.j2", card=card, name=name, command=command, data=data, notes=notes)
+
+
 def _render(template: str, **values: object) -> str:
     environment = Environment(
         loader=PackageLoader("medseg_diffusion.reports"),

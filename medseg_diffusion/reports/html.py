@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex
 from medseg_diffusion.metrics.calibration import Reliability
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
 from medseg_diffusion.metrics.statistics import Interval
+from medseg_diffusion.reports.detection_page import detection_page
 from medseg_diffusion.reports.plots import box_plot, reliability_diagram
 from medseg_diffusion.reports.slices import label_colour
 from medseg_diffusion.reports.summary import CALIBRATION_REGION, Evaluation, format_number, versions
@@ -112,6 +113,7 @@ def evaluation_report(
         calibration_region=CALIBRATION_REGION,
         energy_distance=evaluation.energy_distance,
         matched_iou=evaluation.matched_iou,
+        detection=detection_page(evaluation.detection) if evaluation.detection is not None else None,
         box_plot=_base64(box_plot(scores)),
         pictures=[{"title": p.title, "name": p.name, "dice": p.dice, "png": _base64(p.png)} for p in pictures],
         number=format_number,

@@ -27,6 +27,11 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> npt.NDArra
     return picture
 
 
+def as_pictures(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) as they are; volumes (N, C, I, J, K) by their middle slice, anterior up: (N, C, J, I)."""
+    return images if images.ndim == 4 else images[..., images.shape[-1] // 2].rot90(1, (2, 3))
+
+
 def png(picture: npt.NDArray[np.uint8]) -> bytes:
     """A PNG file of (H, W, 3) or (H, W) uint8."""
     buffer = io.BytesIO()

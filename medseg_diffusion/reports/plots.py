@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from medseg_diffusion.reports.detection import OPTIMISTIC
 from medseg_diffusion.reports.slices import (
     PALETTE,
     Slice,
@@ -125,6 +126,67 @@ def reliability_diagram(
         axes.set_axisbelow(True)
         axes.tick_params(length=0, colors=_INK)
         axes.spines[:].set_visible(False)
+    return to_png(figure)
+
+
+def detection_curves(
+    roc: NDArray[np.floating],
+    precision_recall: NDArray[np.floating],
+    dice: NDArray[np.floating],
+    *,
+    masks: tuple[float, float, float, float],
+    best: tuple[float, float],
+    prevalence: float,
+) -> bytes:
+    """ROC, precision-recall and Dice against threshold side by side, with the predicted masks marked; PNG on white.
+
+    Args:
+        roc: (m, 2) false positive rate and recall.
+        precision_recall: (m, 2) recall and precision; a precision holds back to the point before.
+        dice: (m, 3) threshold, pooled Dice and mean Dice over cases.
+        masks: false positive rate, recall, precision and pooled Dice of the predicted masks; NaN is not drawn.
+        best: the threshold of the largest pooled Dice, and that Dice.
+        prevalence: share of positive voxels: the precision of random scores.
+    """
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained", facecolor="white")
+    left, middle, right = figure.subplots(1, 3)
+    rate, recall, precision, mask_dice = masks
+    line: dict[str, Any] = {"color": PALETTE[6], "linewidth": 1.8}
+    dashed: dict[str, Any] = {"linewidth": 1.5, "linestyle": _DASHES}
+    chance: dict[str, Any] = {"color": _INK, "linewidth": 1, "linestyle": (0, (1, 2))}
+    mark: dict[str, Any] = {"marker": "D", "color": PALETTE[5], "markeredgecolor": _INK, "markersize": 7}
+    star: dict[str, Any] = {"marker": "*", "color": PALETTE[3], "markeredgecolor": _INK, "markersize": 14}
+    left.plot([0, 1], [0, 1], **chance)
+    left.plot(*roc.T, **line)
+    left.plot(rate, recall, **mark, clip_on=False, zorder=4)
+    middle.axhline(prevalence, **chance)
+    middle.plot(*precision_recall.T, drawstyle="steps-pre", **line)
+    middle.plot(recall, precision, **mark, clip_on=False, zorder=4)
+    right.axhline(mask_dice, color=PALETTE[5], **dashed)
+    right.plot(dice[:, 0], dice[:, 2], color=PALETTE[1], **dashed)
+    right.plot(dice[:, 0], dice[:, 1], **line)
+    right.plot(*best, **star, clip_on=False, zorder=4)
+    titles = ("ROC", "false positive rate", "recall"), ("Precision-recall", "recall", "precision")
+    for axes, (title, across, up) in zip((left, middle, right), (*titles, ("Dice", "threshold", "Dice")), strict=True):
+        axes.set_title(title, color=_INK, fontsize=11, fontweight="bold", loc="left")
+        axes.set_xlabel(across, color=_INK)
+        axes.set_ylabel(up, color=_INK)
+        axes.set_ylim(-0.015, 1.015)
+        axes.grid(color=_GRID)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, colors=_INK)
+        axes.spines[:].set_visible(False)
+    for axes in (left, middle):
+        axes.set_xlim(-0.015, 1.015)
+    right.locator_params(axis="x", nbins=6)
+    handles = [
+        Line2D([], [], label="all voxels of all cases pooled", **line),
+        Line2D([], [], label="mean Dice over cases with lesions", color=PALETTE[1], **dashed),
+        Line2D([], [], label="random scores", **chance),
+        Line2D([], [], label="predicted masks", **dashed, **mark),
+        Line2D([], [], label=f"best pooled Dice (optimistic: {OPTIMISTIC})", linestyle="", **star),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=_INK)
     return to_png(figure)
 
 

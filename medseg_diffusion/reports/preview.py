@@ -35,6 +35,7 @@ def preview_png(
     spacing_mm: Sequence[float],
     names: Mapping[int, str],
     uncertainty: NDArray[Any] | None = None,
+    map_name: str = "Uncertainty",
     *,
     slices_per_plane: int = 4,
 ) -> bytes:
@@ -49,6 +50,7 @@ def preview_png(
         spacing_mm: Voxel size along I, J, K.
         names: Label value -> class name, for the legend; a label without a name is shown by its value.
         uncertainty: Non-negative map of the same shape, shown below the slices of the first row.
+        map_name: What that map shows.
         slices_per_plane: Number of slices in each row, at least 1.
 
     Returns:
@@ -90,7 +92,7 @@ def preview_png(
             borderaxespad=0.3,
         )
     if uncertainty is not None:
-        _uncertainty_row(figure, rows[-1], panels[-1], uncertainty)
+        _map_row(figure, rows[-1], panels[-1], uncertainty, map_name)
     return to_png(figure)
 
 
@@ -113,12 +115,12 @@ def _colour_labels(axes: Any, where: Slice, labels: NDArray[Any], colours: Mappi
     axes.imshow(rgba, origin="lower", extent=extent, interpolation="nearest", aspect="auto")
 
 
-def _uncertainty_row(figure: Any, slices: Sequence[Slice], panels: Sequence[Any], uncertainty: NDArray[Any]) -> None:
+def _map_row(figure: Any, slices: Sequence[Slice], panels: Sequence[Any], uncertainty: NDArray[Any], name: str) -> None:
     finite = uncertainty[np.isfinite(uncertainty)]
     high = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     for where, axes in zip(slices, panels, strict=True):
         drawn = show(axes, where, uncertainty, cmap="magma", vmin=0.0, vmax=high)
-        axes.set_title("Uncertainty, " + where.title.lower(), color="#c9d1d9", fontsize=8, pad=3)
+        axes.set_title(f"{name}, {where.title.lower()}", color="#c9d1d9", fontsize=8, pad=3)
     height = figure.get_size_inches()[1]
     bar = figure.colorbar(
         drawn, cax=figure.add_axes((0.3, 0.22 / height, 0.4, 0.07 / height)), orientation="horizontal"

@@ -15,6 +15,8 @@ from typing import Any
 from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS, Reliability
 from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE, ClassOverlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
+from medseg_diffusion.reports.detection import Detection
+from medseg_diffusion.reports.detection_text import CASE_KEYS, case_numbers, detection_json, table_numbers
 
 # nnU-Net's key for each field of `ClassOverlap`, in its order.
 _KEYS = {
@@ -72,6 +74,7 @@ class Evaluation:
         reliability: Of all cases with probabilities together; None without any.
         energy_distance: Mean over cases with several raters; None without any.
         matched_iou: The same of the matched IoU.
+        detection: How well score maps find lesions, where there are score maps.
         seed: Seed of the bootstrap.
         warnings: Facts that the reader should know, one sentence each, e.g. predictions without a reference.
     """
@@ -84,6 +87,7 @@ class Evaluation:
     reliability: Reliability | None = None
     energy_distance: Interval | None = None
     matched_iou: Interval | None = None
+    detection: Detection | None = None
     seed: int = 0
     warnings: tuple[str, ...] = ()
 
@@ -109,9 +113,11 @@ class Evaluation:
     def table(self) -> list[dict[str, str | int | float | None]]:
         """One row per class: name, means with the ends of their 95 % intervals, cases in the mean and left out.
 
-        Numbers that do not exist are None.
+        With score maps also the numbers of `table_numbers`, which are the same in every row. Numbers that do not exist
+        are None.
         """
         rows: list[dict[str, str | int | float | None]] = []
+        scored = table_numbers(self.detection) if self.detection is not None else {}
         for label, name in self.labels.items():
             dice, iou, hd95 = self.dice[label], self.iou[label], self.hd95[label]
             numbers = {
@@ -123,18 +129,25 @@ class Evaluation:
                 "iou_high": iou.high,
                 "hd95_mm": hd95.mean,
             }
-            rows.append({"class": name, **json_ready(numbers), "n": dice.n, "n_missing": dice.n_missing})
+            counts = {"n": dice.n, "n_missing": dice.n_missing}
+            rows.append({"class": name, **json_ready(numbers), **counts, **json_ready(scored)})
         return rows
 
 
 def summarise(
-    cases: Sequence[CaseResult], labels: Mapping[int, str], *, seed: int = 0, warnings: Sequence[str] = ()
+    cases: Sequence[CaseResult],
+    labels: Mapping[int, str],
+    *,
+    detection: Detection | None = None,
+    seed: int = 0,
+    warnings: Sequence[str] = (),
 ) -> Evaluation:
     """Average the cases' results per class.
 
     Args:
         cases: Results that all hold every label of `labels`.
         labels: Label value -> class name.
+        detection: Passed on to the result, as are `warnings`.
         seed: Seed of the bootstrap.
         warnings: Passed on to the result.
     """
@@ -155,6 +168,7 @@ def summarise(
         sum(known[1:], known[0]) if known else None,
         mean_interval([case.energy_distance for case in rated], seed=seed) if rated else None,
         mean_interval([case.matched_iou for case in rated], seed=seed) if rated else None,
+        detection,
         seed,
         tuple(warnings),
     )
@@ -165,6 +179,9 @@ def summary_json(evaluation: Evaluation) -> str:
 
     Two differences from nnU-Net: a number that does not exist is `null`, because NaN is not JSON; and a class that is
     absent from every case is left out of `foreground_mean` instead of turning it into NaN.
+
+    With score maps, `detection` holds what `detection_json` says, and so does each case's `detection` with the keys of
+    `CASE_KEYS`.
     """
     mean = {
         str(label): {
@@ -184,6 +201,7 @@ def summary_json(evaluation: Evaluation) -> str:
                     }
                     for label in evaluation.labels
                 },
+                **_scored(evaluation, case),
                 "prediction_file": case.prediction_file,
                 "reference_file": case.reference_file,
             }
@@ -208,8 +226,13 @@ def summary_json(evaluation: Evaluation) -> str:
     return json.dumps(json_ready(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _scored(evaluation: Evaluation, case: CaseResult) -> dict[str, Any]:
+    """The numbers of a case's score map, where there are score maps."""
+    return {} if evaluation.detection is None else {"detection": case_numbers(evaluation.detection.cases[case.name])}
+
+
 def _further(evaluation: Evaluation) -> dict[str, Any]:
-    """Calibration and agreement with several raters, where they were measured."""
+    """Calibration, agreement with several raters and detection by scores, where they were measured."""
     found: dict[str, Any] = {}
     if (reliability := evaluation.reliability) is not None:
         found["calibration"] = {
@@ -224,22 +247,32 @@ def _further(evaluation: Evaluation) -> dict[str, Any]:
             "generalised_energy_distance": asdict(evaluation.energy_distance),
             "matched_IoU": asdict(evaluation.matched_iou),
         }
+    if evaluation.detection is not None:
+        found["detection"] = detection_json(evaluation.detection)
     return found
 
 
 def cases_csv(evaluation: Evaluation) -> str:
-    """The text of `cases.csv`: one row per case and class; a Dice or IoU that does not exist is an empty field."""
+    """The text of `cases.csv`: one row per case and class; a number that does not exist is an empty field.
+
+    With score maps the columns of `CASE_KEYS` follow, the same in all rows of a case.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
+    writer.writerow((*_CSV_COLUMNS, *(CASE_KEYS if evaluation.detection is not None else ())))
     for case in evaluation.cases:
+        scored = [_field(number) for number in _scored(evaluation, case).get("detection", {}).values()]
         for label, name in evaluation.labels.items():
             item = case.overlap[label]
             numbers = (item.dice, item.iou, case.hd95_mm.get(label, math.nan))
-            scores = ["" if math.isnan(number) else repr(number) for number in numbers]
             counts = [item.tp, item.fp, item.fn, item.tn, item.n_pred, item.n_ref]
-            writer.writerow([case.name, label, name, *scores, *counts, case.prediction_file, case.reference_file])
+            files = [case.prediction_file, case.reference_file]
+            writer.writerow([case.name, label, name, *map(_field, numbers), *counts, *files, *scored])
     return text.getvalue()
+
+
+def _field(number: float) -> str:
+    return "" if math.isnan(number) else repr(number)
 
 
 def format_number(value: float, digits: int = 3) -> str:

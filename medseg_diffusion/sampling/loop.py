@@ -79,6 +79,28 @@ def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start:
     return [*unique, 0]
 
 
+def spread(schedule: NoiseSchedule, count: int, start: int) -> list[int]:
+    """Exactly ``count`` times from ``start`` down to 1, as uniform in log(alpha / sigma) as whole numbers can be.
+
+    The "log-snr" of `spaced`, with times that coincide after rounding moved to the next free one instead of removed:
+    walks to an early start would lose many. For walks that end at 1, or at a 0 that is put behind them.
+
+    Args:
+        schedule: the model's noise schedule.
+        count: number of times, 1..start; a single one is the start.
+        start: first time, 1..T.
+    """
+    if not 1 <= count <= start <= schedule.num_steps:
+        raise ValueError(f"needs 1 <= count <= start <= {schedule.num_steps}, got {count} times from {start}")
+    lam = schedule.half_log_snr()[1 : start + 1]
+    wanted = torch.linspace(float(lam[0]), float(lam[-1]), count, dtype=torch.float64)
+    times = [0]  # ascending; 0 is only there to be exceeded
+    for i, value in enumerate(wanted[:-1], start=1):
+        nearest = 1 + int((lam - value).abs().argmin())
+        times.append(min(max(nearest, times[-1] + 1), start - count + i))
+    return [start, *times[:0:-1]]
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import Condition, NetworkDenoiser
 from medseg_diffusion.diffusion.guidance import dropped
-from medseg_diffusion.diffusion.noise import gaussian, generators
+from medseg_diffusion.diffusion.noise import NoiseSource, gaussian, generators
 from medseg_diffusion.diffusion.objective import ImportanceTimes, Objective, uniform_times
 
 
@@ -27,6 +27,7 @@ class ImageDiffusion(nn.Module):
         context_channels: width of the token that a class becomes for cross-attention; None adds its embedding to
             that of the time instead.
         factor: of the low-resolution image that is given, None where there is none (an upsampler has one).
+        noise: what images are noised with.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ImageDiffusion(nn.Module):
         drop: float = 0.1,
         context_channels: int | None = None,
         factor: int | None = None,
+        noise: NoiseSource = gaussian,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -46,6 +48,7 @@ class ImageDiffusion(nn.Module):
         self.num_classes = num_classes
         self.drop = drop
         self.factor = factor
+        self.noise = noise
         with_token = num_classes > 0 and context_channels is not None
         self.token = nn.Embedding(num_classes + 1, context_channels or 1) if with_token else None
 
@@ -65,7 +68,7 @@ class ImageDiffusion(nn.Module):
             t, weights = (value.to(x0.device) for value in self.times.draw(own))
         else:
             t, weights = uniform_times(schedule.num_steps, own).to(x0.device), None
-        eps = gaussian(x0.shape[1:], own, like=x0)
+        eps = self.noise(x0.shape[1:], own, x0)
         label = batch["label"] if self.num_classes else None
         if label is not None and self.training:
             label = dropped({"label": label}, self._no_class(label), self.drop, own)["label"]

@@ -18,7 +18,11 @@ BACKBONE = "vgg16-397923af.pth"
 
 
 def perceptual_loss(
-    wanted: Literal["auto", "lpips", "gradient-ssim"], backbone: str | None, channels: int, device: torch.device
+    wanted: Literal["auto", "lpips", "gradient-ssim"],
+    backbone: str | None,
+    channels: int,
+    device: torch.device,
+    dims: int = 2,
 ) -> tuple[Perceptual, str, list[str]]:
     """The distance asked for and its name; "auto" is LPIPS where package and weights are, else "gradient-ssim".
 
@@ -32,12 +36,15 @@ def perceptual_loss(
         backbone: torchvision's VGG-16 weights; None looks among torchvision's downloads.
         channels: of the images; LPIPS sees greyscale as RGB.
         device: of the images.
+        dims: of the images; LPIPS knows no volumes, of which "auto" takes the fallback.
 
     Raises:
         ModelError: LPIPS is demanded, or its backbone named, but something that it needs is missing.
     """
-    if wanted == "gradient-ssim":
-        return GradientSSIM(), "gradient-ssim", []
+    if dims == 3 and wanted == "lpips":
+        raise ModelError("loss.perceptual=lpips: LPIPS compares images, not volumes; set loss.perceptual=gradient-ssim")
+    if dims == 3 or wanted == "gradient-ssim":
+        return GradientSSIM(dims), "gradient-ssim", []
     file = Path(backbone) if backbone else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
     try:
         loss = LPIPS(file, channels).to(device)

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
-from medseg_diffusion.volumes import itk, nifti
+from medseg_diffusion.volumes import itk, nifti, raster
 from medseg_diffusion.volumes.volume import FileImage, Volume, check_affine, grid_distance
 
-_READERS: dict[str, ModuleType] = {".nii.gz": nifti, ".nii": nifti, ".nrrd": itk, ".mha": itk, ".mhd": itk}
+_READERS: dict[str, ModuleType] = {
+    **{".nii.gz": nifti, ".nii": nifti, ".nrrd": itk, ".mha": itk, ".mhd": itk},
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), raster),
+}
 SUFFIXES = tuple(_READERS)
-RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_anomaly", "_anomaly_mask")
+IMAGE_SUFFIXES = tuple(suffix for suffix, module in _READERS.items() if module is raster)
+"""Of images without geometry: volumes of one slice, whose voxel size of 1 mm is a placeholder."""
+VOLUME_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix not in IMAGE_SUFFIXES)
+RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_mask")
 """Endings of the files that we write."""
 _MAX_LABEL = 65535
 
@@ -29,7 +35,7 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
 
     Args:
         path: a file with one of `SUFFIXES`.
-        channels: how many channels it must have (last axis in the file); None takes any number.
+        channels: how many channels it must have (last axis in the file; colours are three); None takes any number.
 
     Returns:
         (C, I, J, K) float32, slope and intercept applied.
@@ -39,11 +45,12 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
             that are NaN, infinite or beyond float32; a constant channel; a geometry that cannot place voxels.
     """
     volume = read_map(path, channels)
-    for index, channel in enumerate(volume.data):
-        if channel.min() == channel.max():
-            which = f" in channel {index}" if len(volume.data) > 1 else ""
-            found = f"the constant value {float(channel.flatten()[0]):g}{which}"
-            raise InputError(volume.source, found, "an image with contrast", "check its export")
+    flat = [index for index, channel in enumerate(volume.data) if channel.min() == channel.max()]
+    # Of colours one or two may be constant: a stain that only shines in blue leaves red and green black.
+    if flat and not (is_image(path) and len(flat) < len(volume.data)):
+        which = f" in channel {flat[0]}" if len(volume.data) > 1 else ""
+        found = f"the constant value {float(volume.data[flat[0]].flatten()[0]):g}{which}"
+        raise InputError(volume.source, found, "an image with contrast", "check its export")
     return volume
 
 
@@ -59,7 +66,7 @@ def read_map(path: Path | str, channels: int | None = None) -> Volume:
 
 
 def read_labels(path: Path | str) -> Volume:
-    """Read a label map.
+    """Read a label map; of an image with a palette the indices, not the colours.
 
     Returns:
         (1, I, J, K) int32 of values 0 to 65535.
@@ -68,7 +75,7 @@ def read_labels(path: Path | str) -> Volume:
         InputError: as `read_volume`, and for values that are not whole numbers from 0 to 65535.
     """
     path = Path(path)
-    array, opened = _read(path, channels=1)
+    array, opened = _read(path, channels=1, labels=True)
     expected, remedy = f"whole numbers from 0 to {_MAX_LABEL}", "pass a label map, not an image or a probability map"
     whole = array
     if array.dtype.kind == "f":
@@ -94,6 +101,7 @@ def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
     Raises:
         ValueError: another shape, type or range.
         InputError: an unknown suffix.
+        UsageError: a folder that is missing, or an image file for anything but one slice, as .png.
     """
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
@@ -117,6 +125,7 @@ def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
     Raises:
         ValueError: another shape.
         InputError: an unknown suffix.
+        UsageError: a folder that is missing, or an image file.
     """
     array = data.detach().cpu().to(torch.float32).numpy()
     if array.ndim == 4:
@@ -144,10 +153,46 @@ def scan_name(path: Path | str) -> str:
     return Path(path).name[: -len(suffix_of(path))]
 
 
-def find_scans(path: Path | str) -> list[Path]:
-    """The scans that a path stands for: itself if a file, else the scans in the folder, sorted by name.
+def is_image(path: Path | str) -> bool:
+    """Whether a name is that of an image without geometry, PNG or the like."""
+    return Path(path).name.lower().endswith(IMAGE_SUFFIXES)
 
-    Files that look like our own results (`RESULTS`) and hidden files are left out of folders.
+
+def upright(volume: Volume, scan: Path | str) -> Volume:
+    """One channel of a volume as pictures show it: the first of a scan, in RAS; the mean of the colours of an image.
+
+    A scan is drawn with the patient's left on the left. What is left in an image stays there: by the axes of ITK, which
+    it is given, that is the patient's right.
+
+    Args:
+        volume: anything on the grid of the scan.
+        scan: its file, whose kind decides.
+    """
+    if not is_image(scan):
+        return volume.like(volume.data[:1]).oriented("RAS")
+    grey = volume.data if len(volume.data) == 1 else volume.data.mean(0, keepdim=True)
+    return volume.like(grey).oriented("LAS")
+
+
+def scan_files(folder: Path) -> list[Path]:
+    """The visible files of known suffix directly in a folder, scans, masks and results, sorted by name.
+
+    Images only where no volume but results lies beside them: else they are pictures of it. Never our own previews.
+    """
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    )
+    if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
+        return [path for path in files if not is_image(path)]
+    return [path for path in files if not path.name.lower().endswith("_preview.png")]
+
+
+def find_scans(path: Path | str) -> list[Path]:
+    """The scans that a path stands for: itself if a file, else the scans in the folder (`scan_files`), sorted by name.
+
+    Files that look like our own results (`RESULTS`) are left out of folders.
 
     Raises:
         InputError: a missing path, a file of another kind, or a folder without scans.
@@ -156,10 +201,10 @@ def find_scans(path: Path | str) -> list[Path]:
     if not path.is_dir():
         _require_file(path)
         return [path]
-    names = [p for p in path.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")]
-    scans = sorted(p for p in names if p.is_file() and not scan_name(p).endswith(RESULTS))
+    files = scan_files(path)
+    scans = [file for file in files if not scan_name(file).endswith(RESULTS)]
     if not scans:
-        found = f"a folder with only results ({len(names)} files)" if names else "a folder without scans"
+        found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
         raise InputError(path, found, f"files that end with {', '.join(SUFFIXES)}", "check the path")
     return scans
 
@@ -172,10 +217,15 @@ def _require_file(path: Path) -> None:
     suffix_of(path)
 
 
-def _read(path: Path, channels: int | None) -> tuple[npt.NDArray[Any], FileImage]:
+def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.NDArray[Any], FileImage]:
     """Open, check the header, then the voxels: (C, I, J, K) of finite numbers in the file's own type."""
     _require_file(path)
-    opened: FileImage = _READERS[suffix_of(path)].open_image(path)
+    opened: FileImage
+    if is_image(path):
+        opened = raster.open_labels(path) if labels else raster.open_image(path)
+        _check_colours(path, opened.shape, channels, labels)
+    else:
+        opened = _READERS[suffix_of(path)].open_image(path)
     _check_shape(path, opened.shape, channels)
     if opened.dtype.fields is not None or opened.dtype.kind not in "iubf":
         kind = "colour (RGB)" if opened.dtype.fields is not None else str(opened.dtype)
@@ -211,6 +261,17 @@ def _check_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> No
         raise InputError(path, f"{'a 3D' if count == 1 else 'a 4D'} image ({size})", expected, remedy)
 
 
+def _check_colours(path: Path, shape: tuple[int, ...], channels: int | None, labels: bool) -> None:
+    count = 3 if len(shape) == 4 else 1
+    if channels is None or count == channels:
+        return
+    found = f"a {'colour' if count == 3 else 'greyscale'} image"
+    if labels:
+        raise InputError(path, found, "a greyscale or palette image of class values", "convert the mask to one")
+    expected = {1: "a greyscale image", 3: "a colour image"}.get(channels, f"{channels} channels")
+    raise InputError(path, found, expected, f"convert the image, or configure {count} for data.channels")
+
+
 def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
     """Write under a temporary folder beside the target, read the header back, then rename."""
     module = _READERS[suffix_of(path)]
@@ -218,6 +279,8 @@ def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
         raise ValueError(f"data of shape {array.shape} (channels last) is not on the grid {like.shape}")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: no such folder; make it or write elsewhere")
+    if is_image(path):
+        raster.require_mask(path, array)
     # A folder, not a file name: .mhd comes with a data file whose name it holds.
     with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name

@@ -230,7 +230,7 @@ def foreground_box(image: Tensor, affine: FloatArray) -> Box:
     if top <= air:
         return everything
     scaled = np.clip((coarse - air) / (top - air), 0, 1)
-    parts, _ = ndimage.label(scaled > 0.5 * threshold_otsu(scaled))
+    parts, _ = ndimage.label(scaled > 0.5 * threshold_otsu(scaled.ravel()))
     large = np.bincount(parts.ravel()) * i * j * k > _HEAD_PART_MM3
     large[0] = False  # air
     if not large.any():

@@ -1,0 +1,165 @@
+"""Memory and time of pixel classifiers at the published sizes, beside what the published way needs.
+
+40 labelled images of 256 x 256 with the published 8,448 features: the activations of five blocks of the 256 x 256 ADM
+network at three times. Here they are seeded random numbers of those shapes; the network's own memory is not part of it.
+Training and inference run in fresh processes, whose anonymous memory is watched from start to end, imports included.
+The published way, all features of all pixels in float32, is computed for a small image, to compare the predictions, and
+counted for the others.
+
+    python benchmarks/label_efficient.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+SHAPES = ((1024, 32), (512, 32), (512, 32), (512, 64), (256, 128))  # channels and side for images of 256 x 256
+TIMES = 3
+FEATURES = TIMES * sum(channels for channels, _ in SHAPES)
+CLASSES = 3
+
+
+def watch(peak: list[int], stop: threading.Event) -> None:
+    """Keeps the largest anonymous memory of this process, in bytes."""
+    while not stop.is_set():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        anonymous = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        peak[0] = max(peak[0], 1024 * anonymous)
+        time.sleep(0.01)
+
+
+def activations(side: int):  # noqa: ANN201 - torch is imported where it is needed
+    """Something called like `Activations`: an image's values seed what it gives."""
+    import torch
+
+    class Seeded:
+        noise = torch.zeros(1)
+
+        def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+            generator = torch.Generator().manual_seed(int(1e6 * float(images.flatten()[0])))
+            shapes = [(1, channels, size * side // 256, size * side // 256) for channels, size in SHAPES]
+            return [torch.randn(shape, generator=generator) for _ in range(TIMES) for shape in shapes]
+
+    return Seeded()
+
+
+def labelled(count: int, side: int):  # noqa: ANN201
+    """Images that hold their number, and labels in stripes."""
+    import torch
+
+    stripes = (torch.arange(side) * CLASSES // side).expand(side, side)
+    return [torch.full((1, side, side), i / 1e3) for i in range(count)], [stripes.clone() for _ in range(count)]
+
+
+def training(folder: Path, images: int, side: int) -> dict[str, float]:
+    import torch
+
+    from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers, labelled_pixels
+
+    started = time.monotonic()
+    pictures, labels = labelled(images, side)
+    pixels = labelled_pixels(activations(side), pictures, labels, CLASSES, 1000, 0, folder / "features.npy")
+    gathered = time.monotonic() - started
+    model = fit_classifiers(pixels, ClassifierOptions())
+    torch.save(model.state_dict(), folder / "classifiers.pt")
+    return {
+        "pixels": len(pixels.labels),
+        "gathering_s": gathered,
+        "training_s": time.monotonic() - started - gathered,
+        "features_on_disk_gb": (folder / "features.npy").stat().st_size / 1e9,
+    }
+
+
+def inference(folder: Path, images: int, side: int) -> dict[str, float]:
+    import torch
+
+    from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
+
+    model = PixelClassifiers(10, FEATURES, CLASSES)
+    model.load_state_dict(torch.load(folder / "classifiers.pt", weights_only=True))
+    model.eval()
+    net, pictures = activations(side), labelled(images, side)[0]
+    started = time.monotonic()
+    with torch.no_grad():
+        for picture in pictures[:3]:
+            model.maps(net(picture[None]), (side, side)).softmax(2).mean(1).argmax(1)
+    return {"seconds_per_image": (time.monotonic() - started) / 3}
+
+
+def comparison(folder: Path, side: int = 64) -> dict[str, float]:
+    """Both ways on a small image: the largest difference, and where the argmax differs."""
+    import torch
+
+    from medseg_diffusion.networks.pixel_classifier import PixelClassifiers, upsampled
+
+    model = PixelClassifiers(10, FEATURES, CLASSES)
+    model.load_state_dict(torch.load(folder / "classifiers.pt", weights_only=True))
+    model.eval()
+    blocks = activations(side)(torch.full((1, 1, side, side), 0.5))
+    with torch.no_grad():
+        started = time.monotonic()
+        late = model.maps(blocks, (side, side))
+        quick = time.monotonic() - started
+        started = time.monotonic()
+        features = torch.cat([upsampled(block, (side, side)) for block in blocks], 1).movedim(1, -1).flatten(0, -2)
+        early = model(features).unflatten(1, (1, side, side)).movedim(-1, 2).movedim(0, 1)
+        slow = time.monotonic() - started
+    top = early.topk(2, dim=2).values
+    sure = top[:, :, 0] - top[:, :, 1] > 1e-3
+    differ = (late.argmax(2) != early.argmax(2)) & sure
+    return {
+        "largest_difference_of_logits": float((late - early).abs().max()),
+        "argmax_differs_where_sure": int(differ.sum()),
+        "times_faster": slow / quick,
+    }
+
+
+def alone(what: str, folder: Path, images: int, side: int) -> dict[str, float]:
+    """Runs one part in a fresh process."""
+    command = [sys.executable, __file__, "--part", what, "--folder", str(folder)]
+    command += ["--images", str(images), "--side", str(side)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--part", choices=("training", "inference", "comparison"))
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    if options.part:
+        peak, stop = [0], threading.Event()
+        watcher = threading.Thread(target=watch, args=(peak, stop))
+        watcher.start()
+        parts = {"training": training, "inference": inference}
+        try:
+            if options.part == "comparison":
+                numbers = comparison(options.folder)
+            else:
+                numbers = parts[options.part](options.folder, options.images, options.side)
+        finally:
+            stop.set()
+            watcher.join()
+        print(json.dumps({**numbers, "peak_anonymous_gb": peak[0] / 1e9}))
+        return
+    with TemporaryDirectory() as folder:
+        naive = options.side**2 * FEATURES * 4 / 1e9
+        print(
+            f"published way: {naive:.2f} GB of features an image, {options.images * naive:.1f} GB for all in training"
+        )
+        for what in ("training", "inference", "comparison"):
+            numbers = alone(what, Path(folder), options.images, options.side)
+            print(f"{what}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()))
+
+
+if __name__ == "__main__":
+    main()

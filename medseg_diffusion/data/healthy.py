@@ -1,0 +1,180 @@
+"""Healthy scans, or the healthy part of scans with known lesions, as training images of anomaly detection."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.fitting import fitted
+from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
+from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing, apply_labels
+
+from .cases import find_cases, sides_by_hash
+from .image_cache import PackedImages, Row, new_folder, open_packed, write_packed
+from .images import FOREGROUND_SHARE, Part
+
+HEALTHY, UNHEALTHY = 0, 1
+CLASSES = ("healthy", "unhealthy")
+
+
+@dataclass(frozen=True)
+class HealthyScan:
+    """A scan to learn from. ``label`` marks lesions, None where there are none at all."""
+
+    name: str
+    image: Path
+    label: Path | None
+    patient: str
+
+
+def find_healthy(folder: Path) -> list[HealthyScan]:
+    """The scans of a labelled folder (`find_cases`), or of a plain one, which are then healthy altogether.
+
+    Raises:
+        InputError: neither.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names & {"dataset.json", "labels", "masks", "labelsTr"}:
+        return [HealthyScan(case.name, case.image, case.label, case.patient) for case in find_cases(folder).cases]
+    files = find_scans(folder)
+    return [HealthyScan(scan_name(file), file, None, scan_name(file)) for file in files]
+
+
+@dataclass(frozen=True)
+class HealthySource:
+    """What `medseg train-anomaly` learns from.
+
+    Attributes:
+        scans: the healthy ones.
+        exclude_labelled: slices closer than this to a labelled one are left out; None where nothing may be labelled.
+        unhealthy: scans whose labelled slices (all slices, where nothing is labelled) are the class "unhealthy".
+        sides: of every patient.
+    """
+
+    scans: tuple[HealthyScan, ...]
+    exclude_labelled: int | None
+    unhealthy: tuple[HealthyScan, ...]
+    sides: dict[str, Part]
+
+
+def healthy_source(
+    healthy: Path, exclude_labelled: int | None, unhealthy: Path | None, held_out: tuple[int, int]
+) -> HealthySource:
+    """Finds the scans and the side of every patient, that of `split_by_hash` for ``held_out`` (test, validation).
+
+    Raises:
+        InputError: no scans, or too few to hold any out.
+    """
+    scans = find_healthy(healthy)
+    sides = sides_by_hash([scan.patient for scan in scans], *held_out)
+    others = find_healthy(unhealthy) if unhealthy is not None else []
+    # Patients of the healthy folder keep their side; others are for training alone.
+    return HealthySource(tuple(scans), exclude_labelled, tuple(others), sides)
+
+
+def healthy_slices(label: Tensor | None, count: int, exclude_labelled: int | None) -> Tensor:
+    """Which of ``count`` slices are healthy, bool (count,): no slice closer than ``exclude_labelled`` is labelled.
+
+    Args:
+        label: (I, J, K) on the model's grid, above 0 where there is a lesion, or None.
+        count: K.
+        exclude_labelled: 1 leaves out the labelled slices alone.
+    """
+    healthy = torch.ones(count, dtype=torch.bool)
+    if label is None or exclude_labelled is None:
+        return healthy
+    for k in label.flatten(0, 1).any(0).nonzero().flatten().tolist():
+        healthy[max(0, k - exclude_labelled + 1) : k + exclude_labelled] = False
+    return healthy
+
+
+def lesion_map(scan: HealthyScan, placement: Placement) -> Tensor | None:
+    """The scan's lesions on the model's grid, bool (I, J, K), None where it has no labels."""
+    return None if scan.label is None else apply_labels(read_labels(scan.label), placement)[0] > 0
+
+
+def packed_healthy(
+    source: HealthySource,
+    store: Path,
+    size: Sequence[int],
+    channels: int,
+    preprocessing: Preprocessing,
+    on_scan: Callable[[int, int], None] = lambda done, total: None,
+) -> PackedImages:
+    """The healthy slices (or whole healthy volumes) of the scans, packed; class 1 are the unhealthy ones, if any.
+
+    Raises:
+        InputError: an unusable scan, lesions among scans that should have none, or nothing left to train on.
+    """
+    everything = [*source.scans, *source.unhealthy]
+    files = [path for scan in everything for path in (scan.image, scan.label) if path is not None]
+    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    about = [state, source.exclude_labelled, source.sides, len(source.scans), list(size), channels]
+    key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
+    folder = store / f"healthy-{'x'.join(map(str, size))}-{key}"
+
+    def rows() -> Iterator[Row]:
+        for done, scan in enumerate(everything, 1):
+            wanted = HEALTHY if done <= len(source.scans) else UNHEALTHY
+            side: Part = source.sides.get(scan.patient, "train")
+            image, placement = preprocessing.apply(read_volume(scan.image))
+            lesions = lesion_map(scan, placement)
+            if wanted == HEALTHY:
+                _refuse(scan, lesions, source.exclude_labelled)
+            images = _images(image, lesions, size, wanted, source.exclude_labelled)
+            levels = ((fitted(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
+            pixels = levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
+            yield Row(scan.name, wanted, side, pixels)
+            on_scan(done, len(everything))
+
+    if not (folder / "index.json").is_file():
+        with new_folder(folder) as temporary:
+            classes = CLASSES if source.unhealthy else ()
+            write_packed(temporary, rows(), source.scans[0].image.parent, (*size, channels), classes)
+    return open_packed(folder)
+
+
+def _images(
+    image: Tensor, lesions: Tensor | None, size: Sequence[int], wanted: int, exclude_labelled: int | None
+) -> Tensor:
+    """Slices (n, C, I, J) or the volume (0 or 1, C, I, J, K) of the wanted class."""
+    marked = lesions is not None and bool(lesions.any())
+    if len(size) == 3:
+        return image[None] if wanted == UNHEALTHY or not marked else image[None][:0]
+    count = image.shape[-1]
+    if wanted == HEALTHY:
+        chosen = healthy_slices(lesions, count, exclude_labelled)
+    else:
+        chosen = torch.ones(count, dtype=torch.bool) if lesions is None else lesions.flatten(0, 1).any(0)
+    slices = image.movedim(-1, 0)
+    shown = (slices > -0.9).flatten(1).float().mean(1) >= FOREGROUND_SHARE
+    return slices[chosen & shown]
+
+
+def refuse_lesions(scans: Sequence[HealthyScan], exclude_labelled: int | None, preprocessing: Preprocessing) -> None:
+    """InputError for the first scan with lesions, unless ``exclude_labelled`` says what to do with them."""
+    if exclude_labelled is not None:
+        return
+    for scan in scans:
+        if scan.label is not None:
+            _, placement = preprocessing.apply(read_volume(scan.image))
+            _refuse(scan, lesion_map(scan, placement), None)
+
+
+def _refuse(scan: HealthyScan, lesions: Tensor | None, exclude_labelled: int | None) -> None:
+    if lesions is None or exclude_labelled is not None or not lesions.any():
+        return
+    raise InputError(
+        scan.label,
+        f"{int(lesions.sum())} labelled voxels",
+        "no lesion in healthy scans",
+        "leave out the slices near them with --exclude-labelled 1 (or more), or give the folder of images alone where "
+        "the labels mark no lesions",
+    )

@@ -1,0 +1,199 @@
+"""Trained generators in memory: model directories to objects that draw images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from . import build
+from .checkpoint import SavedModel
+from .config import DenoiserConfig, GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, parse_config
+from .diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
+from .diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided
+from .diffusion.noise import generators
+from .diffusion.objective import Simple
+from .errors import ModelError, UsageError
+from .networks.autoencoder import Codec, KLAutoencoder, VQAutoencoder
+from .networks.unet import UNet
+from .sampling.loop import sample, spaced
+from .sections import UNetSection
+from .tasks.image import ImageDiffusion
+from .tasks.patched import PatchedDiffusion
+from .training.runtime import arranged
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A trained generator, ready to sample.
+
+    Attributes:
+        task: the diffusion model, on its device; a restorer of patches cannot be sampled.
+        config: what it was trained with.
+        shape: of x0, (C, *S): the image's, or the latent's.
+        codec: of a latent generator.
+        classes: their names.
+    """
+
+    task: ImageDiffusion | PatchedDiffusion
+    config: GeneratorConfig
+    shape: tuple[int, ...]
+    codec: Codec | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.task.parameters()).device
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Sequence[int],
+        sampler: str | None = None,
+        steps: int | None = None,
+        label: Tensor | None = None,
+        low: Tensor | None = None,
+        guidance: float = 1.0,
+        classifier: ClassifierGradient | None = None,
+    ) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1], one a seed; a seed gives the same image in any batch (to rounding).
+
+        Args:
+            seeds: one an image.
+            sampler: "ddpm", "ddim" or "dpm++"; None, like ``steps``, takes the model's default.
+            steps: denoiser calls.
+            label: (B,) classes, for a model that is conditioned by them.
+            low: (B, C, H / factor, W / factor) low-resolution images, for an upsampler.
+            guidance: strength of classifier-free guidance, 1 for none.
+            classifier: gradient of a noisy classifier.
+        """
+        task, device = self.task, self.device
+        if isinstance(task, PatchedDiffusion):
+            raise UsageError("a patched model restores patches of images; it makes none of its own")
+        denoiser: Denoiser = task.denoiser
+        if guidance != 1:
+            denoiser = FreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
+        if classifier is not None:
+            denoiser = ClassifierGuided(denoiser, classifier)
+        if self.codec is None:  # pixels have a range, latents have none
+            denoiser = Clipped(denoiser)
+        own = generators(seeds)
+        source = build.noise_source(self.config.diffusion.noise)
+        noise = source(self.shape, own, torch.zeros((), device=device))
+        defaults = self.config.sampling
+        name, count = sampler or defaults.sampler, steps or defaults.steps
+        # Published scores of DDPM and DDIM are for evenly spaced times, DPM-Solver's for times even in log-SNR.
+        times = spaced(task.denoiser.schedule, count, "log-snr" if name == "dpm++" else "linspace")
+        x0 = sample(denoiser, build.sampler(name), noise, times, task.condition(label, low), generators=own)
+        return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)
+
+
+def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> Generator:
+    """The generator of a model directory, trained here or imported.
+
+    Raises:
+        ModelError: a model of another kind or version, or an imported one that needs more than its own weights.
+    """
+    if saved.card.get("task") == "denoiser":
+        return _imported(saved, device)
+    config = _config(saved, GeneratorConfig, "a generator", "train-generator")
+    try:
+        shape, classes = tuple(saved.card["shape"]), tuple(saved.card["classes"])
+        codec: KLAutoencoder | VQAutoencoder | None = None
+        if config.method == "latent":
+            stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
+            codec = build.autoencoder(stage)
+            codec.load_state_dict(_under("codec.", saved.weights))
+            codec.requires_grad_(False).to(device).eval()
+        task = build.generator(config, len(classes), None if codec is None else shape[0])
+        task.load_state_dict({k: v for k, v in saved.weights.items() if not k.startswith("codec.")})
+    except (KeyError, ValueError, RuntimeError, UsageError) as error:
+        raise _unusable(saved, error) from error
+    arranged(task.denoiser.network, config.training.channels_last, compiled=False)
+    return Generator(task.requires_grad_(False).to(device).eval(), config, shape, codec, classes)
+
+
+def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
+    """A published pixel model as a generator, with the size that it was imported with."""
+    try:
+        known = DenoiserConfig.model_validate(saved.card["config"])
+    except (KeyError, ValidationError) as error:
+        raise _unusable(saved, error) from error
+    network, size, channels = known.network, saved.card.get("size"), known.network.in_channels
+    if channels not in (1, 3) or network.out_channels != (1 + known.learned_variance) * channels:
+        what = "low-resolution images or latents, which are not with it"
+    elif network.context_channels is not None:
+        what = "a context (such as a text), which cannot be given here"
+    elif size is None or size % 2 ** (len(network.channel_mult) - 1):
+        what = f"images of a known size, but has {size}: import it again with --set size=256 or whatever it is"
+    else:
+        what = ""
+    if what:
+        raise ModelError(f"{saved.path}: an imported model that needs {what}")
+    config = GeneratorConfig.model_validate(
+        {
+            "method": "pixel",
+            "data": {"size": size, "channels": channels},
+            "network": network.model_dump(include=set(UNetSection.model_fields)),
+            "diffusion": {"schedule": known.schedule.model_dump(), "target": known.target},
+            "condition": {"classes": "none" if network.num_classes is None else "embedding", "drop": 0.0},
+        }
+    )
+    denoiser = NetworkDenoiser(
+        UNet(**network.model_dump()), build.noise_schedule(known.schedule), known.target, known.learned_variance
+    )
+    try:
+        denoiser.network.load_state_dict(saved.weights)
+    except RuntimeError as error:
+        raise _unusable(saved, error) from error
+    task = ImageDiffusion(denoiser, Simple(), None, network.num_classes or 0, drop=0.0)
+    classes = tuple(f"class {i}" for i in range(network.num_classes or 0))
+    return Generator(
+        task.requires_grad_(False).to(device).eval(), config, (channels, *config.data.shape), None, classes
+    )
+
+
+def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencoder, ImageAutoencoderConfig]:
+    """The autoencoder of a model directory, in evaluation mode on the CPU, and its configuration."""
+    config = _config(saved, ImageAutoencoderConfig, "an autoencoder", "train-generator")
+    try:
+        codec = build.autoencoder(config)
+        codec.load_state_dict(saved.weights)
+    except (RuntimeError, UsageError) as error:
+        raise _unusable(saved, error) from error
+    return codec.requires_grad_(False).eval(), config
+
+
+def restore_classifier(saved: SavedModel, device: torch.device | str = "cpu") -> tuple[nn.Module, int]:
+    """The noisy classifier of a model directory, and its number of classes."""
+    config = _config(saved, NoisyClassifierConfig, "a noisy classifier", "train-generator")
+    classes = len(saved.card["classes"])
+    try:
+        network = build.noisy_classifier(config, classes).network
+        network.load_state_dict(saved.weights)
+    except (RuntimeError, UsageError) as error:
+        raise _unusable(saved, error) from error
+    return network.requires_grad_(False).to(device).eval(), classes
+
+
+def _config(saved: SavedModel, kind: type, what: str, command: str) -> Any:
+    try:
+        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
+    except (KeyError, AttributeError, UsageError) as error:
+        raise ModelError(f"{saved.path}: not {what}; use a model made by {command}") from error
+    if not isinstance(config, kind):
+        raise ModelError(f"{saved.path}: a {config.method}, not {what}; use a model made by {command}")
+    return config
+
+
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _unusable(saved: SavedModel, error: Exception) -> ModelError:
+    return ModelError(f"{saved.path}: not a model of this version ({str(error).splitlines()[0]}); train it again")

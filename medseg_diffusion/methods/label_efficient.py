@@ -1,0 +1,291 @@
+"""Segmentation from a handful of labels: classifiers of a generator's activations, pixel by pixel.
+
+(Baranchuk et al. 2022, arXiv 2112.03126, "DDPM-Seg".) An unlabelled collection trains a generator; K labelled images
+then train an ensemble of small classifiers. The published code upsamples and keeps all features of all pixels, 2.2 GB
+an image. Here training gathers features at sampled pixels only, and inference upsamples what the first layer makes of
+them: the same predictions from the same classifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.networks.pixel_classifier import PixelClassifiers, gathered
+from medseg_diffusion.sampling.loop import Sampler
+from medseg_diffusion.volumes.fitting import fitted, unfitted
+
+from .activations import PUBLISHED_BLOCKS, Activations
+
+FEWEST_PIXELS = 20
+"""A class with fewer pixels in an image is left out of it, as published."""
+SEARCHED_BLOCKS = 5
+"""As many as published are chosen where a network is too small to have the published ones."""
+_ROWS = 1024
+
+
+class PixelSegmentation(nn.Module):
+    """A generator's activations and the classifiers of its pixels: images to masks.
+
+    Args:
+        activations: of the generator.
+        classifiers: trained on these activations.
+        size: of the generator's images; others are fitted to it.
+    """
+
+    def __init__(self, activations: Activations, classifiers: PixelClassifiers, size: Sequence[int]) -> None:
+        super().__init__()
+        self.activations = activations
+        self.classifiers = classifiers
+        self.size = tuple(size)
+
+    def probabilities(
+        self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
+    ) -> Tensor:
+        """Class probabilities (B, N, K, *S) of images (B, C, *S) by the first N members, one for each seed of an image.
+
+        Nothing is sampled: seeds are only counted, and sampler and times are those of other segmenters.
+
+        Raises:
+            UsageError: more members than there are.
+        """
+        members, known = len(seeds[0]), len(self.classifiers.members)
+        if members > known:
+            raise UsageError(f"an ensemble of {members} was asked for, but the model has {known} members")
+        blocks = self.activations(fitted(image.clamp(-1, 1), self.size))
+        found = self.classifiers.maps(blocks, self.size, members).float().softmax(2)
+        return unfitted(found.flatten(1, 2), image.shape[2:]).unflatten(1, found.shape[1:3])
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledPixels:
+    """Sampled pixels of the labelled images.
+
+    Attributes:
+        features: (P, F) float16, in memory or mapped from a file.
+        labels: (P,) int64.
+        image: (P,) int64, the number of the image that a pixel is of.
+        share: (K,) float64, share of each class among all pixels of the images, sampled or not.
+        channels: of each block, F in all.
+    """
+
+    features: npt.NDArray[np.float16]
+    labels: Tensor
+    image: Tensor
+    share: Tensor
+    channels: tuple[int, ...]
+
+
+@torch.no_grad()
+def labelled_pixels(
+    activations: Activations,
+    images: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    num_classes: int,
+    per_class: int,
+    seed: int,
+    store: Path | None = None,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> LabelledPixels:
+    """Samples pixels of every class alike and gathers their features.
+
+    Args:
+        activations: of the generator, on its device.
+        images: each (C, *size) on the generator's grid.
+        labels: each (*size) int64.
+        num_classes: background included.
+        per_class: most pixels of a class in an image.
+        seed: of the choice of pixels.
+        store: file for the features; None keeps them in memory.
+        on_image: called with (images done, images in all).
+
+    Raises:
+        UsageError: a class that has too few pixels in all images together.
+    """
+    device = activations.noise.device
+    chosen, values, share = [], [], torch.zeros(num_classes, dtype=torch.float64)
+    for i, label in enumerate(labels):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "pixels", i))
+        share += torch.bincount(label.flatten(), minlength=num_classes)
+        for value in range(num_classes):
+            there = (label == value).nonzero()
+            if len(there) >= FEWEST_PIXELS:
+                there = there[torch.randperm(len(there), generator=generator)[:per_class]]
+                chosen.append((i, there))
+                values.append(torch.full((len(there),), value))
+    target = torch.cat(values) if values else torch.zeros(0, dtype=torch.int64)
+    if missing := sorted(set(range(num_classes)) - set(target.tolist())):
+        raise UsageError(
+            f"class {missing[0]} has fewer than {FEWEST_PIXELS} pixels in each of the {len(images)} labelled images: "
+            "label more of them"
+        )
+    features: npt.NDArray[np.float16] | None = None
+    channels: tuple[int, ...] = ()
+    row = 0
+    for i, image in enumerate(images):
+        blocks = activations(image[None].to(device))
+        if features is None:
+            channels = tuple(block.shape[1] for block in blocks)
+            shape = (len(target), sum(channels))
+            features = np.empty(shape, np.float16) if store is None else _mapped(store, shape)
+        for positions in [positions for owner, positions in chosen if owner == i]:
+            rows = [gathered(block[0].float(), positions.to(device), image.shape[1:]) for block in blocks]
+            features[row : row + len(positions)] = torch.cat(rows, 1).half().cpu().numpy()
+            row += len(positions)
+        on_image(i + 1, len(images))
+    assert features is not None
+    image_of = torch.cat([torch.full((len(positions),), i) for i, positions in chosen])
+    return LabelledPixels(features, target, image_of, share / share.sum(), channels)
+
+
+def _mapped(store: Path, shape: tuple[int, int]) -> npt.NDArray[np.float16]:
+    store.parent.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(store, "w+", np.float16, shape)
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """Published settings (Baranchuk et al. 2022, and their code for the stopping rule).
+
+    Attributes:
+        members: classifiers in the ensemble.
+        hidden: widths of the hidden layers, None for the published ones.
+        batch_size: pixels.
+        learning_rate: of Adam.
+        max_epochs: passes over the pixels.
+        min_epochs: before a classifier may stop.
+        patience: batches without a smaller loss after which it stops.
+    """
+
+    members: int = 10
+    hidden: tuple[int, int] | None = None
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    max_epochs: int = 100
+    min_epochs: int = 4
+    patience: int = 50
+
+
+def fit_classifiers(
+    pixels: LabelledPixels,
+    options: ClassifierOptions = ClassifierOptions(),
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_member: Callable[[int, int], None] = lambda done, total: None,
+) -> PixelClassifiers:
+    """Trains the classifiers on the sampled pixels, one after another, and corrects them for the sampling.
+
+    Classes were sampled alike, so a rare class would be found everywhere: the last biases get the logarithm of each
+    class' share in the images over its share in the sample, which makes the probabilities those of the images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "classifiers"))
+        model = PixelClassifiers(options.members, pixels.features.shape[1], len(pixels.share), options.hidden)
+    model.to(device)
+    mean, std = _moments(pixels.features)
+    model.mean.copy_(mean)
+    model.std.copy_(std)
+    for i, member in enumerate(model.members):
+        _fit(member, model, pixels, options, derive_seed(seed, "member", i))
+        on_member(i + 1, options.members)
+    sampled = torch.bincount(pixels.labels, minlength=len(pixels.share)).double()
+    correction = (pixels.share / (sampled / sampled.sum())).log().float().to(device)
+    with torch.no_grad():
+        for member in model.members:
+            member.rest[-1].bias += correction  # type: ignore[union-attr,index]
+    return model.eval()
+
+
+def _fit(
+    member: nn.Module, model: PixelClassifiers, pixels: LabelledPixels, options: ClassifierOptions, seed: int
+) -> None:
+    device = model.mean.device
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(member.parameters(), lr=options.learning_rate)
+    best, waited = float("inf"), 0
+    member.train()
+    for epoch in range(options.max_epochs):
+        for batch in torch.randperm(len(pixels.labels), generator=generator).split(options.batch_size):
+            if len(batch) < 2:  # no batch statistics
+                continue
+            rows = torch.from_numpy(pixels.features[batch.numpy()]).to(device).float()
+            loss = F.cross_entropy(member((rows - model.mean) / model.std), pixels.labels[batch].to(device))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            if epoch < options.min_epochs:
+                continue
+            value = float(loss.detach())
+            best, waited = (value, 0) if value < best else (best, waited + 1)
+            if waited > options.patience:
+                member.eval()
+                return
+    member.eval()
+
+
+def _moments(features: npt.NDArray[np.float16]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (F,) of the rows, in float64, without a copy of all of them; no deviation is 0."""
+    total = np.zeros(features.shape[1])
+    squares = np.zeros(features.shape[1])
+    shift = features[0].astype(np.float64)
+    for first in range(0, len(features), _ROWS):
+        part = features[first : first + _ROWS].astype(np.float64) - shift
+        total += part.sum(0)
+        squares += np.square(part).sum(0)
+    mean = total / len(features)
+    std = np.sqrt(np.maximum(squares / len(features) - mean**2, 0))
+    return torch.from_numpy(mean + shift).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
+
+
+def choose_blocks(
+    activations: Activations,
+    images: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    num_classes: int,
+    seed: int,
+    per_class: int = 200,
+) -> tuple[str, ...]:
+    """The published blocks where the generator has them; else those whose features tell the labelled pixels apart best.
+
+    Each block of the decoder is scored alone, by the balanced accuracy of ridge regression onto the classes, fitted
+    on half of the labelled images and tried on the other half, and the other way round (on halves of the pixels where
+    there is one image). The best five are taken.
+    """
+    known = activations.decoder_blocks()
+    if set(PUBLISHED_BLOCKS) <= set(known):
+        return PUBLISHED_BLOCKS
+    if len(known) <= SEARCHED_BLOCKS:
+        return tuple(known)
+    every = activations.with_blocks(known)
+    pixels = labelled_pixels(every, images, labels, num_classes, per_class, seed)
+    mean, std = _moments(pixels.features)
+    features = (torch.from_numpy(pixels.features).float() - mean) / std
+    parts = features.split(pixels.channels, dim=1)
+    wanted = F.one_hot(pixels.labels, num_classes).float()
+    odd = pixels.image % 2 == 1 if len(images) > 1 else torch.arange(len(features)) % 2 == 1
+    scores = []
+    for i in range(len(known)):
+        x = torch.cat(parts[i :: len(known)], 1)  # the block at every time
+        scores.append(sum(_ridge_accuracy(x, wanted, pixels.labels, side) for side in (odd, ~odd)))
+    best = sorted(range(len(known)), key=lambda i: -scores[i])[:SEARCHED_BLOCKS]
+    return tuple(known[i] for i in sorted(best))
+
+
+def _ridge_accuracy(x: Tensor, wanted: Tensor, labels: Tensor, fit: Tensor) -> float:
+    """Balanced accuracy, outside of ``fit``, of ridge regression within it."""
+    inside, outside = x[fit], x[~fit]
+    centre = wanted[fit].mean(0)
+    gram = inside.T @ inside + len(inside) * 0.01 * torch.eye(x.shape[1])
+    coefficients = torch.linalg.solve(gram, inside.T @ (wanted[fit] - centre))
+    right = (outside @ coefficients + centre).argmax(1) == labels[~fit]
+    classes = torch.unique(labels[~fit])
+    return float(torch.stack([right[labels[~fit] == value].float().mean() for value in classes]).mean())

@@ -1,0 +1,65 @@
+"""Anomalies as what partial noising and denoising does not bring back: AnoDDPM (Wyatt et al. 2022, CVPR workshops).
+
+Noise up to a moderate time hides the anomaly but not the anatomy; a model of healthy images denoises to a healthy one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser
+from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed, generators
+from medseg_diffusion.sampling.ddim import DDIM
+from medseg_diffusion.sampling.loop import sample, spread
+
+from .detector import residual
+
+
+class PartialNoise:
+    """The detector.
+
+    Published are the squared residual above 0.5, of which the absolute one is a monotone function, and `start` steps of
+    ancestral sampling with simplex noise; here fewer, deterministic steps (DDIM) need no more noise on the way.
+
+    Args:
+        denoiser: of images, trained on healthy ones with the same noise; its predictions are clipped to [-1, 1].
+        noise: Gaussian or simplex (published).
+        start: time to which images are noised, 1..T (published: 250).
+        steps: denoiser calls from there to the clean image.
+        repeats: draws of noise, the mean of whose healthy images is compared: what differs between them by chance is
+            no anomaly.
+
+    Raises:
+        ValueError: a start beyond the schedule, fewer steps than 1 or more than ``start``, no draw.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, noise: NoiseSource, start: int = 250, steps: int = 25, repeats: int = 1
+    ) -> None:
+        last = denoiser.schedule.num_steps
+        if not 1 <= steps <= start <= last:
+            raise ValueError(f"needs 1 <= steps <= start <= {last}, got {steps} steps from {start}")
+        if repeats < 1:
+            raise ValueError(f"at least one draw of noise is needed, got {repeats}")
+        self.denoiser, self.noise = denoiser, noise
+        self.repeats = repeats
+        self.times = [*spread(denoiser.schedule, steps, start), 0]
+
+    @property
+    def evaluations(self) -> int:
+        return self.repeats * (len(self.times) - 1)
+
+    @torch.no_grad()
+    def healthy(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The healthy images (B, C, *S) of images (B, C, *S); all draws walk in one batch."""
+        own = generators([derive_seed(seed, i) for seed in seeds for i in range(self.repeats)])
+        x0 = images.repeat_interleave(self.repeats, dim=0)
+        x_t = self.denoiser.schedule.add_noise(x0, self.noise(x0.shape[1:], own, x0), self.times[0])
+        found = sample(Clipped(self.denoiser), DDIM(), x_t, self.times)
+        return found.unflatten(0, (len(images), self.repeats)).mean(dim=1)
+
+    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return residual(images, self.healthy(images, seeds))

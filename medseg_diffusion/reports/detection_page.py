@@ -1,0 +1,132 @@
+"""What the page of an evaluation says about score maps."""
+
+from __future__ import annotations
+
+import math
+from base64 import b64encode
+from itertools import pairwise
+from typing import Any
+
+from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML
+from medseg_diffusion.metrics.statistics import Interval
+from medseg_diffusion.reports.detection import OPTIMISTIC, CaseDetection, Detection, ratio
+from medseg_diffusion.reports.plots import detection_curves
+from medseg_diffusion.reports.summary import format_number
+
+_SIZES = (
+    f"below {SIZE_BOUNDS_ML[0]:g} ml",
+    *(f"{low:g} to below {high:g} ml" for low, high in pairwise(SIZE_BOUNDS_ML)),
+    f"{SIZE_BOUNDS_ML[-1]:g} ml and more",
+)
+
+
+def detection_page(detection: Detection) -> dict[str, Any]:
+    """The values of `detection.html.j2`: numbers as text, and values to sort by."""
+    means, pooled, lesions, healthy = detection.means, detection.pooled, detection.lesions, detection.healthy
+    cases = list(detection.cases.values())
+    n_healthy = sum(not case.has_lesion for case in cases)
+    every = (lesions.size_ml.size, int(lesions.detected.sum()))
+    sizes = [*zip(_SIZES, lesions.by_size(), strict=True), ("all", every)]
+    return {
+        "facts": {
+            "Mean AUROC": format_number(means["AUROC"].mean),
+            "Mean AUPRC": format_number(means["AUPRC"].mean),
+            "Lesions detected": f"{every[1]} of {every[0]}",
+            "Cases with lesions": str(len(cases) - n_healthy),
+            "Cases without": str(n_healthy),
+        },
+        "optimistic": OPTIMISTIC,
+        "voxels": [
+            _row("AUROC", means["AUROC"], pooled=pooled["AUROC"]),
+            _row("AUPRC", means["AUPRC"], pooled=pooled["AUPRC"]),
+            _row("Dice of the predicted masks", means["Dice"], pooled=pooled["Dice"]),
+            _row("Best Dice, one threshold", means["shared_Dice"], pooled=pooled["shared_Dice"], optimistic=True),
+            _row("Best Dice, a threshold per case", means["best_Dice"], optimistic=True),
+        ],
+        "region": detection.region,
+        "n_counted": f"{detection.n_counted:,}",
+        "n_left_out": f"{detection.n_left_out:,}" if detection.n_left_out else "",
+        "prevalence": _significant(pooled["prevalence"]),
+        "threshold": "" if math.isnan(detection.shared_threshold) else f"{detection.shared_threshold:.4g}",
+        "masks": [_significant(pooled[key]) for key in ("recall", "precision", "false_positive_rate")],
+        "curves": _curves(detection),
+        "scan_auroc": format_number(detection.scan_auroc),
+        "n_scan_scores": detection.n_scan_scores if not math.isnan(detection.scan_auroc) else None,
+        "rule": detection.rule,
+        "sizes": [
+            {"name": name, "n": n, "found": found, "sensitivity": format_number(ratio(found, n))}
+            for name, (n, found) in sizes
+        ],
+        "lesions": [
+            _row("Sensitivity", detection.lesion_means["sensitivity"]),
+            _row("Precision", detection.lesion_means["precision"]),
+            _row("False positives", detection.lesion_means["false_positives"], digits=2),
+        ],
+        "n_parts": lesions.n_predicted,
+        "n_false": lesions.n_false,
+        "precision": format_number(lesions.precision),
+        "healthy": [
+            _row("Connected parts", healthy["components"], digits=2),
+            _row("Voxels", healthy["voxels"], digits=1),
+            _row("Volume, ml", healthy["ml"]),
+            _row("Share of the voxels that count, %", healthy["share"], digits=4, scale=100),
+        ],
+        "n_healthy": n_healthy,
+        "n_clean": sum(not case.has_lesion and not case.overlap.n_pred for case in cases),
+        "cases": [{"name": name, "cells": _cells(case)} for name, case in detection.cases.items()],
+    }
+
+
+def _row(
+    name: str,
+    mean: Interval,
+    *,
+    pooled: float = math.nan,
+    digits: int = 3,
+    scale: float = 1.0,
+    optimistic: bool = False,
+) -> dict[str, Any]:
+    """A mean over cases as a row of a table."""
+    low, high = (format_number(end * scale, digits) for end in (mean.low, mean.high))
+    return {
+        "name": name,
+        "mean": format_number(mean.mean * scale, digits),
+        "limits": low if math.isnan(mean.low) else f"{low} to {high}",
+        "n": mean.n,
+        "n_missing": mean.n_missing,
+        "pooled": format_number(pooled, digits),
+        "optimistic": optimistic,
+    }
+
+
+def _cells(case: CaseDetection) -> list[dict[str, Any]]:
+    """A case's cells of the table of score maps: the value to sort by, and what is shown."""
+    scores, optimistic = (case.auroc, case.auprc, case.overlap.dice), (case.shared_dice, case.best_dice)
+    counts = (case.lesions.size_ml.size, int(case.lesions.detected.sum()), case.lesions.n_false)
+    return [
+        *({"value": value, "text": format_number(value), "optimistic": False} for value in scores),
+        *({"value": value, "text": format_number(value), "optimistic": True} for value in optimistic),
+        *({"value": count, "text": str(count), "optimistic": False} for count in counts),
+    ]
+
+
+def _curves(detection: Detection) -> str:
+    """The curves as base64; nothing where a kind of voxel is missing."""
+    roc, precision_recall, dice = detection.roc, detection.precision_recall, detection.dice_curve
+    if roc is None or precision_recall is None or dice is None:
+        return ""
+    pooled = detection.pooled
+    png = detection_curves(
+        roc,
+        precision_recall,
+        dice,
+        masks=(pooled["false_positive_rate"], pooled["recall"], pooled["precision"], pooled["Dice"]),
+        best=(detection.shared_threshold, pooled["shared_Dice"]),
+        prevalence=pooled["prevalence"],
+    )
+    return b64encode(png).decode("ascii")
+
+
+def _significant(value: float) -> str:
+    """Three significant digits, for numbers of any size; a dash where there is none."""
+    return f"{value:.3g}" if math.isfinite(value) else "\u2013"

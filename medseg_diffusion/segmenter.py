@@ -1,0 +1,90 @@
+"""Trained segmenters in memory: model directories to objects that make masks."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from . import build
+from .build import SHAPE_PRIOR, Segmenter
+from .checkpoint import SavedModel
+from .config import PixelClassifierConfig, SegmenterConfig, parse_config
+from .errors import ModelError, UsageError
+from .generator import Generator, restore_generator
+from .methods.activations import Activations
+from .methods.label_efficient import PixelSegmentation
+from .methods.shape_prior import ShapePrior
+from .networks.pixel_classifier import PixelClassifiers
+from .sections import InferenceSection
+from .tasks.image import ImageDiffusion
+
+GENERATOR = "generator."
+"""Prefix of the generator's weights in a model of pixel classifiers; its card is the entry "generator"."""
+
+
+def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
+    """The trained mask-diffusion model or baseline of a model directory, on the CPU, and its configuration.
+
+    Raises:
+        ModelError: a card or weights that do not describe such a segmenter of this version.
+    """
+    try:
+        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
+        if not isinstance(config, SegmenterConfig):
+            raise UsageError(f"a {config.method}, which is not made by train-segmenter")
+        model = build.segmenter(config, len(saved.card["labels"]))
+        with torch.no_grad():
+            model.load_state_dict({k: v for k, v in saved.weights.items() if k != SHAPE_PRIOR})
+    except (KeyError, UsageError, RuntimeError) as error:
+        raise _unusable(saved, error, "train-segmenter") from error
+    return model.eval(), config
+
+
+def restore_pixel_segmentation(saved: SavedModel) -> tuple[PixelSegmentation, PixelClassifierConfig, Generator]:
+    """The trained pixel classifiers of a model directory with their generator, on the CPU, and its configuration.
+
+    Raises:
+        ModelError: a card or weights that do not describe such a model of this version.
+    """
+    try:
+        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
+        if not isinstance(config, PixelClassifierConfig):
+            raise UsageError(f"a {config.method}, which is not made by train-pixel-classifier")
+        own = {name: value for name, value in saved.weights.items() if not name.startswith(GENERATOR)}
+        inner = {name.removeprefix(GENERATOR): v for name, v in saved.weights.items() if name.startswith(GENERATOR)}
+        generator = restore_generator(SavedModel(saved.path, saved.card["generator"], inner, saved.sha256))
+        activations = pixel_activations(generator, config, saved.card["blocks"])
+        members, features = config.classifier.members, len(own["mean"])
+        classifiers = PixelClassifiers(members, features, len(saved.card["labels"]), config.classifier.hidden)
+        classifiers.load_state_dict(own)
+    except (KeyError, UsageError, RuntimeError) as error:
+        raise _unusable(saved, error, "train-pixel-classifier") from error
+    model = PixelSegmentation(activations, classifiers, generator.config.data.shape)
+    return model.requires_grad_(False).eval(), config, generator
+
+
+def pixel_activations(generator: Generator, config: PixelClassifierConfig, blocks: list[str]) -> Activations:
+    """The activations of a generator that pixel classifiers of this configuration see."""
+    task = cast(ImageDiffusion, generator.task)
+    return Activations(task, generator.codec, generator.shape, config.features.times, blocks)
+
+
+def pixel_inference(generator: Generator, config: PixelClassifierConfig) -> InferenceSection:
+    """How a scan is cut for pixel classifiers: slices as a whole, volumes in windows of the generator's size."""
+    shape = generator.config.data.shape
+    window = shape if len(shape) == 3 else None
+    members = config.classifier.members
+    return InferenceSection(steps=1, ensemble=members, window=window, largest_part=config.largest_part)
+
+
+def shape_prior(saved: SavedModel) -> ShapePrior | None:
+    """The shape prior of a model directory, None if it has none."""
+    if SHAPE_PRIOR not in saved.weights:
+        return None
+    return ShapePrior(saved.weights[SHAPE_PRIOR].float() / 255, float(saved.card[SHAPE_PRIOR]["spacing_mm"]))
+
+
+def _unusable(saved: SavedModel, error: Exception, command: str) -> ModelError:
+    reason = str(error).splitlines()[0]
+    return ModelError(f"{saved.path}: not a segmenter of this version ({reason}); use a model made by {command}")

@@ -1,0 +1,169 @@
+"""Scans in, a labelled folder of scans with synthetic anomalies out: the whole of `medseg synthesize-anomalies`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .data.anomalies import FINEST_RADIUS, Anomaly, AnomalyKind, AnomalyRecipe, insert_anomaly, robust_spread
+from .diffusion.noise import derive_seed
+from .errors import InputError, MedsegError, UsageError
+from .pipeline import CaseResult, refuse_collisions
+from .reports.files import write_files
+from .volumes.foreground import foreground
+from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
+from .volumes.volume import Volume
+
+
+@dataclass(frozen=True)
+class SynthesisOptions:
+    """Options of `synthesize_anomalies`.
+
+    Attributes:
+        output: folder to write to.
+        kind: "hyper" (brighter), "hypo" (darker) or "deformation".
+        contrast: see `AnomalyRecipe`.
+        count: anomalies in each scan; they do not touch.
+        radius_mm: lowest and highest radius.
+        seed: every scan derives its own from this and its name, and every anomaly its own from that and its number.
+    """
+
+    output: Path
+    kind: AnomalyKind = "hyper"
+    contrast: float = 0.3
+    count: int = 1
+    radius_mm: tuple[float, float] = (4.0, 10.0)
+    seed: int = 0
+
+
+def synthesize_anomalies(
+    scans: Sequence[Path],
+    options: SynthesisOptions,
+    on_case: Callable[[CaseResult], None] | None = None,
+    on_progress: Callable[[str, float], None] | None = None,
+) -> list[CaseResult]:
+    """Puts anomalies into scans and writes images/, labels/ and anomalies.json; one bad scan does not stop the others.
+
+    Images and labels (uint8, 1 in the anomalies) lie on the scans' grids: a labelled folder for training and for
+    `medseg evaluate`. The image is written after its label: where it is, the case is complete. anomalies.json tells
+    the scans of the latest run.
+
+    Args:
+        scans: files of one channel, or folders of them.
+        options: see `SynthesisOptions`.
+        on_case: called after every scan.
+        on_progress: called with (scan name, share of the scans done).
+
+    Raises:
+        UsageError: impossible options, or two scans of one name.
+        InputError: a path that does not exist, or a folder without scans.
+    """
+    if options.output.name.lower().endswith(SUFFIXES):
+        raise UsageError(f"-o {options.output} is a file; give a folder for images, labels and anomalies.json")
+    if options.count < 1:
+        raise UsageError(f"--count {options.count}: expected 1 or more")
+    try:
+        recipe = AnomalyRecipe(options.kind, options.contrast, options.radius_mm)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    found = list(dict.fromkeys(path for scan in scans for path in find_scans(scan)))
+    targets = {
+        scan: {kind: options.output / kind / f"{scan_name(scan)}.nii.gz" for kind in ("labels", "images")}
+        for scan in found
+    }
+    refuse_collisions(targets)
+    results: list[CaseResult] = []
+    described: list[dict[str, Any]] = []
+    for scan in found:
+        if on_progress is not None:
+            on_progress(scan_name(scan), len(results) / len(found))
+        try:
+            result, about = _one(scan, targets[scan], recipe, options)
+            described.append(about)
+            content = {"seed": options.seed, "scans": described}
+            write_files(options.output, {"anomalies.json": json.dumps(content, indent=2) + "\n"})
+        except MedsegError as error:
+            result = CaseResult(scan, "failed", error=str(error), exit_code=error.exit_code)
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            result = CaseResult(scan, "failed", error=f"{scan}: {type(error).__name__}: {text}", exit_code=1)
+        results.append(result)
+        if on_case is not None:
+            on_case(result)
+    return results
+
+
+def _one(
+    scan: Path, files: dict[str, Path], recipe: AnomalyRecipe, options: SynthesisOptions
+) -> tuple[CaseResult, dict[str, Any]]:
+    started = time.monotonic()
+    volume = read_volume(scan)
+    image = volume.data[0]
+    free = foreground(image)
+    spread = robust_spread(image, free)
+    _check(volume, recipe, spread, empty=not bool(free.any()))
+    mask = torch.zeros_like(free)
+    anomalies: list[dict[str, Any]] = []
+    for number in range(options.count):
+        seed = derive_seed(derive_seed(options.seed, scan_name(scan)), number)
+        generator = torch.Generator().manual_seed(seed)
+        anomaly = insert_anomaly(image, free, volume.spacing, recipe, spread, generator)
+        if anomaly is None:
+            raise _no_room(scan, number, recipe, options.count)
+        image, mask, free = anomaly.image, mask | anomaly.mask, free & ~anomaly.touched
+        anomalies.append(_about(anomaly, volume, recipe, seed))
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_labels(mask.to(torch.uint8), volume, files["labels"])
+    write_map(image, volume, files["images"])
+    volume_ml = float(mask.sum()) * float(np.prod(volume.spacing)) / 1000
+    result = CaseResult(scan, "done", files, time.monotonic() - started, {"anomaly": volume_ml})
+    return result, {"scan": scan.name, "spread": spread, "anomalies": anomalies}
+
+
+def _about(anomaly: Anomaly, volume: Volume, recipe: AnomalyRecipe, seed: int) -> dict[str, Any]:
+    """What is said of an anomaly in anomalies.json."""
+    centre = volume.affine @ [*anomaly.centre, 1.0]
+    content: dict[str, Any] = {
+        "kind": recipe.kind,
+        "centre_mm": [round(float(mm), 3) for mm in centre[:3]],  # RAS
+        "radius_mm": round(anomaly.radius_mm, 3),
+        "contrast": recipe.contrast,
+        "voxels": int(anomaly.mask.sum()),
+        "seed": seed,
+    }
+    if recipe.kind == "deformation":
+        content["displacement_mm"] = round(anomaly.displacement_mm, 3)
+    return content
+
+
+def _check(volume: Volume, recipe: AnomalyRecipe, spread: float, empty: bool) -> None:
+    """Refuse voxels too coarse for the radius, and a foreground in which nothing could be seen."""
+    finest, lowest = min(volume.spacing), recipe.radius_mm[0]
+    if lowest < FINEST_RADIUS * finest:
+        raise InputError(
+            volume.source,
+            f"voxels of {finest:g} mm or more",
+            f"voxels of at most {lowest / FINEST_RADIUS:.3g} mm for a radius of {lowest:g} mm",
+            f"raise --radius-mm to {FINEST_RADIUS * finest:.3g} or more",
+        )
+    if spread <= 0 and not empty:
+        raise InputError(
+            volume.source, "a foreground of one intensity", "an image with contrast", "check that it is a scan"
+        )
+
+
+def _no_room(scan: Path, placed: int, recipe: AnomalyRecipe, count: int) -> InputError:
+    lowest = recipe.radius_mm[0]
+    if placed:
+        found, remedy = f"room for {placed} of {count} anomalies", "lower --count or --radius-mm"
+    else:
+        found, remedy = "a foreground too small for an anomaly", "lower --radius-mm or leave the scan out"
+    return InputError(scan, found, f"a foreground with room for {count} of radius {lowest:g} mm", remedy)

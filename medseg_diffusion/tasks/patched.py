@@ -1,0 +1,90 @@
+"""Images of which one patch is noised while the network sees the rest as it is (Behrendt et al. 2023).
+
+(pDDPM, arXiv 2303.03758.) The patch has to be restored from what surrounds it, which ties the restored anatomy to that
+of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.noise import NoiseSource, generators
+from medseg_diffusion.diffusion.objective import uniform_times
+
+Box = tuple[slice, ...]
+"""A patch: its extent along each spatial axis."""
+
+
+class PatchedDiffusion(nn.Module):
+    """A restorer of patches: batch -> training loss.
+
+    Args:
+        denoiser: of images (B, C, *S) in [-1, 1]; its network predicts x0.
+        noise: Gaussian or simplex (published).
+        patch: side of the patches of the grid (`boxes`), None for half of each side of the image.
+
+    Raises:
+        ValueError: a network that predicts something else; in training, a patch larger than the image.
+    """
+
+    def __init__(self, denoiser: NetworkDenoiser, noise: NoiseSource, patch: int | None = None) -> None:
+        super().__init__()
+        if denoiser.target != "x0":
+            raise ValueError(f"a restorer of patches predicts x0, not {denoiser.target}")
+        self.denoiser = denoiser
+        self.noise = noise
+        self.patch = patch
+
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.network
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss, a scalar, of "image" (B, C, *S) and "seed" (B,) int64: mean |x0 - prediction| in the patches.
+
+        Time and patch, both uniform, and the noise come from the examples' own seeds.
+        """
+        x0, schedule = batch["image"], self.denoiser.schedule
+        own = generators(batch["seed"].tolist())
+        t = uniform_times(schedule.num_steps, own).to(x0.device)
+        grid = boxes(x0.shape[2:], self.patch)
+        chosen = [grid[int(torch.randint(len(grid), (), generator=g))] for g in own]
+        noised = schedule.add_noise(x0, self.noise(x0.shape[1:], own, x0), t)
+        within = inside(chosen, x0)
+        error = (self.denoiser(torch.where(within, noised, x0), t).x0 - x0).abs()
+        # All patches have the same size: one mean over all of them weighs the examples alike.
+        return error[within.expand_as(error)].mean()
+
+
+def boxes(size: Sequence[int], patch: int | None = None) -> list[Box]:
+    """The patches of a grid that covers an image of spatial ``size``, in order, all of one size.
+
+    Args:
+        size: of the image.
+        patch: side of the patches; None for half of each side of the image, rounded up. Where it does not divide a
+            side, the last patch ends at the border and overlaps the one before it.
+
+    Raises:
+        ValueError: a patch that is larger than the image, or empty.
+    """
+    sides = [(n + 1) // 2 if patch is None else patch for n in size]
+    if any(not 1 <= side <= n for side, n in zip(sides, size, strict=True)):
+        raise ValueError(f"a patch of an image of {tuple(size)} must have a side of 1 to {min(size)}, got {patch}")
+    axes = [
+        [slice(first, first + side) for first in (min(i, n - side) for i in range(0, n, side))]
+        for n, side in zip(size, sides, strict=True)
+    ]
+    return list(product(*axes))
+
+
+def inside(patches: Sequence[Box], like: Tensor) -> Tensor:
+    """Bool masks (N, 1, *S) of N patches, each true in its own, for images like (B, C, *S)."""
+    masks = torch.zeros((len(patches), 1, *like.shape[2:]), dtype=torch.bool, device=like.device)
+    for mask, box in zip(masks, patches, strict=True):
+        mask[(slice(None), *box)] = True
+    return masks

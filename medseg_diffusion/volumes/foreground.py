@@ -1,0 +1,67 @@
+"""Where a scan shows something: the head, the brain of a skull-stripped scan, or all of a crop from inside a body."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+Mask = npt.NDArray[np.bool_]
+
+_DARK = 0.2  # what is so much of the way from the mean of air to that of the body is body
+_BLANK = 0.1  # share of voxels that have one and the same value where a background was cut out
+_SOLID = 0.95  # share of the outline's inside that has another one then; noise in air is full of holes
+_TISSUE = 0.5  # share of the outline's rim that is no air then
+_AIRLESS = 0.5  # share of the sides' voxels that are above air in a crop from inside a body
+
+
+def foreground(image: Tensor) -> Tensor:
+    """Bool (I, J, K) of a scan (I, J, K) in any unit; slices are across the third axis.
+
+    Three cases are told apart. A background of one value around something solid was cut out: what is left is the
+    foreground. Where most of the sides is no air, the scan is a crop, and all of it counts. Else the head is what
+    stands out from air: brighter than air by a fifth of what Otsu's two classes differ, the largest part, filled slice
+    by slice and eroded by one voxel in the slices, for the skin is partly air.
+    """
+    plane = ndimage.generate_binary_structure(2, 1)[..., None]
+    values = image.detach().cpu().double().numpy()
+    lowest, top = (float(value) for value in np.percentile(values, [0.5, 99.5]))
+    if top <= lowest:
+        return torch.zeros(image.shape, dtype=torch.bool)
+    scaled = np.clip((values - lowest) / (top - lowest), 0, 1)
+    split = threshold_otsu(scaled.ravel())
+    air, body = scaled[scaled <= split].mean(), scaled[scaled > split].mean()
+    bright: Mask = scaled > air + _DARK * (body - air)
+    levels, counts = np.unique(values, return_counts=True)
+    if counts.max() > _BLANK * values.size:
+        # The lowest value may be another one: interpolation overshoots.
+        other: Mask = values != levels[counts.argmax()]
+        outline = _filled(_largest(other))
+        rim = outline & ~ndimage.binary_erosion(outline, plane)
+        if other[outline].mean() > _SOLID and bright[rim].mean() > _TISSUE:
+            return torch.from_numpy(outline)
+    sides = np.concatenate([bright[0].ravel(), bright[-1].ravel(), bright[:, 0].ravel(), bright[:, -1].ravel()])
+    if sides.mean() > _AIRLESS:
+        return torch.ones(image.shape, dtype=torch.bool)
+    opened = ndimage.binary_opening(bright, plane)
+    closed = ndimage.binary_closing(_largest(opened), plane, iterations=3)
+    return torch.from_numpy(ndimage.binary_erosion(_filled(closed), plane))
+
+
+def _largest(mask: Mask) -> Mask:
+    """The largest part connected by faces."""
+    parts, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    found: Mask = parts == sizes.argmax()
+    return found
+
+
+def _filled(mask: Mask) -> Mask:
+    """The mask with the holes of every slice filled."""
+    return np.stack([ndimage.binary_fill_holes(mask[..., k]) for k in range(mask.shape[2])], axis=-1)

@@ -1,0 +1,142 @@
+"""PNG, JPEG, TIFF and BMP files through Pillow: an image of W x H pixels is a volume of one slice, (W, H, 1)."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.volumes.volume import FileImage, Header, Volume
+
+# Pixels know no millimetres: one each is a placeholder. Axes as ITK lays them, so that a map written as NIfTI covers
+# the image in viewers that read both with it: i, to the right of the picture, is the patient's left; j, down, is
+# posterior.
+_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+_HEADER = Header(xyzt_units=0)  # NIfTI's code for an unknown unit
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_GREY: dict[str, npt.DTypeLike] = {
+    "1": np.uint8,
+    "L": np.uint8,
+    "I;16": np.uint16,
+    "I;16L": np.uint16,
+    "I;16B": np.uint16,
+    "I": np.int32,
+    "F": np.float32,
+}
+_DEEP = tuple(mode for mode in _GREY if mode not in ("1", "L"))
+# What Pillow raises on files that are cut off, damaged or something else.
+_BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def open_image(path: Path) -> FileImage:
+    """Read an image: (W, H, 1) grey values, or (W, H, 1, 3) red, green and blue of 0 to 255.
+
+    The colours of a palette are looked up. An alpha channel is dropped where it says that everything is opaque.
+
+    Raises:
+        InputError: no such image, a damaged one, one of several pages or another colour space, transparency, or more
+            than 8 bits per colour.
+    """
+    return _as_volume(_colours(path, _decoded(path)))
+
+
+def open_labels(path: Path) -> FileImage:
+    """`open_image` for a mask, (W, H, 1): of a palette the indices count, which are the classes, not the colours.
+
+    Raises:
+        InputError: as `open_image`, and for a JPEG, whose values are not those that were saved.
+    """
+    image = _decoded(path, exact=True)
+    return _as_volume(image if image.mode == "P" else _colours(path, image))
+
+
+def require_mask(path: Path, array: npt.NDArray[np.generic]) -> None:
+    """Refuse what is never written into an image file: all but one slice of labels, and all suffixes but .png.
+
+    Raises:
+        UsageError: says where it can go instead.
+    """
+    what = "a map of real numbers" if array.dtype.kind == "f" else f"labels of {' x '.join(map(str, array.shape))}"
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: masks of images are written as .png, never as {path.suffix}; use .png or .nii.gz")
+    if array.dtype.kind == "f" or array.ndim != 3 or array.shape[2] != 1:
+        raise UsageError(f"{path}: a PNG holds the mask of one image, not {what}; use .nii.gz")
+
+
+def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
+    """Write labels (W, H, 1) of uint8 or uint16 as a greyscale PNG; `like` has no geometry that it could hold."""
+    Image.fromarray(np.ascontiguousarray(array[:, :, 0].T)).save(path, format="PNG")
+
+
+def _decoded(path: Path, exact: bool = False) -> Image.Image:
+    """The image, upright; with `exact`, not of a JPEG.
+
+    Decoded whole at once: Pillow stays silent about a truncated file until its pixels are asked for. The orientation
+    in the header of a photograph is applied, to its shape too: every viewer and labelling tool does so, and the masks
+    that they make are upright.
+    """
+    try:
+        # From memory: an uncompressed TIFF that is opened by name Pillow (13.0) maps, and mistakes the sides of one
+        # that is to be turned by a quarter. Its warnings are about metadata; unreadable pixels are errors.
+        content = io.BytesIO(path.read_bytes())
+        with warnings.catch_warnings(action="ignore"), Image.open(content, formats=_FORMATS) as image:
+            jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG that carries further images, which are previews
+            count = 1 if jpeg else getattr(image, "n_frames", 1)
+            if jpeg and exact:
+                wrong = ("a JPEG", "a mask in a lossless format", "save the original mask as PNG")
+            elif count > 1:
+                wrong = (f"{count} images in one file", "a single image", "save each as a file of its own")
+            elif ";16" in str(image.tile) and image.mode not in _GREY:  # Pillow would cut them to 8 in silence
+                wrong = ("colours of 16 bits", "8 bits per colour", "convert the image to 8 bits")
+            else:
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+                # Older Pillow reads the 16 bits of a PNG into 32.
+                return upright.convert("I;16") if image.format == "PNG" and image.mode == "I" else upright
+    except _BROKEN as error:
+        # Of an unknown format its message names only an object in memory.
+        text = "of another format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = " ".join(text.split())[:120].rstrip(".") or type(error).__name__
+        wrong = (f"an unreadable file ({reason})", "a complete PNG, JPEG, TIFF or BMP image", "copy or export it again")
+    raise InputError(path, *wrong)
+
+
+def _colours(path: Path, image: Image.Image) -> Image.Image:
+    """The image without palette and alpha: greyscale of some depth, or RGB."""
+    if image.has_transparency_data and image.mode not in _DEEP:
+        alpha = image.convert("LA" if image.mode in ("1", "L", "LA") else "RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise InputError(path, "transparent pixels", "an opaque image", "flatten it onto a background")
+    if image.mode == "LA":
+        return image.getchannel("L")
+    if image.mode in ("P", "PA", "RGBA"):
+        return image.convert("RGBA").convert("RGB")
+    if image.mode not in _GREY and image.mode != "RGB":
+        raise InputError(path, f"colours of the kind {image.mode}", "greyscale or RGB", "convert the image to RGB")
+    return image
+
+
+def _as_volume(image: Image.Image) -> FileImage:
+    array = np.asarray(image)
+    array = array.astype(_GREY.get(image.mode, np.uint8))  # bits to 0 and 1, 16 bits to the order of this machine
+    array = np.ascontiguousarray(array.swapaxes(0, 1)[:, :, None])
+    return FileImage(array.shape, array.dtype, _AFFINE, _HEADER, lambda: array)

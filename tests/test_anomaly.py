@@ -1,0 +1,412 @@
+"""Anomaly segmentation through its commands: training on healthy scans, thresholds, maps and masks, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from medseg_cli.main import app
+from typer.testing import CliRunner
+
+from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, mask_of
+from medseg_diffusion.checkpoint import load_model_files, save_model
+from medseg_diffusion.config import AnomalyConfig, load_config, parse_config, presets
+from medseg_diffusion.data.healthy import find_healthy, healthy_slices, healthy_source, packed_healthy
+from medseg_diffusion.detect import AnomalyOptions, detect, parse_threshold
+from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.train_anomaly import calibrate_anomaly, train_anomaly
+from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.preprocessing import Preprocessing
+
+ANOMALY = [name for name in presets() if isinstance(load_config(name), AnomalyConfig)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_home(tmp_path_factory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDSEG_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def head(seed: int, lesion: slice | None = None, shape: tuple[int, int, int] = (20, 24, 12)) -> tuple[Any, Any]:
+    """A bright ellipsoid in noisy air, with a very bright block in some slices, and the block's mask."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    inside = axes[0] ** 2 + axes[1] ** 2 < 0.8
+    image = rng.normal(5, 1, shape) + inside * rng.normal(100, 4, shape)
+    label = np.zeros(shape, np.uint8)
+    if lesion is not None:
+        label[8:13, 9:15, lesion] = 1
+        image[label > 0] += 80
+    return image.astype(np.float32), label
+
+
+def write(path: Path, array: np.ndarray, spacing: float = 1.0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([spacing, spacing, spacing, 1])), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    """Eight scans with a lesion in slices 4 to 6, labelled."""
+    folder = tmp_path_factory.mktemp("scans")
+    for i in range(8):
+        image, label = head(i, slice(4, 7))
+        write(folder / "images" / f"s{i}.nii.gz", image)
+        write(folder / "labels" / f"s{i}.nii.gz", label)
+    return folder
+
+
+def small(method: str, size: object = 16, **changes: object) -> AnomalyConfig:
+    """The smallest configuration for a kind of generator."""
+    dims = 2 if isinstance(size, int) else 3
+    data = {"size": size, "channels": 1, "test_images": 2, "validation_images": 2}
+    network = {"dims": dims, "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
+    training = {"batch_size": 4, "max_steps": 6, "validate_every": 6, "warmup_steps": 1, "ema_decay": 0.5}
+    generator: dict[str, Any] = {"data": data, "network": network, "training": training, "method": method}
+    generator["diffusion"] = {"target": "x0" if method == "patched" else "v", "noise": "simplex"}
+    generator["sampling"] = {"steps": 2}
+    content: dict[str, Any] = {"method": "anomaly", "generator": generator}
+    if method == "latent":
+        generator["autoencoder"] = changes.pop("autoencoder")
+        generator["diffusion"] = {"target": "v"}
+        content["latent_healing"] = {"times": 3, "steps": 4}
+    if method == "classes":
+        generator |= {"method": "pixel", "condition": {"classes": "embedding", "drop": 0.5}}
+        generator["diffusion"] = {"target": "v"}
+        content["classifier"] = {
+            "method": "classifier",
+            "data": data,
+            "network": {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_factors": [2],
+                        "head_channels": 8, "norm_groups": 4},
+            "training": training,
+        }  # fmt: skip
+        content["counterfactual"] = {"start": 100, "steps": 3, "scale": 1.0}
+    content |= {"partial_noise": {"start": 100, "steps": 2}} | changes
+    found = parse_config(content, "test")
+    assert isinstance(found, AnomalyConfig)
+    return found
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("configs") / "codec.yaml"
+    file.write_text(
+        """
+method: autoencoder
+data: {size: 16, channels: 1, test_images: 2, validation_images: 2}
+network: {latent_channels: 2, channels: [8, 8], num_res_blocks: 1, norm_groups: 4}
+loss: {perceptual: gradient-ssim, adversarial_weight: 0.0, discriminator_channels: 4, discriminator_layers: 1}
+training: {batch_size: 4, max_steps: 60, validate_every: 60, warmup_steps: 1, ema_decay: 0.5, learning_rate: 3.0e-3}
+"""
+    )
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def models(scans, autoencoder, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    configs = {
+        "latent": small("latent", autoencoder=autoencoder),
+        "pixel": small("pixel"),
+        "patched": small("patched"),
+        "classes": small("classes"),
+    }
+    found = {}
+    for name, config in configs.items():
+        others = scans if config.needs_unhealthy else None
+        found[name] = train_anomaly(
+            config, scans, root / name, exclude_labelled=2, unhealthy=others, device="cpu"
+        ).model
+    return found
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ANOMALY)
+def test_every_preset_says_what_it_detects_with(name) -> None:
+    config = load_config(name)
+    assert isinstance(config, AnomalyConfig) and config.detectors
+    if config.generator.method == "latent":
+        stage = load_config(str(config.generator.autoencoder))
+        assert (stage.data.shape, stage.preprocessing) == (config.generator.data.shape, config.generator.preprocessing)  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANOMALY)
+def test_a_preset_trains_for_a_step_and_finds_something(name, monkeypatch, tmp_path: Path) -> None:
+    """At full size, with one step and the fewest calls in detection."""
+    monkeypatch.setattr("medseg_diffusion.train_generator.PICTURES", 1)
+    config = load_config(name)
+    assert isinstance(config, AnomalyConfig)
+    shape = (40, 44, 4) if config.generator.network.dims == 2 else (40, 44, 40)
+    for i in range(5):
+        image, label = head(i, slice(2, 3), shape)
+        write(tmp_path / "scans" / "images" / f"s{i}.nii.gz", image)
+        write(tmp_path / "scans" / "labels" / f"s{i}.nii.gz", label)
+    data = ["test_images=0", "validation_images=1"]
+    few = ["latent_healing.times=2", "latent_healing.steps=2", "partial_noise.steps=2", "counterfactual.steps=2"]
+    changes = [f"generator.data.{key}" for key in data] + ["generator.training.batch_size=1", *few]
+    if config.classifier is not None:
+        changes += [f"classifier.data.{key}" for key in data] + ["classifier.training.batch_size=1"]
+    if config.generator.autoencoder is not None:
+        stage = load_config(config.generator.autoencoder, ["training.batch_size=1", *(f"data.{key}" for key in data)])
+        (tmp_path / "codec.yaml").write_text(json.dumps(stage.model_dump(mode="json")))
+        changes.append(f"generator.autoencoder={tmp_path / 'codec.yaml'}")
+    config = load_config(name, changes)
+    assert isinstance(config, AnomalyConfig)
+    # Volumes with a lesion are no healthy ones: for those the images stand alone.
+    healthy = tmp_path / "scans" / ("images" if config.generator.network.dims == 3 else ".")
+    others = tmp_path / "scans" if config.needs_unhealthy else None
+    exclude = None if config.generator.network.dims == 3 else 1
+    found = train_anomaly(
+        config, healthy, tmp_path / "run", exclude_labelled=exclude, unhealthy=others, max_steps=1, device="cpu"
+    )
+    score = AnomalyModel(found.model, device="cpu").score(read_volume(tmp_path / "scans" / "images" / "s0.nii.gz"))
+    assert score.score.shape == shape and bool(score.score.isfinite().all())
+
+
+def test_slices_near_a_labelled_one_are_left_out() -> None:
+    label = torch.zeros(4, 4, 10)
+    label[1, 1, 4:6] = 1
+    kept = {n: healthy_slices(label, 10, n).nonzero().flatten().tolist() for n in (1, 3)}
+    assert kept == {1: [0, 1, 2, 3, 6, 7, 8, 9], 3: [0, 1, 8, 9]}
+    assert bool(healthy_slices(None, 10, 3).all())
+
+
+def test_healthy_and_unhealthy_slices_are_packed_with_their_class_and_side(scans, tmp_path: Path) -> None:
+    source = healthy_source(scans, 2, scans, (2, 2))
+    images = packed_healthy(source, tmp_path, (16, 16), 1, Preprocessing())
+    assert images.classes == ("healthy", "unhealthy")
+    # 12 slices less those closer than 2 to slices 4..6; and the 3 labelled ones.
+    for part, patients in (("train", 4), ("validation", 2), ("test", 2)):
+        labels = images.labels[images.part(part)]
+        assert [int((labels == value).sum()) for value in (0, 1)] == [7 * patients, 3 * patients]
+    bright = images.images.reshape(len(images.images), -1).max(1)
+    assert len(bright) == 80
+
+
+def test_lesions_among_healthy_scans_are_refused_unless_told_what_to_do(scans, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"labels/s\d\.nii\.gz: found 90 labelled voxels; .* --exclude-labelled 1"):
+        train_anomaly(small("pixel"), scans, tmp_path / "run", device="cpu")
+    found = find_healthy(scans / "images")  # without their labels these are scans like any others
+    assert len(found) == 8 and found[0].label is None
+
+
+def test_detectors_that_need_unhealthy_scans_say_so(scans, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="classifier-guided and counterfactual: needs --unhealthy"):
+        train_anomaly(small("classes"), scans, tmp_path / "run", exclude_labelled=1, device="cpu")
+    with pytest.raises(UsageError, match="learns from healthy scans alone"):
+        train_anomaly(small("pixel"), scans, tmp_path / "run", exclude_labelled=1, unhealthy=scans, device="cpu")
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_model(scans, models, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_anomaly(small("pixel"), scans, run, exclude_labelled=2, max_steps=3, device="cpu")
+    with pytest.raises(UsageError, match="add --resume"):
+        train_anomaly(small("pixel"), scans, run, exclude_labelled=2, device="cpu")
+    again = train_anomaly(small("pixel"), scans, run, exclude_labelled=2, resume=True, device="cpu")
+    one, other = load_model_files(again.model), load_model_files(models["pixel"])
+    for name, value in other.weights.items():
+        torch.testing.assert_close(one.weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+# ---- scans in, maps and masks out ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("latent", "latent-healing"),
+        ("latent", "reconstruction"),
+        ("pixel", "partial-noise"),
+        ("patched", "patched"),
+        ("classes", "classifier-guided"),
+        ("classes", "counterfactual"),
+    ],
+)
+def test_every_detector_from_scan_to_mask(name, method, scans, models, tmp_path: Path) -> None:
+    scan = scans / "images" / "s0.nii.gz"
+    command = [
+        "anomaly",
+        str(scan),
+        "-m",
+        str(models[name]),
+        "--method",
+        method,
+        "-o",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    result = CliRunner().invoke(app, [*command, "--preview"])
+    assert result.exit_code == 0, result.output
+    score, mask = (nib.load(tmp_path / f"s0_anomaly{end}.nii.gz") for end in ("", "_mask"))
+    assert score.shape == mask.shape == (20, 24, 12) and mask.get_data_dtype() == np.uint8
+    about = json.loads((tmp_path / "s0_anomaly.json").read_text())
+    assert about["method"] == method and about["threshold_from"] == "auto"
+    values = score.get_fdata()
+    assert values.min() >= 0 and values.max() > 0
+    expected = values > about["threshold"]
+    # The stored threshold is rounded.
+    assert (np.asarray(mask.dataobj) != expected).mean() < 1e-3
+    assert 0 <= about["healthy_percentile"] <= 100 and about["healthy_scans"] == 2
+    assert about["healthy_false_positive_rate"] <= 0.025 + 1e-6
+    assert (tmp_path / "s0_anomaly_preview.png").read_bytes()[:4] == b"\x89PNG"
+    again = CliRunner().invoke(app, [*command, "--skip-existing"])
+    assert again.exit_code == 0 and "exists, skipped" in again.output
+
+
+def test_the_threshold_has_the_rate_that_is_promised_on_the_scans_it_was_fitted_to(scans, models) -> None:
+    model = AnomalyModel(models["pixel"], device="cpu")
+    healthy = model.healthy_scores()
+    assert healthy is not None and 0.015 < healthy.rate <= 0.025
+    split = json.loads((models["pixel"].parent / "split.json").read_text())
+    rates = []
+    for name in [name for name, side in split.items() if side == "validation"]:
+        volume = read_volume(scans / "images" / f"{name}.nii.gz")
+        # The seed of the calibration is that of the name.
+        from medseg_diffusion.diffusion.noise import derive_seed
+
+        found = model.score(volume, derive_seed(0, name))
+        keep = torch.zeros(12, dtype=torch.bool)
+        keep[[0, 1, 2, 8, 9, 10, 11]] = True
+        inside = found.score[found.foreground & keep]
+        rates.append(float((inside > healthy.automatic).float().mean()))
+    assert float(np.mean(rates)) == pytest.approx(healthy.rate, abs=1e-6)
+
+
+def test_thresholds_of_all_kinds(scans, models, tmp_path: Path) -> None:
+    scan = scans / "images" / "s1.nii.gz"
+    sizes = {}
+    for threshold in ("q0.5", "q0.9", "auto", "q0.999", "1e9"):
+        options = AnomalyOptions(str(models["pixel"]), threshold, output=tmp_path / threshold, device="cpu")
+        assert [case.status for case in detect([scan], options)] == ["done"]
+        about = json.loads((tmp_path / threshold / "s1_anomaly.json").read_text())
+        sizes[threshold] = about["share_of_foreground"]
+        assert about["threshold_from"] == (threshold if threshold != "1e9" else "given")
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True) and sizes["1e9"] == 0 and sizes["q0.5"] > 0.2
+    for wrong in ("q1.5", "high", "nan", "q", "inf"):
+        with pytest.raises(UsageError, match="expected auto, a quantile such as"):
+            parse_threshold(wrong)
+
+
+def test_the_map_depends_on_name_and_seed_and_on_nothing_else(scans, models) -> None:
+    volume = read_volume(scans / "images" / "s1.nii.gz")
+    model = AnomalyModel(models["pixel"], device="cpu")
+    one, same, other = (model.score(volume, seed).score for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_small_parts_and_filtered_maps(scans, models, tmp_path: Path) -> None:
+    score = torch.zeros(8, 8, 8)
+    score[0, 0, 0] = score[1, 1, 1] = 2.0  # two voxels that touch at a corner
+    score[4:6, 4:6, 4] = 2.0
+    score[7, 7, 7] = 1.0  # not above the threshold
+    score[7, 0, 0] = 9.0  # outside
+    inside = torch.ones(8, 8, 8, dtype=torch.bool)
+    inside[7, 0, 0] = False
+    found = AnomalyMap(score, inside, 2.0, 0)
+    for smallest, voxel, count in ((0, 1, 6), (2, 1, 6), (3, 1, 4), (3, 2, 6), (9, 2, 0)):
+        assert int(mask_of(found, 1.0, voxel, smallest).sum()) == count
+    options = AnomalyOptions(str(models["pixel"]), median=3, output=tmp_path, device="cpu")
+    (case,) = detect([scans / "images" / "s1.nii.gz"], options)
+    assert case.warnings == ("the model was calibrated with another median: healthy quantiles do not hold",)
+    with pytest.raises(UsageError, match="--latent-quantile is for latent-healing"):
+        AnomalyModel(models["pixel"], device="cpu", latent_quantile=0.9)
+
+
+def test_the_latent_quantile_moves_what_is_healed_and_the_threshold_does_not(scans, models) -> None:
+    volume = read_volume(scans / "images" / "s1.nii.gz")
+    loose, strict = (
+        AnomalyModel(models["latent"], device="cpu", latent_quantile=quantile).score(volume, 1).score
+        for quantile in (0.5, 0.99)
+    )
+    assert int((loose > 0).sum()) > int((strict > 0).sum())
+
+
+def test_a_model_without_calibration_asks_for_it_and_gets_it(scans, models, tmp_path: Path) -> None:
+    saved = load_model_files(models["pixel"])
+    card = {key: value for key, value in saved.card.items() if key != "calibration"}
+    save_model(tmp_path / "bare", card, saved.weights, "")
+    command = ["anomaly", str(scans / "images" / "s0.nii.gz"), "-m", str(tmp_path / "bare"), "--device", "cpu"]
+    result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 4 and "not calibrated for partial-noise; calibrate it with" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out"), "--threshold", "0.5"]).exit_code == 0
+    with pytest.raises(InputError, match="labelled voxels"):
+        calibrate_anomaly(tmp_path / "bare", scans, tmp_path / "new", device="cpu")
+    found = calibrate_anomaly(
+        tmp_path / "bare", scans, tmp_path / "new", exclude_labelled=2, quantile=0.9, device="cpu"
+    )
+    assert found.calibration["partial-noise"].rate == pytest.approx(0.1, abs=0.01)
+    model = AnomalyModel(tmp_path / "new", device="cpu")
+    assert model.healthy_scores() is not None and model.config.quantile == 0.9
+    with pytest.raises(UsageError, match="exists; choose a new folder"):
+        calibrate_anomaly(tmp_path / "bare", scans, tmp_path / "new", exclude_labelled=2, device="cpu")
+
+
+def test_what_is_written_can_be_evaluated_as_it_lies(scans, models, tmp_path: Path) -> None:
+    options = AnomalyOptions(str(models["pixel"]), output=tmp_path / "found", device="cpu")
+    detect([scans / "images"], options)
+    command = ["evaluate", str(tmp_path / "found"), str(scans / "labels"), "-o", str(tmp_path / "report")]
+    result = CliRunner().invoke(app, [*command, "--scores", str(tmp_path / "found"), "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 8 and "detection" in json.dumps(summary).lower()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((20, 24, 12), 7, np.float32), "the constant value 7"),
+        (np.zeros((20, 24), np.float32), "a 2D image"),
+        (np.random.default_rng(0).random((20, 24, 12, 2)).astype(np.float32), "a 4D image"),
+        (np.where(np.arange(12) == 3, np.nan, np.ones((20, 24, 12))).astype(np.float32), "NaN or infinite voxels"),
+    ],
+)
+def test_bad_scans_are_one_line_and_code_3(array, message, models, tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.nii.gz", array)
+    result = CliRunner().invoke(app, ["anomaly", str(bad), "-m", str(models["pixel"]), "--device", "cpu"])
+    assert result.exit_code == 3 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.nii.gz"]
+
+
+def test_one_bad_scan_stops_no_other(scans, models, tmp_path: Path) -> None:
+    write(tmp_path / "a.nii.gz", np.full((4, 4, 4), 1, np.float32))
+    write(tmp_path / "b.nii.gz", head(3)[0])
+    result = CliRunner().invoke(app, ["anomaly", str(tmp_path), "-m", str(models["pixel"]), "--device", "cpu"])
+    assert result.exit_code == 1 and "1 of 2 scans failed" in result.stderr
+    assert (tmp_path / "b_anomaly_mask.nii.gz").exists() and not (tmp_path / "a_anomaly_mask.nii.gz").exists()
+
+
+def test_what_the_model_cannot_do_is_said(scans, models) -> None:
+    with pytest.raises(UsageError, match="--method patched: this model's generator serves partial-noise"):
+        AnomalyModel(models["pixel"], "patched", "cpu")
+    with pytest.raises(ModelError, match="not an anomaly model"):
+        AnomalyModel("brain-tissue-t1", device="cpu")
+
+
+def test_whole_volumes(tmp_path: Path) -> None:
+    for i in range(6):
+        write(tmp_path / "scans" / f"v{i}.nii.gz", head(i, shape=(12, 14, 10))[0])
+    config = small("pixel", size=[16, 16, 12])
+    model = train_anomaly(config, tmp_path / "scans", tmp_path / "run", device="cpu").model
+    sick, _ = head(9, slice(3, 7), shape=(14, 16, 11))
+    found = AnomalyModel(model, device="cpu").score(read_volume(write(tmp_path / "sick.nii.gz", sick)))
+    assert found.score.shape == (14, 16, 11) and found.evaluations == 2
+    large = write(tmp_path / "large.nii.gz", head(9, shape=(18, 16, 11))[0])
+    (case,) = detect([large], AnomalyOptions(str(model), device="cpu"))
+    assert case.exit_code == 3 and "found 18 x 16 x 11 voxels on the model's grid; expected 4 x 4 x 3 to 16" in str(
+        case.error
+    )
+    thin = write(tmp_path / "thin.nii.gz", head(9, shape=(12, 14, 2))[0])
+    (case,) = detect([thin], AnomalyOptions(str(model), device="cpu"))
+    assert case.exit_code == 3 and "found 12 x 14 x 2 voxels" in str(case.error)
