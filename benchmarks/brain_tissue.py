@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from medseg_diffusion.build import noise_schedule
+from medseg_diffusion.config import SegmenterConfig
 from medseg_diffusion.data.cases import Case, split_by_hash
 from medseg_diffusion.data.synthesis import LabelMap, SynthesisConfig, SyntheticBrains, load_label_map, synthetic_scan
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -35,20 +36,25 @@ from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, sc
 from medseg_diffusion.volumes.volume import Volume
 
 
+def config_of(model: SegmentationModel) -> SegmenterConfig:
+    assert isinstance(model.config, SegmenterConfig), f"{model.name} is a {model.config.method} model"
+    return model.config
+
+
 def held_out(model: SegmentationModel, folder: Path) -> list[LabelMap]:
     """The test anatomies of ``folder``: those that the model's training and validation left out."""
     cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(folder)]
-    section = model.config.data
+    section = config_of(model).data
     split = split_by_hash(cases, section.test_cases, section.validation_cases)
     return [load_label_map(case.label) for case in cases if case.name in split.test]
 
 
 def sweep(model: SegmentationModel, folder: Path, steps: list[int], ensembles: list[int], windows: int) -> None:
     """Dice per tissue and seconds per window for every number of steps and size of the ensemble."""
-    examples = SyntheticBrains(held_out(model, folder), model.config.data.window)
+    examples = SyntheticBrains(held_out(model, folder), config_of(model).data.window)
     drawn = [examples.example(i, torch.Generator().manual_seed(derive_seed("sweep", i))) for i in range(windows)]
     labels = [label for label in model.labels if label]
-    schedule = noise_schedule(model.config.diffusion.schedule)
+    schedule = noise_schedule(config_of(model).diffusion.schedule)
     for count in steps:
         times = spaced(schedule, count)
         dice: dict[tuple[int, int], list[float]] = {(n, label): [] for n in ensembles for label in labels}

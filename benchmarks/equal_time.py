@@ -1,0 +1,88 @@
+"""Segmenters after equal time: each preset is trained for as many steps as fit into --minutes on this machine.
+
+    python benchmarks/equal_time.py DATA OUT PRESET... [--minutes 20] [--set diffusion.scale=0.2]
+
+The learning rate has to reach its end in time, so steps are timed before a run starts. OUT/PRESET is the run folder; an
+interrupted call goes on where it stopped, and finished runs are left alone. `medseg benchmark-segmenter --side test`
+scores the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from medseg_diffusion.config import SegmenterConfig, load_config
+from medseg_diffusion.train import train_segmenter
+from medseg_diffusion.training.trainer import Progress
+
+WARM, TIMED = 4, 24
+VALIDATIONS = 6
+SPARE = 0.95
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per step of every stage of a training, the first steps left out."""
+
+    at: dict[int, list[float]] = field(default_factory=dict)
+
+    def __call__(self, progress: Progress) -> None:
+        self.at.setdefault(progress.max_steps, []).append(time.monotonic())
+
+    def seconds_per_step(self, max_steps: int) -> float:
+        marks = self.at[max_steps][WARM:]
+        return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
+    """Steps of ``config`` that fit into ``minutes``, an autoencoder of masks included."""
+    stopwatch = Stopwatch()
+    planned = config.training.max_steps
+    timed = config.model_copy(update={"training": config.training.model_copy(update={"validate_every": planned})})
+    seconds = SPARE * 60 * minutes
+    if config.mask_autoencoder is not None:
+        first = config.mask_autoencoder.max_steps
+        short = config.mask_autoencoder.model_copy(update={"max_steps": TIMED})
+        timed = timed.model_copy(update={"mask_autoencoder": short})
+    with TemporaryDirectory() as folder:
+        train_segmenter(timed, data, Path(folder) / "run", max_steps=TIMED, on_progress=stopwatch)
+    if config.mask_autoencoder is not None:
+        seconds -= first * stopwatch.seconds_per_step(TIMED)
+    return int(seconds / stopwatch.seconds_per_step(planned))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("presets", nargs="+")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for preset in options.presets:
+        run = options.out / Path(preset).stem
+        if (run / "finished").exists():
+            continue
+        resume = (run / "checkpoints").exists()
+        config = load_config(str(run / "config.yaml")) if resume else load_config(preset, options.overrides)
+        assert isinstance(config, SegmenterConfig)
+        if not resume:
+            steps = fitting_steps(config, options.data, options.minutes)
+            every = -(-steps // VALIDATIONS)
+            fit = [f"training.max_steps={steps}", f"training.validate_every={every}"]
+            config = load_config(preset, [*options.overrides, *fit])
+            assert isinstance(config, SegmenterConfig)
+            print(f"{preset}: {steps} steps in {options.minutes:g} minutes", flush=True)
+        started = time.monotonic()
+        train_segmenter(config, options.data, run, resume=resume, seed=options.seed)
+        print(f"{preset}: took {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+        (run / "finished").touch()
+
+
+if __name__ == "__main__":
+    main()
