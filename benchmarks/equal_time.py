@@ -12,21 +12,23 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 from medseg_diffusion.config import SegmenterConfig, load_config
 from medseg_diffusion.train import train_segmenter
 from medseg_diffusion.training.trainer import Progress
 
-WARM, TIMED = 4, 24
+WARM, TIMED, TIMED_AUTOENCODER = 20, 60, 61
 VALIDATIONS = 6
 SPARE = 0.95
 
 
 @dataclass
 class Stopwatch:
-    """Seconds per step of every stage of a training, the first steps left out."""
+    """Seconds per step of every stage of a training, told apart by its number of steps; the first ones are left out."""
 
     at: dict[int, list[float]] = field(default_factory=dict)
 
@@ -35,7 +37,7 @@ class Stopwatch:
 
     def seconds_per_step(self, max_steps: int) -> float:
         marks = self.at[max_steps][WARM:]
-        return (marks[-1] - marks[0]) / (len(marks) - 1)
+        return median(later - earlier for earlier, later in pairwise(marks))
 
 
 def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
@@ -44,15 +46,15 @@ def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
     planned = config.training.max_steps
     timed = config.model_copy(update={"training": config.training.model_copy(update={"validate_every": planned})})
     seconds = SPARE * 60 * minutes
-    if config.mask_autoencoder is not None:
+    if config.method == "latent-mask":
         first = config.mask_autoencoder.max_steps
-        short = config.mask_autoencoder.model_copy(update={"max_steps": TIMED})
+        short = config.mask_autoencoder.model_copy(update={"max_steps": TIMED_AUTOENCODER})
         timed = timed.model_copy(update={"mask_autoencoder": short})
     with TemporaryDirectory() as folder:
         train_segmenter(timed, data, Path(folder) / "run", max_steps=TIMED, on_progress=stopwatch)
-    if config.mask_autoencoder is not None:
-        seconds -= first * stopwatch.seconds_per_step(TIMED)
-    return int(seconds / stopwatch.seconds_per_step(planned))
+    if config.method == "latent-mask":
+        seconds -= first * stopwatch.seconds_per_step(TIMED_AUTOENCODER)
+    return int(seconds / stopwatch.seconds_per_step(TIMED))
 
 
 def main() -> None:
