@@ -180,18 +180,20 @@ def _samples(
     write_files(folder, {"samples.json": json.dumps(about, indent=2) + "\n"})
     parts = []
     for first in range(0, options.count, CHUNK):
+        end = min(first + CHUNK, options.count)
         file = folder / f"{first // CHUNK:05d}.npy"
-        if not file.is_file():
-            drawn = [
-                source.draw(range(start, min(start + options.batch_size, first + CHUNK)))
-                for start in range(first, first + CHUNK, options.batch_size)
-            ]
+        part = np.load(file)[: end - first] if file.is_file() else None
+        begun = first + (0 if part is None else len(part))
+        if begun < end:
+            starts = range(begun, end, options.batch_size)
+            drawn = [source.draw(range(start, min(start + options.batch_size, end))).numpy() for start in starts]
+            part = np.concatenate(drawn if part is None else [part, *drawn])
             buffer = io.BytesIO()
-            np.save(buffer, torch.cat(drawn).numpy())
+            np.save(buffer, part)
             write_files(folder, {file.name: buffer.getvalue()})
-        parts.append(np.load(file))
-        on_progress(f"{name}: samples", min(first + CHUNK, options.count), options.count)
-    return np.concatenate(parts)[: options.count]
+        parts.append(part)
+        on_progress(f"{name}: samples", end, options.count)
+    return np.concatenate(parts)
 
 
 _FREE = ("count", "batch_size", "device")

@@ -22,7 +22,7 @@ from .generator import restore_classifier, restore_generator
 from .reports.files import write_files
 from .reports.pictures import as_pictures, grid, png
 from .tasks.patched import PatchedDiffusion
-from .training.runtime import autocast_dtype, choose_device, tune
+from .training.runtime import autocast_dtype, choose_device, keep_freed_memory, tune
 from .volumes.io import read_map, write_map
 from .volumes.volume import Volume
 
@@ -57,6 +57,8 @@ class Source:
         self.options = options
         self.device = choose_device(options.device)
         tune(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.saved = load_model_files(name_or_path)
         self.generator = restore_generator(self.saved, self.device)
         self.upsampler = options.upsampler and restore_generator(load_model_files(options.upsampler), self.device)

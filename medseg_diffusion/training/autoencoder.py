@@ -87,7 +87,11 @@ class AutoencoderTraining(nn.Module):
         """
         image = batch["image"]
         found, penalty = self.autoencoder.reconstruct(image, generators(batch["seed"].tolist()))
-        kept = F.l1_loss(found, image) + self.weights.perceptual * self._perceptual[0](found, image)
+        # In float32: autocast would run the convolutions of SSIM in bfloat16, where the difference of two nearly equal
+        # moments that its variance is comes out as noise of either sign.
+        with torch.autocast(image.device.type, enabled=False):
+            found, penalty = found.float(), penalty.float()
+            kept = F.l1_loss(found, image) + self.weights.perceptual * self._perceptual[0](found, image)
         pixels = image[0].numel() if isinstance(self.autoencoder, KLAutoencoder) else 1
         loss = kept + self.weights.regularisation * penalty.mean() / pixels
         if not self.training or self.weights.adversarial == 0:

@@ -96,6 +96,8 @@ class Runtime:
         if chosen.type == "cuda" and chosen.index is not None:
             torch.cuda.set_device(chosen)
         tune(chosen)
+        if chosen.type == "cpu":
+            keep_freed_memory()
         self.autocast = autocast_dtype(chosen, precision)
         # Accelerate keeps its settings in a process-wide singleton; a second run in one process needs its own.
         AcceleratorState._reset_state(reset_partial_state=True)
