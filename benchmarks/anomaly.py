@@ -1,14 +1,16 @@
 """Anomaly models against each other and against baselines that anybody can have, on whole held-out patients.
 
-    python benchmarks/anomaly.py DATA OUT MODEL[:METHOD]... [--side test] [--exclude 3] [--cases N]
+    python benchmarks/anomaly.py DATA OUT RUN[:METHOD]... [--side test] [--trained-on D] [--exclude 3] [--cases N]
 
-DATA is a labelled folder; the patients of the models' test side are scored whole. Beside the models:
+DATA is a labelled folder. Of the one that the models were trained on, the patients of one side are scored whole; of
+another one (--side all, and --trained-on names the former) all patients are. Beside the models:
 
 "intensity"  the scan itself, its percentiles mapped to [-1, 1]: plain thresholding
 "height"     how often training patients have a lesion at this relative height: knows nothing but the slice's position
 
 Both get a threshold from the healthy slices of the validation patients, exactly as the models do. All scores count in
-one and the same foreground. Written: cases.csv (one row a patient and method), table.md, heights.json, curves.png.
+one and the same foreground. Written: cases.csv (one row a patient and method), table.md, heights.json and heights.png
+(where healthy slices and lesions lie), curves.png.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import csv
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -30,14 +32,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medseg_diffusion.anomaly import AnomalyModel
-from medseg_diffusion.data.cases import Case, find_cases, split_by_hash
+from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, mask_of
+from medseg_diffusion.data.cases import Case, find_cases
 from medseg_diffusion.data.healthy import healthy_slices
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.healthy_scores import fit_scores
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
+from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
-from medseg_diffusion.volumes.foreground import foreground
+from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
@@ -58,20 +61,19 @@ class Scan:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table: ``score`` maps a scan to a map, ``threshold`` is None until it was calibrated."""
+    """One row of the table: ``score`` maps a scan to a map."""
 
     name: str
-    score: Callable[[Case, Scan], Tensor]
+    score: Callable[[Case, Scan], AnomalyMap]
     threshold: float
-    evaluations: str
+    min_volume_mm3: float = 0.0
 
 
 def load(case: Case) -> Scan:
     volume = read_volume(case.image).oriented("RAS")
     lesions = read_labels(case.label).oriented("RAS").data[0] > 0
-    image, placement = Preprocessing().apply(volume)
-    inside = placement.restore(foreground(image[0])[None].float())[0] > 0.5
-    return Scan(case.name, image[0], lesions, inside, float(np.prod(volume.spacing)))
+    image, _ = Preprocessing().apply(volume)  # the grid stays: the volume lies in RAS
+    return Scan(case.name, image[0], lesions, scan_foreground(volume), float(np.prod(volume.spacing)))
 
 
 def heights(scan: Scan) -> NDArray[np.float64]:
@@ -102,13 +104,15 @@ def height_prior(cases: Sequence[Case]) -> NDArray[np.float64]:
 
 def row(contender: Contender, case: Case, scan: Scan, exclude: int) -> tuple[dict[str, float | str], Tensor]:
     started = time.monotonic()
-    score = contender.score(case, scan)
+    found = contender.score(case, scan)
     seconds = time.monotonic() - started
+    score = found.score
     voxels = ScoredVoxels.of(score.numpy(), scan.lesions.numpy(), scan.inside.numpy())
     curve = Curve.of(voxels)
     slices = scan.lesions.flatten(0, 1).any(0)
     within = Curve.of(ScoredVoxels.of(score.numpy(), scan.lesions.numpy(), (scan.inside & slices).numpy()))
     above = score > contender.threshold
+    mask = mask_of(found, contender.threshold, scan.voxel_mm3, contender.min_volume_mm3)
     free, height = healthy(scan, exclude), heights(scan)
     thirds = []
     for low in (0, 1 / 3, 2 / 3):
@@ -121,49 +125,60 @@ def row(contender: Contender, case: Case, scan: Scan, exclude: int) -> tuple[dic
         "auprc": curve.average_precision,
         "auprc_in_tumour_slices": within.average_precision,
         "lesion_share": float((scan.lesions & scan.inside).sum() / scan.inside.sum()),
-        "dice": float(voxels.dice(contender.threshold)),
+        "dice": float(label_overlap(mask.numpy(), scan.lesions.numpy(), [1])[1].dice),
         "best_dice": curve.best_dice()[0],
         "false_positive_rate": float(above[free].float().mean()) if free.any() else float("nan"),
         "fpr_low": thirds[0],
         "fpr_middle": thirds[1],
         "fpr_high": thirds[2],
+        "evaluations": float(found.evaluations),
         "seconds": seconds,
     }, score
 
 
-def models(names: Sequence[str], exclude: int) -> tuple[list[Contender], AnomalyModel]:
-    found, first = [], None
+def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
+    """The models, and the sides of the patients of their training, which must be the same for all."""
+    found: list[Contender] = []
+    sides: dict[str, str] | None = None
     for name in names:
         path, _, method = name.partition(":")
         model = AnomalyModel(path, method or None, "cpu")
-        first = first or model
         calibration = model.healthy_scores()
         assert calibration is not None
+        own = json.loads((model.saved.path.parent / "split.json").read_text())
+        if sides not in (None, own):
+            raise SystemExit(f"{path}: was trained on another split than {names[0]}")
+        sides = own
 
-        def score(case: Case, scan: Scan, model: AnomalyModel = model) -> Tensor:
+        def score(case: Case, scan: Scan, model: AnomalyModel = model) -> AnomalyMap:
             volume = read_volume(case.image)
-            return volume.like(model.score(volume, derive_seed(0, case.name)).score[None]).oriented("RAS").data[0]
+            result = model.score(volume.oriented("RAS"), derive_seed(0, case.name))
+            return replace(result, foreground=scan.inside)
 
-        found.append(
-            Contender(
-                f"{Path(path).name}:{model.method}", score, calibration.automatic, str(model.detector.evaluations)
-            )
-        )
-    assert first is not None
-    return found, first
+        title = f"{model.name}:{model.method}"
+        if title in {other.name for other in found}:
+            raise SystemExit(f"{title}: named twice; rename one run folder")
+        found.append(Contender(title, score, calibration.automatic, model.config.postprocessing.min_volume_mm3))
+    assert sides is not None
+    return found, sides
 
 
-def calibrated(name: str, score: Callable[[Case, Scan], Tensor], cases: Sequence[Case], exclude: int) -> Contender:
+def plain(scan: Scan, score: Tensor) -> AnomalyMap:
+    """A map that no network made."""
+    return AnomalyMap(score, scan.inside, 0.0, 0)
+
+
+def calibrated(name: str, score: Callable[[Case, Scan], AnomalyMap], cases: Sequence[Case], exclude: int) -> Contender:
     values = []
     for case in cases:
         scan = load(case)
-        inside = score(case, scan)[healthy(scan, exclude)].numpy()
+        inside = score(case, scan).score[healthy(scan, exclude)].numpy()
         if inside.size:
             values.append(inside)
-    return Contender(name, score, fit_scores(values, [], 0.975).automatic, "0")
+    return Contender(name, score, fit_scores(values, [], 0.975).automatic)
 
 
-def table(rows: Sequence[dict[str, float | str]], pooled: dict[str, ScoredVoxels], calls: dict[str, str]) -> str:
+def table(rows: Sequence[dict[str, float | str]], pooled: dict[str, ScoredVoxels]) -> str:
     columns = [
         ("auprc", "AUPRC"),
         ("auprc_in_tumour_slices", "AUPRC, tumour slices"),
@@ -175,18 +190,20 @@ def table(rows: Sequence[dict[str, float | str]], pooled: dict[str, ScoredVoxels
         ("fpr_middle", "middle"),
         ("fpr_high", "high"),
         ("seconds", "s per volume"),
+        ("evaluations", "evaluations per volume"),
     ]
-    head = ["method", *[title for _, title in columns], "best pooled Dice (optimistic)", "evaluations a slice"]
+    head = ["method", *[title for _, title in columns], "best pooled Dice (optimistic)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in dict.fromkeys(str(r["method"]) for r in rows):
         own = [r for r in rows if r["method"] == method]
         cells = [method]
         for key, _ in columns:
             found = mean_interval([float(r[key]) for r in own])
-            digits = 1 if key == "seconds" else 3
+            digits = {"seconds": 1, "evaluations": 0}.get(key, 3)
             text = f"{found.mean:.{digits}f}"
-            cells.append(text if key.startswith(("fpr", "sec")) else f"{text} ({found.low:.3f} to {found.high:.3f})")
-        cells += [f"{Curve.of(pooled[method]).best_dice()[0]:.3f}", calls[method]]
+            alone = key.startswith(("fpr", "seconds", "evaluations"))
+            cells.append(text if alone else f"{text} ({found.low:.3f} to {found.high:.3f})")
+        cells.append(f"{Curve.of(pooled[method]).best_dice()[0]:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -196,44 +213,45 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("models", nargs="+", metavar="MODEL[:METHOD]")
-    parser.add_argument("--side", choices=("test", "validation"), default="test")
+    parser.add_argument("--side", choices=("test", "validation", "all"), default="test")
+    parser.add_argument("--trained-on", type=Path, help="the models' training folder, where DATA is another one")
     parser.add_argument("--exclude", type=int, default=3)
     parser.add_argument("--cases", type=int)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    contenders, first = models(options.models, options.exclude)
-    section = first.config.generator.data
-    cases = {case.name: case for case in find_cases(options.data).cases}
-    split = split_by_hash(list(cases.values()), section.test_images, section.validation_images)
-    validation = [cases[name] for name in split.validation]
-    prior = height_prior([cases[name] for name in split.train])
+    contenders, sides = models(options.models)
+    known = find_cases(options.trained_on or options.data).cases
+    training, validation = ([case for case in known if sides[case.patient] == side] for side in ("train", "validation"))
+    prior = height_prior(training)
+
+    def height(case: Case, scan: Scan) -> AnomalyMap:
+        return plain(scan, torch.from_numpy(prior[bins(scan)]).float().expand(scan.image.shape).contiguous())
+
     contenders += [
-        calibrated("intensity", lambda case, scan: scan.image, validation, options.exclude),
-        calibrated(
-            "height",
-            lambda case, scan: torch.from_numpy(prior[bins(scan)]).float().expand(scan.image.shape).contiguous(),
-            validation,
-            options.exclude,
-        ),
+        calibrated("intensity", lambda case, scan: plain(scan, scan.image), validation, options.exclude),
+        calibrated("height", height, validation, options.exclude),
     ]
+    wanted = find_cases(options.data).cases
+    if options.side != "all":
+        wanted = tuple(case for case in wanted if sides[case.patient] == options.side)
     rows: list[dict[str, float | str]] = []
     kept: dict[str, list[ScoredVoxels]] = {contender.name: [] for contender in contenders}
-    for name in [*getattr(split, options.side)][: options.cases]:
-        scan = load(cases[name])
+    for case in wanted[: options.cases]:
+        scan = load(case)
         for contender in contenders:
-            found, score = row(contender, cases[name], scan, options.exclude)
+            found, score = row(contender, case, scan, options.exclude)
             rows.append(found)
             kept[contender.name].append(ScoredVoxels.of(score.numpy(), scan.lesions.numpy(), scan.inside.numpy()))
-            print(f"{name} {contender.name}: AUPRC {found['auprc']:.3f}, Dice {found['dice']:.3f}", flush=True)
+            print(f"{case.name} {contender.name}: AUPRC {found['auprc']:.3f}, Dice {found['dice']:.3f}", flush=True)
         with (options.out / "cases.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
     pooled = {name: ScoredVoxels.pooled(voxels) for name, voxels in kept.items()}
-    (options.out / "table.md").write_text(
-        table(rows, pooled, {contender.name: contender.evaluations for contender in contenders})
-    )
-    (options.out / "heights.json").write_text(json.dumps(histograms([cases[n] for n in split.train], options.exclude)))
+    (options.out / "table.md").write_text(table(rows, pooled))
+    counts = histograms(training, options.exclude)
+    (options.out / "heights.json").write_text(json.dumps(counts))
+    heights_picture(counts, options.out / "heights.png")
     curves(pooled, options.out / "curves.png")
     print((options.out / "table.md").read_text())
 
@@ -248,6 +266,18 @@ def histograms(cases: Sequence[Case], exclude: int) -> dict[str, list[int]]:
         np.add.at(counts["healthy"], where[free], 1)
         np.add.at(counts["lesion"], where[scan.lesions.flatten(0, 1).any(0).numpy()], 1)
     return {name: [int(n) for n in values] for name, values in counts.items()}
+
+
+def heights_picture(counts: dict[str, list[int]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    places = (np.arange(BINS) + 0.5) / BINS
+    for shift, (name, values) in zip((-0.2, 0.2), counts.items(), strict=True):
+        axes.bar(places + shift / BINS, values, width=0.4 / BINS, label={"lesion": "with a lesion"}.get(name, name))
+    axes.set(xlabel="relative height (0: lowest slice)", ylabel="slices of training patients", xlim=(0, 1))
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def curves(pooled: dict[str, ScoredVoxels], path: Path) -> None:

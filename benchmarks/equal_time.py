@@ -2,9 +2,9 @@
 
     python benchmarks/equal_time.py DATA OUT PRESET... [--minutes 20] [--set diffusion.scale=0.2]
 
-The learning rate has to reach its end in time, so steps are timed before a run starts. OUT/PRESET is the run folder; an
-interrupted call goes on where it stopped, and finished runs are left alone. `medseg benchmark-segmenter --side test`
-scores the runs.
+The learning rate has to reach its end in time, so steps and a validation are timed before a run starts. OUT/PRESET is
+the run folder; an interrupted call goes on where it stopped, and finished runs are left alone.
+`medseg benchmark-segmenter --side test` scores the runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from medseg_diffusion.config import SegmenterConfig, load_config
+from medseg_diffusion.config import SegmenterConfig, load_segmenter_config
+from medseg_diffusion.methods.calibration import MEMBERS
 from medseg_diffusion.train import train_segmenter
 from medseg_diffusion.training.trainer import Progress
 
@@ -39,9 +40,14 @@ class Stopwatch:
         marks = self.at[max_steps][WARM:]
         return median(later - earlier for earlier, later in pairwise(marks))
 
+    def seconds_per_validation(self, max_steps: int) -> float:
+        """There is one, after the last step."""
+        before, after = self.at[max_steps][-2:]
+        return after - before - self.seconds_per_step(max_steps)
+
 
 def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
-    """Steps of ``config`` that fit into ``minutes``, an autoencoder of masks included."""
+    """Steps of ``config`` that fit into ``minutes`` with validations, calibration and any autoencoder of masks."""
     stopwatch = Stopwatch()
     planned = config.training.max_steps
     timed = config.model_copy(update={"training": config.training.model_copy(update={"validate_every": planned})})
@@ -54,7 +60,9 @@ def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
         train_segmenter(timed, data, Path(folder) / "run", max_steps=TIMED, on_progress=stopwatch)
     if config.method == "latent-mask":
         seconds -= first * stopwatch.seconds_per_step(TIMED_AUTOENCODER)
-    return int(seconds / stopwatch.seconds_per_step(TIMED))
+    calibration = 1 if config.method == "baseline" else MEMBERS
+    seconds -= (VALIDATIONS + calibration) * stopwatch.seconds_per_validation(TIMED)
+    return max(1, int(seconds / stopwatch.seconds_per_step(TIMED)))
 
 
 def main() -> None:
@@ -70,15 +78,13 @@ def main() -> None:
         run = options.out / Path(preset).stem
         if (run / "finished").exists():
             continue
-        resume = (run / "checkpoints").exists()
-        config = load_config(str(run / "config.yaml")) if resume else load_config(preset, options.overrides)
-        assert isinstance(config, SegmenterConfig)
+        resume = (run / "config.yaml").exists()
+        config = load_segmenter_config(run / "config.yaml" if resume else preset, () if resume else options.overrides)
         if not resume:
             steps = fitting_steps(config, options.data, options.minutes)
             every = -(-steps // VALIDATIONS)
             fit = [f"training.max_steps={steps}", f"training.validate_every={every}"]
-            config = load_config(preset, [*options.overrides, *fit])
-            assert isinstance(config, SegmenterConfig)
+            config = load_segmenter_config(preset, [*options.overrides, *fit])
             print(f"{preset}: {steps} steps in {options.minutes:g} minutes", flush=True)
         started = time.monotonic()
         train_segmenter(config, options.data, run, resume=resume, seed=options.seed)

@@ -7,9 +7,10 @@ For every number of labels and every seed, on the same labelled images and the s
 "label-efficient"  `medseg train-pixel-classifier`
 "from scratch"     the generator's own network, trained on the labelled images alone (Dice + cross-entropy, augmented)
                    for --minutes; the step with the best Dice on 8 validation cases is taken
-"raw pixels"       the same classifiers on intensity and coordinates
+"raw pixels"       the same classifiers on intensity and coordinates, for 3,000 steps at least
 
-Written: scores.csv, one row a run, which an interrupted call continues; table.md and curves.png.
+Written: config.yaml; scores.csv, one row a run with its minutes of training (without validations), which an interrupted
+call with the same options continues; table.md and curves.png.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import argparse
 import csv
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import matplotlib
@@ -28,7 +34,6 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from medseg_diffusion import build
 from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import PixelClassifierConfig, load_config
 from medseg_diffusion.data.augmentation import Augmentation, Augmenter
@@ -47,15 +52,22 @@ from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import Sampler
+from medseg_diffusion.segmenter import pixel_preprocessing, restore_pixel_segmentation
 from medseg_diffusion.tasks.mask import FeedForward, MaskEncoding
 from medseg_diffusion.train_pixel_classifier import LabelledData, labelled_units, train_pixel_classifier
-from medseg_diffusion.training.runtime import Runtime, arranged
+from medseg_diffusion.training.run import start_run
+from medseg_diffusion.training.runtime import Runtime, arranged, autocast
 from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, fit
 from medseg_diffusion.volumes.fitting import fitted, unfitted
 from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 
+METHODS = ("label-efficient", "from scratch", "raw pixels")
 VALIDATION_CASES = 8
 VALIDATIONS = 6
+WARM, TIMED = 10, 40
+RAW_STEPS = 3000
+"""Published patience ends the training on raw pixels after some 200 steps, before they are learned."""
 
 
 class RawPixels:
@@ -102,25 +114,34 @@ class Units:
         return {"image": image.contiguous(), "label": label.contiguous()}
 
 
+@cache
+def scan(case: Case, preprocessing: Preprocessing) -> tuple[Tensor, Placement, Tensor]:
+    """A held-out case, read once: on the generator's voxels, the way back, and its labels."""
+    image, placement = preprocessing.apply(read_volume(case.image, channels=None))
+    return image, placement, read_labels(case.label).data[0]
+
+
 def dice(model: Segmenter, generator: Generator, cases: Sequence[Case], labels: Sequence[int]) -> float:
     """Mean over cases and classes of the Dice on the scans' own grids."""
     shape = generator.config.data.shape
-    preprocessing = build.preprocessing(generator.config.preprocessing)
+    preprocessing, channels = pixel_preprocessing(generator), generator.config.data.channels
     windows = Windows(shape if len(shape) == 3 else None)
     found = []
     for case in cases:
-        image, placement = preprocessing.apply(read_volume(case.image, channels=None))
-        with torch.no_grad():
+        image, placement, reference = scan(case, preprocessing)
+        image = image.expand(channels, -1, -1, -1)
+        with torch.no_grad(), autocast(torch.device("cpu"), generator.config.training.precision):
             probabilities = segment(model, image, [0], DDIM(), [1, 0], windows, len(shape))[0]
-        native = placement.restore(probabilities, [1.0] + [0.0] * (len(probabilities) - 1)).argmax(0)
-        overlap = label_overlap(native.numpy(), read_labels(case.label).data[0].numpy(), labels)
+        native = placement.restore(probabilities.float(), [1.0] + [0.0] * (len(probabilities) - 1)).argmax(0)
+        overlap = label_overlap(native.numpy(), reference.numpy(), labels)
         found += [overlap[label].dice for label in labels]
     return float(torch.tensor(found).nanmean())
 
 
 def from_scratch(
     found: LabelledData, generator: Generator, validation: Sequence[Case], minutes: float, seed: int, run: Path
-) -> FeedForward:
+) -> tuple[Fitted, float]:
+    """The trained network, and its minutes of training."""
     config = generator.config
     dims, count = len(config.data.shape), len(found.labels)
     encoding = MaskEncoding(count)
@@ -131,39 +152,52 @@ def from_scratch(
     masks = [mask.long() for unit in found.units for mask in unit.labels]
     draws = Draws(Units(images, masks, dims), seed)
     batch = 8 if dims == 2 else 2
-    runtime = Runtime("cpu", "fp32")
+    runtime = Runtime("cpu", config.training.precision)
     best: dict[str, Tensor] = {}
     labels = [label for label in found.labels if label]
+    validating = 0.0
 
     def validate(averaged: nn.Module) -> Mapping[str, float]:
-        return {"score": dice(averaged, generator, validation, labels)}  # type: ignore[arg-type]
+        nonlocal validating
+        began = time.monotonic()
+        score = dice(averaged, generator, validation, labels)  # type: ignore[arg-type]
+        validating += time.monotonic() - began
+        return {"score": score}
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         best.update({name: value.clone() for name, value in averaged.state_dict().items()})
 
-    # The learning rate has to reach its end in time, so steps are timed first.
-    started = time.monotonic()
-    for i in range(3):
-        parts = [draws[i * batch + j] for j in range(batch)]
-        model({name: torch.stack([part[name] for part in parts]) for name in parts[0]}).backward()
-    steps = max(50, int(60 * minutes / ((time.monotonic() - started) / 3)))
-    model.zero_grad()
     options = TrainingOptions(
-        batch_size=batch, max_steps=steps, warmup_steps=min(100, steps // 10), validate_every=-(-steps // VALIDATIONS),
+        batch_size=batch, max_steps=TIMED, warmup_steps=WARM, validate_every=TIMED,
         learning_rate=1e-3, ema_decay=0.99, weight_decay=1e-4, gradient_clip=1.0, workers=0, checkpoint_minutes=60.0,
     )  # fmt: skip
+    # The learning rate has to reach its end in time, so steps are timed first: of a copy, after a warm-up.
+    marks: list[float] = []
+    timing = Callbacks(
+        lambda averaged: {"score": 0.0}, lambda *saved: None, lambda step: marks.append(time.monotonic())
+    )
+    fit(deepcopy(model), draws, options, timing, run / "timing", runtime, seed=seed)
+    per_step = median(later - earlier for earlier, later in pairwise(marks[WARM:]))
+    steps = max(50, int(60 * minutes / per_step))
+    options = replace(
+        options, max_steps=steps, warmup_steps=min(100, steps // 10), validate_every=-(-steps // VALIDATIONS)
+    )
+    started = time.monotonic()
     fit(model, draws, options, Callbacks(validate, save), run, runtime, seed=seed)
+    took = (time.monotonic() - started - validating) / 60
     model.load_state_dict(best)
-    return model.eval()  # type: ignore[return-value]
+    return model.eval(), took
 
 
 def raw_pixels(found: LabelledData, generator: Generator, config: PixelClassifierConfig, seed: int) -> Segmenter:
-    images = [image for unit in found.units for image in unit.images]
-    masks = [mask.long() for unit in found.units for mask in unit.labels]
-    raw = RawPixels()
-    pixels = labelled_pixels(raw, images, masks, len(found.labels), config.data.pixels_per_class, seed)  # type: ignore[arg-type]
-    classifiers = fit_classifiers(pixels, ClassifierOptions(**config.classifier.model_dump()), seed)
-    return First(PixelSegmentation(raw, classifiers, generator.config.data.shape))  # type: ignore[arg-type]
+    images, masks = [unit.images for unit in found.units], [unit.labels for unit in found.units]
+    raw, classes = RawPixels(), list(found.labels.values())
+    pixels = labelled_pixels(raw, images, masks, classes, config.data.pixels_per_class, seed)  # type: ignore[arg-type]
+    options = ClassifierOptions(**config.classifier.model_dump())
+    epochs = max(options.min_epochs, -(-RAW_STEPS * options.batch_size // len(pixels.labels)))
+    options = replace(options, min_epochs=epochs, max_epochs=epochs + options.max_epochs)
+    classifiers = fit_classifiers(pixels, options, seed)
+    return First(PixelSegmentation(raw, classifiers, generator.config.data.shape, generator.config.data.channels))  # type: ignore[arg-type]
 
 
 class First(nn.Module):
@@ -196,22 +230,32 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     config = load_config(options.config, options.overrides)
     assert isinstance(config, PixelClassifierConfig)
-    generator = restore_generator(load_model_files(options.generator), "cpu")
+    saved = load_model_files(options.generator)
+    generator = restore_generator(saved, "cpu")
+    asked = {"folder": str(options.data.resolve()), "unit": options.unit, "minutes": options.minutes}
+    # A call that goes on with the scores of another configuration is refused.
+    resolved = {**config.model_dump(mode="json"), **asked, "generator_sha256": saved.sha256}
+    start_run(options.out, resolved, resume=(options.out / "config.yaml").is_file())
     file = options.out / "scores.csv"
     rows = list(csv.DictReader(file.open())) if file.is_file() else []
     done = {(row["method"], int(row["labelled"]), int(row["seed"])) for row in rows}
 
-    def add(method: str, labelled: int, seed: int, score: float, seconds: float) -> None:
+    def add(method: str, labelled: int, seed: int, score: float, minutes: float) -> None:
         rows.append({"method": method, "labelled": labelled, "seed": seed, "dice": f"{score:.5f}",
-                     "seconds": f"{seconds:.0f}"})  # fmt: skip
-        with file.open("w", newline="") as stream:
+                     "training_minutes": f"{minutes:.2f}"})  # fmt: skip
+        temporary = file.with_suffix(".tmp")
+        with temporary.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        print(f"{method}, {labelled} labelled, seed {seed}: Dice {score:.3f}, {seconds:.0f} s", flush=True)
+        temporary.replace(file)
+        print(f"{method}, {labelled} labelled, seed {seed}: Dice {score:.3f}, {minutes:.1f} minutes", flush=True)
 
     for labelled in options.labelled:
         for seed in options.seeds:
+            left = [method for method in METHODS if (method, labelled, seed) not in done]
+            if not left:
+                continue
             with TemporaryDirectory() as folder:
                 here = Path(folder)
                 found = labelled_units(
@@ -221,29 +265,24 @@ def main() -> None:
                 test = [cases[name] for name in found.split.test]
                 validation = [cases[name] for name in found.split.validation[:VALIDATION_CASES]]
                 labels = [label for label in found.labels if label]
-                for method in ("label-efficient", "from scratch", "raw pixels"):
-                    if (method, labelled, seed) in done:
-                        continue
+                for method in left:
                     started = time.monotonic()
                     if method == "label-efficient":
                         result = train_pixel_classifier(
                             config, options.generator, options.data, labelled, here / "run", unit=options.unit,
                             test=False, device="cpu", seed=seed,
                         )  # fmt: skip
-                        seconds = time.monotonic() - started
-                        from medseg_diffusion.segmenter import restore_pixel_segmentation
-
-                        model, _, _ = restore_pixel_segmentation(load_model_files(result.model))
-                        score = dice(First(model), generator, test, labels)
+                        minutes = (time.monotonic() - started) / 60
+                        few, _, _ = restore_pixel_segmentation(load_model_files(result.model))
+                        model: Segmenter = First(few)
                     elif method == "from scratch":
-                        scratch = from_scratch(found, generator, validation, options.minutes, seed, here / "scratch")
-                        seconds = time.monotonic() - started
-                        score = dice(scratch, generator, test, labels)
+                        model, minutes = from_scratch(
+                            found, generator, validation, options.minutes, seed, here / "scratch"
+                        )
                     else:
-                        raw = raw_pixels(found, generator, config, seed)
-                        seconds = time.monotonic() - started
-                        score = dice(raw, generator, test, labels)
-                    add(method, labelled, seed, score, seconds)
+                        model = raw_pixels(found, generator, config, seed)
+                        minutes = (time.monotonic() - started) / 60
+                    add(method, labelled, seed, dice(model, generator, test, labels), minutes)
     draw(rows, options.out)
 
 

@@ -1,8 +1,9 @@
 """Memory and time of pixel classifiers at the published sizes, beside what the published way needs.
 
 40 labelled images of 256 x 256 with the published 8,448 features: the activations of five blocks of the 256 x 256 ADM
-network at three times. Here they are seeded random numbers of those shapes; the network's own memory is not part of it.
-Training and inference run in fresh processes, whose anonymous memory is watched from start to end, imports included.
+network at three times. Here they are seeded random numbers of those shapes; what the network itself needs, with random
+weights, is a part of its own.
+Each part runs in a fresh process, whose anonymous memory is watched from start to end, imports included.
 The published way, all features of all pixels in float32, is computed for a small image, to compare the predictions, and
 counted for the others.
 
@@ -55,7 +56,7 @@ def labelled(count: int, side: int):  # noqa: ANN201
     import torch
 
     stripes = (torch.arange(side) * CLASSES // side).expand(side, side)
-    return [torch.full((1, side, side), i / 1e3) for i in range(count)], [stripes.clone() for _ in range(count)]
+    return [torch.full((1, 1, side, side), i / 1e3) for i in range(count)], [stripes[None] for _ in range(count)]
 
 
 def training(folder: Path, images: int, side: int) -> dict[str, float]:
@@ -65,7 +66,8 @@ def training(folder: Path, images: int, side: int) -> dict[str, float]:
 
     started = time.monotonic()
     pictures, labels = labelled(images, side)
-    pixels = labelled_pixels(activations(side), pictures, labels, CLASSES, 1000, 0, folder / "features.npy")
+    classes = [f"class {i}" for i in range(CLASSES)]
+    pixels = labelled_pixels(activations(side), pictures, labels, classes, 1000, 0, folder / "features.npy")
     gathered = time.monotonic() - started
     model = fit_classifiers(pixels, ClassifierOptions())
     torch.save(model.state_dict(), folder / "classifiers.pt")
@@ -89,11 +91,29 @@ def inference(folder: Path, images: int, side: int) -> dict[str, float]:
     started = time.monotonic()
     with torch.no_grad():
         for picture in pictures[:3]:
-            model.maps(net(picture[None]), (side, side)).softmax(2).mean(1).argmax(1)
+            model.maps(net(picture), (side, side)).softmax(2).mean(1).argmax(1)
     return {"seconds_per_image": (time.monotonic() - started) / 3}
 
 
-def comparison(folder: Path, side: int = 64) -> dict[str, float]:
+def network(folder: Path, images: int, side: int) -> dict[str, float]:
+    """The published blocks of the 256 x 256 ADM network for one image at three times, in float32."""
+    import torch
+
+    from medseg_diffusion.methods.activations import PUBLISHED_BLOCKS, PUBLISHED_TIMES
+    from medseg_diffusion.networks.unet import UNet
+
+    net = UNet(2, 3, 6, 256, (1, 1, 2, 2, 4, 4), 2, attention_factors=(8, 16, 32), head_channels=64).eval()
+    image, features = torch.zeros(1, 3, side, side), 0
+    started = time.monotonic()
+    with torch.no_grad():
+        for t in PUBLISHED_TIMES:
+            found = net.activations(image, torch.tensor([t]), names=PUBLISHED_BLOCKS)
+            features += sum(block.shape[1] for block in found.values())
+    assert features == FEATURES
+    return {"seconds": time.monotonic() - started, "weights_gb": 4e-9 * sum(p.numel() for p in net.parameters())}
+
+
+def comparison(folder: Path, images: int, side: int) -> dict[str, float]:
     """Both ways on a small image: the largest difference, and where the argmax differs."""
     import torch
 
@@ -102,6 +122,7 @@ def comparison(folder: Path, side: int = 64) -> dict[str, float]:
     model = PixelClassifiers(10, FEATURES, CLASSES)
     model.load_state_dict(torch.load(folder / "classifiers.pt", weights_only=True))
     model.eval()
+    side //= 4
     blocks = activations(side)(torch.full((1, 1, side, side), 0.5))
     with torch.no_grad():
         started = time.monotonic()
@@ -121,6 +142,9 @@ def comparison(folder: Path, side: int = 64) -> dict[str, float]:
     }
 
 
+PARTS = {"training": training, "inference": inference, "network": network, "comparison": comparison}
+
+
 def alone(what: str, folder: Path, images: int, side: int) -> dict[str, float]:
     """Runs one part in a fresh process."""
     command = [sys.executable, __file__, "--part", what, "--folder", str(folder)]
@@ -133,19 +157,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--part", choices=("training", "inference", "comparison"))
+    parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     if options.part:
         peak, stop = [0], threading.Event()
         watcher = threading.Thread(target=watch, args=(peak, stop))
         watcher.start()
-        parts = {"training": training, "inference": inference}
         try:
-            if options.part == "comparison":
-                numbers = comparison(options.folder)
-            else:
-                numbers = parts[options.part](options.folder, options.images, options.side)
+            from medseg_diffusion.training.runtime import keep_freed_memory
+
+            keep_freed_memory()  # as the commands do
+            numbers = PARTS[options.part](options.folder, options.images, options.side)
         finally:
             stop.set()
             watcher.join()
@@ -156,7 +179,7 @@ def main() -> None:
         print(
             f"published way: {naive:.2f} GB of features an image, {options.images * naive:.1f} GB for all in training"
         )
-        for what in ("training", "inference", "comparison"):
+        for what in PARTS:
             numbers = alone(what, Path(folder), options.images, options.side)
             print(f"{what}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()))
 

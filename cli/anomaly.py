@@ -30,6 +30,16 @@ class Method(StrEnum):
     COUNTERFACTUAL = "counterfactual"
 
 
+LatentQuantile = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Of latent-healing, in its latents; default: the model's.")
+]
+Median = Annotated[int | None, typer.Option(min=1, help="Side of the median filter, odd; default: the model's.")]
+Erosion = Annotated[int | None, typer.Option(min=0, help="Erosion of the foreground in voxels; default: the model's.")]
+MinVolume = Annotated[
+    float | None, typer.Option(min=0.0, metavar="MM3", help="Smallest part of the mask; default: the model's.")
+]
+
+
 def train_anomaly(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`medseg configs list`) or a YAML file.")],
     healthy: Annotated[Path, typer.Option("--healthy", help="Folder of healthy scans.")],
@@ -96,15 +106,20 @@ def calibrate_anomaly(
         typer.Option(metavar="N", min=1, help="Scans have labelled lesions: leave out slices closer than N to one."),
     ] = None,
     quantile: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="0.975 for 2.5 % of healthy voxels; default: the model's.")
+        float | None, typer.Option(help="0.975 for 2.5 % of healthy voxels; default: the model's.")
     ] = None,
+    latent_quantile: LatentQuantile = None,
+    median: Median = None,
+    erosion: Erosion = None,
+    min_volume: MinVolume = None,
     device: Device = "auto",
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the thresholds of a trained model to healthy scans of another scanner or population."""
+    """Fit the thresholds of a trained model to other healthy scans, or to another filter of its maps."""
     from medseg_diffusion.train_anomaly import calibrate_anomaly as calibrate
 
+    after = {"median": median, "erosion": erosion, "min_volume_mm3": min_volume}
     with progress(quiet) as show:
         result = calibrate(
             model,
@@ -112,6 +127,8 @@ def calibrate_anomaly(
             output,
             exclude_labelled=exclude_labelled,
             quantile=quantile,
+            latent_quantile=latent_quantile,
+            after={name: value for name, value in after.items() if value is not None},
             device=device,
             on_prepare=lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
         )
@@ -138,23 +155,17 @@ def _print_calibration(model: Path, calibration: dict[str, HealthyScores], quiet
 
 def anomaly(
     scans: Annotated[
-        list[Path], typer.Argument(metavar="SCAN...", help="NIfTI, NRRD or MetaImage files, or folders of them.")
+        list[Path], typer.Argument(metavar="SCAN...", help="NIfTI, NRRD, MetaImage, DICOM folders, or folders of them.")
     ],
     model: Annotated[str | None, typer.Option("-m", "--model", help="Name or folder; default: the built-in.")] = None,
     threshold: Annotated[
         str, typer.Option(help="auto, a quantile of healthy scans such as q0.99, or a number.")
     ] = "auto",
     method: Annotated[Method | None, typer.Option(help="Detector; default: the model's.")] = None,
-    latent_quantile: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Of latent-healing; default: the model's.")
-    ] = None,
-    median: Annotated[int | None, typer.Option(min=1, help="Side of the median filter; default: the model's.")] = None,
-    erosion: Annotated[
-        int | None, typer.Option(min=0, help="Erosion of the foreground in voxels; default: the model's.")
-    ] = None,
-    min_volume: Annotated[
-        float | None, typer.Option(min=0.0, metavar="MM3", help="Smallest part of the mask; default: the model's.")
-    ] = None,
+    latent_quantile: LatentQuantile = None,
+    median: Median = None,
+    erosion: Erosion = None,
+    min_volume: MinVolume = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Write *_anomaly_preview.png.")] = False,
     skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave finished scans alone.")] = False,

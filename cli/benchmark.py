@@ -25,6 +25,14 @@ def _numbers(text: str, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _setting(text: str) -> tuple[str, int, int]:
+    sampler, _, numbers = text.partition(":")
+    parts = numbers.split(":")
+    if not sampler or len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a setting such as ddpm:1000:5", param_hint="--setting")
+    return sampler, int(parts[0]), int(parts[1])
+
+
 def benchmark_segmenter(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names or folders of segmenters.")],
     data: Annotated[Path, typer.Option("--data", help="The labelled folder that they were trained on.")],
@@ -32,6 +40,10 @@ def benchmark_segmenter(
     steps: Annotated[str, typer.Option(help="Numbers of denoising steps, for one sample.")] = "1,2,5,10,20,50,100",
     ensembles: Annotated[str, typer.Option(help="Sizes of the ensemble, at the model's steps.")] = "1,2,5,10",
     samplers: Annotated[str, typer.Option(help="Samplers, at the model's steps.")] = "dpm++,ddim,ddpm",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--setting", metavar="SAMPLER:STEPS:N", help="Measure these instead of one factor at a time."),
+    ] = None,
     cases: Annotated[int, typer.Option("-n", min=0, help="Number of cases; 0 for all.")] = 10,
     side: Annotated[Side, typer.Option(help="Choose settings on validation cases.")] = Side.VALIDATION,
     device: Device = "auto",
@@ -41,6 +53,7 @@ def benchmark_segmenter(
 ) -> None:
     """Measure Dice, IoU, HD95, ECE and seconds of segmenters against sampler, steps and ensemble size."""
     step_counts, sizes = _numbers(steps, "--steps"), _numbers(ensembles, "--ensembles")
+    chosen = [_setting(text) for text in settings or []]
     from medseg_diffusion.benchmark_segmenter import benchmark_segmenter as run
 
     with progress(quiet) as show:
@@ -51,6 +64,7 @@ def benchmark_segmenter(
             steps=step_counts,
             ensembles=sizes,
             samplers=[name.strip() for name in samplers.split(",")],
+            settings=chosen,
             cases=cases or None,
             side=side.value,
             device=device,

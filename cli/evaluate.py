@@ -37,7 +37,8 @@ def evaluate(
         Path | None, typer.Option("--scores", metavar="MAPS", help="Anomaly score maps: AUROC, AUPRC, lesions found.")
     ] = None,
     foreground: Annotated[
-        Path | None, typer.Option("--foreground", metavar="MASKS", help="Where scores count; default: everywhere.")
+        Path | None,
+        typer.Option("--foreground", metavar="MASKS", help="Where scores count; default: beside the maps, else all."),
     ] = None,
     lesion_overlap: Annotated[
         float, typer.Option("--lesion-overlap", help="Share of a lesion that must be predicted to detect it.")

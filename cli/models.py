@@ -10,7 +10,7 @@ import typer
 
 from ._shared import AsJson, print_json, print_table
 
-app = typer.Typer(help="List and show the trained models; import published ones.", no_args_is_help=True)
+app = typer.Typer(help="List and show the trained models; export them, import published ones.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -37,6 +37,27 @@ def show(model: Annotated[str, typer.Argument(help="Name or folder of a model.")
         import yaml
 
         typer.echo(yaml.safe_dump(card, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command("export")
+def export_model(
+    model: Annotated[str, typer.Argument(help="Name or folder of a model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New model folder; its name is the card's title.")],
+    half: Annotated[bool, typer.Option("--half", help="Weights in float16: half the size, rounded.")] = False,
+    command: Annotated[str, typer.Option(help="How it was trained, for the card.")] = "",
+    data: Annotated[str, typer.Option(help="Credit and terms of the training data, for the card.")] = "",
+    notes: Annotated[str, typer.Option(help="What it is for and what it is not, for the card.")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Copy a model to hand it on, smaller and with a card that says where it comes from."""
+    from medseg_diffusion.exporting import export_model as run
+
+    path = run(model, output, half=half, command=command, data=data, notes=notes, licence=licence)
+    if as_json:
+        print_json({"model": path})
+    else:
+        typer.echo(str(path))
 
 
 @app.command("import")

@@ -57,7 +57,7 @@ def _parse_shard(value: str | None) -> tuple[int, int] | None:
 def segment(
     scans: Annotated[
         list[Path],
-        typer.Argument(metavar="SCAN...", help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files, or folders."),
+        typer.Argument(metavar="SCAN...", help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, BMP, DICOM; or folders."),
     ],
     model: Annotated[str | None, typer.Option("-m", "--model", help="Name or folder; default: the built-in.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")] = None,

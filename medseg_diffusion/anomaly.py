@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from scipy import ndimage
 from torch import Tensor, nn
 
@@ -31,9 +32,9 @@ from .methods.patched import Patched
 from .networks.autoencoder import Codec
 from .sections import PostprocessingSection
 from .tasks.image import ImageDiffusion
-from .training.runtime import autocast_dtype, choose_device, tune
+from .training.runtime import autocast, choose_device, keep_freed_memory, tune
 from .volumes.fitting import fitted, unfitted
-from .volumes.foreground import foreground
+from .volumes.foreground import scan_foreground
 from .volumes.preprocessing import Placement
 from .volumes.volume import Volume
 
@@ -49,9 +50,9 @@ class AnomalyMap:
 
     Attributes:
         score: float32, 0 or above; 0 outside the foreground.
-        foreground: bool, where scores count.
+        foreground: bool, where scores count: `scan_foreground`, eroded if the model says so.
         scan_score: of the whole scan (`medseg_diffusion.methods.healthy_scores.scan_score`).
-        evaluations: calls of the denoiser, over all slices.
+        evaluations: of the networks that see noise, denoiser and classifier, one a slice and call.
     """
 
     score: Tensor
@@ -95,6 +96,8 @@ class AnomalyModel:
     ) -> None:
         self.device = choose_device(device)
         tune(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.saved: SavedModel = load_model_files(name_or_path)
         self.config, self.generator, self.classifier = restore_anomaly(self.saved, self.device)
         known = self.config.detectors
@@ -103,22 +106,24 @@ class AnomalyModel:
         self.method = method or known[0]
         if latent_quantile is not None and self.method != "latent-healing":
             raise UsageError(f"--latent-quantile is for latent-healing, not {self.method}")
+        self.networks = noise_networks(self.generator, self.classifier)
         healthy = stored_latents(self.saved)
         self.detector = make_detector(
             self.config, self.generator, self.classifier, self.method, healthy, latent_quantile
         )
-        changed = {"median": median, "erosion": erosion}
-        changed = {name: value for name, value in changed.items() if value is not None}
-        given = changed if min_volume_mm3 is None else {**changed, "min_volume_mm3": min_volume_mm3}
-        after = PostprocessingSection(**{**self.config.postprocessing.model_dump(), **given})
-        moved = [name for name, value in changed.items() if value != getattr(self.config.postprocessing, name)]
+        given = {"median": median, "erosion": erosion, "min_volume_mm3": min_volume_mm3}
+        before = self.config.postprocessing
+        after = postprocessing(self.config, {name: value for name, value in given.items() if value is not None})
+        # The smallest volume changes the mask, not the map that was calibrated.
+        moved = [name for name in ("median", "erosion") if getattr(after, name) != getattr(before, name)]
         if latent_quantile not in (None, self.config.latent_healing.quantile):
             moved.append("latent quantile")
         self.config = self.config.model_copy(update={"postprocessing": after})
         self.notes: tuple[str, ...] = ()
         if moved:
             self.notes = (
-                f"the model was calibrated with another {' and '.join(moved)}: healthy quantiles do not hold",
+                f"the model was calibrated with another {' and '.join(moved)}: healthy quantiles do not hold until "
+                "medseg calibrate-anomaly is given the same",
             )
 
     @property
@@ -138,7 +143,17 @@ class AnomalyModel:
         Raises:
             InputError: a scan without foreground.
         """
-        return scored(self.detector, self.config, volume, seed, self.device, on_progress)
+        grid = on_grid(self.config, volume)
+        return scored(self.detector, self.config, grid, seed, self.device, self.networks, on_progress=on_progress)
+
+
+def postprocessing(config: AnomalyConfig, changed: Mapping[str, float]) -> PostprocessingSection:
+    """The configuration's post-processing with some values changed; UsageError for an impossible one."""
+    try:
+        return PostprocessingSection(**{**config.postprocessing.model_dump(), **changed})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +165,7 @@ class OnGrid:
         inside: (N, 1, *size) float, 1 in the foreground.
         image: (C, I, J, K) on the model's grid.
         foreground: bool (I, J, K) on the model's grid.
+        native: bool, the same on the scan's own grid.
         placement: the way back to the scan.
     """
 
@@ -157,6 +173,7 @@ class OnGrid:
     inside: Tensor
     image: Tensor
     foreground: Tensor
+    native: Tensor
     placement: Placement
 
 
@@ -164,14 +181,20 @@ def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
     """Brings a scan to the generator's grid.
 
     Raises:
-        InputError: a scan without foreground, or much smaller or larger than the volumes that the generator makes.
+        InputError: a scan of another modality, without foreground, or much smaller or larger than the volumes that the
+            generator makes.
     """
     size = config.generator.data.shape
+    modality = volume.header.modality
+    if modality and config.modality and modality != config.modality:
+        raise InputError(volume.source, f"modality {modality}", config.modality, "use a model that was made for it")
     image, placement = build.preprocessing(config.generator.preprocessing).apply(volume)
-    head = foreground(image[0])
+    native = scan_foreground(volume, config.generator.preprocessing.orientation)
+    head = placement.forward(native[None].float())[0] > 0.5
     if config.postprocessing.erosion:
         head = _eroded(head, config.postprocessing.erosion, planes=len(size) == 2)
-    if not head.any():
+        native = native & (placement.restore(head[None].float())[0] > 0.5)
+    if not head.any() or not native.any():
         raise InputError(volume.source, "no foreground", "a scan that shows something", "check the scan")
     shape = image.shape[1:]
     fewest = [-(-m // 4) for m in size]  # thinner ones would be padding for the most part
@@ -185,35 +208,62 @@ def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
     stack = image[None] if len(size) == 3 else image.movedim(-1, 0)
     inside = head[None, None].float() if len(size) == 3 else head.movedim(-1, 0)[:, None].float()
     images = fitted(stack.clamp(-1, 1), size).expand(-1, config.generator.data.channels, *[-1] * len(size))
-    return OnGrid(images, fitted(inside, size, fill=0.0), image, head, placement)
+    return OnGrid(images, fitted(inside, size, fill=0.0), image, head, native, placement)
 
 
 def scored(
     detector: Detector,
     config: AnomalyConfig,
-    volume: Volume,
+    grid: OnGrid,
     seed: int,
     device: torch.device,
+    networks: Sequence[nn.Module] = (),
+    only: Tensor | None = None,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> AnomalyMap:
-    """A scan to its final map: detector, back to the scan's grid, post-processing, foreground."""
-    grid = on_grid(config, volume)
-    shown = grid.inside.flatten(1).any(1).nonzero().flatten()  # slices of air have nothing to score
+    """A scan to its final map: detector, back to the scan's grid, post-processing, foreground.
+
+    Args:
+        detector: of ``config``.
+        config: of the model.
+        grid: the scan.
+        seed: of all randomness.
+        device: of the detector.
+        networks: those whose calls are counted.
+        only: bool (N,), which images are scored; the others have 0.
+        on_progress: called with the share done.
+    """
+    wanted = grid.inside.flatten(1).any(1)  # slices of air have nothing to score
+    shown = (wanted if only is None else wanted & only).nonzero().flatten()
     maps = torch.zeros_like(grid.inside)
-    dtype = autocast_dtype(device, config.generator.training.precision)
-    autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
-    for part in shown.split(BATCH):
-        seeds = [derive_seed(seed, "slice", k) for k in part.tolist()]
-        with autocast:
-            maps[part] = detector.score(grid.images[part].to(device), seeds).float().cpu()
-        on_progress(float(part[-1] + 1) / len(maps))
+    with counted(networks) as calls:
+        for part in shown.split(BATCH) if len(shown) else ():
+            seeds = [derive_seed(seed, "slice", k) for k in part.tolist()]
+            with autocast(device, config.generator.training.precision):
+                maps[part] = detector.score(grid.images[part].to(device), seeds).float().cpu()
+            on_progress(float(part[-1] + 1) / len(maps))
     back = unfitted(maps, _plane(grid.image, len(config.generator.data.shape)))
     score = back[0, 0] if len(config.generator.data.shape) == 3 else back[:, 0].movedim(0, -1)
     score = _median(score, config.postprocessing.median, planes=len(config.generator.data.shape) == 2)
-    native = grid.placement.restore((score * grid.foreground)[None])[0].clamp(min=0)
-    head = grid.placement.restore(grid.foreground[None].float())[0] > 0.5
-    native = native * head
-    return AnomalyMap(native, head, scan_score(native[head].numpy()), len(shown) * detector.evaluations)
+    native = grid.placement.restore((score * grid.foreground)[None])[0].clamp(min=0) * grid.native
+    return AnomalyMap(native, grid.native, scan_score(native[grid.native].numpy()), sum(calls))
+
+
+def noise_networks(generator: Generator, classifier: nn.Module | None) -> list[nn.Module]:
+    """The networks whose calls are the cost of a method: the denoiser's and the noisy classifier."""
+    return [generator.task.denoiser.network, *([] if classifier is None else [classifier])]
+
+
+@contextmanager
+def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Inside, every call of ``networks`` adds the size of its batch to the list."""
+    calls: list[int] = []
+    handles = [net.register_forward_hook(lambda net, inputs, out: calls.append(len(inputs[0]))) for net in networks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def mask_of(found: AnomalyMap, threshold: float, voxel_mm3: float, min_volume_mm3: float = 0.0) -> Tensor:
@@ -276,7 +326,7 @@ def make_detector(
                 times,
                 section.start,
                 section.steps,
-                latent_quantile or section.quantile,
+                section.quantile if latent_quantile is None else latent_quantile,
                 section.smoothing,
                 healthy,
             )

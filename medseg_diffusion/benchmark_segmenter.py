@@ -2,24 +2,31 @@
 
 OUT/benchmark.csv, benchmark.json   one row per model and setting, one factor changed at a time
 OUT/benchmark.png                   Dice against network evaluations
+OUT/cases.csv                       one row per model, setting, case and class
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
+import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .data.cases import Case, find_cases, split_by_hash
+from . import build
+from .config import SegmenterConfig
+from .data.cases import Case, digest, find_cases, split_by_hash
+from .data.mask_examples import read_case
 from .diffusion.noise import derive_seed
 from .errors import UsageError
+from .methods.ensemble import tempered
 from .metrics.calibration import Reliability, region
 from .metrics.overlap import label_overlap
 from .metrics.statistics import Interval, mean_interval
@@ -29,7 +36,7 @@ from .reports.files import write_files
 from .reports.plots import quality_plot
 from .reports.summary import json_ready
 from .training.runtime import keep_freed_memory
-from .volumes.io import read_labels, read_volume
+from .volumes.volume import Volume
 
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 ENSEMBLES = (1, 2, 5, 10)
@@ -41,7 +48,7 @@ Side = Literal["validation", "test"]
 class Setting:
     """How a model samples; ``factor`` is what this row varies."""
 
-    factor: Literal["steps", "ensemble", "sampler", "feed-forward"]
+    factor: Literal["steps", "ensemble", "sampler", "setting", "feed-forward"]
     sampler: str
     steps: int
     ensemble: int
@@ -57,10 +64,12 @@ class BenchmarkRow:
         dice: class name to mean Dice over cases.
         iou: the same of IoU.
         hd95_mm: the same of the 95th percentile Hausdorff distance.
-        ece: expected calibration error around the reference, all cases together.
+        ece: expected calibration error around the reference, all cases together, of what `medseg segment` writes.
+        ece_uncalibrated: the same without the model's temperature, which holds for its own sampler and steps alone.
         evaluations: of the network, per case and window.
         seconds: per case, median over cases: everything between the read scan and the mask on its grid.
         cases: their number.
+        by_case: what the means are of, and volumes: one entry per case and class.
     """
 
     model: str
@@ -69,9 +78,11 @@ class BenchmarkRow:
     iou: dict[str, Interval]
     hd95_mm: dict[str, Interval]
     ece: float
+    ece_uncalibrated: float
     evaluations: int
     seconds: float
     cases: int
+    by_case: list[dict[str, Any]] = field(repr=False)
 
     @property
     def mean_dice(self) -> float:
@@ -80,20 +91,22 @@ class BenchmarkRow:
 
     def cells(self) -> dict[str, Any]:
         """The row as a table shows it."""
-        s = self.setting
         return {
-            "model": self.model,
-            "factor": s.factor,
-            "sampler": s.sampler,
-            "steps": s.steps,
-            "ensemble": s.ensemble,
+            **self.key(),
             "evaluations": self.evaluations,
             **{f"Dice {name}": str(interval) for name, interval in self.dice.items()},
             "IoU": round(float(np.nanmean([interval.mean for interval in self.iou.values()])), 4),
             "HD95 mm": round(float(np.nanmean([interval.mean for interval in self.hd95_mm.values()])), 2),
+            "HD95 missing": sum(interval.n_missing for interval in self.hd95_mm.values()),
             "ECE": round(self.ece, 4),
+            "ECE uncalibrated": round(self.ece_uncalibrated, 4),
             "s per case": round(self.seconds, 3),
+            "cases": self.cases,
         }
+
+    def key(self) -> dict[str, Any]:
+        """What tells this row from others."""
+        return {"model": self.model, **asdict(self.setting)}
 
 
 def benchmark_segmenter(
@@ -104,6 +117,7 @@ def benchmark_segmenter(
     steps: Sequence[int] = STEPS,
     ensembles: Sequence[int] = ENSEMBLES,
     samplers: Sequence[str] = SAMPLERS,
+    settings: Sequence[tuple[str, int, int]] = (),
     cases: int | None = 10,
     side: Side = "validation",
     device: str = "auto",
@@ -113,15 +127,18 @@ def benchmark_segmenter(
 ) -> list[BenchmarkRow]:
     """Segments held-out cases at many settings of every model and scores them on the scans' own grids.
 
-    Steps are varied for one sample; the ensemble's size and the sampler at the model's own number of steps.
+    Steps are varied for one sample; the ensemble's size and the sampler at the model's own number of steps. All models,
+    samplers and cases are checked first.
 
     Args:
         models: names or folders.
-        data: the labelled folder that the models were trained on: its split is theirs.
+        data: the labelled folder that the models were trained on. A model knows its held-out cases by a `digest` of
+            their names; an older one, that does not, by splitting the folder again.
         output: folder for the results.
         steps: numbers of denoiser calls per sample.
         ensembles: numbers of samples.
         samplers: update rules.
+        settings: (sampler, steps, ensemble) to measure instead of one factor at a time.
         cases: how many, the first by name; None for all.
         side: choose settings on "validation", report on "test".
         device: auto, cpu, cuda, cuda:N or mps.
@@ -131,27 +148,45 @@ def benchmark_segmenter(
 
     Raises:
         UsageError: no case on this side, or an unknown sampler.
-        InputError: unusable data.
+        InputError: unusable data, or a case whose labels are on another grid or of other classes.
         ModelError: no usable model.
     """
     keep_freed_memory()  # as `medseg segment` does
-    rows: list[BenchmarkRow] = []
+    plan: list[tuple[str, Setting, list[Case]]] = []
     for name in models:
-        chosen = _cases(SegmentationModel(name, device), data, side, cases)
-        for setting in _settings(SegmentationModel(name, device), steps, ensembles, samplers):
-            row = _row(name, setting, chosen, device, seed, on_progress)
-            rows.append(row)
-            on_row(row)
-            _write(rows, output)
+        model = SegmentationModel(name, device)
+        chosen = _cases(model, data, side, cases)
+        for case in chosen:
+            _read(case, model)
+        plan += [(name, setting, chosen) for setting in _settings(model, steps, ensembles, samplers, settings)]
+    for _, setting, _ in plan:
+        if setting.factor != "feed-forward":
+            build.sampler(setting.sampler)
+    known: dict[tuple[str, str, int, int], BenchmarkRow] = {}
+    rows: list[BenchmarkRow] = []
+    for name, setting, chosen in plan:
+        same = (name, setting.sampler, setting.steps, setting.ensemble)
+        if same not in known:
+            known[same] = _row(name, setting, chosen, device, seed, on_progress)
+        rows.append(replace(known[same], setting=replace(known[same].setting, factor=setting.factor)))
+        on_row(rows[-1])
+        _write(rows, output)
     return rows
 
 
 def _settings(
-    model: SegmentationModel, steps: Sequence[int], ensembles: Sequence[int], samplers: Sequence[str]
+    model: SegmentationModel,
+    steps: Sequence[int],
+    ensembles: Sequence[int],
+    samplers: Sequence[str],
+    settings: Sequence[tuple[str, int, int]],
 ) -> Iterator[Setting]:
     own = model.inference
     if model.config.method in ("baseline", "label-efficient"):
         yield Setting("feed-forward", "", 1, own.ensemble)
+        return
+    if settings:
+        yield from (Setting("setting", *setting) for setting in settings)
         return
     for count in steps:
         yield Setting("steps", own.sampler, count, 1)
@@ -164,12 +199,18 @@ def _settings(
 def _cases(model: SegmentationModel, data: Path, side: Side, count: int | None) -> list[Case]:
     section = model.config.data
     known = find_cases(data).cases
-    split = split_by_hash(known, section.test_cases, section.validation_cases)
-    names = split.validation if side == "validation" else split.test
-    chosen = [case for case in known if case.name in names][:count]
+    held_out = model.saved.card.get("training", {}).get("held_out")
+    if held_out is None:
+        held_out = split_by_hash(known, section.test_cases or 0, section.validation_cases or 0).held_out()
+    chosen = [case for case in known if digest(case.name) in held_out[side]][:count]
     if not chosen:
         raise UsageError(f"{data}: model {model.name} has no {side} cases in it; use the other side")
     return chosen
+
+
+def _read(case: Case, model: SegmentationModel) -> tuple[Volume, Volume]:
+    merge_labels = isinstance(model.config, SegmenterConfig) and model.config.data.merge_labels
+    return read_case(case, model.channels, len(model.labels), merge_labels)
 
 
 def _row(
@@ -188,50 +229,64 @@ def _row(
         None if feed_forward else setting.steps,
         None if feed_forward else setting.sampler,
     )
+    # Probabilities are wanted with and without the temperature.
+    calibration, model.calibration = model.calibration, None
+    temperature = 1.0 if calibration is None else calibration.temperature(model.ensemble)
     walked = 1 if feed_forward else len(model.times) - 1
     labels = {value: label for value, label in model.labels.items() if value}
-    scores: dict[str, dict[int, list[float]]] = {kind: {v: [] for v in labels} for kind in ("dice", "iou", "hd95")}
-    reliability: Reliability | None = None
+    by_case: list[dict[str, Any]] = []
+    reliability: list[tuple[Reliability, Reliability]] = []
     seconds = []
     what = f"{model.name}: {setting.sampler} {walked} steps, ensemble {setting.ensemble}"
     for done, case in enumerate(cases, 1):
-        volume, reference = read_volume(case.image, channels=None), read_labels(case.label)
+        volume, reference = _read(case, model)
         started = time.perf_counter()
         found = model.segment(volume, derive_seed(seed, case.name))
         seconds.append(time.perf_counter() - started)
         predicted, truth = found.labels.numpy(), reference.data[0].numpy()
         overlap = label_overlap(predicted, truth, labels)
-        for value in labels:
-            scores["dice"][value].append(overlap[value].dice)
-            scores["iou"][value].append(overlap[value].iou)
-            scores["hd95"][value].append(hd95(predicted == value, truth == value, reference.spacing))
-        part = Reliability.of(found.probabilities.numpy(), truth, region(truth))
-        reliability = part if reliability is None else reliability + part
+        voxel_ml = float(np.prod(reference.spacing)) / 1000
+        for value, label in labels.items():
+            by_case.append(
+                {
+                    "case": case.name,
+                    "class": label,
+                    "dice": overlap[value].dice,
+                    "iou": overlap[value].iou,
+                    "hd95_mm": hd95(predicted == value, truth == value, reference.spacing),
+                    "ml": float((predicted == value).sum()) * voxel_ml,
+                    "reference_ml": float((truth == value).sum()) * voxel_ml,
+                }
+            )
+        near = region(truth)
+        given = tempered(found.probabilities, temperature)
+        reliability.append(
+            (Reliability.of(given.numpy(), truth, near), Reliability.of(found.probabilities.numpy(), truth, near))
+        )
         on_progress(what, done, len(cases))
-    assert reliability is not None
+    ece, ece_uncalibrated = (functools.reduce(operator.add, parts).ece for parts in zip(*reliability, strict=True))
     means = {
-        kind: {labels[value]: mean_interval(found) for value, found in of_class.items()}
-        for kind, of_class in scores.items()
+        kind: {
+            label: mean_interval([row[kind] for row in by_case if row["class"] == label]) for label in labels.values()
+        }
+        for kind in ("dice", "iou", "hd95_mm")
     }
     return BenchmarkRow(
         name,
         Setting(setting.factor, setting.sampler, walked, setting.ensemble),
         means["dice"],
         means["iou"],
-        means["hd95"],
-        reliability.ece,
+        means["hd95_mm"],
+        ece,
+        ece_uncalibrated,
         walked * setting.ensemble,
         float(np.median(seconds)),
         len(cases),
+        by_case,
     )
 
 
 def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
-    table = [row.cells() for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)), restval="")
-    writer.writeheader()
-    writer.writerows(table)
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.setting.factor != "sampler":
@@ -240,8 +295,17 @@ def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
     write_files(
         output,
         {
-            "benchmark.csv": text.getvalue(),
+            "benchmark.csv": _csv([row.cells() for row in rows]),
+            "cases.csv": _csv([{**row.key(), **case} for row in rows for case in row.by_case]),
             "benchmark.json": json.dumps(json_ready([asdict(row) for row in rows]), indent=2, allow_nan=False) + "\n",
             "benchmark.png": quality_plot(lines),
         },
     )
+
+
+def _csv(table: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)), restval="")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()

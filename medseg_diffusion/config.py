@@ -160,13 +160,15 @@ class AnomalyConfig(Section):
 
     What the generator is decides what can be detected with: latent "latent-healing" and "reconstruction", pixel
     "partial-noise", patched "patched", pixel with classes "counterfactual" and, with a ``classifier``,
-    "classifier-guided". ``quantile`` of the maps of held-out healthy scans is the threshold.
+    "classifier-guided". ``quantile`` of the maps of held-out healthy scans is the threshold. DICOM series of another
+    ``modality`` (MR, CT, ...) are refused; files of other formats do not say theirs.
     """
 
     description: str = ""
     method: Literal["anomaly"]
     generator: GeneratorConfig
     classifier: NoisyClassifierConfig | None = None
+    modality: str | None = None
     quantile: float = Field(0.975, gt=0, lt=1)
     latent_healing: LatentHealingSection = LatentHealingSection()
     partial_noise: PartialNoiseSection = PartialNoiseSection()
@@ -203,7 +205,23 @@ class AnomalyConfig(Section):
             classifier.data.shape != generator.data.shape or classifier.schedule != generator.diffusion.schedule
         ):
             raise ValueError("classifier: its data.size and schedule must be the generator's")
+        if self.needs_unhealthy and generator.condition.drop == 0:
+            raise ValueError("generator.condition.drop: counterfactuals need images whose class was dropped")
+        self._check_times(generator.diffusion.schedule.num_steps)
         return self
+
+    def _check_times(self, last: int) -> None:
+        """What a detector would refuse is refused before the training, not after it."""
+        healing, partial, walk = self.latent_healing, self.partial_noise, self.counterfactual
+        for method, fits, needed in (
+            ("latent-healing", healing.steps <= healing.start <= last, f"steps <= start <= {last}"),
+            ("latent-healing", healing.earliest <= healing.latest <= last, f"earliest <= latest <= {last}"),
+            ("partial-noise", partial.steps <= partial.start <= last, f"steps <= start <= {last}"),
+            ("patched", self.patched.time <= last, f"time <= {last}"),
+            ("counterfactual", walk.steps < walk.start <= last, f"steps < start <= {last}"),
+        ):
+            if method in self.detectors and not fits:
+                raise ValueError(f"{method.replace('-', '_')}: needs {needed}")
 
 
 class DenoiserConfig(Section):
@@ -234,6 +252,9 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+NOTES = ("seed", "exclude_labelled", "autoencoder_sha256", "generator_sha256")
+"""What config.yaml of a run folder holds beside the configuration."""
+
 AnyConfig = (
     SegmenterConfig
     | PixelClassifierConfig
@@ -263,6 +284,8 @@ _SCHEMAS: dict[str, type[AnyConfig]] = {
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Reads a preset or a YAML file, with overrides "a.b=value" (value in YAML); ``method`` says of what kind it is.
 
+    The config.yaml of a run folder is read without what it notes beside the configuration (`NOTES`).
+
     Raises:
         UsageError: unknown preset or file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
@@ -280,6 +303,8 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyC
         raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}); correct the file") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds {type(content).__name__}, expected sections such as data: and network:")
+    if path.name == "config.yaml":
+        content = {key: value for key, value in content.items() if key not in NOTES}
     for override in overrides:
         _override(content, override)
     return parse_config(content, str(path))

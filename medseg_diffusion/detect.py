@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from .anomaly import AnomalyMap, AnomalyModel, mask_of
+from .data.healthy import require_volume
 from .diffusion.noise import derive_seed
 from .errors import InputError, MedsegError, ModelError, UsageError
 from .methods.healthy_scores import HealthyScores
 from .pipeline import CaseResult, refuse_collisions
 from .reports.files import write_files
 from .reports.preview import preview_png
-from .training.runtime import keep_freed_memory
 from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, upright, write_labels, write_map
 from .volumes.volume import Volume
 
@@ -66,7 +66,10 @@ def detect(
     on_case: Callable[[CaseResult], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[CaseResult]:
-    """Scores scans and writes *_anomaly.nii.gz, *_anomaly_mask.nii.gz and *_anomaly.json; one bad scan stops no other.
+    """Scores scans; one bad scan stops no other.
+
+    Written are *_anomaly.nii.gz, *_anomaly_mask.nii.gz, *_anomaly_foreground.nii.gz (where scores count) and
+    *_anomaly.json.
 
     The mask is written last: where it is, the scan is finished.
 
@@ -94,9 +97,9 @@ def detect(
         else:
             try:
                 # The scan is read before the weights: a mistyped path is answered at once.
+                require_volume(scan)
                 volume = read_volume(scan)
                 if model is None:
-                    keep_freed_memory()
                     model = _loaded(options)
                 result = _one(scan, volume, files, model, options, on_progress)
             except MedsegError as error:
@@ -180,7 +183,8 @@ def _one(
     mask = mask_of(found, threshold, voxel_mm3, model.config.postprocessing.min_volume_mm3)
     files["mask"].parent.mkdir(parents=True, exist_ok=True)
     write_map(found.score, volume, files["map"])
-    outputs = {"mask": files["mask"], "map": files["map"], "scores": files["scores"]}
+    write_labels(found.foreground.to(torch.uint8), volume, files["foreground"])
+    outputs = {kind: files[kind] for kind in ("mask", "map", "foreground", "scores")}
     if options.preview:
         shown = upright(volume, scan)
         picture = preview_png(
@@ -242,7 +246,12 @@ def _targets(scan: Path, output: Path | None, count: int) -> dict[str, Path]:
     else:
         base = (scan.parent if output is None else output) / scan_name(scan)
         whole = base.with_name(base.name + "_anomaly.nii.gz")
-    endings = {"mask": "_mask.nii.gz", "scores": ".json", "preview": "_preview.png"}
+    endings = {
+        "mask": "_mask.nii.gz",
+        "foreground": "_foreground.nii.gz",
+        "scores": ".json",
+        "preview": "_preview.png",
+    }
     return {
         "map": whole,
         **{kind: base.with_name(f"{base.name}_anomaly{ending}") for kind, ending in endings.items()},

@@ -182,12 +182,11 @@ def _samples(
     for first in range(0, options.count, CHUNK):
         end = min(first + CHUNK, options.count)
         file = folder / f"{first // CHUNK:05d}.npy"
-        part = np.load(file)[: end - first] if file.is_file() else None
-        begun = first + (0 if part is None else len(part))
-        if begun < end:
-            starts = range(begun, end, options.batch_size)
-            drawn = [source.draw(range(start, min(start + options.batch_size, end))).numpy() for start in starts]
-            part = np.concatenate(drawn if part is None else [part, *drawn])
+        known = [np.load(file)[: end - first]] if file.is_file() else []
+        starts = range(first + sum(map(len, known)), end, options.batch_size)
+        drawn = [source.draw(range(start, min(start + options.batch_size, end))).numpy() for start in starts]
+        part = np.concatenate([*known, *drawn])
+        if drawn:
             buffer = io.BytesIO()
             np.save(buffer, part)
             write_files(folder, {file.name: buffer.getvalue()})

@@ -30,7 +30,7 @@ __all__ = ["Evaluation", "evaluate"]
 # A label map has a few hundred classes at the very most; a scan passed by mistake has thousands of values.
 _MAX_CLASSES = 1000
 # Written by `medseg segment` beside its masks: not predictions to be compared, and no surprise in their folder.
-_COMPANIONS = ("_prob", "_uncertainty", "_members", "_pseudo", "_anomaly")
+_COMPANIONS = ("_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_foreground")
 # What a mask's name may end with: those of `medseg segment` and `medseg anomaly`.
 _MASKS = ("_seg", "_anomaly_mask")
 
@@ -93,7 +93,8 @@ def evaluate(
             find the lesions, which are all evaluated labels of the reference together; where `case_anomaly.json` with a
             number "score" lies beside a map, also how well these tell scans with lesions from others. Voxels whose
             score is NaN do not count.
-        foreground: Masks of the voxels whose scores count (a file or a folder, paired by name); None takes all voxels.
+        foreground: Masks of the voxels whose scores count (a file or a folder, paired by name); None takes what
+            `medseg anomaly` left beside its maps, `case_anomaly_foreground.nii.gz`, else all voxels.
         lesion_overlap: Share in (0, 1] of a lesion's voxels that must be predicted for it to be detected.
         seed: Seed of the bootstrap.
         command: What the report's footer says was run; None describes this call.
@@ -117,6 +118,9 @@ def evaluate(
     others = [_by_case(Path(rater)) for rater in raters]
     maps = _of_each(Path(scores), pairs, MAP_ENDINGS, "score map") if scores is not None else None
     inside = _of_each(Path(foreground), pairs, ("_seg", ""), "foreground mask") if foreground is not None else None
+    if inside is None and maps is not None:
+        beside = {name: path.with_name(f"{name}_anomaly_foreground.nii.gz") for name, path in maps.items()}
+        inside = beside if all(path.is_file() for path in beside.values()) else None
     wanted = _named(labels)
     counts = {pair.name: _compare(pair, wanted) for pair in pairs}
     present = {label for case in counts.values() for label, item in case.overlap.items() if item.n_pred or item.n_ref}

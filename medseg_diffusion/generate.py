@@ -22,7 +22,7 @@ from .generator import restore_classifier, restore_generator
 from .reports.files import write_files
 from .reports.pictures import as_pictures, grid, png
 from .tasks.patched import PatchedDiffusion
-from .training.runtime import autocast_dtype, choose_device, keep_freed_memory, tune
+from .training.runtime import autocast, choose_device, keep_freed_memory, tune
 from .volumes.io import read_map, write_map
 from .volumes.volume import Volume
 
@@ -76,8 +76,7 @@ class Source:
         gradient = None
         if self.classifier is not None:
             gradient = ClassifierGradient(cast(Any, self.classifier), label, options.classifier_scale)
-        dtype = autocast_dtype(self.device, self.generator.config.training.precision)
-        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(self.device, self.generator.config.training.precision):
             given = label if task.num_classes else None
             image = self.generator.sample(
                 seeds, options.sampler, options.steps, given, None, options.guidance, gradient

@@ -31,8 +31,14 @@ from .reports.html import SegmentedCase, segment_report
 from .reports.preview import preview_png
 from .sampling.loop import spaced
 from .sections import InferenceSection
-from .segmenter import pixel_inference, restore_pixel_segmentation, restore_segmenter, shape_prior
-from .training.runtime import autocast_dtype, choose_device, keep_freed_memory, tune
+from .segmenter import (
+    pixel_inference,
+    pixel_preprocessing,
+    restore_pixel_segmentation,
+    restore_segmenter,
+    shape_prior,
+)
+from .training.runtime import arranged, autocast_dtype, choose_device, keep_freed_memory, tune
 from .volumes.io import (
     SUFFIXES,
     find_scans,
@@ -53,7 +59,7 @@ IGNORED = 255
 """The value of pseudo-labels that are too uncertain to be used."""
 
 MEMBERS_AT_ONCE = 10
-"""Of an ensemble: they walk in one batch, and the image is encoded once for them. More only cost memory."""
+"""Of an ensemble: the image is encoded once for them, and their probabilities are held together."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +200,9 @@ class SegmentationModel:
         self.calibration = self._calibration()
 
     def _restore_segmenter(self, steps: int | None) -> None:
-        self.model: Segmenter
-        self.model, config = restore_segmenter(self.saved)
-        self.model.to(self.device)
+        model, config = restore_segmenter(self.saved)
+        arranged(model.to(self.device).network, config.training.channels_last, compiled=False)
+        self.model: Segmenter = model
         self.config: SegmenterConfig | PixelClassifierConfig = config
         self.inference: InferenceSection = config.inference
         self.dims: int = config.network.dims
@@ -218,9 +224,9 @@ class SegmentationModel:
         self.config = config
         self.inference = pixel_inference(generator, config)
         self.dims = len(generator.config.data.shape)
-        self.channels = generator.config.data.channels
+        self.channels = len(self.saved.card["channels"])  # of the scans: a generator of colours takes grey ones too
         self.precision = generator.config.training.precision
-        self.preprocessing = build.preprocessing(generator.config.preprocessing)
+        self.preprocessing = pixel_preprocessing(generator)
         self.times = [1, 0]
 
     @property
@@ -234,10 +240,15 @@ class SegmentationModel:
         """The ensemble on the model's grid, on the CPU, and the way back to the scan."""
         image, placement = self.preprocessing.apply(volume)
         inference, dims = self.inference, self.dims
-        windows = Windows(inference.window, inference.overlap, batch_size=1 if self.device.type == "cpu" else 4)
+        of_pixels = isinstance(self.config, PixelClassifierConfig)
+        # Activations take much more memory than samples of masks.
+        batch_size = (1 if self.device.type == "cpu" else 4) if of_pixels else None
+        windows = Windows(inference.window, inference.overlap, batch_size)
         seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
-        parts = [seeds[i : i + MEMBERS_AT_ONCE] for i in range(0, len(seeds), MEMBERS_AT_ONCE)]
-        total, done = len(parts) * count_batches(image.shape, windows, dims), 0
+        # Pixel classifiers are trained members, not samples: as many of the first ones as there are seeds in a part.
+        at_once = len(seeds) if of_pixels else MEMBERS_AT_ONCE
+        parts = [seeds[i : i + at_once] for i in range(0, len(seeds), at_once)]
+        total, done = len(parts) * count_batches(image.shape, windows, dims, len(parts[0]), self.device), 0
 
         def step() -> None:
             nonlocal done
@@ -280,7 +291,8 @@ class SegmentationModel:
             sampled = ensemble.volumes_ml(1000 * _voxel_ml(placement.affine)).numpy()
             low, high = np.percentile(sampled, [2.5, 97.5], axis=0)
             intervals = {name: (float(low[value]), float(high[value])) for value, name in names.items()}
-            agreement = {name: float(ensemble.pairwise_dice()[value - 1]) for value, name in names.items()}
+            dice = ensemble.pairwise_dice()
+            agreement = {name: float(dice[value - 1]) for value, name in names.items()}
         volumes = {name: float(counts[value]) for value, name in names.items()}
         if self.calibration is not None:  # it changes no label, so it may come after the largest class was taken
             mean = tempered(mean, self.calibration.temperature(len(ensemble)))

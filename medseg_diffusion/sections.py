@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -192,7 +192,8 @@ class DataSection(Section):
     """Where examples come from and how they are cut.
 
     ``source`` "scans" trains on labelled scans; "brain-labelmaps" synthesises T1 images from a folder of label maps.
-    ``labels`` names the classes above background where the data folder does not.
+    ``labels`` names the classes above background where the data folder does not. ``merge_labels`` makes one class of
+    every label above background.
     """
 
     source: Literal["scans", "brain-labelmaps"] = "scans"
@@ -203,6 +204,13 @@ class DataSection(Section):
     test_cases: int = Field(40, ge=0)
     validation_cases: int = Field(20, ge=1)
     examples_per_map: int = Field(50, ge=1)
+    merge_labels: bool = False
+
+    @model_validator(mode="after")
+    def _one_class(self) -> DataSection:
+        if self.merge_labels and len(self.labels) != 1:
+            raise ValueError(f"merge_labels leaves one class; name it in labels (got {len(self.labels)} names)")
+        return self
 
 
 class TrainingSection(Section):
@@ -243,12 +251,13 @@ class InferenceSection(Section):
 class LabelledDataSection(Section):
     """Labelled images for pixel classifiers; ``labels`` names the classes above background where the folder does not.
 
-    Sides are those of `DataSection` with the same numbers.
+    Sides are those of `DataSection` with the same numbers; None takes as many as the generator held out, or those of
+    `DataSection` where it does not say. ``pixels_per_class`` are sampled from a labelled case or slice.
     """
 
     labels: tuple[str, ...] = ()
-    test_cases: int = Field(40, ge=0)
-    validation_cases: int = Field(20, ge=0)
+    test_cases: int | None = Field(None, ge=0)
+    validation_cases: int | None = Field(None, ge=0)
     pixels_per_class: int = Field(1000, ge=20)
 
 
@@ -321,6 +330,13 @@ class PostprocessingSection(Section):
     median: int = Field(1, ge=1)
     erosion: int = Field(0, ge=0)
     min_volume_mm3: float = Field(0.0, ge=0)
+
+    @field_validator("median")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("an even side would shift the map by half a voxel; take an odd one")
+        return value
 
 
 class ImageDataSection(Section):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from . import build
 from .build import SHAPE_PRIOR, Segmenter
@@ -18,6 +20,9 @@ from .methods.shape_prior import ShapePrior
 from .networks.pixel_classifier import PixelClassifiers
 from .sections import InferenceSection
 from .tasks.image import ImageDiffusion
+from .volumes.io import is_image
+from .volumes.preprocessing import Placement, Preprocessing
+from .volumes.volume import Volume
 
 GENERATOR = "generator."
 """Prefix of the generator's weights in a model of pixel classifiers; its card is the entry "generator"."""
@@ -60,14 +65,36 @@ def restore_pixel_segmentation(saved: SavedModel) -> tuple[PixelSegmentation, Pi
         classifiers.load_state_dict(own)
     except (KeyError, UsageError, RuntimeError) as error:
         raise _unusable(saved, error, "train-pixel-classifier") from error
-    model = PixelSegmentation(activations, classifiers, generator.config.data.shape)
+    data = generator.config.data
+    model = PixelSegmentation(activations, classifiers, data.shape, data.channels)
     return model.requires_grad_(False).eval(), config, generator
 
 
 def pixel_activations(generator: Generator, config: PixelClassifierConfig, blocks: list[str]) -> Activations:
-    """The activations of a generator that pixel classifiers of this configuration see."""
-    task = cast(ImageDiffusion, generator.task)
-    return Activations(task, generator.codec, generator.shape, config.features.times, blocks)
+    """The activations of a generator that pixel classifiers of this configuration see.
+
+    Raises:
+        UsageError: a block or a time that the generator does not have.
+        ModelError: a generator of another kind.
+    """
+    task, precision = cast(ImageDiffusion, generator.task), generator.config.training.precision
+    return Activations(task, generator.codec, generator.shape, config.features.times, blocks, precision=precision)
+
+
+@dataclass(frozen=True)
+class GeneratorPreprocessing(Preprocessing):
+    """What a generator was trained on: scans as configured; of image files the levels 0 to 255, as [-1, 1]."""
+
+    def apply(self, volume: Volume) -> tuple[Tensor, Placement]:
+        if not is_image(volume.source or ""):
+            return super().apply(volume)
+        _, placement = Preprocessing("LAS").apply(volume)  # `volumes.fitting` turns these axes to the picture's
+        return placement.forward(volume.data / 127.5 - 1), placement
+
+
+def pixel_preprocessing(generator: Generator) -> Preprocessing:
+    """What is done to images before pixel classifiers of the generator see them."""
+    return GeneratorPreprocessing(**vars(build.preprocessing(generator.config.preprocessing)))
 
 
 def pixel_inference(generator: Generator, config: PixelClassifierConfig) -> InferenceSection:

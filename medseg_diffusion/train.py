@@ -79,6 +79,7 @@ def train_segmenter(
 ) -> Path:
     """Trains the segmenter of ``config`` on the folder ``data`` and returns the model directory.
 
+    Where the time ends before an autoencoder of masks is trained, its model directory is returned.
     Ctrl-C leaves a resume file and a loadable model behind.
 
     Args:
@@ -88,7 +89,8 @@ def train_segmenter(
         resume: continue an interrupted run with the configuration that it was started with.
         init: a trained model (folder or installed name) whose weights the run starts from instead of random ones; the
             model card names it.
-        max_steps: stop at this step; the learning rate follows config.training.max_steps.
+        max_steps: stop at this step; the learning rate follows config.training.max_steps. An autoencoder of masks that
+            comes first is not shortened.
         time_limit_min: stop after so many minutes of this call.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: of weights, order, augmentation, times and noise.
@@ -96,27 +98,31 @@ def train_segmenter(
         on_prepare: called after every prepared case with (done, total).
 
     Raises:
-        UsageError: the run exists and ``resume`` is off, or was started with another configuration.
+        UsageError: the run exists and ``resume`` is off, or it was started with another configuration or never.
         InputError: unusable data or resume file.
         ModelError: ``init`` is missing or another network.
     """
-    start_run(run, {**config.model_dump(mode="json"), "seed": seed}, resume)
+    runtime = Runtime(device, config.training.precision)
     source = _brain_labelmaps if config.data.source == "brain-labelmaps" else _scans
-    found = source(config, data, run, seed, on_prepare)
-    write_json(run / "split.json", asdict(found.split))
+    if runtime.is_main:
+        start_run(run, {**config.model_dump(mode="json"), "seed": seed}, resume)
+        found = source(config, data, run, seed, on_prepare)
+        write_json(run / "split.json", asdict(found.split))
+    runtime.wait()
+    if not runtime.is_main:  # all is in the cache by now
+        found = source(config, data, run, seed, lambda done, total: None)
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build.segmenter(config, len(found.labels))
     origin = None if init is None else _load_weights(model, init)
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
-        first = Runtime(device, config.training.precision)
+        first = run / "autoencoder"
         ceiling = _train_mask_autoencoder(
-            model.autoencoder, config, found, run / "autoencoder", first, seed, resume, max_steps, deadline, on_progress
+            model.autoencoder, config, found, first, runtime, seed, resume, deadline, on_progress
         )
-        # The second stage of an interrupted run may not have begun.
-        resume = resume and (run / "checkpoints" / "last.pt").is_file()
-    runtime = Runtime(device, config.training.precision)
+        if runtime.any(_minutes_left(deadline) == 0):  # it may be unfinished: nothing may be built on it
+            return first / "model"
     arranged(model.network, config.training.channels_last, config.training.compile)
     target = run / "model"
 
@@ -157,7 +163,6 @@ def _train_mask_autoencoder(
     runtime: Runtime,
     seed: int,
     resume: bool,
-    max_steps: int | None,
     deadline: float | None,
     on_progress: Callable[[Progress], None],
 ) -> dict[str, float]:
@@ -210,7 +215,6 @@ def _train_mask_autoencoder(
         runtime,
         seed=seed,
         resume=resume and (run / "checkpoints" / "last.pt").is_file(),
-        max_steps=max_steps,
         time_limit_min=_minutes_left(deadline),
     )
     saved = load_model_files(run / "model")
@@ -235,11 +239,11 @@ def calibrate(target: Path, config: SegmenterConfig, data: TrainingData, runtime
     """
     saved = load_model_files(target)
     model, _ = restore_segmenter(saved)
-    model.to(runtime.device)
+    arranged(model.to(runtime.device).network, config.training.channels_last, compiled=False)
     sampler = build.sampler(config.inference.sampler)
     times = spaced(build.noise_schedule(config.diffusion.schedule), config.inference.steps)
     windows = Windows(config.inference.window, config.inference.overlap)
-    fit = TemperatureFit(config.inference.sampler, config.inference.steps)
+    fit = TemperatureFit(config.inference.sampler, len(times) - 1)
     for case in data.validation:
         seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(_members(config))]
         with runtime.accelerator.autocast(), torch.no_grad():
@@ -295,10 +299,21 @@ def _scans(
     labels = dict(enumerate(["background", *config.data.labels])) if config.data.labels else folder.labels
     if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
+    if folder.labels and not config.data.merge_labels and set(folder.labels) != set(labels):
+        raise UsageError(
+            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels of the "
+            f"configuration 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
+        )
     split = split_by_hash(folder.cases, config.data.test_cases, config.data.validation_cases)
     used = [case for case in folder.cases if case.name not in split.test]
     prepared = prepare(
-        used, build.preprocessing(config.preprocessing), config.data.channels, len(labels), run / "cache", on_prepare
+        used,
+        build.preprocessing(config.preprocessing),
+        config.data.channels,
+        len(labels),
+        run / "cache",
+        on_prepare,
+        config.data.merge_labels,
     )
     augmenter = Augmenter(build.augmentation(config), config.network.dims)
     training = [case for case in prepared if case.name in split.train]
@@ -373,7 +388,7 @@ def _card(
         "labels": {str(value): name for value, name in data.labels.items()},
         "channels": list(data.channels),
         "config": config.model_dump(mode="json"),
-        "training": {"seed": seed, "step": step, "data": data.summary},
+        "training": {"seed": seed, "step": step, "data": data.summary, "held_out": data.split.held_out()},
         "metrics": {"validation": dict(numbers)},
         "licence": "see the training data",
         "versions": versions(),

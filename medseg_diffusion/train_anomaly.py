@@ -9,42 +9,55 @@ RUN/model/          the anomaly model: generator, detectors' statistics, thresho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import build
-from .anomaly import CLASSIFIER, GENERATOR, make_detector, on_grid, restore_anomaly, scored
-from .checkpoint import home, load_model_files, save_model
-from .config import AnomalyConfig
+from .anomaly import (
+    CLASSIFIER,
+    GENERATOR,
+    OnGrid,
+    make_detector,
+    on_grid,
+    postprocessing,
+    restore_anomaly,
+    scored,
+)
+from .checkpoint import SavedModel, home, load_model_files, save_model
+from .config import AnomalyConfig, GeneratorConfig, NoisyClassifierConfig, parse_config
 from .data.healthy import (
     HealthyScan,
     HealthySource,
     find_healthy,
     healthy_slices,
     healthy_source,
+    left_out,
     lesion_map,
     packed_healthy,
     refuse_lesions,
 )
+from .data.image_cache import PackedImages
 from .diffusion.noise import derive_seed
 from .errors import InputError, UsageError
 from .generator import Generator, restore_classifier, restore_generator
-from .methods.healthy_scores import HealthyScores, fit_scores, scan_score
+from .methods.healthy_scores import HealthyScores, fit_scores, kept_values, scan_score
 from .methods.latent_healing import HealthyLatents, LatentHealing
 from .reports.card import anomaly_card
 from .train_generator import train_generator
 from .training.run import start_run, versions, write_json
-from .training.runtime import choose_device, tune
+from .training.runtime import autocast, choose_device, keep_freed_memory, tune
 from .training.trainer import Progress
 from .volumes.io import read_volume
-from .volumes.preprocessing import Placement
-from .volumes.volume import Volume
+
+MOST_IMAGES = 2000
+"""Healthy slices whose KL maps are kept for the statistics of latents: some hundred megabytes."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +101,24 @@ def train_anomaly(
         on_prepare: called with (what is prepared, done, total).
 
     Raises:
-        UsageError: the run exists and ``resume`` is off, ``unhealthy`` is missing or not needed.
-        InputError: unusable scans, or lesions in healthy ones.
+        UsageError: the run exists and ``resume`` is off, ``unhealthy`` is not needed, or the time was too short.
+        InputError: unusable scans, lesions in healthy ones, or ``unhealthy`` is missing.
     """
     if config.needs_unhealthy and unhealthy is None:
-        raise UsageError(f"{' and '.join(config.detectors)}: needs --unhealthy, a folder of scans with lesions")
+        raise InputError(
+            healthy,
+            "healthy scans alone",
+            f"scans with lesions too, for {' and '.join(config.detectors)}",
+            "name a folder of them with --unhealthy",
+        )
     if unhealthy is not None and not config.needs_unhealthy:
         raise UsageError("--unhealthy: this configuration learns from healthy scans alone; leave it out")
     if exclude_labelled is not None and exclude_labelled < 1:
         raise UsageError("--exclude-labelled: at least 1, which leaves out the labelled slices alone")
+    if (run / "config.yaml").is_file() and not resume:
+        raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
     section = config.generator.data
     source = healthy_source(healthy, exclude_labelled, unhealthy, (section.test_images, section.validation_images))
-    resolved = {**config.model_dump(mode="json"), "exclude_labelled": exclude_labelled, "seed": seed}
-    start_run(run, resolved, resume)
-    write_json(run / "split.json", source.sides)
-    deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
     images = packed_healthy(
         source,
         home() / "images",
@@ -115,31 +131,42 @@ def train_anomaly(
         raise InputError(
             healthy, "no healthy slice on the validation side", "some", "raise generator.data.validation_images"
         )
+    # Only now: what is refused above can be corrected and started again in the same folder.
+    start_run(run, {**config.model_dump(mode="json"), "exclude_labelled": exclude_labelled, "seed": seed}, resume)
+    write_json(run / "split.json", source.sides)
+    deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
 
-    def trained(part: Any, folder: Path) -> Path:
-        return train_generator(
+    def trained(part: GeneratorConfig | NoisyClassifierConfig, folder: Path, task: str) -> SavedModel:
+        left = None if deadline is None else (deadline - time.monotonic()) / 60
+        if left is not None and left <= 0:
+            raise UsageError(f"--time-limit: ended before the {folder.name}; go on with --resume")
+        model = train_generator(
             part,
             images,
             folder,
             resume=resume and folder.is_dir(),
             max_steps=max_steps,
-            time_limit_min=None if deadline is None else max(0.0, (deadline - time.monotonic()) / 60),
+            time_limit_min=left,
             device=device,
             seed=seed,
             on_progress=on_progress,
             on_prepare=on_prepare,
         )
+        saved = load_model_files(model)
+        if saved.card["task"] != task:
+            raise UsageError(f"--time-limit: went into the autoencoder of {folder}; go on with --resume")
+        return saved
 
-    parts = {GENERATOR: load_model_files(trained(config.generator, run / "generator"))}
+    parts = {GENERATOR: trained(config.generator, run / "generator", "image")}
     if config.classifier is not None:
-        parts[CLASSIFIER] = load_model_files(trained(config.classifier, run / "classifier"))
+        parts[CLASSIFIER] = trained(config.classifier, run / "classifier", "image-classifier")
     chosen = choose_device(device)
     tune(chosen)
     generator = restore_generator(parts[GENERATOR], chosen)
     classifier = restore_classifier(parts[CLASSIFIER], chosen)[0] if CLASSIFIER in parts else None
     held_out = [scan for scan in source.scans if source.sides[scan.patient] == "validation"]
     latents, calibration = _calibrate(config, generator, classifier, held_out, exclude_labelled, chosen, on_prepare)
-    card = _card(config, source, calibration, seed, exclude_labelled)
+    card = _card(config, source, images, calibration, seed)
     weights: dict[str, Tensor] = {}
     for prefix, saved in parts.items():
         card[prefix.rstrip(".")] = saved.card
@@ -161,51 +188,47 @@ def _calibrate(
     latents = None
     if "latent-healing" in config.detectors:
         latents = _healthy_latents(config, generator, scans, exclude_labelled, device, on_prepare)
-    calibration = {}
-    for method in config.detectors:
-        detector = make_detector(config, generator, classifier, method, latents)
-        found: dict[str, list[np.ndarray]] = {}
-        scan_scores = []
-        for done, scan in enumerate(scans, 1):
-            volume = read_volume(scan.image)
-            healthy = _healthy_part(scan, volume, exclude_labelled, config)
-            if healthy is not None:
-                result = scored(detector, config, volume, derive_seed(0, scan.name), device)
-                inside = result.score[result.foreground & healthy].numpy()
+    detectors = {method: make_detector(config, generator, classifier, method, latents) for method in config.detectors}
+    values: dict[str, dict[str, list[NDArray[np.float32]]]] = {method: {} for method in detectors}
+    scan_scores: dict[str, list[float]] = {method: [] for method in detectors}
+    for done, (scan, grid, healthy) in enumerate(_healthy_grids(config, scans, exclude_labelled), 1):
+        if healthy is not None:
+            where = _healthy_voxels(grid, healthy)
+            for method, detector in detectors.items():
+                result = scored(detector, config, grid, derive_seed(0, scan.name), device, only=healthy)
+                inside = result.score[where].numpy()
                 if inside.size:
-                    found.setdefault(scan.patient, []).append(inside)
-                    scan_scores.append(scan_score(inside))
-            on_prepare(f"calibration of {method}", done, len(scans))
-        if not found:
-            raise InputError(
-                scans[0].image.parent if scans else None,
-                "no healthy slice in the held-out scans",
-                "at least one to calibrate on",
-                "lower --exclude-labelled, or hold more scans out (generator.data.validation_images)",
-            )
-        calibration[method] = fit_scores(
-            [np.concatenate(parts) for parts in found.values()], scan_scores, config.quantile
-        )
-    return latents, calibration
+                    values[method].setdefault(scan.patient, []).append(kept_values(inside))
+                    scan_scores[method].append(scan_score(inside))
+        on_prepare("calibration", done, len(scans))
+    if not any(scan_scores.values()):
+        raise _nothing_healthy(scans)
+    return latents, {
+        method: fit_scores([np.concatenate(own) for own in found.values()], scan_scores[method], config.quantile)
+        for method, found in values.items()
+    }
 
 
-def _healthy_part(
-    scan: HealthyScan, volume: Volume, exclude_labelled: int | None, config: AnomalyConfig
-) -> Tensor | None:
-    """Where a scan is healthy on its own grid, bool (I, J, K); None where nothing of it is."""
-    image, placement = build.preprocessing(config.generator.preprocessing).apply(volume)
-    keep = _healthy_slices(scan, placement, exclude_labelled, len(config.generator.data.shape))
-    if not keep.any():
-        return None
-    return placement.restore(keep.float().expand(1, *image.shape[1:]).contiguous())[0] > 0.5
+def _healthy_grids(
+    config: AnomalyConfig, scans: Sequence[HealthyScan], exclude_labelled: int | None
+) -> Iterator[tuple[HealthyScan, OnGrid, Tensor | None]]:
+    """Every scan on the generator's grid, and which of its images (N,) are healthy; None where none is."""
+    dims = len(config.generator.data.shape)
+    for scan in scans:
+        grid = on_grid(config, read_volume(scan.image))
+        lesions = lesion_map(scan, grid.placement)
+        if dims == 3:  # of a volume with any lesion nothing
+            healthy = torch.tensor([lesions is None or not bool(lesions.any())])
+        else:
+            healthy = healthy_slices(lesions, grid.placement.shape[2], exclude_labelled)
+        healthy &= grid.inside.flatten(1).any(1)
+        yield scan, grid, healthy if bool(healthy.any()) else None
 
 
-def _healthy_slices(scan: HealthyScan, placement: Placement, exclude_labelled: int | None, dims: int) -> Tensor:
-    """Bool (K,) on the model's grid; of a volume with any lesion none."""
-    lesions = lesion_map(scan, placement)
-    if dims == 3 and lesions is not None and bool(lesions.any()):
-        return torch.zeros(placement.shape[2], dtype=torch.bool)
-    return healthy_slices(lesions, placement.shape[2], exclude_labelled)
+def _healthy_voxels(grid: OnGrid, healthy: Tensor) -> Tensor:
+    """Foreground voxels of the healthy images, bool (I, J, K) on the scan's own grid."""
+    slices = healthy.float().expand(1, *grid.placement.shape).contiguous()
+    return grid.native & (grid.placement.restore(slices)[0] > 0.5)
 
 
 def _healthy_latents(
@@ -216,29 +239,33 @@ def _healthy_latents(
     device: torch.device,
     on_prepare: Callable[[str, int, int], None],
 ) -> HealthyLatents:
-    """The statistics of KL maps of held-out healthy slices or volumes."""
+    """The statistics of KL maps of held-out healthy slices or volumes, at most `MOST_IMAGES`, as many of each scan."""
     detector = make_detector(config, generator, None, "latent-healing", None)
     assert isinstance(detector, LatentHealing)
-    dims = len(config.generator.data.shape)
+    most = max(1, MOST_IMAGES // max(1, len(scans)))
     maps, inside = [], []
-    for done, scan in enumerate(scans, 1):
-        grid = on_grid(config, read_volume(scan.image))
-        keep = _healthy_slices(scan, grid.placement, exclude_labelled, dims)
-        keep = keep[:1] if dims == 3 else keep
-        keep &= grid.inside.flatten(1).any(1)
-        for k in keep.nonzero().flatten().split(16):
+    for done, (scan, grid, healthy) in enumerate(_healthy_grids(config, scans, exclude_labelled), 1):
+        chosen = torch.zeros(0, dtype=torch.int64) if healthy is None else healthy.nonzero().flatten()
+        if len(chosen) > most:
+            chosen = chosen[torch.linspace(0, len(chosen) - 1, most).round().long()]
+        for k in chosen.split(16) if len(chosen) else ():
             seeds = [derive_seed(0, scan.name, "slice", i) for i in k.tolist()]
-            maps.append(detector.divergence(grid.images[k].to(device), seeds).float().cpu())
+            with autocast(device, config.generator.training.precision):
+                maps.append(detector.divergence(grid.images[k].to(device), seeds).float().cpu())
             inside.append(grid.inside[k])
         on_prepare("divergence of healthy scans", done, len(scans))
     if not maps:
-        raise InputError(
-            scans[0].image.parent if scans else None,
-            "no healthy slice in the held-out scans",
-            "at least one to calibrate on",
-            "lower --exclude-labelled, or hold more scans out (generator.data.validation_images)",
-        )
+        raise _nothing_healthy(scans)
     return detector.fit(torch.cat(maps), torch.cat(inside))
+
+
+def _nothing_healthy(scans: Sequence[HealthyScan]) -> InputError:
+    return InputError(
+        scans[0].image.parent if scans else None,
+        "no healthy slice in the held-out scans",
+        "at least one to calibrate on",
+        "lower --exclude-labelled, or hold more scans out (generator.data.validation_images)",
+    )
 
 
 def _tables(latents: HealthyLatents | None, calibration: dict[str, HealthyScores]) -> dict[str, Tensor]:
@@ -268,11 +295,12 @@ def _numbers(calibration: dict[str, HealthyScores]) -> dict[str, dict[str, float
 def _card(
     config: AnomalyConfig,
     source: HealthySource,
+    images: PackedImages,
     calibration: dict[str, HealthyScores],
     seed: int,
-    exclude_labelled: int | None,
 ) -> dict[str, Any]:
-    sides = list(source.sides.values())
+    sides, missing = list(source.sides.values()), left_out(images)
+    what = "slices" if len(config.generator.data.shape) == 2 else "volumes"
     return {
         "task": "anomaly",
         "method": config.detectors[0],
@@ -286,7 +314,9 @@ def _card(
             "seed": seed,
             "data": {
                 **{f"{side} patients": sides.count(side) for side in ("train", "validation", "test")},
-                "exclude_labelled": exclude_labelled,
+                "exclude_labelled": source.exclude_labelled,
+                **{f"{what} for {side}": len(images.part(side)) for side in ("train", "validation")},
+                **{f"{what} left out of {side}": missing[side] for side in ("train", "validation")},
                 "unhealthy scans": len(source.unhealthy),
             },
         },
@@ -303,39 +333,53 @@ def calibrate_anomaly(
     *,
     exclude_labelled: int | None = None,
     quantile: float | None = None,
+    latent_quantile: float | None = None,
+    after: Mapping[str, float] | None = None,
     device: str = "auto",
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> TrainedAnomaly:
     """Fits the thresholds of a trained model to other healthy scans, such as those of another scanner.
 
-    The networks stay as they are; of latent healing the divergences of healthy latents are fitted again too.
+    The networks stay as they are; of latent healing the divergences of healthy latents are fitted again too. What is
+    given of the quantiles and of the post-processing becomes the new model's default.
 
     Args:
         model: folder or installed name.
         healthy: a folder of scans that the model was not trained on, all of which are used.
         output: the new model directory.
         exclude_labelled: see `train_anomaly`.
-        quantile: nominal share of healthy voxels below the threshold; None keeps the model's.
+        quantile: nominal share of healthy voxels below the threshold; None keeps the model's, as for the following.
+        latent_quantile: of latent healing, the share of healthy latent positions that stay as they are.
+        after: of the post-processing, by the names of `medseg_diffusion.sections.PostprocessingSection`.
         device: auto, cpu, cuda, cuda:N or mps.
         on_prepare: called with (what is done, done, total).
 
     Raises:
         ModelError: no usable model.
         InputError: unusable scans, or lesions in healthy ones.
-        UsageError: an output that exists.
+        UsageError: an output that exists, or values out of range.
     """
     if output.exists():
         raise UsageError(f"{output}: exists; choose a new folder")
     saved = load_model_files(model)
     chosen = choose_device(device)
     tune(chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     config, generator, classifier = restore_anomaly(saved, chosen)
-    config = config.model_copy(update={"quantile": quantile or config.quantile})
+    content = config.model_dump(mode="json")
+    content["postprocessing"] = postprocessing(config, after or {}).model_dump(mode="json")
+    if quantile is not None:
+        content["quantile"] = quantile
+    if latent_quantile is not None:
+        content["latent_healing"]["quantile"] = latent_quantile
+    config = cast(AnomalyConfig, parse_config(content, str(saved.path)))
     scans = find_healthy(healthy)
     refuse_lesions(scans, exclude_labelled, build.preprocessing(config.generator.preprocessing))
     latents, calibration = _calibrate(config, generator, classifier, scans, exclude_labelled, chosen, on_prepare)
     weights = {k: v for k, v in saved.weights.items() if not k.startswith(("latents.", "scores."))}
     card = {**saved.card, "config": config.model_dump(mode="json"), "calibration": _numbers(calibration)}
-    card["training"] = {**card["training"], "calibrated_on": f"{len(scans)} scans of {healthy.name}"}
+    left = {} if exclude_labelled is None else {"without slices closer to a labelled one than": exclude_labelled}
+    card["calibrated_on"] = {"scans": len(scans), **left}
     save_model(output, card, weights | _tables(latents, calibration), anomaly_card(card))
     return TrainedAnomaly(output, calibration)

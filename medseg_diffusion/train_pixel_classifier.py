@@ -9,8 +9,9 @@ RUN/test/           masks of the held-out cases, with report.html, summary.json 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from . import build
 from .checkpoint import SavedModel, load_model_files, save_model
 from .config import PixelClassifierConfig
 from .data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
@@ -28,14 +28,15 @@ from .errors import InputError, UsageError
 from .evaluation import Evaluation, evaluate
 from .generator import Generator, restore_generator
 from .methods.activations import Activations
-from .methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers, labelled_pixels
+from .methods.label_efficient import FEWEST_PIXELS, ClassifierOptions, choose_blocks, fit_classifiers, labelled_pixels
 from .pipeline import SegmentationModel
 from .reports.card import pixel_classifier_card
-from .segmenter import GENERATOR, pixel_activations, pixel_inference
+from .sections import DataSection
+from .segmenter import GENERATOR, pixel_activations, pixel_inference, pixel_preprocessing
 from .training.run import start_run, versions, write_json
 from .training.runtime import choose_device, keep_freed_memory, tune
 from .volumes.fitting import fitted, fitted_labels
-from .volumes.io import read_volume, write_labels
+from .volumes.io import read_map, read_volume, write_labels
 
 Unit = Literal["case", "slice"]
 Select = Literal["hash", "diverse"]
@@ -62,9 +63,13 @@ class LabelledUnit:
 
 @dataclass(frozen=True, eq=False)
 class LabelledData:
-    """The chosen units of a folder, its classes by value, its cases and their sides."""
+    """The chosen units of a folder, the names of its scans' channels, its classes by value, its cases and their sides.
+
+    Units have as many channels as the generator: a single one is repeated.
+    """
 
     units: list[LabelledUnit]
+    channels: tuple[str, ...]
     labels: dict[int, str]
     folder: CaseFolder
     split: Split
@@ -102,53 +107,67 @@ def train_pixel_classifier(
         on_progress: called with (what is done, done, total).
 
     Raises:
-        UsageError: options that do not fit, an empty class, or a generator without activations.
-        InputError: unusable data, or more labelled images asked for than there are.
-        ModelError: no usable generator.
+        UsageError: options that do not fit, or a run folder that is not empty.
+        InputError: unusable data, an empty class, or more labelled images asked for than there are. What is wrong with
+            a held-out case leaves the model in place.
+        ModelError: no usable generator, or one without activations.
     """
     chosen_device = choose_device(device)
     tune(chosen_device)
     keep_freed_memory()
     saved = load_model_files(generator)
     restored = restore_generator(saved, chosen_device)
-    dims = len(restored.config.data.shape)
-    if unit == "slice" and dims == 3:
+    if unit == "slice" and len(restored.config.data.shape) == 3:
         raise UsageError("--unit slice: the generator makes volumes, so cases are labelled")
-    new = not run.exists()
+    blocks = config.features.blocks
+    # An unfit generator is refused before any data is read.
+    activations = pixel_activations(restored, config, [] if blocks == "auto" else [f"decoder.{i}" for i in blocks])
+    if run.exists() and any(run.iterdir()):
+        raise UsageError(f"{run}: is not empty; choose another folder")
     start_run(run, {**config.model_dump(mode="json"), "seed": seed, "generator_sha256": saved.sha256}, resume=False)
     try:
-        return _trained(config, restored, saved, data, labelled, run, unit, select, test, seed, on_progress)
-    except (InputError, UsageError):
-        if new:  # so that the corrected command can be given again
-            shutil.rmtree(run)
+        found, blocks_used = _trained(
+            config, restored, activations, saved, data, labelled, run, unit, select, seed, on_progress
+        )
+    except BaseException:  # so that the command can be given again
+        shutil.rmtree(run)
         raise
+    scores = None
+    if test and found.split.test:
+        held_out = [case for case in found.folder.cases if case.name in found.split.test]
+        scores = _scored(run, held_out, found.labels, str(chosen_device), seed, on_progress)
+        model = load_model_files(run / "model")
+        dice = {f"dice {found.labels[k].replace('_', ' ')}": v.mean for k, v in scores.dice.items()}
+        # The mean over no case is NaN.
+        card = {**model.card, "metrics": {"test": {name: mean for name, mean in dice.items() if mean == mean}}}
+        save_model(run / "model", card, model.weights, pixel_classifier_card(card))
+    return TrainedPixelClassifier(run / "model", tuple(one.name for one in found.units), blocks_used, scores)
 
 
 def _trained(
     config: PixelClassifierConfig,
     restored: Generator,
+    activations: Activations,
     saved: SavedModel,
     data: Path,
     labelled: int,
     run: Path,
     unit: Unit,
     select: Select,
-    test: bool,
     seed: int,
     on_progress: Callable[[str, int, int], None],
-) -> TrainedPixelClassifier:
+) -> tuple[LabelledData, tuple[str, ...]]:
+    """Trains and writes RUN/model; returns what was labelled, and the blocks."""
     found = labelled_units(config, restored, data, labelled, run / "cache", unit, select, seed, on_progress)
-    units, labels, split, folder = found.units, found.labels, found.split, found.folder
-    images = [image for one in units for image in one.images]
-    masks = [mask.long() for one in units for mask in one.labels]
-    every = pixel_activations(restored, config, [])
-    blocks = _blocks(config, every, images, masks, len(labels), seed)
-    activations = every.with_blocks(blocks)
+    images, masks = [one.images for one in found.units], [one.labels for one in found.units]
+    classes = list(found.labels.values())
+    if config.features.blocks == "auto":
+        activations = activations.with_blocks(choose_blocks(activations, images, masks, classes, seed))
     pixels = labelled_pixels(
         activations,
         images,
         masks,
-        len(labels),
+        classes,
         config.data.pixels_per_class,
         seed,
         run / "cache" / "features.npy",
@@ -161,25 +180,19 @@ def _trained(
         restored.device,
         lambda done, total: on_progress("classifiers", done, total),
     )
-    chosen = tuple(one.name for one in units)
+    chosen = [one.name for one in found.units]
     write_json(run / "labelled.json", {"unit": unit, "select": select, "seed": seed, "labelled": chosen})
     summary = {
         "labelled": f"{labelled} {unit}{'s' if labelled > 1 else ''}, chosen by {select}",
         "cases": ", ".join(chosen),
         "pixels": len(pixels.labels),
     }
-    card = _card(config, restored, saved, labels, folder.channels, blocks, seed, summary)
+    card = _card(config, restored, saved, found, activations.blocks, seed, summary)
     weights = {**classifiers.state_dict(), **{GENERATOR + name: value for name, value in saved.weights.items()}}
     del pixels
     shutil.rmtree(run / "cache", ignore_errors=True)
     save_model(run / "model", card, weights, pixel_classifier_card(card))
-    scores = None
-    if test and split.test:
-        held_out = [case for case in folder.cases if case.name in split.test]
-        scores = _scored(run, held_out, labels, str(restored.device), seed, on_progress)
-        card["metrics"] = {"test": {f"dice {labels[k].replace('_', ' ')}": v.mean for k, v in scores.dice.items()}}
-        save_model(run / "model", card, weights, pixel_classifier_card(card))
-    return TrainedPixelClassifier(run / "model", chosen, blocks, scores)
+    return found, activations.blocks
 
 
 def labelled_units(
@@ -203,59 +216,120 @@ def labelled_units(
     if not names:
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; add --set data.labels=[...]")
     labels = dict(enumerate(["background", *names]))
-    split = split_by_hash(folder.cases, config.data.test_cases, config.data.validation_cases)
+    held_out = _held_out(config, generator)
+    split = split_by_hash(folder.cases, *held_out)
     pool = sorted((case for case in folder.cases if case.name in split.train), key=lambda c: derive_seed(seed, c.name))
     if unit == "case" and labelled > len(pool):
-        raise _too_few(data, labelled, len(pool), "cases", config)
+        raise _too_few(data, labelled, len(pool), "cases", held_out)
     # Without clustering, cases that are not chosen are not even read.
     read = pool if unit == "slice" or select == "diverse" else pool[:labelled]
+    grey = len(read_map(pool[0].image).data) == 1
+    channels = 1 if grey else generator.config.data.channels
     cases = prepare(
         read,
-        build.preprocessing(generator.config.preprocessing),
-        generator.config.data.channels,
+        pixel_preprocessing(generator),
+        channels,
         len(labels),
         cache,
         lambda done, total: on_progress("cases", done, total),
     )
-    units = _units(cases, generator.config.data.shape, unit, seed)
-    if labelled > len(units):
-        raise _too_few(data, labelled, len(units), f"{unit}s", config)
+    size = generator.config.data.shape
+
+    def candidates() -> Iterator[LabelledUnit]:
+        found = _candidates(cases, size, unit, len(labels), labelled == 1, seed)
+        shape = (generator.config.data.channels, *size)
+        return (replace(one, images=one.images.expand(-1, *shape)) for one in found)
+
     if select == "diverse":
         every = pixel_activations(generator, config, [])
-        units = _diverse(units, labelled, every.with_blocks(every.decoder_blocks()[:1]), seed)
-    return LabelledData(units[:labelled], labels, folder, split)
+        first = every.with_blocks(every.decoder_blocks()[:1])
+        order = _diverse([_pooled(one, first) for one in candidates()], labelled, seed)
+        chosen = {i: one for i, one in enumerate(candidates()) if i in order}
+        units = [chosen[i] for i in order]
+    else:
+        units = list(islice(candidates(), labelled))
+    if labelled > len(units):
+        what = f"slices that show {'every' if labelled == 1 else 'a'} class" if unit == "slice" else "cases"
+        raise _too_few(data, labelled, len(units), what, held_out)
+    known = folder.channels if len(folder.channels) == channels else tuple(f"channel {i}" for i in range(channels))
+    return LabelledData(units, known, labels, folder, split)
 
 
-def _units(cases: Sequence[PreparedCase], size: Sequence[int], unit: Unit, seed: int) -> list[LabelledUnit]:
-    """Every labelled image on the generator's grid, in the order of the cases, or of a hash for slices."""
-    units = []
-    for case in cases:
-        image, label = case.image.float().clamp(-1, 1), case.label
-        if len(size) == 3:
-            units.append(LabelledUnit(case.name, fitted(image[None], size), fitted_labels(label[None], size)))
-            continue
-        slices, masks = image.movedim(-1, 0), label.movedim(-1, 0)
-        if unit == "case":
-            units.append(LabelledUnit(case.name, fitted(slices, size), fitted_labels(masks, size)))
-            continue
-        for k in masks.flatten(1).any(1).nonzero().flatten().tolist():
-            one = slice(k, k + 1)
-            units.append(
-                LabelledUnit(f"{case.name}, slice {k}", fitted(slices[one], size), fitted_labels(masks[one], size))
+def _held_out(config: PixelClassifierConfig, generator: Generator) -> tuple[int, int]:
+    """Test and validation patients: as asked for, else as the generator held out.
+
+    Raises:
+        UsageError: more for testing than the generator has not seen.
+    """
+    section, known = config.data, generator.config.data
+    if "test_images" not in known.model_fields_set:  # imported: nobody says what it has seen
+        usual = DataSection.model_fields
+        test, validation = usual["test_cases"].default, usual["validation_cases"].default
+    else:
+        test, validation = known.test_images, known.validation_images
+        if section.test_cases is not None and section.test_cases > test:
+            raise UsageError(
+                f"data.test_cases={section.test_cases}: the generator was trained on all but {test} test images; "
+                "leave it out, or train the generator with more data.test_images"
             )
-    return units if unit == "case" else sorted(units, key=lambda one: derive_seed(seed, one.name))
+    return (
+        test if section.test_cases is None else section.test_cases,
+        validation if section.validation_cases is None else section.validation_cases,
+    )
+
+
+def _candidates(
+    cases: Sequence[PreparedCase], size: Sequence[int], unit: Unit, num_classes: int, every_class: bool, seed: int
+) -> Iterator[LabelledUnit]:
+    """What may be labelled, on the generator's grid, one after another: cases in their order, slices in one of a hash.
+
+    Of slices only those with `FEWEST_PIXELS` of a class above background, or of ``every_class``.
+
+    Raises:
+        InputError: a volume that is larger than those of the generator.
+    """
+    if unit == "case":
+        for case in cases:
+            image, label = case.image.float().clamp(-1, 1), case.label
+            if len(size) == 2:
+                images, masks = image.movedim(-1, 0), label.movedim(-1, 0)
+            elif all(n <= m for n, m in zip(label.shape, size, strict=True)):
+                images, masks = image[None], label[None]
+            else:
+                raise InputError(
+                    case.name,
+                    f"{' x '.join(map(str, label.shape))} voxels on the generator's grid",
+                    f"at most {' x '.join(map(str, size))}",
+                    "cut the scans to the region that the generator was trained on, or use a generator of slices",
+                )
+            yield LabelledUnit(case.name, fitted(images, size), fitted_labels(masks, size))
+        return
+    places = [
+        (f"{case.name}, slice {k}", case, slice(k, k + 1))
+        for case in cases
+        for k in case.label.flatten(0, 1).any(0).nonzero().flatten().tolist()
+    ]
+    for name, case, part in sorted(places, key=lambda place: derive_seed(seed, place[0])):
+        masks = fitted_labels(case.label[..., part].movedim(-1, 0), size)
+        enough = torch.bincount(masks.flatten(), minlength=num_classes) >= FEWEST_PIXELS
+        if enough.all() if every_class else enough[1:].any():
+            yield LabelledUnit(name, fitted(case.image[..., part].float().clamp(-1, 1).movedim(-1, 0), size), masks)
 
 
 @torch.no_grad()
-def _diverse(units: list[LabelledUnit], count: int, activations: Activations, seed: int) -> list[LabelledUnit]:
-    """The unit nearest to each of ``count`` cluster centres of mean activations; further ones by their order."""
+def _pooled(unit: LabelledUnit, activations: Activations) -> Tensor:
+    """The means (F,) of the activations of a unit's images."""
     device = activations.noise.device
-    rows = []
-    for one in units:
-        parts = [activations(image[None].to(device)) for image in one.images]
-        pooled = [torch.cat([block.float().flatten(2).mean(2)[0] for block in part]) for part in parts]
-        rows.append(torch.stack(pooled).mean(0).cpu())
-    features = torch.stack(rows).double()
+    parts = [activations(image[None].to(device)) for image in unit.images]
+    pooled = [torch.cat([block.float().flatten(2).mean(2)[0] for block in part]) for part in parts]
+    return torch.stack(pooled).mean(0).double().cpu()
+
+
+def _diverse(pooled: Sequence[Tensor], count: int, seed: int) -> list[int]:
+    """The unit nearest to each of ``count`` cluster centres of pooled activations, none twice; all where too few."""
+    if len(pooled) <= count:
+        return list(range(len(pooled)))
+    features = torch.stack(list(pooled))
     features = (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-9)
     centres, _ = kmeans2(features.numpy(), count, minit="++", seed=derive_seed(seed, "clusters") % 2**32)
     distance = torch.cdist(torch.from_numpy(centres), features)
@@ -264,20 +338,7 @@ def _diverse(units: list[LabelledUnit], count: int, activations: Activations, se
         free = row.clone()
         free[taken] = float("inf")
         taken.append(int(free.argmin()))
-    return [units[i] for i in taken]
-
-
-def _blocks(
-    config: PixelClassifierConfig,
-    every: Activations,
-    images: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    num_classes: int,
-    seed: int,
-) -> tuple[str, ...]:
-    if config.features.blocks != "auto":
-        return tuple(f"decoder.{i}" for i in config.features.blocks)
-    return choose_blocks(every, images, masks, num_classes, seed)
+    return taken
 
 
 def _scored(
@@ -294,7 +355,7 @@ def _scored(
     for target in (masks, references):
         target.mkdir(parents=True)
     for done, case in enumerate(cases, 1):
-        volume = read_volume(case.image, channels=None)
+        volume = read_volume(case.image, channels=model.channels)
         found = model.segment(volume, derive_seed(seed, case.name))
         name = case.name.replace("/", "__")
         write_labels(found.labels, volume, masks / f"{name}_seg.nii.gz")
@@ -308,14 +369,12 @@ def _scored(
         shutil.rmtree(references)
 
 
-def _too_few(data: Path, wanted: int, there: int, what: str, config: PixelClassifierConfig) -> InputError:
-    section = config.data
+def _too_few(data: Path, wanted: int, there: int, what: str, held_out: tuple[int, int]) -> InputError:
     return InputError(
         data,
         f"{there} labelled {what} to choose from",
         f"at least the {wanted} asked for",
-        f"lower --labelled, or data.test_cases ({section.test_cases}) and data.validation_cases "
-        f"({section.validation_cases})",
+        f"lower --labelled, or data.test_cases ({held_out[0]}) and data.validation_cases ({held_out[1]})",
     )
 
 
@@ -323,8 +382,7 @@ def _card(
     config: PixelClassifierConfig,
     generator: Generator,
     saved: SavedModel,
-    labels: dict[int, str],
-    channels: Sequence[str],
+    found: LabelledData,
     blocks: Sequence[str],
     seed: int,
     summary: dict[str, Any],
@@ -334,13 +392,18 @@ def _card(
         "task": "mask",
         "method": config.method,
         "dims": len(generator.config.data.shape),
-        "labels": {str(value): name for value, name in labels.items()},
-        "channels": list(channels),
+        "labels": {str(value): name for value, name in found.labels.items()},
+        "channels": list(found.channels),
         "config": config.model_dump(mode="json"),
         "blocks": list(blocks),
         "ensemble": inference.ensemble,
         "generator": saved.card,
-        "training": {"seed": seed, "generator_sha256": saved.sha256, "data": summary},
+        "training": {
+            "seed": seed,
+            "generator_sha256": saved.sha256,
+            "data": summary,
+            "held_out": found.split.held_out(),
+        },
         "metrics": {},
         "licence": "see the training data",
         "versions": versions(),

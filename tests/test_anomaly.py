@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from medseg_cli.main import app
+from PIL import Image
 from typer.testing import CliRunner
 
 from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, mask_of
@@ -20,6 +21,7 @@ from medseg_diffusion.data.healthy import find_healthy, healthy_slices, healthy_
 from medseg_diffusion.detect import AnomalyOptions, detect, parse_threshold
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.train_anomaly import calibrate_anomaly, train_anomaly
+from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
@@ -196,15 +198,55 @@ def test_healthy_and_unhealthy_slices_are_packed_with_their_class_and_side(scans
 def test_lesions_among_healthy_scans_are_refused_unless_told_what_to_do(scans, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"labels/s\d\.nii\.gz: found 90 labelled voxels; .* --exclude-labelled 1"):
         train_anomaly(small("pixel"), scans, tmp_path / "run", device="cpu")
+    # What was refused can be corrected and started in the same folder.
+    trained = train_anomaly(small("pixel"), scans, tmp_path / "run", exclude_labelled=1, max_steps=1, device="cpu")
+    data = load_model_files(trained.model).card["training"]["data"]
+    # Four of eight patients are trained on, two hold out; 3 of 12 slices have a lesion.
+    assert (data["slices for train"], data["slices left out of train"]) == (36, 12)
+    assert (data["slices for validation"], data["slices left out of validation"]) == (18, 6)
     found = find_healthy(scans / "images")  # without their labels these are scans like any others
     assert len(found) == 8 and found[0].label is None
 
 
 def test_detectors_that_need_unhealthy_scans_say_so(scans, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="classifier-guided and counterfactual: needs --unhealthy"):
+    with pytest.raises(InputError, match=r"scans with lesions too, for classifier-guided and .* --unhealthy"):
         train_anomaly(small("classes"), scans, tmp_path / "run", exclude_labelled=1, device="cpu")
     with pytest.raises(UsageError, match="learns from healthy scans alone"):
         train_anomaly(small("pixel"), scans, tmp_path / "run", exclude_labelled=1, unhealthy=scans, device="cpu")
+
+
+def test_a_scan_without_a_healthy_slice_is_left_out_of_the_calibration(scans, models, tmp_path: Path) -> None:
+    for i, lesion in enumerate((slice(0, 12), slice(4, 7))):
+        image, label = head(20 + i, lesion)
+        write(tmp_path / "more" / "images" / f"m{i}.nii.gz", image)
+        write(tmp_path / "more" / "labels" / f"m{i}.nii.gz", label)
+    found = calibrate_anomaly(models["latent"], tmp_path / "more", tmp_path / "new", exclude_labelled=1, device="cpu")
+    assert {len(one.scan_scores) for one in found.calibration.values()} == {1}
+
+
+def test_a_time_that_is_too_short_for_all_networks_says_so(scans, autoencoder, tmp_path: Path) -> None:
+    config = small("latent", autoencoder=autoencoder)
+    options: dict[str, Any] = {"exclude_labelled": 2, "device": "cpu"}
+    with pytest.raises(UsageError, match=r"went into the autoencoder of .*generator; go on with --resume"):
+        train_anomaly(config, scans, tmp_path / "run", time_limit_min=1e-5, **options)
+    assert train_anomaly(config, scans, tmp_path / "run", resume=True, **options).model.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("latent", {"latent_healing": {"steps": 600}}, "latent_healing: needs steps <= start <= 1000"),
+        ("latent", {"latent_healing": {"latest": 1001}}, "latent_healing: needs earliest <= latest <= 1000"),
+        ("pixel", {"partial_noise": {"start": 1500}}, "partial_noise: needs steps <= start <= 1000"),
+        ("patched", {"patched": {"time": 1001}}, "patched: needs time <= 1000"),
+        ("classes", {"counterfactual": {"start": 100, "steps": 100}}, "counterfactual: needs steps < start <= 1000"),
+        ("pixel", {"postprocessing": {"median": 4}}, "take an odd one"),
+    ],
+)
+def test_settings_that_no_detector_can_follow_are_refused_before_the_training(method, changes, message) -> None:
+    extra = {"autoencoder": "autoencoder-slices-small"} if method == "latent" else {}
+    with pytest.raises(UsageError, match=message):
+        small(method, **extra, **changes)
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_model(scans, models, tmp_path: Path) -> None:
@@ -318,9 +360,43 @@ def test_small_parts_and_filtered_maps(scans, models, tmp_path: Path) -> None:
         assert int(mask_of(found, 1.0, voxel, smallest).sum()) == count
     options = AnomalyOptions(str(models["pixel"]), median=3, output=tmp_path, device="cpu")
     (case,) = detect([scans / "images" / "s1.nii.gz"], options)
-    assert case.warnings == ("the model was calibrated with another median: healthy quantiles do not hold",)
+    assert case.warnings[0].startswith("the model was calibrated with another median: healthy quantiles do not hold")
+    found = calibrate_anomaly(
+        models["pixel"], scans, tmp_path / "new", exclude_labelled=2, after={"median": 3}, device="cpu"
+    )
+    model = AnomalyModel(found.model, device="cpu")
+    assert model.config.postprocessing.median == 3 and not model.notes
+    assert AnomalyModel(found.model, device="cpu", median=1).notes
+    with pytest.raises(UsageError, match="--median 4"):
+        AnomalyModel(models["pixel"], device="cpu", median=4)
     with pytest.raises(UsageError, match="--latent-quantile is for latent-healing"):
         AnomalyModel(models["pixel"], device="cpu", latent_quantile=0.9)
+
+
+@pytest.mark.parametrize("name", ["latent", "pixel"])
+def test_scores_count_where_the_scan_shows_something_whatever_the_model(name, scans, models) -> None:
+    volume = read_volume(scans / "images" / "s1.nii.gz")
+    found = AnomalyModel(models[name], device="cpu").score(volume)
+    assert torch.equal(found.foreground, scan_foreground(volume))
+    smaller = AnomalyModel(models[name], device="cpu", erosion=2).score(volume).foreground
+    assert 0 < int(smaller.sum()) < int(found.foreground.sum()) and not bool((smaller & ~found.foreground).any())
+
+
+@pytest.mark.parametrize(("name", "method"), [("pixel", "partial-noise"), ("classes", "counterfactual")])
+def test_evaluations_are_those_that_were_made(name, method, scans, models) -> None:
+    model = AnomalyModel(models[name], method, device="cpu")
+    found = model.score(read_volume(scans / "images" / "s1.nii.gz"))
+    assert found.evaluations == 12 * model.detector.evaluations  # twelve slices, all with foreground
+
+
+def test_divergences_hardly_depend_on_the_precision_of_the_networks(models) -> None:
+    detector = AnomalyModel(models["latent"], device="cpu").detector
+    images = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    exact = detector.divergence(images, range(4))  # type: ignore[attr-defined]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = detector.divergence(images, range(4))  # type: ignore[attr-defined]
+    assert half.dtype == torch.float32
+    assert float((half - exact).abs().mean() / exact.abs().mean()) < 0.02
 
 
 def test_the_latent_quantile_moves_what_is_healed_and_the_threshold_does_not(scans, models) -> None:
@@ -360,7 +436,17 @@ def test_what_is_written_can_be_evaluated_as_it_lies(scans, models, tmp_path: Pa
     result = CliRunner().invoke(app, [*command, "--scores", str(tmp_path / "found"), "--json"])
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "report" / "summary.json").read_text())
-    assert len(summary["metric_per_case"]) == 8 and "detection" in json.dumps(summary).lower()
+    assert len(summary["metric_per_case"]) == 8
+    assert "inside the foreground masks" in json.dumps(summary)
+
+
+def test_a_picture_is_no_scan(scans, models, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)).save(tmp_path / "p.png")
+    command = ["anomaly", str(tmp_path / "p.png"), "-m", str(models["pixel"]), "--device", "cpu"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 3 and "found a 2D picture; expected a volume" in result.stderr
+    with pytest.raises(InputError, match="a 2D picture"):
+        find_healthy(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from medseg_diffusion.benchmark_segmenter import benchmark_segmenter
 from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import SegmenterConfig
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.train import train_segmenter
 
@@ -36,21 +38,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def small(method: str) -> dict[str, Any]:
+    return {
+        "method": method,
+        "data": {"window": [8, 8, 8], "labels": ["block"], "test_cases": 2, "validation_cases": 3},
+        "network": {"channels": 8, "channel_mult": [1, 2]},
+        "diffusion": {"head": "logits", "scale": 0.5, "dice_ce_weight": 1.0},
+        "training": {"batch_size": 2, "max_steps": 4, "validate_every": 2, "precision": "fp32"},
+        "inference": {"steps": 2},
+    }
+
+
 @pytest.fixture(scope="module")
 def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     made = {}
     for method in ("ensemdiff", "baseline"):
-        config = SegmenterConfig.model_validate(
-            {
-                "method": method,
-                "data": {"window": [8, 8, 8], "labels": ["block"], "test_cases": 2, "validation_cases": 3},
-                "network": {"channels": 8, "channel_mult": [1, 2]},
-                "diffusion": {"head": "logits", "scale": 0.5, "dice_ce_weight": 1.0},
-                "training": {"batch_size": 2, "max_steps": 4, "validate_every": 2, "precision": "fp32"},
-                "inference": {"steps": 2},
-            }
-        )
+        config = SegmenterConfig.model_validate(small(method))
         made[method] = train_segmenter(config, data, folder / method, device="cpu").parent
     return made
 
@@ -82,14 +86,110 @@ def test_one_factor_changes_at_a_time(models, data, tmp_path: Path) -> None:
         ("sampler", "ddim", 2, 1), ("feed-forward", "", 1, 1),
     ]  # fmt: skip
     assert [row.evaluations for row in rows] == [1, 3, 2, 4, 2, 1]
-    assert seen == [(1, 3), (2, 3), (3, 3)] * 6
+    assert seen == [(1, 3), (2, 3), (3, 3)] * 6, "no setting comes twice here"
     for row in rows:
         assert row.cases == 3 and 0 <= row.mean_dice <= 1 and 0 <= row.ece <= 1 and row.seconds > 0
         assert row.iou["block"].mean <= row.dice["block"].mean
     written = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
     assert len(written) == 6 and written[1]["steps"] == "3"
+    by_case = list(csv.DictReader((tmp_path / "cases.csv").read_text().splitlines()))
+    assert len(by_case) == 6 * 3 and {row["class"] for row in by_case} == {"block"}
+    first = [float(row["dice"]) for row in by_case if row["steps"] == "1" and row["factor"] == "steps"]
+    assert np.mean(first) == pytest.approx(rows[0].dice["block"].mean)
+    case = by_case[0]["case"]
+    truth = np.asarray(nib.load(data / "labels" / f"{case}.nii.gz").dataobj)
+    assert float(by_case[0]["reference_ml"]) == pytest.approx(truth.sum() / 1000)
     assert json.loads((tmp_path / "benchmark.json").read_text())[5]["setting"]["factor"] == "feed-forward"
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp_path: Path) -> None:
+    seen: list[str] = []
+    rows = benchmark_segmenter(
+        [str(models["ensemdiff"])],
+        data,
+        tmp_path,
+        steps=[2],
+        ensembles=[1],
+        samplers=["dpm++"],
+        device="cpu",
+        on_progress=lambda what, done, total: seen.append(what),
+    )
+    assert [row.setting.factor for row in rows] == ["steps", "ensemble", "sampler"] and len(seen) == 3
+    assert len({row.mean_dice for row in rows}) == 1
+    arguments = ["benchmark-segmenter", str(models["ensemdiff"]), "--data", str(data), "-o", str(tmp_path), "-n", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--setting", "ddpm:4:2", "--device", "cpu", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["factor"], row["sampler"], row["evaluations"]) == ("setting", "ddpm", 8)
+    assert CliRunner().invoke(app, [*arguments, "--setting", "ddpm:4"]).exit_code == 2
+    seen.clear()
+    with pytest.raises(UsageError, match="sampler 'euler' is unknown"):
+        benchmark_segmenter(
+            [str(models["ensemdiff"])],
+            data,
+            tmp_path,
+            samplers=["euler"],
+            device="cpu",
+            on_progress=lambda what, done, total: seen.append(what),
+        )
+    assert not seen, "found before anything is measured"
+
+
+def test_both_calibration_errors_are_reported(models, data, tmp_path: Path) -> None:
+    """The temperature holds for the model's own sampler and steps; elsewhere the two are the same."""
+    own, other = benchmark_segmenter(
+        [str(models["ensemdiff"])],
+        data,
+        tmp_path,
+        settings=[("dpm++", 2, 1), ("dpm++", 3, 1)],
+        device="cpu",
+    )
+    assert own.ece != own.ece_uncalibrated and other.ece == other.ece_uncalibrated
+    temperatures = load_model_files(models["ensemdiff"]).card["calibration"]["temperatures"]
+    assert temperatures[0] != 1
+
+
+@pytest.mark.filterwarnings("ignore:.*distinct times remain")
+def test_a_calibration_is_found_again_where_times_coincide(data, tmp_path: Path) -> None:
+    """Of 7 steps asked for, 6 are left of this schedule."""
+    content = small("ensemdiff")
+    content["diffusion"]["schedule"] = {"name": "cosine", "num_steps": 25}
+    content["inference"]["steps"] = 7
+    run = train_segmenter(SegmenterConfig.model_validate(content), data, tmp_path / "run", device="cpu").parent
+    model = SegmentationModel(run, "cpu")
+    assert len(model.times) - 1 == 6
+    assert model.calibration is not None and model.calibration.steps == 6
+
+
+@pytest.mark.parametrize("kind", ["grid", "label"])
+def test_a_bad_case_is_named_before_anything_is_measured(kind, models, data, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "data")
+    split = json.loads((models["baseline"] / "split.json").read_text())
+    file = copy / "labels" / f"{split['test'][-1]}.nii.gz"
+    label = np.asarray(nib.load(file).dataobj)
+    changed = label[:-1] if kind == "grid" else label * 3
+    nib.save(nib.Nifti1Image(changed, np.eye(4)), file)
+    message = r"found a grid of \(8, 8, 8\)" if kind == "grid" else "found the values 0 and 3"
+    with pytest.raises(InputError, match=message):
+        benchmark_segmenter([str(models["baseline"])], copy, tmp_path / "out", side="test", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_cases_are_those_of_the_model_in_any_folder(models, data, tmp_path: Path) -> None:
+    """Splitting a part of the folder again would take training cases for held-out ones."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    split = json.loads((models["baseline"] / "split.json").read_text())
+    card = (models["baseline"] / "model" / "model.json").read_text()
+    assert not any(name in card for name in split["test"]), "names could tell patients"
+    for part in ("images", "labels"):
+        for name in (*split["validation"], split["test"][0]):
+            (copy / part / f"{name}.nii.gz").unlink()
+    arguments = ([str(models["baseline"])], copy, tmp_path / "out")
+    (row,) = benchmark_segmenter(*arguments, side="test", device="cpu")
+    assert [case["case"] for case in row.by_case] == list(split["test"][1:])
+    with pytest.raises(UsageError, match="has no validation cases in it"):
+        benchmark_segmenter(*arguments, device="cpu")
 
 
 def test_the_command_reports_the_test_side(models, data, tmp_path: Path) -> None:
@@ -103,8 +203,8 @@ def test_the_command_reports_the_test_side(models, data, tmp_path: Path) -> None
 
 
 def test_a_folder_that_cannot_be_split_as_the_model_was_is_refused(models, tmp_path: Path) -> None:
-    """Two cases cannot give two to testing and three to validation: it is not this model's data."""
-    with pytest.raises(InputError, match="found 2 patients"):
+    """Its cases are none of those that the model held out: it is not this model's data."""
+    with pytest.raises(UsageError, match="has no validation cases in it"):
         benchmark_segmenter([str(models["baseline"])], few(tmp_path), tmp_path / "out", device="cpu")
 
 

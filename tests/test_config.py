@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from medseg_diffusion import build
-from medseg_diffusion.config import SegmenterConfig, load_config, load_segmenter_config, parse_config, presets
+from medseg_diffusion.config import NOTES, SegmenterConfig, load_config, load_segmenter_config, parse_config, presets
 from medseg_diffusion.data.augmentation import Augmentation
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.networks.medsegdiff import MedSegDiff
@@ -137,13 +137,28 @@ def test_a_preset_survives_being_written_and_read_again(name, tmp_path: Path) ->
     assert load_config(write(tmp_path, config.model_dump(mode="json"))) == config
 
 
-def test_the_presets_for_nuclei_differ_in_their_method_alone() -> None:
+def test_the_presets_for_nuclei_and_flair_differ_in_their_method_alone() -> None:
     """They are to be compared: data, augmentation, U-Net and optimisation must be the same."""
-    four = [load_segmenter_config(f"{m}-nuclei-small") for m in ("baseline", "ensemdiff", "segdiff", "medsegdiff-v2")]
-    for part in ("data", "preprocessing", "augmentation", "network", "training"):
-        assert all(getattr(config, part) == getattr(four[0], part) for config in four), part
-    assert all(config.diffusion == four[1].diffusion for config in four[1:])
-    assert (four[0].network.dims, four[0].data.channels, four[0].preprocessing.orientation) == (2, 3, None)
+    methods = ("baseline", "ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2")
+    for kind in ("nuclei", "flair"):
+        five = [load_segmenter_config(f"{method}-{kind}-small") for method in methods]
+        latent = load_segmenter_config(f"latent-mask-{kind}-small")
+        for part in ("data", "preprocessing", "augmentation", "network", "training"):
+            assert all(getattr(config, part) == getattr(five[0], part) for config in five), part
+            if part != "network":  # that of latents has no patches
+                assert getattr(latent, part) == getattr(five[0], part), part
+        assert all(config.diffusion == five[1].diffusion for config in five[1:])
+        assert (five[0].network.dims, five[0].data.channels) == (2, 3 if kind == "nuclei" else 1)
+
+
+@pytest.mark.parametrize("name", ["segdiff-nuclei-small", "ldm-tiny-imagenet-small", "anomaly-patched-small"])
+def test_the_configuration_of_a_run_is_one(name, tmp_path: Path) -> None:
+    """RUN/config.yaml notes more, such as the seed; elsewhere these keys are unknown."""
+    content = {**load_config(name).model_dump(mode="json"), **dict.fromkeys(NOTES, 3)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert load_config(tmp_path / "config.yaml") == load_config(name)
+    with pytest.raises(UsageError, match="unknown key"):
+        load_config(write(tmp_path, content))
 
 
 def test_a_generator_is_no_segmenter() -> None:
@@ -190,6 +205,7 @@ def test_an_unknown_key_that_resembles_nothing_is_refused_with_all_keys(tmp_path
         ({"diffusion": {"dice_ce_weight": 1}}, "dice_ce_weight needs head: logits"),
         ({"diffusion": {"head": "logits", "target": "eps"}}, "head: logits needs target: x0"),
         ({"inference": {"overlap": 1.0}}, r"inference\.overlap: .*less than 1"),
+        ({"data": {"window": [8, 8, 8], "merge_labels": True}}, r"data: .*merge_labels leaves one class; name it"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(tmp_path: Path, change, message) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from medseg_diffusion.config import SegmenterConfig
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.train import train_segmenter
 
 
@@ -74,3 +75,32 @@ def test_a_mask_at_another_place_is_refused(tmp_path: Path) -> None:
 
 def test_a_good_folder_trains(tmp_path: Path) -> None:
     assert train_segmenter(config(["block"]), folder(tmp_path / "data"), tmp_path / "run", device="cpu").is_dir()
+
+
+def decathlon(data: Path, *labels: str) -> Path:
+    pairs = [{"image": f"images/{i}.nii", "label": f"labels/{i}.nii"} for i in range(5)]
+    info = {"training": pairs, "labels": dict(enumerate(("background", *labels))), "modality": {"0": "T1"}}
+    (data / "dataset.json").write_text(json.dumps(info))
+    return data
+
+
+def test_names_of_labels_that_dataset_json_does_not_have_are_refused(tmp_path: Path) -> None:
+    data = decathlon(folder(tmp_path / "data"), "rim", "core")
+    with pytest.raises(UsageError, match=r"dataset\.json names labels 0, 1, 2, but data\.labels .* 0 to 1; name all"):
+        train_segmenter(config(["block"]), data, tmp_path / "run", device="cpu")
+
+
+def test_labels_can_be_merged_into_one_class(tmp_path: Path) -> None:
+    """As whole tumour of the labels 1, 2 and 4 of BraTS."""
+
+    def parts(label: np.ndarray) -> np.ndarray:
+        label[3:5] *= 4
+        return label
+
+    data = decathlon(folder(tmp_path / "data", parts), "rim", "oedema", "", "core")
+    section = config(["tumour"]).data.model_copy(update={"merge_labels": True})
+    merged = config(["tumour"]).model_copy(update={"data": section})
+    model = train_segmenter(merged, data, tmp_path / "run", device="cpu")
+    assert json.loads((model / "model.json").read_text())["labels"] == {"0": "background", "1": "tumour"}
+    cached = [np.load(file) for file in (tmp_path / "run" / "cache").glob("*.label.npy")]
+    assert all(set(np.unique(label)) == {0, 1} and label.sum() == 48 for label in cached)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -10,17 +12,25 @@ import numpy as np
 import pytest
 import torch
 from medseg_cli.main import app
+from PIL import Image
 from typer.testing import CliRunner
 
-from medseg_diffusion.config import GeneratorConfig, PixelClassifierConfig, parse_config
+from medseg_diffusion.checkpoint import load_model_files
+from medseg_diffusion.config import GeneratorConfig, PixelClassifierConfig, load_config, parse_config
+from medseg_diffusion.data.images import find_images
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.noise import generators as random_generators
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
-from medseg_diffusion.errors import InputError, MedsegError, UsageError
+from medseg_diffusion.diffusion.simplex import simplex
+from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
+from medseg_diffusion.generator import Generator, restore_generator
+from medseg_diffusion.methods import label_efficient
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.label_efficient import (
     ClassifierOptions,
+    LabelledPixels,
     PixelSegmentation,
     choose_blocks,
     fit_classifiers,
@@ -32,10 +42,11 @@ from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.train_generator import train_generator
-from medseg_diffusion.train_pixel_classifier import train_pixel_classifier
+from medseg_diffusion.train_pixel_classifier import labelled_units, train_pixel_classifier
 from medseg_diffusion.volumes.fitting import fitted, fitted_labels
 from medseg_diffusion.volumes.io import read_volume
 
+HALVES = ["dark", "bright"]
 FAST = ClassifierOptions(members=2, hidden=(16, 8), max_epochs=4, min_epochs=2)
 
 
@@ -79,14 +90,64 @@ def test_equal_images_have_equal_activations_in_any_batch() -> None:
 @pytest.mark.parametrize("dims", [2, 3])
 def test_sampled_features_are_those_of_the_upsampled_blocks(dims, tmp_path: Path) -> None:
     net, (image, label) = activations(dims), two_halves(dims)
-    pixels = labelled_pixels(net, [image], [label], 2, 30, 0, tmp_path / "features.npy")
+    pixels = labelled_pixels(net, [image[None]], [label[None]], HALVES, 30, 0, tmp_path / "features.npy")
     assert isinstance(pixels.features, np.memmap) and pixels.features.shape == (60, sum(pixels.channels))
     assert torch.bincount(pixels.labels).tolist() == [30, 30]
     whole = torch.cat([upsampled(block, label.shape) for block in net(image[None])], 1)[0].flatten(1).T.half()
-    rows = {tuple(row.tolist()): int(label.flatten()[i]) for i, row in enumerate(whole)}
     near = torch.cdist(torch.from_numpy(np.array(pixels.features)).float(), whole.float()).min(1)
     assert float(near.values.max()) < 0.05
-    assert torch.equal(label.flatten()[near.indices], pixels.labels) and len(rows) > 30
+    assert torch.equal(label.flatten()[near.indices], pixels.labels)
+
+
+class Places:
+    """Activations that tell where a pixel is: its indices, and the image's first value."""
+
+    noise = torch.zeros(1)
+
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+        axes = torch.meshgrid(*[torch.arange(n).float() for n in images.shape[2:]], indexing="ij")
+        return [torch.stack([*axes, torch.full_like(axes[0], float(images.flatten()[0]))])[None]]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_features_and_labels_are_of_the_same_pixels_of_the_same_slices(dims) -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = [torch.randint(0, 3, (n, *[9] * dims), generator=random, dtype=torch.uint8) for n in (4, 1)]
+    images = [
+        torch.arange(first, first + len(label)).float().reshape(-1, *[1] * (1 + dims)).expand(-1, 1, *label.shape[1:])
+        for first, label in zip((0, 10), labels, strict=True)
+    ]
+    pixels = labelled_pixels(Places(), images, labels, ["a", "b", "c"], 25, 0)  # type: ignore[arg-type]
+    # As many of a labelled image, however many slices it has.
+    assert torch.bincount(3 * pixels.image + pixels.labels).tolist() == [25] * 6
+    rows = [tuple(int(n) for n in row) for row in pixels.features]
+    assert len(set(rows)) == len(rows)
+    assert len({row[-1] for row in rows}) == 5  # of all slices
+    for (*place, k), label, image in zip(rows, pixels.labels.tolist(), pixels.image.tolist(), strict=True):
+        assert int(labels[image][(k % 10, *place)]) == label and image == k // 10
+
+
+def test_large_features_are_clipped_and_a_loss_that_is_not_finite_is_refused() -> None:
+    class Large(Places):
+        def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+            return [1e6 * block for block in super().__call__(images)]
+
+    image, label = two_halves(2)
+    pixels = labelled_pixels(Large(), [image[None]], [label[None]], HALVES, 30, 0)  # type: ignore[arg-type]
+    assert np.isfinite(pixels.features).all()
+    broken = np.full_like(pixels.features, np.nan)
+    with pytest.raises(MedsegError, match="loss of the classifiers became nan"):
+        fit_classifiers(LabelledPixels(broken, pixels.labels, pixels.image, pixels.share, pixels.channels), FAST)
+
+
+def test_what_is_but_rounding_is_not_blown_up() -> None:
+    features = np.full((60, 2), 1000, np.float16)
+    features[::2, 0] += np.float16(0.5)  # the spacing of float16 there
+    features[:, 1] = np.arange(60)
+    label = torch.arange(60) % 2
+    pixels = LabelledPixels(features, label, torch.zeros_like(label), torch.tensor([0.5, 0.5]).double(), (2,))
+    model = fit_classifiers(pixels, FAST)
+    assert float(model.std[0]) == 1 and float(model.std[1]) == pytest.approx(np.std(np.arange(60)), rel=1e-4)
 
 
 def test_the_probabilities_are_those_of_the_images_not_of_the_balanced_sample() -> None:
@@ -95,10 +156,10 @@ def test_the_probabilities_are_those_of_the_images_not_of_the_balanced_sample() 
     label = torch.zeros(16, 16, dtype=torch.int64)
     label[:2, :12] = 1  # 24 of 256
     noise = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) * 1e-4
-    pixels = labelled_pixels(net, [noise], [label], 2, 1000, 0)
+    pixels = labelled_pixels(net, [noise[None]], [label[None]], HALVES, 1000, 0)
     assert pixels.share.tolist() == pytest.approx([232 / 256, 24 / 256])
     blank = type(pixels)(np.zeros_like(pixels.features), pixels.labels, pixels.image, pixels.share, pixels.channels)
-    few = labelled_pixels(net, [noise], [label], 2, 24, 0)
+    few = labelled_pixels(net, [noise[None]], [label[None]], HALVES, 24, 0)
     balanced = type(blank)(np.zeros_like(few.features), few.labels, few.image, few.share, few.channels)
     for sample in (blank, balanced):
         options = ClassifierOptions(members=3, hidden=(8, 8), learning_rate=0.02, max_epochs=100, min_epochs=90)
@@ -110,7 +171,7 @@ def test_the_probabilities_are_those_of_the_images_not_of_the_balanced_sample() 
 
 def test_the_same_seed_gives_the_same_classifiers() -> None:
     image, label = two_halves(2)
-    pixels = labelled_pixels(activations(), [image], [label], 2, 30, 0)
+    pixels = labelled_pixels(activations(), [image[None]], [label[None]], HALVES, 30, 0)
     one, same, other = (fit_classifiers(pixels, FAST, seed) for seed in (1, 1, 2))
     probe = torch.from_numpy(np.array(pixels.features)).float()
     with torch.no_grad():
@@ -119,24 +180,25 @@ def test_the_same_seed_gives_the_same_classifiers() -> None:
 
 
 def test_a_small_network_has_its_blocks_searched_and_a_large_one_the_published() -> None:
-    image, label = two_halves(2)
-    assert choose_blocks(activations(), [image], [label], 2, 0) == tuple(f"decoder.{i}" for i in range(4))
+    image, label = (part[None] for part in two_halves(2))
+    assert choose_blocks(activations(), [image], [label], HALVES, 0) == tuple(f"decoder.{i}" for i in range(4))
     torch.manual_seed(0)
     deep = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1, 1, 1, 1), num_res_blocks=2, norm_groups=4)
     task = ImageDiffusion(NetworkDenoiser(deep, linear(1000)), Simple()).eval()
     published = Activations(task, None, (1, 32, 32))
-    assert choose_blocks(published, [image], [label], 2, 0) == tuple(f"decoder.{i}" for i in (5, 6, 7, 8, 12))
+    assert choose_blocks(published, [image], [label], HALVES, 0) == tuple(f"decoder.{i}" for i in (5, 6, 7, 8, 12))
     middling = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
     task = ImageDiffusion(NetworkDenoiser(middling, linear(1000)), Simple()).requires_grad_(False).eval()
-    searched = choose_blocks(Activations(task, None, (1, 16, 16), blocks=[]), [image, image], [label, label], 2, 0)
+    small = Activations(task, None, (1, 16, 16), blocks=[])
+    searched = choose_blocks(small, [image, image], [label, label], HALVES, 0)
     assert len(searched) == 5 and list(searched) == sorted(searched)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_easy_image_is_learned_and_its_members_agree(dims) -> None:
     net, (image, label) = activations(dims), two_halves(dims)
-    there, known = fitted(image[None], label.shape)[0], fitted_labels(label[None], label.shape)[0]
-    pixels = labelled_pixels(net, [there], [known], 2, 128, 0)
+    there, known = fitted(image[None], label.shape), fitted_labels(label[None], label.shape)
+    pixels = labelled_pixels(net, [there], [known], HALVES, 128, 0)
     options = ClassifierOptions(members=3, hidden=(16, 8), min_epochs=20)
     model = PixelSegmentation(net, fit_classifiers(pixels, options), label.shape)
     with torch.no_grad():
@@ -146,6 +208,31 @@ def test_an_easy_image_is_learned_and_its_members_agree(dims) -> None:
     assert float((found[0].mean(0).argmax(0) == label).float().mean()) > 0.97
     with pytest.raises(UsageError, match="ensemble of 4 was asked for, but the model has 3"):
         model.probabilities(image[None], [[0, 1, 2, 3]], DDIM(), [1, 0])
+
+
+def test_the_search_of_blocks_takes_fewer_pixels_of_more_images(monkeypatch) -> None:
+    taken: list[LabelledPixels] = []
+
+    def spy(*args: object) -> LabelledPixels:
+        taken.append(labelled_pixels(*args))  # type: ignore[arg-type]
+        return taken[-1]
+
+    monkeypatch.setattr(label_efficient, "labelled_pixels", spy)
+    monkeypatch.setattr(label_efficient, "SEARCHED_PIXELS", 120)
+    middling = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
+    task = ImageDiffusion(NetworkDenoiser(middling, linear(1000)), Simple()).requires_grad_(False).eval()
+    image, label = (part[None] for part in two_halves(2))
+    choose_blocks(Activations(task, None, (1, 16, 16), blocks=[]), [image] * 3, [label] * 3, HALVES, 0)
+    assert torch.bincount(taken[0].labels).tolist() == [60, 60]
+
+
+def test_no_block_is_computed_after_the_last_wanted_one() -> None:
+    net = activations(blocks=("decoder.0", "decoder.1"))
+    called: list[int] = []
+    for i, block in enumerate(net.task.denoiser.network.decoder):
+        block.register_forward_hook(lambda *args, i=i: called.append(i))
+    net(two_halves(2)[0][None])
+    assert called == [0, 1, 0, 1]  # two times
 
 
 def test_members_that_agree_have_no_disagreement() -> None:
@@ -166,8 +253,34 @@ def test_generators_without_such_activations_are_refused() -> None:
         Activations(task, None, (1, 16, 16), blocks=["decoder.9"])
     with pytest.raises(UsageError, match="time 1000 is beyond"):
         Activations(task, None, (1, 16, 16), times=[1000], blocks=[])
-    with pytest.raises(UsageError, match="side of 15 is no multiple of 2"):
+    with pytest.raises(ModelError, match="side of 15 is no multiple of 2"):
         Activations(task, None, (1, 16, 15), blocks=[])
+    upsampler = ImageDiffusion(task.denoiser, Simple(), factor=2)
+    with pytest.raises(ModelError, match="generators of whole images"):
+        Activations(upsampler, None, (1, 16, 16), blocks=[])
+
+
+def test_the_noise_is_that_of_the_generators_training() -> None:
+    task = ImageDiffusion(activations().task.denoiser, Simple(), noise=simplex)
+    found = Activations(task, None, (1, 16, 16), blocks=[], seed=3).noise
+    torch.testing.assert_close(found, simplex((1, 16, 16), random_generators([3])))
+
+
+def test_bfloat16_is_for_the_network_alone() -> None:
+    """Features of a large mean: the classifiers' first layer would lose them to cancellation."""
+    image, label = two_halves(2)
+    half, full = (
+        Activations((net := activations()).task, None, net.shape, net.times, net.blocks, precision=precision)
+        for precision in ("bf16", "fp32")
+    )
+    assert half(image[None])[0].dtype == torch.bfloat16
+    pixels = labelled_pixels(full, [image[None]], [label[None]], HALVES, 30, 0)
+    model = fit_classifiers(pixels, FAST)
+    blocks = full(image[None])
+    with torch.no_grad():
+        expected = model.maps(blocks, label.shape)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.maps(blocks, label.shape), expected)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -220,7 +333,7 @@ def quick(**data: object) -> PixelClassifierConfig:
     found = parse_config(
         {
             "method": "label-efficient",
-            "data": {"labels": ["box"], "test_cases": 2, "validation_cases": 1, "pixels_per_class": 200, **data},
+            "data": {"labels": ["box"], "pixels_per_class": 200, **data},
             "classifier": {"members": 3, "hidden": [16, 8]},
         },
         "test",
@@ -251,6 +364,8 @@ def test_from_a_generator_to_scored_masks(dims, unit, scans, generators, tmp_pat
     kept = np.asarray(nib.load(tmp_path / "out" / "s0_pseudo.nii.gz").dataobj)
     assert set(np.unique(kept)) <= {0, 1, 255} and np.array_equal(kept[kept < 255], mask.get_fdata()[kept < 255])
     assert 0 <= json.loads((tmp_path / "out" / "s0_statistics.json").read_text())["disagreement"] <= 1
+    more_members = CliRunner().invoke(app, [*command, "--ensemble", "30"])
+    assert more_members.exit_code == 2 and "ensemble of 30 was asked for" in more_members.stderr
     alone = CliRunner().invoke(app, [*command, "--save-pseudo-labels", "--ensemble", "1"])
     assert alone.exit_code == 2 and "members that can disagree" in alone.stderr
     result = CliRunner().invoke(app, [*command, "--steps", "5"])
@@ -281,7 +396,19 @@ def test_diverse_selection_spreads_and_the_hash_is_nested(scans, generators, tmp
     ("changes", "options", "error", "message"),
     [
         ({}, {"labelled": 9}, InputError, "found 5 labelled cases to choose from; expected at least the 9 asked for"),
-        ({"labels": ["box", "nothing"]}, {}, UsageError, "class 2 has fewer than 20 pixels in each of the"),
+        (
+            {"labels": ["box", "nothing"]},
+            {},
+            InputError,
+            r"fewer than 20 pixels of label 2 \(nothing\) in each of the 1",
+        ),
+        (
+            {"labels": ["box", "nothing"]},
+            {"unit": "slice"},
+            InputError,
+            "found 0 labelled slices that show every class",
+        ),
+        ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: the generator was trained on all but 2 test images"),
         ({}, {"unit": "slice", "generator": 3}, UsageError, "the generator makes volumes, so cases are labelled"),
     ],
 )
@@ -305,3 +432,161 @@ def test_a_generator_of_other_channels_is_refused(scans, generators, tmp_path: P
         nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.uint8), np.eye(4)), folder / "labels" / f"{i}.nii")
     with pytest.raises(MedsegError, match="expected a 3D volume"):
         train_pixel_classifier(quick(), generators[2], folder, 1, tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_pictures_go_to_the_generator_as_it_saw_them(channels, tmp_path: Path) -> None:
+    """A dark and a bright rectangle in pictures without any other contrast, for a generator of grey or of colour."""
+    data = tmp_path / "data"
+    for part in ("images", "labels"):
+        (data / part).mkdir(parents=True)
+    for i in range(8):
+        rng = np.random.default_rng(i)
+        image, label = rng.normal(110, 4, (20, 16)), np.zeros((20, 16), np.uint8)
+        x, y = int(rng.integers(0, 3)), int(rng.integers(6, 9))  # to the left and to the right
+        for value, (row, column), level in ((1, (1, x), 60), (2, (12, y), 160)):
+            place = slice(row, row + 7), slice(column, column + 7)
+            label[place], image[place] = value, level
+        Image.fromarray(image.astype(np.uint8)).save(data / "images" / f"p{i}.png")
+        Image.fromarray(label).save(data / "labels" / f"p{i}.png")
+    config = generator_config(16, 2)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"channels": channels})})
+    generator = train_generator(config, data, tmp_path / "generator", device="cpu")
+    found = labelled_units(quick(labels=["dark", "bright"]), in_memory(generator), data, 1, tmp_path / "cache")
+    cached = find_images(data)
+    entry = next(e for e in cached.entries if Path(e.name).stem == found.units[0].name)
+    picture = np.asarray(Image.open(data / entry.name)).astype(float) / 127.5 - 1
+    # Two columns are padded on either side of what was 20 x 16, and all is resized by 16 / 20.
+    assert found.units[0].images.shape == (1, channels, 16, 16)
+    assert float(found.units[0].images[0, 0, :, 2:-2].mean()) == pytest.approx(picture.mean(), abs=0.02)
+    square = np.asarray(Image.fromarray(picture.astype(np.float32)).resize((13, 16), Image.Resampling.BILINEAR))
+    shown = found.units[0].images[0, 0, :, 3:-3].numpy()
+    assert abs(shown - square[:, 1:-2]).mean() < 0.3 * abs(shown - square[:, ::-1][:, 1:-2]).mean()  # not mirrored
+    classes = quick(labels=["dark", "bright"])
+    trained = train_pixel_classifier(classes, generator, data, 3, tmp_path / "run", device="cpu")
+    assert trained.test is not None and min(trained.test.dice[k].mean for k in (1, 2)) > 0.7
+    command = ["segment", str(data / "images" / "p0.png"), "-m", str(tmp_path / "run"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    mask, reference = (
+        np.asarray(Image.open(file)) for file in (tmp_path / "out" / "p0_seg.png", data / "labels" / "p0.png")
+    )
+    assert (mask == reference).mean() > 0.9
+
+
+def in_memory(path: Path) -> Generator:
+    return restore_generator(load_model_files(path))
+
+
+def test_what_the_generator_has_seen_is_not_scored(scans, generators, tmp_path: Path) -> None:
+    """The preset holds out what the generator did; of an imported one nothing is known."""
+    preset = load_config("label-efficient", ["data.labels=[box]"])
+    generator = in_memory(generators[2])
+    assert len(labelled_units(preset, generator, scans, 1, tmp_path / "cache").split.test) == 2
+    few = quick(test_cases=1)
+    assert len(labelled_units(few, generator, scans, 1, tmp_path / "cache").split.test) == 1
+    section = generator.config.data
+    unknown = type(section)(size=section.size, channels=section.channels)
+    imported = Generator(
+        generator.task, generator.config.model_copy(update={"data": unknown}), generator.shape, generator.codec
+    )
+    more = quick(test_cases=4, validation_cases=1)
+    assert len(labelled_units(more, imported, scans, 1, tmp_path / "cache").split.test) == 4
+
+
+def with_labels(scans: Path, folder: Path, edit: Callable[[str, np.ndarray], None] = lambda name, label: None) -> Path:
+    """A copy of the scans whose labels are edited, by name."""
+    shutil.copytree(scans, folder)
+    for file in (folder / "labels").iterdir():
+        image = nib.load(file)
+        label = np.asarray(image.dataobj).copy()
+        edit(file.name.removesuffix(".nii.gz"), label)
+        nib.save(nib.Nifti1Image(label, image.affine), file)
+    return folder
+
+
+def test_slices_that_show_too_little_are_not_labelled(scans, generators, tmp_path: Path) -> None:
+    """On the grid of 16 x 16 a slice shows its 30 positions; all but slice 2 are cut down to 12."""
+
+    def edit(name: str, label: np.ndarray) -> None:
+        x, y, _ = (axis.min() for axis in np.nonzero(label))
+        label[..., [1, 3, 4]] = 0
+        label[x : x + 4, y : y + 3, [1, 3, 4]] = 1
+
+    data, generator = with_labels(scans, tmp_path / "data", edit), in_memory(generators[2])
+    for select in ("hash", "diverse"):
+        found = labelled_units(quick(), generator, data, 5, tmp_path / "cache", "slice", select)
+        assert {one.name.partition(", ")[2] for one in found.units} == {"slice 2"}
+    with pytest.raises(InputError, match="found 5 labelled slices that show a class to choose from; expected at least"):
+        labelled_units(quick(), generator, data, 6, tmp_path / "cache", "slice")
+
+
+def test_a_volume_beyond_the_generators_is_refused(scans, generators, tmp_path: Path) -> None:
+    generator = in_memory(generators[3])
+    section = generator.config.data.model_copy(update={"size": (16, 12, 8)})
+    narrow = Generator(generator.task, generator.config.model_copy(update={"data": section}), (1, 16, 12, 8))
+    with pytest.raises(
+        InputError, match="found 16 x 14 x 6 voxels on the generator's grid; expected at most 16 x 12 x 8"
+    ):
+        labelled_units(quick(), narrow, scans, 1, tmp_path / "cache")
+
+
+def test_a_class_that_no_held_out_case_shows_has_no_score(scans, generators, tmp_path: Path) -> None:
+    test = labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split.test
+
+    def edit(name: str, label: np.ndarray) -> None:
+        if name not in test:  # rare and anywhere, so it is found nowhere
+            label.flat[np.random.default_rng(int(name[1:])).choice(label.size, 24, replace=False)] = 2
+
+    data = with_labels(scans, tmp_path / "data", edit)
+    config = quick(labels=["box", "specks"])
+    found = train_pixel_classifier(config, generators[2], data, 2, tmp_path / "run", device="cpu")
+    card = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
+    assert found.test is not None and found.test.dice[2].n == 0
+    assert card["metrics"]["test"] == {"dice box": pytest.approx(found.test.dice[1].mean)}
+
+
+def test_an_unusable_held_out_case_leaves_the_model(scans, generators, tmp_path: Path) -> None:
+    data = with_labels(scans, tmp_path / "data")
+    name = labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split.test[0]
+    (data / "images" / f"{name}.nii.gz").write_bytes(b"broken")
+    with pytest.raises(InputError, match=name):
+        train_pixel_classifier(quick(), generators[2], data, 1, tmp_path / "run", device="cpu")
+    SegmentationModel(tmp_path / "run", "cpu").segment(read_volume(scans / "images" / "s1.nii.gz"), 0)
+    with pytest.raises(UsageError, match="run: is not empty; choose another folder"):
+        train_pixel_classifier(quick(), generators[2], data, 1, tmp_path / "run", device="cpu")
+
+
+def test_an_interrupted_call_can_be_given_again(scans, generators, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "classifiers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_pixel_classifier(quick(), generators[2], scans, 1, tmp_path / "run", device="cpu", on_progress=interrupt)
+    assert not (tmp_path / "run").exists()
+
+
+def test_members_beyond_ten_are_further_members(scans, generators, tmp_path: Path) -> None:
+    config = quick()
+    many = config.model_copy(
+        update={"classifier": config.classifier.model_copy(update={"members": 12, "max_epochs": 1})}
+    )
+    run = train_pixel_classifier(many, generators[2], scans, 1, tmp_path / "run", test=False, device="cpu").model
+    model = SegmentationModel(run, "cpu")
+    volume = read_volume(scans / "images" / "s1.nii.gz")
+    ensemble, _ = model.sample(volume, 0)
+    image = model.preprocessing.apply(volume)[0].movedim(-1, 0)
+    with torch.no_grad():
+        members = model.model.probabilities(image, [[0] * 12] * len(image), model.sampler, model.times)
+    assert len(ensemble) == 12
+    torch.testing.assert_close(ensemble.mean, members.mean(1).movedim(0, -1).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_unfit_generator_is_refused_before_the_data_is_read(generators, tmp_path: Path) -> None:
+    config = quick()
+    features = config.features.model_copy(update={"times": (50, 1000)})
+    late = config.model_copy(update={"features": features})
+    with pytest.raises(UsageError, match="time 1000 is beyond"):
+        train_pixel_classifier(late, generators[2], tmp_path / "no folder", 1, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medseg_diffusion.diffusion.denoiser import GaussianDenoiser
 from medseg_diffusion.diffusion.schedule import linear
-from medseg_diffusion.methods.healthy_scores import LEVELS, fit_scores, scan_score
+from medseg_diffusion.methods.healthy_scores import LEVELS, MOST_VALUES, fit_scores, kept_values, scan_score
 from medseg_diffusion.methods.latent_healing import LatentHealing, Reconstruction, smoothed
 
 
@@ -168,6 +168,16 @@ def test_never_more_false_positives_than_asked_for(values, quantile) -> None:
         tied = float(np.mean([(one == smaller.max()).mean() for one in arrays]))
         more = float(np.mean([(one > smaller.max()).mean() for one in arrays]))
         assert more > 1 - quantile - 1e-6 or tied > 1 - quantile - 1e-6
+
+
+def test_values_that_are_kept_have_the_quantiles_and_ties_of_all() -> None:
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random(250_001) < 0.3, 0, rng.gamma(2, 1, 250_001)).astype(np.float32)
+    kept = kept_values(values)
+    assert kept.size == MOST_VALUES and kept_values(kept) is kept
+    assert (kept == 0).mean() == pytest.approx((values == 0).mean(), abs=1e-5)
+    for quantile in (0.5, 0.975, 0.999):
+        assert (values > np.quantile(kept, quantile)).mean() == pytest.approx(1 - quantile, abs=2e-5)
 
 
 def test_ties_at_the_quantile_move_the_threshold_up() -> None:

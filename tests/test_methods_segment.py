@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medseg_diffusion.methods.segment import Windows, segment
+from medseg_diffusion.methods.segment import Windows, count_batches, segment
+from medseg_diffusion.sampling import loop
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import Sampler
 
@@ -134,3 +135,15 @@ def test_the_noise_of_a_slice_depends_on_its_place_alone(size) -> None:
         assert len(set(own)) == len(own) == 2 * sum(model.batches), "no two slices or windows share their noise"
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("members", "batches"), [(1, [4, 1]), (2, [2, 2, 1]), (9, [1] * 5)])
+def test_slices_share_a_batch_as_far_as_memory_goes(members, batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loop.POSITIONS_AT_ONCE, "cpu", 4 * 11 * 9)
+    model, image, windows = Pointwise(seeded=True), normal(6, 1, 11, 9, 5), Windows()
+    seeds = list(range(members))
+    found = run(model, image, seeds, windows, dims=2)
+    assert model.batches == batches
+    assert count_batches(image.shape, windows, 2, members, image.device) == len(batches)
+    alone = run(Pointwise(seeded=True), image, seeds, Windows(batch_size=1), dims=2)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)

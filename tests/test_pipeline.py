@@ -372,6 +372,23 @@ def test_a_large_ensemble_walks_in_parts(tmp_path: Path, model: Path, monkeypatc
     assert torch.equal(parts.members, whole.members) and len(whole.members) == 5
 
 
+def test_the_layout_of_the_configuration_is_used_and_the_agreement_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_model(tmp_path / "plain", tiny_config(**FLAT), labels=3)
+    last = make_model(tmp_path / "last", tiny_config(**FLAT, training={"channels_last": True}), labels=3)
+    calls: list[int] = []
+    known = Ensemble.pairwise_dice
+    monkeypatch.setattr(Ensemble, "pairwise_dice", lambda self: calls.append(len(self)) or known(self))
+    volume = read_volume(save_image(tmp_path / "image.png"), channels=3)
+    found = [SegmentationModel(path, "cpu", ensemble=2) for path in (plain, last)]
+    weights = [next(p for p in one.model.parameters() if p.ndim == 4 and p.shape[1] > 1) for one in found]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
+    first, second = (one.segment(volume) for one in found)
+    torch.testing.assert_close(first.probabilities, second.probabilities, rtol=0, atol=1e-3)
+    assert calls == [2, 2]
+
+
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 FLAT = {"network": {"dims": 2, "channels": 8, "channel_mult": [1, 2]}, "data": {"window": [8, 8], "channels": 3}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from medseg_diffusion.config import SegmenterConfig
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
+from medseg_diffusion.sampling import loop
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
@@ -118,8 +120,17 @@ def tiny(method: str, dims: int, **diffusion: object) -> SegmenterConfig:
         {
             "method": method,
             "data": {"window": [12] * dims},
-            "network": {"dims": dims, "channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "patch_size": 2},
+            "network": {
+                "dims": dims,
+                "channels": 16,
+                "channel_mult": [1, 2],
+                "num_res_blocks": 1,
+                "patch_size": 1 if method == "latent-mask" else 2,
+            },
             "image_encoder": {"encoder_channels": 8, "encoder_blocks": 1, "encoder_growth": 4},
+            "dynamic_encoding": {"bands": 5},
+            "semantic_condition": {"depth": 1, "head_channels": 16, "dropout": 0.0},
+            "mask_autoencoder": {"latent_channels": 2, "channels": [8, 8], "features": 4},
             "diffusion": {"schedule": {"name": "cosine", "num_steps": 100}, **diffusion},
         }
     )
@@ -234,6 +245,114 @@ def test_the_loss_of_a_perfect_model_is_zero() -> None:
 
     model = MaskDiffusion(NetworkDenoiser(Knowing(), linear(100), "x0"), encoding, Simple())
     assert float(model(batch)) == 0
+
+
+# ---- every method ----------------------------------------------------------------------------------------------------
+
+METHODS = ("ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask", "baseline")
+
+
+def scrambled(method: str, dims: int = 2) -> Any:
+    """An untrained model of 3 classes with random weights everywhere, also where training starts from zeros."""
+    torch.manual_seed(0)
+    model = build.segmenter(tiny(method, dims, target="x0"), 3)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@BOTH
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_every_parameter(method, dims) -> None:
+    model = scrambled(method, dims)
+    model(problem(dims, 3) | {"seed": torch.tensor([0, 7])}).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not missing
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_depends_on_its_image_and_seed_alone(method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on what shares its batch, its place in it, or how many samples a batch holds."""
+    model, image, sampler = scrambled(method), problem(2)["image"], DDPM()
+    times = [100, 60, 20, 0]
+    together = model.probabilities(image, [[1, 2, 3], [4, 5, 6]], sampler, times)
+    assert together.shape == (2, 3, 3, 12, 12)
+    swapped = model.probabilities(image.flip(0), [[6, 4, 5], [3, 1, 2]], sampler, times)
+    torch.testing.assert_close(swapped.flip(0)[:, [1, 2, 0]], together, rtol=0, atol=1e-4)
+    monkeypatch.setitem(loop.POSITIONS_AT_ONCE, "cpu", 2 * 12 * 12)
+    torch.testing.assert_close(
+        model.probabilities(image, [[1, 2, 3], [4, 5, 6]], sampler, times), together, rtol=0, atol=1e-4
+    )
+
+
+def first_of_the_condition(method: str) -> Callable[[Any], nn.Module]:
+    return {
+        "segdiff": lambda network: network.image_encoder,
+        "medsegdiff": lambda network: network.image_stem,
+        "medsegdiff-v2": lambda network: network.condition,
+        "latent-mask": lambda network: network.image_encoder,
+    }[method]
+
+
+@pytest.mark.parametrize("method", ["segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask"])
+def test_the_image_is_encoded_once_for_all_steps_and_samples(method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the samples walk in several batches."""
+    model, calls = scrambled(method), {"image": 0, "mask": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*arguments: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    first_of_the_condition(method)(model.network).register_forward_pre_hook(count("image"))
+    model.network.unet.stem.register_forward_pre_hook(count("mask"))
+    if method == "medsegdiff":  # the stages before the first mixing
+        for block in model.network.image_encoder[: model.network.mixed_after[0]]:
+            block.register_forward_pre_hook(count(f"{id(block)}"))
+            calls[f"{id(block)}"] = 0
+    positions = 36 if method == "latent-mask" else 144
+    monkeypatch.setitem(loop.POSITIONS_AT_ONCE, "cpu", 4 * positions)
+    model.probabilities(problem(2)["image"], [[1, 2, 3], [4, 5, 6]], DDIM(), [100, 50, 20, 0])
+    assert calls.pop("mask") == 2 * 3
+    assert set(calls.values()) == {1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_and_sampling_in_bfloat16(method) -> None:
+    """For MedSegDiff-V2 of an image whose bottleneck has a single position along one of its axes."""
+    model, width = scrambled(method), 4 if method == "medsegdiff-v2" else 12
+    batch = {key: value[..., :width] if value.ndim > 1 else value for key, value in problem(2, 3).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch)
+        found = model.probabilities(batch["image"], [[1], [2]], DPMSolver(), [100, 50, 0])
+    loss.backward()
+    assert bool(loss.isfinite()) and bool(found.isfinite().all())
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+class Wild(nn.Module):
+    """Predicts what no mask can be, and remembers what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: list[float] = []
+
+    def encode_condition(self, image: Tensor) -> dict[str, Tensor]:
+        return {"concat": image}
+
+    def forward(self, x: Tensor, timesteps: Tensor, cond: object = None) -> Tensor:
+        self.largest.append(float(x.abs().max()))
+        return torch.full_like(x, 50.0)
+
+
+def test_a_linear_head_cannot_leave_the_range_of_a_mask() -> None:
+    network = Wild()
+    model = MaskDiffusion(NetworkDenoiser(network, linear(100), "x0"), MaskEncoding(2, 0.5), Simple())
+    found = model.probabilities(torch.zeros(1, 1, 8, 8), [[1]], DDIM(), [100, 50, 20, 0])
+    assert max(network.largest) < 5
+    torch.testing.assert_close(found[0, 0, 1], torch.ones(8, 8))
 
 
 # ---- the feed-forward baseline and the segmentation loss -------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion import build
 from medseg_diffusion.checkpoint import load_model_files
-from medseg_diffusion.config import SegmenterConfig
+from medseg_diffusion.config import SegmenterConfig, load_segmenter_config
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
 from medseg_diffusion.segmenter import restore_segmenter
@@ -339,6 +340,21 @@ def start(call: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def start_two(call: str) -> list[subprocess.Popen[str]]:
+    """Two processes that know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(call, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+
+
 def train_slowly(run: str) -> None:
     """Writes a resume file after every step, and takes its time."""
     train(Path(run), progress=lambda progress: time.sleep(0.1), changes={"checkpoint_minutes": 1e-9})
@@ -366,20 +382,9 @@ def train_without_dropout(run: str) -> None:
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Each takes half of every batch; the gradients are averaged, so weights agree to rounding."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        start(
-            f"train_without_dropout({str(tmp_path / 'two')!r})",
-            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    processes = start_two(f"train_without_dropout({str(tmp_path / 'two')!r})")
     train(tmp_path / "one", dropout=0.0)
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-2000:]
+    finish(processes)
     one, two = resume_file(tmp_path / "one"), resume_file(tmp_path / "two")
     assert two["state"]["step"] == 8
     for part in ("model", "ema"):
@@ -444,6 +449,43 @@ def test_a_segmenter_trains_resumes_and_loads(folder: Path, tmp_path: Path) -> N
         train_segmenter(config(learning_rate=1e-5), folder, whole, device="cpu", resume=True)
 
 
+def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(folder: Path, tmp_path: Path) -> None:
+    """With its own configuration, which the refusal recommends."""
+    run = tmp_path / "run"
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_segmenter(config(), folder, run, device="cpu", seed=3, on_prepare=interrupt)
+    with pytest.raises(UsageError, match=rf"resume with {run / 'config.yaml'} and seed 3, or use another folder"):
+        train_segmenter(config(batch_size=1), folder, run, device="cpu", seed=3, resume=True)
+    train_segmenter(load_segmenter_config(run / "config.yaml"), folder, run, device="cpu", seed=3, resume=True)
+    assert resume_file(run)["state"]["step"] == 4
+    (run / "checkpoints" / "last.pt").unlink()
+    with pytest.raises(InputError, match="found no resume file"):
+        train_segmenter(config(), folder, run, device="cpu", seed=3, resume=True)
+
+
+def test_resuming_what_was_never_started_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run; drop --resume to start it"):
+        train_segmenter(config(), folder, tmp_path / "run", device="cpu", resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def train_segmenter_in(run: str, data: str) -> None:
+    train_segmenter(config(), Path(data), Path(run), device="cpu")
+
+
+def test_two_processes_train_a_segmenter(folder: Path, tmp_path: Path) -> None:
+    """One of them makes the run folder and prepares the cases for both."""
+    run = tmp_path / "run"
+    finish(start_two(f"train_segmenter_in({str(run)!r}, {str(folder)!r})"))
+    assert resume_file(run)["state"]["step"] == 4
+    assert load_model_files(run).card["calibration"]["cases"] == 1
+    assert not list(run.rglob("*.tmp"))
+
+
 def test_ctrl_c_leaves_a_segmenter_that_can_be_used(folder: Path, tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
@@ -469,15 +511,19 @@ def test_a_run_starts_from_the_weights_of_a_trained_model(folder: Path, tmp_path
         train_segmenter(wider, folder, tmp_path / "third", device="cpu", init=first)
 
 
-def test_latent_mask_diffusion_trains_its_autoencoder_first_and_states_its_ceiling(
-    folder: Path, tmp_path: Path
-) -> None:
+def latent_config() -> SegmenterConfig:
     content = config().model_dump(mode="json")
     content |= {
         "method": "latent-mask",
         "mask_autoencoder": {"latent_channels": 2, "channels": [32, 32], "max_steps": 6},
     }
-    settings = SegmenterConfig.model_validate(content)
+    return SegmenterConfig.model_validate(content)
+
+
+def test_latent_mask_diffusion_trains_its_autoencoder_first_and_states_its_ceiling(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = latent_config()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_segmenter(settings, folder, whole, device="cpu")
     saved = load_model_files(whole)
@@ -488,10 +534,32 @@ def test_latent_mask_diffusion_trains_its_autoencoder_first_and_states_its_ceili
         torch.testing.assert_close(saved.weights[f"autoencoder.{name}"], value, rtol=0, atol=0)
     assert not torch.equal(first.weights["codec.scale"], torch.ones(2)), "latents are standardised"
     train_segmenter(settings, folder, parts, device="cpu", max_steps=2)
+    assert resume_file(parts / "autoencoder")["state"]["step"] == 6 and resume_file(parts)["state"]["step"] == 2
     train_segmenter(settings, folder, parts, device="cpu", resume=True)
     assert_same(resume_file(parts / "autoencoder"), resume_file(whole / "autoencoder"))
+    assert_same(resume_file(parts), resume_file(whole))
+    late = tmp_path / "late"
+    assert train_segmenter(settings, folder, late, device="cpu", time_limit_min=0) == late / "autoencoder" / "model"
+    assert not (late / "model").exists(), "nothing is built on an autoencoder that is not trained"
+    train_segmenter(settings, folder, late, device="cpu", resume=True)
+    again = load_model_files(late).weights
+    for name, value in load_model_files(late / "autoencoder").weights.items():
+        torch.testing.assert_close(again[f"autoencoder.{name}"], value, rtol=0, atol=0)
     model, _ = restore_segmenter(saved)
     image = torch.rand(1, 1, 9, 8, 7)
     sampled = model.probabilities(image, [[1, 2]], build.sampler("ddim"), [1000, 500, 0])
     assert sampled.shape == (1, 2, 2, 9, 8, 7)
     torch.testing.assert_close(sampled.sum(2), torch.ones(1, 2, 9, 8, 7))
+
+
+@pytest.mark.parametrize("method", ["latent-mask", "baseline"])
+def test_steps_that_fit_into_a_time_are_found(method, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validations and calibration count: what a step alone would leave room for is too much."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    equal_time: Any = importlib.import_module("equal_time")
+    for name, value in (("WARM", 1), ("TIMED", 4), ("TIMED_AUTOENCODER", 5)):
+        monkeypatch.setattr(equal_time, name, value)
+    settings = latent_config() if method == "latent-mask" else config().model_copy(update={"method": method})
+    with_validations = equal_time.fitting_steps(settings, folder, minutes=2)
+    monkeypatch.setattr(equal_time, "VALIDATIONS", 10**6)
+    assert with_validations > 1 == equal_time.fitting_steps(settings, folder, minutes=2)

@@ -64,6 +64,11 @@ def test_labels_keep_their_values_and_places() -> None:
     assert torch.equal(fitted_labels(labels, (30, 30)), fitted(labels[:, None].float(), (30, 30), 0.0)[:, 0].long())
 
 
+def test_what_is_padded_is_0_even_where_everything_is_labelled() -> None:
+    there = fitted_labels(torch.full((1, 2, 4), 2, dtype=torch.uint8), (4, 4))
+    assert there.dtype == torch.uint8 and int((there == 2).sum()) == 8 and int((there == 0).sum()) == 8
+
+
 def test_a_cut_volume_is_filled_outside() -> None:
     image = normal(1, 1, 9, 4, 4)
     there = fitted(image, (4, 4, 4))

@@ -131,6 +131,15 @@ class Split:
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
+    def held_out(self) -> dict[str, list[str]]:
+        """The `digest` of every case of both held-out sides, sorted."""
+        return {side: sorted(map(digest, getattr(self, side))) for side in ("validation", "test")}
+
+
+def digest(name: str) -> str:
+    """What a model may hold of a case's name, which could tell the patient: 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
 
 def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
     """Splits by the rank of the SHA-256 of the patients' names: the smallest test, then validation, then training.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.fitting import fitted
-from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
+from medseg_diffusion.volumes.io import find_scans, is_image, read_labels, read_volume, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing, apply_labels
 
 from .cases import find_cases, sides_by_hash
 from .image_cache import PackedImages, Row, new_folder, open_packed, write_packed
-from .images import FOREGROUND_SHARE, Part
+from .images import Part
 
 HEALTHY, UNHEALTHY = 0, 1
+SHOWN = 0.01
+"""Slices of which less is brighter than the scan's darkest level are not learned from: they show next to nothing."""
 CLASSES = ("healthy", "unhealthy")
 
 
@@ -44,7 +47,15 @@ def find_healthy(folder: Path) -> list[HealthyScan]:
     if names & {"dataset.json", "labels", "masks", "labelsTr"}:
         return [HealthyScan(case.name, case.image, case.label, case.patient) for case in find_cases(folder).cases]
     files = find_scans(folder)
+    for file in files:
+        require_volume(file)
     return [HealthyScan(scan_name(file), file, None, scan_name(file)) for file in files]
+
+
+def require_volume(scan: Path) -> None:
+    """InputError for a picture: anomalies are found in volumes."""
+    if is_image(scan):
+        raise InputError(scan, "a 2D picture", "a volume", "give NIfTI, NRRD or MetaImage files, or DICOM series")
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,8 @@ def packed_healthy(
     key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
     folder = store / f"healthy-{'x'.join(map(str, size))}-{key}"
 
+    missing: Counter[str] = Counter()
+
     def rows() -> Iterator[Row]:
         for done, scan in enumerate(everything, 1):
             wanted = HEALTHY if done <= len(source.scans) else UNHEALTHY
@@ -129,6 +142,8 @@ def packed_healthy(
             if wanted == HEALTHY:
                 _refuse(scan, lesions, source.exclude_labelled)
             images = _images(image, lesions, size, wanted, source.exclude_labelled)
+            if wanted == HEALTHY:
+                missing[side] += (image.shape[-1] if len(size) == 2 else 1) - len(images)
             levels = ((fitted(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
             pixels = levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
             yield Row(scan.name, wanted, side, pixels)
@@ -138,7 +153,16 @@ def packed_healthy(
         with new_folder(folder) as temporary:
             classes = CLASSES if source.unhealthy else ()
             write_packed(temporary, rows(), source.scans[0].image.parent, (*size, channels), classes)
+            (temporary / LEFT_OUT).write_text(json.dumps(missing))
     return open_packed(folder)
+
+
+LEFT_OUT = "left_out.json"
+
+
+def left_out(images: PackedImages) -> Counter[Part]:
+    """How many slices (or volumes) of each side's healthy scans are not in the packed images: near a lesion, or air."""
+    return Counter(json.loads((images.folder / LEFT_OUT).read_text()))
 
 
 def _images(
@@ -154,7 +178,7 @@ def _images(
     else:
         chosen = torch.ones(count, dtype=torch.bool) if lesions is None else lesions.flatten(0, 1).any(0)
     slices = image.movedim(-1, 0)
-    shown = (slices > -0.9).flatten(1).float().mean(1) >= FOREGROUND_SHARE
+    shown = (slices > -0.9).flatten(1).float().mean(1) >= SHOWN
     return slices[chosen & shown]
 
 

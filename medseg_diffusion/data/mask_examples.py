@@ -29,6 +29,32 @@ class PreparedCase:
     label: Tensor
 
 
+def read_case(case: Case, channels: int, num_classes: int, merge_labels: bool = False) -> tuple[Volume, Volume]:
+    """A case's image and labels, checked.
+
+    Args:
+        case: the case.
+        channels: of the image.
+        num_classes: labels are 0 to one less.
+        merge_labels: make every label above background 1, before that is checked.
+
+    Raises:
+        InputError: an unusable file, labels on another grid than their image, or a value beyond ``num_classes``.
+    """
+    volume, labels = read_volume(case.image, channels=channels), read_labels(case.label)
+    if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
+        raise InputError(
+            case.label,
+            f"a grid of {labels.shape}",
+            f"that of its image {case.image.name}, {volume.shape}, with the same affine",
+            "resample the label onto its image",
+        )
+    if merge_labels:
+        labels = labels.like(labels.data.clamp(max=1))
+    _check_values(labels, case.label, num_classes)
+    return volume, labels
+
+
 def prepare(
     cases: Sequence[Case],
     preprocessing: Preprocessing,
@@ -36,11 +62,12 @@ def prepare(
     num_classes: int,
     cache: Path,
     on_case: Callable[[int, int], None] = lambda done, total: None,
+    merge_labels: bool = False,
 ) -> list[PreparedCase]:
     """Preprocesses every case once into ``cache`` (.npy pairs) and maps the results into memory.
 
     Raises:
-        InputError: an unusable file, a label on another grid than its image, or a label value beyond ``num_classes``.
+        InputError: as `read_case`.
     """
     cache.mkdir(parents=True, exist_ok=True)
     prepared = []
@@ -48,15 +75,7 @@ def prepare(
         stem = case.name.replace("/", "__")
         image_file, label_file = cache / f"{stem}.image.npy", cache / f"{stem}.label.npy"
         if not (image_file.exists() and label_file.exists()):
-            volume, labels = read_volume(case.image, channels=channels), read_labels(case.label)
-            if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
-                raise InputError(
-                    case.label,
-                    f"a grid of {labels.shape}",
-                    f"that of its image {case.image.name}, {volume.shape}, with the same affine",
-                    "resample the label onto its image",
-                )
-            _check_values(labels, case.label, num_classes)
+            volume, labels = read_case(case, channels, num_classes, merge_labels)
             image, placement = preprocessing.apply(volume)
             label = apply_labels(labels, placement)[0]
             _save(image_file, image.numpy().astype(np.float32))

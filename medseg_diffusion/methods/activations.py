@@ -11,11 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.errors import UsageError
+from medseg_diffusion.diffusion.noise import generators
+from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.networks.autoencoder import Codec
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.tasks.image import ImageDiffusion
+from medseg_diffusion.training.runtime import Precision, autocast
 
 PUBLISHED_TIMES = (50, 150, 250)
 PUBLISHED_BLOCKS = tuple(f"decoder.{i}" for i in (5, 6, 7, 8, 12))
@@ -24,8 +25,9 @@ PUBLISHED_BLOCKS = tuple(f"decoder.{i}" for i in (5, 6, 7, 8, 12))
 class Activations(nn.Module):
     """Images (B, C, *S) in [-1, 1] to activations of chosen blocks at chosen times, a list of (B, C_b, *S_b).
 
-    All images meet the same noise, so that equal pixels have equal features (published: "share_noise"). Every block
-    covers the whole image: S must be a multiple of the network's factor (and of the codec's).
+    All images meet the same noise, of the kind that the generator was trained with, so that equal pixels have equal
+    features (published: "share_noise"). Every block covers the whole image: S must be a multiple of the network's
+    factor (and of the codec's).
 
     Args:
         task: the trained generator.
@@ -34,9 +36,11 @@ class Activations(nn.Module):
         times: 0-based as published: x is noised to ``t + 1`` steps.
         blocks: names of blocks (`UNet.block_names`).
         seed: of the noise.
+        precision: of the network and the codec.
 
     Raises:
-        UsageError: a block or a time that the generator does not have, or a generator of another kind.
+        UsageError: a block or a time that the generator does not have.
+        ModelError: a generator of another kind.
     """
 
     noise: Tensor
@@ -49,30 +53,35 @@ class Activations(nn.Module):
         times: Sequence[int] = PUBLISHED_TIMES,
         blocks: Sequence[str] = PUBLISHED_BLOCKS,
         seed: int = 0,
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         network = task.denoiser.network
         if not isinstance(network, UNet) or not isinstance(task, ImageDiffusion) or task.factor is not None:
-            raise UsageError("activations are taken from generators of whole images, not of patches or enlarged ones")
+            raise ModelError("activations are taken from generators of whole images, not of patches or enlarged ones")
         known = network.block_names()
         if task.num_classes and not task.drop:
-            raise UsageError("the generator is conditioned by classes and never saw an image without one")
+            raise ModelError("the generator is conditioned by classes and never saw an image without one")
         if unknown := [name for name in blocks if name not in known]:
             raise UsageError(f"the generator has no block {unknown[0]}; it has {known[0]} to {known[-1]}")
         if wrong := [t for t in times if not 0 <= t < task.denoiser.schedule.num_steps]:
             raise UsageError(f"time {wrong[0]} is beyond the generator's 0 to {task.denoiser.schedule.num_steps - 1}")
         if odd := [n for n in shape[1:] if n % network.factor]:
-            raise UsageError(
+            raise ModelError(
                 f"the generator's side of {odd[0]} is no multiple of {network.factor}, by which its network divides it"
             )
         self.task = task
         self.codec = codec
         self.shape, self.seed = tuple(shape), seed
         self.times, self.blocks = tuple(times), tuple(blocks)
-        self.register_buffer("noise", gaussian(shape, generators([seed])), persistent=False)
+        self.precision: Precision = precision
+        self.register_buffer("noise", task.noise(shape, generators([seed])), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x0 = images if self.codec is None else self.codec.encode(images)
+        with autocast(images.device, self.precision):
+            return self._taken(images if self.codec is None else self.codec.encode(images))
+
+    def _taken(self, x0: Tensor) -> list[Tensor]:
         task, found = self.task, []
         label = torch.full((len(x0),), task.num_classes, device=x0.device) if task.num_classes else None
         for t in self.times:
@@ -88,7 +97,7 @@ class Activations(nn.Module):
 
     def with_blocks(self, blocks: Sequence[str]) -> Activations:
         """The activations of other blocks of the same generator."""
-        other = Activations(self.task, self.codec, self.shape, self.times, blocks, self.seed)
+        other = Activations(self.task, self.codec, self.shape, self.times, blocks, self.seed, self.precision)
         return other.to(self.noise.device)
 
     def _network(self) -> UNet:

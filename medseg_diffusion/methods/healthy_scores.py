@@ -16,6 +16,10 @@ LARGEST_SHARE = 0.01
 """A scan's score is the mean over this share of its foreground, the voxels of largest value."""
 
 
+MOST_VALUES = 100_000
+"""Of a scan's healthy values so many are kept for a calibration (`kept_values`)."""
+
+
 @dataclass(frozen=True, eq=False)
 class HealthyScores:
     """Values of a method's final maps in the foreground of held-out healthy scans.
@@ -72,6 +76,18 @@ def fit_scores(values: Sequence[NDArray[np.float32]], scan_scores: Sequence[floa
     rate = float(weights[joined > automatic].sum())
     scores = torch.tensor(sorted(scan_scores), dtype=torch.float32)
     return HealthyScores(quantile, automatic, rate, torch.from_numpy(ordered[places]), scores, len(known))
+
+
+def kept_values(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """At most `MOST_VALUES` of the values (n,), evenly spaced in their order: all quantiles to 1e-5, ties included.
+
+    All voxels of a hundred heads would take gigabytes.
+    """
+    if values.size <= MOST_VALUES:
+        return values
+    places = (np.arange(MOST_VALUES) + 0.5) * values.size / MOST_VALUES
+    found: NDArray[np.float32] = np.sort(values, axis=None)[places.astype(np.int64)]
+    return found
 
 
 def _beyond_ties(value: Tensor, ordered: Tensor, tied: float, quantile: float) -> Tensor:

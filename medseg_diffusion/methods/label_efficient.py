@@ -8,6 +8,7 @@ them: the same predictions from the same classifiers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import UsageError
+from medseg_diffusion.errors import InputError, MedsegError, UsageError
 from medseg_diffusion.networks.pixel_classifier import PixelClassifiers, gathered
 from medseg_diffusion.sampling.loop import Sampler
 from medseg_diffusion.volumes.fitting import fitted, unfitted
@@ -27,9 +28,12 @@ from medseg_diffusion.volumes.fitting import fitted, unfitted
 from .activations import PUBLISHED_BLOCKS, Activations
 
 FEWEST_PIXELS = 20
-"""A class with fewer pixels in an image is left out of it, as published."""
+"""A class with fewer pixels in a labelled image is left out of it, as published."""
 SEARCHED_BLOCKS = 5
 """As many as published are chosen where a network is too small to have the published ones."""
+SEARCHED_PIXELS = 20_000
+"""Of all classes and images, for that choice: the features of every block of the decoder are held."""
+_LARGEST_HALF = 65504.0
 _ROWS = 1024
 
 
@@ -40,13 +44,16 @@ class PixelSegmentation(nn.Module):
         activations: of the generator.
         classifiers: trained on these activations.
         size: of the generator's images; others are fitted to it.
+        channels: of the generator's images; a single one is repeated.
     """
 
-    def __init__(self, activations: Activations, classifiers: PixelClassifiers, size: Sequence[int]) -> None:
+    def __init__(
+        self, activations: Activations, classifiers: PixelClassifiers, size: Sequence[int], channels: int = 1
+    ) -> None:
         super().__init__()
         self.activations = activations
         self.classifiers = classifiers
-        self.size = tuple(size)
+        self.size, self.channels = tuple(size), channels
 
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
@@ -61,7 +68,8 @@ class PixelSegmentation(nn.Module):
         members, known = len(seeds[0]), len(self.classifiers.members)
         if members > known:
             raise UsageError(f"an ensemble of {members} was asked for, but the model has {known} members")
-        blocks = self.activations(fitted(image.clamp(-1, 1), self.size))
+        there = fitted(image.clamp(-1, 1), self.size)
+        blocks = self.activations(there.expand(-1, self.channels, *self.size))
         found = self.classifiers.maps(blocks, self.size, members).float().softmax(2)
         return unfitted(found.flatten(1, 2), image.shape[2:]).unflatten(1, found.shape[1:3])
 
@@ -73,7 +81,7 @@ class LabelledPixels:
     Attributes:
         features: (P, F) float16, in memory or mapped from a file.
         labels: (P,) int64.
-        image: (P,) int64, the number of the image that a pixel is of.
+        image: (P,) int64, the number of the labelled image that a pixel is of.
         share: (K,) float64, share of each class among all pixels of the images, sampled or not.
         channels: of each block, F in all.
     """
@@ -90,7 +98,7 @@ def labelled_pixels(
     activations: Activations,
     images: Sequence[Tensor],
     labels: Sequence[Tensor],
-    num_classes: int,
+    classes: Sequence[str],
     per_class: int,
     seed: int,
     store: Path | None = None,
@@ -100,50 +108,58 @@ def labelled_pixels(
 
     Args:
         activations: of the generator, on its device.
-        images: each (C, *size) on the generator's grid.
-        labels: each (*size) int64.
-        num_classes: background included.
-        per_class: most pixels of a class in an image.
+        images: each (n, C, *size) on the generator's grid: the n slices of one labelled image, or n = 1.
+        labels: each (n, *size) integers.
+        classes: names, background first.
+        per_class: most pixels of a class in a labelled image, all of its slices together.
         seed: of the choice of pixels.
         store: file for the features; None keeps them in memory.
         on_image: called with (images done, images in all).
 
     Raises:
-        UsageError: a class that has too few pixels in all images together.
+        InputError: a class that has too few pixels in each of the images.
     """
     device = activations.noise.device
-    chosen, values, share = [], [], torch.zeros(num_classes, dtype=torch.float64)
+    chosen, values, share = [], [], torch.zeros(len(classes), dtype=torch.float64)
     for i, label in enumerate(labels):
         generator = torch.Generator().manual_seed(derive_seed(seed, "pixels", i))
-        share += torch.bincount(label.flatten(), minlength=num_classes)
-        for value in range(num_classes):
-            there = (label == value).nonzero()
+        flat = label.flatten()
+        share += torch.bincount(flat, minlength=len(classes))
+        positions = []
+        for value in range(len(classes)):
+            there = (flat == value).nonzero().flatten()
             if len(there) >= FEWEST_PIXELS:
-                there = there[torch.randperm(len(there), generator=generator)[:per_class]]
-                chosen.append((i, there))
-                values.append(torch.full((len(there),), value))
-    target = torch.cat(values) if values else torch.zeros(0, dtype=torch.int64)
-    if missing := sorted(set(range(num_classes)) - set(target.tolist())):
-        raise UsageError(
-            f"class {missing[0]} has fewer than {FEWEST_PIXELS} pixels in each of the {len(images)} labelled images: "
-            "label more of them"
+                positions.append(there[torch.randperm(len(there), generator=generator)[:per_class]])
+        together = torch.cat(positions or [flat[:0].long()])
+        values.append(flat[together].long())
+        chosen.append(torch.stack(torch.unravel_index(together, label.shape), 1))
+    target = torch.cat(values)
+    if missing := sorted(set(range(len(classes))) - set(target.tolist())):
+        raise InputError(
+            None,
+            f"fewer than {FEWEST_PIXELS} pixels of label {missing[0]} ({classes[missing[0]]}) in each of the "
+            f"{len(images)} labelled images",
+            "enough of every class in at least one of them",
+            "label more images, or take the class out of the names of the labels",
         )
     features: npt.NDArray[np.float16] | None = None
     channels: tuple[int, ...] = ()
-    row = 0
-    for i, image in enumerate(images):
-        blocks = activations(image[None].to(device))
-        if features is None:
-            channels = tuple(block.shape[1] for block in blocks)
-            shape = (len(target), sum(channels))
-            features = np.empty(shape, np.float16) if store is None else _mapped(store, shape)
-        for positions in [positions for owner, positions in chosen if owner == i]:
-            rows = [gathered(block[0].float(), positions.to(device), image.shape[1:]) for block in blocks]
-            features[row : row + len(positions)] = torch.cat(rows, 1).half().cpu().numpy()
-            row += len(positions)
+    first = 0
+    for i, (image, positions_of) in enumerate(zip(images, chosen, strict=True)):
+        for k in torch.unique(positions_of[:, 0]).tolist():
+            blocks = activations(image[k : k + 1].to(device))
+            if features is None:
+                channels = tuple(block.shape[1] for block in blocks)
+                shape = (len(target), sum(channels))
+                features = np.empty(shape, np.float16) if store is None else _mapped(store, shape)
+            own = (positions_of[:, 0] == k).nonzero().flatten()
+            where, size = positions_of[own, 1:], image.shape[2:]
+            rows = torch.cat([gathered(block[0].float(), where, size) for block in blocks], 1)
+            features[(first + own).numpy()] = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().cpu().numpy()
+        first += len(positions_of)
         on_image(i + 1, len(images))
     assert features is not None
-    image_of = torch.cat([torch.full((len(positions),), i) for i, positions in chosen])
+    image_of = torch.repeat_interleave(torch.tensor([len(positions) for positions in chosen]))
     return LabelledPixels(features, target, image_of, share / share.sum(), channels)
 
 
@@ -186,6 +202,9 @@ def fit_classifiers(
 
     Classes were sampled alike, so a rare class would be found everywhere: the last biases get the logarithm of each
     class' share in the images over its share in the sample, which makes the probabilities those of the images.
+
+    Raises:
+        MedsegError: the loss is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classifiers"))
@@ -210,7 +229,7 @@ def _fit(
 ) -> None:
     device = model.mean.device
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(member.parameters(), lr=options.learning_rate)
+    optimiser = torch.optim.Adam(member.parameters(), lr=options.learning_rate, fused=device.type != "mps")
     best, waited = float("inf"), 0
     member.train()
     for epoch in range(options.max_epochs):
@@ -222,9 +241,14 @@ def _fit(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise MedsegError(
+                    f"the loss of the classifiers became {value}: lower classifier.learning_rate, or use a generator "
+                    "whose activations are finite"
+                )
             if epoch < options.min_epochs:
                 continue
-            value = float(loss.detach())
             best, waited = (value, 0) if value < best else (best, waited + 1)
             if waited > options.patience:
                 member.eval()
@@ -233,7 +257,10 @@ def _fit(
 
 
 def _moments(features: npt.NDArray[np.float16]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (F,) of the rows, in float64, without a copy of all of them; no deviation is 0."""
+    """Mean and standard deviation (F,) of the rows, in float64, without a copy of all of them.
+
+    Where the deviation is no more than what float16 rounds off the mean, it is 1.
+    """
     total = np.zeros(features.shape[1])
     squares = np.zeros(features.shape[1])
     shift = features[0].astype(np.float64)
@@ -241,16 +268,17 @@ def _moments(features: npt.NDArray[np.float16]) -> tuple[Tensor, Tensor]:
         part = features[first : first + _ROWS].astype(np.float64) - shift
         total += part.sum(0)
         squares += np.square(part).sum(0)
-    mean = total / len(features)
-    std = np.sqrt(np.maximum(squares / len(features) - mean**2, 0))
-    return torch.from_numpy(mean + shift).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
+    shifted = total / len(features)
+    mean, std = shifted + shift, np.sqrt(np.maximum(squares / len(features) - shifted**2, 0))
+    varies = std > np.maximum(1e-6, 1e-3 * np.abs(mean))
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.where(varies, std, 1.0)).float()
 
 
 def choose_blocks(
     activations: Activations,
     images: Sequence[Tensor],
     labels: Sequence[Tensor],
-    num_classes: int,
+    classes: Sequence[str],
     seed: int,
     per_class: int = 200,
 ) -> tuple[str, ...]:
@@ -266,15 +294,16 @@ def choose_blocks(
     if len(known) <= SEARCHED_BLOCKS:
         return tuple(known)
     every = activations.with_blocks(known)
-    pixels = labelled_pixels(every, images, labels, num_classes, per_class, seed)
+    few = max(1, min(per_class, SEARCHED_PIXELS // (len(images) * len(classes))))
+    pixels = labelled_pixels(every, images, labels, classes, few, seed)
     mean, std = _moments(pixels.features)
-    features = (torch.from_numpy(pixels.features).float() - mean) / std
-    parts = features.split(pixels.channels, dim=1)
-    wanted = F.one_hot(pixels.labels, num_classes).float()
-    odd = pixels.image % 2 == 1 if len(images) > 1 else torch.arange(len(features)) % 2 == 1
+    columns = torch.arange(len(mean)).split(pixels.channels)
+    wanted = F.one_hot(pixels.labels, len(classes)).float()
+    odd = pixels.image % 2 == 1 if len(images) > 1 else torch.arange(len(wanted)) % 2 == 1
     scores = []
     for i in range(len(known)):
-        x = torch.cat(parts[i :: len(known)], 1)  # the block at every time
+        own = torch.cat(columns[i :: len(known)])  # the block at every time
+        x = (torch.from_numpy(pixels.features[:, own.numpy()]).float() - mean[own]) / std[own]
         scores.append(sum(_ridge_accuracy(x, wanted, pixels.labels, side) for side in (odd, ~odd)))
     best = sorted(range(len(known)), key=lambda i: -scores[i])[:SEARCHED_BLOCKS]
     return tuple(known[i] for i in sorted(best))

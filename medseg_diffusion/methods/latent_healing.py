@@ -85,6 +85,8 @@ class LatentHealing:
         last = denoiser.schedule.num_steps
         if not 1 <= steps <= start <= last:
             raise ValueError(f"needs 1 <= steps <= start <= {last}, got {steps} steps from {start}")
+        if not all(2 <= t <= last for t in times):
+            raise ValueError(f"needs times in 2..{last}, got {list(times)}")
         if healthy is not None and len(healthy.mean) != len(times):
             raise ValueError(f"fitted with {len(healthy.mean)} times, used with {len(times)}")
         self.denoiser, self.codec = denoiser, codec
@@ -115,13 +117,16 @@ class LatentHealing:
             inside: (B, 1, *S) foreground of the images; positions that are mostly outside do not count.
         """
         there = self._on_latents(inside, maps.shape[2:])[:, 0] > 0.5
-        values = maps.movedim(1, 0)[:, there].double()  # (N, positions)
-        mean, std = values.mean(1), values.std(1).clamp(min=1e-12)
-        average = ((values - mean[:, None]) / std[:, None]).mean(0)
+        average = torch.zeros(int(there.sum()), dtype=torch.float64)
+        mean, std = torch.zeros(maps.shape[1]), torch.zeros(maps.shape[1])
+        for i in range(maps.shape[1]):  # one time after another: all at once in float64 may be gigabytes
+            values = maps[:, i][there].double().cpu()
+            mean[i], std[i] = values.mean(), values.std().clamp(min=1e-12)
+            average += (values - mean[i]) / std[i] / maps.shape[1]
         levels = torch.linspace(0, 1, LEVELS, dtype=torch.float64)
         # In numpy, for torch.quantile refuses more than 16 million values.
-        quantiles = torch.from_numpy(np.quantile(average.cpu().numpy(), levels.numpy()))
-        return HealthyLatents(mean.float().cpu(), std.float().cpu(), quantiles.float())
+        quantiles = torch.from_numpy(np.quantile(average.numpy(), levels.numpy()))
+        return HealthyLatents(mean, std, quantiles.float())
 
     @torch.no_grad()
     def unlikely(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -164,7 +169,9 @@ class LatentHealing:
         chosen = [seed for seed, wanted in zip(seeds, touched.tolist(), strict=True) if wanted]
         healed = self.heal(images[touched], mask[touched], chosen)
         mode = "bilinear" if images.ndim == 4 else "trilinear"
-        soft = F.interpolate(smoothed(mask[touched], self.smoothing), images.shape[2:], mode=mode, align_corners=False)
+        with torch.autocast(images.device.type, enabled=False):
+            soft = smoothed(mask[touched], self.smoothing)
+            soft = F.interpolate(soft, images.shape[2:], mode=mode, align_corners=False)
         found[touched] = residual(images[touched], healed) * soft
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.sampling.loop import Sampler
+from medseg_diffusion.sampling.loop import Sampler, at_once
 
 
 class Segmenter(Protocol):
@@ -24,11 +25,22 @@ class Segmenter(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """How an image is cut: window size (None: whole), overlap of neighbours in [0, 1), windows per batch."""
+    """How an image is cut: window size (None: whole), overlap of neighbours in [0, 1), windows or slices per batch.
+
+    ``batch_size`` None takes as many as `sampling.loop.at_once` says, all members of an ensemble counted.
+    """
 
     size: tuple[int, ...] | None = None
     overlap: float = 0.25
-    batch_size: int = 1
+    batch_size: int | None = None
+
+    def of(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """The size of a window in an image of the size ``spatial``."""
+        return tuple(spatial if self.size is None else map(min, self.size, spatial))
+
+    def batch(self, spatial: Sequence[int], members: int, device: torch.device) -> int:
+        """How many windows or slices of an image of this size share a batch."""
+        return self.batch_size or at_once(members * math.prod(self.of(spatial)), device)
 
 
 def segment(
@@ -66,20 +78,18 @@ def segment(
 
     stack = image[None] if dims == 3 else image.movedim(-1, 0)
     spatial = stack.shape[2:]
-    size = windows.size and tuple(min(a, b) for a, b in zip(windows.size, spatial, strict=True))
-    if size is None or size == tuple(spatial):
+    size, batch = windows.of(spatial), windows.batch(spatial, len(seeds), image.device)
+    if size == tuple(spatial):
         parts = [
             predict(part, [(first + i, *[0] * len(spatial)) for i in range(len(part))])
-            for first, part in zip(
-                range(0, len(stack), windows.batch_size), stack.split(windows.batch_size), strict=True
-            )
+            for first, part in zip(range(0, len(stack), batch), stack.split(batch), strict=True)
         ]
         flat = torch.cat(parts)
     else:
         flat = sliding_window_inference(
             stack,
             size,
-            windows.batch_size,
+            batch,
             lambda patches, where: predict(patches, [_corner(place) for place in where]),
             overlap=windows.overlap,
             mode="gaussian",
@@ -94,13 +104,12 @@ def _corner(place: Sequence[slice]) -> tuple[int, ...]:
     return (place[0].start, *(axis.start for axis in place[2:]))
 
 
-def count_batches(shape: Sequence[int], windows: Windows, dims: int) -> int:
-    """How often `segment` calls ``on_window`` for an image of ``shape`` (C, I, J, K)."""
+def count_batches(shape: Sequence[int], windows: Windows, dims: int, members: int, device: torch.device) -> int:
+    """How often `segment` calls ``on_window`` for an image of ``shape`` (C, I, J, K) and so many members."""
     spatial = tuple(shape[1:]) if dims == 3 else tuple(shape[1:3])
     count = 1 if dims == 3 else shape[3]
-    if windows.size is not None:
-        size = [min(a, b) for a, b in zip(windows.size, spatial, strict=True)]
-        steps = [max(1, int(n * (1 - windows.overlap))) for n in size]
-        for axis, side, step in zip(spatial, size, steps, strict=True):
-            count *= -(-(axis - side) // step) + 1
-    return -(-count // windows.batch_size)
+    size = windows.of(spatial)
+    steps = [max(1, int(n * (1 - windows.overlap))) for n in size]
+    for axis, side, step in zip(spatial, size, steps, strict=True):
+        count *= -(-(axis - side) // step) + 1
+    return -(-count // windows.batch(spatial, members, device))

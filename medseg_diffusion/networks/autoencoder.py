@@ -38,7 +38,8 @@ class _Standardised(nn.Module):
 
     Noise of a schedule fits data of zero mean and unit variance. A scale alone, as in the published code, leaves the
     means where training put them: an autoencoder of this package ended with means of two standard deviations.
-    ``shift`` and ``scale`` are buffers (latent_channels,), stored with the weights.
+    ``shift`` and ``scale`` are buffers (latent_channels,), stored with the weights. Latents and images leave in
+    float32, whatever autocast computed them in: the algebra of diffusion takes differences of nearly equal numbers.
     """
 
     shift: Tensor
@@ -51,6 +52,7 @@ class _Standardised(nn.Module):
 
     def standardised(self, latent: Tensor) -> Tensor:
         """The autoencoder's latent to the diffusion model's."""
+        latent = latent.float()
         return (latent - _per_channel(self.shift, latent)) * _per_channel(self.scale, latent)
 
     def unstandardised(self, latent: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class KLAutoencoder(_Standardised):
 
     def decode(self, latent: Tensor) -> Tensor:
         """The image of a standardised latent."""
-        return cast(Tensor, self.decoder(self.post_quant_conv(self.unstandardised(latent))))
+        return cast(Tensor, self.decoder(self.post_quant_conv(self.unstandardised(latent)))).float()
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Image -> (its reconstruction from a sampled latent, KL of the latents from N(0, I), nats per image (B,))."""
@@ -194,13 +196,19 @@ class VQAutoencoder(_Standardised):
 
     def decode(self, latent: Tensor) -> Tensor:
         """The image of a standardised latent, quantised first."""
-        quantised, _, _ = self.quantizer(self.unstandardised(latent))
-        return cast(Tensor, self.decoder(self.post_quant_conv(quantised)))
+        quantised, _ = self._quantised(self.unstandardised(latent))
+        return cast(Tensor, self.decoder(self.post_quant_conv(quantised))).float()
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Image -> (its reconstruction, commitment loss (B,), the same for all); in training the codebook moves."""
-        quantised, commitment, _ = self.quantizer(self.quant_conv(self.encoder(image)))
+        quantised, commitment = self._quantised(self.quant_conv(self.encoder(image)))
         return self.decoder(self.post_quant_conv(quantised)), commitment.expand(len(image))
+
+    def _quantised(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        # MONAI leaves autocast only on CUDA; in bfloat16 near neighbours of the codebook are mistaken for one another.
+        with torch.autocast(latent.device.type, enabled=False):
+            quantised, commitment, _ = self.quantizer(latent.float())
+        return quantised, commitment
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from medseg_diffusion.diffusion.denoiser import Condition
 
 from .blocks import Parts, conv
-from .unet import UNet, fold
+from .unet import UNet, fold, recomputed
 
 
 class FFParser(nn.Module):
@@ -113,7 +113,7 @@ class MedSegDiff(nn.Module):
         """The image's features up to the first mixing, once per image: {"image.i": (B, C_i, *S_i)}."""
         features = [self.image_stem(fold(self.unet.padded(image), self.unet.patch_size))]
         for block in self.image_encoder[: self.mixed_after[0]]:
-            features.append(block(features[-1]))
+            features.append(recomputed(self.unet.checkpointing, block, features[-1]))
         return {f"image.{i}": feature for i, feature in enumerate(features)}
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Condition | None = None) -> Tensor:
@@ -127,7 +127,7 @@ class MedSegDiff(nn.Module):
             if i in mixing:
                 image[i] = mixing[i](image[i], mask[i])
             if i < len(self.image_encoder):
-                image.append(self.image_encoder[i](image[i]))
+                image.append(recomputed(unet.checkpointing, self.image_encoder[i], image[i]))
         summed = [a + b for a, b in zip(mask, image, strict=True)]
         return unet.decode(summed[-1], summed, emb, x.shape[2:])
 

@@ -31,7 +31,7 @@ from medseg_diffusion.diffusion.denoiser import Condition
 
 from .blocks import attend, conv, heads_of, normalisation, zeroed
 from .medsegdiff import timeless
-from .unet import UNet, fold, unfold
+from .unet import UNet, fold, recomputed, unfold
 
 
 class GaussianSmoothing(nn.Module):
@@ -44,7 +44,11 @@ class GaussianSmoothing(nn.Module):
         self.log_width = nn.Parameter(torch.full((dims,), math.log(width)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *S) to the same shape; positions outside count as their nearest neighbours inside."""
+        """(B, C, *S) to the same shape in float32; positions outside count as their nearest neighbours inside."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._smoothed(x.float())
+
+    def _smoothed(self, x: Tensor) -> Tensor:
         places = torch.arange(-self.radius, self.radius + 1, device=x.device, dtype=torch.float32)
         kernels = (-0.5 * ((places - self.mean[:, None]) / self.log_width.exp()[:, None]).square()).softmax(dim=1)
         convolve = F.conv2d if x.ndim == 4 else F.conv3d
@@ -54,7 +58,7 @@ class GaussianSmoothing(nn.Module):
             shape[axis] = -1
             pad = [0] * (2 * len(kernels))
             pad[2 * (len(kernels) - 1 - axis)] = pad[2 * (len(kernels) - 1 - axis) + 1] = self.radius
-            h = convolve(F.pad(h, pad, mode="replicate"), kernel.to(h.dtype).reshape(1, 1, *shape))
+            h = convolve(F.pad(h, pad, mode="replicate"), kernel.reshape(1, 1, *shape))
         return h[:, 0].unflatten(0, x.shape[:2])
 
 
@@ -184,7 +188,10 @@ class SSFormer(nn.Module):
 
     def forward(self, diffusion: Tensor, condition: Tensor, emb: Tensor) -> Tensor:
         size = diffusion.shape[2:]
-        grid = [torch.linspace(-1, 1, n, device=diffusion.device) if n > 1 else emb.new_zeros(1) for n in size]
+        grid = [
+            torch.linspace(-1, 1, n, device=diffusion.device) if n > 1 else torch.zeros(1, device=diffusion.device)
+            for n in size
+        ]
         places = torch.stack(torch.meshgrid(*grid, indexing="ij"), dim=-1).flatten(0, -2)
         position = self.position(places.to(diffusion.dtype))
         d, c = (x.flatten(2).transpose(1, 2) + position for x in (diffusion, condition))
@@ -198,6 +205,7 @@ class ConditionUNet(nn.Module):
 
     def __init__(self, unet: UNet, image_channels: int, out_channels: int) -> None:
         super().__init__()
+        self.checkpointing = unet.checkpointing
         parts, widths, depths = timeless(unet.parts), list(unet.widths), list(unet.depths)
         self.stem = conv(unet.dims, image_channels * unet.patch_size**unet.dims, unet.channels)
         self.encoder, skips = parts.encoder(unet.channels, widths, depths)
@@ -210,13 +218,13 @@ class ConditionUNet(nn.Module):
         """A folded image to its bottleneck, its decoded features and its mask's folded logits."""
         skips = [self.stem(image)]
         for block in self.encoder:
-            skips.append(block(skips[-1]))
+            skips.append(recomputed(self.checkpointing, block, skips[-1]))
         h = skips[-1]
         for block in self.middle:
-            h = block(h)
+            h = recomputed(self.checkpointing, block, h)
         bottleneck = h
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
-            h = block(torch.cat([h, skip], dim=1))
+            h = recomputed(self.checkpointing, block, torch.cat([h, skip], dim=1))
         features = F.silu(self.norm(h))
         return bottleneck, features, self.to_mask(features)
 

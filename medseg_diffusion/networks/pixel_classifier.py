@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -70,34 +71,61 @@ class PixelClassifiers(nn.Module):
     def maps(self, blocks: Sequence[Tensor], size: Sequence[int], members: int | None = None) -> Tensor:
         """Logits (B, members, K, *size) of whole images, from the activations of blocks, each (B, C_b, *S_b).
 
-        The same as `forward` of all activations upsampled linearly to ``size``, to rounding, without ever holding
-        them there: a layer that acts on each pixel alone commutes with the upsampling, whose weights sum to 1. So
-        the first layer is applied at the resolution of each block, and only its few channels are upsampled.
+        The same as `forward` in evaluation mode of all activations upsampled linearly to ``size``, to rounding, without
+        ever holding them there: a layer that acts on each pixel alone commutes with the upsampling, whose weights sum
+        to 1. So the first layer is applied at the resolution of each block, and only its few channels are upsampled.
+        Always in float32, also under autocast.
 
         Args:
             blocks: activations, in the order of the features.
             size: of the images.
             members: as many of the first ones; None takes all.
         """
-        channels = [block.shape[1] for block in blocks]
-        grouped: dict[torch.Size, list[int]] = {}
-        for i, block in enumerate(blocks):
-            grouped.setdefault(block.shape[2:], []).append(i)
-        together = {shape: torch.cat([blocks[i] for i in which], 1) for shape, which in grouped.items()}
-        found = []
-        for member in list(self.members)[:members]:
-            first: nn.Linear = member.first  # type: ignore[assignment]
-            weight = first.weight / self.std
-            parts = weight.split(channels, dim=1)
-            hidden = (first.bias - weight @ self.mean).reshape(1, -1, *[1] * len(size))
-            for shape, which in grouped.items():
-                columns = torch.cat([parts[i] for i in which], 1)
-                coarse = torch.einsum("hc,bcn->bhn", columns, together[shape].flatten(2)).unflatten(2, shape)
-                hidden = hidden + upsampled(coarse, size)
-            pixels = hidden.movedim(1, -1).flatten(0, -2)
-            logits: Tensor = member.rest(pixels)  # type: ignore[operator]
-            found.append(logits.unflatten(0, (len(blocks[0]), *size)).movedim(-1, 1))
-        return torch.stack(found, 1)
+        batch, channels = len(blocks[0]), [block.shape[1] for block in blocks]
+        with torch.autocast(blocks[0].device.type, enabled=False):
+            # (C_b, B * N), standardised before anything is multiplied: features have means far beyond their deviations.
+            standard = [
+                (block.float().movedim(1, 0).flatten(1) - mean[:, None]) / std[:, None]
+                for block, mean, std in zip(blocks, self.mean.split(channels), self.std.split(channels), strict=True)
+            ]
+            return torch.stack(
+                [
+                    self._map(member, standard, [block.shape[2:] for block in blocks], batch, size)  # type: ignore[arg-type]
+                    for member in list(self.members)[:members]
+                ],
+                1,
+            )
+
+    def _map(
+        self,
+        member: PixelClassifier,
+        standard: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        batch: int,
+        size: Sequence[int],
+    ) -> Tensor:
+        """Logits (B, K, *size) of one member."""
+        coarse: dict[torch.Size, Tensor] = {}
+        for weight, block, shape in zip(
+            member.first.weight.split([len(block) for block in standard], 1), standard, shapes, strict=True
+        ):
+            coarse[shape] = coarse[shape].addmm_(weight, block) if shape in coarse else weight @ block
+        hidden = torch.zeros((), device=standard[0].device)
+        for shape, part in coarse.items():
+            hidden = hidden + upsampled(part.unflatten(1, (batch, *shape)).movedim(1, 0), size)
+        hidden = (hidden.flatten(2) + member.first.bias[:, None]).relu_()
+        _, norm, second, _, last_norm, last = member.rest
+        weight, bias = _folded(norm, second)  # type: ignore[arg-type]
+        hidden = (weight @ hidden + bias[:, None]).relu_()
+        weight, bias = _folded(last_norm, last)  # type: ignore[arg-type]
+        return (weight @ hidden + bias[:, None]).unflatten(2, tuple(size))
+
+
+def _folded(norm: nn.BatchNorm1d, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer with the (running) normalisation before it."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return linear.weight * scale, linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
 
 
 def upsampled(block: Tensor, size: Sequence[int]) -> Tensor:
@@ -113,12 +141,23 @@ def gathered(block: Tensor, positions: Tensor, size: Sequence[int]) -> Tensor:
 
     Args:
         block: activations (C, *S) of one image.
-        positions: (P, dims) int64 indices of pixels in an image of ``size``.
+        positions: (P, dims) int64 indices, on the CPU, of pixels in an image of ``size``.
         size: of the image.
     """
-    # grid_sample wants the last axis first, in units where the image reaches from -1 to 1.
-    sides = torch.tensor(list(size), device=positions.device, dtype=torch.float32)
-    where = ((2 * positions.float() + 1) / sides - 1).flip(-1)
-    grid = where.reshape(1, 1, *[1] * (len(size) - 2), -1, len(size)).to(block.dtype)
-    rows = F.grid_sample(block[None], grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return rows.flatten(2)[0].T
+    rows = block.new_zeros(len(positions), len(block))
+    lower, upper, share = [], [], []
+    for axis, side in enumerate(size):
+        # As `interpolate` rounds: the scale to float32, then the sum once. Else weights differ by 1e-5 at index 100.
+        coarse = block.shape[1 + axis]
+        scale = float(torch.tensor(coarse) / side)
+        where = ((positions[:, axis].double() + 0.5) * scale - 0.5).float().clamp(min=0)
+        where = where.to(block.device)
+        lower.append(where.long().clamp(max=coarse - 1))
+        upper.append((lower[-1] + 1).clamp(max=coarse - 1))
+        share.append((where - lower[-1]).to(block.dtype))
+    pixels = block.movedim(0, -1)
+    for corner in product((False, True), repeat=len(size)):
+        index = tuple(high if far else low for far, low, high in zip(corner, lower, upper, strict=True))
+        weight = [part if far else 1 - part for far, part in zip(corner, share, strict=True)]
+        rows += pixels[index] * torch.stack(weight, 1).prod(1, keepdim=True)
+    return rows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from medseg_diffusion.diffusion.denoiser import Condition
 
 from .blocks import conv
-from .unet import UNet, fold
+from .unet import UNet, fold, recomputed
 
 
 class DenseBlock(nn.Module):
@@ -49,9 +49,17 @@ class ImageEncoder(nn.Module):
     """G: image (B, C, *S) to features (B, out_channels, *S)."""
 
     def __init__(
-        self, dims: int, in_channels: int, out_channels: int, channels: int = 64, blocks: int = 12, growth: int = 32
+        self,
+        dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: int = 64,
+        blocks: int = 12,
+        growth: int = 32,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.first = conv(dims, in_channels, channels)
         self.trunk = nn.Sequential(
             *(RRDB(dims, channels, growth) for _ in range(blocks)), conv(dims, channels, channels)
@@ -60,8 +68,10 @@ class ImageEncoder(nn.Module):
         self.last = conv(dims, channels, out_channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        h = self.first(image)
-        h = h + self.trunk(h)
+        first = h = self.first(image)
+        for block in self.trunk:
+            h = recomputed(self.checkpointing, block, h)
+        h = first + h
         return cast(Tensor, self.last(F.leaky_relu(self.high_resolution(h), 0.2)))
 
 
@@ -88,7 +98,7 @@ class SegDiff(nn.Module):
         self.unet = unet
         folded = image_channels * unet.patch_size**unet.dims
         self.image_encoder = ImageEncoder(
-            unet.dims, folded, unet.channels, encoder_channels, encoder_blocks, encoder_growth
+            unet.dims, folded, unet.channels, encoder_channels, encoder_blocks, encoder_growth, unet.checkpointing
         )
 
     def encode_condition(self, image: Tensor) -> Condition:

@@ -10,6 +10,7 @@ after the last block (Hoogeboom et al. 2023, arXiv 2301.11093, sec. 3), and "pla
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import cast
 
 import torch
@@ -146,7 +147,15 @@ class UNet(nn.Module):
         found: dict[str, Tensor] = {}
         if unknown := set(names) - set(self.block_names()):
             raise ValueError(f"no activations {sorted(unknown)}; this network has {self.block_names()}")
-        self._run(x, timesteps, cond or {}, lambda name, h: found.update({name: h} if name in names else {}))
+
+        def collect(name: str, h: Tensor) -> None:
+            if name in names:
+                found[name] = h
+            if len(found) == len(set(names)):  # later blocks need not be computed
+                raise StopIteration
+
+        with suppress(StopIteration):
+            self._run(x, timesteps, cond or {}, collect)
         return found
 
     def block_names(self) -> list[str]:
@@ -206,9 +215,7 @@ class UNet(nn.Module):
         return unfold(self.out(h), self.patch_size)[(slice(None), slice(None), *(slice(0, n) for n in size))]
 
     def _call_block(self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, h, emb, context, use_reentrant=False))
-        return cast(Tensor, block(h, emb, context))
+        return recomputed(self.checkpointing, block, h, emb, context)
 
     def _needed(self, cond: Condition, name: str) -> Tensor:
         if name not in cond:
@@ -221,6 +228,13 @@ class UNet(nn.Module):
         if not any(missing):
             return x
         return F.pad(x, [amount for m in reversed(missing) for amount in (0, m)], mode="replicate")
+
+
+def recomputed(checkpointing: bool, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """A block's output; with ``checkpointing`` its activations are not kept but computed again for the gradient."""
+    if checkpointing and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+    return cast(Tensor, block(*inputs))
 
 
 def fold(x: Tensor, size: int) -> Tensor:

@@ -20,6 +20,8 @@ from medseg_diffusion.diffusion.noise import gaussian
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
+POSITIONS_AT_ONCE = {"cpu": 2**18, "cuda": 2**21}
+"""Of the samples that share a batch, all together: a CPU works from its caches, a GPU needs much at a time."""
 Spacing = Literal["log-snr", "trailing", "leading", "linspace"]
 LOWEST_HALF_LOG_SNR = -5.1
 """log(alpha / sigma) at the end of the linear schedule of 1000 steps: what lies below is pure noise."""
@@ -48,7 +50,7 @@ def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start:
 
     Args:
         schedule: the model's noise schedule.
-        count: number of denoiser calls, at least 1.
+        count: number of denoiser calls, at least 1; as many as there are times, or more, visit every one.
         how: "log-snr" uniform in log(alpha / sigma) between the start and t = 1, the default of DPM-Solver (Lu et
             al. 2022, arXiv 2206.00927, sec. 3.4), where all below -5.1 counts as -5.1: the clipped last betas of the
             cosine schedule would otherwise take half of the steps, all in pure noise; "trailing" start,
@@ -61,7 +63,9 @@ def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start:
         raise ValueError(f"the start must lie in 1..{schedule.num_steps}, got {last}")
     if count < 1:
         raise ValueError(f"at least one step is needed, got {count}")
-    if how == "log-snr":
+    if count >= last:
+        times = list(range(last, 0, -1))
+    elif how == "log-snr":
         lam = schedule.half_log_snr()[1 : last + 1]
         wanted = torch.linspace(max(float(lam[-1]), LOWEST_HALF_LOG_SNR), float(lam[0]), count, dtype=torch.float64)
         times = [last, *(1 + int((lam - value).abs().argmin()) for value in wanted[1:])]
@@ -99,6 +103,11 @@ def spread(schedule: NoiseSchedule, count: int, start: int) -> list[int]:
         nearest = 1 + int((lam - value).abs().argmin())
         times.append(min(max(nearest, times[-1] + 1), start - count + i))
     return [start, *times[:0:-1]]
+
+
+def at_once(positions: int, device: torch.device) -> int:
+    """How many samples of so many positions share a batch. It bounds memory, and changes results by rounding alone."""
+    return max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]) // positions)
 
 
 @torch.no_grad()

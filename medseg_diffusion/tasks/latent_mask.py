@@ -7,6 +7,7 @@ of masks against their own reconstructions is measured on the validation cases a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,9 @@ from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.noise import gaussian, generators
 from medseg_diffusion.diffusion.objective import Objective, uniform_times
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
-from medseg_diffusion.sampling.loop import Sampler, sample
+from medseg_diffusion.sampling.loop import Sampler, at_once
 
-from .mask import Batch, MaskEncoding, dice_ce
+from .mask import Batch, MaskEncoding, dice_ce, sample_all
 
 
 class MaskAutoencoder(nn.Module):
@@ -99,12 +100,12 @@ class LatentMaskDiffusion(nn.Module):
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
         """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S), as `MaskDiffusion.probabilities`."""
-        count = len(seeds[0])
-        own = generators([seed for members in seeds for seed in members])
-        cond = {name: value.repeat_interleave(count, dim=0) for name, value in self._condition(image).items()}
+        cond = self._condition(image)
         shape = (len(self.autoencoder.codec.scale), *cond["concat"].shape[2:])
-        z0 = sample(self.denoiser, sampler, gaussian(shape, own, like=image), times, cond, generators=own)
-        return self.autoencoder.decode(z0, image.shape[2:]).unflatten(0, (len(image), count))
+        z0 = sample_all(self.denoiser, sampler, times, cond, seeds, shape, image)
+        batch = at_once(math.prod(image.shape[2:]), image.device)
+        decoded = [self.autoencoder.decode(part, image.shape[2:]) for part in z0.split(batch)]
+        return torch.cat(decoded).unflatten(0, (len(image), -1))
 
     def _condition(self, image: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.network.encode_condition(padded(image, self.autoencoder.factor))  # type: ignore[operator]

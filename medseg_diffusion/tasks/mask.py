@@ -7,6 +7,7 @@ the usual scale most noise levels give it away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
 
-from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.denoiser import Clipped, Condition, Denoiser, NetworkDenoiser
 from medseg_diffusion.diffusion.noise import gaussian, generators
 from medseg_diffusion.diffusion.objective import Objective, uniform_times
 from medseg_diffusion.diffusion.prediction import Prediction
-from medseg_diffusion.sampling.loop import Sampler, sample
+from medseg_diffusion.sampling.loop import Sampler, at_once, sample
 
 Batch = Mapping[str, Tensor]
 """A training batch: "image" (B, C, *S) float, "label" (B, *S) int64, "seed" (B,) int64."""
@@ -132,16 +133,40 @@ class MaskDiffusion(nn.Module):
     ) -> Tensor:
         """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S).
 
-        ``seeds`` holds N seeds for each of the B images; all B N samples walk in one batch, and the image is encoded
-        once for all of them.
+        ``seeds`` holds N seeds for each of the B images, which are encoded once for all of them.
         """
-        count = len(seeds[0])
-        own = generators([seed for members in seeds for seed in members])
         cond = self.denoiser.network.encode_condition(image)  # type: ignore[operator]
-        cond = {name: value.repeat_interleave(count, dim=0) for name, value in cond.items() if name != "anchor"}
-        x = gaussian((self.encoding.channels, *image.shape[2:]), own, like=image)
-        x0 = sample(self.denoiser, sampler, x, times, cond, generators=own)
-        return self.encoding.decode(x0).unflatten(0, (len(image), count))
+        cond = {name: value for name, value in cond.items() if name != "anchor"}
+        denoiser: Denoiser = self.denoiser
+        if self.denoiser.head == "linear":  # the others cannot leave the range of a mask
+            denoiser = Clipped(denoiser, -self.encoding.scale, self.encoding.scale)
+        x0 = sample_all(denoiser, sampler, times, cond, seeds, (self.encoding.channels, *image.shape[2:]), image)
+        return self.encoding.decode(x0).unflatten(0, (len(image), -1))
+
+
+def sample_all(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    times: Sequence[int],
+    cond: Condition,
+    seeds: Sequence[Sequence[int]],
+    shape: Sequence[int],
+    like: Tensor,
+) -> Tensor:
+    """(B N, *shape) samples of the type and device of ``like``: N of each of the B conditions, one for each seed.
+
+    They walk in batches of `at_once`.
+    """
+    count = len(seeds[0])
+    own = generators([seed for members in seeds for seed in members])
+    batch = at_once(math.prod(shape[1:]), like.device)
+    found = []
+    for first in range(0, len(own), batch):
+        part = own[first : first + batch]
+        which = [i // count for i in range(first, first + len(part))]
+        given = {name: value[which] for name, value in cond.items()}
+        found.append(sample(denoiser, sampler, gaussian(shape, part, like=like), times, given, generators=part))
+    return torch.cat(found)
 
 
 class FeedForward(nn.Module):

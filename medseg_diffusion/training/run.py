@@ -23,7 +23,8 @@ def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
         resume: go on with a run that was started with the same.
 
     Raises:
-        UsageError: the run exists and ``resume`` is off, or was started with another configuration.
+        UsageError: the run exists and ``resume`` is off, does not exist and it is on, or was started with another
+            configuration.
     """
     file = run / "config.yaml"
     if resume and file.is_file():
@@ -31,10 +32,13 @@ def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
         changed = [key for key in resolved if before.get(key) != resolved[key]]
         if changed:
             raise UsageError(
-                f"{run}: was started with another {' and '.join(changed)}; resume with {file}, or use another folder"
+                f"{run}: was started with another {' and '.join(changed)}; "
+                f"resume with {file} and seed {before.get('seed')}, or use another folder"
             )
     elif file.is_file():
         raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
+    elif resume:
+        raise UsageError(f"{run}: holds no run; drop --resume to start it")
     run.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
 

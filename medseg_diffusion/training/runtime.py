@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -86,6 +87,12 @@ def autocast_dtype(device: torch.device, precision: Precision = "auto") -> torch
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
     amx = device.type == "cpu" and known.get("amx_bf16", False)
     return torch.bfloat16 if amx else None
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[Any]:
+    """The context in which networks compute in `autocast_dtype`; one that changes nothing for plain float32."""
+    dtype = autocast_dtype(device, precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 class Runtime:

@@ -122,7 +122,7 @@ def fit(
         run: the run directory.
         runtime: device, precision, processes.
         seed: of dropout; the draws carry their own.
-        resume: continue from checkpoints/last.pt.
+        resume: continue from checkpoints/last.pt; a run that was stopped before it had one starts again.
         max_steps: stop after this step even if the run is longer; the learning rate follows ``options.max_steps``.
         time_limit_min: stop after so many minutes of this call.
 
@@ -140,7 +140,7 @@ def fit(
     ema = EMA(runtime.unwrap(wrapped), options.ema_decay)
     resume_file = run / "checkpoints" / "last.pt"
     state = _State()
-    if resume:
+    if resume and (resume_file.is_file() or not _only_begun(run)):
         state = _load(resume_file, runtime, wrapped, optimizer, ema)
     last = min(options.max_steps, max_steps or options.max_steps)
     loader = DataLoader(
@@ -223,6 +223,11 @@ def fit(
         if log is not None:
             log.close()
     return state.best
+
+
+def _only_begun(run: Path) -> bool:
+    """Whether a run was started and stopped before its first validation and resume file."""
+    return (run / "config.yaml").is_file() and not (run / "log.csv").is_file()
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:

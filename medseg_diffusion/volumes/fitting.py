@@ -63,13 +63,10 @@ def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
 
 def fitted_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Label maps (B, *S) on a grid of ``size``: each label's mask linearly, then the largest; 0 outside."""
-    best: Tensor | None = None
-    result = torch.zeros(0)
-    for value in torch.unique(labels).tolist():
-        share = fitted((labels == value)[:, None].float(), size, fill=float(value == 0))[:, 0]
-        if best is None:
-            best, result = share, torch.full_like(share, value, dtype=labels.dtype)
-            continue
+    best = fitted((labels == 0)[:, None].float(), size, fill=1.0)[:, 0]  # also where no position is 0: what is padded
+    result = torch.zeros_like(best, dtype=labels.dtype)
+    for value in torch.unique(labels[labels != 0]).tolist():
+        share = fitted((labels == value)[:, None].float(), size, fill=0.0)[:, 0]
         larger = share > best + 1e-6  # shares of one half each differ by rounding alone
         result[larger] = value
         best = torch.where(larger, share, best)

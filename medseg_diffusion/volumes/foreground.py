@@ -9,13 +9,27 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
+from medseg_diffusion.volumes.volume import Volume, inverse_reorientation, orientation_transform, reorient
+
 Mask = npt.NDArray[np.bool_]
 
 _DARK = 0.2  # what is so much of the way from the mean of air to that of the body is body
 _BLANK = 0.1  # share of voxels that have one and the same value where a background was cut out
+_FEW = 100_000  # voxels, evenly spread, among which that value is looked for
 _SOLID = 0.95  # share of the outline's inside that has another one then; noise in air is full of holes
 _TISSUE = 0.5  # share of the outline's rim that is no air then
 _AIRLESS = 0.5  # share of the sides' voxels that are above air in a crop from inside a body
+
+
+def scan_foreground(volume: Volume, orientation: str | None = "RAS") -> Tensor:
+    """`foreground` of a scan's first channel, bool (I, J, K) on its own grid.
+
+    Slices are across the third axis of ``orientation`` (None: of the scan). It depends on the scan alone, not on what a
+    model makes of it: scores of different models count in the same voxels.
+    """
+    transform = orientation_transform(volume.affine, orientation or volume.axcodes)
+    found = foreground(reorient(volume.data[:1], transform)[0])
+    return reorient(found[None], inverse_reorientation(transform))[0]
 
 
 def foreground(image: Tensor) -> Tensor:
@@ -35,10 +49,11 @@ def foreground(image: Tensor) -> Tensor:
     split = threshold_otsu(scaled.ravel())
     air, body = scaled[scaled <= split].mean(), scaled[scaled > split].mean()
     bright: Mask = scaled > air + _DARK * (body - air)
-    levels, counts = np.unique(values, return_counts=True)
-    if counts.max() > _BLANK * values.size:
-        # The lowest value may be another one: interpolation overshoots.
-        other: Mask = values != levels[counts.argmax()]
+    # The value of a background that was cut out need not be the lowest: interpolation overshoots. What a tenth of the
+    # voxels have is what most of every few share.
+    levels, counts = np.unique(values.ravel()[:: max(1, values.size // _FEW)], return_counts=True)
+    other: Mask = values != levels[counts.argmax()]
+    if np.count_nonzero(~other) > _BLANK * values.size:
         outline = _filled(_largest(other))
         rim = outline & ~ndimage.binary_erosion(outline, plane)
         if other[outline].mean() > _SOLID and bright[rim].mean() > _TISSUE:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
-from medseg_diffusion.volumes import itk, nifti, raster
+from medseg_diffusion.volumes import dicom, itk, nifti, raster
 from medseg_diffusion.volumes.volume import FileImage, Volume, check_affine, grid_distance
 
 _READERS: dict[str, ModuleType] = {
@@ -25,7 +25,7 @@ SUFFIXES = tuple(_READERS)
 IMAGE_SUFFIXES = tuple(suffix for suffix, module in _READERS.items() if module is raster)
 """Of images without geometry: volumes of one slice, whose voxel size of 1 mm is a placeholder."""
 VOLUME_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix not in IMAGE_SUFFIXES)
-RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_mask")
+RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_mask", "_anomaly_foreground")
 """Endings of the files that we write."""
 _MAX_LABEL = 65535
 
@@ -34,7 +34,7 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
     """Read an image of three spatial axes.
 
     Args:
-        path: a file with one of `SUFFIXES`.
+        path: a file with one of `SUFFIXES`, or the folder of a DICOM series.
         channels: how many channels it must have (last axis in the file; colours are three); None takes any number.
 
     Returns:
@@ -143,13 +143,17 @@ def suffix_of(path: Path | str) -> str:
     for suffix in SUFFIXES:
         if name.endswith(suffix):
             return suffix
+    if name.endswith(".dcm"):
+        raise InputError(path, "one slice of a DICOM series", "the whole series", "name its folder")
     raise InputError(
         path, f"the suffix {Path(path).suffix!r}", f"one of {', '.join(SUFFIXES)}", "convert or rename the file"
     )
 
 
 def scan_name(path: Path | str) -> str:
-    """The file's name without its suffix: "a/scan.1.nii.gz" -> "scan.1"."""
+    """The file's name without its suffix: "a/scan.1.nii.gz" -> "scan.1"; that of a DICOM series' folder."""
+    if Path(path).is_dir():
+        return Path(path).resolve().name
     return Path(path).name[: -len(suffix_of(path))]
 
 
@@ -190,9 +194,10 @@ def scan_files(folder: Path) -> list[Path]:
 
 
 def find_scans(path: Path | str) -> list[Path]:
-    """The scans that a path stands for: itself if a file, else the scans in the folder (`scan_files`), sorted by name.
+    """The scans that a path stands for: itself if a file or a DICOM series, else those in the folder, sorted by name.
 
-    Files that look like our own results (`RESULTS`) are left out of folders.
+    In a folder these are files (`scan_files`) but for what looks like our own results (`RESULTS`), and folders of DICOM
+    series.
 
     Raises:
         InputError: a missing path, a file of another kind, or a folder without scans.
@@ -201,8 +206,11 @@ def find_scans(path: Path | str) -> list[Path]:
     if not path.is_dir():
         _require_file(path)
         return [path]
+    if dicom.is_series(path):
+        return [path]
     files = scan_files(path)
     scans = [file for file in files if not scan_name(file).endswith(RESULTS)]
+    scans += sorted(inner for inner in path.iterdir() if dicom.is_series(inner))
     if not scans:
         found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
         raise InputError(path, found, f"files that end with {', '.join(SUFFIXES)}", "check the path")
@@ -212,6 +220,8 @@ def find_scans(path: Path | str) -> list[Path]:
 def _require_file(path: Path) -> None:
     if not path.exists():
         raise InputError(path, "no such file", "a scan", "check the path")
+    if dicom.is_series(path):
+        return
     if not path.is_file():
         raise InputError(path, "a folder", "a file", "name one scan in it")
     suffix_of(path)
@@ -225,7 +235,7 @@ def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.N
         opened = raster.open_labels(path) if labels else raster.open_image(path)
         _check_colours(path, opened.shape, channels, labels)
     else:
-        opened = _READERS[suffix_of(path)].open_image(path)
+        opened = dicom.open_image(path) if path.is_dir() else _READERS[suffix_of(path)].open_image(path)
     _check_shape(path, opened.shape, channels)
     if opened.dtype.fields is not None or opened.dtype.kind not in "iubf":
         kind = "colour (RGB)" if opened.dtype.fields is not None else str(opened.dtype)

@@ -23,6 +23,7 @@ def read_scores(path: Path | str) -> Volume:
     """
     path = Path(path)
     _require_file(path)
+    suffix_of(path)  # a DICOM series is no map
     opened: FileImage = _READERS[suffix_of(path)].open_image(path)
     _check_shape(path, opened.shape, channels=1)
     if opened.dtype.fields is not None or opened.dtype.kind not in "iubf":

@@ -27,12 +27,14 @@ class Header:
         sform_code: NIfTI code of the affine transform.
         xyzt_units: NIfTI code of the spatial and temporal units; 2 is millimetres.
         qform: (4, 4) voxel -> RAS mm of the quaternion transform where it differs from the affine, else None.
+        modality: DICOM's, such as "MR" or "CT"; empty where the format does not say.
     """
 
     qform_code: int = 1
     sform_code: int = 1
     xyzt_units: int = 2
     qform: FloatArray | None = None
+    modality: str = ""
 
 
 @dataclass(frozen=True, eq=False)

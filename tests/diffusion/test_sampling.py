@@ -341,7 +341,9 @@ def test_the_spacings_by_hand() -> None:
     assert spaced(schedule, 4, "leading") == [76, 51, 26, 1, 0]
     assert spaced(schedule, 4, "linspace") == [100, 67, 34, 1, 0]
     assert spaced(schedule, 1) == [100, 0]
-    assert spaced(schedule, 100, "trailing") == list(range(100, -1, -1))
+    for how in SPACINGS:
+        assert spaced(schedule, 100, how) == list(range(100, -1, -1)), "as many calls as times visit every one"
+        assert spaced(schedule, 40, how, start=40) == list(range(40, -1, -1))
     assert spaced(schedule, 4, "trailing", start=40) == [40, 30, 20, 10, 0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from medseg_diffusion.networks.medsegdiff_v2 import (
     SpectralAttention,
     filtered,
 )
+from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet
 
 BOTH = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
@@ -185,3 +187,39 @@ def test_medsegdiff_mixes_at_the_two_middle_stages() -> None:
     for mult, wanted in (((1, 2, 2), (3, 5)), ((1, 1, 2, 2, 4, 4), (5, 7))):
         unet = UNet(2, 1, 1, channels=8, channel_mult=mult, num_res_blocks=1)
         assert MedSegDiff(unet, 1, 5).mixed_after == wanted
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "segdiff"])
+def test_checkpointing_reaches_the_encoder_of_the_image_and_changes_no_gradient(name) -> None:
+    def gradients(checkpointing: bool) -> tuple[int, list[Tensor]]:
+        torch.manual_seed(0)
+        unet = UNet(2, 2, 2, channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, checkpointing=checkpointing)
+        network: Any
+        if name == "segdiff":
+            network = SegDiff(unet, 3, 8, 2, 4)
+        else:
+            network = MedSegDiff(unet, 3, bands=5) if name == "v1" else MedSegDiffV2(unet, 3, 2, 2, 8, 0.0)
+        kept = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            cond = network.encode_condition(noise(2, 3, 16, 16))
+        sum(value.square().mean() for value in cond.values()).backward()
+        return kept, [p.grad for p in network.parameters() if p.grad is not None]
+
+    (kept, wanted), (fewer, found) = gradients(False), gradients(True)
+    assert fewer < 0.6 * kept
+    torch.testing.assert_close(found, wanted)
+
+
+def test_smoothing_is_in_float32_under_autocast() -> None:
+    """A kernel in bfloat16 would not sum to 1, nor pass small gradients on."""
+    smoothing, x = GaussianSmoothing(2), noise(1, 2, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = smoothing(x)
+    torch.testing.assert_close(found, smoothing(x), rtol=0, atol=0)
+    assert smoothing(x.bfloat16()).dtype == torch.float32

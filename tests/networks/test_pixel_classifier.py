@@ -31,6 +31,15 @@ def test_gathering_is_upsampling_and_indexing_up_to_the_borders(coarse, factor, 
     torch.testing.assert_close(gathered(block, every_pixel(*size), size), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("coarse", "size"), [((128, 3), (181, 7)), ((181,) * 2, (128,) * 2), ((3, 100, 5), (5, 256, 4))]
+)
+def test_gathering_is_upsampling_at_odd_ratios(coarse, size) -> None:
+    block = normal(0, 4, *coarse)
+    whole = upsampled(block[None], size)[0].flatten(1).T
+    torch.testing.assert_close(gathered(block, every_pixel(*size), size), whole, rtol=0, atol=1e-5)
+
+
 def trained(members: int, features: int, classes: int) -> PixelClassifiers:
     """Classifiers whose every parameter and running statistic matters."""
     torch.manual_seed(0)
@@ -59,6 +68,21 @@ def test_late_upsampling_equals_early_upsampling(size) -> None:
     assert torch.equal(late.argmax(2)[sure], early.argmax(2)[sure])
     with torch.no_grad():
         assert torch.equal(model.maps(blocks, size, members=2), late[:, :2])
+
+
+def test_features_of_a_large_mean_keep_their_digits() -> None:
+    """bf16 activations, of 300 with deviations of 2, in the context of bf16: as the features in float64."""
+    size, blocks = (8, 8), [(300 + 2 * normal(i, 1, 6, 4, 4)).bfloat16() for i in range(2)]
+    model = trained(2, 12, 3)
+    model.mean.fill_(300)
+    model.std.fill_(2)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.maps(blocks, size)
+        features = torch.cat([upsampled(block.double(), size) for block in blocks], 1).movedim(1, -1).flatten(0, -2)
+        expected = model.double()(features).unflatten(1, (1, *size)).movedim(-1, 2).movedim(0, 1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_published_layout() -> None:

@@ -1,0 +1,89 @@
+"""What an ensemble in one call costs against one encoding of the image and as many network evaluations one by one.
+
+    python benchmarks/ensemble_cost.py MODEL... [--members 5] [--steps 5] [--size 32 48 32] [--device cpu]
+
+Timings alternate between the two, and the ratio is that of the medians: 1.1 is the target, below 1 batching pays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from medseg_diffusion import build
+from medseg_diffusion.checkpoint import load_model_files
+from medseg_diffusion.diffusion.noise import gaussian, generators
+from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.segmenter import restore_segmenter
+from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
+from medseg_diffusion.tasks.mask import FeedForward, MaskDiffusion
+from medseg_diffusion.training.runtime import choose_device, keep_freed_memory, tune
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def one_by_one(model: MaskDiffusion | LatentMaskDiffusion, image: Tensor, times: list[int], members: int) -> None:
+    """The image encoded once, then every evaluation of the network in a batch of one."""
+    cond = model.network.encode_condition(image)  # type: ignore[operator]
+    shape: tuple[int, ...]
+    if isinstance(model, LatentMaskDiffusion):
+        shape = (len(model.autoencoder.codec.scale), *cond["concat"].shape[2:])
+    else:
+        shape = (model.encoding.channels, *image.shape[2:])
+    x = gaussian(shape, generators([0]), like=image)
+    for _ in range(members):
+        for t in times[:-1]:
+            model.denoiser(x, torch.full((1,), t, device=image.device), cond)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--size", type=int, nargs="+", help="of the image; by default the training window")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    tune(device)
+    keep_freed_memory()
+    for name in options.models:
+        model, config = restore_segmenter(load_model_files(name))
+        if isinstance(model, FeedForward):
+            parser.error(f"{name}: samples nothing")
+        model.to(device)
+        image = torch.rand(1, config.data.channels, *(options.size or config.data.window), device=device)
+        times = spaced(build.noise_schedule(config.diffusion.schedule), options.steps)
+        sampler, seeds = build.sampler("dpm++"), [list(range(options.members))]
+        runs: list[Callable[[], object]] = [
+            lambda: model.probabilities(image, seeds, sampler, times),  # noqa: B023
+            lambda: one_by_one(model, image, times, options.members),  # noqa: B023
+        ]
+        found: list[list[float]] = [[], []]
+        for i in range(options.repeats + 2):
+            for which in (0, 1) if i % 2 else (1, 0):
+                took = seconds(runs[which], device)
+                if i >= 2:
+                    found[which].append(took)
+        together, apart = (statistics.median(values) for values in found)
+        print(
+            f"{name}: {options.members} samples of {len(times) - 1} steps {together:.3f} s, "
+            f"one encoding and {options.members * (len(times) - 1)} evaluations {apart:.3f} s: {together / apart:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

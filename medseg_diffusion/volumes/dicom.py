@@ -1,0 +1,106 @@
+"""DICOM series: a folder of slices as one volume. SimpleITK reads the voxels, pydicom what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+import SimpleITK as sitk
+from pydicom.dataset import Dataset
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.itk import affine_of
+from medseg_diffusion.volumes.volume import FileImage, Header
+
+_MAGIC = b"DICM"
+_TAGS = ["Modality", "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames"]
+_UNEVEN = 0.05  # by what share of the distance between slices it may vary: positions are rounded in many files
+_TILTED = 0.05  # by what share of it slices may be shifted against each other
+
+
+def is_series(folder: Path) -> bool:
+    """Whether a folder directly holds DICOM files, whatever their names."""
+    return folder.is_dir() and any(_is_dicom(path) for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def open_image(folder: Path) -> FileImage:
+    """Read the headers of the one series in a folder: slices in order of their position, or one multi-frame file.
+
+    Raises:
+        InputError: several series, slices that are missing, repeated, uneven or sheared, a single slice, or damage.
+    """
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        raise InputError(
+            folder, f"{len(series)} DICOM series", "one series", "put every series into a folder of its own"
+        )
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    try:
+        headers = [pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS)) for file in files]
+    except Exception as error:
+        raise _unreadable(folder) from error
+    if len(headers) > 1 or int(headers[0].get("NumberOfFrames") or 1) == 1:
+        _require_even(folder, headers)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise _unreadable(folder) from error
+    array = sitk.GetArrayViewFromImage(image)  # (K, J, I[, components])
+    order = [2, 1, 0, 3][: array.ndim]
+    shape = tuple(array.shape[axis] for axis in order)
+
+    def load() -> npt.NDArray[np.generic]:
+        return np.asarray(sitk.GetArrayFromImage(image).transpose(order))
+
+    return FileImage(shape, array.dtype, affine_of(image), Header(modality=str(headers[0].get("Modality", ""))), load)
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(132)[128:] == _MAGIC
+
+
+def _require_even(folder: Path, headers: Sequence[Dataset]) -> None:
+    """InputError unless the slices are stacked evenly along their normal."""
+    axes = headers[0].get("ImageOrientationPatient")
+    places = [header.get("ImagePositionPatient") for header in headers]
+    if not axes or not all(places):
+        raise InputError(
+            folder, "slices without position or orientation", "both in every file", "export the series again"
+        )
+    if len(headers) == 1:
+        raise InputError(folder, "a series of one slice", "a volume of several", "export the whole series")
+    normal = np.cross(*np.array(axes, float).reshape(2, 3))
+    steps = np.diff(np.array(places, float), axis=0)
+    gaps = steps @ normal
+    typical = float(np.median(gaps))
+    if abs(gaps).min() < 1e-3:
+        raise InputError(
+            folder,
+            "several images at one position",
+            "one image at each position of a slice",
+            "export one time point, echo or reconstruction alone",
+        )
+    if abs(gaps - typical).max() > _UNEVEN * abs(typical):
+        raise InputError(
+            folder,
+            f"slices {abs(gaps).min():.3g} to {abs(gaps).max():.3g} mm apart",
+            "slices at one distance",
+            "add the missing slices, or resample the series elsewhere",
+        )
+    if np.linalg.norm(steps - gaps[:, None] * normal, axis=1).max() > _TILTED * abs(typical):
+        raise InputError(
+            folder,
+            "slices shifted against each other (a tilted gantry)",
+            "slices stacked at a right angle",
+            "resample the series elsewhere",
+        )
+
+
+def _unreadable(folder: Path) -> InputError:
+    return InputError(folder, "an unreadable DICOM series", "complete files", "copy or export the series again")
