@@ -353,7 +353,7 @@ def test_wrong_arguments_write_nothing(tmp_path) -> None:
 def test_scan_names() -> None:
     assert [scan_name(p) for p in ("x/a.nii.gz", "a.b.nii", "A.NII.GZ", "a.nrrd")] == ["a", "a.b", "A", "a"]
     with pytest.raises(InputError, match="suffix"):
-        scan_name("a.dcm")
+        scan_name("a.docx")
 
 
 def test_find_scans(tmp_path) -> None:
