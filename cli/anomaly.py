@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, print_table, progress
+from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, print_table, progress, warnings_at_once
 from .segment import exit_with
 
 if TYPE_CHECKING:
@@ -70,8 +69,7 @@ def train_anomaly(
     settings = load_config(config, overrides or [])
     if not isinstance(settings, AnomalyConfig):
         raise UsageError(f"{config}: configures a {settings.method}, not anomaly detection (method: anomaly)")
-    with progress(quiet) as show, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with progress(quiet) as show, warnings_at_once():
 
         def on_progress(state: Progress) -> None:
             left = f", {state.seconds_left / 60:.0f} min left"
@@ -92,8 +90,6 @@ def train_anomaly(
             on_progress=on_progress,
             on_prepare=lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
         )
-    for message in dict.fromkeys(str(item.message) for item in caught):
-        fail(message, kind="warning")
     _print_calibration(result.model, result.calibration, quiet, as_json)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, print_table, progress
+from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, print_table, progress, warnings_at_once
 from .segment import Sampler
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ def train_generator(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop each stage after this many steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the weights of LPIPS if missing.")] = False,
     gpus: Annotated[int, typer.Option(min=1, help="Processes to train in, one a device.")] = 1,
     device: Device = "auto",
     seed: Seed = 0,
@@ -58,8 +58,7 @@ def train_generator(
         raise UsageError(f"{config}: configures a segmenter; train it with {command}")
     if gpus > 1 and not launched():
         raise typer.Exit(launch(sys.argv, gpus))
-    with progress(quiet) as show, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with progress(quiet) as show, warnings_at_once():
 
         def on_prepare(what: str, done: int, total: int) -> None:
             show(f"preparing {what}: {done} of {total}", done / max(total, 1))
@@ -83,12 +82,10 @@ def train_generator(
             device=device,
             seed=seed,
             skip_broken=skip_broken,
+            download=download,
             on_progress=on_progress,
             on_prepare=on_prepare,
         )
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            fail(str(warning.message), kind="warning")
     if as_json:
         print_json({"model": model})
     elif not quiet:
@@ -149,6 +146,8 @@ def evaluate_generator(
         str, typer.Option(help="inception, efficientnet-lite0, or a .pt or .onnx file; auto takes the first at hand.")
     ] = "auto",
     inception: Annotated[Path | None, typer.Option(metavar="FILE", help="Inception's weights.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch Inception's weights if missing.")] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken real images out.")] = False,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     device: Device = "auto",
@@ -172,6 +171,8 @@ def evaluate_generator(
             options,
             extractor,
             inception,
+            download,
+            skip_broken,
             lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
         )
     for warning in result.warnings:

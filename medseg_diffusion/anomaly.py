@@ -292,7 +292,7 @@ def restore_anomaly(
         generator = restore_generator(_part(saved, "generator", GENERATOR), device)
         classifier = None
         if config.classifier is not None:
-            classifier, _ = restore_classifier(_part(saved, "classifier", CLASSIFIER), device)
+            classifier, _, _ = restore_classifier(_part(saved, "classifier", CLASSIFIER), device)
     except (KeyError, UsageError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(

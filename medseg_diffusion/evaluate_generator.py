@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from . import build
 from .checkpoint import home
 from .data.image_cache import PackedImages, packed, to_unit
+from .data.images import find_images
 from .errors import InputError, ModelError, UsageError
 from .generate import SampleOptions, Source
 from .metrics.generation import NEIGHBOUR, Features, Scores, scores
@@ -55,9 +57,9 @@ class Row:
             "sampler": f"{self.sampler}-{self.steps}" if self.sampler else "",
             "recall": round(s.recall, 4),
             "precision": round(s.precision, 4),
-            "IS": round(s.inception_score, 2),
+            "IS": None if s.inception_score is None else round(s.inception_score, 2),
             "FID": round(s.fid, 2),
-            "sFID": round(s.sfid, 2),
+            "sFID": None if s.sfid is None else round(s.sfid, 2),
             "KID": round(s.kid, 5),
             "N": s.count,
         }
@@ -87,6 +89,8 @@ def evaluate_generator(
     options: SampleOptions = DEFAULTS,
     extractor_name: str = "auto",
     inception: Path | None = None,
+    download: bool = False,
+    skip_broken: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> GeneratorEvaluation:
@@ -102,6 +106,8 @@ def evaluate_generator(
         options: of the sampling.
         extractor_name: see `medseg_diffusion.networks.extractors`.
         inception: Inception's weight file.
+        download: fetch Inception's weights if they are missing; nothing is downloaded otherwise.
+        skip_broken: leave broken files of the reference out instead of stopping.
         on_progress: called with (what, images done, all).
         on_row: called after every row.
 
@@ -111,12 +117,16 @@ def evaluate_generator(
         ModelError: no usable model or extractor, or one that a model was trained with.
     """
     device = choose_device(options.device)
-    extract = extractor(extractor_name, device, inception)
-    real, size = _reference(reference, models)
+    extract = extractor(extractor_name, device, inception, download=download)
+    _check(models, samplers, options, extract)
+    real, size, seen = _reference(reference, models, device, skip_broken, on_progress)
     if min(len(real), options.count) < NEIGHBOUR + 2:
         raise UsageError(
             f"{options.count} samples against {len(real)} real images are too few: the scores need {NEIGHBOUR + 2} each"
         )
+    for model in filter(_is_samples, models):
+        if (count := len(_sampled(model, size))) < NEIGHBOUR + 2:
+            raise UsageError(f"{model}: {count} images are too few: the scores need {NEIGHBOUR + 2}")
     known = _features(real, extract, partial(on_progress, "real images"))
     result = GeneratorEvaluation(extract.name, extract.maps, str(reference), len(real))
     fewest, features = min(options.count, len(real)), known.pooled.shape[1]
@@ -124,6 +134,9 @@ def evaluate_generator(
         result.warnings.append(
             f"FID is biased upwards ({fewest} images for {features} features): compare rows of this table only"
         )
+
+    if seen:
+        result.warnings.append("the reference is what generators train on: no images of it are held out")
 
     def add(row: Row) -> None:
         result.rows.append(row)
@@ -141,6 +154,28 @@ def evaluate_generator(
     return result
 
 
+def _check(
+    models: Sequence[str], samplers: Sequence[tuple[str, int]], options: SampleOptions, extract: Extractor
+) -> None:
+    """What would fail at a later row fails now: sampling may take hours."""
+    names = [_name(model) for model in models]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{twice[0]}: the name of two models or folders; rename one")
+    for model in models:
+        if _is_samples(model):
+            continue
+        for sampler, steps in samplers:
+            source = Source(model, _with(options, sampler, steps))
+            if extract.fingerprints & set(source.saved.card.get("loss_extractors", [])):
+                raise ModelError(
+                    f"{model}: was trained with {extract.name}, which cannot score it; use another --extractor"
+                )
+
+
+def _with(options: SampleOptions, sampler: str, steps: int) -> SampleOptions:
+    return SampleOptions(**{**asdict(options), "sampler": sampler, "steps": steps})
+
+
 Images = np.ndarray | np.memmap
 """(N, H, W, C) uint8."""
 
@@ -155,17 +190,11 @@ def _rows(
     on_progress: Callable[[str, int, int], None],
 ) -> Iterator[tuple[str, str, int, Images]]:
     if _is_samples(model):
-        images = packed(Path(model), home() / "images", *size).images
-        yield _name(model), "", 0, images[: options.count]
+        yield _name(model), "", 0, _sampled(model, size)[: options.count]
         return
     for sampler, steps in samplers:
-        own = SampleOptions(**{**asdict(options), "sampler": sampler, "steps": steps})
-        name = f"{_name(model)}-{sampler}-{steps}"
+        name, own = f"{_name(model)}-{sampler}-{steps}", _with(options, sampler, steps)
         source = Source(model, own)
-        if extract.name in source.saved.card.get("loss_extractors", []):
-            raise ModelError(
-                f"{model}: was trained with {extract.name}, which cannot score it; use another --extractor"
-            )
         yield name, sampler, steps, _samples(source, own, output / "samples" / name, name, on_progress)
 
 
@@ -215,37 +244,64 @@ def _floor(real: Features, count: int) -> Scores:
     return scores(real[order[:count]], real[order[count:]])
 
 
-def _reference(reference: Path, models: Sequence[str]) -> tuple[Images, tuple[int, int]]:
-    """Real images at the size of the models, or 64 where only folders of samples are compared."""
+def _reference(
+    reference: Path,
+    models: Sequence[str],
+    device: torch.device,
+    skip_broken: bool,
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[Images, tuple[int, int], bool]:
+    """Real images at the size of the models, or of the first sample where there are no models.
+
+    The last value says that no side of the reference is held out of training.
+    """
     sizes = set()
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if not _is_samples(model):
-            config = Source(model).generator.config
+            config = Source(model, SampleOptions(device=str(device))).generator.config
             section, preprocessing = config.data, config.preprocessing
             if not isinstance(section.size, int):
                 raise UsageError(f"{model}: makes volumes, and the scores are of images")
             sizes.add((section.size, section.channels))
     if len(sizes) > 1:
         raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
-    size = next(iter(sizes), (64, 3))
+    size = next(iter(sizes), None) or _sample_size(models)
     collection: PackedImages = packed(
         reference,
         home() / "images",
         *size,
         preprocessing=build.preprocessing(preprocessing),
-        held_out=(section.test_images, 0),
+        held_out=(section.test_images, section.validation_images if section.test_images else 0),
+        skip_broken=skip_broken,
+        on_file=partial(on_progress, "packing real images"),
     )
     test = collection.part("test")
     positions = test if len(test) else collection.part("train")
     if not len(positions):
         raise InputError(reference, "no image", "real images", "check --reference")
-    return collection.images[positions], size
+    return collection.images[positions], size, not len(test)
+
+
+def _sampled(model: str, size: tuple[int, int]) -> Images:
+    """The images of a folder of samples, without the overview that `medseg sample` puts beside them."""
+    collection = packed(Path(model), home() / "images", *size)
+    own = (Path(model) / "samples.json").is_file()
+    return collection.images[[i for i, name in enumerate(collection.names) if not (own and name == "grid.png")]]
+
+
+def _sample_size(models: Sequence[str]) -> tuple[int, int]:
+    """Side of the first image, and three channels."""
+    found = find_images(Path(models[0]))
+    with Image.open(io.BytesIO(found.read(found.entries[0].name))) as image:
+        return min(image.size), 3
 
 
 def _is_samples(model: str) -> bool:
+    """Whether a folder holds images; a run without a finished model is none, but pictures of its progress."""
     folder = Path(model)
-    return folder.is_dir() and not any((place / "model.json").is_file() for place in (folder, folder / "model"))
+    places = (folder / "model.json", folder / "model" / "model.json", folder / "config.yaml", folder / "autoencoder")
+    return folder.is_dir() and not any(place.exists() for place in places)
 
 
 def _name(model: str) -> str:
@@ -273,13 +329,16 @@ def _suspicious(rows: Sequence[Row]) -> list[str]:
 
 
 def _write(result: GeneratorEvaluation, output: Path) -> None:
-    table = result.table()
+    table = [
+        {**row, "extractor": result.extractor, "reference images": result.reference_count} for row in result.table()
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table[0]))
     writer.writeheader()
     writer.writerows(table)
     content = {**{k: v for k, v in vars(result).items() if k != "rows"}, "rows": [asdict(row) for row in result.rows]}
-    write_files(output, {"scores.json": json.dumps(content, indent=2) + "\n", "scores.csv": text.getvalue()})
+    whole = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_files(output, {"scores.json": whole, "scores.csv": text.getvalue()})
 
 
 def parse_samplers(text: str) -> list[tuple[str, int]]:

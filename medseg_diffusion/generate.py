@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import build
 from .checkpoint import load_model_files
+from .config import NoisyClassifierConfig
 from .data.image_cache import to_levels, to_unit
 from .diffusion.guidance import ClassifierGradient
 from .diffusion.noise import derive_seed
@@ -63,9 +64,11 @@ class Source:
         self.generator = restore_generator(self.saved, self.device)
         self.upsampler = options.upsampler and restore_generator(load_model_files(options.upsampler), self.device)
         self.classifier: nn.Module | None = None
+        self.known_classes = len(self.generator.classes)
         if options.classifier is not None and options.classifier_scale != 0:
-            self.classifier, known = restore_classifier(load_model_files(options.classifier), self.device)
-            self._check_class(known)
+            saved = load_model_files(options.classifier)
+            self.classifier, self.known_classes, config = restore_classifier(saved, self.device)
+            self._check_classifier(config)
         self._check()
 
     def draw(self, numbers: Sequence[int]) -> Tensor:
@@ -91,7 +94,7 @@ class Source:
 
     def labels(self, numbers: Sequence[int]) -> Tensor:
         """Class of each image: the one asked for, or all in turn."""
-        known = max(1, len(self.generator.classes))
+        known = max(1, self.known_classes)
         wanted = self.options.label
         return torch.tensor([number % known if wanted is None else wanted for number in numbers])
 
@@ -113,8 +116,24 @@ class Source:
         if self.upsampler:
             size = self.generator.config.data.shape
             factor = None if isinstance(self.upsampler.task, PatchedDiffusion) else self.upsampler.task.factor
+            channels = self.generator.config.data.channels, self.upsampler.config.data.channels
+            if channels[0] != channels[1]:
+                raise UsageError(f"{options.upsampler}: enlarges {channels[1]} channels, not {channels[0]}")
             if factor is None or self.upsampler.config.data.shape != tuple(factor * side for side in size):
                 raise UsageError(f"{options.upsampler}: does not enlarge images of {' x '.join(map(str, size))}")
+
+    def _check_classifier(self, config: NoisyClassifierConfig) -> None:
+        """A classifier guides a generator of the same images, schedule and classes."""
+        own, path = self.generator.config, self.options.classifier
+        for what, found, needed in (
+            ("size", config.data.shape, own.data.shape),
+            ("channels", config.data.channels, own.data.channels),
+            ("noise schedule", config.schedule, own.diffusion.schedule),
+            ("number of classes", self.known_classes, len(self.generator.classes) or self.known_classes),
+        ):
+            if found != needed:
+                raise UsageError(f"{path}: its {what} is {found}, the generator's {needed}; use one made for it")
+        self._check_class(self.known_classes)
 
     def _check_class(self, known: int) -> None:
         label = self.options.label

@@ -109,6 +109,7 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
             stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
             codec = build.autoencoder(stage)
             codec.load_state_dict(_under("codec.", saved.weights))
+            arranged(codec, stage.training.channels_last, compiled=False)
             codec.requires_grad_(False).to(device).eval()
         task = build.generator(config, len(classes), None if codec is None else shape[0])
         task.load_state_dict({k: v for k, v in saved.weights.items() if not k.startswith("codec.")})
@@ -166,11 +167,14 @@ def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencode
         codec.load_state_dict(saved.weights)
     except (RuntimeError, UsageError) as error:
         raise _unusable(saved, error) from error
+    arranged(codec, config.training.channels_last, compiled=False)
     return codec.requires_grad_(False).eval(), config
 
 
-def restore_classifier(saved: SavedModel, device: torch.device | str = "cpu") -> tuple[nn.Module, int]:
-    """The noisy classifier of a model directory, and its number of classes."""
+def restore_classifier(
+    saved: SavedModel, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, int, NoisyClassifierConfig]:
+    """The noisy classifier of a model directory, its number of classes and its configuration."""
     config = _config(saved, NoisyClassifierConfig, "a noisy classifier", "train-generator")
     classes = len(saved.card["classes"])
     try:
@@ -178,7 +182,8 @@ def restore_classifier(saved: SavedModel, device: torch.device | str = "cpu") ->
         network.load_state_dict(saved.weights)
     except (RuntimeError, UsageError) as error:
         raise _unusable(saved, error) from error
-    return network.requires_grad_(False).to(device).eval(), classes
+    arranged(network, config.training.channels_last, compiled=False)
+    return network.requires_grad_(False).to(device).eval(), classes, config
 
 
 def _config(saved: SavedModel, kind: type, what: str, command: str) -> Any:

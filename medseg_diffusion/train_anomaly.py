@@ -144,7 +144,7 @@ def train_anomaly(
             part,
             images,
             folder,
-            resume=resume and folder.is_dir(),
+            resume=resume and any(folder.rglob("config.yaml")),
             max_steps=max_steps,
             time_limit_min=left,
             device=device,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from . import build
-from .checkpoint import home, load_model_files, save_model
+from .checkpoint import SavedModel, home, load_model_files, save_model
 from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, load_config
 from .data.draws import Draws, Examples
 from .data.image_cache import ImageExamples, PackedImages, packed
@@ -41,7 +41,7 @@ from .tasks.image import ImageDiffusion, reduced
 from .tasks.patched import PatchedDiffusion
 from .training.autoencoder import AutoencoderTraining, LossWeights, standardise
 from .training.perceptual import perceptual_loss
-from .training.run import start_run, versions
+from .training.run import require_startable, start_run, versions
 from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
 
@@ -67,6 +67,7 @@ class _Job:
     device: str
     seed: int
     skip_broken: bool
+    download: bool
     on_progress: Callable[[Progress], None]
     on_prepare: Callable[[str, int, int], None]
 
@@ -88,6 +89,7 @@ def train_generator(
     device: str = "auto",
     seed: int = 0,
     skip_broken: bool = False,
+    download: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Path:
@@ -108,6 +110,7 @@ def train_generator(
         device: auto, cpu, cuda, cuda:N or mps.
         seed: of weights, order, times and noise.
         skip_broken: leave broken files out instead of stopping.
+        download: fetch the weights of LPIPS if they are missing; nothing is downloaded otherwise.
         on_progress: called after every step.
         on_prepare: called with (what is prepared, done, total).
 
@@ -120,7 +123,7 @@ def train_generator(
     if not latent and (autoencoder is not None or stage != "all"):
         raise UsageError(f"--autoencoder and --stage are for latent generators; this configures a {config.method}")
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
-    job = _Job(data, run, resume, max_steps, deadline, device, seed, skip_broken, on_progress, on_prepare)
+    job = _Job(data, run, resume, max_steps, deadline, device, seed, skip_broken, download, on_progress, on_prepare)
     if isinstance(config, ImageAutoencoderConfig):
         return _train_autoencoder(config, job)
     if isinstance(config, NoisyClassifierConfig):
@@ -130,6 +133,8 @@ def train_generator(
         settings = load_config(str(config.autoencoder))
         if not isinstance(settings, ImageAutoencoderConfig):
             raise UsageError(f"autoencoder: {config.autoencoder} configures a {settings.method}, not an autoencoder")
+        # Both stages see the same images: what is held out of one must not have trained the other.
+        settings = settings.model_copy(update={"data": config.data, "preprocessing": config.preprocessing})
         again = resume and (first / "config.yaml").is_file()
         autoencoder = _train_autoencoder(settings, _Job(**{**vars(job), "run": first, "resume": again}))
         if stage == "autoencoder" or job.minutes_left == 0:
@@ -145,18 +150,17 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
     if autoencoder is not None:
         saved = load_model_files(autoencoder)
         codec, stage = restore_autoencoder(saved)
-        if stage.data.channels != config.data.channels:
-            raise ModelError(f"{saved.path}: made for {stage.data.channels} channels, not {config.data.channels}")
+        _require_same_images(saved, stage, config)
         resolved["autoencoder_sha256"] = saved.sha256
-    start_run(job.run, resolved, job.resume)
-    images = _images(config, job)
     runtime = Runtime(job.device, config.training.precision)
+    images = _prepared(config, job, resolved, runtime)
     extra: dict[str, Any] = {}
     shape: tuple[int, ...] = (config.data.channels, *config.data.shape)
     if codec is not None:
         codec = codec.to(runtime.device)
         prepare = lambda done, total: job.on_prepare("latents", done, total)  # noqa: E731
-        latents = cached_latents(images, codec, saved.sha256, runtime.device, prepare)
+        with runtime.main_first():
+            latents = cached_latents(images, codec, saved.sha256, runtime.device, prepare)
         examples: Examples = LatentExamples(latents, images, images.part("train"), config.data.flip)
         held_out: Examples = LatentExamples(latents, images, images.part("validation"), flip=False)
         extra = {"autoencoder": stage.model_dump(mode="json"), "autoencoder_sha256": saved.sha256}
@@ -192,13 +196,17 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
 
 
 def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
-    start_run(job.run, {**config.model_dump(mode="json"), "seed": job.seed}, job.resume)
-    images = _images(config, job)
     runtime = Runtime(job.device, config.training.precision)
     loss = config.loss
     perceptual, stated, inside = perceptual_loss(
-        loss.perceptual, loss.lpips_backbone, config.data.channels, runtime.device, len(config.data.shape)
+        loss.perceptual,
+        loss.lpips_backbone,
+        config.data.channels,
+        runtime.device,
+        len(config.data.shape),
+        download=job.download,
     )
+    images = _prepared(config, job, {**config.model_dump(mode="json"), "seed": job.seed}, runtime)
     if loss.perceptual == "auto" and stated != "lpips":
         warnings.warn(f"LPIPS has no weights here; training with {stated} instead", stacklevel=2)
     torch.manual_seed(derive_seed(job.seed, "weights"))
@@ -208,6 +216,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
     model = AutoencoderTraining(
         build.autoencoder(config), perceptual, weights, loss.discriminator_channels, loss.discriminator_layers
     )
+    arranged(model, config.training.channels_last, compiled=False)  # not called as a whole, so nothing to compile
     examples = ImageExamples(images, images.part("train"), config.data.flip)
     batches = _validation_batches(ImageExamples(images, images.part("validation"), flip=False), 16)
 
@@ -252,11 +261,11 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
 
 
 def _train_classifier(config: NoisyClassifierConfig, job: _Job) -> Path:
-    start_run(job.run, {**config.model_dump(mode="json"), "seed": job.seed}, job.resume)
-    images = _images(config, job)
     runtime = Runtime(job.device, config.training.precision)
+    images = _prepared(config, job, {**config.model_dump(mode="json"), "seed": job.seed}, runtime)
     torch.manual_seed(derive_seed(job.seed, "weights"))
     model = build.noisy_classifier(config, len(images.classes))
+    arranged(model.network, config.training.channels_last, config.training.compile)
     examples = ImageExamples(images, _labelled(images, "train"), config.data.flip)
     held_out = ImageExamples(images, _labelled(images, "validation"), flip=False)
     batches = _validation_batches(held_out, config.training.batch_size)
@@ -290,6 +299,27 @@ def _fit(
         max_steps=job.max_steps,
         time_limit_min=job.minutes_left,
     )
+
+
+def _prepared(config: ImageConfig, job: _Job, resolved: Mapping[str, Any], runtime: Runtime) -> PackedImages:
+    """The images; only then the run begins, so that a call with unusable ones can be corrected and repeated."""
+    require_startable(job.run, job.resume)
+    with runtime.main_first():
+        images = _images(config, job)
+    if runtime.is_main:
+        start_run(job.run, resolved, job.resume)
+    return images
+
+
+def _require_same_images(saved: SavedModel, stage: ImageAutoencoderConfig, config: GeneratorConfig) -> None:
+    """ModelError for an autoencoder of other images, or one that has seen what this run holds out."""
+    same = ("shape", "channels", "test_images")
+    found, wanted = ({name: getattr(part.data, name) for name in same} for part in (stage, config))
+    if found != wanted or stage.preprocessing != config.preprocessing:
+        raise ModelError(
+            f"{saved.path}: made for images with {found}; this configuration has {wanted}, "
+            "or another preprocessing: use an autoencoder of the same images"
+        )
 
 
 def _images(config: ImageConfig, job: _Job) -> PackedImages:

@@ -201,6 +201,80 @@ def test_a_truncated_image_is_named_or_skipped(tmp_path: Path) -> None:
     assert check.sizes == {"64 x 64": 14}
 
 
+def damaged_zip(path: Path) -> Path:
+    """A whole image, and three that zipfile refuses: a broken stream, encryption, an unknown compression."""
+    names = ["encrypted.png", "stream.png", "unknown.png", "whole.png"]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            buffer = io.BytesIO()
+            Image.new("L", (9, 9), 70).save(buffer, "PNG")
+            archive.writestr(name, buffer.getvalue())
+        start = archive.getinfo("stream.png").header_offset + 30 + len("stream.png")
+    content = bytearray(path.read_bytes())
+    content[start] = 0xFF  # a block of a type that deflate does not have
+    directory = [content.rindex(name.encode()) - 46 for name in names]
+    content[directory[0] + 8] |= 1  # the flag of encryption
+    content[directory[2] + 10] = 99  # the number of the compression
+    path.write_bytes(content)
+    return path
+
+
+def test_unreadable_entries_of_a_zip_are_listed_and_skipped(tmp_path: Path) -> None:
+    source = damaged_zip(tmp_path / "images.zip")
+    broken = check_images(find_images(source)).broken
+    assert [text.partition(": ")[0].rpartition("/")[2] for text in broken] == [
+        "encrypted.png", "stream.png", "unknown.png"]  # fmt: skip
+    assert all("found an unreadable entry (" in text and "\n" not in text for text in broken)
+    images = packed(source, tmp_path / "store", 9, 1, skip_broken=True, held_out=(0, 0))
+    assert images.names == ("whole.png",) and images.images.max() == 70
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "columns"),
+    [
+        ("val/val_annotations.txt", "val_0.JPEG", 6),
+        ("val/val_annotations.txt", "val_0.JPEG\tn02\t0\t0\tten\t10", 6),
+        ("train/n01/n01_boxes.txt", "n01_0.JPEG\t1\t2\t3", 5),
+    ],
+)
+def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, file, row, columns) -> None:
+    folder = tiny_imagenet(tmp_path)
+    path = folder / file
+    path.write_text("\n" + path.read_text() + row + "\n")
+    line = len(path.read_text().splitlines())
+    with pytest.raises(InputError, match=rf"{file}, line {line}: found '.*'; expected {columns} columns between tabs"):
+        find_images(folder)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("tif", "<i4")])
+def test_levels_of_sixteen_bits_become_eight(tmp_path: Path, suffix, kind) -> None:
+    (tmp_path / "data").mkdir()
+    levels = np.array([[0, 128, 129, 257], [32767, 32768, 60000, 65535]] * 2).astype(kind)
+    Image.fromarray(levels).save(tmp_path / "data" / f"deep.{suffix}")
+    wanted = np.round(levels.astype(float) / 257).astype(np.uint8)
+    assert (int(wanted.min()), int(wanted.max())) == (0, 255)
+    collection = find_images(tmp_path / "data")
+    assert np.array_equal(collection.pixels(collection.entries[0], (4, 4), 1)[0, :, :, 0], wanted)
+    assert np.array_equal(collection.pixels(collection.entries[0], (4, 4), 3)[0], np.repeat(wanted[..., None], 3, 2))
+
+
+def test_levels_of_no_stated_depth_stay_and_those_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, levels in (
+        ("a", np.full((4, 4), 200, np.int32)),
+        ("b", np.full((4, 4), 0.5, np.float32)),
+        ("c", np.full((4, 4), 65536, np.int32)),
+        ("d", np.full((4, 4), -1, np.int32)),
+    ):
+        Image.fromarray(levels).save(tmp_path / "data" / f"{name}.tif")
+    collection = find_images(tmp_path / "data")
+    assert int(collection.pixels(collection.entries[0], (4, 4), 1).max()) == 200
+    for entry, mode in zip(collection.entries[1:], "FII", strict=True):
+        with pytest.raises(InputError, match=rf"{entry.name}: found levels that no 16 bits hold \(mode {mode}\)"):
+            collection.pixels(entry, (4, 4), 1)
+    assert len(check_images(collection).broken) == 3
+
+
 def test_a_missing_class_folder_and_a_wrong_zip_are_refused(tmp_path: Path) -> None:
     folder = tiny_imagenet(tmp_path)
     for file in (folder / "train" / "n02" / "images").iterdir():

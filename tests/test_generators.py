@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medseg_diffusion.checkpoint import load_model_files
+from medseg_diffusion.checkpoint import load_model_files, save_model
 from medseg_diffusion.config import (
     AnomalyConfig,
     GeneratorConfig,
@@ -23,12 +25,16 @@ from medseg_diffusion.config import (
     parse_config,
     presets,
 )
+from medseg_diffusion.data.image_cache import packed
+from medseg_diffusion.data.latent_cache import LatentExamples, cached_latents
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.evaluate_generator import evaluate_generator, parse_samplers
+from medseg_diffusion.evaluate_generator import Row, _suspicious, evaluate_generator, parse_samplers
 from medseg_diffusion.generate import SampleOptions, Source, read_png, sample_images
 from medseg_diffusion.generator import restore_autoencoder
 from medseg_diffusion.importing import load_model
+from medseg_diffusion.metrics.generation import Scores
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
+from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.train_generator import train_generator
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM
 
@@ -365,6 +371,124 @@ def test_the_table_has_a_row_a_sampler_and_the_floor_and_resumes(models, picture
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert again.table() == table
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["extractor"] == result.extractor
+
+
+def test_a_fast_sampler_that_is_twice_as_bad_is_named() -> None:
+    def row(sampler: str, steps: int, fid: float) -> Row:
+        return Row("m", sampler, steps, Scores(0.5, 0.5, 2.0, fid, 1.0, 0.1, 10, 10))
+
+    (said,) = _suspicious([row("ddim", 50, 210.1), row("ddim", 200, 190.0), row("ddpm", 1000, 100.0)])
+    assert "FID 210.1 with ddim-50 is more than 2 times the 100.0 of ddpm-1000" in said
+
+
+def test_what_cannot_be_scored_is_said_before_anything_is_sampled(models, pictures, network, tmp_path: Path) -> None:
+    def run(*names: object, samplers: tuple[tuple[str, int], ...] = (("ddim", 2),), **changes: object) -> None:
+        options = SampleOptions(count=6, device="cpu", **changes)
+        evaluate_generator([str(name) for name in names], pictures, tmp_path / "out", samplers, options, str(network))
+
+    saved = load_model_files(models["pixel"])
+    inside = sorted(extractor(str(network)).fingerprints)
+    save_model(tmp_path / "cheat", {**saved.card, "loss_extractors": inside[:1]}, saved.weights, "")
+    with pytest.raises(ModelError, match=r"was trained with small\.pt .* cannot score it"):
+        run(models["half"], tmp_path / "cheat")
+    save_model(tmp_path / "other" / models["pixel"].parent.name / "model", saved.card, saved.weights, "")
+    with pytest.raises(UsageError, match="the name of two models or folders"):
+        run(models["pixel"], tmp_path / "other" / models["pixel"].parent.name)
+    with pytest.raises(UsageError, match="--guidance needs a model"):
+        run(models["class"], models["pixel"], guidance=2.0)
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "few" / f"{i}.png")
+    with pytest.raises(UsageError, match="3 images are too few"):
+        run(tmp_path / "few")
+    stopped = tmp_path / "stopped"
+    (stopped / "samples").mkdir(parents=True)
+    (stopped / "config.yaml").write_text("method: pixel")
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(stopped / "samples" / "001.png")
+    with pytest.raises(ModelError, match="found no model there"):
+        run(stopped)
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_are_scored_without_their_overview(models, pictures, network, tmp_path: Path) -> None:
+    sample_images(str(models["pixel"]), tmp_path / "s", SampleOptions(count=6, steps=2, device="cpu"))
+    options = SampleOptions(count=100, device="cpu")
+    result = evaluate_generator([str(tmp_path / "s")], pictures, tmp_path / "out", (), options, str(network))
+    assert [row.scores.count for row in result.rows] == [12, 6]  # real images in halves, and the samples
+    assert "no images of it are held out" in result.warnings[-1]
+    header = (tmp_path / "out" / "scores.csv").read_text().splitlines()[0]
+    assert header.endswith("extractor,reference images")
+
+
+def test_an_autoencoder_without_an_adversary_keeps_its_last_weights(pictures, tmp_path: Path) -> None:
+    training = {"batch_size": 2, "max_steps": 4, "validate_every": 2, "warmup_steps": 1, "ema_decay": 0.5}
+    loss = {"adversarial_weight": 0.0, "discriminator_channels": 8, "discriminator_layers": 1}
+    model = train_generator(
+        small("autoencoder", loss=loss, training=training), pictures, tmp_path / "run", device="cpu"
+    )
+    assert load_model_files(model).card["training"]["step"] == 4
+
+
+def test_both_stages_hold_out_the_same_images(pictures, models, tmp_path: Path) -> None:
+    data = {"size": 16, "validation_images": 4, "test_images": 5}
+    with pytest.raises(ModelError, match=r"made for images with .*'test_images': 0.* this configuration has .*: 5"):
+        train_generator(
+            small("latent", data=data), pictures, tmp_path / "a", autoencoder=models["autoencoder"], device="cpu"
+        )
+    training = {"batch_size": 2, "max_steps": 1, "validate_every": 1, "warmup_steps": 1, "ema_decay": 0.5}
+    stage = small("autoencoder", training=training)
+    (tmp_path / "codec.yaml").write_text(json.dumps(stage.model_dump(mode="json")))
+    config = small("latent", data=data, autoencoder=str(tmp_path / "codec.yaml"), training=training)
+    train_generator(config, pictures, tmp_path / "b", device="cpu")
+    found = load_model_files(tmp_path / "b" / "autoencoder").card
+    assert found["config"]["data"]["test_images"] == 5 and found["training"]["data"]["images"] == 24 - 9
+
+
+def test_workers_open_packed_images_and_latents_again(pictures, tmp_path: Path) -> None:
+    images = packed(pictures, tmp_path, 16, held_out=(2, 4))
+    assert len(pickle.dumps(images)) < 2000
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(images)).images, images.images)
+
+    class Halved:
+        def encode(self, image: torch.Tensor) -> torch.Tensor:
+            return image[:, :, ::2, ::2]
+
+    latents = cached_latents(images, Halved(), "key", torch.device("cpu"))
+    assert not latents[images.part("test")].any() and latents[images.part("validation")].any()
+    examples = LatentExamples(latents, images, images.part("train"), flip=False)
+    copy = pickle.loads(pickle.dumps(examples))
+    assert len(pickle.dumps(examples)) < 4000
+    torch.testing.assert_close(
+        copy.example(3, torch.Generator())["image"], examples.example(3, torch.Generator())["image"]
+    )
+
+
+def test_unusable_images_leave_no_run_behind(pictures, tmp_path: Path) -> None:
+    broken = tmp_path / "pictures"
+    shutil.copytree(pictures, broken)
+    file = next(broken.rglob("*.png"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=file.name):
+        train_generator(small("pixel"), broken, tmp_path / "run", device="cpu")
+    assert train_generator(small("pixel"), broken, tmp_path / "run", skip_broken=True, device="cpu").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"size": 8, "validation_images": 4}}, "its size is"),
+        ({"schedule": {"name": "cosine", "num_steps": 1000}}, "its noise schedule is"),
+    ],
+)
+def test_a_classifier_of_another_generator_is_refused(changes, message, models, pictures, tmp_path: Path) -> None:
+    other = train_generator(small("classifier", **changes), pictures, tmp_path / "run", device="cpu")
+    with pytest.raises(UsageError, match=message):
+        Source(models["pixel"], SampleOptions(classifier=str(other), device="cpu"))
+
+
+def test_a_classifier_guides_an_unconditional_generator_to_all_its_classes_in_turn(models) -> None:
+    source = Source(models["pixel"], SampleOptions(classifier=str(models["classifier"]), device="cpu"))
+    assert source.labels(range(4)).tolist() == [0, 1, 0, 1]
 
 
 def test_a_larger_count_adds_to_the_samples(models, pictures, network, tmp_path: Path) -> None:

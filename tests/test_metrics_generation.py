@@ -1,4 +1,4 @@
-"""Scores of generated images: closed forms, identities, and torchmetrics' arithmetic on the same features."""
+"""Scores of generated images: closed forms, identities, and the arithmetic of torchmetrics and torch-fidelity."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
+from medseg_diffusion.metrics import generation
 from medseg_diffusion.metrics.generation import (
     Features,
     chosen,
@@ -79,6 +82,37 @@ def test_precision_and_recall_as_defined() -> None:
     assert 0 < found[0] < 1
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_inception_score_as_torch_fidelity(splits) -> None:
+    logits = 3 * normal(120, 20, 7)
+    wanted = isc_features_to_metric(logits, splits, shuffle=False)["inception_score_mean"]
+    assert inception_score(logits, split=120 // splits) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_precision_and_recall_as_torch_fidelity() -> None:
+    """As of 0.4, where the first features are the samples'."""
+    samples, real = normal(150, 6, 8, 0.4, 0.8), normal(200, 6, 9)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 64, "save_cpu_ram": True, "verbose": False}
+    wanted = prc_features_to_metric(samples, real, **options)
+    found = precision_recall(samples, real)
+    assert found == pytest.approx((wanted["precision"], wanted["recall"]), rel=1e-3)
+    assert found[0] != found[1]
+
+
+def test_precision_and_recall_hold_some_rows_of_distances_at_a_time(monkeypatch) -> None:
+    samples, real = normal(80, 5, 3, 0.5), normal(120, 5, 4)
+    wanted, rows, distances = precision_recall(samples, real), [], generation._distances
+
+    def noted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        rows.append(len(a))
+        return distances(a, b)
+
+    monkeypatch.setattr(generation, "_distances", noted)
+    monkeypatch.setattr(generation, "ROWS", 7)
+    assert precision_recall(samples, real) == wanted
+    assert max(rows) == 7
+
+
 def test_a_collapsed_generator_is_precise_and_recalls_nothing() -> None:
     real = normal(300, 4, 5)
     precision, recall = precision_recall(real[:1] + 1e-3 * normal(300, 4, 6), real)
@@ -97,3 +131,10 @@ def test_a_row_has_every_score_and_both_counts() -> None:
     row = scores(features[:20], features)
     assert (row.count, row.reference_count) == (20, 60)
     assert all(math.isfinite(value) for value in vars(row).values())
+
+
+def test_without_map_and_logits_their_scores_are_none() -> None:
+    features = Features(normal(60, 6, 0), torch.empty(60, 0), torch.empty(60, 0))
+    row = scores(features[:20], features)
+    assert row.inception_score is None and row.sfid is None
+    assert all(math.isfinite(value) for value in vars(row).values() if value is not None)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .images import PLAIN, ImageCollection, Part, Pixels, find_images
+
+VERSION = 2
+"""Of what files become; a higher one packs them again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,10 @@ class PackedImages:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     skipped: tuple[str, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For worker processes: a memory map would travel as a copy of the whole file."""
+        return open_packed, (self.folder,)
 
     def part(self, name: Part) -> npt.NDArray[np.int64]:
         """Positions of the images of one side; empty where there are none."""
@@ -83,12 +91,16 @@ def packed(
     if not source.exists():
         raise InputError(source, "no such file or folder", "a zip or folder of images", "check the path")
     sides = (size, size) if isinstance(size, int) else tuple(size)
+    found = find_images(source)
+    # A collection that names its sides itself is packed once, however many are asked to be held out.
+    held_out = (0, 0) if all(entry.part for entry in found.entries) else held_out
     about = [str(source.resolve()), _state(source), sides, channels, asdict(preprocessing), held_out, skip_broken]
+    about.append(VERSION)
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     folder = store / f"{source.stem}-{'x'.join(map(str, sides))}-{key}"
     if not (folder / "index.json").is_file():
         with new_folder(folder) as temporary:
-            _pack(find_images(source), temporary, sides, channels, preprocessing, held_out, skip_broken, on_file)
+            _pack(found, temporary, sides, channels, preprocessing, held_out, skip_broken, on_file)
     return open_packed(folder)
 
 

@@ -14,9 +14,11 @@ that the sides of a split are the same there.
 from __future__ import annotations
 
 import io
+import lzma
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +87,8 @@ class ImageCollection:
             preprocessing: of scans.
 
         Raises:
-            InputError: a file that cannot be read whole, or volumes asked of what is none.
+            InputError: a file that cannot be read whole, levels that are no whole 8 or 16 bits, or volumes asked of
+                what is none.
         """
         if self.kind == "scans":
             return _scan(self.source / entry.name, size, channels, preprocessing)
@@ -99,7 +102,7 @@ def find_images(source: Path) -> ImageCollection:
     """Reads the layout of a folder or zip.
 
     Raises:
-        InputError: nothing there, no zip, no image, or a Tiny ImageNet with a part missing.
+        InputError: nothing there, no zip, no image, or a Tiny ImageNet with a part missing or a malformed row.
     """
     names, read = _zip(source) if source.is_file() else _folder(source)
     roots = [name.removesuffix("wnids.txt") for name in names if name.rpartition("/")[2] == "wnids.txt"]
@@ -153,6 +156,10 @@ def _patient(name: str, images: str) -> str:
     return scan_name(name) if name.lower().endswith(SUFFIXES) else Path(name).stem
 
 
+_BROKEN_ENTRY = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError)
+"""What zipfile raises: RuntimeError where an entry is encrypted or its compression unknown, ValueError for its name."""
+
+
 def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
     try:
         archive = zipfile.ZipFile(source)
@@ -165,8 +172,8 @@ def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise InputError(f"{source}/{name}", f"a damaged entry ({error})", "a whole file", _REPAIR) from error
+        except _BROKEN_ENTRY as error:
+            raise InputError(f"{source}/{name}", f"an unreadable entry ({error})", "a whole file", _REPAIR) from error
 
     return sorted(names), read
 
@@ -183,13 +190,24 @@ def _tiny_imagenet(source: Path, root: str, names: Sequence[str], read: Callable
     """The official layout. Classes are numbered in the order of their sorted ids, as ImageFolder would do."""
     there = set(names)
 
-    def lines(name: str) -> list[list[str]]:
+    def lines(name: str) -> dict[int, list[str]]:
         if root + name not in there:
             raise InputError(f"{source}/{root}{name}", "no such file", "the official Tiny ImageNet", _REPAIR)
-        return [line.split("\t") for line in read(root + name).decode().splitlines() if line.strip()]
+        text = read(root + name).decode(errors="replace")
+        return {i: line.split("\t") for i, line in enumerate(text.splitlines(), start=1) if line.strip()}
 
-    wnids = sorted(line[0].strip() for line in lines("wnids.txt"))
-    words = {line[0]: line[-1] for line in lines("words.txt")} if root + "words.txt" in there else {}
+    def boxed(name: str, names: int) -> Iterator[tuple[str, list[str], tuple[int, int, int, int]]]:
+        for i, row in lines(name).items():
+            where = f"{source}/{root}{name}, line {i}"
+            try:
+                x0, y0, x1, y1 = map(int, row[names : names + 4])
+            except ValueError as error:
+                wanted = f"{names + 4} columns between tabs, the last four whole numbers (x0, y0, x1, y1)"
+                raise InputError(where, f"{' '.join(row)[:80]!r}", wanted, _REPAIR) from error
+            yield where, row, (x0, y0, x1, y1)
+
+    wnids = sorted(line[0].strip() for line in lines("wnids.txt").values())
+    words = {line[0]: line[-1] for line in lines("words.txt").values()} if root + "words.txt" in there else {}
     label = {wnid: i for i, wnid in enumerate(wnids)}
     inside: dict[str, list[str]] = {}
     for name in names:
@@ -200,19 +218,17 @@ def _tiny_imagenet(source: Path, root: str, names: Sequence[str], read: Callable
         folder = f"train/{wnid}/images"
         if folder not in inside:
             raise InputError(f"{source}/{root}{folder}", "no images", f"those of class {wnid} in wnids.txt", _REPAIR)
-        rows = lines(f"train/{wnid}/{wnid}_boxes.txt") if f"{root}train/{wnid}/{wnid}_boxes.txt" in there else []
-        boxes = {row[0]: _box(row[1:5]) for row in rows}
+        noted = f"train/{wnid}/{wnid}_boxes.txt"
+        boxes = {row[0]: box for _, row, box in boxed(noted, 1)} if root + noted in there else {}
         entries += [
             Entry(name, name, label[wnid], "train", boxes.get(name.rpartition("/")[2])) for name in inside[folder]
         ]
-    for row in lines("val/val_annotations.txt") if "val/images" in inside else []:
+    for where, row, box in boxed("val/val_annotations.txt", 2) if "val/images" in inside else ():
         name = f"{root}val/images/{row[0]}"
         if row[1] not in label:
-            raise InputError(
-                f"{source}/{root}val/val_annotations.txt", f"class {row[1]}", "a class of wnids.txt", _REPAIR
-            )
+            raise InputError(where, f"class {row[1]}", "a class of wnids.txt", _REPAIR)
         if name in there:
-            entries.append(Entry(name, name, label[row[1]], "validation", _box(row[2:6])))
+            entries.append(Entry(name, name, label[row[1]], "validation", box))
     entries += [Entry(name, name, UNLABELLED, "test") for name in inside.get("test/images", [])]
     classes = tuple(words.get(wnid, wnid).partition(",")[0] for wnid in wnids)
     return ImageCollection(source, "tiny-imagenet", tuple(entries), classes, read)
@@ -229,11 +245,6 @@ def _images(source: Path, names: Sequence[str], read: Callable[[str], bytes]) ->
     return ImageCollection(source, "images", tuple(entries), tuple(classes), read)
 
 
-def _box(row: Sequence[str]) -> tuple[int, int, int, int]:
-    x0, y0, x1, y1 = (int(value) for value in row)
-    return x0, y0, x1, y1
-
-
 def _opened(source: Path, name: str, content: bytes) -> Image.Image:
     """The image decoded whole: PIL itself stays silent about a truncated file until its pixels are asked for."""
     try:
@@ -246,11 +257,29 @@ def _opened(source: Path, name: str, content: bytes) -> Image.Image:
             "a whole image",
             "replace it, or leave it out with --skip-broken",
         ) from error
+    levels = np.asarray(image) if image.mode == "I" else np.zeros(1)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise InputError(
+            f"{source}/{name}",
+            f"levels that no 16 bits hold (mode {image.mode})",
+            "whole levels of 8 or 16 bits",
+            "convert it, or leave it out with --skip-broken",
+        )
     return image
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of mode I or I;16 as L, 65535 as 255: Pillow's own conversion cuts off everything above 255.
+
+    Levels of mode I, whose depth is not stated, are of 8 bits if none is above 255; older Pillow reads a PNG's 16 so.
+    """
+    levels = np.asarray(image).astype(np.int64)
+    deep = image.mode != "I" or image.format == "PNG" or levels.max() > 255
+    return Image.fromarray(((levels + 128) // 257 if deep else levels).astype(np.uint8))
+
+
 def _fitted(image: Image.Image, size: int, channels: int) -> Image.Image:
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = (_eight_bits(image) if image.mode.startswith("I") else image).convert("L" if channels == 1 else "RGB")
     side = min(image.size)
     if image.size != (size, size):
         left, top = (image.width - side) // 2, (image.height - side) // 2

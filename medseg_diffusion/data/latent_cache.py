@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,10 @@ def cached_latents(
     key: str,
     device: torch.device,
     on_image: Callable[[int, int], None] = lambda done, total: None,
-) -> npt.NDArray[np.float16]:
-    """Latents (N, 2, C', *s) float16 of all images and of their mirror images, memory-mapped.
+) -> np.memmap[Any, np.dtype[np.float16]]:
+    """Latents (N, 2, C', *s) float16 of the images of the training and validation sides, and of their mirror images.
+
+    Memory-mapped; those of the test side are zeros that take no space.
 
     The latent of a mirror image is not the mirror image of the latent, so both are kept. Latents are the mean of the
     encoder: the noise of its variance is far below what the diffusion adds.
@@ -50,12 +52,13 @@ def cached_latents(
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             made = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
-            for first in range(0, count, BATCH):
-                pixels = torch.from_numpy(np.array(images.images[first : first + BATCH]))
-                batch = to_unit(pixels.movedim(-1, 1)).to(device)
+            wanted = np.sort(np.concatenate([images.part("train"), images.part("validation")]))
+            for first in range(0, len(wanted), BATCH):
+                chosen = wanted[first : first + BATCH]
+                batch = to_unit(torch.from_numpy(np.array(images.images[chosen])).movedim(-1, 1)).to(device)
                 for side, image in enumerate((batch, batch.flip(mirror))):
-                    made[first : first + BATCH, side] = codec.encode(image).float().cpu().numpy()
-                on_image(min(first + BATCH, count), count)
+                    made[chosen, side] = codec.encode(image).float().cpu().numpy()
+                on_image(min(first + BATCH, len(wanted)), len(wanted))
             made.flush()
             temporary.replace(file)
         finally:
@@ -68,7 +71,7 @@ class LatentExamples:
 
     def __init__(
         self,
-        latents: npt.NDArray[np.float16],
+        latents: np.memmap[Any, np.dtype[np.float16]],
         images: PackedImages,
         positions: npt.NDArray[np.int64],
         flip: bool = True,
@@ -77,6 +80,14 @@ class LatentExamples:
         self.images = images
         self.positions = positions
         self.flip = flip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: a memory map would travel as a copy of the whole file."""
+        return {**self.__dict__, "latents": (self.latents.filename, self.latents.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        file, shape = state["latents"]
+        self.__dict__.update(state, latents=np.memmap(file, np.float16, "r", shape=shape))
 
     def __len__(self) -> int:
         return len(self.positions)

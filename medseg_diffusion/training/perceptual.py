@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion.errors import ModelError
+from medseg_diffusion.networks.extractors import fingerprints, reason, weight_file
 
 from .autoencoder import GradientSSIM, Perceptual
 
-BACKBONE = "vgg16-397923af.pth"
-"""torchvision's VGG-16, on which LPIPS was learned; its file name among torchvision's downloads."""
+BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+"""torchvision's VGG-16, on which LPIPS was learned."""
 
 
 def perceptual_loss(
@@ -23,13 +24,12 @@ def perceptual_loss(
     channels: int,
     device: torch.device,
     dims: int = 2,
+    download: bool = False,
 ) -> tuple[Perceptual, str, list[str]]:
     """The distance asked for and its name; "auto" is LPIPS where package and weights are, else "gradient-ssim".
 
-    The third value names the trained networks inside it as extractors of scores are named: no score of what was trained
-    with them may be theirs.
-
-    Nothing is downloaded.
+    The third value is the fingerprints of the trained weights inside it (`medseg_diffusion.networks.extractors`): no
+    extractor that has any of them may score what was trained with it.
 
     Args:
         wanted: the kind.
@@ -37,25 +37,27 @@ def perceptual_loss(
         channels: of the images; LPIPS sees greyscale as RGB.
         device: of the images.
         dims: of the images; LPIPS knows no volumes, of which "auto" takes the fallback.
+        download: fetch the weights where the package is there, they are missing and no backbone is named.
 
     Raises:
-        ModelError: LPIPS is demanded, or its backbone named, but something that it needs is missing.
+        ModelError: LPIPS is demanded, or its backbone named, but something that it needs is missing, damaged or of
+            another network; or a download failed.
     """
     if dims == 3 and wanted == "lpips":
         raise ModelError("loss.perceptual=lpips: LPIPS compares images, not volumes; set loss.perceptual=gradient-ssim")
     if dims == 3 or wanted == "gradient-ssim":
         return GradientSSIM(dims), "gradient-ssim", []
-    file = Path(backbone) if backbone else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
+    file = Path(backbone) if backbone else weight_file(BACKBONE_URL, download and find_spec("lpips") is not None)
     try:
-        loss = LPIPS(file, channels).to(device)
-        return loss, "lpips", [f"{file.name} ({hashlib.sha256(file.read_bytes()).hexdigest()[:8]})"]
-    except (ImportError, OSError) as error:
+        loss = LPIPS(file, channels)
+    except Exception as error:  # a wrong or damaged file can raise nearly anything
         if wanted == "auto" and backbone is None:
             return GradientSSIM(), "gradient-ssim", []
         raise ModelError(
-            f"{file}: LPIPS cannot be had ({str(error).splitlines()[0]}); install medseg-diffusion[lpips] and name the "
+            f"{file}: LPIPS cannot be had ({reason(error)}); install medseg-diffusion[lpips] and name the "
             "weights of torchvision's VGG-16 with --set loss.lpips_backbone=FILE, or set loss.perceptual=gradient-ssim"
         ) from error
+    return loss.to(device), "lpips", fingerprints(loss.distance.net.state_dict().values())
 
 
 class LPIPS(nn.Module):

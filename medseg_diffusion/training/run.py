@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.reports.files import write_files
 
 
 def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
@@ -26,8 +27,9 @@ def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
         UsageError: the run exists and ``resume`` is off, does not exist and it is on, or was started with another
             configuration.
     """
+    require_startable(run, resume)
     file = run / "config.yaml"
-    if resume and file.is_file():
+    if resume:
         before = yaml.safe_load(file.read_text())
         changed = [key for key in resolved if before.get(key) != resolved[key]]
         if changed:
@@ -35,12 +37,18 @@ def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
                 f"{run}: was started with another {' and '.join(changed)}; "
                 f"resume with {file} and seed {before.get('seed')}, or use another folder"
             )
-    elif file.is_file():
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        write_files(run, {file.name: yaml.safe_dump(dict(resolved), sort_keys=False)})
+
+
+def require_startable(run: Path, resume: bool) -> None:
+    """UsageError where a run would be started over another, or resumed without one: before any work is done."""
+    exists = (run / "config.yaml").is_file()
+    if exists and not resume:
         raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
-    elif resume:
+    if resume and not exists:
         raise UsageError(f"{run}: holds no run; drop --resume to start it")
-    run.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -154,6 +155,15 @@ class Runtime:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """What is inside is done by the main process first: the others find it in a cache then."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
