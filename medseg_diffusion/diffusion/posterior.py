@@ -110,12 +110,9 @@ def bound_term(
     p = posterior(schedule, prediction.x0, x_t, t, s, later)
     log_var = log_variance(p, prediction.var_weight, fixed)
     kl = gaussian_kl(q.mean, q.variance.log(), p.mean, log_var)
-    clean = schedule.at(s) == 1
-    last = expand(clean, x0) > 0
+    last = expand(schedule.at(s) == 1, x0) > 0
     if decoder == "none":
         return torch.where(last, 0.0, kl)
-    if not bool(clean.any()):  # the likelihood costs as much as the rest, and hardly any batch holds its time
-        return kl
     nll = discretised_nll if decoder == "discretised" else gaussian_nll
     return torch.where(last, nll(x0, p.mean, log_var), kl)
 
