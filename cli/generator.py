@@ -148,6 +148,7 @@ def evaluate_generator(
     inception: Annotated[Path | None, typer.Option(metavar="FILE", help="Inception's weights.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch Inception's weights if missing.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken real images out.")] = False,
+    upsampler: Annotated[str | None, typer.Option(metavar="MODEL", help="Model that enlarges the samples.")] = None,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     device: Device = "auto",
@@ -161,7 +162,9 @@ def evaluate_generator(
     from medseg_diffusion.generate import SampleOptions
 
     pairs = parse_samplers(samplers)
-    options = SampleOptions(count=count, guidance=guidance, batch_size=batch_size, device=device, seed=seed)
+    options = SampleOptions(
+        count=count, guidance=guidance, upsampler=upsampler, batch_size=batch_size, device=device, seed=seed
+    )
     with progress(quiet) as show:
         result = run(
             models,

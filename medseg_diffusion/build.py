@@ -198,7 +198,7 @@ def generator(
     Args:
         config: pixel, latent, upsampler or patched.
         num_classes: of the data; used if the configuration is conditioned by classes.
-        latent_channels: of the autoencoder (method latent).
+        latent_channels: of the autoencoder, None for pixels.
     """
     section, condition = config.diffusion, config.condition
     channels = latent_channels or config.data.channels
@@ -208,7 +208,7 @@ def generator(
     token = condition.context_channels if condition.classes == "cross-attention" else None
     try:
         network = UNet(
-            in_channels=(1 + (config.method == "upsampler")) * channels,
+            in_channels=channels + (config.data.channels if config.method == "upsampler" else 0),
             out_channels=(1 + section.learned_variance) * channels,
             num_classes=num_classes + 1 if condition.classes == "embedding" else None,
             context_channels=token,
@@ -221,7 +221,7 @@ def generator(
     if config.method == "patched":
         return PatchedDiffusion(NetworkDenoiser(network, schedule, section.target), noise)
     simple = Simple(section.weighting, section.gamma)
-    bound = Bound("gaussian" if config.method == "latent" else "discretised")
+    bound = Bound("gaussian" if latent_channels else "discretised")
     objectives: dict[str, Objective] = {"simple": simple, "hybrid": Hybrid(simple, bound), "bound": bound}
     return ImageDiffusion(
         NetworkDenoiser(network, schedule, section.target, section.learned_variance),

@@ -96,10 +96,11 @@ class PixelClassifierConfig(Section):
 
 
 class GeneratorConfig(Section):
-    """A generator of images or volumes: of pixels, of an autoencoder's latents, or of pixels from a smaller image.
+    """A generator of images or volumes: of pixels, of an autoencoder's latents, or of either from a smaller image.
 
     Method "patched" (pDDPM) learns to restore patches of an image from what surrounds them, and cannot be sampled.
-    ``autoencoder`` (method latent) is the configuration of the first stage, a preset's name or a YAML file.
+    ``autoencoder`` (method latent, and an upsampler of latents) is the configuration of the first stage, a preset's
+    name or a YAML file.
     ``factor`` (method upsampler) is how much smaller the low-resolution image is. ``preprocessing`` is of scans.
     """
 
@@ -117,8 +118,10 @@ class GeneratorConfig(Section):
 
     @model_validator(mode="after")
     def _stages(self) -> GeneratorConfig:
-        if (self.method == "latent") != (self.autoencoder is not None):
-            raise ValueError("method latent names its autoencoder, the other methods have none")
+        if self.method == "latent" and self.autoencoder is None:
+            raise ValueError("method latent names its autoencoder")
+        if self.method in ("pixel", "patched") and self.autoencoder is not None:
+            raise ValueError(f"method {self.method} has no autoencoder")
         if self.method == "patched" and (
             self.diffusion.target != "x0" or self.diffusion.objective != "simple" or self.condition.classes != "none"
         ):

@@ -119,7 +119,7 @@ def evaluate_generator(
     device = choose_device(options.device)
     extract = extractor(extractor_name, device, inception, download=download)
     _check(models, samplers, options, extract)
-    real, size, seen = _reference(reference, models, device, skip_broken, on_progress)
+    real, size, seen = _reference(reference, models, options.upsampler, device, skip_broken, on_progress)
     if min(len(real), options.count) < NEIGHBOUR + 2:
         raise UsageError(
             f"{options.count} samples against {len(real)} real images are too few: the scores need {NEIGHBOUR + 2} each"
@@ -166,7 +166,7 @@ def _check(
             continue
         for sampler, steps in samplers:
             source = Source(model, _with(options, sampler, steps))
-            if extract.fingerprints & set(source.saved.card.get("loss_extractors", [])):
+            if extract.fingerprints & source.loss_extractors:
                 raise ModelError(
                     f"{model}: was trained with {extract.name}, which cannot score it; use another --extractor"
                 )
@@ -247,6 +247,7 @@ def _floor(real: Features, count: int) -> Scores:
 def _reference(
     reference: Path,
     models: Sequence[str],
+    upsampler: str | None,
     device: torch.device,
     skip_broken: bool,
     on_progress: Callable[[str, int, int], None],
@@ -259,7 +260,7 @@ def _reference(
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if not _is_samples(model):
-            config = Source(model, SampleOptions(device=str(device))).generator.config
+            config = Source(model, SampleOptions(upsampler=upsampler, device=str(device))).last.config
             section, preprocessing = config.data, config.preprocessing
             if not isinstance(section.size, int):
                 raise UsageError(f"{model}: makes volumes, and the scores are of images")

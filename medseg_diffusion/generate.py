@@ -19,7 +19,7 @@ from .data.image_cache import to_levels, to_unit
 from .diffusion.guidance import ClassifierGradient
 from .diffusion.noise import derive_seed
 from .errors import InputError, UsageError
-from .generator import restore_classifier, restore_generator
+from .generator import Generator, restore_classifier, restore_generator
 from .reports.files import write_files
 from .reports.pictures import as_pictures, grid, png
 from .tasks.patched import PatchedDiffusion
@@ -52,7 +52,11 @@ class SampleOptions:
 
 
 class Source:
-    """Numbered images of a generator, guided and enlarged as the options say: number i is always the same image."""
+    """Numbered images of a generator, guided and enlarged as the options say: number i is always the same image.
+
+    Attributes:
+        loss_extractors: fingerprints of the networks that a loss of its training looked through.
+    """
 
     def __init__(self, name_or_path: str | Path, options: SampleOptions = SampleOptions()) -> None:
         self.options = options
@@ -62,7 +66,12 @@ class Source:
             keep_freed_memory()
         self.saved = load_model_files(name_or_path)
         self.generator = restore_generator(self.saved, self.device)
-        self.upsampler = options.upsampler and restore_generator(load_model_files(options.upsampler), self.device)
+        self.loss_extractors = set(self.saved.card.get("loss_extractors", []))
+        self.upsampler: Generator | None = None
+        if options.upsampler:
+            saved = load_model_files(options.upsampler)
+            self.upsampler = restore_generator(saved, self.device)
+            self.loss_extractors |= set(saved.card.get("loss_extractors", []))
         self.classifier: nn.Module | None = None
         self.known_classes = len(self.generator.classes)
         if options.classifier is not None and options.classifier_scale != 0:
@@ -70,6 +79,11 @@ class Source:
             self.classifier, self.known_classes, config = restore_classifier(saved, self.device)
             self._check_classifier(config)
         self._check()
+
+    @property
+    def last(self) -> Generator:
+        """The model that makes the final images: the upsampler, or the generator where there is none."""
+        return self.upsampler or self.generator
 
     def draw(self, numbers: Sequence[int]) -> Tensor:
         """Images (B, *S, C) uint8 of these numbers."""
@@ -168,8 +182,8 @@ def sample_images(
     if note.is_file() and json.loads(note.read_text()) != about:
         raise UsageError(f"{output}: holds samples of another model or of other options; choose another folder")
     write_files(output, {"samples.json": json.dumps(about, indent=2) + "\n"})
-    volumes = len(source.generator.config.data.shape) == 3
-    spacing = source.generator.config.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
+    volumes = len(source.last.config.data.shape) == 3
+    spacing = source.last.config.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
     paths = [output / f"{i:05d}{'.nii.gz' if volumes else '.png'}" for i in range(options.count)]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     for first in range(0, len(missing), options.batch_size):

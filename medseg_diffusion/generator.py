@@ -88,8 +88,9 @@ class Generator:
         defaults = self.config.sampling
         name, count = sampler or defaults.sampler, steps or defaults.steps
         # Published scores of DDPM and DDIM are for evenly spaced times, DPM-Solver's for times even in log-SNR.
+        cond = task.condition(label, low, self.shape[1:])
         times = spaced(task.denoiser.schedule, count, "log-snr" if name == "dpm++" else "linspace")
-        x0 = sample(denoiser, build.sampler(name), noise, times, task.condition(label, low), generators=own)
+        x0 = sample(denoiser, build.sampler(name), noise, times, cond, generators=own)
         return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)
 
 
@@ -105,7 +106,7 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
     try:
         shape, classes = tuple(saved.card["shape"]), tuple(saved.card["classes"])
         codec: KLAutoencoder | VQAutoencoder | None = None
-        if config.method == "latent":
+        if config.autoencoder is not None:
             stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
             codec = build.autoencoder(stage)
             codec.load_state_dict(_under("codec.", saved.weights))

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -119,7 +120,7 @@ def train_generator(
         InputError: unusable data or resume file.
         ModelError: no usable autoencoder, or no weights for LPIPS where it is demanded.
     """
-    latent = isinstance(config, GeneratorConfig) and config.method == "latent"
+    latent = isinstance(config, GeneratorConfig) and config.autoencoder is not None
     if not latent and (autoencoder is not None or stage != "all"):
         raise UsageError(f"--autoencoder and --stage are for latent generators; this configures a {config.method}")
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
@@ -161,8 +162,9 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
         prepare = lambda done, total: job.on_prepare("latents", done, total)  # noqa: E731
         with runtime.main_first():
             latents = cached_latents(images, codec, saved.sha256, runtime.device, prepare)
-        examples: Examples = LatentExamples(latents, images, images.part("train"), config.data.flip)
-        held_out: Examples = LatentExamples(latents, images, images.part("validation"), flip=False)
+        low = partial(reduced, factor=config.factor) if config.method == "upsampler" else None
+        examples: Examples = LatentExamples(latents, images, images.part("train"), config.data.flip, low)
+        held_out: Examples = LatentExamples(latents, images, images.part("validation"), False, low)
         extra = {"autoencoder": stage.model_dump(mode="json"), "autoencoder_sha256": saved.sha256}
         extra["loss_extractors"] = saved.card["loss_extractors"]
         shape = latents.shape[2:]

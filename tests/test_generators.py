@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -30,11 +32,12 @@ from medseg_diffusion.data.latent_cache import LatentExamples, cached_latents
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.evaluate_generator import Row, _suspicious, evaluate_generator, parse_samplers
 from medseg_diffusion.generate import SampleOptions, Source, read_png, sample_images
-from medseg_diffusion.generator import restore_autoencoder
+from medseg_diffusion.generator import restore_autoencoder, restore_generator
 from medseg_diffusion.importing import load_model
 from medseg_diffusion.metrics.generation import Scores
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.extractors import extractor
+from medseg_diffusion.tasks.image import reduced
 from medseg_diffusion.train_generator import train_generator
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM
 
@@ -108,13 +111,14 @@ def models(pictures, tmp_path_factory) -> dict[str, Path]:
         "class": small("pixel", **by_class),
         "half": small("pixel", **half),
         "upsampler": small("upsampler"),
+        "latent-upsampler": small("upsampler", autoencoder="autoencoder-tiny-imagenet-small"),
         "classifier": small("classifier"),
         "latent": small("latent"),
         "token": small("latent", **by_token),
     }
     found = {"autoencoder": autoencoder}
     for name, config in configs.items():
-        codec = autoencoder if config.method == "latent" else None
+        codec = autoencoder if getattr(config, "autoencoder", None) is not None else None
         found[name] = train_generator(config, pictures, root / name, autoencoder=codec, device="cpu")
     return found
 
@@ -132,7 +136,7 @@ def test_a_preset_trains_for_a_step_and_is_a_loadable_model(name, pictures, mode
             pixels = np.random.default_rng(i).random((20, 20, 20)).astype(np.float32)
             nib.save(nib.Nifti1Image(pixels, np.eye(4)), tmp_path / f"{i}.nii.gz")
         pictures = tmp_path
-    if isinstance(config, GeneratorConfig) and config.method == "latent":
+    if isinstance(config, GeneratorConfig) and config.autoencoder is not None:
         # The first stage of 64 x 64 images, untrained, stands for the preset's own.
         first = load_config(str(config.autoencoder), ["training.batch_size=2", "data.validation_images=2",
                                                       "training.workers=0"])  # fmt: skip
@@ -251,9 +255,35 @@ def test_a_classifier_guides_pixels(models) -> None:
     assert not torch.equal(draw(0.0), draw(50.0))
 
 
-def test_an_upsampler_doubles_what_is_sampled(models) -> None:
-    options = SampleOptions(upsampler=str(models["upsampler"]), steps=3, device="cpu")
-    assert Source(models["half"], options).draw([0, 1]).shape == (2, 16, 16, 3)
+@pytest.mark.parametrize("name", ["upsampler", "latent-upsampler"])
+def test_an_upsampler_doubles_what_is_sampled(name, models) -> None:
+    options = SampleOptions(upsampler=str(models[name]), steps=3, device="cpu")
+    source = Source(models["half"], options)
+    assert source.draw([0, 1]).shape == (2, 16, 16, 3) and source.last.config.data.shape == (16, 16)
+
+
+def test_an_upsampler_of_latents_sees_the_low_resolution_image(models) -> None:
+    found = restore_generator(load_model_files(models["latent-upsampler"]))
+    assert found.shape == (2, 8, 8) and found.codec is not None
+    with torch.no_grad():  # the last layer starts at zero: two steps of training hardly use the condition
+        for parameter in found.task.network.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    dark, bright = (found.sample([0], "ddim", 2, low=torch.full((1, 3, 8, 8), value)) for value in (-1.0, 1.0))
+    assert dark.shape == (1, 3, 16, 16) and not torch.allclose(dark, bright)
+
+
+def test_the_low_resolution_image_is_that_of_the_latent_be_it_mirrored_or_not(pictures, tmp_path: Path) -> None:
+    """Latents that are the images themselves show which of both sides an example took."""
+    images = packed(pictures, tmp_path, 16, 3, held_out=(0, 4))
+    codec = SimpleNamespace(encode=lambda image: image)
+    latents = cached_latents(images, codec, "same", torch.device("cpu"))
+    examples = LatentExamples(latents, images, images.part("train"), True, partial(reduced, factor=2))
+    seen = set()
+    for seed in range(8):
+        found = examples.example(0, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(found["low"], reduced(found["image"][None], 2)[0], atol=2e-3, rtol=0)
+        seen.add(tuple(found["low"].flatten().tolist()))
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(
@@ -371,6 +401,19 @@ def test_the_table_has_a_row_a_sampler_and_the_floor_and_resumes(models, picture
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert again.table() == table
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["extractor"] == result.extractor
+
+
+def test_enlarged_samples_are_scored_at_their_own_size(models, pictures, network, tmp_path: Path) -> None:
+    options = SampleOptions(count=6, upsampler=str(models["upsampler"]), device="cpu")
+    result = evaluate_generator([str(models["half"])], pictures, tmp_path / "out", [("ddim", 2)], options, str(network))
+    assert [row.scores.count for row in result.rows] == [6, 6]
+    assert np.load(next((tmp_path / "out").rglob("*.npy"))).shape == (6, 16, 16, 3)
+    saved = load_model_files(models["upsampler"])
+    inside = sorted(extractor(str(network)).fingerprints)
+    save_model(tmp_path / "cheat", {**saved.card, "loss_extractors": inside[:1]}, saved.weights, "")
+    with pytest.raises(ModelError, match="cannot score it"):
+        cheat = SampleOptions(count=6, upsampler=str(tmp_path / "cheat"), device="cpu")
+        evaluate_generator([str(models["half"])], pictures, tmp_path / "b", [("ddim", 2)], cheat, str(network))
 
 
 def test_a_fast_sampler_that_is_twice_as_bad_is_named() -> None:

@@ -67,7 +67,10 @@ def cached_latents(
 
 
 class LatentExamples:
-    """Latents as training examples, with probability 1/2 those of the mirror image if ``flip``."""
+    """Latents as training examples, with probability 1/2 those of the mirror image if ``flip``.
+
+    ``low`` makes the low-resolution image (1, C, *s) that conditions an upsampler from the image (1, C, *S) in [-1, 1].
+    """
 
     def __init__(
         self,
@@ -75,11 +78,13 @@ class LatentExamples:
         images: PackedImages,
         positions: npt.NDArray[np.int64],
         flip: bool = True,
+        low: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.latents = latents
         self.images = images
         self.positions = positions
         self.flip = flip
+        self.low = low
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: a memory map would travel as a copy of the whole file."""
@@ -93,8 +98,12 @@ class LatentExamples:
         return len(self.positions)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (C', *s) float32, a standardised latent, and "label" () int64."""
+        """The "image" (C', *s) float32, a standardised latent, "label" () int64, and "low" where it is wanted."""
         position = self.positions[index]
         side = int(self.flip and float(torch.rand((), generator=generator)) < 0.5)
         latent = torch.from_numpy(self.latents[position, side].astype(np.float32))
-        return {"image": latent, "label": torch.tensor(int(self.images.labels[position]))}
+        found = {"image": latent, "label": torch.tensor(int(self.images.labels[position]))}
+        if self.low is not None:
+            image = to_unit(torch.from_numpy(np.array(self.images.images[position])).movedim(-1, 0))[None]
+            found["low"] = self.low(image.flip(mirrored_axis(image.ndim - 2)) if side else image)[0]
+        return found

@@ -26,7 +26,8 @@ class ImageDiffusion(nn.Module):
         drop: probability that a training example loses its class.
         context_channels: width of the token that a class becomes for cross-attention; None adds its embedding to
             that of the time instead.
-        factor: of the low-resolution image that is given, None where there is none (an upsampler has one).
+        factor: how much smaller than the image is the low-resolution one that is given, None where there is none
+            (an upsampler has one).
         noise: what images are noised with.
     """
 
@@ -59,6 +60,7 @@ class ImageDiffusion(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar, of "image" (B, C, *S), "label" (B,) int64 and "seed" (B,) int64.
 
+        An upsampler of latents cannot tell the low-resolution image from x0 and finds it in "low" (B, C', *s).
         Times, noise and dropped classes come from the examples' own seeds. In evaluation mode times are uniform and no
         class is dropped.
         """
@@ -72,8 +74,11 @@ class ImageDiffusion(nn.Module):
         label = batch["label"] if self.num_classes else None
         if label is not None and self.training:
             label = dropped({"label": label}, self._no_class(label), self.drop, own)["label"]
-        low = None if self.factor is None else reduced(x0, self.factor)
-        prediction = self.denoiser(schedule.add_noise(x0, eps, t), t, self.condition(label, low))
+        low = None
+        if self.factor is not None:
+            low = batch["low"] if "low" in batch else reduced(x0, self.factor)
+        cond = self.condition(label, low, x0.shape[2:])
+        prediction = self.denoiser(schedule.add_noise(x0, eps, t), t, cond)
         losses = self.objective(schedule, self.denoiser.target, prediction, x0, eps, t)
         if weights is None:
             return losses.mean()
@@ -81,8 +86,13 @@ class ImageDiffusion(nn.Module):
             self.times.update(*_of_all_processes(t, losses.detach()))
         return (weights.to(losses) * losses).mean()
 
-    def condition(self, label: Tensor | None = None, low: Tensor | None = None) -> Condition:
-        """The network's condition for classes (B,) and low-resolution images (B, C, *s), of which None is absent."""
+    def condition(
+        self, label: Tensor | None = None, low: Tensor | None = None, size: Sequence[int] | None = None
+    ) -> Condition:
+        """The network's condition for classes (B,) and low-resolution images (B, C', *s), of which None is absent.
+
+        ``size`` is x0's, to which the low-resolution image is brought.
+        """
         cond: dict[str, Tensor] = {}
         if self.num_classes:
             if label is None:
@@ -92,9 +102,9 @@ class ImageDiffusion(nn.Module):
             else:
                 cond["context"] = self.token(label)[:, None]
         if self.factor is not None:
-            if low is None:
+            if low is None or size is None:
                 raise ValueError("this model is conditioned by low-resolution images")
-            cond["concat"] = enlarged(low, self.factor)
+            cond["concat"] = enlarged(low, size)
         return cond
 
     def null(self, like: Tensor) -> Condition:
@@ -114,9 +124,12 @@ def reduced(image: Tensor, factor: int) -> Tensor:
     return pool(image, factor)
 
 
-def enlarged(low: Tensor, factor: int) -> Tensor:
-    """A low-resolution image at full size, (bi- or tri-)linearly (Dhariwal & Nichol 2021, appendix)."""
-    return F.interpolate(low, scale_factor=factor, mode="bilinear" if low.ndim == 4 else "trilinear")
+def enlarged(low: Tensor, size: Sequence[int]) -> Tensor:
+    """A low-resolution image at size *S, (bi- or tri-)linearly (Dhariwal & Nichol 2021, appendix).
+
+    For latents it is the latent's size (Rombach et al. 2022, section 4.4), which may be the image's own.
+    """
+    return F.interpolate(low, size=tuple(size), mode="bilinear" if low.ndim == 4 else "trilinear")
 
 
 def _of_all_processes(*values: Tensor) -> Sequence[Tensor]:
