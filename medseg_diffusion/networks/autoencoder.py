@@ -93,7 +93,12 @@ class KLAutoencoder(_Standardised):
         _check(channels, attention_levels, norm_groups)
         self.layout: Layout = layout
         joint = layout == "latent-diffusion"
-        shared = {"norm_num_groups": norm_groups, "norm_eps": norm_eps, "attention_levels": list(attention_levels)}
+        shared = {
+            "norm_num_groups": norm_groups,
+            "norm_eps": norm_eps,
+            "attention_levels": list(attention_levels),
+            "use_flash_attention": True,  # without it, the memory grows with the square of the number of positions
+        }
         self.encoder = Encoder(
             spatial_dims=dims,
             in_channels=in_channels,
@@ -183,6 +188,7 @@ class VQAutoencoder(_Standardised):
             "norm_num_groups": norm_groups,
             "norm_eps": 1e-6,
             "attention_levels": list(attention_levels),
+            "use_flash_attention": True,
         }
         self.encoder = Encoder(in_channels=in_channels, out_channels=latent_channels, **shared)
         self.decoder = Decoder(in_channels=latent_channels, out_channels=out_channels, **shared)
