@@ -173,6 +173,7 @@ class PreprocessingSection(Section):
     low: float = 0.5
     high: float = 99.5
     crop_foreground: bool = False
+    size: tuple[int, int] | None = None
 
 
 class AugmentationSection(Section):

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,6 +64,22 @@ def test_any_geometry_goes_there_and_back(shape, spacing, angles, orientation, t
         assert torch.equal(placement.restore(placement.forward(volume.data)), volume.data)
     constant = placement.restore(torch.full((channels, *placement.shape), 0.25))
     torch.testing.assert_close(constant, torch.full_like(constant, 0.25))
+
+
+@pytest.mark.parametrize("sides", [(17, 40), (24, 31), (60, 9)])
+def test_a_photograph_of_any_shape_is_resized_and_its_mask_returns(sides) -> None:
+    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in sides], indexing="ij")
+    disc = ((rows**2 + columns**2) < 0.5)[None, ..., None]
+    photograph = Volume(disc.expand(3, -1, -1, -1).float() + 1, affine_of())
+    image, placement = Preprocessing(None, size=(64, 48)).apply(photograph)
+    assert image.shape == (3, 64, 48, 1) and placement.shape == (64, 48, 1)
+    # Where it only enlarges, the pixel centres are those of the usual resize of whole pictures.
+    if max(sides) <= 48:
+        wanted = F.interpolate(disc[..., 0][None].float(), (64, 48), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(placement.forward(disc.float())[..., 0], wanted[0], atol=1e-5, rtol=0)
+    assert dice(placement.restore((image[:1] > 0).float()) > 0.5, disc) > 0.95
+    with pytest.raises(ValueError, match="without spacing_mm"):
+        Preprocessing(spacing_mm=(1, 1, 1), size=(64, 48))
 
 
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (0.7, 0.7, 0.7), (2.0, 1.0, 0.5)])

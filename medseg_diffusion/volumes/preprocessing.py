@@ -14,7 +14,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from medseg_diffusion.volumes.resample import resample, spacing_grid
+from medseg_diffusion.volumes.resample import resample, sized_grid, spacing_grid
 from medseg_diffusion.volumes.volume import (
     FloatArray,
     Shape,
@@ -124,6 +124,8 @@ class Preprocessing:
         low: lower percentile, 0 to 100.
         high: upper percentile, 0 to 100.
         crop_foreground: cut away the air around the head, but for 10 mm.
+        size: sides that the first two axes are resized to, whatever they were and without keeping the aspect: for
+            photographs, which have no voxel size. Excludes ``spacing_mm``.
     """
 
     orientation: str | None = "RAS"
@@ -132,10 +134,13 @@ class Preprocessing:
     low: float = 0.5
     high: float = 99.5
     crop_foreground: bool = False
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 100:
             raise ValueError(f"percentiles must satisfy 0 <= low < high <= 100, got {self.low} and {self.high}")
+        if self.size is not None and (self.spacing_mm is not None or min(self.size) < 1):
+            raise ValueError(f"size must be two positive numbers, without spacing_mm; got {self.size}")
         if self.intensity not in ("percentile", "zscore"):
             raise ValueError(f"intensity must be 'percentile' or 'zscore', got {self.intensity!r}")
 
@@ -162,6 +167,9 @@ class Preprocessing:
         grid, shape = box_affine, (i, j, k)
         if self.spacing_mm is not None:
             grid, shape = spacing_grid(shape, box_affine, self.spacing_mm)
+        elif self.size is not None:
+            shape = (*self.size, k)
+            grid = sized_grid((i, j, k), box_affine, shape)
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
         # Scaling and resampling commute; the statistics are those of the voxels as measured.
         scaling = [self._scaling(channel) for channel in data]
