@@ -31,9 +31,9 @@ def train_generator(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
     ] = None,
     autoencoder: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Trained autoencoder of a latent generator; default: train it.")
+        str | None, typer.Option(metavar="MODEL", help="Trained autoencoder of a latent model; default: train it.")
     ] = None,
-    stage: Annotated[Stage, typer.Option(help="Of a latent generator: both stages, or the first alone.")] = Stage.ALL,
+    stage: Annotated[Stage, typer.Option(help="Of a latent model: both stages, or the first alone.")] = Stage.ALL,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop each stage after this many steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")] = None,
@@ -184,5 +184,7 @@ def evaluate_generator(
         print_json({"extractor": result.extractor, "reference": result.reference_count, "rows": result.table()})
     elif not quiet:
         print_table(result.table())
+        if upsampler:
+            typer.echo(f"enlarged by: {upsampler}")
         typer.echo(f"features: {result.extractor}; sFID: {result.maps}; {result.reference_count} real images")
         typer.echo(f"scores: {output / 'scores.json'}")

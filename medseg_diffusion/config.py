@@ -79,6 +79,8 @@ class SegmenterConfig(Section):
         for name, window in (("data.window", self.data.window), ("inference.window", self.inference.window)):
             if window is not None and len(window) != self.network.dims:
                 raise ValueError(f"{name} has {len(window)} numbers, but network.dims is {self.network.dims}")
+        if self.preprocessing.size is not None and self.network.dims != 2:
+            raise ValueError("preprocessing.size resizes pictures, but network.dims is 3")
         if self.method == "latent-mask" and self.diffusion.head == "logits":
             raise ValueError("latents have no head: logits and no dice_ce_weight")
         return self
@@ -93,6 +95,11 @@ class PixelClassifierConfig(Section):
     features: FeaturesSection = FeaturesSection()
     classifier: PixelClassifierSection = PixelClassifierSection()
     largest_part: bool = False
+
+
+def _no_size(preprocessing: PreprocessingSection) -> None:
+    if preprocessing.size is not None:
+        raise ValueError("preprocessing.size is of segmenters; here data.size is what images are made")
 
 
 class GeneratorConfig(Section):
@@ -120,6 +127,9 @@ class GeneratorConfig(Section):
     def _stages(self) -> GeneratorConfig:
         if self.method == "latent" and self.autoencoder is None:
             raise ValueError("method latent names its autoencoder")
+        _no_size(self.preprocessing)
+        if self.method == "upsampler" and any(side % self.factor for side in self.data.shape):
+            raise ValueError(f"data.size {self.data.size} is no multiple of factor {self.factor}")
         if self.method in ("pixel", "patched") and self.autoencoder is not None:
             raise ValueError(f"method {self.method} has no autoencoder")
         if self.method == "patched" and (
@@ -145,6 +155,11 @@ class ImageAutoencoderConfig(Section):
     loss: AutoencoderLossSection = AutoencoderLossSection()
     training: TrainingSection = TrainingSection()
 
+    @model_validator(mode="after")
+    def _images(self) -> ImageAutoencoderConfig:
+        _no_size(self.preprocessing)
+        return self
+
 
 class NoisyClassifierConfig(Section):
     """A classifier of noisy images, to guide a pixel generator of the same schedule."""
@@ -156,6 +171,11 @@ class NoisyClassifierConfig(Section):
     network: ClassifierNetworkSection = ClassifierNetworkSection()
     schedule: ScheduleSection = ScheduleSection()
     training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _images(self) -> NoisyClassifierConfig:
+        _no_size(self.preprocessing)
+        return self
 
 
 class AnomalyConfig(Section):

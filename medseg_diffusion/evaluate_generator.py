@@ -73,6 +73,7 @@ class GeneratorEvaluation:
     maps: str
     reference: str
     reference_count: int
+    upsampler: str | None = None
     rows: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -128,7 +129,7 @@ def evaluate_generator(
         if (count := len(_sampled(model, size))) < NEIGHBOUR + 2:
             raise UsageError(f"{model}: {count} images are too few: the scores need {NEIGHBOUR + 2}")
     known = _features(real, extract, partial(on_progress, "real images"))
-    result = GeneratorEvaluation(extract.name, extract.maps, str(reference), len(real))
+    result = GeneratorEvaluation(extract.name, extract.maps, str(reference), len(real), options.upsampler)
     fewest, features = min(options.count, len(real)), known.pooled.shape[1]
     if fewest <= features:
         result.warnings.append(
@@ -161,6 +162,8 @@ def _check(
     names = [_name(model) for model in models]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"{twice[0]}: the name of two models or folders; rename one")
+    if options.upsampler and all(map(_is_samples, models)):
+        raise UsageError("--upsampler enlarges what a model samples, but only folders of samples are given")
     for model in models:
         if _is_samples(model):
             continue
@@ -202,7 +205,7 @@ def _samples(
     source: Source, options: SampleOptions, folder: Path, name: str, on_progress: Callable[[str, int, int], None]
 ) -> Images:
     """The samples, from their files where they exist."""
-    about = {"sha256": source.saved.sha256, **{k: v for k, v in asdict(options).items() if k not in _FREE}}
+    about = {**source.sha256, **{k: v for k, v in asdict(options).items() if k not in _FREE}}
     note = folder / "samples.json"
     if note.is_file() and json.loads(note.read_text()) != about:
         raise UsageError(f"{folder}: holds samples of another model or of other options; choose another output folder")
@@ -256,17 +259,24 @@ def _reference(
 
     The last value says that no side of the reference is held out of training.
     """
-    sizes = set()
+    sizes, held_out = set(), set()
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if not _is_samples(model):
-            config = Source(model, SampleOptions(upsampler=upsampler, device=str(device))).last.config
+            source = Source(model, SampleOptions(upsampler=upsampler, device=str(device)))
+            config = source.last.config
+            held_out |= {source.generator.config.data.test_images, config.data.test_images}
             section, preprocessing = config.data, config.preprocessing
             if not isinstance(section.size, int):
                 raise UsageError(f"{model}: makes volumes, and the scores are of images")
             sizes.add((section.size, section.channels))
     if len(sizes) > 1:
         raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
+    if len(held_out) > 1 and not all(entry.part for entry in find_images(reference).entries):
+        raise UsageError(
+            f"the models hold out different numbers of images ({sorted(held_out)}), so that some were trained on what "
+            "others are tested with; evaluate models with the same data.test_images"
+        )
     size = next(iter(sizes), None) or _sample_size(models)
     collection: PackedImages = packed(
         reference,

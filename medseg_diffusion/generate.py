@@ -55,6 +55,7 @@ class Source:
     """Numbered images of a generator, guided and enlarged as the options say: number i is always the same image.
 
     Attributes:
+        sha256: of the weights of all its models.
         loss_extractors: fingerprints of the networks that a loss of its training looked through.
     """
 
@@ -66,17 +67,20 @@ class Source:
             keep_freed_memory()
         self.saved = load_model_files(name_or_path)
         self.generator = restore_generator(self.saved, self.device)
+        self.sha256 = {"sha256": self.saved.sha256}
         self.loss_extractors = set(self.saved.card.get("loss_extractors", []))
         self.upsampler: Generator | None = None
         if options.upsampler:
             saved = load_model_files(options.upsampler)
             self.upsampler = restore_generator(saved, self.device)
             self.loss_extractors |= set(saved.card.get("loss_extractors", []))
+            self.sha256["upsampler_sha256"] = saved.sha256
         self.classifier: nn.Module | None = None
         self.known_classes = len(self.generator.classes)
         if options.classifier is not None and options.classifier_scale != 0:
             saved = load_model_files(options.classifier)
             self.classifier, self.known_classes, config = restore_classifier(saved, self.device)
+            self.sha256["classifier_sha256"] = saved.sha256
             self._check_classifier(config)
         self._check()
 
@@ -135,6 +139,11 @@ class Source:
                 raise UsageError(f"{options.upsampler}: enlarges {channels[1]} channels, not {channels[0]}")
             if factor is None or self.upsampler.config.data.shape != tuple(factor * side for side in size):
                 raise UsageError(f"{options.upsampler}: does not enlarge images of {' x '.join(map(str, size))}")
+            known = len(self.upsampler.classes)
+            if known and known != self.known_classes:
+                raise UsageError(
+                    f"{options.upsampler}: needs one of {known} classes, the images have {self.known_classes}"
+                )
 
     def _check_classifier(self, config: NoisyClassifierConfig) -> None:
         """A classifier guides a generator of the same images, schedule and classes."""
@@ -175,7 +184,7 @@ def sample_images(
     source = Source(name_or_path, options)
     about = {
         "model": str(name_or_path),
-        "sha256": source.saved.sha256,
+        **source.sha256,
         **{k: v for k, v in asdict(options).items() if k not in ("count", "batch_size", "device")},
     }
     note = output / "samples.json"

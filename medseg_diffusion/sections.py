@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -173,7 +173,13 @@ class PreprocessingSection(Section):
     low: float = 0.5
     high: float = 99.5
     crop_foreground: bool = False
-    size: tuple[int, int] | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
+
+    @model_validator(mode="after")
+    def _one_grid(self) -> PreprocessingSection:
+        if self.size is not None and self.spacing_mm is not None:
+            raise ValueError("size and spacing_mm exclude each other")
+        return self
 
 
 class AugmentationSection(Section):

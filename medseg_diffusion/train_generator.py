@@ -103,7 +103,7 @@ def train_generator(
         data: a folder or zip of images, or a folder of scans (`medseg_diffusion.data.images`), or what was packed
             of them already.
         run: the run directory, new unless ``resume``.
-        autoencoder: a trained autoencoder (folder or installed name) for a latent generator.
+        autoencoder: a trained autoencoder (folder or installed name) for a latent generator or upsampler.
         stage: "autoencoder" stops after the first stage of a latent generator.
         resume: continue an interrupted run with the configuration that it was started with.
         max_steps: stop each stage at this step; the learning rate follows training.max_steps.
@@ -122,7 +122,7 @@ def train_generator(
     """
     latent = isinstance(config, GeneratorConfig) and config.autoencoder is not None
     if not latent and (autoencoder is not None or stage != "all"):
-        raise UsageError(f"--autoencoder and --stage are for latent generators; this configures a {config.method}")
+        raise UsageError("--autoencoder and --stage are for configurations that name an autoencoder; this one has none")
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
     job = _Job(data, run, resume, max_steps, deadline, device, seed, skip_broken, download, on_progress, on_prepare)
     if isinstance(config, ImageAutoencoderConfig):
@@ -382,12 +382,13 @@ def _pictures(generator: Generator, images: PackedImages) -> Tensor:
         real = _real(images).to(device)
         restored = Patched(task.denoiser, task.noise, real.shape[2:]).healthy(real, range(len(real)))
         return torch.stack([real, restored], dim=1).flatten(0, 1).cpu()
-    label = torch.arange(PICTURES, device=device) % task.num_classes if task.num_classes else None
-    low = None
+    label, low = torch.arange(PICTURES) % max(1, task.num_classes), None
     if task.factor is not None:
         low = reduced(_real(images), task.factor).to(device)
-    seeds = [derive_seed("picture", i) for i in range(PICTURES if low is None else len(low))]
-    return generator.sample(seeds, "ddim", 20, label, low).cpu()
+        label = torch.from_numpy(images.labels[images.part("validation")[:PICTURES]]).long()
+        label = torch.where(label < 0, task.num_classes, label)
+    seeds = [derive_seed("picture", i) for i in range(len(label))]
+    return generator.sample(seeds, "ddim", 20, label.to(device) if task.num_classes else None, low).cpu()
 
 
 def _real(images: PackedImages) -> Tensor:

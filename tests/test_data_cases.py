@@ -111,14 +111,16 @@ def test_image_and_mask_may_be_of_different_kinds(tmp_path: Path) -> None:
 def test_photographs_have_masks_in_another_format_and_colours_as_channels(tmp_path: Path, channels, names) -> None:
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
-    for name in "ab":
+    for name, suffix in {"a": "", "b": "_seg", "c": "_segmentation"}.items():
         colours = np.arange(64 * channels, dtype=np.uint8).reshape(8, 8, channels).squeeze()
         Image.fromarray(colours).save(tmp_path / "images" / f"{name}.jpg")
-        Image.fromarray(np.eye(8, dtype=np.uint8)).save(
-            tmp_path / "masks" / f"{name}{'_seg' if name == 'b' else ''}.png"
-        )
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks" / f"{name}{suffix}.png")
     found = find_cases(tmp_path)
-    assert [(case.image.name, case.label.name) for case in found.cases] == [("a.jpg", "a.png"), ("b.jpg", "b_seg.png")]
+    assert [(case.image.name, case.label.name) for case in found.cases] == [
+        ("a.jpg", "a.png"),
+        ("b.jpg", "b_seg.png"),
+        ("c.jpg", "c_segmentation.png"),
+    ]
     assert found.channels == names
 
 

@@ -37,7 +37,7 @@ from medseg_diffusion.importing import load_model
 from medseg_diffusion.metrics.generation import Scores
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.extractors import extractor
-from medseg_diffusion.tasks.image import reduced
+from medseg_diffusion.tasks.image import enlarged, reduced
 from medseg_diffusion.train_generator import train_generator
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM
 
@@ -111,6 +111,7 @@ def models(pictures, tmp_path_factory) -> dict[str, Path]:
         "class": small("pixel", **by_class),
         "half": small("pixel", **half),
         "upsampler": small("upsampler"),
+        "class-upsampler": small("upsampler", **by_class),
         "latent-upsampler": small("upsampler", autoencoder="autoencoder-tiny-imagenet-small"),
         "classifier": small("classifier"),
         "latent": small("latent"),
@@ -272,6 +273,28 @@ def test_an_upsampler_of_latents_sees_the_low_resolution_image(models) -> None:
     assert dark.shape == (1, 3, 16, 16) and not torch.allclose(dark, bright)
 
 
+def test_a_low_resolution_image_is_brought_to_the_size_of_any_latent() -> None:
+    low = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(enlarged(low, (8, 8)), low)
+    torch.testing.assert_close(enlarged(low, (4, 4)), reduced(low, 2))  # means, not every other pixel
+    assert enlarged(low, (16, 16)).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"method": "upsampler", "factor": 3, "data": {"size": 64}}, "no multiple of factor 3"),
+        ({"method": "pixel", "autoencoder": "autoencoder-tiny-imagenet-small"}, "method pixel has no autoencoder"),
+        ({"method": "latent"}, "method latent names its autoencoder"),
+        ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
+        ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
+    ],
+)
+def test_contradictions_of_a_configuration_are_named(content, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_config(content, "test")
+
+
 def test_the_low_resolution_image_is_that_of_the_latent_be_it_mirrored_or_not(pictures, tmp_path: Path) -> None:
     """Latents that are the images themselves show which of both sides an example took."""
     images = packed(pictures, tmp_path, 16, 3, held_out=(0, 4))
@@ -295,6 +318,7 @@ def test_the_low_resolution_image_is_that_of_the_latent_be_it_mirrored_or_not(pi
         ("latent", {"classifier": "classifier"}, "--classifier sees pixels"),
         ("upsampler", {}, "give it with --upsampler"),
         ("pixel", {"upsampler": "upsampler"}, "does not enlarge images of 16 x 16"),
+        ("half", {"upsampler": "class-upsampler"}, "needs one of 2 classes, the images have 0"),
     ],
 )
 def test_wishes_that_a_model_cannot_fulfil_are_refused(model, options, message, models) -> None:
@@ -409,6 +433,16 @@ def test_enlarged_samples_are_scored_at_their_own_size(models, pictures, network
     assert [row.scores.count for row in result.rows] == [6, 6]
     assert np.load(next((tmp_path / "out").rglob("*.npy"))).shape == (6, 16, 16, 3)
     saved = load_model_files(models["upsampler"])
+    again = {name: value + 1 for name, value in saved.weights.items()}
+    save_model(tmp_path / "retrained", saved.card, again, "")
+    shutil.copytree(tmp_path / "retrained", tmp_path / "same", dirs_exist_ok=True)
+    changed = SampleOptions(count=6, upsampler=str(tmp_path / "same"), device="cpu")
+    evaluate_generator([str(models["half"])], pictures, tmp_path / "c", [("ddim", 2)], changed, str(network))
+    save_model(tmp_path / "same", saved.card, saved.weights, "")
+    with pytest.raises(UsageError, match="holds samples of another model"):
+        evaluate_generator([str(models["half"])], pictures, tmp_path / "c", [("ddim", 2)], changed, str(network))
+    with pytest.raises(UsageError, match="only folders of samples"):
+        evaluate_generator([str(pictures)], pictures, tmp_path / "d", [("ddim", 2)], changed, str(network))
     inside = sorted(extractor(str(network)).fingerprints)
     save_model(tmp_path / "cheat", {**saved.card, "loss_extractors": inside[:1]}, saved.weights, "")
     with pytest.raises(ModelError, match="cannot score it"):

@@ -447,6 +447,11 @@ def test_a_segmenter_trains_resumes_and_loads(folder: Path, tmp_path: Path) -> N
         train_segmenter(config(), folder, whole, device="cpu")
     with pytest.raises(UsageError, match="was started with another training"):
         train_segmenter(config(learning_rate=1e-5), folder, whole, device="cpu", resume=True)
+    # A run of a version that did not know every key yet.
+    content = yaml.safe_load((parts / "config.yaml").read_text())
+    assert content["preprocessing"].pop("size", "missing") is None
+    (parts / "config.yaml").write_text(yaml.safe_dump(content))
+    train_segmenter(config(), folder, parts, device="cpu", resume=True)
 
 
 def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,8 @@ class CaseFolder:
 def find_cases(folder: Path) -> CaseFolder:
     """Reads a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
 
-    In an image-mask folder a mask has its image's name, with or without "_seg", and any suffix (image.jpg, image.png);
-    a subfolder of images/ names the patient.
+    In an image-mask folder a mask has its image's name, with or without "_seg" or "_segmentation", and any suffix
+    (image.jpg, image.png); a subfolder of images/ names the patient.
 
     Raises:
         InputError: no such folder, neither layout, an image without its label, or no case at all.
@@ -86,7 +87,7 @@ def _decathlon(folder: Path) -> CaseFolder:
 def _image_mask(images: Path, labels: Path) -> CaseFolder:
     groups = [images, *sorted(path for path in images.iterdir() if path.is_dir())]
     masks = {
-        (path.parent.relative_to(labels), scan_name(path).removesuffix("_seg")): path
+        (path.parent.relative_to(labels), re.sub("_seg(mentation)?$", "", scan_name(path))): path
         for group in [labels, *sorted(p for p in labels.iterdir() if p.is_dir())]
         for path in scan_files(group)
     }

@@ -127,8 +127,10 @@ def reduced(image: Tensor, factor: int) -> Tensor:
 def enlarged(low: Tensor, size: Sequence[int]) -> Tensor:
     """A low-resolution image at size *S, (bi- or tri-)linearly (Dhariwal & Nichol 2021, appendix).
 
-    For latents it is the latent's size (Rombach et al. 2022, section 4.4), which may be the image's own.
+    For latents it is the latent's size (Rombach et al. 2022, section 4.4): larger, its own, or smaller, then by means.
     """
+    if any(new < old for new, old in zip(size, low.shape[2:], strict=True)):
+        return F.interpolate(low, size=tuple(size), mode="area")
     return F.interpolate(low, size=tuple(size), mode="bilinear" if low.ndim == 4 else "trilinear")
 
 

@@ -31,7 +31,7 @@ def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
     file = run / "config.yaml"
     if resume:
         before = yaml.safe_load(file.read_text())
-        changed = [key for key in resolved if before.get(key) != resolved[key]]
+        changed = [key for key in resolved if _given(before.get(key)) != _given(resolved[key])]
         if changed:
             raise UsageError(
                 f"{run}: was started with another {' and '.join(changed)}; "
@@ -49,6 +49,13 @@ def require_startable(run: Path, resume: bool) -> None:
         raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
     if resume and not exists:
         raise UsageError(f"{run}: holds no run; drop --resume to start it")
+
+
+def _given(value: Any) -> Any:
+    """A part of a configuration without its keys of null: a version that knows one more key resumes older runs."""
+    if isinstance(value, Mapping):
+        return {key: _given(part) for key, part in value.items() if part is not None}
+    return value
 
 
 def versions() -> dict[str, str]:
