@@ -208,7 +208,7 @@ def test_a_class_that_nothing_attends_to_is_refused() -> None:
 
 
 def test_options_that_do_not_fit_are_refused(pictures, models, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--autoencoder and --stage are for latent generators"):
+    with pytest.raises(UsageError, match="--autoencoder and --stage are for configurations that name an autoencoder"):
         train_generator(small("pixel"), pictures, tmp_path / "a", autoencoder=models["autoencoder"])
     with pytest.raises(ModelError, match="a pixel, not an autoencoder"):
         train_generator(small("latent"), pictures, tmp_path / "b", autoencoder=models["pixel"])
