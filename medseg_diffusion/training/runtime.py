@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -96,6 +98,12 @@ def autocast(device: torch.device, precision: Precision = "auto") -> AbstractCon
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
+def _leave_group() -> None:
+    """Ends the threads of the process group; a process that exits over them may abort instead, its work done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Runtime:
     """One process, or one of several started by a launcher (RANK and WORLD_SIZE set): accelerate does the work."""
 
@@ -112,6 +120,8 @@ class Runtime:
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu", mixed_precision="bf16" if self.autocast is torch.bfloat16 else "no"
         )
+        if self.world_size > 1:
+            atexit.register(_leave_group)
 
     @property
     def device(self) -> torch.device:
