@@ -50,17 +50,20 @@ def spacing_grid(shape: Sequence[int], affine: FloatArray, spacing_mm: Sequence[
     return affine @ step, (i, j, k)
 
 
-def sized_grid(shape: Sequence[int], affine: FloatArray, size: Sequence[int | None]) -> FloatArray:
+def sized_grid(shape: Sequence[int], affine: FloatArray, size: Sequence[int]) -> FloatArray:
     """The affine of a grid with the same orientation and field of view and another number of voxels.
 
     Args:
         shape: voxels along the three axes.
         affine: (4, 4) voxel -> RAS mm.
-        size: new number of voxels along each axis; None keeps it.
+        size: new number of voxels along each axis.
+
+    Returns:
+        The new affine.
     """
     step = np.eye(4)
     for axis, (n, m) in enumerate(zip(shape, size, strict=True)):
-        ratio = n / (m or n)
+        ratio = n / m
         step[axis, axis], step[axis, 3] = ratio, (ratio - 1) / 2
     return affine @ step
 
