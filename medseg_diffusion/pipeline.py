@@ -61,6 +61,9 @@ IGNORED = 255
 MEMBERS_AT_ONCE = 10
 """Of an ensemble: the image is encoded once for them, and their probabilities are held together."""
 
+PROBABILITIES_AT_ONCE = 2**28
+"""Of all members that are held together: 1 GB. A large scan takes fewer members, or fewer slices, at once."""
+
 
 @dataclass(frozen=True)
 class SegmentOptions:
@@ -245,10 +248,9 @@ class SegmentationModel:
         batch_size = (1 if self.device.type == "cpu" else 4) if of_pixels else None
         windows = Windows(inference.window, inference.overlap, batch_size)
         seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
-        # Pixel classifiers are trained members, not samples: as many of the first ones as there are seeds in a part.
-        at_once = len(seeds) if of_pixels else MEMBERS_AT_ONCE
-        parts = [seeds[i : i + at_once] for i in range(0, len(seeds), at_once)]
-        total, done = len(parts) * count_batches(image.shape, windows, dims, len(parts[0]), self.device), 0
+        slabs, parts = self._portions(image, seeds)
+        batches = [count_batches(slab.shape, windows, dims, len(part), self.device) for slab in slabs for part in parts]
+        total, done = sum(batches), 0
 
         def step() -> None:
             nonlocal done
@@ -257,15 +259,32 @@ class SegmentationModel:
 
         dtype = autocast_dtype(self.device, self.precision)
         autocast = torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-        image = image.to(self.device)
-        ensemble: Ensemble | None = None
-        for part in parts:
-            with torch.no_grad(), autocast:
-                found = segment_tensor(self.model, image, part, self.sampler, self.times, windows, dims, step)
-            members = found.float().cpu()
-            ensemble = Ensemble.of(members) if ensemble is None else ensemble.add(members)
-        assert ensemble is not None
-        return ensemble, placement
+        joined: list[Ensemble] = []
+        for slab in slabs:
+            there = slab.to(self.device)
+            ensemble: Ensemble | None = None
+            for part in parts:
+                with torch.no_grad(), autocast:
+                    found = segment_tensor(self.model, there, part, self.sampler, self.times, windows, dims, step)
+                members = found.float().cpu()
+                ensemble = Ensemble.of(members) if ensemble is None else ensemble.add(members)
+            assert ensemble is not None
+            joined.append(ensemble)
+        return Ensemble.joined(joined), placement
+
+    def _portions(self, image: Tensor, seeds: list[int]) -> tuple[Sequence[Tensor], list[list[int]]]:
+        """What is held at once: slabs of ``image`` (C, I, J, K) along its last axis, and parts of the ensemble.
+
+        Pixel classifiers are trained members and no samples. They are taken together, for their activations are the
+        expensive part; and with no noise that depends on a slice's number, any slab gives what the whole image does.
+        """
+        of_one_slice = len(self.labels) * image[0, :, :, 0].numel()
+        if isinstance(self.config, PixelClassifierConfig):
+            thick = max(1, PROBABILITIES_AT_ONCE // (len(seeds) * of_one_slice))
+            return image.split(thick, -1) if self.dims == 2 else [image], [seeds]
+        members = PROBABILITIES_AT_ONCE // (of_one_slice * image.shape[-1])
+        members = min(MEMBERS_AT_ONCE, max(1, members))
+        return [image], [seeds[i : i + members] for i in range(0, len(seeds), members)]
 
     def combine(self, ensemble: Ensemble, placement: Placement) -> Segmentation:
         """One answer on the scan's grid from the ensemble: probabilities, never labels, are mapped back to it."""

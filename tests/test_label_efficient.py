@@ -15,6 +15,7 @@ from medseg_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
 
+from medseg_diffusion import pipeline
 from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import GeneratorConfig, PixelClassifierConfig, load_config, parse_config
 from medseg_diffusion.data.images import find_images
@@ -372,11 +373,19 @@ def test_from_a_generator_to_scored_masks(dims, unit, scans, generators, tmp_pat
     assert result.exit_code == 2 and "samples nothing: leave --steps and --sampler out" in result.stderr
 
 
-def test_whole_batches_and_windows_do_not_matter(scans, generators, tmp_path: Path) -> None:
+def test_whole_batches_and_slabs_do_not_matter(scans, generators, tmp_path: Path, monkeypatch) -> None:
     run = train_pixel_classifier(quick(), generators[2], scans, 1, tmp_path / "run", test=False, device="cpu").model
     volume = read_volume(scans / "images" / "s1.nii.gz")
     one, other = (SegmentationModel(run, "cpu").segment(volume, seed) for seed in (0, 1))
     assert torch.equal(one.probabilities, other.probabilities)  # nothing is drawn
+    # Of a volume larger than memory a slab is classified at a time; this one holds two of the six slices.
+    monkeypatch.setattr(pipeline, "PROBABILITIES_AT_ONCE", 2 * 3 * 2 * one.labels[..., 0].numel())
+    model = SegmentationModel(run, "cpu")
+    assert [slab.shape[-1] for slab in model._portions(volume.data, [0] * model.ensemble)[0]] == [2, 2, 2]
+    slabs = model.segment(volume)
+    torch.testing.assert_close(slabs.probabilities, one.probabilities)
+    torch.testing.assert_close(slabs.uncertainty, one.uncertainty)
+    assert torch.equal(slabs.members, one.members)
 
 
 def test_diverse_selection_spreads_and_the_hash_is_nested(scans, generators, tmp_path: Path) -> None:

@@ -363,10 +363,13 @@ def test_members_and_other_uncertainties_are_written_on_the_grid_of_the_scan(tmp
     assert (disagreement <= found.uncertainty.numpy() + 1e-5).all(), "at most the whole entropy"
 
 
-def test_a_large_ensemble_walks_in_parts(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bound", "value"), [("MEMBERS_AT_ONCE", 2), ("PROBABILITIES_AT_ONCE", 1)])
+def test_a_large_ensemble_or_scan_walks_in_parts(
+    bound, value, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
     whole = SegmentationModel(model, "cpu", ensemble=5).segment(volume)
-    monkeypatch.setattr(pipeline, "MEMBERS_AT_ONCE", 2)
+    monkeypatch.setattr(pipeline, bound, value)
     parts = SegmentationModel(model, "cpu", ensemble=5).segment(volume)
     torch.testing.assert_close(parts.probabilities, whole.probabilities)
     assert torch.equal(parts.members, whole.members) and len(whole.members) == 5

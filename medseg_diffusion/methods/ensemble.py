@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -56,6 +57,16 @@ class Ensemble:
             self.squares + other.squares + n * share * delta.square(),
             self.member_entropy + share * (other.member_entropy - self.member_entropy),
             torch.cat([self.labels, other.labels]),
+        )
+
+    @classmethod
+    def joined(cls, slabs: Sequence[Ensemble]) -> Ensemble:
+        """One image of ensembles of the same members in neighbouring slabs along the last axis."""
+        return cls(
+            *(
+                torch.cat([getattr(slab, name) for slab in slabs], -1)
+                for name in ("mean", "squares", "member_entropy", "labels")
+            )
         )
 
     def within(self, mask: Tensor) -> Ensemble:
