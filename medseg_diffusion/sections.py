@@ -141,7 +141,8 @@ class DiffusionSection(Section):
     """What is predicted, and with which loss; ``learned_variance`` adds the variance's (hybrid objective).
 
     ``head`` "logits" makes the network emit class logits (target x0) and is needed for ``dice_ce_weight`` > 0.
-    ``scale`` is the value of a certain class in x0: below 1 the noise is harder to see through.
+    ``scale`` is the value of a certain class in x0, and of latents the standard deviation: the smaller it is, the harder
+    is the noise to see through.
     """
 
     schedule: ScheduleSection = ScheduleSection()

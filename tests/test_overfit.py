@@ -22,7 +22,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "semantic_condition": {"depth": 1, "head_channels": 16, "dropout": 0.0},
 }
 LOGITS: dict[str, Any] = {"head": "logits", "scale": 0.5, "dice_ce_weight": 1.0}
-LATENT: dict[str, Any] = {"target": "x0"}
+LATENT: dict[str, Any] = {"target": "x0", "scale": 0.05}
 
 
 def cases(dims: int) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ class NetworkDenoiser(nn.Module):
         target: what the network predicts.
         learned_variance: the second half of the channels is the variance interpolation, nominally in [-1, 1].
         head: "softmax" or "sigmoid" reads the output as logits over the channels; the target is then x0.
-        scale: the value that a certain class has in x0; masks live in [-scale, scale]. Used by classifying heads only.
+        scale: of x0, whose noise is the harder to see through the smaller it is; masks live in [-scale, scale]. It is
+            the unit of an output that is x0, or classes.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class NetworkDenoiser(nn.Module):
             out, v = out.chunk(2, dim=1)
             var_weight = (v + 1) / 2
         if self.head == "linear":
+            if self.target == "x0":
+                out = self.scale * out
             x0, eps = read_output(self.target, out, x_t, alpha, sigma)
             return Prediction(x0, eps, var_weight)
         probabilities = out.softmax(dim=1) if self.head == "softmax" else out.sigmoid()

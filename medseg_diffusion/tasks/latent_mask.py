@@ -67,7 +67,7 @@ class LatentMaskDiffusion(nn.Module):
     """A conditional diffusion model of mask latents: trains on batches, samples probabilities, as `MaskDiffusion`.
 
     Args:
-        denoiser: its network has ``encode_condition(image)``.
+        denoiser: its network has ``encode_condition(image)``; its ``scale`` is that of the standardised latents.
         autoencoder: trained already; it stays as it is.
         objective: the diffusion loss. With target x0 one step from pure noise is a prediction of its own; SDSeg
             predicts eps and adds an L1 loss of x0 to the same end.
@@ -87,7 +87,7 @@ class LatentMaskDiffusion(nn.Module):
         """Training loss, a scalar. Times and noise come from the examples' own seeds."""
         schedule = self.denoiser.schedule
         with torch.no_grad():
-            z0 = self.autoencoder.encode(batch["label"]).to(batch["image"].dtype)
+            z0 = self.denoiser.scale * self.autoencoder.encode(batch["label"]).to(batch["image"].dtype)
         own = generators(batch["seed"].tolist())
         t = uniform_times(schedule.num_steps, own).to(z0.device)
         eps = gaussian(z0.shape[1:], own, like=z0)
@@ -104,7 +104,8 @@ class LatentMaskDiffusion(nn.Module):
         shape = (len(self.autoencoder.codec.scale), *cond["concat"].shape[2:])
         z0 = sample_all(self.denoiser, sampler, times, cond, seeds, shape, image)
         batch = at_once(math.prod(image.shape[2:]), image.device)
-        decoded = [self.autoencoder.decode(part, image.shape[2:]) for part in z0.split(batch)]
+        latents = z0 / self.denoiser.scale
+        decoded = [self.autoencoder.decode(part, image.shape[2:]) for part in latents.split(batch)]
         return torch.cat(decoded).unflatten(0, (len(image), -1))
 
     def _condition(self, image: Tensor) -> dict[str, Tensor]:

@@ -125,6 +125,15 @@ def test_a_classifying_head_reads_probabilities_as_the_image(head, scale) -> Non
     torch.testing.assert_close(prediction.logits, logits)
 
 
+@pytest.mark.parametrize(("target", "unit"), [("x0", 0.05), ("eps", 1.0), ("v", 1.0)])
+def test_the_scale_is_the_unit_of_a_predicted_image_alone(target, unit) -> None:
+    schedule, t = SCHEDULES["cosine"], torch.tensor([300, 700])
+    out, x_t = normal(10, 2, 4, 5, 5), normal(11, 2, 4, 5, 5)
+    prediction = NetworkDenoiser(Constant(out), schedule, target, scale=0.05)(x_t, t)
+    x0, eps = read_output(target, unit * out, x_t, *schedule.scales(t, x_t))
+    torch.testing.assert_close((prediction.x0, prediction.eps), (x0, eps))
+
+
 @pytest.mark.parametrize(("target", "learned"), [("eps", False), ("v", False), ("x0", True)])
 def test_a_classifying_head_needs_the_image_as_target(target, learned) -> None:
     with pytest.raises(ValueError, match="target 'x0' and no learned variance"):
