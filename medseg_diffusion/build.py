@@ -160,6 +160,7 @@ def mask_autoencoder(config: SegmenterConfig, encoding: MaskEncoding) -> MaskAut
         section.num_res_blocks,
         [False] * len(section.channels),
         norm_groups=section.norm_groups,
+        middle_attention=False,  # a mask's neighbourhood says what it is, and latents at half the resolution are many
     )
     return MaskAutoencoder(codec, encoding, 2 ** (len(section.channels) - 1), section.kl_weight)
 

@@ -75,6 +75,7 @@ class AutoencoderSection(Section):
     layout: Literal["monai", "latent-diffusion"] = "monai"
     norm_eps: float = Field(1e-6, gt=0)
     norm_groups: int = Field(32, gt=0)
+    middle_attention: bool = True
 
 
 class ImageEncoderSection(Section):
@@ -141,8 +142,8 @@ class DiffusionSection(Section):
     """What is predicted, and with which loss; ``learned_variance`` adds the variance's (hybrid objective).
 
     ``head`` "logits" makes the network emit class logits (target x0) and is needed for ``dice_ce_weight`` > 0.
-    ``scale`` is the value of a certain class in x0, and of latents the standard deviation: the smaller it is, the harder
-    is the noise to see through.
+    ``scale`` is the value of a certain class in x0, and the standard deviation of latents: the smaller it is, the
+    harder it is to see through the noise.
     """
 
     schedule: ScheduleSection = ScheduleSection()

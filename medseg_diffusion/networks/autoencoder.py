@@ -74,6 +74,8 @@ class KLAutoencoder(_Standardised):
         layout: "monai" or "latent-diffusion".
         norm_eps: of the group normalisations.
         norm_groups: of the same; fewer for narrow networks (`medseg_diffusion.networks.blocks.normalisation`).
+        middle_attention: attention between the two blocks at the latent's resolution. Its cost grows with the square of
+            the number of positions.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class KLAutoencoder(_Standardised):
         layout: Layout = "monai",
         norm_eps: float = 1e-6,
         norm_groups: int = 32,
+        middle_attention: bool = True,
     ) -> None:
         super().__init__(latent_channels)
         _check(channels, attention_levels, norm_groups)
@@ -97,6 +100,7 @@ class KLAutoencoder(_Standardised):
             "norm_num_groups": norm_groups,
             "norm_eps": norm_eps,
             "attention_levels": list(attention_levels),
+            "with_nonlocal_attn": middle_attention,
             "use_flash_attention": True,  # without it, the memory grows with the square of the number of positions
         }
         self.encoder = Encoder(

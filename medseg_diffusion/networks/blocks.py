@@ -15,9 +15,24 @@ Resampling = Literal["none", "down", "up"]
 ResamplingKind = Literal["resblock", "conv", "plain"]
 
 
+class _Conv3d(nn.Conv3d):
+    """A convolution that oneDNN computes for a single small volume too.
+
+    PyTorch hands a lone volume of channels x depth x height below some 20,000 to a fallback that takes seven times as
+    long (`use_mkldnn` in its Convolution.cpp); an organ's crop is that small in every level of a U-Net.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        lone = x.device.type == "cpu" and len(x) == 1 and x.dtype == torch.float32
+        if lone and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")) and torch.backends.mkldnn.enabled:
+            geometry = (self.padding, self.stride, self.dilation, self.groups)
+            return cast(Tensor, torch.mkldnn_convolution(x, weight, bias, *geometry))
+        return super()._conv_forward(x, weight, bias)
+
+
 def conv(dims: int, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Module:
     """A convolution in ``dims`` dimensions with "same" padding for odd kernels."""
-    layer = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    layer = {2: nn.Conv2d, 3: _Conv3d}[dims]
     return layer(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
 
 

@@ -51,6 +51,7 @@ class LatentMask(nn.Module):
             norm_num_groups=norm_groups,
             norm_eps=1e-6,
             attention_levels=[False] * len(channels),
+            with_nonlocal_attn=False,  # at half the resolution it would cost more than everything else
         )
 
     def encode_condition(self, image: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
 from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
-from medseg_diffusion.networks.blocks import AttentionBlock, ResBlock, timestep_embedding
+from medseg_diffusion.networks.blocks import AttentionBlock, ResBlock, conv, timestep_embedding
 from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
 from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet, fold, unfold
@@ -391,3 +391,16 @@ def test_the_number_of_groups_reaches_every_normalisation(kind) -> None:
     }[kind]()
     groups = [module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)]
     assert groups and set(groups) == {8}
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_a_lone_small_volume_is_convolved_like_two_and_not_by_the_slow_fallback(kernel, stride) -> None:
+    torch.manual_seed(0)
+    layer = conv(3, 8, 8, kernel, stride)
+    pair = torch.randn(2, 8, 9, 12, 9)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        lone = layer(pair[:1])
+    torch.testing.assert_close(lone, layer(pair)[:1])
+    assert not [event.name for event in profile.events() if "slow_conv" in event.name]
+    layer(pair[:1]).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().max() > 0
