@@ -287,11 +287,16 @@ def _row(
 
 
 def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
-    lines: dict[str, list[tuple[float, float]]] = {}
+    short = {row.model: Path(row.model).name for row in rows}
+    if len(set(short.values())) < len(short):
+        short = {name: name for name in short}
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
-        if row.setting.factor != "sampler":
-            line = f"{row.model}, {row.setting.factor}"
-            lines.setdefault(line, []).append((row.evaluations, row.mean_dice))
+        setting = row.setting
+        if setting.factor != "sampler":
+            chosen = f"{setting.sampler}, {setting.ensemble} sample{'s' * (setting.ensemble > 1)}"
+            varied = chosen if setting.factor == "setting" else setting.factor
+            lines.setdefault((short[row.model], varied), []).append((row.evaluations, row.mean_dice))
     write_files(
         output,
         {

@@ -74,14 +74,19 @@ def box_plot(scores: Sequence[tuple[str, Sequence[float]]], *, axis_label: str =
     return to_png(figure)
 
 
-def quality_plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, axis_label: str = "Dice") -> bytes:
-    """A score against the network evaluations that it costs (logarithmic axis), one line per name; PNG on white."""
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained", facecolor="white")
+def quality_plot(lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]], *, axis_label: str = "Dice") -> bytes:
+    """A score against the network evaluations that it costs (logarithmic axis); PNG on white.
+
+    One line per (model, what is varied): a colour for each model, and a dash for each thing varied.
+    """
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    for i, (name, points) in enumerate(lines.items()):
+    models, varied = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+    for (model, what), points in lines.items():
         evaluations, scores = zip(*sorted(points), strict=True)
-        style = _DASHES if i % 2 else "-"
-        axes.plot(evaluations, scores, color=label_colour(i), linestyle=style, marker="o", markersize=4, label=name)
+        style = ("-", _DASHES, ":", "-.")[varied.index(what) % 4]
+        colour, name = label_colour(models.index(model)), f"{model}, {what}"
+        axes.plot(evaluations, scores, color=colour, linestyle=style, marker="o", markersize=4, label=name)
     axes.set_xscale("log")
     ticks = sorted({x for points in lines.values() for x, _ in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -92,7 +97,7 @@ def quality_plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, axis_lab
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=_INK)
     axes.spines[:].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=_INK)
     return to_png(figure)
 
 
