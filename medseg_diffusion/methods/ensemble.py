@@ -62,6 +62,8 @@ class Ensemble:
     @classmethod
     def joined(cls, slabs: Sequence[Ensemble]) -> Ensemble:
         """One image of ensembles of the same members in neighbouring slabs along the last axis."""
+        if len(slabs) == 1:
+            return slabs[0]
         return cls(
             *(
                 torch.cat([getattr(slab, name) for slab in slabs], -1)

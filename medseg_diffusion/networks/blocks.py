@@ -24,7 +24,8 @@ class _Conv3d(nn.Conv3d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         lone = x.device.type == "cpu" and len(x) == 1 and x.dtype == torch.float32
-        if lone and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")) and torch.backends.mkldnn.enabled:
+        plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        if lone and plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
             padding = cast(tuple[int, ...], self.padding)
             return torch.mkldnn_convolution(x, weight, bias, padding, self.stride, self.dilation, self.groups)
         return super()._conv_forward(x, weight, bias)

@@ -81,7 +81,7 @@ def quality_plot(lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
     """
     figure = Figure(figsize=(8.4, 4.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    models, varied = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+    models, varied = list(dict.fromkeys(model for model, _ in lines)), list(dict.fromkeys(what for _, what in lines))
     for (model, what), points in lines.items():
         evaluations, scores = zip(*sorted(points), strict=True)
         style = ("-", _DASHES, ":", "-.")[varied.index(what) % 4]

@@ -402,5 +402,8 @@ def test_a_lone_small_volume_is_convolved_like_two_and_not_by_the_slow_fallback(
         lone = layer(pair[:1])
     torch.testing.assert_close(lone, layer(pair)[:1])
     assert not [event.name for event in profile.events() if "slow_conv" in event.name]
+    with torch.no_grad():
+        last = layer.to(memory_format=torch.channels_last_3d)(pair[:1].to(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(last, lone)
     layer(pair[:1]).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.abs().max() > 0
