@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.noise import gaussian
 
-from .blocks import conv
+from .blocks import conv, speed_up_lone_volumes
 
 Layout = Literal["monai", "latent-diffusion"]
 
@@ -119,6 +119,7 @@ class KLAutoencoder(_Standardised):
             num_res_blocks=[num_res_blocks + joint] * len(channels),
             **shared,
         )
+        speed_up_lone_volumes(self)
         if joint:
             for part in (self.encoder, self.decoder):
                 part.blocks[-2] = nn.Sequential(part.blocks[-2], nn.SiLU())
@@ -198,6 +199,7 @@ class VQAutoencoder(_Standardised):
         self.decoder = Decoder(in_channels=latent_channels, out_channels=out_channels, **shared)
         self.quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
         self.post_quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
+        speed_up_lone_volumes(self)
         self.quantizer = EMAQuantizer(dims, codebook_size, latent_channels)
 
     def encode(self, image: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import Condition
 
+from .blocks import speed_up_lone_volumes
 from .unet import UNet
 
 
@@ -53,6 +54,7 @@ class LatentMask(nn.Module):
             attention_levels=[False] * len(channels),
             with_nonlocal_attn=False,  # at half the resolution it would cost more than everything else
         )
+        speed_up_lone_volumes(self.image_encoder)
 
     def encode_condition(self, image: Tensor) -> dict[str, Tensor]:
         """The image (B, image_channels, *S) as "concat" (B, features, *s)."""
