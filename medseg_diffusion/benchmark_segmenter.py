@@ -13,7 +13,7 @@ import io
 import json
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,7 @@ class BenchmarkRow:
         hd95_mm: the same of the 95th percentile Hausdorff distance.
         ece: expected calibration error around the reference, all cases together, of what `medseg segment` writes.
         ece_uncalibrated: the same without the model's temperature, which holds for its own sampler and steps alone.
+        ece_everywhere: as ``ece``, of all voxels: certain background is most of them.
         evaluations: of the network, per case and window.
         seconds: per case, median over cases: everything between the read scan and the mask on its grid.
         cases: their number.
@@ -79,6 +80,7 @@ class BenchmarkRow:
     hd95_mm: dict[str, Interval]
     ece: float
     ece_uncalibrated: float
+    ece_everywhere: float
     evaluations: int
     seconds: float
     cases: int
@@ -100,6 +102,7 @@ class BenchmarkRow:
             "HD95 missing": sum(interval.n_missing for interval in self.hd95_mm.values()),
             "ECE": round(self.ece, 4),
             "ECE uncalibrated": round(self.ece_uncalibrated, 4),
+            "ECE everywhere": round(self.ece_everywhere, 4),
             "s per case": round(self.seconds, 3),
             "cases": self.cases,
         }
@@ -152,12 +155,13 @@ def benchmark_segmenter(
         ModelError: no usable model.
     """
     keep_freed_memory()  # as `medseg segment` does
+    named = find_cases(data).labels
     plan: list[tuple[str, Setting, list[Case]]] = []
     for name in models:
         model = SegmentationModel(name, device)
         chosen = _cases(model, data, side, cases)
         for case in chosen:
-            _read(case, model)
+            _read(case, model, named)
         plan += [(name, setting, chosen) for setting in _settings(model, steps, ensembles, samplers, settings)]
     for _, setting, _ in plan:
         if setting.factor != "feed-forward":
@@ -167,7 +171,7 @@ def benchmark_segmenter(
     for name, setting, chosen in plan:
         same = (name, setting.sampler, setting.steps, setting.ensemble)
         if same not in known:
-            known[same] = _row(name, setting, chosen, device, seed, on_progress)
+            known[same] = _row(name, setting, chosen, named, device, seed, on_progress)
         rows.append(replace(known[same], setting=replace(known[same].setting, factor=setting.factor)))
         on_row(rows[-1])
         _write(rows, output)
@@ -208,15 +212,16 @@ def _cases(model: SegmentationModel, data: Path, side: Side, count: int | None) 
     return chosen
 
 
-def _read(case: Case, model: SegmentationModel) -> tuple[Volume, Volume]:
+def _read(case: Case, model: SegmentationModel, named: Collection[int]) -> tuple[Volume, Volume]:
     merge_labels = isinstance(model.config, SegmenterConfig) and model.config.data.merge_labels
-    return read_case(case, model.channels, len(model.labels), merge_labels)
+    return read_case(case, model.channels, len(model.labels), merge_labels, named)
 
 
 def _row(
     name: str,
     setting: Setting,
     cases: Sequence[Case],
+    named: Collection[int],
     device: str,
     seed: int,
     on_progress: Callable[[str, int, int], None],
@@ -235,11 +240,11 @@ def _row(
     walked = 1 if feed_forward else len(model.times) - 1
     labels = {value: label for value, label in model.labels.items() if value}
     by_case: list[dict[str, Any]] = []
-    reliability: list[tuple[Reliability, Reliability]] = []
+    reliability: list[tuple[Reliability, ...]] = []
     seconds = []
     what = f"{model.name}: {setting.sampler} {walked} steps, ensemble {setting.ensemble}"
     for done, case in enumerate(cases, 1):
-        volume, reference = _read(case, model)
+        volume, reference = _read(case, model, named)
         started = time.perf_counter()
         found = model.segment(volume, derive_seed(seed, case.name))
         seconds.append(time.perf_counter() - started)
@@ -259,12 +264,15 @@ def _row(
                 }
             )
         near = region(truth)
-        given = tempered(found.probabilities, temperature)
+        raw = found.probabilities.numpy()
+        given = tempered(found.probabilities, temperature).numpy()
         reliability.append(
-            (Reliability.of(given.numpy(), truth, near), Reliability.of(found.probabilities.numpy(), truth, near))
+            (Reliability.of(given, truth, near), Reliability.of(raw, truth, near), Reliability.of(given, truth))
         )
         on_progress(what, done, len(cases))
-    ece, ece_uncalibrated = (functools.reduce(operator.add, parts).ece for parts in zip(*reliability, strict=True))
+    ece, ece_uncalibrated, ece_everywhere = (
+        functools.reduce(operator.add, parts).ece for parts in zip(*reliability, strict=True)
+    )
     means = {
         kind: {
             label: mean_interval([row[kind] for row in by_case if row["class"] == label]) for label in labels.values()
@@ -279,6 +287,7 @@ def _row(
         means["hd95_mm"],
         ece,
         ece_uncalibrated,
+        ece_everywhere,
         walked * setting.ensemble,
         float(np.median(seconds)),
         len(cases),

@@ -134,6 +134,7 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
         section.learned_variance,
         logits if section.head == "logits" else "linear",
         section.scale,
+        section.normalised,
     )
     simple = Simple(section.weighting, section.gamma)
     objective = Hybrid(simple, Bound("gaussian")) if section.learned_variance else simple

@@ -360,7 +360,9 @@ class SegmentationModel:
         if self.calibration is None or self.calibration.agreement is None or not agreement:
             return None
         known = [value for value in agreement.values() if value == value]
-        return "usual" if known and sum(known) / len(known) >= self.calibration.agreement else "check"
+        if not known:  # all members found nothing, and agree
+            return "usual"
+        return "usual" if sum(known) / len(known) >= self.calibration.agreement else "check"
 
     def _near_the_shape(self, ensemble: Ensemble, placement: Placement) -> Tensor | None:
         tolerance = self.inference.shape_prior_mm

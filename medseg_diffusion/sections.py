@@ -143,13 +143,14 @@ class DiffusionSection(Section):
 
     ``head`` "logits" makes the network emit class logits (target x0) and is needed for ``dice_ce_weight`` > 0.
     ``scale`` is the value of a certain class in x0, and the standard deviation of latents: the smaller it is, the
-    harder it is to see through the noise.
+    harder it is to see through the noise. ``normalised``: the network sees x_t divided by its standard deviation.
     """
 
     schedule: ScheduleSection = ScheduleSection()
     target: Literal["eps", "x0", "v"] = "x0"
     head: Literal["linear", "logits"] = "linear"
     scale: float = Field(1.0, gt=0)
+    normalised: bool = True
     weighting: Literal["none", "min-snr"] = "none"
     gamma: float = Field(5.0, gt=0)
     dice_ce_weight: float = Field(0.0, ge=0)

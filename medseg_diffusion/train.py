@@ -180,12 +180,10 @@ def _train_mask_autoencoder(
         dice: dict[int, list[float]] = {label: [] for label in data.labels if label}
         for case in data.validation:
             with torch.no_grad():
-                for mask in _masks(case.label, config.network.dims):
-                    labels = mask.long().to(runtime.device)
-                    kept = averaged.decode(averaged.encode(labels), labels.shape[1:]).argmax(1)  # type: ignore[operator]
-                    overlap = label_overlap(kept.cpu().numpy(), labels.cpu().numpy(), dice)
-                    for label, found in overlap.items():
-                        dice[label].append(found.dice)
+                kept = torch.cat([_kept(averaged, mask, runtime) for mask in _masks(case.label, config.network.dims)])
+            whole = torch.cat(list(_masks(case.label, config.network.dims)))
+            for label, found in label_overlap(kept.numpy(), whole.numpy(), dice).items():
+                dice[label].append(found.dice)
         means = {label: float(torch.tensor(values).nanmean()) for label, values in dice.items()}
         known = {data.labels[label]: mean for label, mean in means.items() if mean == mean}
         return {"score": sum(known.values()) / max(1, len(known)), **known}
@@ -221,6 +219,13 @@ def _train_mask_autoencoder(
     autoencoder.load_state_dict(saved.weights)
     autoencoder.requires_grad_(False)
     return {name: float(value) for name, value in saved.card["metrics"]["validation"].items() if name != "score"}
+
+
+def _kept(autoencoder: nn.Module, masks: Tensor, runtime: Runtime) -> Tensor:
+    """Masks (B, *S) after the autoencoder."""
+    labels = masks.long().to(runtime.device)
+    found = autoencoder.decode(autoencoder.encode(labels), labels.shape[1:])  # type: ignore[operator]
+    return cast(Tensor, found.argmax(1).cpu())
 
 
 def _masks(label: Tensor, dims: int) -> Sequence[Tensor]:
@@ -314,6 +319,7 @@ def _scans(
         run / "cache",
         on_prepare,
         config.data.merge_labels,
+        folder.labels,
     )
     augmenter = Augmenter(build.augmentation(config), config.network.dims)
     training = [case for case in prepared if case.name in split.train]

@@ -91,7 +91,7 @@ def test_names_of_labels_that_dataset_json_does_not_have_are_refused(tmp_path: P
 
 
 def test_labels_can_be_merged_into_one_class(tmp_path: Path) -> None:
-    """As whole tumour of the labels 1, 2 and 4 of BraTS."""
+    """As whole tumour of the labels 1, 2 and 4 of BraTS; without names in dataset.json, too."""
 
     def parts(label: np.ndarray) -> np.ndarray:
         label[3:5] *= 4
@@ -104,3 +104,29 @@ def test_labels_can_be_merged_into_one_class(tmp_path: Path) -> None:
     assert json.loads((model / "model.json").read_text())["labels"] == {"0": "background", "1": "tumour"}
     cached = [np.load(file) for file in (tmp_path / "run" / "cache").glob("*.label.npy")]
     assert all(set(np.unique(label)) == {0, 1} and label.sum() == 48 for label in cached)
+    train_segmenter(merged, folder(tmp_path / "unnamed", parts), tmp_path / "again", device="cpu")
+    train_segmenter(merged, folder(tmp_path / "white", lambda label: 255 * label), tmp_path / "third", device="cpu")
+
+
+def soft(label: np.ndarray) -> np.ndarray:
+    """A mask of 0 and 255 with an interpolated rim."""
+    label[3] *= 40
+    label[4] *= 255
+    return label
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "message"),
+    [
+        (smooth, False, r"labels/\d\.nii: found 256 different values up to 255, as of a greyscale mask that was"),
+        (soft, False, r"labels/\d\.nii: found 4 different values up to 255, .* expected labels below 16, or one value"),
+        (soft, True, r"labels/\d\.nii: found label 40; expected one of 0, 1, 2; correct the label file or the names"),
+    ],
+    ids=["greyscale", "soft rim", "unnamed"],
+)
+def test_what_is_no_mask_is_not_merged(tmp_path: Path, change, named, message) -> None:
+    data = folder(tmp_path / "data", change)
+    section = config(["tumour"]).data.model_copy(update={"merge_labels": True})
+    merged = config(["tumour"]).model_copy(update={"data": section})
+    with pytest.raises(InputError, match=message):
+        train_segmenter(merged, decathlon(data, "rim", "core") if named else data, tmp_path / "run", device="cpu")

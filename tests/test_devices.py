@@ -20,6 +20,8 @@ from medseg_diffusion.diffusion.noise import generators
 from medseg_diffusion.diffusion.objective import Hybrid, Simple
 from medseg_diffusion.diffusion.schedule import linear
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
+from medseg_diffusion.networks.medsegdiff import MedSegDiff
+from medseg_diffusion.networks.medsegdiff_v2 import MedSegDiffV2
 from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
 from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet
@@ -94,13 +96,18 @@ def test_guidance_and_the_noisy_classifier_stay_on_the_device(dims) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["ensemdiff", "segdiff"])
+@pytest.mark.parametrize("kind", ["ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2"])
 def test_mask_diffusion_stays_on_the_device(kind, dims) -> None:
     schedule = linear(50)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             unet = UNet(dims, 3 + (kind == "ensemdiff"), 3, **SMALL)
-            network = unet if kind == "ensemdiff" else SegDiff(unet, 1, 8, 1, 4)
+            network = {
+                "ensemdiff": lambda: unet,
+                "segdiff": lambda: SegDiff(unet, 1, 8, 1, 4),
+                "medsegdiff": lambda: MedSegDiff(unet, 1, 5),
+                "medsegdiff-v2": lambda: MedSegDiffV2(unet, 1, 3, depth=1),
+            }[kind]()
             image = torch.zeros(2, 1, *[8] * dims)
         denoiser = NetworkDenoiser(network, schedule, "x0", head="softmax", scale=0.5)
         model = MaskDiffusion(denoiser, MaskEncoding(3, 0.5), Simple())

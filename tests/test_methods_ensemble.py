@@ -204,7 +204,21 @@ def test_the_temperature_of_overconfident_probabilities_is_found(temperature) ->
     p = (1.5 * normal(0, 3, 40_000)).softmax(0)
     labels = torch.multinomial(p.T, 1, generator=torch.Generator().manual_seed(1))[:, 0]
     claimed = tempered(p, 1 / temperature)
-    assert fit_temperature(claimed.numpy(), labels.numpy()) == pytest.approx(temperature, rel=0.05)
+    assert fit_temperature((claimed.numpy(), labels.numpy())) == pytest.approx(temperature, rel=0.05)
+
+
+def test_honest_borders_do_not_make_empty_background_uncertain() -> None:
+    """Borders alone would ask for a temperature of 3; far background is certain, right, and stays so."""
+    border = (1.5 * normal(0, 2, 20_000)).softmax(0)
+    labels = torch.multinomial(border.T, 1, generator=torch.Generator().manual_seed(1))[:, 0]
+    claimed = tempered(border, 1 / 3)
+    certain = torch.tensor([[1 - 1e-4], [1e-4]]).expand(2, 20_000).contiguous()
+    near, far = (claimed.numpy(), labels.numpy()), (certain.numpy(), np.zeros(20_000, np.int64))
+    found = fit_temperature(near, far)
+    assert 1 < found < 3
+    assert float(tempered(certain, found)[1, 0]) < 0.03 < float(tempered(certain, 3)[1, 0])
+    assert fit_temperature(near, (np.zeros((2, 0), np.float32), np.zeros(0, np.int64))) == pytest.approx(3, rel=0.05)
+    assert fit_temperature() == 1
 
 
 def test_a_calibration_has_a_temperature_for_every_number_of_members_and_a_bound_of_agreement() -> None:

@@ -345,6 +345,15 @@ def test_unusual_disagreement_is_flagged(tmp_path: Path, model: Path) -> None:
         assert any("agree less than is usual" in note for note in result.warnings) == (quality == "check")
 
 
+def test_members_that_all_find_nothing_agree(tmp_path: Path, model: Path) -> None:
+    whole = SegmentationModel(calibrated(model, tmp_path / "calibrated", agreement=0.9), "cpu", ensemble=3)
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    _, placement = whole.sample(volume, 0)
+    empty = torch.zeros(3, len(whole.labels), *placement.shape)
+    empty[:, 0] = 1
+    assert whole.combine(Ensemble.of(empty), placement).quality == "usual"
+
+
 def test_members_and_other_uncertainties_are_written_on_the_grid_of_the_scan(tmp_path: Path, model: Path) -> None:
     scan = save(tmp_path / "scan.nii.gz")
     (result,) = run(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import spaced
-from medseg_diffusion.tasks.mask import Batch, FeedForward, MaskDiffusion, MaskEncoding, dice_ce
+from medseg_diffusion.tasks.mask import AnchorLoss, Batch, FeedForward, MaskDiffusion, MaskEncoding, dice_ce
 
 BOTH = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
 
@@ -247,6 +248,19 @@ def test_the_loss_of_a_perfect_model_is_zero() -> None:
     assert float(model(batch)) == 0
 
 
+@pytest.mark.parametrize(("t", "counted"), [([5, 10], [1, 1]), ([5, 7], [1, 0]), ([3, 9], [0, 0])])
+def test_the_anchor_loss_by_hand(t, counted) -> None:
+    """Dice and ten times the cross-entropy of every case at a multiple of five, the mean over the batch."""
+    logits = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    labels = labels_of(2, 3, 2, 6, 6)
+    p, truth = logits.softmax(1), F.one_hot(labels, 3).movedim(-1, 1).float()
+    overlap = (2 * (p * truth).sum((2, 3)) + 1e-5) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1e-5)
+    entropy = -(truth * p.log()).sum(1).mean((1, 2))
+    by_case = (1 - overlap[:, 1:]).mean(1) + 10 * entropy
+    expected = (torch.tensor(counted) * by_case).mean()
+    torch.testing.assert_close(AnchorLoss()(logits, labels, torch.tensor(t)), expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- every method ----------------------------------------------------------------------------------------------------
 
 METHODS = ("ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask", "baseline")
@@ -389,6 +403,33 @@ def test_a_segmentation_loss_needs_a_classifying_head() -> None:
     denoiser = NetworkDenoiser(nn.Identity(), linear(100), "x0")
     with pytest.raises(ValueError, match="need logits: use a classifying head or dice_ce_weight 0"):
         MaskDiffusion(denoiser, MaskEncoding(2), Simple(), dice_ce_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["segdiff", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ensemdiff", "medsegdiff", "medsegdiff-v2"))],
+)
+def test_of_two_possible_masks_every_sample_is_one(method) -> None:
+    """Which takes the noisy mask: a network that looks at the image alone can only answer with their mean."""
+    torch.manual_seed(0)
+    head = {"head": "logits", "dice_ce_weight": 1.0}
+    model = build.segmenter(tiny(method, 2, target="x0", scale=0.05, **head), 2)
+    assert isinstance(model, MaskDiffusion)
+    masks, image = problem(2)["label"], torch.zeros(8, 1, 12, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(200):
+        drawn = masks[torch.randint(2, (8,), generator=generator)]
+        optimizer.zero_grad()
+        model({"image": image, "label": drawn, "seed": torch.arange(8 * step, 8 * step + 8)}).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    times = spaced(model.denoiser.schedule, 10)
+    samples = model.eval().probabilities(image[:1], [list(range(40))], DPMSolver(), times)[0].argmax(1)
+    one, other = ([dice(sample == 1, mask == 1) for sample in samples] for mask in masks)
+    nearest = [max(pair) for pair in zip(one, other, strict=True)]
+    assert sum(nearest) / len(nearest) > 0.9
+    assert 8 <= sum(a > b for a, b in zip(one, other, strict=True)) <= 32
 
 
 def test_sampling_changes_neither_model_nor_image() -> None:

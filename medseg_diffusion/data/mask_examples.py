@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,27 +19,33 @@ from medseg_diffusion.volumes.volume import Volume
 from .augmentation import Augmenter
 from .cases import Case
 
+_CLASS_NUMBERS = 16
+"""Labels without names are expected to be smaller, and fewer."""
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) uint8, memory-mapped."""
+    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped."""
 
     name: str
     image: Tensor
     label: Tensor
 
 
-def read_case(case: Case, channels: int, num_classes: int, merge_labels: bool = False) -> tuple[Volume, Volume]:
+def read_case(
+    case: Case, channels: int, num_classes: int, merge_labels: bool = False, named: Collection[int] = ()
+) -> tuple[Volume, Volume]:
     """A case's image and labels, checked.
 
     Args:
         case: the case.
         channels: of the image.
         num_classes: labels are 0 to one less.
-        merge_labels: make every label above background 1, before that is checked.
+        merge_labels: make every label above background 1. ``num_classes`` is 2 then.
+        named: the values that may be merged; where there are none, what looks like a mask's values may.
 
     Raises:
-        InputError: an unusable file, labels on another grid than their image, or a value beyond ``num_classes``.
+        InputError: an unusable file, labels on another grid than their image, or a value that is no label.
     """
     volume, labels = read_volume(case.image, channels=channels), read_labels(case.label)
     if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
@@ -50,6 +56,7 @@ def read_case(case: Case, channels: int, num_classes: int, merge_labels: bool = 
             "resample the label onto its image",
         )
     if merge_labels:
+        _check_merged(labels, case.label, named)
         labels = labels.like(labels.data.clamp(max=1))
     _check_values(labels, case.label, num_classes)
     return volume, labels
@@ -63,6 +70,7 @@ def prepare(
     cache: Path,
     on_case: Callable[[int, int], None] = lambda done, total: None,
     merge_labels: bool = False,
+    named: Collection[int] = (),
 ) -> list[PreparedCase]:
     """Preprocesses every case once into ``cache`` (.npy pairs) and maps the results into memory.
 
@@ -75,11 +83,11 @@ def prepare(
         stem = case.name.replace("/", "__")
         image_file, label_file = cache / f"{stem}.image.npy", cache / f"{stem}.label.npy"
         if not (image_file.exists() and label_file.exists()):
-            volume, labels = read_case(case, channels, num_classes, merge_labels)
+            volume, labels = read_case(case, channels, num_classes, merge_labels, named)
             image, placement = preprocessing.apply(volume)
             label = apply_labels(labels, placement)[0]
             _save(image_file, image.numpy().astype(np.float32))
-            _save(label_file, label.numpy().astype(np.uint8))
+            _save(label_file, label.numpy().astype(np.uint8 if num_classes <= 256 else np.int32))
         image_map, label_map = np.load(image_file, mmap_mode="c"), np.load(label_file, mmap_mode="c")
         prepared.append(PreparedCase(case.name, torch.from_numpy(image_map), torch.from_numpy(label_map)))
         on_case(i + 1, len(cases))
@@ -103,12 +111,28 @@ def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str]
         )
 
 
+def _check_merged(labels: Volume, path: Path, named: Collection[int]) -> None:
+    """Values that are merged are those with a name, else class numbers or one value beside 0: no levels of grey."""
+    values = torch.unique(labels.data).tolist()
+    unnamed = [value for value in values if value and value not in named]
+    if named and unnamed:
+        expected = f"one of {', '.join(map(str, sorted(named)))}"
+        raise InputError(path, f"label {unnamed[0]}", expected, "correct the label file or the names in dataset.json")
+    if not named and len(values) > 2 and values[-1] >= _CLASS_NUMBERS:
+        raise InputError(
+            path,
+            f"{len(values)} different values up to {values[-1]}, as of a greyscale mask that was interpolated",
+            f"labels below {_CLASS_NUMBERS}, or one value beside 0",
+            "make it again from the original mask, with nearest-neighbour resizing; or name its labels in dataset.json",
+        )
+
+
 def _check_values(labels: Volume, path: Path, num_classes: int) -> None:
     largest = int(labels.data.max())
     if largest < num_classes:
         return
     values = torch.unique(labels.data)
-    if len(values) > max(num_classes, 16):
+    if len(values) > max(num_classes, _CLASS_NUMBERS):
         found = f"{len(values)} different values up to {largest}, as of a greyscale mask that was interpolated"
         remedy = "make it again from the original mask, with nearest-neighbour resizing"
     elif len(values) == num_classes == 2:

@@ -42,6 +42,8 @@ class NetworkDenoiser(nn.Module):
         head: "softmax" or "sigmoid" reads the output as logits over the channels; the target is then x0.
         scale: of x0, whose noise is the harder to see through the smaller it is; masks live in [-scale, scale]. It is
             the unit of an output that is x0, or classes.
+        normalised: the network sees x_t divided by its standard deviation, which falls to ``scale`` at t = 1 (Chen
+            2023, arXiv 2301.10972, sec. 2.2): it would hardly see a mask of 0.05 otherwise.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class NetworkDenoiser(nn.Module):
         learned_variance: bool = False,
         head: Head = "linear",
         scale: float = 1.0,
+        normalised: bool = True,
     ) -> None:
         super().__init__()
         if head != "linear" and (target != "x0" or learned_variance):
@@ -62,10 +65,14 @@ class NetworkDenoiser(nn.Module):
         self.learned_variance = learned_variance
         self.head: Head = head
         self.scale = scale
+        self.normalised = normalised
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        out = self.network(x_t, t - 1, cond).to(x_t.dtype)
         alpha, sigma = self.schedule.scales(t, x_t)
+        seen = x_t
+        if self.normalised and self.scale != 1:
+            seen = x_t / (alpha.square() * self.scale**2 + sigma.square()).sqrt()
+        out = self.network(seen, t - 1, cond).to(x_t.dtype)
         var_weight = None
         if self.learned_variance:
             out, v = out.chunk(2, dim=1)

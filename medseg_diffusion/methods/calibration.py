@@ -1,7 +1,8 @@
 """Temperatures of an ensemble's mean, and how far its members usually agree: fitted on validation cases.
 
 A temperature T turns probabilities p into p^(1/T), normalised (Guo et al. 2017): it changes no label, only how sure the
-model says it is.
+model says it is. Voxels near the reference and the rest count for one half each: the many far ones would drown the
+others, and without them a T that makes borders honest would leave a few per cent of every class in empty background.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from medseg_diffusion.metrics.calibration import Reliability, region
 
-from .ensemble import Ensemble, tempered
+from .ensemble import FAINTEST, Ensemble, tempered
 
 MEMBERS = 5
 """Ensembles of 1 to so many members get a temperature each; larger ones take the last."""
 _FEWEST, _LARGEST = 0.1, 20.0
 _VOXELS = 50_000
+_Voxels = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Calibration:
         sampler: its name.
         steps: denoiser calls per sample.
         temperatures: of the mean of 1, 2, ... members.
-        ece: expected calibration error of the largest ensemble before and after, on the cases of the fit.
+        ece: expected calibration error of the largest ensemble before and after, near the references of the fit.
         agreement: 5th percentile over cases of the members' mean pairwise Dice; None for a model without samples.
         cases: number of validation cases.
     """
@@ -55,30 +57,35 @@ class TemperatureFit:
 
     def __init__(self, sampler: str, steps: int) -> None:
         self.sampler, self.steps = sampler, steps
-        self.rows: list[list[tuple[NDArray[np.float32], NDArray[np.int64]]]] = [[] for _ in range(MEMBERS)]
+        self.near: list[list[_Voxels]] = [[] for _ in range(MEMBERS)]
+        self.far: list[list[_Voxels]] = [[] for _ in range(MEMBERS)]
         self.agreement: list[float] = []
 
     def add(self, members: Tensor, labels: Tensor) -> None:
         """One case: probabilities (N, K, *S) of N <= `MEMBERS` members and its reference labels (*S).
 
-        Voxels of `metrics.calibration.region` take part, at most `_VOXELS` of them, evenly spaced.
+        At most `_VOXELS` of `metrics.calibration.region` and as many of the rest take part, evenly spaced.
         """
         truth = labels.cpu().numpy().astype(np.int64)
-        inside = np.flatnonzero(region(truth))
-        inside = inside[:: max(1, len(inside) // _VOXELS)]
-        for count in range(1, len(members) + 1):
-            mean = members[:count].mean(0).flatten(1).cpu().numpy()[:, inside]
-            self.rows[count - 1].append((mean.astype(np.float32), truth.ravel()[inside]))
+        inside = region(truth)
+        for found, mask in ((self.near, inside), (self.far, ~inside)):
+            chosen = np.flatnonzero(mask)
+            chosen = chosen[:: max(1, len(chosen) // _VOXELS)]
+            for count in range(1, len(members) + 1):
+                mean = members[:count].mean(0).flatten(1).cpu().numpy()[:, chosen]
+                found[count - 1].append((mean.astype(np.float32), truth.ravel()[chosen]))
         agreement = float(Ensemble.of(members).pairwise_dice().nanmean())
         if agreement == agreement:
             self.agreement.append(agreement)
 
     def result(self) -> Calibration:
         """The calibration of all cases so far, of which there must be one."""
-        known = [rows for rows in self.rows if rows]
-        temperatures = [fit_temperature(*_joined(rows)) for rows in known]
-        ece = [Reliability.of(*_joined(known[-1])).ece]
+        known = [rows for rows in self.near if rows]
+        temperatures = [
+            fit_temperature(_joined(near), _joined(far)) for near, far in zip(known, self.far, strict=False)
+        ]
         p, truth = _joined(known[-1])
+        ece = [Reliability.of(p, truth).ece]
         ece.append(Reliability.of(tempered(torch.from_numpy(p), temperatures[-1]).numpy(), truth).ece)
         return Calibration(
             self.sampler,
@@ -90,22 +97,27 @@ class TemperatureFit:
         )
 
 
-def fit_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
-    """The temperature, 0.1 to 20, of least cross-entropy of probabilities (K, V) for labels (V,); 1 without voxels."""
-    if not labels.size:
+def fit_temperature(*groups: _Voxels) -> float:
+    """The temperature, 0.1 to 20, of least cross-entropy, the mean over groups of voxels; 1 without any.
+
+    Args:
+        groups: probabilities (K, V) and labels (V,) each.
+    """
+    known = [
+        (torch.from_numpy(p).clamp(min=FAINTEST).log().T, torch.from_numpy(labels))
+        for p, labels in groups
+        if labels.size
+    ]
+    if not known:
         return 1.0
-    logits = torch.from_numpy(np.ascontiguousarray(probabilities, dtype=np.float32)).clamp(min=1e-7).log()
-    truth = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
 
     def loss(log_temperature: float) -> float:
-        scaled = logits.T / float(np.exp(log_temperature))
-        return float(torch.nn.functional.cross_entropy(scaled, truth))
+        temperature = float(np.exp(log_temperature))
+        return sum(float(torch.nn.functional.cross_entropy(logits / temperature, truth)) for logits, truth in known)
 
     found = minimize_scalar(loss, bounds=(np.log(_FEWEST), np.log(_LARGEST)), method="bounded")
     return float(np.exp(found.x))
 
 
-def _joined(
-    rows: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]],
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _joined(rows: Sequence[_Voxels]) -> _Voxels:
     return np.concatenate([p for p, _ in rows], axis=1), np.concatenate([labels for _, labels in rows])

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Fusion = Literal["mean", "majority", "staple"]
 Uncertainty = Literal["entropy", "mutual-information", "variance"]
+FAINTEST = 1e-12
+"""Smaller probabilities count as so much when their logarithm is taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ def staple(labels: Tensor, classes: int) -> Tensor:
         slice(max(0, int(low) - 2), int(high) + 3)
         for low, high in zip(marked.amin(0), marked.amax(0), strict=True)
     )  # fmt: skip
-    images = [sitk.GetImageFromArray(rater[box].to(torch.uint8).cpu().numpy()) for rater in labels]
+    images = [sitk.GetImageFromArray(rater[box].cpu().numpy().astype(np.uint16)) for rater in labels]
     fused = sitk.GetArrayFromImage(sitk.MultiLabelSTAPLE(images, classes))
     result[box] = torch.from_numpy(fused).long()
     return result
@@ -167,7 +169,7 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
     """Probabilities (K, *S) of a softmax at another temperature, p^(1/T) normalised; the largest class stays."""
     if temperature == 1:
         return probabilities
-    return (probabilities.clamp(min=1e-7).log() / temperature).softmax(0)
+    return (probabilities.clamp(min=FAINTEST).log() / temperature).softmax(0)
 
 
 def largest_part(labels: Tensor) -> Tensor:

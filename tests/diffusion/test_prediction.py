@@ -30,9 +30,11 @@ class Constant(nn.Module):
         super().__init__()
         self.answer = answer
         self.calls: list[tuple[Tensor, object]] = []
+        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: object = None) -> Tensor:
         self.calls.append((timesteps, cond))
+        self.seen.append(x)
         return self.answer
 
 
@@ -132,6 +134,36 @@ def test_the_scale_is_the_unit_of_a_predicted_image_alone(target, unit) -> None:
     prediction = NetworkDenoiser(Constant(out), schedule, target, scale=0.05)(x_t, t)
     x0, eps = read_output(target, unit * out, x_t, *schedule.scales(t, x_t))
     torch.testing.assert_close((prediction.x0, prediction.eps), (x0, eps))
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.5, 1.0])
+def test_a_network_sees_unit_variance_at_every_time_however_small_the_mask(scale) -> None:
+    schedule, t = SCHEDULES["cosine"], torch.tensor([1, 40, 500, 1000])
+    x0, eps = scale * normal(12, 4, 1, 80, 80).sign(), normal(13, 4, 1, 80, 80)
+    x_t = schedule.add_noise(x0, eps, t)
+    network = Constant(torch.zeros_like(x_t))
+    NetworkDenoiser(network, schedule, "x0", scale=scale)(x_t, t)
+    NetworkDenoiser(network, schedule, "x0", scale=scale, normalised=False)(x_t, t)
+    normalised, raw = network.seen
+    torch.testing.assert_close(normalised.flatten(1).std(1), torch.ones(4).double(), rtol=0.03, atol=0)
+    assert torch.equal(raw, x_t)
+
+
+@settings(deadline=None, max_examples=30)
+@given(t=st.integers(1, 1000), scale=st.floats(0.02, 2.0))
+def test_what_the_network_sees_is_enough_for_the_exact_denoiser(t, scale) -> None:
+    """Of N(0, scale^2): E[x0 | x_t] is what the network sees times alpha scale^2 over the standard deviation of x_t."""
+    schedule, times = SCHEDULES["cosine"], torch.full((2,), t)
+    x_t = normal(14, 2, 1, 3, 3)
+    alpha, sigma = schedule.scales(times, x_t)
+    deviation = (alpha**2 * scale**2 + sigma**2).sqrt()
+
+    class Exact(nn.Module):
+        def forward(self, x: Tensor, timesteps: Tensor, cond: object = None) -> Tensor:
+            return x * alpha * scale / deviation  # in units of the scale
+
+    found = NetworkDenoiser(Exact(), schedule, "x0", scale=scale)(x_t, times)
+    torch.testing.assert_close(found.x0, GaussianDenoiser(schedule, 0.0, scale)(x_t, times).x0)
 
 
 @pytest.mark.parametrize(("target", "learned"), [("eps", False), ("v", False), ("x0", True)])
