@@ -5,12 +5,12 @@
 DATA is a labelled folder. Of the one that the models were trained on, the patients of one side are scored whole; of
 another one (--side all, and --trained-on names the former) all patients are. Beside the models:
 
-"intensity"  the scan itself, its percentiles mapped to [-1, 1]: plain thresholding
+"intensity"  the scan itself, scaled as for the models: plain thresholding
 "height"     how often training patients have a lesion at this relative height: knows nothing but the slice's position
 
 Both get a threshold from the healthy slices of the validation patients, exactly as the models do. All scores count in
-one and the same foreground. Written: cases.csv (one row a patient and method), table.md, heights.json and heights.png
-(where healthy slices and lesions lie), curves.png.
+one and the same foreground, after one and the same median filter. Written: cases.csv (one row a patient and method),
+table.md, heights.json and heights.png (where healthy slices and lesions lie), curves.png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, mask_of
+from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, filtered, mask_of
+from medseg_diffusion.config import AnomalyConfig
 from medseg_diffusion.data.cases import Case, find_cases
 from medseg_diffusion.data.healthy import healthy_slices
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -42,7 +43,7 @@ from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_labels, read_volume
-from medseg_diffusion.volumes.preprocessing import Preprocessing
+from medseg_diffusion.volumes.preprocessing import Intensity, Preprocessing
 
 BINS = 20
 """Relative heights of the baseline that knows nothing else."""
@@ -61,18 +62,19 @@ class Scan:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table: ``score`` maps a scan to a map."""
+    """One row of the table: ``score`` maps a scan to a map, ``labels`` are those of training that it learned from."""
 
     name: str
     score: Callable[[Case, Scan], AnomalyMap]
     threshold: float
+    labels: str = "none"
     min_volume_mm3: float = 0.0
 
 
-def load(case: Case) -> Scan:
+def load(case: Case, intensity: Intensity = "percentile") -> Scan:
     volume = read_volume(case.image).oriented("RAS")
     lesions = read_labels(case.label).oriented("RAS").data[0] > 0
-    image, _ = Preprocessing().apply(volume)  # the grid stays: the volume lies in RAS
+    image, _ = Preprocessing(intensity=intensity).apply(volume)  # the grid stays: the volume lies in RAS
     return Scan(case.name, image[0], lesions, scan_foreground(volume), float(np.prod(volume.spacing)))
 
 
@@ -120,6 +122,7 @@ def row(contender: Contender, case: Case, scan: Scan, exclude: int) -> tuple[dic
         thirds.append(float(above[part].float().mean()) if part.any() else float("nan"))
     return {
         "method": contender.name,
+        "labels": contender.labels,
         "patient": scan.name,
         "auroc": curve.auroc,
         "auprc": curve.average_precision,
@@ -136,10 +139,14 @@ def row(contender: Contender, case: Case, scan: Scan, exclude: int) -> tuple[dic
     }, score
 
 
-def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
-    """The models, and the sides of the patients of their training, which must be the same for all."""
+def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str], AnomalyConfig]:
+    """The models, the sides of the patients of their training, and the configuration of the first.
+
+    Sides, scaling of intensities and median filter must be the same for all.
+    """
     found: list[Contender] = []
     sides: dict[str, str] | None = None
+    first: AnomalyConfig | None = None
     for name in names:
         path, _, method = name.partition(":")
         model = AnomalyModel(path, method or None, "cpu")
@@ -149,6 +156,9 @@ def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
         if sides not in (None, own):
             raise SystemExit(f"{path}: was trained on another split than {names[0]}")
         sides = own
+        first = first or model.config
+        if shared(model.config) != shared(first):
+            raise SystemExit(f"{path}: scales or filters in another way than {names[0]}")
 
         def score(case: Case, scan: Scan, model: AnomalyModel = model) -> AnomalyMap:
             volume = read_volume(case.image)
@@ -158,24 +168,28 @@ def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
         title = f"{model.name}:{model.method}"
         if title in {other.name for other in found}:
             raise SystemExit(f"{title}: named twice; rename one run folder")
-        found.append(Contender(title, score, calibration.automatic, model.config.postprocessing.min_volume_mm3))
-    assert sides is not None
-    return found, sides
+        smallest = model.config.postprocessing.min_volume_mm3
+        known = "slices" if model.config.needs_unhealthy else "none"
+        found.append(Contender(title, score, calibration.automatic, known, smallest))
+    assert sides is not None and first is not None
+    return found, sides, first
 
 
-def plain(scan: Scan, score: Tensor) -> AnomalyMap:
-    """A map that no network made."""
-    return AnomalyMap(score, scan.inside, 0.0, 0)
+def shared(config: AnomalyConfig) -> tuple[object, ...]:
+    """What must not differ between contenders."""
+    dims = len(config.generator.data.shape)
+    return config.generator.preprocessing.intensity, config.postprocessing.median, config.postprocessing.erosion, dims
 
 
-def calibrated(name: str, score: Callable[[Case, Scan], AnomalyMap], cases: Sequence[Case], exclude: int) -> Contender:
+def calibrated(contender: Contender, cases: Sequence[Case], exclude: int, intensity: Intensity) -> Contender:
+    """The contender with the threshold of healthy slices of ``cases``."""
     values = []
     for case in cases:
-        scan = load(case)
-        inside = score(case, scan).score[healthy(scan, exclude)].numpy()
+        scan = load(case, intensity)
+        inside = contender.score(case, scan).score[healthy(scan, exclude)].numpy()
         if inside.size:
             values.append(inside)
-    return Contender(name, score, fit_scores(values, [], 0.975).automatic)
+    return replace(contender, threshold=fit_scores(values, [], 0.975).automatic)
 
 
 def table(rows: Sequence[dict[str, float | str]], pooled: dict[str, ScoredVoxels]) -> str:
@@ -192,11 +206,11 @@ def table(rows: Sequence[dict[str, float | str]], pooled: dict[str, ScoredVoxels
         ("seconds", "s per volume"),
         ("evaluations", "evaluations per volume"),
     ]
-    head = ["method", *[title for _, title in columns], "best pooled Dice (optimistic)"]
+    head = ["method", "labels used", *[title for _, title in columns], "best pooled Dice (optimistic)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in dict.fromkeys(str(r["method"]) for r in rows):
         own = [r for r in rows if r["method"] == method]
-        cells = [method]
+        cells = [method, str(own[0]["labels"])]
         for key, _ in columns:
             found = mean_interval([float(r[key]) for r in own])
             digits = {"seconds": 1, "evaluations": 0}.get(key, 3)
@@ -219,17 +233,22 @@ def main() -> None:
     parser.add_argument("--cases", type=int)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    contenders, sides = models(options.models)
+    contenders, sides, config = models(options.models)
+    intensity = config.generator.preprocessing.intensity
     known = find_cases(options.trained_on or options.data).cases
     training, validation = ([case for case in known if sides[case.patient] == side] for side in ("train", "validation"))
     prior = height_prior(training)
 
+    def brightness(case: Case, scan: Scan) -> AnomalyMap:
+        return AnomalyMap(filtered(scan.image, config), scan.inside, 0.0, 0)
+
     def height(case: Case, scan: Scan) -> AnomalyMap:
-        return plain(scan, torch.from_numpy(prior[bins(scan)]).float().expand(scan.image.shape).contiguous())
+        score = torch.from_numpy(prior[bins(scan)]).float().expand(scan.image.shape).contiguous()
+        return AnomalyMap(score, scan.inside, 0.0, 0)
 
     contenders += [
-        calibrated("intensity", lambda case, scan: plain(scan, scan.image), validation, options.exclude),
-        calibrated("height", height, validation, options.exclude),
+        calibrated(plain, validation, options.exclude, intensity)
+        for plain in (Contender("intensity", brightness, 0.0), Contender("height", height, 0.0, "voxels"))
     ]
     wanted = find_cases(options.data).cases
     if options.side != "all":
@@ -237,7 +256,7 @@ def main() -> None:
     rows: list[dict[str, float | str]] = []
     kept: dict[str, list[ScoredVoxels]] = {contender.name: [] for contender in contenders}
     for case in wanted[: options.cases]:
-        scan = load(case)
+        scan = load(case, intensity)
         for contender in contenders:
             found, score = row(contender, case, scan, options.exclude)
             rows.append(found)

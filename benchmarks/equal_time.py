@@ -1,10 +1,11 @@
-"""Segmenters after equal time: each preset is trained for as many steps as fit into --minutes on this machine.
+"""Presets after equal time: each is trained for as many steps as fit into --minutes on this machine.
 
-    python benchmarks/equal_time.py DATA OUT PRESET... [--minutes 20] [--set diffusion.scale=0.2]
+    python benchmarks/equal_time.py DATA OUT PRESET... [--minutes 20] [--set diffusion.scale=0.2] [--exclude 3]
 
-The learning rate has to reach its end in time, so steps and a validation are timed before a run starts. OUT/PRESET is
-the run folder; an interrupted call goes on where it stopped, and finished runs are left alone.
-`medseg benchmark-segmenter --side test` scores the runs.
+Segmenters and anomaly models. The learning rate has to reach its end in time, so steps and a validation are timed
+before a run starts. An anomaly model's time is that of all its networks (`SHARES`). OUT/PRESET is the run folder; an
+interrupted call goes on where it stopped, and finished runs are left alone. `medseg benchmark-segmenter --side test`
+scores segmenters, benchmarks/anomaly.py anomaly models.
 """
 
 from __future__ import annotations
@@ -16,15 +17,36 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
-from medseg_diffusion.config import SegmenterConfig, load_segmenter_config
+import yaml
+
+from medseg_diffusion import build
+from medseg_diffusion.checkpoint import home
+from medseg_diffusion.config import (
+    AnomalyConfig,
+    GeneratorConfig,
+    ImageAutoencoderConfig,
+    NoisyClassifierConfig,
+    SegmenterConfig,
+    load_config,
+)
+from medseg_diffusion.data.healthy import healthy_source, packed_healthy
+from medseg_diffusion.data.image_cache import PackedImages
 from medseg_diffusion.methods.calibration import MEMBERS
 from medseg_diffusion.train import train_segmenter
+from medseg_diffusion.train_anomaly import train_anomaly
+from medseg_diffusion.train_generator import train_generator
 from medseg_diffusion.training.trainer import Progress
 
 WARM, TIMED, TIMED_AUTOENCODER = 20, 60, 61
 VALIDATIONS = 6
 SPARE = 0.95
+SHARES = {"autoencoder": 0.4, "classifier": 0.2}
+"""Of an anomaly model's time, for these networks; the rest is the generator's."""
+
+
+Part = TypeVar("Part", GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig)
 
 
 @dataclass
@@ -65,6 +87,54 @@ def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
     return max(1, int(seconds / stopwatch.seconds_per_step(TIMED)))
 
 
+def fitting_anomaly(
+    config: AnomalyConfig, data: Path, exclude: int | None, unhealthy: Path | None, minutes: float, autoencoder: Path
+) -> AnomalyConfig:
+    """``config`` with the steps that fit into ``minutes``; an autoencoder's settings are written to ``autoencoder``."""
+    section = config.generator.data
+    source = healthy_source(data, exclude, unhealthy, (section.test_images, section.validation_images))
+    preprocessing = build.preprocessing(config.generator.preprocessing)
+    images = packed_healthy(source, home() / "images", section.shape, section.channels, preprocessing)
+    shares: dict[str, float] = {}
+    generator = config.generator
+    first: Path | None = None
+    with TemporaryDirectory() as folder:
+        if generator.autoencoder is not None:
+            shares["autoencoder"] = SHARES["autoencoder"]
+            settings = load_config(generator.autoencoder)
+            assert isinstance(settings, ImageAutoencoderConfig)
+            settings = settings.model_copy(update={"data": section, "preprocessing": generator.preprocessing})
+            settings = fitting_part(settings, images, 60 * minutes * shares["autoencoder"], Path(folder))
+            autoencoder.parent.mkdir(parents=True, exist_ok=True)
+            autoencoder.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+            generator = generator.model_copy(update={"autoencoder": str(autoencoder)})
+            first = Path(folder) / settings.method / "model"
+        if config.classifier is not None:
+            shares["classifier"] = SHARES["classifier"]
+            part = fitting_part(config.classifier, images, 60 * minutes * shares["classifier"], Path(folder))
+            config = config.model_copy(update={"classifier": part})
+        rest = 60 * minutes * (1 - sum(shares.values()))
+        return config.model_copy(update={"generator": fitting_part(generator, images, rest, Path(folder), first)})
+
+
+def fitting_part(
+    config: Part, images: PackedImages, seconds: float, folder: Path, autoencoder: Path | None = None
+) -> Part:
+    """One network's configuration with the steps that fit into ``seconds``, and `VALIDATIONS` of them."""
+    planned = config.training.max_steps
+    section = config.training.model_copy(update={"validate_every": planned})
+    timed = config.model_copy(update={"training": section})
+    stopwatch = Stopwatch()
+    train_generator(
+        timed, images, folder / config.method, max_steps=TIMED, autoencoder=autoencoder, on_progress=stopwatch
+    )
+    left = SPARE * seconds - VALIDATIONS * stopwatch.seconds_per_validation(planned)
+    steps = max(1, int(left / stopwatch.seconds_per_step(planned)))
+    print(f"{config.method}: {steps} steps", flush=True)
+    section = section.model_copy(update={"max_steps": steps, "validate_every": -(-steps // VALIDATIONS)})
+    return config.model_copy(update={"training": section})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
@@ -73,21 +143,38 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exclude", type=int, help="of anomaly models: as --exclude-labelled of medseg train-anomaly")
+    parser.add_argument("--unhealthy", type=Path, help="of anomaly models: as that of medseg train-anomaly")
     options = parser.parse_args()
     for preset in options.presets:
         run = options.out / Path(preset).stem
         if (run / "finished").exists():
             continue
         resume = (run / "config.yaml").exists()
-        config = load_segmenter_config(run / "config.yaml" if resume else preset, () if resume else options.overrides)
-        if not resume:
-            steps = fitting_steps(config, options.data, options.minutes)
-            every = -(-steps // VALIDATIONS)
-            fit = [f"training.max_steps={steps}", f"training.validate_every={every}"]
-            config = load_segmenter_config(preset, [*options.overrides, *fit])
-            print(f"{preset}: {steps} steps in {options.minutes:g} minutes", flush=True)
+        config = load_config(run / "config.yaml" if resume else preset, () if resume else options.overrides)
         started = time.monotonic()
-        train_segmenter(config, options.data, run, resume=resume, seed=options.seed)
+        if isinstance(config, AnomalyConfig):
+            unhealthy = options.unhealthy if config.needs_unhealthy else None
+            if not resume:
+                first = run.with_name(f"{run.name}-autoencoder.yaml")
+                config = fitting_anomaly(config, options.data, options.exclude, unhealthy, options.minutes, first)
+            started = time.monotonic()
+            train_anomaly(
+                config, options.data, run, exclude_labelled=options.exclude, unhealthy=unhealthy, resume=resume,
+                seed=options.seed,
+            )  # fmt: skip
+        else:
+            assert isinstance(config, SegmenterConfig)
+            if not resume:
+                steps = fitting_steps(config, options.data, options.minutes)
+                every = -(-steps // VALIDATIONS)
+                fit = [f"training.max_steps={steps}", f"training.validate_every={every}"]
+                loaded = load_config(preset, [*options.overrides, *fit])
+                assert isinstance(loaded, SegmenterConfig)
+                config = loaded
+                print(f"{preset}: {steps} steps in {options.minutes:g} minutes", flush=True)
+            started = time.monotonic()
+            train_segmenter(config, options.data, run, resume=resume, seed=options.seed)
         print(f"{preset}: took {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
         (run / "finished").touch()
 

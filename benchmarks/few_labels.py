@@ -10,7 +10,8 @@ For every number of labels and every seed, on the same labelled images and the s
 "raw pixels"       the same classifiers on intensity and coordinates, for 3,000 steps at least
 
 Written: config.yaml; scores.csv, one row a run with its minutes of training (without validations), which an interrupted
-call with the same options continues; table.md and curves.png.
+call with the same options continues; table.md and curves.png. One call at a time for an OUT, with as many threads
+(OMP_NUM_THREADS) as cores are free: minutes are worth as much as they do.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ VALIDATION_CASES = 8
 VALIDATIONS = 6
 WARM, TIMED = 10, 40
 RAW_STEPS = 3000
-"""Published patience ends the training on raw pixels after some 200 steps, before they are learned."""
+"""Patience would end the training on raw pixels before they are learned."""
 
 
 class RawPixels:
@@ -194,8 +195,8 @@ def raw_pixels(found: LabelledData, generator: Generator, config: PixelClassifie
     raw, classes = RawPixels(), list(found.labels.values())
     pixels = labelled_pixels(raw, images, masks, classes, config.data.pixels_per_class, seed)  # type: ignore[arg-type]
     options = ClassifierOptions(**config.classifier.model_dump())
-    epochs = max(options.min_epochs, -(-RAW_STEPS * options.batch_size // len(pixels.labels)))
-    options = replace(options, min_epochs=epochs, max_epochs=epochs + options.max_epochs)
+    epochs = -(-RAW_STEPS * options.batch_size // len(pixels.labels))
+    options = replace(options, min_steps=RAW_STEPS, max_epochs=epochs + options.max_epochs)
     classifiers = fit_classifiers(pixels, options, seed)
     return First(PixelSegmentation(raw, classifiers, generator.config.data.shape, generator.config.data.channels))  # type: ignore[arg-type]
 
@@ -233,6 +234,7 @@ def main() -> None:
     saved = load_model_files(options.generator)
     generator = restore_generator(saved, "cpu")
     asked = {"folder": str(options.data.resolve()), "unit": options.unit, "minutes": options.minutes}
+    asked["threads"] = torch.get_num_threads()  # minutes are worth as much as they do
     # A call that goes on with the scores of another configuration is refused.
     resolved = {**config.model_dump(mode="json"), **asked, "generator_sha256": saved.sha256}
     start_run(options.out, resolved, resume=(options.out / "config.yaml").is_file())
@@ -283,13 +285,14 @@ def main() -> None:
                         model = raw_pixels(found, generator, config, seed)
                         minutes = (time.monotonic() - started) / 60
                     add(method, labelled, seed, dice(model, generator, test, labels), minutes)
-    draw(rows, options.out)
+        draw(rows, options.out)
 
 
 def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
-    """The table of means (smallest to largest over seeds), and the curves."""
+    """The table of means (smallest to largest over seeds) of the numbers that every method has, and the curves."""
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
-    counts = sorted({int(str(row["labelled"])) for row in rows})
+    have = {(str(row["method"]), int(str(row["labelled"]))) for row in rows}
+    counts = sorted(count for count in {n for _, n in have} if all((method, count) in have for method in methods))
     lines = ["| labelled | " + " | ".join(methods) + " |", "|" + "---|" * (1 + len(methods))]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     means: dict[str, list[float]] = {method: [] for method in methods}

@@ -244,7 +244,7 @@ def scored(
             on_progress(float(part[-1] + 1) / len(maps))
     back = unfitted(maps, _plane(grid.image, len(config.generator.data.shape)))
     score = back[0, 0] if len(config.generator.data.shape) == 3 else back[:, 0].movedim(0, -1)
-    score = _median(score, config.postprocessing.median, planes=len(config.generator.data.shape) == 2)
+    score = filtered(score, config)
     native = grid.placement.restore((score * grid.foreground)[None])[0].clamp(min=0) * grid.native
     return AnomalyMap(native, grid.native, scan_score(native[grid.native].numpy()), sum(calls))
 
@@ -384,10 +384,12 @@ def _plane(image: Tensor, dims: int) -> Sequence[int]:
     return image.shape[1:] if dims == 3 else image.shape[1:3]
 
 
-def _median(score: Tensor, side: int, planes: bool) -> Tensor:
+def filtered(score: Tensor, config: AnomalyConfig) -> Tensor:
+    """A map (I, J, K) after the median filter of ``config``: in the slices' planes, or in 3D as its generator."""
+    side = config.postprocessing.median
     if side == 1:
         return score
-    size = (side, side, 1) if planes else (side, side, side)
+    size = (side, side, 1 if len(config.generator.data.shape) == 2 else side)
     return torch.from_numpy(ndimage.median_filter(score.numpy(), size))
 
 

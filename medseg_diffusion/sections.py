@@ -172,7 +172,7 @@ class PreprocessingSection(Section):
 
     orientation: str | None = "RAS"
     spacing_mm: tuple[float, float, float] | None = None
-    intensity: Literal["percentile", "zscore"] = "percentile"
+    intensity: Literal["percentile", "zscore", "median"] = "percentile"
     low: float = 0.5
     high: float = 99.5
     crop_foreground: bool = False
@@ -291,6 +291,7 @@ class PixelClassifierSection(Section):
     learning_rate: float = Field(1e-3, gt=0)
     max_epochs: int = Field(100, ge=1)
     min_epochs: int = Field(4, ge=0)
+    min_steps: int = Field(1000, ge=0)
     patience: int = Field(50, ge=1)
 
 

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from medseg_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
@@ -48,7 +49,7 @@ from medseg_diffusion.volumes.fitting import fitted, fitted_labels
 from medseg_diffusion.volumes.io import read_volume
 
 HALVES = ["dark", "bright"]
-FAST = ClassifierOptions(members=2, hidden=(16, 8), max_epochs=4, min_epochs=2)
+FAST = ClassifierOptions(members=2, hidden=(16, 8), max_epochs=4, min_epochs=2, min_steps=0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -163,7 +164,9 @@ def test_the_probabilities_are_those_of_the_images_not_of_the_balanced_sample() 
     few = labelled_pixels(net, [noise[None]], [label[None]], HALVES, 24, 0)
     balanced = type(blank)(np.zeros_like(few.features), few.labels, few.image, few.share, few.channels)
     for sample in (blank, balanced):
-        options = ClassifierOptions(members=3, hidden=(8, 8), learning_rate=0.02, max_epochs=100, min_epochs=90)
+        options = ClassifierOptions(
+            members=3, hidden=(8, 8), learning_rate=0.02, max_epochs=100, min_epochs=90, min_steps=0
+        )
         model = fit_classifiers(sample, options)
         with torch.no_grad():
             share = model(torch.zeros(4, sum(sample.channels))).softmax(-1)[..., 1].mean()
@@ -180,7 +183,22 @@ def test_the_same_seed_gives_the_same_classifiers() -> None:
         assert not torch.equal(one(probe)[0], one(probe)[1])  # members differ
 
 
-def test_a_small_network_has_its_blocks_searched_and_a_large_one_the_published() -> None:
+def test_a_classifier_of_few_pixels_is_trained_for_as_many_steps_as_asked(monkeypatch) -> None:
+    image, label = two_halves(2)
+    pixels = labelled_pixels(activations(), [image[None]], [label[None]], HALVES, 32, 0)
+    steps: list[int] = []
+    entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: (steps.append(0), entropy(*args))[1])
+    for fewest in (0, 150):
+        steps.clear()
+        options = ClassifierOptions(
+            members=1, hidden=(8, 8), learning_rate=1e-12, min_epochs=1, min_steps=fewest, max_epochs=400, patience=1
+        )
+        fit_classifiers(pixels, options)
+        assert fewest < len(steps) < fewest + 10
+
+
+def test_a_small_network_is_used_whole_a_large_one_as_published_and_others_are_searched(monkeypatch) -> None:
     image, label = (part[None] for part in two_halves(2))
     assert choose_blocks(activations(), [image], [label], HALVES, 0) == tuple(f"decoder.{i}" for i in range(4))
     torch.manual_seed(0)
@@ -191,6 +209,9 @@ def test_a_small_network_has_its_blocks_searched_and_a_large_one_the_published()
     middling = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
     task = ImageDiffusion(NetworkDenoiser(middling, linear(1000)), Simple()).requires_grad_(False).eval()
     small = Activations(task, None, (1, 16, 16), blocks=[])
+    whole = choose_blocks(small, [image, image], [label, label], HALVES, 0)
+    assert whole == tuple(small.decoder_blocks()) and len(whole) > 5
+    monkeypatch.setattr(label_efficient, "PUBLISHED_FEATURES", 8 * len(whole) - 1)
     searched = choose_blocks(small, [image, image], [label, label], HALVES, 0)
     assert len(searched) == 5 and list(searched) == sorted(searched)
 
@@ -200,7 +221,7 @@ def test_an_easy_image_is_learned_and_its_members_agree(dims) -> None:
     net, (image, label) = activations(dims), two_halves(dims)
     there, known = fitted(image[None], label.shape), fitted_labels(label[None], label.shape)
     pixels = labelled_pixels(net, [there], [known], HALVES, 128, 0)
-    options = ClassifierOptions(members=3, hidden=(16, 8), min_epochs=20)
+    options = ClassifierOptions(members=3, hidden=(16, 8), min_epochs=20, min_steps=0)
     model = PixelSegmentation(net, fit_classifiers(pixels, options), label.shape)
     with torch.no_grad():
         found = model.probabilities(image[None], [[0, 1, 2]], DDIM(), [1, 0])
@@ -220,6 +241,7 @@ def test_the_search_of_blocks_takes_fewer_pixels_of_more_images(monkeypatch) -> 
 
     monkeypatch.setattr(label_efficient, "labelled_pixels", spy)
     monkeypatch.setattr(label_efficient, "SEARCHED_PIXELS", 120)
+    monkeypatch.setattr(label_efficient, "PUBLISHED_FEATURES", 1)
     middling = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
     task = ImageDiffusion(NetworkDenoiser(middling, linear(1000)), Simple()).requires_grad_(False).eval()
     image, label = (part[None] for part in two_halves(2))

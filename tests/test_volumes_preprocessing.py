@@ -198,7 +198,7 @@ def brain() -> torch.Tensor:
     return torch.where(distance((24, 24, 24), (12, 12, 12)) < 9, 100 + 50 * noise(24, 24, 24), torch.tensor(0.0))[None]
 
 
-@pytest.mark.parametrize("intensity", ["percentile", "zscore"])
+@pytest.mark.parametrize("intensity", ["percentile", "zscore", "median"])
 @pytest.mark.parametrize(("scale", "offset"), [(1e-6, 0), (1e6, 0), (1e6, 3e7), (1e-6, -2e-4), (1e30, 0), (1e-30, 0)])
 @pytest.mark.parametrize("spacing", [None, (1.5, 1.5, 1.5)])
 def test_intensities_do_not_depend_on_unit_and_offset(intensity, scale, offset, spacing) -> None:
@@ -219,6 +219,21 @@ def test_percentiles_of_the_foreground_become_minus_one_and_one() -> None:
         assert abs(float(scaled[(image - level).abs() < 0.05].mean()) - value) < 0.01
     assert scaled.min() >= -1.5
     assert scaled.max() == 1.5
+    order = image.flatten().argsort()
+    assert (scaled.flatten()[order].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("margin", [0, 20])
+@pytest.mark.parametrize("scalp", [1.0, 4.0])
+def test_the_median_does_not_depend_on_the_air_around_a_head_or_the_fat_of_its_scalp(margin, scalp) -> None:
+    away = distance((48, 48, 12), (24, 24, 6))
+    inner = 100 + 10 * noise(48, 48, 12)
+    image = torch.where(away < 18, torch.where(away < 15, inner, scalp * 100), 2 * noise(48, 48, 12))
+    image = torch.nn.functional.pad(image, (0, 0, margin, margin, margin, margin))
+    scaled, _ = Preprocessing(intensity="median").apply(Volume(image[None], affine_of()))
+    tissue = torch.nn.functional.pad(away < 12, (0, 0, margin, margin, margin, margin))
+    assert abs(float(scaled[0][tissue].median()) + 0.3) < 0.02
+    assert abs(float(scaled.min()) + 1) < 0.02 and float(scaled.max()) <= 1.5
     order = image.flatten().argsort()
     assert (scaled.flatten()[order].diff() >= 0).all()
 
@@ -254,7 +269,7 @@ def test_wrong_arguments_are_refused() -> None:
         placement.forward(noise(1, 4, 5, 7))
     with pytest.raises(ValueError, match="percentiles"):
         Preprocessing(low=60, high=40)
-    with pytest.raises(ValueError, match="intensity"):
+    with pytest.raises(ValueError, match="intensity must be one of percentile, zscore, median, got"):
         Preprocessing(intensity="minmax")
     with pytest.raises(ValueError, match="orientation"):
         Preprocessing(orientation="XYZ").apply(volume)

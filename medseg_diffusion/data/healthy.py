@@ -18,7 +18,7 @@ from medseg_diffusion.volumes.io import find_scans, is_image, read_labels, read_
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing, apply_labels
 
 from .cases import find_cases, sides_by_hash
-from .image_cache import PackedImages, Row, new_folder, open_packed, write_packed
+from .image_cache import VERSION, PackedImages, Row, new_folder, open_packed, write_packed
 from .images import Part
 
 HEALTHY, UNHEALTHY = 0, 1
@@ -127,7 +127,7 @@ def packed_healthy(
     everything = [*source.scans, *source.unhealthy]
     files = [path for scan in everything for path in (scan.image, scan.label) if path is not None]
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = [state, source.exclude_labelled, source.sides, len(source.scans), list(size), channels]
+    about = [state, source.exclude_labelled, source.sides, len(source.scans), list(size), channels, VERSION]
     key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
     folder = store / f"healthy-{'x'.join(map(str, size))}-{key}"
 

@@ -29,8 +29,10 @@ from .activations import PUBLISHED_BLOCKS, Activations
 
 FEWEST_PIXELS = 20
 """A class with fewer pixels in a labelled image is left out of it, as published."""
+PUBLISHED_FEATURES = 8448
+"""Of a pixel. A decoder that has no more altogether is used whole."""
 SEARCHED_BLOCKS = 5
-"""As many as published are chosen where a network is too small to have the published ones."""
+"""As many as published are chosen where a network has more features, but other blocks."""
 SEARCHED_PIXELS = 20_000
 """Of all classes and images, for that choice: the features of every block of the decoder are held."""
 _LARGEST_HALF = 65504.0
@@ -179,6 +181,7 @@ class ClassifierOptions:
         learning_rate: of Adam.
         max_epochs: passes over the pixels.
         min_epochs: before a classifier may stop.
+        min_steps: the same in batches. Published collections are so large that four epochs are 80,000 of them.
         patience: batches without a smaller loss after which it stops.
     """
 
@@ -188,6 +191,7 @@ class ClassifierOptions:
     learning_rate: float = 1e-3
     max_epochs: int = 100
     min_epochs: int = 4
+    min_steps: int = 1000
     patience: int = 50
 
 
@@ -230,7 +234,7 @@ def _fit(
     device = model.mean.device
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(member.parameters(), lr=options.learning_rate, fused=device.type != "mps")
-    best, waited = float("inf"), 0
+    best, waited, steps = float("inf"), 0, 0
     member.train()
     for epoch in range(options.max_epochs):
         for batch in torch.randperm(len(pixels.labels), generator=generator).split(options.batch_size):
@@ -247,7 +251,8 @@ def _fit(
                     f"the loss of the classifiers became {value}: lower classifier.learning_rate, or use a generator "
                     "whose activations are finite"
                 )
-            if epoch < options.min_epochs:
+            steps += 1
+            if epoch < options.min_epochs or steps < options.min_steps:
                 continue
             best, waited = (value, 0) if value < best else (best, waited + 1)
             if waited > options.patience:
@@ -282,18 +287,20 @@ def choose_blocks(
     seed: int,
     per_class: int = 200,
 ) -> tuple[str, ...]:
-    """The published blocks where the generator has them; else those whose features tell the labelled pixels apart best.
+    """The published blocks where the generator has them; else all, or those that tell the labelled pixels apart best.
 
-    Each block of the decoder is scored alone, by the balanced accuracy of ridge regression onto the classes, fitted
-    on half of the labelled images and tried on the other half, and the other way round (on halves of the pixels where
-    there is one image). The best five are taken.
+    All are taken where they have no more features than the published ones. Else each block of the decoder is scored
+    alone, by the balanced accuracy of ridge regression onto the classes, fitted on half of the labelled images and
+    tried on the other half, and the other way round (on halves of the pixels where there is one image); the best five
+    are taken.
     """
     known = activations.decoder_blocks()
     if set(PUBLISHED_BLOCKS) <= set(known):
         return PUBLISHED_BLOCKS
-    if len(known) <= SEARCHED_BLOCKS:
-        return tuple(known)
     every = activations.with_blocks(known)
+    first = images[0][:1].to(activations.noise.device)
+    if len(known) <= SEARCHED_BLOCKS or sum(block.shape[1] for block in every(first)) <= PUBLISHED_FEATURES:
+        return tuple(known)
     few = max(1, min(per_class, SEARCHED_PIXELS // (len(images) * len(classes))))
     pixels = labelled_pixels(every, images, labels, classes, few, seed)
     mean, std = _moments(pixels.features)

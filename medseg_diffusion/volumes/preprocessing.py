@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +14,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
+from medseg_diffusion.volumes.foreground import foreground
 from medseg_diffusion.volumes.resample import resample, sized_grid, spacing_grid
 from medseg_diffusion.volumes.volume import (
     FloatArray,
@@ -27,9 +28,12 @@ from medseg_diffusion.volumes.volume import (
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last voxel of each of the three axes
 
+Intensity = Literal["percentile", "zscore", "median"]
+
 _COARSE_MM = 4.0  # voxel size at which the head is looked for
 _HEAD_PART_MM3 = 1000.0  # components up to this size are noise or dirt, not head
 _HEAD_MARGIN_MM = 10.0
+_MEDIAN = -0.3  # where "median" puts the foreground's
 _FEW = 0.01  # fraction of voxels above the minimum below which statistics take all voxels
 
 
@@ -120,9 +124,11 @@ class Preprocessing:
         spacing_mm: voxel size along those axes; None leaves it.
         intensity: "percentile" maps the low and high percentile to -1 and 1 and bends what lies beyond into
             [-1.5, 1.5]; "zscore" gives mean 0 and standard deviation 1. Both look only at voxels above the minimum
-            (the background of most scans), and neither depends on the scan's unit or offset.
+            (the background of most scans). "median" maps the low percentile of all voxels to -1 and the median of the
+            foreground (`medseg_diffusion.volumes.foreground`) to -0.3, and bends as well: how bright a lesion becomes
+            depends neither on the air around a head nor on the fat of its scalp. None depends on unit or offset.
         low: lower percentile, 0 to 100.
-        high: upper percentile, 0 to 100.
+        high: upper percentile, 0 to 100, of "percentile" alone.
         crop_foreground: cut away the air around the head, but for 10 mm.
         size: sides that the first two axes are resized to, whatever they were and without keeping the aspect: for
             photographs, which have no voxel size. Excludes ``spacing_mm``.
@@ -130,7 +136,7 @@ class Preprocessing:
 
     orientation: str | None = "RAS"
     spacing_mm: tuple[float, float, float] | None = None
-    intensity: Literal["percentile", "zscore"] = "percentile"
+    intensity: Intensity = "percentile"
     low: float = 0.5
     high: float = 99.5
     crop_foreground: bool = False
@@ -141,8 +147,8 @@ class Preprocessing:
             raise ValueError(f"percentiles must satisfy 0 <= low < high <= 100, got {self.low} and {self.high}")
         if self.size is not None and (self.spacing_mm is not None or min(self.size) < 1):
             raise ValueError(f"size must be two positive numbers, without spacing_mm; got {self.size}")
-        if self.intensity not in ("percentile", "zscore"):
-            raise ValueError(f"intensity must be 'percentile' or 'zscore', got {self.intensity!r}")
+        if self.intensity not in get_args(Intensity):
+            raise ValueError(f"intensity must be one of {', '.join(get_args(Intensity))}, got {self.intensity!r}")
 
     def apply(self, volume: Volume) -> tuple[Tensor, Placement]:
         """Orient, crop, resample and scale a scan, each channel by its own intensities.
@@ -157,9 +163,10 @@ class Preprocessing:
         affine = volume.affine @ nib.orientations.inv_ornt_aff(transform, volume.shape)
         data = reorient(volume.data, transform).float()
         box: Box = tuple((0, n) for n in data.shape[1:])
+        body = foreground(data[0])[None] if self.intensity == "median" else torch.ones_like(data[:1], dtype=torch.bool)
         if self.crop_foreground:
             box = foreground_box(data[0], affine)
-            data = _cut(data, box)
+            data, body = _cut(data, box), _cut(body, box)
         start = np.eye(4)
         start[:3, 3] = [first for first, _ in box]
         box_affine: FloatArray = affine @ start
@@ -172,18 +179,23 @@ class Preprocessing:
             grid = sized_grid((i, j, k), box_affine, shape)
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
         # Scaling and resampling commute; the statistics are those of the voxels as measured.
-        scaling = [self._scaling(channel) for channel in data]
+        scaling = [self._scaling(channel, body[0]) for channel in data]
         model = resample(data, box_affine, grid, shape)
         scaled = torch.empty_like(model)
         for out, channel, (centre, width) in zip(scaled, model, scaling, strict=True):
             # float64: a large offset or a tiny unit would otherwise cost digits.
             values = (channel.double() - centre) / width
-            out.copy_(bend(values) if self.intensity == "percentile" else values)
+            out.copy_(values if self.intensity == "zscore" else bend(values))
         return scaled, placement
 
-    def _scaling(self, channel: Tensor) -> tuple[float, float]:
-        """Centre and half-width (percentile), or mean and standard deviation, in the channel's unit."""
+    def _scaling(self, channel: Tensor, body: Tensor) -> tuple[float, float]:
+        """Centre and half-width (percentile, median), or mean and standard deviation, in the channel's unit."""
         values = channel.cpu().numpy().ravel()
+        if self.intensity == "median" and body.any():
+            dark, _ = _percentiles(values, self.low, self.high)
+            width = (float(np.median(channel[body].cpu().numpy())) - dark) / (1 + _MEDIAN)
+            if width > 0:
+                return dark + width, width
         above = values[values > values.min()]
         chosen = above if len(above) > _FEW * len(values) else values
         if self.intensity == "zscore":
