@@ -128,8 +128,8 @@ def fitting_part(
     train_generator(
         timed, images, folder / config.method, max_steps=TIMED, autoencoder=autoencoder, on_progress=stopwatch
     )
-    left = SPARE * seconds - VALIDATIONS * stopwatch.seconds_per_validation(planned)
-    steps = max(1, int(left / stopwatch.seconds_per_step(planned)))
+    left = SPARE * seconds - VALIDATIONS * stopwatch.seconds_per_validation(TIMED)
+    steps = max(1, int(left / stopwatch.seconds_per_step(TIMED)))
     print(f"{config.method}: {steps} steps", flush=True)
     section = section.model_copy(update={"max_steps": steps, "validate_every": -(-steps // VALIDATIONS)})
     return config.model_copy(update={"training": section})
