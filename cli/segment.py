@@ -123,7 +123,9 @@ def segment(
                 typer.echo(f"  {name}: {path}")
             if quiet is False:
                 for name, volume in case.volumes_ml.items():
-                    typer.echo(f"  {name}: {volume:.2f} ml")
+                    low, high = case.intervals_ml.get(name, (None, None))
+                    interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+                    typer.echo(f"  {name}: {volume:.2f} ml{interval}")
 
     with progress(quiet) as on_progress:
         on_case = None if quiet or as_json else print_case

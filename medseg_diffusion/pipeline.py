@@ -118,13 +118,19 @@ class SegmentOptions:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one scan. ``outputs`` maps a kind (segmentation, preview, ...) to its file."""
+    """What became of one scan.
+
+    ``outputs`` maps a kind (segmentation, preview, ...) to its file; volumes, their intervals and the quality are those
+    of `Segmentation`.
+    """
 
     scan: Path
     status: Literal["done", "skipped", "failed"]
     outputs: dict[str, Path] = field(default_factory=dict)
     seconds: float = 0.0
     volumes_ml: dict[str, float] = field(default_factory=dict)
+    intervals_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
+    quality: Literal["usual", "check"] | None = None
     error: str | None = None
     exit_code: int = 0
     warnings: tuple[str, ...] = ()
@@ -502,7 +508,16 @@ def _one(
     notes = [*model.notes]
     if found.quality == "check":
         notes.append("the sampled masks agree less than is usual for this model; look at the result")
-    result = CaseResult(scan, "done", written, seconds, found.volumes_ml, warnings=tuple(notes))
+    result = CaseResult(
+        scan,
+        "done",
+        written,
+        seconds,
+        found.volumes_ml,
+        found.intervals_ml,
+        found.quality,
+        warnings=tuple(notes),
+    )
     return result, _page(scan, found, model, options, result, picture)
 
 

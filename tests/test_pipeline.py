@@ -340,7 +340,9 @@ def test_unusual_disagreement_is_flagged(tmp_path: Path, model: Path) -> None:
         path = calibrated(model, tmp_path / quality, agreement=bound)
         (result,) = run([scan], path, ensemble=3, statistics=True)
         statistics = json.loads(result.outputs["statistics"].read_text())
-        assert statistics["quality"] == quality
+        assert statistics["quality"] == result.quality == quality
+        low, high = result.intervals_ml["bright"]
+        assert [low, high] == pytest.approx(statistics["classes"]["bright"]["interval_95_ml"], abs=1e-4)
         assert 0 <= statistics["classes"]["bright"]["pairwise_dice"] <= 1
         assert any("agree less than is usual" in note for note in result.warnings) == (quality == "check")
 
