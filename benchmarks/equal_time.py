@@ -65,7 +65,7 @@ class Stopwatch:
     def seconds_per_validation(self, max_steps: int) -> float:
         """There is one, after the last step."""
         before, after = self.at[max_steps][-2:]
-        return after - before - self.seconds_per_step(max_steps)
+        return max(0.0, after - before - self.seconds_per_step(max_steps))
 
 
 def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:

@@ -357,7 +357,7 @@ def quick(**data: object) -> PixelClassifierConfig:
         {
             "method": "label-efficient",
             "data": {"labels": ["box"], "pixels_per_class": 200, **data},
-            "classifier": {"members": 3, "hidden": [16, 8]},
+            "classifier": {"members": 3, "hidden": [16, 8], "min_steps": 0},
         },
         "test",
     )

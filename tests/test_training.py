@@ -565,6 +565,14 @@ def test_steps_that_fit_into_a_time_are_found(method, folder: Path, monkeypatch:
     for name, value in (("WARM", 1), ("TIMED", 4), ("TIMED_AUTOENCODER", 5)):
         monkeypatch.setattr(equal_time, name, value)
     settings = latent_config() if method == "latent-mask" else config().model_copy(update={"method": method})
-    with_validations = equal_time.fitting_steps(settings, folder, minutes=2)
-    monkeypatch.setattr(equal_time, "VALIDATIONS", 10**6)
-    assert with_validations > 1 == equal_time.fitting_steps(settings, folder, minutes=2)
+
+    def measured(seconds: float) -> Callable[[Any, int], float]:
+        return lambda stopwatch, max_steps: seconds if len(stopwatch.at[max_steps]) > 1 else 0.0
+
+    monkeypatch.setattr(equal_time.Stopwatch, "seconds_per_step", measured(0.1))
+    monkeypatch.setattr(equal_time.Stopwatch, "seconds_per_validation", measured(1.0))
+    first = 0.1 * settings.mask_autoencoder.max_steps if method == "latent-mask" else 0.0
+    calibration = 5 if method == "latent-mask" else 1  # members
+    expected = (0.95 * 120 - first - (6 + calibration)) / 0.1
+    assert equal_time.fitting_steps(settings, folder, minutes=2) == pytest.approx(expected, abs=1)
+    assert equal_time.fitting_steps(settings, folder, minutes=0.01) == 1
