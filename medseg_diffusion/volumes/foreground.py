@@ -40,7 +40,8 @@ def foreground(image: Tensor) -> Tensor:
     foreground. Where most of the sides is no air, the scan is a crop, and all of it counts. Else the head is what
     stands out from air: brighter than air by a fifth of what Otsu's two classes differ, the largest part, filled slice
     by slice, less what lies within a twentieth of the head's width of its outline in the slices: skin, fat and skull,
-    which are brighter and vary more than any lesion. pDDPM erodes as much (Behrendt et al. 2023, arXiv 2303.03758).
+    which are often brighter than lesions. pDDPM erodes its brain masks similarly (Behrendt et al. 2023,
+    arXiv 2303.03758).
     """
     plane = ndimage.generate_binary_structure(2, 1)[..., None]
     values = image.detach().cpu().double().numpy()

@@ -163,10 +163,10 @@ class Preprocessing:
         affine = volume.affine @ nib.orientations.inv_ornt_aff(transform, volume.shape)
         data = reorient(volume.data, transform).float()
         box: Box = tuple((0, n) for n in data.shape[1:])
-        body = foreground(data[0])[None] if self.intensity == "median" else torch.ones_like(data[:1], dtype=torch.bool)
+        body = foreground(data[0])[None] if self.intensity == "median" else None
         if self.crop_foreground:
             box = foreground_box(data[0], affine)
-            data, body = _cut(data, box), _cut(body, box)
+            data, body = _cut(data, box), None if body is None else _cut(body, box)
         start = np.eye(4)
         start[:3, 3] = [first for first, _ in box]
         box_affine: FloatArray = affine @ start
@@ -179,7 +179,7 @@ class Preprocessing:
             grid = sized_grid((i, j, k), box_affine, shape)
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
         # Scaling and resampling commute; the statistics are those of the voxels as measured.
-        scaling = [self._scaling(channel, body[0]) for channel in data]
+        scaling = [self._scaling(channel, body) for channel in data]
         model = resample(data, box_affine, grid, shape)
         scaled = torch.empty_like(model)
         for out, channel, (centre, width) in zip(scaled, model, scaling, strict=True):
@@ -188,12 +188,12 @@ class Preprocessing:
             out.copy_(values if self.intensity == "zscore" else bend(values))
         return scaled, placement
 
-    def _scaling(self, channel: Tensor, body: Tensor) -> tuple[float, float]:
+    def _scaling(self, channel: Tensor, body: Tensor | None) -> tuple[float, float]:
         """Centre and half-width (percentile, median), or mean and standard deviation, in the channel's unit."""
         values = channel.cpu().numpy().ravel()
-        if self.intensity == "median" and body.any():
+        if body is not None and body.any():
             dark, _ = _percentiles(values, self.low, self.high)
-            width = (float(np.median(channel[body].cpu().numpy())) - dark) / (1 + _MEDIAN)
+            width = (float(np.median(channel[body[0]].cpu().numpy())) - dark) / (1 + _MEDIAN)
             if width > 0:
                 return dark + width, width
         above = values[values > values.min()]
