@@ -300,9 +300,12 @@ def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
     if len(set(short.values())) < len(short):
         short = {name: name for name in short}
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    levels: dict[str, float] = {}
     for row in rows:
         setting = row.setting
-        if setting.factor != "sampler":
+        if setting.factor == "feed-forward":
+            levels[f"{short[row.model]}, feed-forward"] = row.mean_dice
+        elif setting.factor != "sampler":
             chosen = f"{setting.sampler}, {setting.ensemble} sample{'s' * (setting.ensemble > 1)}"
             varied = chosen if setting.factor == "setting" else setting.factor
             lines.setdefault((short[row.model], varied), []).append((row.evaluations, row.mean_dice))
@@ -312,7 +315,7 @@ def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
             "benchmark.csv": _csv([row.cells() for row in rows]),
             "cases.csv": _csv([{**row.key(), **case} for row in rows for case in row.by_case]),
             "benchmark.json": json.dumps(json_ready([asdict(row) for row in rows]), indent=2, allow_nan=False) + "\n",
-            "benchmark.png": quality_plot(lines),
+            "benchmark.png": quality_plot(lines, levels),
         },
     )
 

@@ -74,10 +74,19 @@ def box_plot(scores: Sequence[tuple[str, Sequence[float]]], *, axis_label: str =
     return to_png(figure)
 
 
-def quality_plot(lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]], *, axis_label: str = "Dice") -> bytes:
+def quality_plot(
+    lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
+    levels: Mapping[str, float],
+    *,
+    axis_label: str = "Dice",
+) -> bytes:
     """A score against the network evaluations that it costs (logarithmic axis); PNG on white.
 
-    One line per (model, what is varied): a colour for each model, and a dash for each thing varied.
+    Args:
+        lines: (model, what is varied) to points (evaluations, score): a colour for each model, and a dash for each
+            thing varied.
+        levels: scores that have no choice of evaluations, by name, as lines across.
+        axis_label: name of the score.
     """
     figure = Figure(figsize=(8.4, 4.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -87,6 +96,8 @@ def quality_plot(lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
         style = ("-", _DASHES, ":", "-.")[varied.index(what) % 4]
         colour, name = label_colour(models.index(model)), f"{model}, {what}"
         axes.plot(evaluations, scores, color=colour, linestyle=style, marker="o", markersize=4, label=name)
+    for i, (name, score) in enumerate(levels.items()):
+        axes.axhline(score, color=_INK, linestyle=("-", _DASHES, ":", "-.")[i % 4], linewidth=1, label=name)
     axes.set_xscale("log")
     ticks = sorted({x for points in lines.values() for x, _ in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
