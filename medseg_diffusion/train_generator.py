@@ -163,13 +163,13 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
         with runtime.main_first():
             latents = cached_latents(images, codec, saved.sha256, runtime.device, prepare)
         low = partial(reduced, factor=config.factor) if config.method == "upsampler" else None
-        examples: Examples = LatentExamples(latents, images, images.part("train"), config.data.flip, low)
+        examples: Examples = LatentExamples(latents, images, images.epoch, config.data.flip, low)
         held_out: Examples = LatentExamples(latents, images, images.part("validation"), False, low)
         extra = {"autoencoder": stage.model_dump(mode="json"), "autoencoder_sha256": saved.sha256}
         extra["loss_extractors"] = saved.card["loss_extractors"]
         shape = latents.shape[2:]
     else:
-        examples = ImageExamples(images, images.part("train"), config.data.flip)
+        examples = ImageExamples(images, images.epoch, config.data.flip)
         held_out = ImageExamples(images, images.part("validation"), flip=False)
     torch.manual_seed(derive_seed(job.seed, "weights"))
     model = build.generator(config, len(images.classes), None if codec is None else shape[0])
@@ -219,7 +219,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
         build.autoencoder(config), perceptual, weights, loss.discriminator_channels, loss.discriminator_layers
     )
     arranged(model, config.training.channels_last, compiled=False)  # not called as a whole, so nothing to compile
-    examples = ImageExamples(images, images.part("train"), config.data.flip)
+    examples = ImageExamples(images, images.epoch, config.data.flip)
     batches = _validation_batches(ImageExamples(images, images.part("validation"), flip=False), 16)
 
     def validate(averaged: nn.Module) -> dict[str, float]:

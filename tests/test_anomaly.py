@@ -195,6 +195,24 @@ def test_healthy_and_unhealthy_slices_are_packed_with_their_class_and_side(scans
     assert len(bright) == 80
 
 
+def test_every_height_is_drawn_as_often_as_it_occurs(tmp_path: Path) -> None:
+    """Healthy slices are rare where lesions are: a model would hardly see that part of a healthy head."""
+    for i in range(20):  # in every second scan a lesion in three of ten slices
+        image, label = head(i, slice(4, 7) if i % 2 else None, (20, 24, 10))
+        write(tmp_path / "all" / "images" / f"s{i:02}.nii.gz", image)
+        write(tmp_path / "all" / "labels" / f"s{i:02}.nii.gz", label)
+    source = healthy_source(tmp_path / "all", 1, tmp_path / "all", (0, 0))
+    images = packed_healthy(source, tmp_path, (16, 16), 1, Preprocessing())
+    times = np.bincount(images.epoch, minlength=len(images.images))
+    healthy, unhealthy = (times[images.labels == label] for label in (0, 1))
+    assert healthy[:10].tolist() == [1, 1, 1, 1, 2, 2, 2, 1, 1, 1] and healthy[10:17].tolist() == [1] * 7
+    assert unhealthy.tolist() == [2] * 30
+    # Where nothing is left out, every slice is drawn once.
+    alone = healthy_source(tmp_path / "all" / "images", None, None, (0, 0))
+    every = packed_healthy(alone, tmp_path, (16, 16), 1, Preprocessing())
+    assert np.array_equal(np.sort(every.epoch), np.arange(200))
+
+
 def test_lesions_among_healthy_scans_are_refused_unless_told_what_to_do(scans, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"labels/s\d\.nii\.gz: found 90 labelled voxels; .* --exclude-labelled 1"):
         train_anomaly(small("pixel"), scans, tmp_path / "run", device="cpu")

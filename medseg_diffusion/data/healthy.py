@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,10 @@ HEALTHY, UNHEALTHY = 0, 1
 SHOWN = 0.01
 """Slices of which less is brighter than the scan's darkest level are not learned from: they show next to nothing."""
 CLASSES = ("healthy", "unhealthy")
+HEIGHTS = 10
+"""Bands of relative height from the lowest slice to the highest."""
+MOST_REPEATS = 8
+"""Of a slice in one epoch."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,10 @@ def packed_healthy(
 ) -> PackedImages:
     """The healthy slices (or whole healthy volumes) of the scans, packed; class 1 are the unhealthy ones, if any.
 
+    Slices without a lesion are frequent where lesions are rare, at the top and the bottom, so that a model would know
+    little of the middle, and a classifier would take the height for the disease. Hence they are drawn so often that
+    every height is met as often as in the scans.
+
     Raises:
         InputError: an unusable scan, lesions among scans that should have none, or nothing left to train on.
     """
@@ -128,12 +137,15 @@ def packed_healthy(
     files = [path for scan in everything for path in (scan.image, scan.label) if path is not None]
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     about = [state, source.exclude_labelled, source.sides, len(source.scans), list(size), channels, VERSION]
+    about += [HEIGHTS, MOST_REPEATS]
     key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
     folder = store / f"healthy-{'x'.join(map(str, size))}-{key}"
 
     missing: Counter[str] = Counter()
+    draws: list[int] = []
 
     def rows() -> Iterator[Row]:
+        first, heights = 0, _Heights()
         for done, scan in enumerate(everything, 1):
             wanted = HEALTHY if done <= len(source.scans) else UNHEALTHY
             side: Part = source.sides.get(scan.patient, "train")
@@ -141,18 +153,27 @@ def packed_healthy(
             lesions = lesion_map(scan, placement)
             if wanted == HEALTHY:
                 _refuse(scan, lesions, source.exclude_labelled)
-            images = _images(image, lesions, size, wanted, source.exclude_labelled)
+            if len(size) == 2:
+                visible, chosen = _slices(image, lesions, wanted, source.exclude_labelled)
+                images = image.movedim(-1, 0)[visible & chosen]
+                if side == "train":
+                    heights.add(first, wanted, visible, chosen)
+            else:
+                marked = lesions is not None and bool(lesions.any())
+                images = image[None] if wanted == UNHEALTHY or not marked else image[None][:0]
+            first += len(images)
             if wanted == HEALTHY:
                 missing[side] += (image.shape[-1] if len(size) == 2 else 1) - len(images)
             levels = ((fitted(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
             pixels = levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
             yield Row(scan.name, wanted, side, pixels)
             on_scan(done, len(everything))
+        draws.extend(heights.draws())
 
     if not (folder / "index.json").is_file():
         with new_folder(folder) as temporary:
             classes = CLASSES if source.unhealthy else ()
-            write_packed(temporary, rows(), source.scans[0].image.parent, (*size, channels), classes)
+            write_packed(temporary, rows(), source.scans[0].image.parent, (*size, channels), classes, draws=draws)
             (temporary / LEFT_OUT).write_text(json.dumps(missing))
     return open_packed(folder)
 
@@ -165,21 +186,36 @@ def left_out(images: PackedImages) -> Counter[Part]:
     return Counter(json.loads((images.folder / LEFT_OUT).read_text()))
 
 
-def _images(
-    image: Tensor, lesions: Tensor | None, size: Sequence[int], wanted: int, exclude_labelled: int | None
-) -> Tensor:
-    """Slices (n, C, I, J) or the volume (0 or 1, C, I, J, K) of the wanted class."""
-    marked = lesions is not None and bool(lesions.any())
-    if len(size) == 3:
-        return image[None] if wanted == UNHEALTHY or not marked else image[None][:0]
+def _slices(image: Tensor, lesions: Tensor | None, wanted: int, exclude_labelled: int | None) -> tuple[Tensor, Tensor]:
+    """Which slices show anything, and which are of the wanted class; bool (K,) both."""
     count = image.shape[-1]
     if wanted == HEALTHY:
         chosen = healthy_slices(lesions, count, exclude_labelled)
     else:
         chosen = torch.ones(count, dtype=torch.bool) if lesions is None else lesions.flatten(0, 1).any(0)
-    slices = image.movedim(-1, 0)
-    shown = (slices > -0.9).flatten(1).float().mean(1) >= SHOWN
-    return slices[chosen & shown]
+    return (image > -0.9).flatten(0, 2).float().mean(0) >= SHOWN, chosen
+
+
+class _Heights:
+    """Where the slices of training scans lie, and how often each that is learned from stands for one that is not."""
+
+    def __init__(self) -> None:
+        self.shown = np.zeros((2, HEIGHTS), int)  # slices of the scans of either class
+        self.kept = np.zeros((2, HEIGHTS), int)  # of these, what is learned from
+        self.places: list[tuple[int, int, int]] = []  # position, class, band
+
+    def add(self, first: int, label: int, shown: Tensor, chosen: Tensor) -> None:
+        """A scan of class ``label``; the slices that are ``shown`` and ``chosen`` have the positions from ``first``."""
+        bands = (torch.arange(len(shown)) * HEIGHTS // len(shown)).numpy()
+        kept = bands[(shown & chosen).numpy()]
+        np.add.at(self.shown[label], bands[shown.numpy()], 1)
+        np.add.at(self.kept[label], kept, 1)
+        self.places += [(first + i, label, int(band)) for i, band in enumerate(kept)]
+
+    def draws(self) -> list[int]:
+        """Positions, each 1 to `MOST_REPEATS` times."""
+        times = np.clip(np.rint(self.shown / np.maximum(self.kept, 1)), 1, MOST_REPEATS).astype(int)
+        return [position for position, label, band in self.places for _ in range(times[label, band])]
 
 
 def refuse_lesions(scans: Sequence[HealthyScan], exclude_labelled: int | None, preprocessing: Preprocessing) -> None:

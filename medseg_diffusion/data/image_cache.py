@@ -42,6 +42,7 @@ class PackedImages:
         classes: names by label.
         names: of the files, one an image.
         skipped: broken files that were left out.
+        draws: positions that an epoch of training passes through, some of them repeatedly; empty for the training side.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class PackedImages:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     skipped: tuple[str, ...]
+    draws: npt.NDArray[np.int64]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For worker processes: a memory map would travel as a copy of the whole file."""
@@ -59,6 +61,11 @@ class PackedImages:
     def part(self, name: Part) -> npt.NDArray[np.int64]:
         """Positions of the images of one side; empty where there are none."""
         return self.parts.get(name, np.zeros(0, np.int64))
+
+    @property
+    def epoch(self) -> npt.NDArray[np.int64]:
+        """Positions of the images that training draws from."""
+        return self.draws if len(self.draws) else self.part("train")
 
 
 def packed(
@@ -122,10 +129,9 @@ def open_packed(folder: Path) -> PackedImages:
     index = json.loads((folder / "index.json").read_text())
     images = np.memmap(folder / "images.u8", np.uint8, "r", shape=tuple(index["shape"]))
     parts = {part: np.asarray(positions, np.int64) for part, positions in index["parts"].items()}
-    labels = np.asarray(index["labels"], np.int64)
-    return PackedImages(
-        folder, images, labels, parts, tuple(index["classes"]), tuple(index["names"]), tuple(index["skipped"])
-    )
+    labels, draws = (np.asarray(index.get(key, []), np.int64) for key in ("labels", "draws"))
+    classes, names, skipped = (tuple(index[key]) for key in ("classes", "names", "skipped"))
+    return PackedImages(folder, images, labels, parts, classes, names, skipped, draws)
 
 
 def _pack(
@@ -173,8 +179,9 @@ def write_packed(
     shape: Sequence[int],
     classes: Sequence[str] = (),
     skipped: Sequence[str] = (),
+    draws: Sequence[int] = (),
 ) -> None:
-    """Writes a packed collection into an empty folder; ``skipped`` may still grow while ``rows`` are taken.
+    """Writes a packed collection into an empty folder; ``skipped`` and ``draws`` may still grow as ``rows`` are taken.
 
     Raises:
         InputError: nothing to train on.
@@ -198,6 +205,7 @@ def write_packed(
         "labels": labels,
         "names": names,
         "skipped": list(skipped),
+        "draws": list(draws),
     }
     (folder / "index.json").write_text(json.dumps(index))
 
