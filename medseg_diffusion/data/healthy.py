@@ -128,7 +128,7 @@ def packed_healthy(
 
     Slices without a lesion are frequent where lesions are rare, at the top and the bottom, so that a model would know
     little of the middle, and a classifier would take the height for the disease. Hence they are drawn so often that
-    every height is met as often as in the scans.
+    every height is met about as often as in the scans, as far as `MOST_REPEATS` allows.
 
     Raises:
         InputError: an unusable scan, lesions among scans that should have none, or nothing left to train on.
