@@ -3,10 +3,12 @@
     python benchmarks/anomaly.py DATA OUT RUN[:METHOD]... [--side test] [--trained-on D] [--exclude 3] [--cases N]
 
 DATA is a labelled folder. Of the one that the models were trained on, the patients of one side are scored whole; of
-another one (--side all, and --trained-on names the former) all patients are. Beside the models:
+another one (--side all, and --trained-on names the former) all patients are. Where DATA are scans of the training
+folder with synthetic anomalies, --trained-on names the folder without them and the sides hold. Beside the models:
 
 "intensity"  the scan itself, scaled as for the models: plain thresholding
 "height"     how often training patients have a lesion at this relative height: knows nothing but the slice's position
+             (not where training scans have no lesions)
 
 Both get a threshold from the healthy slices of the validation patients, exactly as the models do. All scores count in
 one and the same foreground, after one and the same median filter. Written: cases.csv (one row a patient and method),
@@ -35,7 +37,7 @@ from torch import Tensor
 from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, filtered, mask_of
 from medseg_diffusion.config import AnomalyConfig
 from medseg_diffusion.data.cases import Case, find_cases
-from medseg_diffusion.data.healthy import healthy_slices
+from medseg_diffusion.data.healthy import HealthyScan, find_healthy, healthy_slices
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.healthy_scores import fit_scores
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
@@ -47,6 +49,7 @@ from medseg_diffusion.volumes.preprocessing import Intensity, Preprocessing
 
 BINS = 20
 """Relative heights of the baseline that knows nothing else."""
+AnyCase = Case | HealthyScan
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +68,17 @@ class Contender:
     """One row of the table: ``score`` maps a scan to a map, ``labels`` are those of training that it learned from."""
 
     name: str
-    score: Callable[[Case, Scan], AnomalyMap]
+    score: Callable[[AnyCase, Scan], AnomalyMap]
     threshold: float
     labels: str = "none"
     min_volume_mm3: float = 0.0
 
 
-def load(case: Case, intensity: Intensity = "percentile") -> Scan:
+def load(case: AnyCase, intensity: Intensity = "percentile") -> Scan:
     volume = read_volume(case.image).oriented("RAS")
-    lesions = read_labels(case.label).oriented("RAS").data[0] > 0
+    lesions = torch.zeros(volume.data.shape[1:], dtype=torch.bool)
+    if case.label is not None:
+        lesions = read_labels(case.label).oriented("RAS").data[0] > 0
     image, _ = Preprocessing(intensity=intensity).apply(volume)  # the grid stays: the volume lies in RAS
     return Scan(case.name, image[0], lesions, scan_foreground(volume), float(np.prod(volume.spacing)))
 
@@ -93,7 +98,7 @@ def healthy(scan: Scan, exclude: int) -> Tensor:
     return scan.inside & healthy_slices(scan.lesions.float(), scan.image.shape[2], exclude)
 
 
-def height_prior(cases: Sequence[Case]) -> NDArray[np.float64]:
+def height_prior(cases: Sequence[AnyCase]) -> NDArray[np.float64]:
     """Share of foreground voxels that are lesion at each relative height, over training patients."""
     lesion, total = np.zeros(BINS), np.zeros(BINS)
     for case in cases:
@@ -104,7 +109,7 @@ def height_prior(cases: Sequence[Case]) -> NDArray[np.float64]:
     return lesion / np.maximum(total, 1)
 
 
-def row(contender: Contender, case: Case, scan: Scan, exclude: int) -> tuple[dict[str, float | str], Tensor]:
+def row(contender: Contender, case: AnyCase, scan: Scan, exclude: int) -> tuple[dict[str, float | str], Tensor]:
     started = time.monotonic()
     found = contender.score(case, scan)
     seconds = time.monotonic() - started
@@ -160,7 +165,7 @@ def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str], Anoma
         if shared(model.config) != shared(first):
             raise SystemExit(f"{path}: scales or filters in another way than {names[0]}")
 
-        def score(case: Case, scan: Scan, model: AnomalyModel = model) -> AnomalyMap:
+        def score(case: AnyCase, scan: Scan, model: AnomalyModel = model) -> AnomalyMap:
             volume = read_volume(case.image)
             result = model.score(volume.oriented("RAS"), derive_seed(0, case.name))
             return replace(result, foreground=scan.inside)
@@ -181,7 +186,7 @@ def shared(config: AnomalyConfig) -> tuple[object, ...]:
     return config.generator.preprocessing.intensity, config.postprocessing.median, config.postprocessing.erosion, dims
 
 
-def calibrated(contender: Contender, cases: Sequence[Case], exclude: int, intensity: Intensity) -> Contender:
+def calibrated(contender: Contender, cases: Sequence[AnyCase], exclude: int, intensity: Intensity) -> Contender:
     """The contender with the threshold of healthy slices of ``cases``."""
     values = []
     for case in cases:
@@ -235,21 +240,21 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     contenders, sides, config = models(options.models)
     intensity = config.generator.preprocessing.intensity
-    known = find_cases(options.trained_on or options.data).cases
+    known = find_healthy(options.trained_on or options.data)
     training, validation = ([case for case in known if sides[case.patient] == side] for side in ("train", "validation"))
     prior = height_prior(training)
 
-    def brightness(case: Case, scan: Scan) -> AnomalyMap:
+    def brightness(case: AnyCase, scan: Scan) -> AnomalyMap:
         return AnomalyMap(filtered(scan.image, config), scan.inside, 0.0, 0)
 
-    def height(case: Case, scan: Scan) -> AnomalyMap:
+    def height(case: AnyCase, scan: Scan) -> AnomalyMap:
         score = torch.from_numpy(prior[bins(scan)]).float().expand(scan.image.shape).contiguous()
         return AnomalyMap(score, scan.inside, 0.0, 0)
 
-    contenders += [
-        calibrated(plain, validation, options.exclude, intensity)
-        for plain in (Contender("intensity", brightness, 0.0), Contender("height", height, 0.0, "voxels"))
-    ]
+    plain = [Contender("intensity", brightness, 0.0)]
+    if prior.any():
+        plain.append(Contender("height", height, 0.0, "voxels"))
+    contenders += [calibrated(contender, validation, options.exclude, intensity) for contender in plain]
     wanted = find_cases(options.data).cases
     if options.side != "all":
         wanted = tuple(case for case in wanted if sides[case.patient] == options.side)
@@ -268,14 +273,15 @@ def main() -> None:
             writer.writerows(rows)
     pooled = {name: ScoredVoxels.pooled(voxels) for name, voxels in kept.items()}
     (options.out / "table.md").write_text(table(rows, pooled))
-    counts = histograms(training, options.exclude)
-    (options.out / "heights.json").write_text(json.dumps(counts))
-    heights_picture(counts, options.out / "heights.png")
+    if prior.any():
+        counts = histograms(training, options.exclude)
+        (options.out / "heights.json").write_text(json.dumps(counts))
+        heights_picture(counts, options.out / "heights.png")
     curves(pooled, options.out / "curves.png")
     print((options.out / "table.md").read_text())
 
 
-def histograms(cases: Sequence[Case], exclude: int) -> dict[str, list[int]]:
+def histograms(cases: Sequence[AnyCase], exclude: int) -> dict[str, list[int]]:
     """Slices of the training patients at each relative height: healthy ones (trained on) and those with a lesion."""
     counts = {"healthy": np.zeros(BINS, int), "lesion": np.zeros(BINS, int)}
     for case in cases:
