@@ -266,6 +266,8 @@ def main() -> None:
                 cases = {case.name: case for case in found.folder.cases}
                 test = [cases[name] for name in found.split.test]
                 validation = [cases[name] for name in found.split.validation[:VALIDATION_CASES]]
+                if not test or not validation:
+                    raise SystemExit(f"{options.data}: no case to {'test on' if validation else 'choose a step with'}")
                 labels = [label for label in found.labels if label]
                 for method in left:
                     started = time.monotonic()

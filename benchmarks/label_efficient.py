@@ -62,14 +62,18 @@ def labelled(count: int, side: int):  # noqa: ANN201
 def training(folder: Path, images: int, side: int) -> dict[str, float]:
     import torch
 
+    from medseg_diffusion.config import PixelClassifierConfig, load_config
     from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers, labelled_pixels
 
     started = time.monotonic()
     pictures, labels = labelled(images, side)
     classes = [f"class {i}" for i in range(CLASSES)]
-    pixels = labelled_pixels(activations(side), pictures, labels, classes, 1000, 0, folder / "features.npy")
+    config = load_config("label-efficient")
+    assert isinstance(config, PixelClassifierConfig)
+    per_class = config.data.pixels_per_class
+    pixels = labelled_pixels(activations(side), pictures, labels, classes, per_class, 0, folder / "features.npy")
     gathered = time.monotonic() - started
-    model = fit_classifiers(pixels, ClassifierOptions())
+    model = fit_classifiers(pixels, ClassifierOptions(**config.classifier.model_dump()))
     torch.save(model.state_dict(), folder / "classifiers.pt")
     return {
         "pixels": len(pixels.labels),

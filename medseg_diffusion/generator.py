@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import build
 from .checkpoint import SavedModel
 from .config import DenoiserConfig, GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, parse_config
+from .data.cases import Bounds
 from .diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
 from .diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided
 from .diffusion.noise import generators
@@ -37,6 +38,8 @@ class Generator:
         shape: of x0, (C, *S): the image's, or the latent's.
         codec: of a latent generator.
         classes: their names.
+        held_out: where the sides of its images end; None for one that was imported, or whose images have official
+            sides.
     """
 
     task: ImageDiffusion | PatchedDiffusion
@@ -44,6 +47,7 @@ class Generator:
     shape: tuple[int, ...]
     codec: Codec | None = None
     classes: tuple[str, ...] = ()
+    held_out: Bounds | None = None
 
     @property
     def device(self) -> torch.device:
@@ -105,6 +109,8 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
     config = _config(saved, GeneratorConfig, "a generator", "train-generator")
     try:
         shape, classes = tuple(saved.card["shape"]), tuple(saved.card["classes"])
+        bounds = saved.card["training"].get("held_out")
+        held_out = None if bounds is None else Bounds(**bounds)
         codec: KLAutoencoder | VQAutoencoder | None = None
         if config.autoencoder is not None:
             stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
@@ -114,10 +120,10 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
             codec.requires_grad_(False).to(device).eval()
         task = build.generator(config, len(classes), None if codec is None else shape[0])
         task.load_state_dict({k: v for k, v in saved.weights.items() if not k.startswith("codec.")})
-    except (KeyError, ValueError, RuntimeError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
         raise _unusable(saved, error) from error
     arranged(task.denoiser.network, config.training.channels_last, compiled=False)
-    return Generator(task.requires_grad_(False).to(device).eval(), config, shape, codec, classes)
+    return Generator(task.requires_grad_(False).to(device).eval(), config, shape, codec, classes, held_out)
 
 
 def _imported(saved: SavedModel, device: torch.device | str) -> Generator:

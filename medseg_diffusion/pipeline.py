@@ -420,17 +420,7 @@ def segment(
             try:
                 # The scan is read before the weights: a mistyped path is answered at once.
                 volume = read_volume(scan, channels=None)
-                if model is None:
-                    keep_freed_memory()
-                model = model or SegmentationModel(
-                    options.model or DEFAULT_MODEL,
-                    options.device,
-                    options.ensemble,
-                    options.steps,
-                    options.sampler,
-                    options.fusion,
-                    options.uncertainty,
-                )
+                model = model or _loaded(options)
                 result, page = _one(scan, volume, files, model, options, on_progress)
                 pages.append(page)
             except MedsegError as error:
@@ -521,11 +511,25 @@ def _one(
     return result, _page(scan, found, model, options, result, picture)
 
 
-def _pseudo_labels(ensemble: Ensemble, placement: Placement, labels: Tensor, options: SegmentOptions) -> Tensor:
-    if len(ensemble) < 2:
+def _loaded(options: SegmentOptions) -> SegmentationModel:
+    keep_freed_memory()
+    model = SegmentationModel(
+        options.model or DEFAULT_MODEL,
+        options.device,
+        options.ensemble,
+        options.steps,
+        options.sampler,
+        options.fusion,
+        options.uncertainty,
+    )
+    if options.save_pseudo_labels and model.ensemble < 2:
         raise UsageError("pseudo-labels need members that can disagree: add --ensemble 5")
-    if int(labels.max()) >= IGNORED:
+    if options.save_pseudo_labels and max(model.labels) >= IGNORED:
         raise UsageError(f"pseudo-labels mark what to ignore by {IGNORED}, which is a class of this model")
+    return model
+
+
+def _pseudo_labels(ensemble: Ensemble, placement: Placement, labels: Tensor, options: SegmentOptions) -> Tensor:
     disagreement = placement.restore(ensemble.uncertainty("mutual-information")[None])[0]
     return torch.where(disagreement > options.max_disagreement, IGNORED, labels.to(torch.uint8))
 

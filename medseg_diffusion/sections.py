@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -275,11 +275,12 @@ class FeaturesSection(Section):
     """`medseg_diffusion.methods.activations.Activations`.
 
     ``blocks`` are numbers of decoder blocks; "auto" takes the published ones, 5, 6, 7, 8 and 12, where the generator
-    has them, and searches otherwise. ``times`` count from 0.
+    has them, otherwise the whole decoder if it has no more features than those, and the best five of a search if it
+    has. ``times`` count from 0.
     """
 
     times: tuple[int, ...] = Field((50, 150, 250), min_length=1)
-    blocks: Literal["auto"] | tuple[int, ...] = "auto"
+    blocks: Literal["auto"] | Annotated[tuple[int, ...], Field(min_length=1)] = "auto"
 
 
 class PixelClassifierSection(Section):

@@ -12,7 +12,7 @@ from . import build
 from .build import SHAPE_PRIOR, Segmenter
 from .checkpoint import SavedModel
 from .config import PixelClassifierConfig, SegmenterConfig, parse_config
-from .errors import ModelError, UsageError
+from .errors import InputError, ModelError, UsageError
 from .generator import Generator, restore_generator
 from .methods.activations import Activations
 from .methods.label_efficient import PixelSegmentation
@@ -83,13 +83,23 @@ def pixel_activations(generator: Generator, config: PixelClassifierConfig, block
 
 @dataclass(frozen=True)
 class GeneratorPreprocessing(Preprocessing):
-    """What a generator was trained on: scans as configured; of image files the levels 0 to 255, as [-1, 1]."""
+    """What a generator was trained on: scans as configured; of image files black to white, as [-1, 1], in 8 bits."""
 
     def apply(self, volume: Volume) -> tuple[Tensor, Placement]:
         if not is_image(volume.source or ""):
             return super().apply(volume)
         _, placement = Preprocessing("LAS").apply(volume)  # `volumes.fitting` turns these axes to the picture's
-        return placement.forward(volume.data / 127.5 - 1), placement
+        lowest, highest = float(volume.data.min()), float(volume.data.max())
+        # As `data.images` takes levels whose depth the file does not state.
+        white = volume.header.white or (255 if highest <= 255 else 65535)
+        if lowest < 0 or highest > white or not bool((volume.data == volume.data.round()).all()):
+            raise InputError(
+                volume.source,
+                f"levels from {lowest:g} to {highest:g}",
+                "whole levels of 8 or 16 bits, as the generator was trained on",
+                "convert the image",
+            )
+        return placement.forward((volume.data * (255 / white)).round() / 127.5 - 1), placement
 
 
 def pixel_preprocessing(generator: Generator) -> Preprocessing:

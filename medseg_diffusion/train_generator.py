@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -422,6 +422,7 @@ def _card(
                 "validation_images": len(images.part("validation")),
                 "broken_files_left_out": len(images.skipped),
             },
+            **({} if images.held_out is None else {"held_out": asdict(images.held_out)}),
         },
         "metrics": {"validation": {name: value for name, value in numbers.items() if name != "score"}},
         "licence": "see the training data",

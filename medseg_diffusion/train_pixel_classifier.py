@@ -122,8 +122,8 @@ def train_pixel_classifier(
     blocks = config.features.blocks
     # An unfit generator is refused before any data is read.
     activations = pixel_activations(restored, config, [] if blocks == "auto" else [f"decoder.{i}" for i in blocks])
-    if run.exists() and any(run.iterdir()):
-        raise UsageError(f"{run}: is not empty; choose another folder")
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UsageError(f"{run}: is not an empty folder; choose another one")
     start_run(run, {**config.model_dump(mode="json"), "seed": seed, "generator_sha256": saved.sha256}, resume=False)
     try:
         found, blocks_used = _trained(
@@ -216,7 +216,7 @@ def labelled_units(
     if not names:
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; add --set data.labels=[...]")
     labels = dict(enumerate(["background", *names]))
-    held_out = _held_out(config, generator)
+    held_out = _held_out(config, generator, data, folder.cases)
     split = split_by_hash(folder.cases, *held_out)
     pool = sorted((case for case in folder.cases if case.name in split.train), key=lambda c: derive_seed(seed, c.name))
     if unit == "case" and labelled > len(pool):
@@ -255,22 +255,26 @@ def labelled_units(
     return LabelledData(units, known, labels, folder, split)
 
 
-def _held_out(config: PixelClassifierConfig, generator: Generator) -> tuple[int, int]:
-    """Test and validation patients: as asked for, else as the generator held out.
+def _held_out(
+    config: PixelClassifierConfig, generator: Generator, data: Path, cases: Sequence[Case]
+) -> tuple[int, int]:
+    """Test and validation patients: as asked for, else those on the generator's sides.
 
     Raises:
-        UsageError: more for testing than the generator has not seen.
+        UsageError: more for testing than the generator has surely not seen.
     """
-    section, known = config.data, generator.config.data
-    if "test_images" not in known.model_fields_set:  # imported: nobody says what it has seen
+    section = config.data
+    if generator.held_out is None:  # nobody says what it has seen
         usual = DataSection.model_fields
         test, validation = usual["test_cases"].default, usual["validation_cases"].default
     else:
-        test, validation = known.test_images, known.validation_images
+        patients = [case.patient for case in cases]
+        test, validation = generator.held_out.count(patients)
         if section.test_cases is not None and section.test_cases > test:
             raise UsageError(
-                f"data.test_cases={section.test_cases}: the generator was trained on all but {test} test images; "
-                "leave it out, or train the generator with more data.test_images"
+                f"data.test_cases={section.test_cases}: of the {len(set(patients))} patients in {data} {test} are on "
+                "the side that the generator held out for testing; leave it out, or train the generator with more "
+                "data.test_images"
             )
     return (
         test if section.test_cases is None else section.test_cases,
@@ -286,13 +290,16 @@ def _candidates(
     Of slices only those with `FEWEST_PIXELS` of a class above background, or of ``every_class``.
 
     Raises:
-        InputError: a volume that is larger than those of the generator.
+        InputError: a volume that is larger than those of the generator, or a picture where it makes volumes.
     """
     if unit == "case":
         for case in cases:
             image, label = case.image.float().clamp(-1, 1), case.label
             if len(size) == 2:
                 images, masks = image.movedim(-1, 0), label.movedim(-1, 0)
+            elif 1 in label.shape:
+                shape = " x ".join(str(n) for n in label.shape if n > 1)
+                raise InputError(case.name, f"a 2D image ({shape})", "volumes", "use a generator of images or slices")
             elif all(n <= m for n, m in zip(label.shape, size, strict=True)):
                 images, masks = image[None], label[None]
             else:

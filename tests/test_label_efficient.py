@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -42,9 +43,10 @@ from medseg_diffusion.networks.pixel_classifier import upsampled
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.sampling.ddim import DDIM
+from medseg_diffusion.segmenter import pixel_preprocessing
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.train_generator import train_generator
-from medseg_diffusion.train_pixel_classifier import labelled_units, train_pixel_classifier
+from medseg_diffusion.train_pixel_classifier import _diverse, labelled_units, train_pixel_classifier
 from medseg_diffusion.volumes.fitting import fitted, fitted_labels
 from medseg_diffusion.volumes.io import read_volume
 
@@ -214,6 +216,36 @@ def test_a_small_network_is_used_whole_a_large_one_as_published_and_others_are_s
     monkeypatch.setattr(label_efficient, "PUBLISHED_FEATURES", 8 * len(whole) - 1)
     searched = choose_blocks(small, [image, image], [label, label], HALVES, 0)
     assert len(searched) == 5 and list(searched) == sorted(searched)
+
+
+class Telling:
+    """Activations at two times of seven blocks of four channels, of which blocks 1, 2, 4, 5 and 6 show the label."""
+
+    noise = torch.zeros(1)
+    names = tuple(f"decoder.{i}" for i in range(7))
+
+    def decoder_blocks(self) -> list[str]:
+        return list(self.names)
+
+    def with_blocks(self, blocks: object) -> Telling:
+        return self
+
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        shape = (len(images), 4, *images.shape[2:])
+        return [
+            torch.randn(shape, generator=draw) + (0 if i in (0, 3) else images.sign())
+            for _ in range(2)
+            for i in range(7)
+        ]
+
+
+def test_the_search_finds_the_blocks_that_show_the_label(monkeypatch) -> None:
+    image, label = (part[None] for part in two_halves(2))
+    monkeypatch.setattr(label_efficient, "PUBLISHED_FEATURES", 1)
+    for count in (1, 2):
+        found = choose_blocks(Telling(), [image] * count, [label] * count, HALVES, 0)  # type: ignore[arg-type]
+        assert found == tuple(f"decoder.{i}" for i in (1, 2, 4, 5, 6))
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -389,7 +421,9 @@ def test_from_a_generator_to_scored_masks(dims, unit, scans, generators, tmp_pat
     assert 0 <= json.loads((tmp_path / "out" / "s0_statistics.json").read_text())["disagreement"] <= 1
     more_members = CliRunner().invoke(app, [*command, "--ensemble", "30"])
     assert more_members.exit_code == 2 and "ensemble of 30 was asked for" in more_members.stderr
-    alone = CliRunner().invoke(app, [*command, "--save-pseudo-labels", "--ensemble", "1"])
+    one_member = [*command[:5], str(tmp_path / "alone"), *command[6:], "--save-pseudo-labels", "--ensemble", "1"]
+    alone = CliRunner().invoke(app, [*one_member, "--save-probabilities"])
+    assert not (tmp_path / "alone").exists()
     assert alone.exit_code == 2 and "members that can disagree" in alone.stderr
     result = CliRunner().invoke(app, [*command, "--steps", "5"])
     assert result.exit_code == 2 and "samples nothing: leave --steps and --sampler out" in result.stderr
@@ -423,6 +457,14 @@ def test_diverse_selection_spreads_and_the_hash_is_nested(scans, generators, tmp
     assert len(set(diverse)) == 3
 
 
+def test_diverse_units_are_one_of_each_cluster() -> None:
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]], dtype=torch.float64)
+    points = [centres[i % 3] + 0.1 * torch.randn(2, generator=draw, dtype=torch.float64) for i in range(12)]
+    for seed in range(5):
+        assert {i % 3 for i in _diverse(points, 3, seed)} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "error", "message"),
     [
@@ -439,7 +481,7 @@ def test_diverse_selection_spreads_and_the_hash_is_nested(scans, generators, tmp
             InputError,
             "found 0 labelled slices that show every class",
         ),
-        ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: the generator was trained on all but 2 test images"),
+        ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: of the 8 patients in"),
         ({}, {"unit": "slice", "generator": 3}, UsageError, "the generator makes volumes, so cases are labelled"),
     ],
 )
@@ -518,11 +560,56 @@ def test_what_the_generator_has_seen_is_not_scored(scans, generators, tmp_path: 
     assert len(labelled_units(few, generator, scans, 1, tmp_path / "cache").split.test) == 1
     section = generator.config.data
     unknown = type(section)(size=section.size, channels=section.channels)
-    imported = Generator(
-        generator.task, generator.config.model_copy(update={"data": unknown}), generator.shape, generator.codec
-    )
+    imported = replace(generator, config=generator.config.model_copy(update={"data": unknown}), held_out=None)
     more = quick(test_cases=4, validation_cases=1)
     assert len(labelled_units(more, imported, scans, 1, tmp_path / "cache").split.test) == 4
+
+
+def test_a_part_of_the_generators_scans_and_others_are_split_as_it_was(scans, generators, tmp_path: Path) -> None:
+    """The smallest hashes of a part are not the smallest of all: ranked anew, scans of training would be tested on."""
+    generator = in_memory(generators[2])
+    every = labelled_units(quick(), generator, scans, 1, tmp_path / "cache").split
+    assert len(every.test) == 2
+    part = tmp_path / "part"
+    shutil.copytree(scans, part)
+    for kind in ("images", "labels"):
+        (part / kind / f"{every.test[0]}.nii.gz").unlink()
+        shutil.copy(scans / kind / f"{every.train[0]}.nii.gz", part / kind / "another.nii.gz")
+    found = labelled_units(quick(), generator, part, 1, tmp_path / "cache2").split
+    assert set(found.test) - {"another"} == set(every.test[1:])
+    assert set(found.train) - {"another"} == set(every.train)
+    with pytest.raises(UsageError, match=r"data.test_cases=3: of the 8 patients in .*part \d are on the side"):
+        labelled_units(quick(test_cases=3), generator, part, 1, tmp_path / "cache3")
+
+
+@pytest.mark.parametrize(("mode", "white"), [("L", 255), ("I;16", 65535), ("1", 1)])
+def test_pictures_of_any_depth_are_what_the_generator_saw(mode, white, generators, tmp_path: Path) -> None:
+    levels = np.linspace(0, white, 16 * 16).round().reshape(16, 16)
+    array = levels.astype(bool) if mode == "1" else levels.astype(np.uint16 if mode == "I;16" else np.uint8)
+    Image.fromarray(array).save(tmp_path / "ramp.png")
+    generator = in_memory(generators[2])
+    image, _ = pixel_preprocessing(generator).apply(read_volume(tmp_path / "ramp.png"))
+    found = find_images(tmp_path)
+    seen = found.pixels(found.entries[0], (16, 16), 1)[0, ..., 0].astype(np.float32) / 127.5 - 1
+    given = fitted(image[..., 0][None], (16, 16))[0, 0].numpy()
+    np.testing.assert_allclose(given, seen, atol=1e-6)
+    assert given.min() == -1 and given.max() == 1
+
+
+def test_pictures_that_no_generator_saw_are_refused(generators, tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "real.tif")
+    with pytest.raises(InputError, match="levels from 0 to 1; expected whole levels of 8 or 16 bits"):
+        pixel_preprocessing(in_memory(generators[2])).apply(read_volume(tmp_path / "real.tif"))
+
+
+def test_a_generator_of_volumes_refuses_pictures(generators, tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for i in range(5):
+            picture = np.random.default_rng(i).integers(0, 255 if kind == "images" else 2, (14, 12), np.uint8)
+            Image.fromarray(picture).save(tmp_path / "data" / kind / f"p{i}.png")
+    with pytest.raises(InputError, match=r"found a 2D image \(12 x 14\); expected volumes"):
+        labelled_units(quick(), in_memory(generators[3]), tmp_path / "data", 1, tmp_path / "cache")
 
 
 def with_labels(scans: Path, folder: Path, edit: Callable[[str, np.ndarray], None] = lambda name, label: None) -> Path:
@@ -555,7 +642,8 @@ def test_slices_that_show_too_little_are_not_labelled(scans, generators, tmp_pat
 def test_a_volume_beyond_the_generators_is_refused(scans, generators, tmp_path: Path) -> None:
     generator = in_memory(generators[3])
     section = generator.config.data.model_copy(update={"size": (16, 12, 8)})
-    narrow = Generator(generator.task, generator.config.model_copy(update={"data": section}), (1, 16, 12, 8))
+    config = generator.config.model_copy(update={"data": section})
+    narrow = replace(generator, config=config, shape=(1, 16, 12, 8))
     with pytest.raises(
         InputError, match="found 16 x 14 x 6 voxels on the generator's grid; expected at most 16 x 12 x 8"
     ):
@@ -584,7 +672,7 @@ def test_an_unusable_held_out_case_leaves_the_model(scans, generators, tmp_path:
     with pytest.raises(InputError, match=name):
         train_pixel_classifier(quick(), generators[2], data, 1, tmp_path / "run", device="cpu")
     SegmentationModel(tmp_path / "run", "cpu").segment(read_volume(scans / "images" / "s1.nii.gz"), 0)
-    with pytest.raises(UsageError, match="run: is not empty; choose another folder"):
+    with pytest.raises(UsageError, match="run: is not an empty folder; choose another one"):
         train_pixel_classifier(quick(), generators[2], data, 1, tmp_path / "run", device="cpu")
 
 

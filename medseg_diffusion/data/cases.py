@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -137,9 +137,39 @@ class Split:
         return {side: sorted(map(digest, getattr(self, side))) for side in ("validation", "test")}
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The largest SHA-256 of a name on the test and on the validation side; empty where nothing is.
+
+    A model that holds them tells a name that it was trained on from one that it never saw, in whatever folder.
+    """
+
+    test: str
+    validation: str
+
+    @classmethod
+    def of(cls, sides: Mapping[str, Side]) -> Bounds:
+        """Those of sides by hash (`sides_by_hash`)."""
+        last = {part: max((_rank(name) for name, side in sides.items() if side == part), default="") for part in _HELD}
+        return cls(last["test"], max(last.values()))
+
+    def count(self, names: Iterable[str]) -> tuple[int, int]:
+        """How many different ones of ``names`` are on the test and on the validation side."""
+        ranks = {_rank(name) for name in names}
+        test = sum(rank <= self.test for rank in ranks)
+        return test, sum(rank <= self.validation for rank in ranks) - test
+
+
+_HELD: tuple[Side, ...] = ("test", "validation")
+
+
+def _rank(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
 def digest(name: str) -> str:
     """What a model may hold of a case's name, which could tell the patient: 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
+    return _rank(name)[:16]
 
 
 def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
@@ -164,7 +194,7 @@ def sides_by_hash(patients: Sequence[str], test: int, validation: int) -> dict[s
     Raises:
         InputError: no patient would be left to train on.
     """
-    ordered = sorted(set(patients), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    ordered = sorted(set(patients), key=_rank)
     if test < 0 or validation < 0 or len(ordered) <= test + validation:
         raise InputError(
             None,

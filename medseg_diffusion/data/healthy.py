@@ -18,7 +18,7 @@ from medseg_diffusion.volumes.fitting import fitted
 from medseg_diffusion.volumes.io import find_scans, is_image, read_labels, read_volume, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing, apply_labels
 
-from .cases import find_cases, sides_by_hash
+from .cases import Bounds, find_cases, sides_by_hash
 from .image_cache import VERSION, PackedImages, Row, new_folder, open_packed, write_packed
 from .images import Part
 
@@ -173,7 +173,8 @@ def packed_healthy(
     if not (folder / "index.json").is_file():
         with new_folder(folder) as temporary:
             classes = CLASSES if source.unhealthy else ()
-            write_packed(temporary, rows(), source.scans[0].image.parent, (*size, channels), classes, draws=draws)
+            near, shape, held_out = source.scans[0].image.parent, (*size, channels), Bounds.of(source.sides)
+            write_packed(temporary, rows(), near, shape, classes, draws=draws, held_out=held_out)
             (temporary / LEFT_OUT).write_text(json.dumps(missing))
     return open_packed(folder)
 

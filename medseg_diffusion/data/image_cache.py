@@ -24,9 +24,10 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
+from .cases import Bounds, Side, sides_by_hash
 from .images import PLAIN, ImageCollection, Part, Pixels, find_images
 
-VERSION = 2
+VERSION = 3
 """Of what files become; a higher one packs them again."""
 
 
@@ -43,6 +44,7 @@ class PackedImages:
         names: of the files, one an image.
         skipped: broken files that were left out.
         draws: positions that an epoch of training passes through, some of them repeatedly; empty for the training side.
+        held_out: where the sides by hash end; None where the collection names its sides itself.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class PackedImages:
     names: tuple[str, ...]
     skipped: tuple[str, ...]
     draws: npt.NDArray[np.int64]
+    held_out: Bounds | None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For worker processes: a memory map would travel as a copy of the whole file."""
@@ -131,7 +134,8 @@ def open_packed(folder: Path) -> PackedImages:
     parts = {part: np.asarray(positions, np.int64) for part, positions in index["parts"].items()}
     labels, draws = (np.asarray(index.get(key, []), np.int64) for key in ("labels", "draws"))
     classes, names, skipped = (tuple(index[key]) for key in ("classes", "names", "skipped"))
-    return PackedImages(folder, images, labels, parts, classes, names, skipped, draws)
+    held_out = None if index["held_out"] is None else Bounds(**index["held_out"])
+    return PackedImages(folder, images, labels, parts, classes, names, skipped, draws, held_out)
 
 
 def _pack(
@@ -159,7 +163,8 @@ def _pack(
             yield Row(entry.name, entry.label, entry.part or sides[entry.group], images)
             on_file(i + 1, len(collection.entries))
 
-    write_packed(folder, rows(), collection.source, (*size, channels), collection.classes, skipped)
+    bounds = Bounds.of(sides) if sides else None
+    write_packed(folder, rows(), collection.source, (*size, channels), collection.classes, skipped, held_out=bounds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +185,7 @@ def write_packed(
     classes: Sequence[str] = (),
     skipped: Sequence[str] = (),
     draws: Sequence[int] = (),
+    held_out: Bounds | None = None,
 ) -> None:
     """Writes a packed collection into an empty folder; ``skipped`` and ``draws`` may still grow as ``rows`` are taken.
 
@@ -206,28 +212,15 @@ def write_packed(
         "names": names,
         "skipped": list(skipped),
         "draws": list(draws),
+        "held_out": None if held_out is None else asdict(held_out),
     }
     (folder / "index.json").write_text(json.dumps(index))
 
 
-def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, Part]:
-    """Side of every group that has no official one, by rank of the SHA-256 of its name."""
-    groups = sorted(
-        {entry.group for entry in collection.entries if entry.part is None},
-        key=lambda name: hashlib.sha256(name.encode()).hexdigest(),
-    )
-    test, validation = held_out
-    if groups and len(groups) <= test + validation:
-        raise InputError(
-            collection.source,
-            f"{len(groups)} files",
-            f"more than {test} for testing and {validation} for validation",
-            "lower data.test_images or data.validation_images",
-        )
-    return {
-        group: "test" if i < test else "validation" if i < test + validation else "train"
-        for i, group in enumerate(groups)
-    }
+def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, Side]:
+    """Side of every group that has no official one."""
+    groups = {entry.group for entry in collection.entries if entry.part is None}
+    return sides_by_hash(sorted(groups), *held_out) if groups else {}
 
 
 def _state(source: Path) -> list[object]:

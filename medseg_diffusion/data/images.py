@@ -241,7 +241,11 @@ def _images(source: Path, names: Sequence[str], read: Callable[[str], bytes]) ->
         parts = [p[1:] for p in parts]
     classes = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
     label: Mapping[str, int] = {name: i for i, name in enumerate(classes)}
-    entries = [Entry(n, n, label.get(p[0], UNLABELLED)) for n, p in zip(names, parts, strict=True)]
+    # Of a flat folder, names without suffix: as where the same images lie beside their labels.
+    flat = all(len(p) == 1 for p in parts)
+    entries = [
+        Entry(n, Path(p[0]).stem if flat else n, label.get(p[0], UNLABELLED)) for n, p in zip(names, parts, strict=True)
+    ]
     return ImageCollection(source, "images", tuple(entries), tuple(classes), read)
 
 

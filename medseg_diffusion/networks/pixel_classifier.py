@@ -110,9 +110,10 @@ class PixelClassifiers(nn.Module):
             member.first.weight.split([len(block) for block in standard], 1), standard, shapes, strict=True
         ):
             coarse[shape] = coarse[shape].addmm_(weight, block) if shape in coarse else weight @ block
-        hidden = torch.zeros((), device=standard[0].device)
+        # Added in place, one block after another: these are the largest tensors of all.
+        hidden = member.first.bias.new_zeros(batch, len(member.first.bias), *size)
         for shape, part in coarse.items():
-            hidden = hidden + upsampled(part.unflatten(1, (batch, *shape)).movedim(1, 0), size)
+            hidden += upsampled(part.unflatten(1, (batch, *shape)).movedim(1, 0), size)
         hidden = (hidden.flatten(2) + member.first.bias[:, None]).relu_()
         _, norm, second, _, last_norm, last = member.rest
         weight, bias = _folded(norm, second)  # type: ignore[arg-type]

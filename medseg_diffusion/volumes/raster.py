@@ -19,7 +19,7 @@ from medseg_diffusion.volumes.volume import FileImage, Header, Volume
 # the image in viewers that read both with it: i, to the right of the picture, is the patient's left; j, down, is
 # posterior.
 _AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
-_HEADER = Header(xyzt_units=0)  # NIfTI's code for an unknown unit
+_NO_UNIT = 0  # NIfTI's code
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _GREY: dict[str, npt.DTypeLike] = {
     "1": np.uint8,
@@ -30,6 +30,7 @@ _GREY: dict[str, npt.DTypeLike] = {
     "I": np.int32,
     "F": np.float32,
 }
+_WHITE = {"1": 1, "L": 255, "RGB": 255, "I;16": 65535, "I;16L": 65535, "I;16B": 65535}
 _DEEP = tuple(mode for mode in _GREY if mode not in ("1", "L"))
 # What Pillow raises on files that are cut off, damaged or something else.
 _BROKEN = (
@@ -139,4 +140,5 @@ def _as_volume(image: Image.Image) -> FileImage:
     array = np.asarray(image)
     array = array.astype(_GREY.get(image.mode, np.uint8))  # bits to 0 and 1, 16 bits to the order of this machine
     array = np.ascontiguousarray(array.swapaxes(0, 1)[:, :, None])
-    return FileImage(array.shape, array.dtype, _AFFINE, _HEADER, lambda: array)
+    header = Header(xyzt_units=_NO_UNIT, white=_WHITE.get(image.mode, 0))
+    return FileImage(array.shape, array.dtype, _AFFINE, header, lambda: array)

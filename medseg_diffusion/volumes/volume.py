@@ -20,7 +20,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """Facts of a NIfTI header that voxels and affine do not tell. Other formats get the defaults.
+    """Facts of a file that voxels and affine do not tell, most of them of NIfTI headers; else the defaults.
 
     Attributes:
         qform_code: NIfTI code of the quaternion transform (0 = absent, 1 = scanner, ...).
@@ -28,6 +28,7 @@ class Header:
         xyzt_units: NIfTI code of the spatial and temporal units; 2 is millimetres.
         qform: (4, 4) voxel -> RAS mm of the quaternion transform where it differs from the affine, else None.
         modality: DICOM's, such as "MR" or "CT"; empty where the format does not say.
+        white: level of white in an image file (PNG, ...): 1, 255 or 65535; 0 where the format does not say.
     """
 
     qform_code: int = 1
@@ -35,6 +36,7 @@ class Header:
     xyzt_units: int = 2
     qform: FloatArray | None = None
     modality: str = ""
+    white: int = 0
 
 
 @dataclass(frozen=True, eq=False)
