@@ -220,8 +220,12 @@ def table(rows: Sequence[dict[str, float | str]], pooled: dict[str, ScoredVoxels
             found = mean_interval([float(r[key]) for r in own])
             digits = {"seconds": 1, "evaluations": 0}.get(key, 3)
             text = f"{found.mean:.{digits}f}"
-            alone = key.startswith(("fpr", "seconds", "evaluations"))
-            cells.append(text if alone else f"{text} ({found.low:.3f} to {found.high:.3f})")
+            if key in ("seconds", "evaluations"):
+                cells.append(text)
+            elif found.n < len(own):  # not every patient has healthy slices in every third
+                cells.append(f"{text} ({found.low:.3f} to {found.high:.3f}; n = {found.n})")
+            else:
+                cells.append(f"{text} ({found.low:.3f} to {found.high:.3f})")
         cells.append(f"{Curve.of(pooled[method]).best_dice()[0]:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -93,7 +93,7 @@ def fitting_anomaly(
     """``config`` with the steps that fit into ``minutes``; an autoencoder's settings are written to ``autoencoder``."""
     section = config.generator.data
     source = healthy_source(data, exclude, unhealthy, (section.test_images, section.validation_images))
-    preprocessing = build.preprocessing(config.generator.preprocessing)
+    preprocessing = build.image_preprocessing(config.generator.preprocessing, section.shape)
     images = packed_healthy(source, home() / "images", section.shape, section.channels, preprocessing)
     shares: dict[str, float] = {}
     generator = config.generator

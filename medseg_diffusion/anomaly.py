@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import build
 from .checkpoint import SavedModel, load_model_files
 from .config import AnomalyConfig, parse_config
-from .data.healthy import HEALTHY
+from .data.healthy import HEALTHY, require_usable
 from .diffusion.guidance import Classifier, Fixed
 from .diffusion.noise import derive_seed
 from .errors import InputError, ModelError, UsageError
@@ -185,10 +185,8 @@ def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
             generator makes.
     """
     size = config.generator.data.shape
-    modality = volume.header.modality
-    if modality and config.modality and modality != config.modality:
-        raise InputError(volume.source, f"modality {modality}", config.modality, "use a model that was made for it")
-    image, placement = build.preprocessing(config.generator.preprocessing).apply(volume)
+    image, placement = build.image_preprocessing(config.generator.preprocessing, size).apply(volume)
+    require_usable(volume, placement.shape, size, config.modality)
     native = scan_foreground(volume, config.generator.preprocessing.orientation)
     head = placement.forward(native[None].float())[0] > 0.5
     if config.postprocessing.erosion:
@@ -196,15 +194,6 @@ def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
         native = native & (placement.restore(head[None].float())[0] > 0.5)
     if not head.any() or not native.any():
         raise InputError(volume.source, "no foreground", "a scan that shows something", "check the scan")
-    shape = image.shape[1:]
-    fewest = [-(-m // 4) for m in size]  # thinner ones would be padding for the most part
-    if len(size) == 3 and any(not low <= n <= m for n, m, low in zip(shape, size, fewest, strict=True)):
-        raise InputError(
-            volume.source,
-            f"{' x '.join(map(str, shape))} voxels on the model's grid",
-            f"{' x '.join(map(str, fewest))} to {' x '.join(map(str, size))}",
-            "cut it to the region that the model was trained on, or use a model of slices",
-        )
     stack = image[None] if len(size) == 3 else image.movedim(-1, 0)
     inside = head[None, None].float() if len(size) == 3 else head.movedim(-1, 0)[:, None].float()
     images = fitted(stack.clamp(-1, 1), size).expand(-1, config.generator.data.channels, *[-1] * len(size))
@@ -397,4 +386,5 @@ def _eroded(mask: Tensor, voxels: int, planes: bool) -> Tensor:
     structure = ndimage.generate_binary_structure(3, 1)
     if planes:
         structure[..., [0, 2]] = False
-    return torch.from_numpy(ndimage.binary_erosion(mask.numpy(), structure, voxels))
+    # The image's border is no outline: a crop from inside a body keeps it.
+    return torch.from_numpy(ndimage.binary_erosion(mask.numpy(), structure, voxels, border_value=1))

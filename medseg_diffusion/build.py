@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -77,6 +78,11 @@ def preprocessing(section: PreprocessingSection) -> Preprocessing:
         return Preprocessing(**section.model_dump())
     except ValueError as error:
         raise UsageError(f"preprocessing: {error}") from error
+
+
+def image_preprocessing(section: PreprocessingSection, size: Sequence[int]) -> Preprocessing:
+    """The preprocessing of scans for a generator's images of ``size``: of slices the pixels are made square."""
+    return replace(preprocessing(section), square_pixels=len(size) == 2)
 
 
 def augmentation(config: SegmenterConfig) -> Augmentation:

@@ -225,9 +225,13 @@ class AnomalyConfig(Section):
         if classifier is not None and not self.needs_unhealthy:
             raise ValueError("a classifier needs a generator with generator.condition.classes")
         if classifier is not None and (
-            classifier.data.shape != generator.data.shape or classifier.schedule != generator.diffusion.schedule
+            classifier.data != generator.data
+            or classifier.preprocessing != generator.preprocessing
+            or classifier.schedule != generator.diffusion.schedule
         ):
-            raise ValueError("classifier: its data.size and schedule must be the generator's")
+            raise ValueError("classifier: its data, preprocessing and schedule must be the generator's")
+        if generator.diffusion.noise != "gaussian" and not {"partial-noise", "patched"} & set(self.detectors):
+            raise ValueError(f"generator.diffusion.noise: {self.detectors[0]} is defined for gaussian noise")
         if self.needs_unhealthy and generator.condition.drop == 0:
             raise ValueError("generator.condition.drop: counterfactuals need images whose class was dropped")
         self._check_times(generator.diffusion.schedule.num_steps)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .anomaly import AnomalyMap, AnomalyModel, mask_of
 from .data.healthy import require_volume
 from .diffusion.noise import derive_seed
 from .errors import InputError, MedsegError, ModelError, UsageError
-from .methods.healthy_scores import HealthyScores
 from .pipeline import CaseResult, refuse_collisions
 from .reports.files import write_files
 from .reports.preview import preview_png
@@ -199,7 +199,7 @@ def _one(
         outputs["preview"] = files["preview"]
     seconds = time.monotonic() - started
     volume_ml = float(mask.sum()) * voxel_mm3 / 1000
-    about = _about(scan, model, options, found, threshold, model.healthy_scores(), volume_ml, seconds)
+    about = _about(scan, model, options, found, threshold, mask, volume_ml, seconds)
     write_files(files["mask"].parent, {files["scores"].name: json.dumps(about, indent=2) + "\n"})
     write_labels(mask.to(torch.uint8), volume, files["mask"])
     return CaseResult(scan, "done", outputs, time.monotonic() - started, {"anomaly": volume_ml}, warnings=model.notes)
@@ -211,7 +211,7 @@ def _about(
     options: AnomalyOptions,
     found: AnomalyMap,
     threshold: float,
-    healthy: HealthyScores | None,
+    mask: Tensor,
     volume_ml: float,
     seconds: float,
 ) -> dict[str, Any]:
@@ -225,11 +225,12 @@ def _about(
         "threshold": round(threshold, 6),
         "threshold_from": options.threshold if parse_threshold(options.threshold) != threshold else "given",
         "volume_ml": round(volume_ml, 4),
-        "share_of_foreground": round(float((found.values > threshold).sum()) / inside, 6),
+        "share_of_foreground": round(float(mask.sum()) / inside, 6),
         "evaluations": found.evaluations,
         "seconds": round(seconds, 2),
     }
-    if healthy is not None:
+    healthy = model.healthy_scores()
+    if healthy is not None and not model.notes:  # else the map is not the one that was calibrated
         content["healthy_percentile"] = round(healthy.percentile(found.scan_score), 1)
         content["healthy_scans"] = len(healthy.scan_scores)
         if options.threshold == "auto":

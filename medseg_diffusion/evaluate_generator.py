@@ -282,7 +282,7 @@ def _reference(
         reference,
         home() / "images",
         *size,
-        preprocessing=build.preprocessing(preprocessing),
+        preprocessing=build.image_preprocessing(preprocessing, (size[0], size[0])),
         held_out=(section.test_images, section.validation_images if section.test_images else 0),
         skip_broken=skip_broken,
         on_file=partial(on_progress, "packing real images"),

@@ -104,7 +104,8 @@ class GeneratorPreprocessing(Preprocessing):
 
 def pixel_preprocessing(generator: Generator) -> Preprocessing:
     """What is done to images before pixel classifiers of the generator see them."""
-    return GeneratorPreprocessing(**vars(build.preprocessing(generator.config.preprocessing)))
+    config = generator.config
+    return GeneratorPreprocessing(**vars(build.image_preprocessing(config.preprocessing, config.data.shape)))
 
 
 def pixel_inference(generator: Generator, config: PixelClassifierConfig) -> InferenceSection:

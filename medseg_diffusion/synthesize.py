@@ -17,7 +17,7 @@ from .diffusion.noise import derive_seed
 from .errors import InputError, MedsegError, UsageError
 from .pipeline import CaseResult, refuse_collisions
 from .reports.files import write_files
-from .volumes.foreground import foreground
+from .volumes.foreground import scan_foreground
 from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
 from .volumes.volume import Volume
 
@@ -106,7 +106,7 @@ def _one(
     started = time.monotonic()
     volume = read_volume(scan)
     image = volume.data[0]
-    free = foreground(image)
+    free = scan_foreground(volume)
     spread = robust_spread(image, free)
     _check(volume, recipe, spread, empty=not bool(free.any()))
     mask = torch.zeros_like(free)

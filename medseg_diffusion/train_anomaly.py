@@ -124,7 +124,8 @@ def train_anomaly(
         home() / "images",
         section.shape,
         section.channels,
-        build.preprocessing(config.generator.preprocessing),
+        build.image_preprocessing(config.generator.preprocessing, section.shape),
+        config.modality,
         lambda done, total: on_prepare("scans", done, total),
     )
     if not len(images.part("validation")):
@@ -228,7 +229,8 @@ def _healthy_grids(
 def _healthy_voxels(grid: OnGrid, healthy: Tensor) -> Tensor:
     """Foreground voxels of the healthy images, bool (I, J, K) on the scan's own grid."""
     slices = healthy.float().expand(1, *grid.placement.shape).contiguous()
-    return grid.native & (grid.placement.restore(slices)[0] > 0.5)
+    # Voxels between a healthy slice and one that was not scored hold a part of its zeros.
+    return grid.native & (grid.placement.restore(slices)[0] > 1 - 1e-4)
 
 
 def _healthy_latents(
@@ -375,7 +377,8 @@ def calibrate_anomaly(
         content["latent_healing"]["quantile"] = latent_quantile
     config = cast(AnomalyConfig, parse_config(content, str(saved.path)))
     scans = find_healthy(healthy)
-    refuse_lesions(scans, exclude_labelled, build.preprocessing(config.generator.preprocessing))
+    for scan in scans:
+        refuse_lesions(scan, exclude_labelled)
     latents, calibration = _calibrate(config, generator, classifier, scans, exclude_labelled, chosen, on_prepare)
     weights = {k: v for k, v in saved.weights.items() if not k.startswith(("latents.", "scores."))}
     card = {**saved.card, "config": config.model_dump(mode="json"), "calibration": _numbers(calibration)}

@@ -334,7 +334,7 @@ def _images(config: ImageConfig, job: _Job) -> PackedImages:
         home() / "images",
         section.shape,
         section.channels,
-        preprocessing=build.preprocessing(config.preprocessing),
+        preprocessing=build.image_preprocessing(config.preprocessing, section.shape),
         held_out=held_out,
         skip_broken=job.skip_broken,
         on_file=lambda done, total: job.on_prepare("images", done, total),

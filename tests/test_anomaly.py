@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,26 @@ from medseg_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
 
-from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, mask_of
+from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, mask_of, on_grid, scored
 from medseg_diffusion.checkpoint import load_model_files, save_model
 from medseg_diffusion.config import AnomalyConfig, load_config, parse_config, presets
-from medseg_diffusion.data.healthy import find_healthy, healthy_slices, healthy_source, packed_healthy
-from medseg_diffusion.detect import AnomalyOptions, detect, parse_threshold
+from medseg_diffusion.data.healthy import (
+    find_healthy,
+    healthy_slices,
+    healthy_source,
+    left_out,
+    lesion_map,
+    packed_healthy,
+    refuse_lesions,
+    require_usable,
+)
+from medseg_diffusion.detect import AnomalyOptions, chosen_threshold, detect, parse_threshold
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.train_anomaly import calibrate_anomaly, train_anomaly
+from medseg_diffusion.train_anomaly import _healthy_voxels, calibrate_anomaly, train_anomaly
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing
+from medseg_diffusion.volumes.volume import Volume
 
 ANOMALY = [name for name in presets() if isinstance(load_config(name), AnomalyConfig)]
 
@@ -90,6 +101,9 @@ def small(method: str, size: object = 16, **changes: object) -> AnomalyConfig:
             "training": training,
         }  # fmt: skip
         content["counterfactual"] = {"start": 100, "steps": 3, "scale": 1.0}
+    if "noise" in changes:
+        generator["diffusion"]["noise"] = changes.pop("noise")
+    generator["data"] = {**data, "test_images": changes.pop("test_images", data["test_images"])}
     content |= {"partial_noise": {"start": 100, "steps": 2}} | changes
     found = parse_config(content, "test")
     assert isinstance(found, AnomalyConfig)
@@ -226,6 +240,69 @@ def test_lesions_among_healthy_scans_are_refused_unless_told_what_to_do(scans, t
     assert len(found) == 8 and found[0].label is None
 
 
+def test_small_lesions_count_whatever_the_models_voxels(tmp_path: Path) -> None:
+    """A lesion of one voxel of 0.5 mm has an eighth of a voxel of 1 mm: no majority, and still a lesion."""
+    for i in range(4):
+        image, label = head(i, None, (40, 48, 24))
+        label[20, 24, 13] = 1
+        write(tmp_path / "scans" / "images" / f"s{i}.nii.gz", image, 0.5)
+        write(tmp_path / "scans" / "labels" / f"s{i}.nii.gz", label, 0.5)
+    found = find_healthy(tmp_path / "scans")
+    with pytest.raises(InputError, match="found 1 labelled voxels"):
+        refuse_lesions(found[0], None)
+    _, placement = Preprocessing(spacing_mm=(1, 1, 1)).apply(read_volume(found[0].image))
+    lesions = lesion_map(found[0], placement)
+    assert lesions is not None and lesions[..., 6].any() and not lesions[..., :5].any() and not lesions[..., 8:].any()
+
+
+def test_air_is_not_counted_as_left_out_for_a_lesion(tmp_path: Path) -> None:
+    for i in range(4):
+        image, label = head(i, slice(4, 6))
+        image[..., :3] = 5 + np.random.default_rng(i).normal(0, 0.01, (20, 24, 3))
+        write(tmp_path / "scans" / "images" / f"s{i}.nii.gz", image)
+        write(tmp_path / "scans" / "labels" / f"s{i}.nii.gz", label)
+    source = healthy_source(tmp_path / "scans", 1, None, (0, 0))
+    images = packed_healthy(source, tmp_path, (16, 16), 1, Preprocessing())
+    assert len(images.images) == 4 * 7 and left_out(images)["train"] == 4 * 2
+
+
+def test_what_cannot_be_scored_is_refused_before_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    for i in range(6):
+        write(folder / f"v{i}.nii.gz", head(i, shape=(12, 14, 10))[0])
+    write(folder / "v6.nii.gz", head(6, shape=(18, 14, 10))[0])
+    with pytest.raises(InputError, match=r"v6\.nii\.gz: found 18 x 14 x 10 voxels on the model's grid"):
+        train_anomaly(small("pixel", size=[16, 16, 12]), folder, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    scan = read_volume(folder / "v0.nii.gz")
+    computed = replace(scan, header=replace(scan.header, modality="CT"))
+    with pytest.raises(InputError, match="found modality CT; expected MR"):
+        require_usable(computed, scan.shape, (16, 16), "MR")
+    require_usable(computed, scan.shape, (16, 16), None)
+
+
+def test_calibration_sees_no_voxel_of_a_slice_that_was_not_scored(models) -> None:
+    """Slices of 1 mm on a grid of 3 mm: between a scored slice and another one lie mixtures with its zeros."""
+    config = small("pixel")
+    section = config.generator.preprocessing.model_copy(update={"spacing_mm": (1.0, 1.0, 3.0)})
+    config = config.model_copy(update={"generator": config.generator.model_copy(update={"preprocessing": section})})
+    image, _ = head(0, shape=(20, 24, 36))
+    grid = on_grid(config, Volume(torch.from_numpy(image)[None], np.eye(4)))
+    healthy = torch.ones(len(grid.images), dtype=torch.bool)
+    healthy[4:7] = False
+
+    class Ones:
+        evaluations = 0
+
+        def score(self, images: torch.Tensor, seeds: object) -> torch.Tensor:
+            return torch.ones_like(images)
+
+    config = config.model_copy(update={"postprocessing": config.postprocessing.model_copy(update={"median": 1})})
+    found = scored(Ones(), config, grid, 0, torch.device("cpu"), only=healthy)
+    inside = found.score[_healthy_voxels(grid, healthy)]
+    assert len(inside) > 4000 and float(inside.min()) > 0.999
+
+
 def test_detectors_that_need_unhealthy_scans_say_so(scans, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"scans with lesions too, for classifier-guided and .* --unhealthy"):
         train_anomaly(small("classes"), scans, tmp_path / "run", exclude_labelled=1, device="cpu")
@@ -259,6 +336,9 @@ def test_a_time_that_is_too_short_for_all_networks_says_so(scans, autoencoder, t
         ("patched", {"patched": {"time": 1001}}, "patched: needs time <= 1000"),
         ("classes", {"counterfactual": {"start": 100, "steps": 100}}, "counterfactual: needs steps < start <= 1000"),
         ("pixel", {"postprocessing": {"median": 4}}, "take an odd one"),
+        ("classes", {"noise": "simplex"}, "classifier-guided is defined for gaussian noise"),
+        ("latent", {"noise": "simplex"}, "latent-healing is defined for gaussian noise"),
+        ("classes", {"test_images": 1}, "classifier: its data, preprocessing and schedule must be the generator's"),
     ],
 )
 def test_settings_that_no_detector_can_follow_are_refused_before_the_training(method, changes, message) -> None:
@@ -379,6 +459,9 @@ def test_small_parts_and_filtered_maps(scans, models, tmp_path: Path) -> None:
     options = AnomalyOptions(str(models["pixel"]), median=3, output=tmp_path, device="cpu")
     (case,) = detect([scans / "images" / "s1.nii.gz"], options)
     assert case.warnings[0].startswith("the model was calibrated with another median: healthy quantiles do not hold")
+    # What the file says of healthy scans would be of another map.
+    about = json.loads((options.output / "s1_anomaly.json").read_text())  # type: ignore[operator]
+    assert about["score"] > 0 and not [key for key in about if key.startswith("healthy")]
     found = calibrate_anomaly(
         models["pixel"], scans, tmp_path / "new", exclude_labelled=2, after={"median": 3}, device="cpu"
     )
@@ -424,6 +507,9 @@ def test_the_latent_quantile_moves_what_is_healed_and_the_threshold_does_not(sca
         for quantile in (0.5, 0.99)
     )
     assert int((loose > 0).sum()) > int((strict > 0).sum())
+    models_of = [AnomalyModel(models["latent"], device="cpu", latent_quantile=quantile) for quantile in (0.5, 0.99)]
+    thresholds = [chosen_threshold("auto", model) for model in models_of]
+    assert thresholds[0] == thresholds[1] == AnomalyModel(models["latent"], device="cpu").healthy_scores().automatic  # type: ignore[union-attr]
 
 
 def test_a_model_without_calibration_asks_for_it_and_gets_it(scans, models, tmp_path: Path) -> None:
@@ -456,6 +542,29 @@ def test_what_is_written_can_be_evaluated_as_it_lies(scans, models, tmp_path: Pa
     summary = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 8
     assert "inside the foreground masks" in json.dumps(summary)
+
+
+def test_slices_have_the_heads_proportions_whatever_the_voxels() -> None:
+    """Sagittal slices of 4 mm: axial ones have pixels of 4 x 1 mm, and are no picture of square pixels as they are."""
+    config = small("pixel", size=32)
+    image = torch.from_numpy(head(0, shape=(40, 48, 12))[0])[None]
+    cubic = on_grid(config, Volume(image, np.eye(4)))
+    thick = image.unflatten(1, (10, 4)).mean(2)
+    affine = np.diag([4.0, 1, 1, 1])
+    affine[0, 3] = 1.5
+    coarse = on_grid(config, Volume(thick, affine))
+    assert coarse.images.shape == cubic.images.shape and coarse.native.shape == (10, 48, 12)
+    assert float((coarse.images - cubic.images).abs().mean()) < 0.1
+    assert float((coarse.inside - cubic.inside).abs().mean()) < 0.1
+    for single in (image[:, 20:21], image[:, :, 24:25]):  # a sagittal and a coronal slice
+        with pytest.raises(InputError, match="give the whole volume, not a single sagittal or coronal slice"):
+            on_grid(config, Volume(single, np.eye(4)))
+
+
+def test_erosion_leaves_the_border_of_a_crop() -> None:
+    crop = torch.rand(20, 24, 12, generator=torch.Generator().manual_seed(0)) + 1
+    config = small("pixel", postprocessing={"erosion": 2})
+    assert bool(on_grid(config, Volume(crop[None], np.eye(4))).native.all())
 
 
 def test_a_picture_is_no_scan(scans, models, tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def constructor(kind: type, without: set[str]) -> dict[str, object]:
         (SemanticConditionSection, MedSegDiffV2, {"unet", "image_channels", "mask_channels"}, set()),
         (AnchorLossSection, AnchorLoss, set(), set()),
         (TrainingSection, TrainingOptions, set(), {"precision", "channels_last", "compile"}),
-        (PreprocessingSection, Preprocessing, set(), set()),
+        (PreprocessingSection, Preprocessing, {"square_pixels"}, set()),
         (AugmentationSection, Augmentation, set(), set()),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

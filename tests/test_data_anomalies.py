@@ -26,7 +26,7 @@ from medseg_diffusion.data.anomalies import (
 from medseg_diffusion.data.cases import find_cases
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.synthesize import SynthesisOptions, synthesize_anomalies
-from medseg_diffusion.volumes.foreground import foreground
+from medseg_diffusion.volumes.foreground import foreground, scan_foreground
 from medseg_diffusion.volumes.io import read_labels, read_volume
 
 KINDS = ("hyper", "hypo", "deformation")
@@ -350,6 +350,25 @@ def test_wrong_usage_writes_nothing(tmp_path: Path) -> None:
     inside = head(tmp_path / "data/images/scan.nii.gz")
     assert run(inside, "-o", tmp_path / "data").exit_code == 2  # it would overwrite the scan
     assert not out.exists()
+
+
+def test_anomalies_lie_where_scores_count_in_any_orientation(tmp_path: Path) -> None:
+    """The scalp is told by its depth in axial slices, which are not the slices of this file."""
+    lines = [np.linspace(-1, 1, n) for n in (44, 48, 40)]
+    inside = sum(axis**2 for axis in np.meshgrid(*lines, indexing="ij")) < 0.9
+    image = np.random.default_rng(0).normal(5, 2, inside.shape) + 100 * inside
+    affine = np.eye(4)[[2, 0, 1, 3]]  # axes to the front, up, to the right
+    nib.save(nib.Nifti1Image(image.transpose(1, 2, 0).astype(np.float32), affine), tmp_path / "a.nii.gz")
+    volume = read_volume(tmp_path / "a.nii.gz")
+    assert volume.axcodes == "ASR"
+    free = scan_foreground(volume)
+    assert int((free != foreground(volume.data[0])).sum()) > 500
+    for seed in range(6):
+        options = SynthesisOptions(tmp_path / f"{seed}", count=4, radius_mm=(3.0, 5.0), seed=seed)
+        (result,) = synthesize_anomalies([tmp_path / "a.nii.gz"], options)
+        assert result.status == "done"
+        mask = read_labels(result.outputs["labels"]).data[0].bool()
+        assert not bool((mask & ~free).any())
 
 
 @pytest.mark.data

@@ -97,6 +97,20 @@ def test_healing_keeps_unmasked_positions_and_depends_on_its_own_seed_alone() ->
     assert float(sampled.mean()) == pytest.approx(0.1, abs=0.02) and 0.1 < float(sampled.std()) < 0.22
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_map_depends_on_its_image_and_seed_alone(dims) -> None:
+    detector = fitted(dims)
+    images = healthy(5, dims)
+    images[1:4, (slice(None), *[slice(2, 8)] * dims)[0]] *= 2  # some are healed and some are not walked at all
+    together = detector.score(images, [1, 2, 3, 4, 5])
+    touched = together.flatten(1).any(1)
+    assert bool(touched.any())
+    for i in (4, 1, 0, 3):
+        torch.testing.assert_close(detector.score(images[i : i + 1], [i + 1])[0], together[i])
+    other = detector.divergence(images[:1], [9])
+    assert not torch.allclose(other, detector.divergence(images[:1], [1]))
+
+
 def test_evaluations_are_the_calls_for_each_image() -> None:
     calls = []
 

@@ -85,3 +85,18 @@ def test_a_stripped_brain_is_kept_whole(data_folder: Path) -> None:
     image = read_volume(files[0]).data[0]
     brain = image != image.mode(-1).values.mode().values.mode().values  # 0, but for what interpolation overshot
     assert float((foreground(image) & brain).sum() / brain.sum()) > 0.98
+
+
+def test_a_head_that_the_image_cuts_is_found_up_to_the_border() -> None:
+    """Closing without room around the image takes three pixels from whatever reaches its border."""
+    whole = 10 * noise(5, 40, 40, 40) + 90 * ball(radius=16.0)
+    found, cut = foreground(whole)[12:], foreground(whole[12:])
+    assert not bool((found & ~cut).any()) and bool(cut[0, 20, 12:28].all())
+    assert overlap(found, cut) > 0.97  # the border is no outline: no scalp is taken off there
+
+
+def test_pixels_need_not_be_square() -> None:
+    fine = 10 * noise(6, 80, 40, 40) + 90 * ball().repeat_interleave(2, 0)
+    square = foreground(fine, (1.0, 2.0))
+    coarse = foreground(fine[::2], (2.0, 2.0))
+    assert overlap(square[::2], coarse) > 0.97

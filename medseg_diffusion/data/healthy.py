@@ -16,7 +16,8 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.fitting import fitted
 from medseg_diffusion.volumes.io import find_scans, is_image, read_labels, read_volume, scan_name
-from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing, apply_labels
+from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Bounds, find_cases, sides_by_hash
 from .image_cache import VERSION, PackedImages, Row, new_folder, open_packed, write_packed
@@ -28,6 +29,7 @@ SHOWN = 0.01
 CLASSES = ("healthy", "unhealthy")
 HEIGHTS = 10
 """Bands of relative height from the lowest slice to the highest."""
+_TOUCHED = 1e-4  # share of a voxel
 MOST_REPEATS = 8
 """Of a slice in one epoch."""
 
@@ -112,8 +114,38 @@ def healthy_slices(label: Tensor | None, count: int, exclude_labelled: int | Non
 
 
 def lesion_map(scan: HealthyScan, placement: Placement) -> Tensor | None:
-    """The scan's lesions on the model's grid, bool (I, J, K), None where it has no labels."""
-    return None if scan.label is None else apply_labels(read_labels(scan.label), placement)[0] > 0
+    """Every voxel of the model's grid that a lesion touches, bool (I, J, K); None for a scan without labels."""
+    if scan.label is None:
+        return None
+    labels = read_labels(scan.label)
+    placement.require_grid_of(labels)
+    return placement.forward((labels.data > 0).float())[0] > _TOUCHED
+
+
+def require_usable(volume: Volume, shape: Sequence[int], size: Sequence[int], modality: str | None) -> None:
+    """InputError for a scan of another modality, or one that images of ``size`` cannot show.
+
+    Args:
+        volume: the scan.
+        shape: (I, J, K) on the model's grid.
+        size: two sides for slices, three for volumes, which may fill a quarter of each side at least.
+        modality: DICOM's; None for any.
+    """
+    known = volume.header.modality
+    if known and modality and known != modality:
+        raise InputError(volume.source, f"modality {known}", modality, "use a model that was made for it")
+    if len(size) == 3:
+        fewest = [-(-m // 4) for m in size]  # thinner ones would be padding for the most part
+        fits = all(low <= n <= m for n, m, low in zip(shape, size, fewest, strict=True))
+        wanted = f"{' x '.join(map(str, fewest))} to {' x '.join(map(str, size))}"
+        remedy = "cut it to the region that the model was trained on, or use a model of slices"
+    else:
+        shape = shape[:2]
+        fits = 4 * min(shape) >= max(shape)
+        wanted = "axial slices of which no side is less than a quarter of the other"
+        remedy = "give the whole volume, not a single sagittal or coronal slice"
+    if not fits:
+        raise InputError(volume.source, f"{' x '.join(map(str, shape))} voxels on the model's grid", wanted, remedy)
 
 
 def packed_healthy(
@@ -122,6 +154,7 @@ def packed_healthy(
     size: Sequence[int],
     channels: int,
     preprocessing: Preprocessing,
+    modality: str | None = None,
     on_scan: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackedImages:
     """The healthy slices (or whole healthy volumes) of the scans, packed; class 1 are the unhealthy ones, if any.
@@ -131,7 +164,8 @@ def packed_healthy(
     every height is met about as often as in the scans, as far as `MOST_REPEATS` allows.
 
     Raises:
-        InputError: an unusable scan, lesions among scans that should have none, or nothing left to train on.
+        InputError: an unusable scan, one of another modality, lesions among scans that should have none, or nothing
+            left to train on.
     """
     everything = [*source.scans, *source.unhealthy]
     files = [path for scan in everything for path in (scan.image, scan.label) if path is not None]
@@ -149,10 +183,12 @@ def packed_healthy(
         for done, scan in enumerate(everything, 1):
             wanted = HEALTHY if done <= len(source.scans) else UNHEALTHY
             side: Part = source.sides.get(scan.patient, "train")
-            image, placement = preprocessing.apply(read_volume(scan.image))
+            volume = read_volume(scan.image)
+            image, placement = preprocessing.apply(volume)
+            require_usable(volume, placement.shape, size, modality)
             lesions = lesion_map(scan, placement)
             if wanted == HEALTHY:
-                _refuse(scan, lesions, source.exclude_labelled)
+                refuse_lesions(scan, source.exclude_labelled)
             if len(size) == 2:
                 visible, chosen = _slices(image, lesions, wanted, source.exclude_labelled)
                 images = image.movedim(-1, 0)[visible & chosen]
@@ -163,7 +199,7 @@ def packed_healthy(
                 images = image[None] if wanted == UNHEALTHY or not marked else image[None][:0]
             first += len(images)
             if wanted == HEALTHY:
-                missing[side] += (image.shape[-1] if len(size) == 2 else 1) - len(images)
+                missing[side] += int((visible & ~chosen).sum()) if len(size) == 2 else 1 - len(images)
             levels = ((fitted(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
             pixels = levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
             yield Row(scan.name, wanted, side, pixels)
@@ -183,7 +219,7 @@ LEFT_OUT = "left_out.json"
 
 
 def left_out(images: PackedImages) -> Counter[Part]:
-    """How many slices (or volumes) of each side's healthy scans are not in the packed images: near a lesion, or air."""
+    """How many slices (or volumes) of each side's healthy scans were not packed, for a lesion in or near them."""
     return Counter(json.loads((images.folder / LEFT_OUT).read_text()))
 
 
@@ -219,23 +255,16 @@ class _Heights:
         return [position for position, label, band in self.places for _ in range(times[label, band])]
 
 
-def refuse_lesions(scans: Sequence[HealthyScan], exclude_labelled: int | None, preprocessing: Preprocessing) -> None:
-    """InputError for the first scan with lesions, unless ``exclude_labelled`` says what to do with them."""
-    if exclude_labelled is not None:
+def refuse_lesions(scan: HealthyScan, exclude_labelled: int | None) -> None:
+    """InputError for a scan with lesions, unless ``exclude_labelled`` says what to do with them."""
+    if scan.label is None or exclude_labelled is not None:
         return
-    for scan in scans:
-        if scan.label is not None:
-            _, placement = preprocessing.apply(read_volume(scan.image))
-            _refuse(scan, lesion_map(scan, placement), None)
-
-
-def _refuse(scan: HealthyScan, lesions: Tensor | None, exclude_labelled: int | None) -> None:
-    if lesions is None or exclude_labelled is not None or not lesions.any():
-        return
-    raise InputError(
-        scan.label,
-        f"{int(lesions.sum())} labelled voxels",
-        "no lesion in healthy scans",
-        "leave out the slices near them with --exclude-labelled 1 (or more), or give the folder of images alone where "
-        "the labels mark no lesions",
-    )
+    marked = int((read_labels(scan.label).data > 0).sum())
+    if marked:
+        raise InputError(
+            scan.label,
+            f"{marked} labelled voxels",
+            "no lesion in healthy scans",
+            "leave out the slices near them with --exclude-labelled 1 (or more), or give the folder of images alone "
+            "where the labels mark no lesions",
+        )

@@ -19,6 +19,7 @@ _FEW = 100_000  # voxels, evenly spread, among which that value is looked for
 _SOLID = 0.95  # share of the outline's inside that has another one then; noise in air is full of holes
 _TISSUE = 0.5  # share of the outline's rim that is no air then
 _AIRLESS = 0.5  # share of the sides' voxels that are above air in a crop from inside a body
+_CLOSED = 3  # pixels: gaps in the outline up to twice as wide are bridged
 _SCALP = 0.05  # of the head's width: skin, fat and skull, a centimetre of twenty
 
 
@@ -29,12 +30,13 @@ def scan_foreground(volume: Volume, orientation: str | None = "RAS") -> Tensor:
     model makes of it: scores of different models count in the same voxels.
     """
     transform = orientation_transform(volume.affine, orientation or volume.axcodes)
-    found = foreground(reorient(volume.data[:1], transform)[0])
+    x, y, _ = (volume.spacing[axis] for axis in np.argsort(transform[:, 0]))
+    found = foreground(reorient(volume.data[:1], transform)[0], (x, y))
     return reorient(found[None], inverse_reorientation(transform))[0]
 
 
-def foreground(image: Tensor) -> Tensor:
-    """Bool (I, J, K) of a scan (I, J, K) in any unit; slices are across the third axis.
+def foreground(image: Tensor, pixel: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """Bool (I, J, K) of a scan (I, J, K) in any unit; slices are across the third axis, of pixels of size ``pixel``.
 
     Three cases are told apart. A background of one value around something solid was cut out: what is left is the
     foreground. Where most of the sides is no air, the scan is a crop, and all of it counts. Else the head is what
@@ -64,9 +66,11 @@ def foreground(image: Tensor) -> Tensor:
     sides = np.concatenate([bright[0].ravel(), bright[-1].ravel(), bright[:, 0].ravel(), bright[:, -1].ravel()])
     if sides.mean() > _AIRLESS:
         return torch.ones(image.shape, dtype=torch.bool)
-    opened = ndimage.binary_opening(bright, plane)
-    closed = ndimage.binary_closing(_largest(opened), plane, iterations=3)
-    return torch.from_numpy(_inner(_filled(closed)))
+    opened = ndimage.binary_dilation(ndimage.binary_erosion(bright, plane, border_value=1), plane)
+    # With room around it: a head that reaches the border would lose what the erosion takes from there.
+    room = ((_CLOSED, _CLOSED), (_CLOSED, _CLOSED), (0, 0))
+    closed = ndimage.binary_closing(np.pad(_largest(opened), room), plane, iterations=_CLOSED)
+    return torch.from_numpy(_inner(_filled(closed[_CLOSED:-_CLOSED, _CLOSED:-_CLOSED]), pixel))
 
 
 def _largest(mask: Mask) -> Mask:
@@ -80,12 +84,13 @@ def _largest(mask: Mask) -> Mask:
     return found
 
 
-def _inner(head: Mask) -> Mask:
+def _inner(head: Mask, pixel: tuple[float, float]) -> Mask:
     """What lies deeper than the scalp in each slice; the image's border is no outline."""
+    x, y = (side / min(pixel) for side in pixel)
     i, j, _ = np.nonzero(head)
-    width = (np.ptp(i) + np.ptp(j)) / 2 + 1 if len(i) else 0.0
-    apart = head.shape[0] + head.shape[1]  # between slices: further than anything within one
-    depth = ndimage.distance_transform_edt(head, sampling=(1, 1, apart))
+    width = (np.ptp(i) * x + np.ptp(j) * y) / 2 + 1 if len(i) else 0.0
+    apart = head.shape[0] * x + head.shape[1] * y  # between slices: further than anything within one
+    depth = ndimage.distance_transform_edt(head, sampling=(x, y, apart))
     found: Mask = depth > max(1.0, _SCALP * width)
     return found
 

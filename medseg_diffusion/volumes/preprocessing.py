@@ -64,6 +64,11 @@ class Placement:
         """Voxel size of the model's grid in millimetres."""
         return spacing_of(self.affine)
 
+    def require_grid_of(self, labels: Volume) -> None:
+        """InputError for labels on another grid than the scan."""
+        scan = torch.empty(1).expand(1, *self.native_shape)
+        Volume(scan, self.native_affine).require_same_grid(labels)
+
     def forward(self, data: Tensor) -> Tensor:
         """Map data from the scan's grid to the model's, linearly (smoothed first where the model's is coarser).
 
@@ -132,6 +137,8 @@ class Preprocessing:
         crop_foreground: cut away the air around the head, but for 10 mm.
         size: sides that the first two axes are resized to, whatever they were and without keeping the aspect: for
             photographs, which have no voxel size. Excludes ``spacing_mm``.
+        square_pixels: resample the coarser of the first two axes to the finer: for slices that are resized as pictures
+            of square pixels (`volumes.fitting`). ``spacing_mm`` and ``size`` go before.
     """
 
     orientation: str | None = "RAS"
@@ -141,6 +148,7 @@ class Preprocessing:
     high: float = 99.5
     crop_foreground: bool = False
     size: tuple[int, int] | None = None
+    square_pixels: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 100:
@@ -163,7 +171,8 @@ class Preprocessing:
         affine = volume.affine @ nib.orientations.inv_ornt_aff(transform, volume.shape)
         data = reorient(volume.data, transform).float()
         box: Box = tuple((0, n) for n in data.shape[1:])
-        body = foreground(data[0])[None] if self.intensity == "median" else None
+        x, y, _ = spacing_of(affine)
+        body = foreground(data[0], (x, y))[None] if self.intensity == "median" else None
         if self.crop_foreground:
             box = foreground_box(data[0], affine)
             data, body = _cut(data, box), None if body is None else _cut(body, box)
@@ -177,6 +186,9 @@ class Preprocessing:
         elif self.size is not None:
             shape = (*self.size, k)
             grid = sized_grid((i, j, k), box_affine, shape)
+        elif self.square_pixels:
+            x, y, z = spacing_of(affine)
+            grid, shape = spacing_grid(shape, box_affine, (min(x, y), min(x, y), z))
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
         # Scaling and resampling commute; the statistics are those of the voxels as measured.
         scaling = [self._scaling(channel, body) for channel in data]
@@ -219,8 +231,7 @@ def apply_labels(labels: Volume, placement: Placement) -> Tensor:
     Raises:
         InputError: the labels lie on another grid than the scan.
     """
-    scan = torch.empty(1).expand(1, *placement.native_shape)
-    Volume(scan, placement.native_affine).require_same_grid(labels)
+    placement.require_grid_of(labels)
     best = torch.full((1, *placement.shape), -1.0)
     result = torch.zeros((1, *placement.shape), dtype=labels.data.dtype)
     for value in torch.unique(labels.data).tolist():
