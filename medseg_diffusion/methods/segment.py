@@ -56,8 +56,9 @@ def segment(
     """Class probabilities (N, K, I, J, K') of ``image`` (C, I, J, K') for N member seeds.
 
     A 3D model sees the whole image or Gaussian-weighted windows of it; a 2D model sees the slices across the third
-    axis, in batches. The noise of a window or slice depends on the member's seed and its position alone, never on
-    what shares its batch.
+    axis, in batches. The noise of a window depends on the member's seed and the window's place alone, never on what
+    shares its batch. All slices of a member have the same noise: a member is a mask of the whole volume then, and not
+    a stack of unrelated ones, whose differences would cancel in volumes and in their intervals.
 
     Args:
         model: trained, on the image's device.
@@ -71,7 +72,8 @@ def segment(
     """
 
     def predict(patches: Tensor, corners: Sequence[tuple[int, ...]]) -> Tensor:
-        own = [[derive_seed(seed, *corner) for seed in seeds] for corner in corners]
+        # Of a slice only the place within it counts.
+        own = [[derive_seed(seed, *corner[3 - dims :]) for seed in seeds] for corner in corners]
         found = model.probabilities(patches, own, sampler, times)
         on_window()
         return found.flatten(1, 2)
