@@ -43,6 +43,9 @@ def evaluate(
     lesion_overlap: Annotated[
         float, typer.Option("--lesion-overlap", help="Share of a lesion that must be predicted to detect it.")
     ] = 0.1,
+    merge_labels: Annotated[
+        bool, typer.Option("--merge-labels", help="All labels above 0 are one: 255 in a reference, 1 in a mask.")
+    ] = False,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -62,6 +65,7 @@ def evaluate(
         scores=scores,
         foreground=foreground,
         lesion_overlap=lesion_overlap,
+        merge_labels=merge_labels,
         seed=seed,
     )
     if as_json:

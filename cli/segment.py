@@ -124,7 +124,7 @@ def segment(
             if quiet is False:
                 for name, volume in case.volumes_ml.items():
                     low, high = case.intervals_ml.get(name, (None, None))
-                    interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+                    interval = "" if low is None else f" ({100 * (case.level or 0):.0f} %: {low:.2f} to {high:.2f})"
                     typer.echo(f"  {name}: {volume:.2f} ml{interval}")
 
     with progress(quiet) as on_progress:

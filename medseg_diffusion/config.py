@@ -79,6 +79,8 @@ class SegmenterConfig(Section):
         for name, window in (("data.window", self.data.window), ("inference.window", self.inference.window)):
             if window is not None and len(window) != self.network.dims:
                 raise ValueError(f"{name} has {len(window)} numbers, but network.dims is {self.network.dims}")
+        if wrong := [axis for axis in self.augmentation.flip_axes if axis >= self.network.dims]:
+            raise ValueError(f"augmentation.flip_axes: no axis {wrong[0]} in {self.network.dims}D")
         if self.preprocessing.size is not None and self.network.dims != 2:
             raise ValueError("preprocessing.size resizes pictures, but network.dims is 3")
         if self.method == "latent-mask" and self.diffusion.head == "logits":
@@ -279,7 +281,7 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-NOTES = ("seed", "exclude_labelled", "autoencoder_sha256", "generator_sha256")
+NOTES = ("seed", "init", "exclude_labelled", "autoencoder_sha256", "generator_sha256")
 """What config.yaml of a run folder holds beside the configuration."""
 
 AnyConfig = (

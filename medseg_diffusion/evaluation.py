@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,12 @@ class _Pair:
     name: str
     prediction: Path
     reference: Path
+    merged: bool = False  # all labels above 0 are one
+
+    def labels(self, path: Path) -> Volume:
+        """A label map of this case."""
+        found = read_labels(path)
+        return found.like(found.data.clamp(max=1)) if self.merged else found
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def evaluate(
     scores: Path | None = None,
     foreground: Path | None = None,
     lesion_overlap: float = MIN_OVERLAP,
+    merge_labels: bool = False,
     seed: int = 0,
     command: str | None = None,
 ) -> Evaluation:
@@ -96,6 +103,8 @@ def evaluate(
         foreground: Masks of the voxels whose scores count (a file or a folder, paired by name); None takes what
             `medseg anomaly` left beside its maps, `case_anomaly_foreground.nii.gz`, else all voxels.
         lesion_overlap: Share in (0, 1] of a lesion's voxels that must be predicted for it to be detected.
+        merge_labels: All labels above 0 are one, of predictions, references and raters: for models that were trained so
+            (data.merge_labels), whose masks hold 1 where references hold 255, or several classes.
         seed: Seed of the bootstrap.
         command: What the report's footer says was run; None describes this call.
 
@@ -114,8 +123,13 @@ def evaluate(
     if not 0 < lesion_overlap <= 1:
         raise UsageError(f"a lesion overlap of {lesion_overlap:g}; expected a share above 0 and not above 1")
     pairs, notes = _pairs(prediction, reference)
+    pairs = [replace(pair, merged=merge_labels) for pair in pairs]
     backgrounds = _backgrounds(images, pairs)
-    others = [_by_case(Path(rater)) for rater in raters]
+    others = [_rater(Path(rater), pairs) for rater in raters]
+    unmatched = [
+        path for path, other in zip(raters, others, strict=True) if not {pair.name for pair in pairs} & set(other)
+    ]
+    notes += [f"No case of this rater is evaluated: {path}." for path in unmatched]
     maps = _of_each(Path(scores), pairs, MAP_ENDINGS, "score map") if scores is not None else None
     inside = _of_each(Path(foreground), pairs, ("_seg", ""), "foreground mask") if foreground is not None else None
     if inside is None and maps is not None:
@@ -130,6 +144,15 @@ def evaluate(
         raise InputError(
             reference, "no label above 0 in any reference or prediction", "at least one class", "name the labels to use"
         )
+    predicted, expected = (
+        {label for case in counts.values() for label, item in case.overlap.items() if getattr(item, side)}
+        for side in ("n_pred", "n_ref")
+    )
+    if predicted and expected and not predicted & expected:
+        notes.append(
+            f"Predictions hold label {_listed(sorted(predicted))}, references {_listed(sorted(expected))}: none in "
+            "common. Add --merge-labels if all labels above 0 mean the same."
+        )
     if left_out := sorted(present - set(names)):
         notes.append(f"Labels not evaluated: {_listed(left_out)}.")
     if absent := sorted(set(names) - present):
@@ -138,7 +161,8 @@ def evaluate(
     for pair in pairs:
         reliability, note = _reliability(pair)
         notes += [note] if note else []
-        distance, matched = _against_raters(pair, [rater[pair.name] for rater in others if pair.name in rater])
+        of_others = [rater[pair.name] for rater in others if pair.name in rater]
+        distance, matched = _against_raters(pair, of_others, list(names))
         count = counts[pair.name]
         cases.append(
             CaseResult(
@@ -174,7 +198,17 @@ def evaluate(
         command=command
         if command is not None
         else _command(
-            prediction, reference, out, list(wanted), images, raters, scores, foreground, lesion_overlap, seed
+            prediction,
+            reference,
+            out,
+            list(wanted),
+            images,
+            raters,
+            scores,
+            foreground,
+            lesion_overlap,
+            merge_labels,
+            seed,
         ),
     )
     write_files(out, {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report})
@@ -238,6 +272,13 @@ def _case_name(name: str) -> str:
     return name
 
 
+def _rater(path: Path, pairs: Sequence[_Pair]) -> dict[str, Path]:
+    """Case name -> label map of a further rater; of a single case any file."""
+    if path.is_file() and len(pairs) == 1:
+        return {pairs[0].name: path}
+    return _by_case(path)
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Name without suffix -> file, for the visible images directly in a folder."""
     files: dict[str, Path] = {}
@@ -288,7 +329,7 @@ def _of_each(path: Path, pairs: Sequence[_Pair], endings: Sequence[str], what: s
 
 def _read_pair(pair: _Pair) -> tuple[Volume, Volume]:
     """Prediction and reference, on one grid."""
-    prediction, reference = read_labels(pair.prediction), read_labels(pair.reference)
+    prediction, reference = pair.labels(pair.prediction), pair.labels(pair.reference)
     reference.require_same_grid(prediction)
     return prediction, reference
 
@@ -312,7 +353,7 @@ def _reliability(pair: _Pair) -> tuple[Reliability | None, str]:
     path = _companion(pair, "_prob")
     if path is None:
         return None, ""
-    probabilities, reference = read_map(path), read_labels(pair.reference)
+    probabilities, reference = read_map(path), pair.labels(pair.reference)
     p, truth = probabilities.data.numpy(), reference.data[0].numpy()
     if probabilities.shape != reference.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
         return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
@@ -321,19 +362,22 @@ def _reliability(pair: _Pair) -> tuple[Reliability | None, str]:
     return Reliability.of(p, truth, region(truth)), ""
 
 
-def _against_raters(pair: _Pair, others: Sequence[Path]) -> tuple[float, float]:
+def _against_raters(pair: _Pair, others: Sequence[Path], labels: Sequence[int]) -> tuple[float, float]:
     """Energy distance and matched IoU of the samples from all raters, the reference among them; NaN if it is alone."""
     if not others:
         return math.nan, math.nan
-    reference = read_labels(pair.reference)
+    reference = pair.labels(pair.reference)
     raters = [reference]
     for path in others:
-        raters.append(read_labels(path))
+        raters.append(pair.labels(path))
         reference.require_same_grid(raters[-1])
     members = _companion(pair, "_members")
-    samples = read_labels(pair.prediction) if members is None else read_map(members)
+    samples = pair.labels(pair.prediction) if members is None else read_map(members)
     reference.require_same_grid(samples)
-    maps = [list(volume.data.numpy().astype(np.int64)) for volume in (samples, *raters)]
+    arrays = [volume.data.numpy().astype(np.int64) for volume in (samples, *raters)]
+    if pair.merged:
+        arrays = [array.clip(max=1) for array in arrays]
+    maps = [list(np.where(np.isin(array, labels), array, 0)) for array in arrays]
     first, *second = maps
     known = [one for rater in second for one in rater]
     classes = int(max(one.max() for one in (*first, *known))) + 1
@@ -405,6 +449,7 @@ def _command(
     scores: Path | None,
     foreground: Path | None,
     lesion_overlap: float,
+    merge_labels: bool,
     seed: int,
 ) -> str:
     words = ["medseg", "evaluate", str(prediction), str(reference), "-o", str(out)]
@@ -416,5 +461,6 @@ def _command(
     words += ["--scores", str(scores)] if scores is not None else []
     words += ["--foreground", str(foreground)] if foreground is not None else []
     words += ["--lesion-overlap", f"{lesion_overlap:g}"] if scores is not None and lesion_overlap != MIN_OVERLAP else []
+    words += ["--merge-labels"] if merge_labels else []
     words += ["--seed", str(seed)] if seed else []
     return shlex.join(words)

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import build
 from .checkpoint import SavedModel, load_model_files
 from .config import PixelClassifierConfig, SegmenterConfig
+from .data.mask_examples import require_slices
 from .diffusion.noise import derive_seed
 from .errors import InputError, MedsegError, ModelError, UsageError
 from .methods.calibration import Calibration
@@ -129,7 +130,9 @@ class CaseResult:
     outputs: dict[str, Path] = field(default_factory=dict)
     seconds: float = 0.0
     volumes_ml: dict[str, float] = field(default_factory=dict)
+    members_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
     intervals_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
+    level: float | None = None
     quality: Literal["usual", "check"] | None = None
     error: str | None = None
     exit_code: int = 0
@@ -146,7 +149,11 @@ class Segmentation:
         uncertainty: (I, J, K) of the kind that was asked for.
         members: (N, *S) labels of every member on the model's grid.
         volumes_ml: class name to volume, background left out.
-        intervals_ml: class name to the 2.5th and 97.5th percentile of the members' volumes; empty for one member.
+        members_ml: class name to the smallest and largest volume of the members; empty for one member.
+        intervals_ml: class name to an interval that holds the reference's volume in a share ``level`` of scans like the
+            model's validation cases (`methods.calibration`); empty where the model was not calibrated with these
+            options.
+        level: 0.95, or less of few validation cases; None without intervals.
         agreement: class name to the mean Dice of pairs of members; empty for one member.
         quality: "check" where the members agree less than on 95 of 100 validation cases of the model, else "usual";
             None where the model was not calibrated with these options.
@@ -158,7 +165,9 @@ class Segmentation:
     uncertainty: Tensor
     members: Tensor
     volumes_ml: dict[str, float]
+    members_ml: dict[str, tuple[float, float]]
     intervals_ml: dict[str, tuple[float, float]]
+    level: float | None
     agreement: dict[str, float]
     quality: Literal["usual", "check"] | None
     disagreement: float | None
@@ -199,6 +208,11 @@ class SegmentationModel:
             self._restore_pixel_segmentation(steps, sampler)
         else:
             self._restore_segmenter(steps)
+            if self.feed_forward and (steps, sampler) != (None, None):
+                raise UsageError(f"{self.saved.path}: is feed-forward: leave --steps and --sampler out")
+        if self.feed_forward and (ensemble or 1) > 1:
+            self.notes.append("a feed-forward model has one mask, whatever the ensemble")
+            ensemble = 1
         self.prior = shape_prior(self.saved)
         self.labels = {int(value): str(name) for value, name in self.saved.card["labels"].items()}
         self.ensemble = ensemble or self.inference.ensemble
@@ -237,6 +251,11 @@ class SegmentationModel:
         self.precision = generator.config.training.precision
         self.preprocessing = pixel_preprocessing(generator)
         self.times = [1, 0]
+
+    @property
+    def feed_forward(self) -> bool:
+        """Whether the model samples nothing."""
+        return self.config.method == "baseline"
 
     @property
     def name(self) -> str:
@@ -310,15 +329,20 @@ class SegmentationModel:
         voxel_ml = _voxel_ml(placement.native_affine)
         counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels)) * voxel_ml
         names = {value: name for value, name in self.labels.items() if value}
+        volumes = {name: float(counts[value]) for value, name in names.items()}
+        ranges: dict[str, tuple[float, float]] = {}
         intervals: dict[str, tuple[float, float]] = {}
         agreement: dict[str, float] = {}
+        position_ml = _voxel_ml(placement.affine)
         if len(ensemble) > 1:
-            sampled = ensemble.volumes_ml(1000 * _voxel_ml(placement.affine)).numpy()
-            low, high = np.percentile(sampled, [2.5, 97.5], axis=0)
-            intervals = {name: (float(low[value]), float(high[value])) for value, name in names.items()}
+            sampled = ensemble.volumes_ml(1000 * position_ml)
+            low, high = sampled.min(0).values, sampled.max(0).values
+            ranges = {name: (float(low[value]), float(high[value])) for value, name in names.items()}
             dice = ensemble.pairwise_dice()
             agreement = {name: float(dice[value - 1]) for value, name in names.items()}
-        volumes = {name: float(counts[value]) for value, name in names.items()}
+        if self.calibration is not None and self.calibration.volume_errors:
+            known = self.calibration
+            intervals = {k: known.volume_interval(value, volumes[k], position_ml) for value, k in names.items()}
         if self.calibration is not None:  # it changes no label, so it may come after the largest class was taken
             mean = tempered(mean, self.calibration.temperature(len(ensemble)))
         kind = self.uncertainty
@@ -330,7 +354,9 @@ class SegmentationModel:
             uncertainty=uncertain,
             members=ensemble.labels,
             volumes_ml=volumes,
+            members_ml=ranges,
             intervals_ml=intervals,
+            level=self.calibration.level if self.calibration is not None and intervals else None,
             agreement=agreement,
             quality=self._quality(agreement),
             disagreement=ensemble.disagreement if several else None,
@@ -355,7 +381,7 @@ class SegmentationModel:
             known = Calibration(**content)
         except TypeError as error:
             raise ModelError(f"{self.saved.path}: its calibration is of another version; train it again") from error
-        if (known.sampler, known.steps) == (self.sampler_name, len(self.times) - 1):
+        if self.feed_forward or (known.sampler, known.steps) == (self.sampler_name, len(self.times) - 1):
             return known
         self.notes.append(
             f"probabilities are not calibrated: the model's calibration is for {known.sampler} with {known.steps} steps"
@@ -504,7 +530,9 @@ def _one(
         written,
         seconds,
         found.volumes_ml,
+        found.members_ml,
         found.intervals_ml,
+        found.level,
         found.quality,
         warnings=tuple(notes),
     )
@@ -546,7 +574,9 @@ def _page(
         name=scan.name,
         preview=picture,
         volumes_ml=found.volumes_ml,
+        members_ml=found.members_ml,
         intervals_ml=found.intervals_ml,
+        level=found.level,
         seconds=result.seconds,
         model=model.name,
         options=_used(model, options.seed),
@@ -568,13 +598,16 @@ def _used(model: SegmentationModel, seed: int) -> dict[str, str]:
 
 def _statistics(scan: Path, found: Segmentation, model: SegmentationModel, seconds: float) -> str:
     classes: dict[str, Any] = {name: {"volume_ml": round(ml, 4)} for name, ml in found.volumes_ml.items()}
-    for name, interval in found.intervals_ml.items():
-        classes[name]["interval_95_ml"] = [round(end, 4) for end in interval]
+    for key, ends in (("interval_ml", found.intervals_ml), ("members_ml", found.members_ml)):
+        for name, both in ends.items():
+            classes[name][key] = [round(end, 4) for end in both]
     for name, dice in found.agreement.items():
         classes[name]["pairwise_dice"] = round(dice, 4) if dice == dice else None
     content: dict[str, Any] = {"scan": scan.name, "model": model.name, "seconds": round(seconds, 2), "classes": classes}
     if found.disagreement is not None:
         content["disagreement"] = round(found.disagreement, 5)
+    if found.level is not None:
+        content["interval_level"] = found.level
     if found.quality is not None:
         content["quality"] = found.quality
     return json.dumps(content, indent=2) + "\n"
@@ -587,6 +620,8 @@ def _check_fits(volume: Volume, model: SegmentationModel) -> None:
         raise InputError(
             volume.source, f"a 2D image ({size})", f"a volume for the 3D model {model.name}", "name a 2D model with -m"
         )
+    if model.dims == 2:
+        require_slices(volume, model.preprocessing.orientation)
     expected = model.channels
     if len(volume.data) != expected:
         if is_image(volume.source or ""):

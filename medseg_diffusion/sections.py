@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -171,7 +180,7 @@ class PreprocessingSection(Section):
     """`medseg_diffusion.volumes.preprocessing.Preprocessing`."""
 
     orientation: str | None = "RAS"
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: Literal["percentile", "zscore", "median"] = "percentile"
     low: float = 0.5
     high: float = 99.5
@@ -182,6 +191,9 @@ class PreprocessingSection(Section):
     def _one_grid(self) -> PreprocessingSection:
         if self.size is not None and self.spacing_mm is not None:
             raise ValueError("size and spacing_mm exclude each other")
+        axes = None if self.orientation is None else sorted(self.orientation.translate(str.maketrans("LPI", "RAS")))
+        if axes not in (None, ["A", "R", "S"]):
+            raise ValueError(f"orientation: names one of R/L, A/P and S/I each, such as RAS; got {self.orientation}")
         return self
 
 
@@ -191,7 +203,7 @@ class AugmentationSection(Section):
     probability: float = Field(0.3, ge=0, le=1)
     rotate_degrees: float = 15.0
     scale: float = 0.15
-    flip_axes: tuple[int, ...] = ()
+    flip_axes: tuple[NonNegativeInt, ...] = ()
     noise_std: float = 0.1
     blur_sigma: float = 0.8
     gamma: tuple[float, float] = (0.7, 1.5)
@@ -209,7 +221,7 @@ class DataSection(Section):
     source: Literal["scans", "brain-labelmaps"] = "scans"
     labels: tuple[str, ...] = ()
     channels: int = Field(1, ge=1)
-    window: tuple[int, ...]
+    window: tuple[PositiveInt, ...]
     foreground_share: float = Field(0.33, ge=0, le=1)
     test_cases: int = Field(40, ge=0)
     validation_cases: int = Field(20, ge=1)
@@ -252,7 +264,7 @@ class InferenceSection(Section):
     sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"
     steps: int = Field(5, ge=1)
     ensemble: int = Field(1, ge=1)
-    window: tuple[int, ...] | None = None
+    window: tuple[PositiveInt, ...] | None = None
     overlap: float = Field(0.25, ge=0, lt=1)
     largest_part: bool = False
     shape_prior_mm: float | None = Field(None, gt=0)

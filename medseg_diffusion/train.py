@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from . import build
@@ -38,7 +39,7 @@ from .sampling.loop import spaced
 from .segmenter import restore_segmenter
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .training.autoencoder import standardise
-from .training.run import start_run, versions, write_json
+from .training.run import keep_sides, start_run, versions
 from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
 from .volumes.io import find_scans, scan_name
@@ -104,16 +105,19 @@ def train_segmenter(
     """
     runtime = Runtime(device, config.training.precision)
     source = _brain_labelmaps if config.data.source == "brain-labelmaps" else _scans
+    origin = _origin(init, run, resume)
     if runtime.is_main:
-        start_run(run, {**config.model_dump(mode="json"), "seed": seed}, resume)
+        noted = {} if origin is None else {"init": origin}
+        start_run(run, {**config.model_dump(mode="json"), "seed": seed, **noted}, resume)
         found = source(config, data, run, seed, on_prepare)
-        write_json(run / "split.json", asdict(found.split))
+        keep_sides(run / "split.json", asdict(found.split), data, resume)
     runtime.wait()
     if not runtime.is_main:  # all is in the cache by now
         found = source(config, data, run, seed, lambda done, total: None)
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build.segmenter(config, len(found.labels))
-    origin = None if init is None else _load_weights(model, init)
+    if origin is not None and not (run / "checkpoints" / "last.pt").is_file():  # which holds later ones
+        _load_weights(model, origin)
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
@@ -320,6 +324,7 @@ def _scans(
         on_prepare,
         config.data.merge_labels,
         folder.labels,
+        slices=config.network.dims == 2,
     )
     augmenter = Augmenter(build.augmentation(config), config.network.dims)
     training = [case for case in prepared if case.name in split.train]
@@ -369,15 +374,25 @@ def _brain_labelmaps(
     return TrainingData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split, shape)
 
 
-def _load_weights(model: nn.Module, init: str | Path) -> dict[str, str]:
-    """Gives ``model`` the weights of a trained one; returns that one's name and the sum of its weights."""
-    saved = load_model_files(init)
+def _origin(init: str | Path | None, run: Path, resume: bool) -> dict[str, str] | None:
+    """Name and sum of the weights that a run starts from, or was started from."""
+    if init is not None:
+        return {"model": str(init), "sha256": load_model_files(init).sha256}
+    if not resume or not (run / "config.yaml").is_file():
+        return None
+    return cast("dict[str, str] | None", yaml.safe_load((run / "config.yaml").read_text()).get("init"))
+
+
+def _load_weights(model: nn.Module, origin: Mapping[str, str]) -> None:
+    """Gives ``model`` the weights of a trained one."""
+    saved = load_model_files(origin["model"])
+    if saved.sha256 != origin["sha256"]:
+        raise ModelError(f"{saved.path}: is not the model any more that the run was started from; start a new run")
     try:
         model.load_state_dict({k: v for k, v in saved.weights.items() if k != build.SHAPE_PRIOR})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{saved.path}: its network is not that of the configuration ({reason})") from error
-    return {"model": str(init), "sha256": saved.sha256}
 
 
 def _ranges(shapes: list[tuple[int, ...]]) -> list[list[int]]:

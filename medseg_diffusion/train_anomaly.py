@@ -51,7 +51,7 @@ from .methods.healthy_scores import HealthyScores, fit_scores, kept_values, scan
 from .methods.latent_healing import HealthyLatents, LatentHealing
 from .reports.card import anomaly_card
 from .train_generator import train_generator
-from .training.run import start_run, versions, write_json
+from .training.run import keep_sides, start_run, versions
 from .training.runtime import autocast, choose_device, keep_freed_memory, tune
 from .training.trainer import Progress
 from .volumes.io import read_volume
@@ -134,7 +134,7 @@ def train_anomaly(
         )
     # Only now: what is refused above can be corrected and started again in the same folder.
     start_run(run, {**config.model_dump(mode="json"), "exclude_labelled": exclude_labelled, "seed": seed}, resume)
-    write_json(run / "split.json", source.sides)
+    keep_sides(run / "split.json", source.sides, healthy, resume)
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
 
     def trained(part: GeneratorConfig | NoisyClassifierConfig, folder: Path, task: str) -> SavedModel:

@@ -42,7 +42,7 @@ from .tasks.image import ImageDiffusion, reduced
 from .tasks.patched import PatchedDiffusion
 from .training.autoencoder import AutoencoderTraining, LossWeights, standardise
 from .training.perceptual import perceptual_loss
-from .training.run import require_startable, start_run, versions
+from .training.run import keep_sides, require_startable, start_run, versions
 from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
 
@@ -310,6 +310,8 @@ def _prepared(config: ImageConfig, job: _Job, resolved: Mapping[str, Any], runti
         images = _images(config, job)
     if runtime.is_main:
         start_run(job.run, resolved, job.resume)
+        if images.held_out is not None:
+            keep_sides(job.run / "held_out.json", asdict(images.held_out), images.folder, job.resume)
     return images
 
 

@@ -232,6 +232,7 @@ def labelled_units(
         len(labels),
         cache,
         lambda done, total: on_progress("cases", done, total),
+        slices=len(generator.config.data.shape) == 2,
     )
     size = generator.config.data.shape
 

@@ -130,3 +130,27 @@ def test_what_is_no_mask_is_not_merged(tmp_path: Path, change, named, message) -
     merged = config(["tumour"]).model_copy(update={"data": section})
     with pytest.raises(InputError, match=message):
         train_segmenter(merged, decathlon(data, "rim", "core") if named else data, tmp_path / "run", device="cpu")
+
+
+def test_what_was_corrected_is_read_again(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", lambda label: label * 0)
+    with pytest.raises(InputError, match=r"no voxel of label 1 \(block\)"):
+        train_segmenter(config(["block"]), data, tmp_path / "run", device="cpu")
+    for i in range(5):
+        label = np.zeros((8, 8, 8), np.uint8)
+        label[2:5, 2:6, 3:7] = 1
+        nib.save(nib.Nifti1Image(label, np.eye(4)), data / "labels" / f"{i}.nii")
+    train_segmenter(config(["block"]), data, tmp_path / "run", device="cpu", resume=True)
+
+
+def test_a_2d_model_is_not_trained_on_lines(tmp_path: Path) -> None:
+    for i in range(5):
+        for part, array in (("images", np.random.default_rng(i).random((1, 12, 10))), ("labels", np.ones((1, 12, 10)))):
+            (tmp_path / "data" / part).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / "data" / part / f"{i}.nii")
+    flat = config(["block"]).model_dump(mode="json")
+    flat["data"]["window"], flat["network"]["dims"] = [8, 8], 2
+    with pytest.raises(
+        InputError, match=r"\d\.nii: found a single slice across another axis \(1 x 12 x 10 voxels, RAS\)"
+    ):
+        train_segmenter(SegmenterConfig.model_validate(flat), tmp_path / "data", tmp_path / "run", device="cpu")

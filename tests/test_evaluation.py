@@ -257,7 +257,34 @@ def test_a_label_without_probability_is_no_calibration(tmp_path: Path) -> None:
     pred, ref = save(tmp_path / "pred" / "a_seg.nii.gz", box(5)), save(tmp_path / "ref" / "a.nii.gz", box(5, 2))
     save(tmp_path / "pred" / "a_prob.nii.gz", np.full((10, 9, 8, 2), 0.5, np.float32))
     result = evaluate(pred, ref, tmp_path / "out")
-    assert result.warnings[0] == "Not used for calibration: a_prob.nii.gz has no probability of label 2."
+    assert "Not used for calibration: a_prob.nii.gz has no probability of label 2." in result.warnings
+
+
+def test_labels_may_be_one_whatever_their_values(tmp_path: Path) -> None:
+    """A model that was trained on merged labels writes 1 where references hold 255, or several classes."""
+    pred, ref, other = tmp_path / "pred", tmp_path / "ref", tmp_path / "other"
+    save(pred / "a_seg.nii.gz", box(4))
+    save(ref / "a.nii.gz", box(4, 255))
+    save(other / "a.nii.gz", box(6, 7))
+    p = np.where(box(4) == 1, 0.9, 0.1).astype(np.float32)
+    save(pred / "a_prob.nii.gz", np.stack([1 - p, p], axis=-1))
+    apart = evaluate(pred, ref, tmp_path / "apart")
+    assert [apart.dice[label].mean for label in (1, 255)] == [0, 0]
+    assert any("none in common. Add --merge-labels" in warning for warning in apart.warnings)
+    result = evaluate(pred, ref, tmp_path / "out", merge_labels=True, raters=[other])
+    assert list(result.labels) == [1] and result.dice[1].mean == 1 and result.reliability is not None
+    assert result.energy_distance is not None and result.energy_distance.mean == pytest.approx(0.25)
+    assert "--merge-labels" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_single_case_takes_a_rater_of_any_name_and_strangers_are_named(tmp_path: Path) -> None:
+    pred, ref = save(tmp_path / "a_seg.nii.gz", box(4)), save(tmp_path / "ref" / "a.nii.gz", box(4))
+    rater = save(tmp_path / "second.nii.gz", box(6))
+    result = evaluate(pred, ref, tmp_path / "out", raters=[rater])
+    assert result.energy_distance is not None and result.energy_distance.mean == pytest.approx(0.25)
+    strangers = save(tmp_path / "others" / "b.nii.gz", box(6)).parent
+    found = evaluate(pred, ref, tmp_path / "again", raters=[strangers])
+    assert found.energy_distance is None and f"No case of this rater is evaluated: {strangers}." in found.warnings
 
 
 def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:

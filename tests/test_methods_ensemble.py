@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medseg_diffusion.methods.calibration import TemperatureFit, fit_temperature
+from medseg_diffusion.methods.calibration import Calibration, TemperatureFit, fit_temperature, not_exceeded
 from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, tempered
 
 
@@ -240,4 +240,36 @@ def test_a_calibration_has_a_temperature_for_every_number_of_members_and_a_bound
     assert found.agreement is not None and 0.5 < found.agreement < 0.8
     alone = TemperatureFit("ddim", 1)
     alone.add(member(labels)[None], labels)
-    assert alone.result().agreement is None and np.isfinite(alone.result().ece).all()
+    only = alone.result()
+    assert only.agreement is None and None not in only.ece
+    assert only.volume_errors == [0.0] and only.level == 0.5
+    assert found.level == pytest.approx(cases / (cases + 1), abs=1e-4) and 0 < found.volume_errors[0] < 1
+
+
+def test_cases_without_a_reference_have_no_calibration_error_near_one() -> None:
+    fit = TemperatureFit("dpm++", 1)
+    empty = torch.zeros(16, 16, dtype=torch.int64)
+    fit.add(member(empty)[None], empty)
+    assert fit.result().ece == [None, None]
+
+
+@pytest.mark.parametrize(("cases", "promised"), [(20, 0.95), (10, 10 / 11), (39, 0.95), (1, 0.5)])
+def test_intervals_hold_a_further_case_as_often_as_promised(cases: int, promised: float) -> None:
+    """Whatever the distribution of errors: here one with a heavy tail."""
+    rng = np.random.default_rng(0)
+    trials = 4000
+    held = 0
+    for _ in range(trials):
+        errors = rng.standard_cauchy((cases + 1, 1)) ** 2
+        bound, level = not_exceeded(errors[:-1], 0.95)
+        assert level == pytest.approx(promised)
+        held += bool(errors[-1] <= bound)
+    expected = min(cases, int(np.ceil(0.95 * (cases + 1)))) / (cases + 1)
+    assert held / trials == pytest.approx(expected, abs=0.02) and held / trials > promised - 0.015
+
+
+def test_the_interval_of_a_volume_is_symmetric_in_the_logarithm() -> None:
+    known = Calibration("dpm++", 1, [1.0], [0.1, 0.1], None, 20, [np.log(2.0), 0.0], 0.95)
+    assert known.volume_interval(1, 7.0, 1.0) == pytest.approx((3.0, 15.0))
+    assert known.volume_interval(2, 7.0, 1.0) == pytest.approx((7.0, 7.0))
+    assert known.volume_interval(1, 0.0, 1.0) == pytest.approx((0.0, 1.0))  # nothing found: at most a position

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from medseg_cli.main import app
 from PIL import Image
+from typer.testing import CliRunner
 
 from medseg_diffusion import build, pipeline
 from medseg_diffusion.checkpoint import load_model_files, save_model
@@ -104,7 +107,8 @@ def test_every_output_lies_on_the_grid_of_the_scan(tmp_path: Path, model: Path) 
     voxel_ml = abs(np.linalg.det(OBLIQUE[:3, :3])) / 1000
     statistics = json.loads(result.outputs["statistics"].read_text())
     assert statistics["classes"]["bright"]["volume_ml"] == pytest.approx((labels == 1).sum() * voxel_ml, abs=1e-3)
-    assert len(statistics["classes"]["bright"]["interval_95_ml"]) == 2
+    low, high = statistics["classes"]["bright"]["members_ml"]
+    assert low <= high and "interval_ml" not in statistics["classes"]["bright"]  # the model is not calibrated
     assert "scan.nii.gz" in (tmp_path / "report.html").read_text()
 
 
@@ -152,8 +156,19 @@ def test_resampling_models_return_to_the_native_grid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fusion", ["mean", "majority", "staple"])
 def test_fusions(tmp_path: Path, model: Path, fusion: str) -> None:
-    (result,) = run([save(tmp_path / "scan.nii.gz")], model, ensemble=3, fusion=fusion)
+    scan = save(tmp_path / "scan.nii.gz")
+    (result,) = run([scan], model, ensemble=3, fusion=fusion)
     assert result.status == "done", result.error
+    # Of three members two are a little for it and one is much against it: the mean says no, the votes say yes.
+    whole = SegmentationModel(model, "cpu", ensemble=3, fusion=fusion)  # type: ignore[arg-type]
+    _, placement = whole.sample(read_volume(scan), 0)
+    bright = torch.zeros(3, *placement.shape)
+    bright[:2, 2:6, 2:6, 2:6], bright[2, 2:6, 2:6, 2:6] = 0.6, 0.01
+    bright[:, 2:6, 2:6, 7:8] = 0.9  # of one mind
+    found = whole.combine(Ensemble.of(torch.stack([1 - bright, bright], 1)), placement)
+    back = placement.restore(bright[:1])[0]
+    assert bool((found.labels[back > 0.7] == 1).all())
+    assert bool((found.labels[(back > 0.5) & (back < 0.7)] == (0 if fusion == "mean" else 1)).all())
 
 
 def bad_scans(folder: Path) -> dict[str, Path]:
@@ -283,7 +298,7 @@ def test_options_are_frozen() -> None:
     assert replace(SegmentOptions(), ensemble=3).ensemble == 3
 
 
-def test_only_the_largest_part_counts_in_labels_volumes_and_intervals() -> None:
+def test_only_the_largest_part_counts_in_labels_and_volumes() -> None:
     model = SegmentationModel("brain-tissue-t1", "cpu", ensemble=2)
     assert model.config.inference.largest_part
     volume = Volume(torch.rand(1, 40, 40, 40, generator=torch.Generator().manual_seed(0)), np.eye(4))
@@ -296,7 +311,7 @@ def test_only_the_largest_part_counts_in_labels_volumes_and_intervals() -> None:
     result = model.combine(Ensemble.of(members), placement)
     assert int((result.labels > 0).sum()) == 125
     assert result.volumes_ml["grey matter"] == pytest.approx(0.125)
-    assert result.intervals_ml["grey matter"] == pytest.approx((0.125, 0.125))
+    assert result.members_ml["grey matter"] == pytest.approx((0.125, 0.125))
 
 
 # ---- ensembles and calibration ---------------------------------------------------------------------------------------
@@ -341,10 +356,52 @@ def test_unusual_disagreement_is_flagged(tmp_path: Path, model: Path) -> None:
         (result,) = run([scan], path, ensemble=3, statistics=True)
         statistics = json.loads(result.outputs["statistics"].read_text())
         assert statistics["quality"] == result.quality == quality
-        low, high = result.intervals_ml["bright"]
-        assert [low, high] == pytest.approx(statistics["classes"]["bright"]["interval_95_ml"], abs=1e-4)
+        assert not result.intervals_ml and "interval_level" not in statistics  # a calibration of an older version
         assert 0 <= statistics["classes"]["bright"]["pairwise_dice"] <= 1
         assert any("agree less than is usual" in note for note in result.warnings) == (quality == "check")
+
+
+def test_intervals_are_those_of_the_errors_on_validation_cases(tmp_path: Path, model: Path) -> None:
+    path = calibrated(model, tmp_path / "model", volume_errors=[math.log(1.5)], level=0.9)
+    for ensemble in (1, 3):
+        (result,) = run([save(tmp_path / "scan.nii.gz")], path, ensemble=ensemble, statistics=True)
+        statistics = json.loads(result.outputs["statistics"].read_text())
+        found = statistics["classes"]["bright"]
+        unit = abs(np.linalg.det(OBLIQUE[:3, :3])) / 1000
+        low, high = (found["volume_ml"] + unit) / 1.5 - unit, (found["volume_ml"] + unit) * 1.5 - unit
+        assert found["interval_ml"] == pytest.approx([low, high], abs=1e-3)
+        assert statistics["interval_level"] == result.level == 0.9 and ("members_ml" in found) == (ensemble > 1)
+    report = tmp_path / "report.html"
+    run([tmp_path / "scan.nii.gz"], path, ensemble=3, report=report)
+    assert "90 % interval" in report.read_text() and "Sampled masks" in report.read_text()
+    shown = CliRunner().invoke(app, ["segment", str(tmp_path / "scan.nii.gz"), "-m", str(path), "--verbose"])
+    assert "(90 %: " in shown.output
+
+
+def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain", tiny_config(method="baseline"))
+    path = calibrated(plain, tmp_path / "model", sampler="ddim", steps=7, volume_errors=[0.1], level=0.95)
+    for options in ({"steps": 3}, {"sampler": "ddim"}):
+        with pytest.raises(UsageError, match="is feed-forward: leave --steps and --sampler out"):
+            SegmentationModel(path, "cpu", **options)  # type: ignore[arg-type]
+    several = SegmentationModel(path, "cpu", ensemble=5)
+    assert several.notes == ["a feed-forward model has one mask, whatever the ensemble"]
+    found = several.segment(read_volume(save(tmp_path / "scan.nii.gz")))
+    assert several.calibration is not None and len(found.members) == 1 and not found.members_ml and found.intervals_ml
+
+
+def test_a_slice_across_another_axis_is_no_slice_for_a_2d_model(tmp_path: Path) -> None:
+    config = tiny_config(data={"window": [8, 8]}, network={"dims": 2, "channels": 8, "channel_mult": [1, 2]})
+    path = make_model(tmp_path / "model", config)
+    data = np.random.default_rng(0).random((1, 13, 9)).astype(np.float32)
+    (result,) = run([save(tmp_path / "sagittal.nii.gz", data, np.eye(4))], path)
+    assert result.exit_code == 3 and "found a single slice across another axis (1 x 13 x 9 voxels, RAS)" in str(
+        result.error
+    )
+    # The same slice stored with its thin axis last is sagittal, too; an axial one is not.
+    turned = save(tmp_path / "turned.nii.gz", data.transpose(1, 2, 0), np.eye(4)[[2, 0, 1, 3]])
+    axial = save(tmp_path / "axial.nii.gz", data.transpose(1, 2, 0), np.eye(4))
+    assert [run([scan], path)[0].status for scan in (turned, axial)] == ["failed", "done"]
 
 
 def test_members_that_all_find_nothing_agree(tmp_path: Path, model: Path) -> None:

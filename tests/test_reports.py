@@ -116,7 +116,11 @@ def test_pages_are_self_contained_and_escaped(name: str) -> None:
     png = box_plot([(name, [0.5, 1.0])])
     evaluated = evaluation_report(evaluation(name), [CasePicture("Best case", name, 0.9, png)], command=name, date=name)
     segmented = segment_report(
-        [SegmentedCase(name, png, {name: 1.5}, {name: (1.0, 2.0)}, 3.2, name, {name: name}, [name], [name])],
+        [
+            SegmentedCase(
+                name, png, {name: 1.5}, {name: (1, 2)}, {name: (0, 3)}, 0.9, 3.2, name, {name: name}, [name], [name]
+            )
+        ],
         command=name,
     )
     for text, scripts in ((evaluated, 1), (segmented, 0)):
@@ -142,7 +146,8 @@ def test_evaluation_page_says_what_was_found() -> None:
 
 
 def test_segment_page_shows_intervals_only_where_there_are_some() -> None:
-    with_interval = segment_report([SegmentedCase("a", volumes_ml={"x": 12.3456}, intervals_ml={"x": (11.0, 13.0)})])
+    case = SegmentedCase("a", volumes_ml={"x": 12.3456}, intervals_ml={"x": (11.0, 13.0)}, level=0.95)
+    with_interval = segment_report([case])
     without = segment_report([SegmentedCase("a", volumes_ml={"x": 12.3456})])
     assert "12.35" in with_interval and "11.00 to 13.00" in with_interval
     assert "12.35" in without and "interval" not in without

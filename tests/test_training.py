@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -491,6 +493,33 @@ def test_two_processes_train_a_segmenter(folder: Path, tmp_path: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
+def test_a_run_does_not_go_on_with_cases_on_other_sides(folder: Path, tmp_path: Path) -> None:
+    """Split anew, a case that was trained on might be tested on."""
+    data, run = shutil.copytree(folder, tmp_path / "data"), tmp_path / "run"
+    train_segmenter(config(), data, run, device="cpu", max_steps=2)
+    before = (run / "split.json").read_text()
+    name = json.loads(before)["test"][0]
+    for part in ("images", "labels"):
+        (data / part / f"{name}.nii.gz").rename(tmp_path / f"{part}.nii.gz")
+    with pytest.raises(InputError, match="other cases than when the run was started"):
+        train_segmenter(config(), data, run, device="cpu", resume=True)
+    assert (run / "split.json").read_text() == before
+    for part in ("images", "labels"):
+        (tmp_path / f"{part}.nii.gz").rename(data / part / f"{name}.nii.gz")
+    train_segmenter(config(), data, run, device="cpu", resume=True)
+
+
+def test_validation_cases_without_the_class_leave_a_model(folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(folder, tmp_path / "data")
+    train_segmenter(config(), data, tmp_path / "first", device="cpu", max_steps=2)
+    for name in json.loads((tmp_path / "first" / "split.json").read_text())["validation"]:
+        file = data / "labels" / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(np.zeros((9, 8, 8), np.uint8), np.eye(4)), file)
+    run = train_segmenter(config(), data, tmp_path / "run", device="cpu")
+    assert load_model_files(run).card["calibration"]["ece"] == [None, None]
+    assert "from 1 validation cases" in (run / "README.md").read_text()
+
+
 def test_ctrl_c_leaves_a_segmenter_that_can_be_used(folder: Path, tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
@@ -511,6 +540,24 @@ def test_a_run_starts_from_the_weights_of_a_trained_model(folder: Path, tmp_path
     sums = (first / "SHA256SUMS").read_text()
     assert after.card["training"]["init"]["model"] == str(first)
     assert after.card["training"]["init"]["sha256"] in sums
+    # What it started from is not forgotten when it goes on, nor needed.
+    content = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())
+    assert content["init"] == after.card["training"]["init"]
+    half = tmp_path / "half"
+    train_segmenter(config(), folder, half, device="cpu", seed=1, init=first, max_steps=2)
+    (half / "checkpoints" / "last.pt").rename(half / "kept.pt")
+    started = restore_segmenter(load_model_files(first))[0].state_dict()
+    seen: list[dict[str, torch.Tensor]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medseg_diffusion.train.fit", lambda model, *a, **k: seen.append(dict(model.state_dict())))
+        train_segmenter(load_segmenter_config(half / "config.yaml"), folder, half, device="cpu", seed=1, resume=True)
+    for name, weights in started.items():
+        torch.testing.assert_close(seen[0][name], weights)
+    (half / "kept.pt").rename(half / "checkpoints" / "last.pt")
+    moved = first.rename(tmp_path / "elsewhere")
+    again = train_segmenter(config(), folder, half, device="cpu", seed=1, resume=True)
+    assert load_model_files(again).card["training"]["init"]["model"] == str(first)
+    first = moved
     wider = config().model_copy(update={"network": config().network.model_copy(update={"channels": 16})})
     with pytest.raises(ModelError, match="its network is not that of the configuration"):
         train_segmenter(wider, folder, tmp_path / "third", device="cpu", init=first)

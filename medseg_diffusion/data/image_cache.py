@@ -220,6 +220,13 @@ def write_packed(
 def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, Side]:
     """Side of every group that has no official one."""
     groups = {entry.group for entry in collection.entries if entry.part is None}
+    if groups and len(groups) <= sum(held_out):
+        raise InputError(
+            collection.source,
+            f"{len(groups)} files",
+            f"more than {held_out[0]} for testing and {held_out[1]} for validation",
+            "lower data.test_images or data.validation_images",
+        )
     return sides_by_hash(sorted(groups), *held_out) if groups else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
-from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.volumes.volume import Volume, orientation_transform
 
 from .augmentation import Augmenter
 from .cases import Case
@@ -62,6 +63,19 @@ def read_case(
     return volume, labels
 
 
+def require_slices(volume: Volume, orientation: str | None) -> None:
+    """InputError for a volume whose slices across the third axis of ``orientation`` are lines."""
+    transform = orientation_transform(volume.affine, orientation or volume.axcodes)
+    shape = [volume.shape[axis] for axis in np.argsort(transform[:, 0])]
+    if 1 in shape[:2] and shape[2] > 1:
+        raise InputError(
+            volume.source,
+            f"a single slice across another axis ({' x '.join(map(str, shape))} voxels, {orientation or 'as stored'})",
+            "slices across the third axis for a 2D model",
+            "give the whole volume, or a model that was trained on slices of this direction",
+        )
+
+
 def prepare(
     cases: Sequence[Case],
     preprocessing: Preprocessing,
@@ -71,8 +85,11 @@ def prepare(
     on_case: Callable[[int, int], None] = lambda done, total: None,
     merge_labels: bool = False,
     named: Collection[int] = (),
+    slices: bool = False,
 ) -> list[PreparedCase]:
     """Preprocesses every case once into ``cache`` (.npy pairs) and maps the results into memory.
+
+    ``slices`` refuses volumes that a 2D model would see as lines (`require_slices`).
 
     Raises:
         InputError: as `read_case`.
@@ -82,12 +99,22 @@ def prepare(
     for i, case in enumerate(cases):
         stem = case.name.replace("/", "__")
         image_file, label_file = cache / f"{stem}.image.npy", cache / f"{stem}.label.npy"
-        if not (image_file.exists() and label_file.exists()):
+        # What was corrected after it had been cached is read again.
+        state = json.dumps(
+            [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (case.image, case.label)]
+        )
+        state_file = cache / f"{stem}.json"
+        known = state_file.read_text() if state_file.exists() else ""
+        if not (image_file.exists() and label_file.exists() and known == state):
+            state_file.unlink(missing_ok=True)
             volume, labels = read_case(case, channels, num_classes, merge_labels, named)
+            if slices:
+                require_slices(volume, preprocessing.orientation)
             image, placement = preprocessing.apply(volume)
             label = apply_labels(labels, placement)[0]
             _save(image_file, image.numpy().astype(np.float32))
             _save(label_file, label.numpy().astype(np.uint8 if num_classes <= 256 else np.int32))
+            state_file.write_text(state)
         image_map, label_map = np.load(image_file, mmap_mode="c"), np.load(label_file, mmap_mode="c")
         prepared.append(PreparedCase(case.name, torch.from_numpy(image_map), torch.from_numpy(label_map)))
         on_case(i + 1, len(cases))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,4 +39,5 @@ def _render(template: str, **values: object) -> str:
         lstrip_blocks=True,
         autoescape=False,  # Markdown, not HTML
     )
+    environment.filters["exp"] = math.exp
     return environment.get_template(template).render(**values)

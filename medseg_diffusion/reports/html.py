@@ -47,7 +47,9 @@ class SegmentedCase:
         name: Name of the scan.
         preview: PNG, or nothing.
         volumes_ml: Class name -> volume in millilitres.
-        intervals_ml: Class name -> ends of the 95 % interval over the ensemble, for classes that have one.
+        members_ml: Class name -> smallest and largest volume of the sampled masks.
+        intervals_ml: Class name -> ends of the interval that was calibrated on validation cases.
+        level: Share of cases whose interval holds the reference's volume.
         seconds: Time taken.
         model: Name of the model, with its version if it has one.
         options: What the mask was made with, such as sampler and steps.
@@ -58,7 +60,9 @@ class SegmentedCase:
     name: str
     preview: bytes = b""
     volumes_ml: Mapping[str, float] = field(default_factory=dict)
+    members_ml: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     intervals_ml: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    level: float | None = None
     seconds: float = 0.0
     model: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
@@ -143,10 +147,16 @@ def segment_report(cases: Sequence[SegmentedCase], *, command: str = "", date: s
             "name": case.name,
             "preview": _base64(case.preview),
             "volumes": [
-                {"name": name, "volume": volume, "interval": case.intervals_ml.get(name)}
+                {
+                    "name": name,
+                    "volume": volume,
+                    "interval": case.intervals_ml.get(name),
+                    "members": case.members_ml.get(name),
+                }
                 for name, volume in case.volumes_ml.items()
             ],
-            "has_intervals": bool(case.intervals_ml),
+            "level": f"{100 * case.level:.0f} %" if case.level is not None else "",
+            "has_members": bool(case.members_ml),
             "seconds": case.seconds,
             "model": case.model,
             "options": case.options,

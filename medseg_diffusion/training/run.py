@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from medseg_diffusion.errors import UsageError
+from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.reports.files import write_files
 
 
@@ -49,6 +49,24 @@ def require_startable(run: Path, resume: bool) -> None:
         raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
     if resume and not exists:
         raise UsageError(f"{run}: holds no run; drop --resume to start it")
+
+
+def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -> None:
+    """Writes which case is on which side of a run's split; of a resumed run they must not have moved.
+
+    Raises:
+        InputError: the data folder holds other cases than at the start, so that some are on other sides: cases that
+            were trained on would be tested on.
+    """
+    content = json.loads(json.dumps(sides))
+    if resume and file.is_file() and json.loads(file.read_text()) != content:
+        raise InputError(
+            data,
+            "other cases than when the run was started, which moves some from one side to another",
+            f"the cases of {file}",
+            "restore them, or start a new run in another folder",
+        )
+    write_json(file, content)
 
 
 def _given(value: Any) -> Any:
