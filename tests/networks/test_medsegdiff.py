@@ -80,6 +80,22 @@ def test_a_gate_of_zero_weights_scales_by_one_and_a_half(dims) -> None:
 
 
 @BOTH
+def test_the_gate_acts_on_what_the_first_convolution_gives(dims, monkeypatch) -> None:
+    torch.manual_seed(0)
+    network = MedSegDiffV2(UNet(dims, 2, 2, channels=8, channel_mult=(1, 2), num_res_blocks=1), 3, 2, 2, 8, 0.0)
+    seen: list[Tensor] = []
+    encode = network.unet.encode
+    monkeypatch.setattr(network.unet, "encode", lambda x, emb: seen.append(x) or encode(x, emb))
+    x, image, t = noise(1, 2, *[8] * dims), noise(1, 3, *[8] * dims), torch.tensor([5])
+    with torch.no_grad():
+        network(x, t, network.encode_condition(image))
+        torch.testing.assert_close(seen[0], 1.5 * network.unet.stem(x))  # the gate's weights start at zero
+        network.anchor.to_gate.bias.fill_(30.0)
+        network(x, t, network.encode_condition(image))
+        torch.testing.assert_close(seen[1], 2 * network.unet.stem(x))
+
+
+@BOTH
 def test_smoothing_keeps_constants_narrows_to_the_identity_and_moves_with_its_mean(dims) -> None:
     smoothing, x = GaussianSmoothing(dims), noise(2, 3, *[9] * dims)
     torch.testing.assert_close(smoothing(torch.full_like(x, 2.5)), torch.full_like(x, 2.5))
