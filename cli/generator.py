@@ -49,7 +49,7 @@ def train_generator(
     from medseg_diffusion.config import AnomalyConfig, PixelClassifierConfig, SegmenterConfig, load_config
     from medseg_diffusion.errors import UsageError
     from medseg_diffusion.train_generator import train_generator as train
-    from medseg_diffusion.training.launch import launch, launched
+    from medseg_diffusion.training.launch import is_first, launch, launched
 
     settings = load_config(config, overrides or [])
     if isinstance(settings, SegmenterConfig | PixelClassifierConfig | AnomalyConfig):
@@ -86,6 +86,8 @@ def train_generator(
             on_progress=on_progress,
             on_prepare=on_prepare,
         )
+    if not is_first():
+        return
     if as_json:
         print_json({"model": model})
     elif not quiet:

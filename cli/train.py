@@ -36,7 +36,7 @@ def train_segmenter(
     """Train a segmentation model on labelled scans."""
     from medseg_diffusion.config import load_segmenter_config
     from medseg_diffusion.train import train_segmenter as train
-    from medseg_diffusion.training.launch import launch, launched
+    from medseg_diffusion.training.launch import is_first, launch, launched
 
     settings = load_segmenter_config(config, overrides or [])
     if gpus > 1 and not launched():
@@ -65,6 +65,8 @@ def train_segmenter(
             on_progress=on_progress,
             on_prepare=on_prepare,
         )
+    if not is_first():
+        return
     if as_json:
         print_json({"model": model})
     elif not quiet:

@@ -160,6 +160,9 @@ class ImageAutoencoderConfig(Section):
     @model_validator(mode="after")
     def _images(self) -> ImageAutoencoderConfig:
         _no_size(self.preprocessing)
+        factor = 2 ** (len(self.network.channels) - 1)
+        if odd := [side for side in self.data.shape if side % factor]:
+            raise ValueError(f"data.size: {odd[0]} is no multiple of {factor}, by which the autoencoder divides it")
         return self
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from . import build
 from .checkpoint import home
+from .data.cases import Bounds
 from .data.image_cache import PackedImages, packed, to_unit
 from .data.images import find_images
 from .errors import InputError, ModelError, UsageError
@@ -121,9 +122,11 @@ def evaluate_generator(
     extract = extractor(extractor_name, device, inception, download=download)
     _check(models, samplers, options, extract)
     real, size, seen = _reference(reference, models, options.upsampler, device, skip_broken, on_progress)
-    if min(len(real), options.count) < NEIGHBOUR + 2:
+    # Half of the real images are scored against the other half, for comparison.
+    if options.count < NEIGHBOUR + 2 or len(real) < 2 * (NEIGHBOUR + 2):
         raise UsageError(
-            f"{options.count} samples against {len(real)} real images are too few: the scores need {NEIGHBOUR + 2} each"
+            f"{options.count} samples against {len(real)} real images are too few: the scores need {NEIGHBOUR + 2} and "
+            f"{2 * (NEIGHBOUR + 2)}"
         )
     for model in filter(_is_samples, models):
         if (count := len(_sampled(model, size))) < NEIGHBOUR + 2:
@@ -259,31 +262,43 @@ def _reference(
 
     The last value says that no side of the reference is held out of training.
     """
-    sizes, held_out = set(), set()
+    sizes, held_out, prepared = set(), set(), set()
+    bounds: set[Bounds] = set()
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if not _is_samples(model):
             source = Source(model, SampleOptions(upsampler=upsampler, device=str(device)))
             config = source.last.config
             held_out |= {source.generator.config.data.test_images, config.data.test_images}
+            bounds |= {one.held_out for one in (source.generator, source.last) if one.held_out is not None}
+            prepared.add(config.preprocessing.model_dump_json())
             section, preprocessing = config.data, config.preprocessing
             if not isinstance(section.size, int):
                 raise UsageError(f"{model}: makes volumes, and the scores are of images")
             sizes.add((section.size, section.channels))
     if len(sizes) > 1:
         raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
-    if len(held_out) > 1 and not all(entry.part for entry in find_images(reference).entries):
+    if len(prepared) > 1:
+        raise UsageError("the models see scans after different preprocessing; evaluate them separately")
+    entries = find_images(reference).entries
+    official = all(entry.part for entry in entries)
+    if (len(held_out) > 1 or len(bounds) > 1) and not official:
         raise UsageError(
-            f"the models hold out different numbers of images ({sorted(held_out)}), so that some were trained on what "
-            "others are tested with; evaluate models with the same data.test_images"
+            f"the models hold out different images (data.test_images: {sorted(held_out)}), so that some were trained "
+            "on what others are tested with; evaluate models of the same images and data.test_images"
         )
+    numbers = (section.test_images, section.validation_images if section.test_images else 0)
+    known = next(iter(bounds), None)
+    if known is not None and not official:  # the sides are those of the training, whatever else lies in the folder
+        numbers = known.count(entry.group for entry in entries)
+        numbers = numbers if numbers[0] else (0, 0)
     size = next(iter(sizes), None) or _sample_size(models)
     collection: PackedImages = packed(
         reference,
         home() / "images",
         *size,
         preprocessing=build.image_preprocessing(preprocessing, (size[0], size[0])),
-        held_out=(section.test_images, section.validation_images if section.test_images else 0),
+        held_out=numbers,
         skip_broken=skip_broken,
         on_file=partial(on_progress, "packing real images"),
     )

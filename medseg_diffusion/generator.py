@@ -133,7 +133,11 @@ def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
     except (KeyError, ValidationError) as error:
         raise _unusable(saved, error) from error
     network, size, channels = known.network, saved.card.get("size"), known.network.in_channels
-    if channels not in (1, 3) or network.out_channels != (1 + known.learned_variance) * channels:
+    if saved.card["method"] == "latent-diffusion":
+        what = "an autoencoder, which is not with it"
+    elif saved.card["dims"] != 2:
+        what = "to be sampled in 3D, which only generators that were trained here are"
+    elif channels not in (1, 3) or network.out_channels != (1 + known.learned_variance) * channels:
         what = "low-resolution images or latents, which are not with it"
     elif network.context_channels is not None:
         what = "a context (such as a text), which cannot be given here"

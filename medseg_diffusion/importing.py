@@ -163,7 +163,7 @@ def import_model(
 def _config(found: Foreign, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     if found.kind == "autoencoder":
         return {"network": found.network}
-    content: dict[str, Any] = {"network": found.network, "schedule": _schedule(found, given)}
+    content: dict[str, Any] = {"network": found.network, "schedule": _schedule(found, source, given)}
     if found.kind == "denoiser":
         content |= {"target": given.get("target", "eps"), "learned_variance": _learned_variance(found, source, given)}
         if "target" not in given:
@@ -171,13 +171,22 @@ def _config(found: Foreign, source: Source, given: Mapping[str, Any]) -> dict[st
     return content
 
 
-def _schedule(found: Foreign, given: Mapping[str, Any]) -> dict[str, Any]:
+_ENDS = {"linear": (1e-4, 2e-2), "scaled-linear": (1.5e-3, 1.95e-2)}
+"""Of betas, as published."""
+
+
+def _schedule(found: Foreign, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("num_steps", "beta_start", "beta_end")
     if found.betas is None:
         name = given.get("schedule", "linear")
         if "schedule" not in given:
             found.assumed.append("a linear schedule of 1000 steps (--set schedule=cosine, --set num_steps=4000, ...)")
-        return {"name": name, **{key: given[key] for key in keys if key in given}}
+        content = {"name": name, **{key: given[key] for key in keys if key in given}}
+        if source in ("monai", "latent-diffusion") and name in _ENDS and isinstance(given.get("num_steps"), int):
+            # Their ends are those of the betas themselves, ours those of 1000 steps (`diffusion.schedule.linear`).
+            ends = (given.get(key, end) for key, end in zip(keys[1:], _ENDS[name], strict=True))
+            content |= {key: given["num_steps"] / 1000 * float(end) for key, end in zip(keys[1:], ends, strict=True)}
+        return content
     betas = found.betas.double()
     for name, power in (("scaled-linear", 0.5), ("linear", 1.0)):
         line = torch.linspace(float(betas[0]) ** power, float(betas[-1]) ** power, len(betas), dtype=torch.float64)

@@ -26,7 +26,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from . import build
 from .checkpoint import SavedModel, home, load_model_files, save_model
-from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, load_config
+from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, load_config, parse_config
 from .data.draws import Draws, Examples
 from .data.image_cache import ImageExamples, PackedImages, packed
 from .data.latent_cache import LatentExamples, cached_latents
@@ -135,7 +135,11 @@ def train_generator(
         if not isinstance(settings, ImageAutoencoderConfig):
             raise UsageError(f"autoencoder: {config.autoencoder} configures a {settings.method}, not an autoencoder")
         # Both stages see the same images: what is held out of one must not have trained the other.
-        settings = settings.model_copy(update={"data": config.data, "preprocessing": config.preprocessing})
+        seen = {"data": config.data.model_dump(), "preprocessing": config.preprocessing.model_dump()}
+        same = parse_config({**settings.model_dump(), **seen}, str(config.autoencoder))
+        settings = cast(ImageAutoencoderConfig, same)
+        if resume and (run / "config.yaml").is_file() and not (first / "config.yaml").is_file():
+            raise UsageError(f"{run}: was started with --autoencoder; give the same one to --resume")
         again = resume and (first / "config.yaml").is_file()
         autoencoder = _train_autoencoder(settings, _Job(**{**vars(job), "run": first, "resume": again}))
         if stage == "autoencoder" or job.minutes_left == 0:
@@ -154,7 +158,9 @@ def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, jo
         _require_same_images(saved, stage, config)
         resolved["autoencoder_sha256"] = saved.sha256
     runtime = Runtime(job.device, config.training.precision)
-    images = _prepared(config, job, resolved, runtime)
+    images = _prepared(
+        config, job, resolved, runtime, lambda images: build.generator(config, len(images.classes), _channels(codec))
+    )
     extra: dict[str, Any] = {}
     shape: tuple[int, ...] = (config.data.channels, *config.data.shape)
     if codec is not None:
@@ -264,7 +270,8 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
 
 def _train_classifier(config: NoisyClassifierConfig, job: _Job) -> Path:
     runtime = Runtime(job.device, config.training.precision)
-    images = _prepared(config, job, {**config.model_dump(mode="json"), "seed": job.seed}, runtime)
+    resolved = {**config.model_dump(mode="json"), "seed": job.seed}
+    images = _prepared(config, job, resolved, runtime, lambda found: build.noisy_classifier(config, len(found.classes)))
     torch.manual_seed(derive_seed(job.seed, "weights"))
     model = build.noisy_classifier(config, len(images.classes))
     arranged(model.network, config.training.channels_last, config.training.compile)
@@ -303,11 +310,22 @@ def _fit(
     )
 
 
-def _prepared(config: ImageConfig, job: _Job, resolved: Mapping[str, Any], runtime: Runtime) -> PackedImages:
-    """The images; only then the run begins, so that a call with unusable ones can be corrected and repeated."""
+def _prepared(
+    config: ImageConfig,
+    job: _Job,
+    resolved: Mapping[str, Any],
+    runtime: Runtime,
+    built: Callable[[PackedImages], object] = lambda images: None,
+) -> PackedImages:
+    """The images; only then the run begins, so that a call with unusable ones can be corrected and repeated.
+
+    ``built`` makes the model of them, and is called for what it refuses.
+    """
     require_startable(job.run, job.resume)
     with runtime.main_first():
         images = _images(config, job)
+    with torch.device("meta"):
+        built(images)
     if runtime.is_main:
         start_run(job.run, resolved, job.resume)
         if images.held_out is not None:
@@ -324,6 +342,11 @@ def _require_same_images(saved: SavedModel, stage: ImageAutoencoderConfig, confi
             f"{saved.path}: made for images with {found}; this configuration has {wanted}, "
             "or another preprocessing: use an autoencoder of the same images"
         )
+
+
+def _channels(codec: KLAutoencoder | VQAutoencoder | None) -> int | None:
+    """Of latents; None for pixels."""
+    return None if codec is None else len(codec.shift)
 
 
 def _images(config: ImageConfig, job: _Job) -> PackedImages:
@@ -412,7 +435,7 @@ def _card(
     return {
         "task": tasks.get(config.method, "image"),
         "method": config.method,
-        "dims": 2,
+        "dims": len(config.data.shape),
         "labels": {},
         "channels": ["red", "green", "blue"] if config.data.channels == 3 else ["grey"],
         "config": config.model_dump(mode="json"),

@@ -407,7 +407,7 @@ def test_every_detector_from_scan_to_mask(name, method, scans, models, tmp_path:
 def test_the_threshold_has_the_rate_that_is_promised_on_the_scans_it_was_fitted_to(scans, models) -> None:
     model = AnomalyModel(models["pixel"], device="cpu")
     healthy = model.healthy_scores()
-    assert healthy is not None and 0.015 < healthy.rate <= 0.025
+    assert healthy is not None and 0.015 < healthy.rate <= 0.025 + 1e-9
     split = json.loads((models["pixel"].parent / "split.json").read_text())
     rates = []
     for name in [name for name, side in split.items() if side == "validation"]:

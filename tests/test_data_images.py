@@ -291,3 +291,21 @@ def test_a_missing_class_folder_and_a_wrong_zip_are_refused(tmp_path: Path) -> N
         find_images(wrong)
     with pytest.raises(InputError, match="no such file or folder"):
         find_images(tmp_path / "nothing")
+
+
+def test_scans_of_a_patient_stay_together(tmp_path: Path) -> None:
+    """By file names alone all T1 would be on one side and all FLAIR on another."""
+    for patient in range(6):
+        for kind in ("t1", "flair"):
+            path = tmp_path / "data" / "scans" / f"p{patient}" / f"{kind}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            values = np.random.default_rng(patient).random((8, 8, 3)).astype(np.float32)
+            nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    found = find_images(tmp_path / "data")
+    assert {entry.group for entry in found.entries} == {f"p{i}" for i in range(6)}
+    images = packed(tmp_path / "data", tmp_path / "store", 8, 1, held_out=(1, 1))
+    sides = {part: {images.names[i].split("/")[1] for i in images.part(part)} for part in images.parts}
+    assert [len(sides[part]) for part in ("train", "validation", "test")] == [4, 1, 1]
+    assert len(set().union(*sides.values())) == 6
+    with pytest.raises(InputError, match="found 6 scans or subfolders of them"):
+        packed(tmp_path / "data", tmp_path / "store", 8, 1, held_out=(4, 2))

@@ -39,7 +39,7 @@ from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.tasks.image import enlarged, reduced
 from medseg_diffusion.train_generator import train_generator
-from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM
+from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights
 
 OTHERS = SegmenterConfig | PixelClassifierConfig | AnomalyConfig
 IMAGES = [name for name in presets() if not isinstance(load_config(name), OTHERS)]
@@ -506,6 +506,41 @@ def test_an_autoencoder_without_an_adversary_keeps_its_last_weights(pictures, tm
     assert load_model_files(model).card["training"]["step"] == 4
 
 
+@pytest.mark.parametrize("adversarial", [0.0, 0.5])
+def test_whatever_asks_for_a_gradient_gets_one(adversarial) -> None:
+    """Of what does not, several processes would wait for each other without end."""
+    torch.manual_seed(0)
+    codec = KLAutoencoder(2, 1, 1, 2, channels=(32, 32), attention_levels=(False, False))
+    weights = LossWeights(adversarial=adversarial, adversarial_start=0)
+    model = AutoencoderTraining(codec, GradientSSIM(), weights, 8, 1).train()
+    model({"image": torch.rand(2, 1, 16, 16), "seed": torch.arange(2)}).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    asking = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("discriminator")]
+    assert bool(asking) == (adversarial > 0)
+
+
+def test_a_latent_run_goes_on_with_the_autoencoder_it_was_given(pictures, models, tmp_path: Path) -> None:
+    given = {"autoencoder": models["autoencoder"], "device": "cpu"}
+    train_generator(small("latent"), pictures, tmp_path / "run", max_steps=1, **given)
+    with pytest.raises(UsageError, match="was started with --autoencoder; give the same one to --resume"):
+        train_generator(small("latent"), pictures, tmp_path / "run", resume=True, device="cpu")
+    assert not (tmp_path / "run" / "autoencoder").exists()
+    train_generator(small("latent"), pictures, tmp_path / "run", resume=True, **given)
+
+
+def test_what_no_model_can_be_built_of_leaves_no_run_behind(pictures, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(pictures.rglob("*.png"))):
+        shutil.copy(file, flat / f"{i}.png")
+    with pytest.raises(UsageError):
+        train_generator(small("pixel", condition={"classes": "embedding"}), flat, tmp_path / "run", device="cpu")
+    assert train_generator(small("pixel"), flat, tmp_path / "run", max_steps=1, device="cpu").is_dir()
+    with pytest.raises(UsageError, match=r"data\.size: 15 is no multiple of 2, by which the autoencoder divides it"):
+        small("autoencoder", data={"size": 15, "validation_images": 4})
+
+
 def test_both_stages_hold_out_the_same_images(pictures, models, tmp_path: Path) -> None:
     data = {"size": 16, "validation_images": 4, "test_images": 5}
     with pytest.raises(ModelError, match=r"made for images with .*'test_images': 0.* this configuration has .*: 5"):
@@ -580,7 +615,52 @@ def test_a_larger_count_adds_to_the_samples(models, pictures, network, tmp_path:
     np.testing.assert_allclose(more.astype(int), anew.astype(int), atol=1)  # other batches round otherwise
 
 
+def test_only_what_was_held_out_is_the_reference(pictures, network, tmp_path: Path) -> None:
+    """Ranked anew in a part of the folder, images that were trained on would be called test images."""
+    data = {"size": 16, "validation_images": 2, "test_images": 12}
+    model = train_generator(small("pixel", data=data), pictures, tmp_path / "run", max_steps=1, device="cpu")
+    held_out = restore_generator(load_model_files(model)).held_out
+    assert held_out is not None
+    part = tmp_path / "part"
+    shutil.copytree(pictures, part)
+    names = [str(file.relative_to(part)) for file in sorted(part.rglob("*.png"))]
+    gone = [name for name in names if held_out.count([name])[0]][:2]  # two of the twelve
+    for name in gone:
+        (part / name).unlink()
+    options = SampleOptions(count=10, device="cpu")
+    found = evaluate_generator([str(model)], part, tmp_path / "out", [("ddim", 2)], options, str(network))
+    assert found.reference_count == 10
+
+
+def test_models_that_see_scans_differently_are_scored_apart(tmp_path: Path, network) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        image = nib.Nifti1Image(rng.random((16, 16, 8)).astype(np.float32), np.eye(4))
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        nib.save(image, tmp_path / "scans" / f"s{i}.nii.gz")
+    data = {"size": 16, "channels": 1, "validation_images": 1}
+    models = [
+        train_generator(
+            small("pixel", data=data, preprocessing={"intensity": how}), tmp_path / "scans", tmp_path / how,
+            max_steps=1, device="cpu",
+        )
+        for how in ("percentile", "median")
+    ]  # fmt: skip
+    options = SampleOptions(count=10, device="cpu")
+    with pytest.raises(UsageError, match="see scans after different preprocessing"):
+        evaluate_generator(
+            [str(m) for m in models], tmp_path / "scans", tmp_path / "out", [("ddim", 2)], options, str(network)
+        )
+
+
 def test_too_few_images_are_refused(models, pictures, network, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for i, file in enumerate(sorted(pictures.rglob("*.png"))[:7]):
+        shutil.copy(file, few / f"{i}.png")
+    with pytest.raises(UsageError, match="8 samples against 7 real images are too few"):
+        options = SampleOptions(count=8, device="cpu")
+        evaluate_generator([str(models["pixel"])], few, tmp_path / "out", [("ddim", 2)], options, str(network))
     with pytest.raises(UsageError, match="4 samples against 24 real images are too few"):
         evaluate_generator(
             [str(models["pixel"])],

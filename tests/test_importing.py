@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from medseg_cli.main import app
+from monai.networks.schedulers import DDPMScheduler
 from typer.testing import CliRunner
 
 from medseg_diffusion import load_model
@@ -111,9 +112,38 @@ def test_the_schedule_of_a_checkpoint_is_kept(tmp_path: Path, num_steps, power) 
     torch.testing.assert_close(found[1:], (1 - betas).cumprod(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["linear", "scaled-linear"])
+def test_ends_of_betas_are_those_of_the_source(tmp_path: Path, name) -> None:
+    """MONAI and latent-diffusion take them as they are; guided-diffusion scales them to the number of steps."""
+    state = published.OpenAI(in_channels=4, out_channels=4, scale_shift=False, context=8).state
+    settings = {"num_heads": 2, "num_steps": 500, "schedule": name, "beta_start": 0.001, "beta_end": 0.0195}
+    import_model(saved(tmp_path / "a.pt", state), "latent-diffusion", tmp_path / "m", settings)
+    kind = {"linear": "linear_beta", "scaled-linear": "scaled_linear_beta"}[name]
+    theirs = DDPMScheduler(500, schedule=kind, beta_start=0.001, beta_end=0.0195)
+    found = load_model(tmp_path / "m").module.schedule.alpha_bar[1:]
+    torch.testing.assert_close(found.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
+
+
+def test_latents_are_never_drawn_as_colours(tmp_path: Path) -> None:
+    """A first stage of three channels: only the source tells its latents from pixels."""
+    state = published.OpenAI(in_channels=3, out_channels=3, scale_shift=False).state
+    import_model(saved(tmp_path / "a.pt", state), "latent-diffusion", tmp_path / "m", {"num_heads": 2, "size": 8})
+    with pytest.raises(ModelError, match="an imported model that needs an autoencoder, which is not with it"):
+        Source(tmp_path / "m", SampleOptions(device="cpu"))
+
+
+@pytest.mark.parametrize("source", ["latent-diffusion", "monai", "guided-diffusion"])
+def test_a_state_dict_of_something_else_is_one_line(tmp_path: Path, source) -> None:
+    file = saved(tmp_path / "a.pt", {"layer.weight": torch.zeros(3, 3), "layer.bias": torch.zeros(3)})
+    result = CliRunner().invoke(app, ["models", "import", "--from", source, str(file), "-o", str(tmp_path / "m")])
+    assert result.exit_code == 4 and len(result.stderr.splitlines()) == 1, result.stderr
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"num_heads": "two"}, "--set num_heads=two: expected a whole number above 0"),
+        ({"num_heads": 2, "norm_eps": "small"}, "--set norm_eps=small: expected a number"),
         ({"num_heads": 2, "colour": "red"}, "--set colour: unknown; known: beta_end"),
         ({"num_heads": 2, "schedule": "quadratic"}, "--set schedule.name: .*'linear'"),
         ({"num_heads": 2, "schedule": "cosine", "beta_end": 0.1}, "a cosine schedule has no beta_start"),

@@ -283,6 +283,25 @@ def test_a_time_limit_leaves_a_resume_file(whole: Path, tmp_path: Path) -> None:
     assert_same(resume_file(tmp_path)["model"], resume_file(whole)["model"])
 
 
+def test_a_second_ctrl_c_within_a_step_saves_nothing_half_done(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    """Adam has made the step, the averages have not: what is resumed from is the file before."""
+    update, calls = EMA.update, []
+
+    def interrupted(self: EMA, model: nn.Module) -> None:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        update(self, model)
+
+    monkeypatch.setattr(EMA, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    assert resume_file(tmp_path)["state"]["step"] == 4  # that of the last validation
+    monkeypatch.undo()
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+
+
 @pytest.mark.parametrize("step", [1, 5])
 def test_ctrl_c_leaves_a_model_and_a_resume_file(whole: Path, tmp_path: Path, step) -> None:
     saved: list[int] = []

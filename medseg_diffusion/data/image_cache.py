@@ -27,7 +27,7 @@ from medseg_diffusion.volumes.preprocessing import Preprocessing
 from .cases import Bounds, Side, sides_by_hash
 from .images import PLAIN, ImageCollection, Part, Pixels, find_images
 
-VERSION = 3
+VERSION = 4
 """Of what files become; a higher one packs them again."""
 
 
@@ -223,7 +223,7 @@ def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, 
     if groups and len(groups) <= sum(held_out):
         raise InputError(
             collection.source,
-            f"{len(groups)} files",
+            f"{len(groups)} {'scans or subfolders of them' if collection.kind == 'scans' else 'files'}",
             f"more than {held_out[0]} for testing and {held_out[1]} for validation",
             "lower data.test_images or data.validation_images",
         )

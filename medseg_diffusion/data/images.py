@@ -119,7 +119,7 @@ def find_images(source: Path) -> ImageCollection:
         return _images(source, images, read)
     scans = [n for n in wanted if n.lower().endswith(VOLUME_SUFFIXES) and not scan_name(n).endswith(RESULTS)]
     if source.is_dir() and scans:
-        groups = [scan_name(name) if labelled is None else _patient(name, labelled) for name in scans]
+        groups = _patients(scans) if labelled is None else [_patient(name, labelled) for name in scans]
         entries = tuple(Entry(name, group) for name, group in zip(scans, groups, strict=True))
         return ImageCollection(source, "scans", entries, (), read)
     raise InputError(
@@ -146,6 +146,23 @@ def _images_beside_labels(names: Sequence[str]) -> str | None:
         if {images, labels} <= folders:
             return images
     return None
+
+
+def _patients(names: Sequence[str]) -> list[str]:
+    """Of scans that no labels tell apart: the first subfolder that a scan is in, else its name without suffix.
+
+    A single folder around everything is no patient.
+    """
+    parts = _without_common_folder(names)
+    return [p[0] if len(p) > 1 else scan_name(p[0]) for p in parts]
+
+
+def _without_common_folder(names: Sequence[str]) -> list[list[str]]:
+    """The parts of the paths, less the folders that are around all of them (as zips often have)."""
+    parts = [name.split("/") for name in names]
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    return parts
 
 
 def _patient(name: str, images: str) -> str:
@@ -235,10 +252,8 @@ def _tiny_imagenet(source: Path, root: str, names: Sequence[str], read: Callable
 
 
 def _images(source: Path, names: Sequence[str], read: Callable[[str], bytes]) -> ImageCollection:
-    """Plain images; a single folder around everything (as zips often have) is no class."""
-    parts = [name.split("/") for name in names]
-    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
+    """Plain images; a single folder around everything is no class."""
+    parts = _without_common_folder(names)
     classes = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
     label: Mapping[str, int] = {name: i for i, name in enumerate(classes)}
     # Of a flat folder, names without suffix: as where the same images lie beside their labels.

@@ -78,6 +78,8 @@ class AutoencoderTraining(nn.Module):
             num_layers_d=discriminator_layers,
             norm="INSTANCE",
         )
+        # What gets no gradient must not ask for one: several processes would wait for it.
+        self.discriminator.requires_grad_(weights.adversarial > 0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:

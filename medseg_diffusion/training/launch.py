@@ -13,6 +13,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the one of several that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launch(command: Sequence[str], processes: int) -> int:
     """Runs ``command`` (program and arguments) in ``processes`` processes through torchrun; returns its exit code.
 

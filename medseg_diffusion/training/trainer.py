@@ -156,12 +156,14 @@ def fit(
     saved = time.monotonic()
     speed = 0.0
     interrupt = _Interrupt()
+    whole = True  # between two steps
     # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100 times
     # slower than other numbers.
     torch.set_flush_denormal(True)
     try:
         batches = iter(loader)
         while state.step < last:
+            whole = False
             started = time.monotonic()
             batch = runtime.to_device(next(batches))
             for group in optimizer.param_groups:
@@ -183,6 +185,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             ema.update(runtime.unwrap(wrapped))
             state.step += 1
+            whole = True
             state.loss = value if state.step == 1 else 0.98 * state.loss + 0.02 * value
             took = time.monotonic() - started
             speed = took if speed == 0 else 0.95 * speed + 0.05 * took
@@ -212,7 +215,9 @@ def fit(
             if stop:
                 break
     except KeyboardInterrupt:
-        if runtime.is_main and state.step:
+        # A second Ctrl-C may come within a step, when weights and averages are of different ones: what is saved then
+        # is what was saved before.
+        if runtime.is_main and state.step and whole:
             _save(resume_file, state, wrapped, optimizer, ema, runtime)
             if not state.best:
                 callbacks.save(ema.module, state.step, {})

@@ -50,6 +50,11 @@ def convert(state: State, source: Source, settings: Mapping[str, Any] | None = N
         raise UsageError(f"--set {unknown[0]}: unknown here; known: {', '.join(sorted(known))}")
     if given.get("qkv_order", "legacy") not in ("legacy", "new"):
         raise UsageError(f"--set qkv_order={given['qkv_order']}: use legacy or new")
+    for name in ("head_channels", "num_heads"):
+        if name in given and not (isinstance(given[name], int) and given[name] > 0):
+            raise UsageError(f"--set {name}={given[name]}: expected a whole number above 0")
+    if not isinstance(given.get("norm_eps", 1e-5), float):
+        raise UsageError(f"--set norm_eps={given['norm_eps']}: expected a number such as 1e-6")
     try:
         if source == "monai":
             return monai_autoencoder(state) if "encoder.blocks.0.conv.weight" in state else monai_unet(state, given)
@@ -62,3 +67,7 @@ def convert(state: State, source: Source, settings: Mapping[str, Any] | None = N
         raise ModelError(
             f"not a {source} network: it has no {error.args[0]}, but {few(state)}; {nearest(state)}"
         ) from error
+    except (ValueError, IndexError, StopIteration) as error:
+        # Shapes or settings of which no network of ours can be built.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"not a whole {source} network ({reason}): it has {few(state)}; {nearest(state)}") from error
