@@ -108,6 +108,10 @@ def calibrate_anomaly(
     median: Median = None,
     erosion: Erosion = None,
     min_volume: MinVolume = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A detector's setting, for instance residual=bright."),
+    ] = None,
     device: Device = "auto",
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -125,6 +129,7 @@ def calibrate_anomaly(
             quantile=quantile,
             latent_quantile=latent_quantile,
             after={name: value for name, value in after.items() if value is not None},
+            overrides=overrides or [],
             device=device,
             on_prepare=lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
         )

@@ -303,7 +303,7 @@ def make_detector(
     Raises:
         UsageError: settings that the generator's schedule does not allow.
     """
-    task = generator.task
+    task, kind = generator.task, config.residual
     denoiser = task.denoiser
     try:
         if method == "latent-healing":
@@ -318,23 +318,26 @@ def make_detector(
                 section.quantile if latent_quantile is None else latent_quantile,
                 section.smoothing,
                 healthy,
+                residual=kind,
             )
         if method == "reconstruction":
-            return Reconstruction(cast(Codec, generator.codec))
+            return Reconstruction(cast(Codec, generator.codec), kind)
         if method == "partial-noise":
             noise = build.noise_source(config.generator.diffusion.noise)
-            return PartialNoise(denoiser, noise, config.partial_noise.start, config.partial_noise.steps)
+            walk = config.partial_noise.start, config.partial_noise.steps
+            return PartialNoise(denoiser, noise, *walk, residual=kind)
         if method == "patched":
             noise = build.noise_source(config.generator.diffusion.noise)
-            return Patched(denoiser, noise, config.generator.data.shape, config.patched.time)
+            return Patched(denoiser, noise, config.generator.data.shape, config.patched.time, residual=kind)
         assert isinstance(task, ImageDiffusion)
         walk = (config.counterfactual.start, config.counterfactual.steps)
         label = torch.tensor([HEALTHY], device=generator.device)
         null = task.null(label)
         if method == "classifier-guided":
             known = cast(Classifier, classifier)
-            return ClassifierCounterfactual(Fixed(denoiser, null), known, HEALTHY, *walk, config.counterfactual.scale)
-        return FreeCounterfactual(denoiser, task.condition(label), null, *walk, config.counterfactual.guidance)
+            scale = config.counterfactual.scale
+            return ClassifierCounterfactual(Fixed(denoiser, null), known, HEALTHY, *walk, scale, kind)
+        return FreeCounterfactual(denoiser, task.condition(label), null, *walk, config.counterfactual.guidance, kind)
     except ValueError as error:
         raise UsageError(f"{method}: {error}") from error
 

@@ -188,8 +188,9 @@ class AnomalyConfig(Section):
 
     What the generator is decides what can be detected with: latent "latent-healing" and "reconstruction", pixel
     "partial-noise", patched "patched", pixel with classes "counterfactual" and, with a ``classifier``,
-    "classifier-guided". ``quantile`` of the maps of held-out healthy scans is the threshold. DICOM series of another
-    ``modality`` (MR, CT, ...) are refused; files of other formats do not say theirs.
+    "classifier-guided". ``quantile`` of the maps of held-out healthy scans is the threshold. ``residual`` "bright"
+    leaves out where a scan is darker than its healthy image. DICOM series of another ``modality`` (MR, CT, ...) are
+    refused; files of other formats do not say theirs.
     """
 
     description: str = ""
@@ -198,6 +199,7 @@ class AnomalyConfig(Section):
     classifier: NoisyClassifierConfig | None = None
     modality: str | None = None
     quantile: float = Field(0.975, gt=0, lt=1)
+    residual: Literal["absolute", "bright"] = "absolute"
     latent_healing: LatentHealingSection = LatentHealingSection()
     partial_noise: PartialNoiseSection = PartialNoiseSection()
     patched: PatchedSection = PatchedSection()
@@ -338,7 +340,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyC
     if path.name == "config.yaml":
         content = {key: value for key, value in content.items() if key not in NOTES}
     for override in overrides:
-        _override(content, override)
+        override_key(content, override)
     return parse_config(content, str(path))
 
 
@@ -375,11 +377,12 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """Settings "name=value" with values in YAML; UsageError for anything else."""
     content: dict[str, Any] = {}
     for setting in settings:
-        _override(content, setting)
+        override_key(content, setting)
     return content
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def override_key(content: dict[str, Any], override: str) -> None:
+    """Sets a key of ``content`` by "a.b=value" (value in YAML); UsageError for anything else."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UsageError(f"--set {override}: expected a.b=value")

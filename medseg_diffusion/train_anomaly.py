@@ -31,7 +31,7 @@ from .anomaly import (
     scored,
 )
 from .checkpoint import SavedModel, home, load_model_files, save_model
-from .config import AnomalyConfig, GeneratorConfig, NoisyClassifierConfig, parse_config
+from .config import AnomalyConfig, GeneratorConfig, NoisyClassifierConfig, override_key, parse_config
 from .data.healthy import (
     HealthyScan,
     HealthySource,
@@ -56,6 +56,8 @@ from .training.runtime import autocast, choose_device, keep_freed_memory, tune
 from .training.trainer import Progress
 from .volumes.io import read_volume
 
+DETECTION = ("residual", "latent_healing", "partial_noise", "patched", "counterfactual", "postprocessing", "quantile")
+"""What of a configuration the networks do not depend on."""
 MOST_IMAGES = 2000
 """Healthy slices whose KL maps are kept for the statistics of latents: some hundred megabytes."""
 
@@ -337,6 +339,7 @@ def calibrate_anomaly(
     quantile: float | None = None,
     latent_quantile: float | None = None,
     after: Mapping[str, float] | None = None,
+    overrides: Sequence[str] = (),
     device: str = "auto",
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> TrainedAnomaly:
@@ -352,6 +355,7 @@ def calibrate_anomaly(
         exclude_labelled: see `train_anomaly`.
         quantile: nominal share of healthy voxels below the threshold; None keeps the model's, as for the following.
         latent_quantile: of latent healing, the share of healthy latent positions that stay as they are.
+        overrides: of the detectors' settings, such as "residual=bright" or "latent_healing.start=700".
         after: of the post-processing, by the names of `medseg_diffusion.sections.PostprocessingSection`.
         device: auto, cpu, cuda, cuda:N or mps.
         on_prepare: called with (what is done, done, total).
@@ -375,6 +379,10 @@ def calibrate_anomaly(
         content["quantile"] = quantile
     if latent_quantile is not None:
         content["latent_healing"]["quantile"] = latent_quantile
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0] not in DETECTION:
+            raise UsageError(f"--set {override}: calibration changes {', '.join(DETECTION)}; train again for the rest")
+        override_key(content, override)
     config = cast(AnomalyConfig, parse_config(content, str(saved.path)))
     scans = find_healthy(healthy)
     for scan in scans:

@@ -500,6 +500,36 @@ def test_divergences_hardly_depend_on_the_precision_of_the_networks(models) -> N
     assert float((half - exact).abs().mean() / exact.abs().mean()) < 0.02
 
 
+@pytest.mark.parametrize("name", ["latent", "pixel", "patched", "classes"])
+def test_bright_residuals_are_those_of_what_is_brighter(name, scans, models, tmp_path: Path) -> None:
+    found = calibrate_anomaly(
+        models[name], scans, tmp_path / "new", exclude_labelled=2, overrides=["residual=bright"], device="cpu"
+    )
+    volume = read_volume(scans / "images" / "s1.nii.gz")
+    for method in found.calibration:
+        both, bright = (AnomalyModel(path, method, "cpu") for path in (models[name], found.model))
+        assert bright.config.residual == "bright" and bright.config.postprocessing.median == 1
+        one, other = both.score(volume, 1).score, bright.score(volume, 1).score
+        assert bool((other <= one + 1e-6).all()) and 0 < float(other.sum()) < float(one.sum())
+
+
+def test_calibration_changes_what_the_networks_do_not_depend_on(scans, models, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"exclude_labelled": 2, "device": "cpu"}
+    found = calibrate_anomaly(
+        models["pixel"], scans, tmp_path / "new", overrides=["partial_noise.start=50", "quantile=0.9"], **options
+    )
+    config = AnomalyModel(found.model, device="cpu").config
+    assert (config.partial_noise.start, config.quantile) == (50, 0.9)
+    for override, message in (
+        ("generator.network.channels=8", "calibration changes residual, latent_healing"),
+        ("partial_noise.star=50", "unknown key partial_noise.star; did you mean start"),
+        ("residual=dark", "residual: "),
+    ):
+        with pytest.raises(UsageError, match=message):
+            calibrate_anomaly(models["pixel"], scans, tmp_path / "no", overrides=[override], **options)
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_latent_quantile_moves_what_is_healed_and_the_threshold_does_not(scans, models) -> None:
     volume = read_volume(scans / "images" / "s1.nii.gz")
     loose, strict = (

@@ -17,7 +17,7 @@ from medseg_diffusion.diffusion.noise import gaussian
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule, cosine, linear
 from medseg_diffusion.methods.counterfactual import ClassifierCounterfactual, FreeCounterfactual
-from medseg_diffusion.methods.detector import Detector
+from medseg_diffusion.methods.detector import Detector, residual
 from medseg_diffusion.methods.partial_noise import PartialNoise
 from medseg_diffusion.methods.patched import Patched
 from medseg_diffusion.sampling.loop import spaced, spread
@@ -106,6 +106,13 @@ class Small(nn.Module):
 def small_classifier(x_t: Tensor, timesteps: Tensor) -> Tensor:
     value = (x_t.flatten(1).tanh().mean(1) + timesteps / 1000)[:, None]
     return torch.cat([value, value.square()], dim=1)
+
+
+def test_a_bright_residual_is_the_positive_part_of_the_difference() -> None:
+    image, healthy = normal(1, 2, 3, 5, 5), normal(2, 2, 3, 5, 5)
+    bright, dark = residual(image, healthy, "bright"), residual(-image, -healthy, "bright")
+    torch.testing.assert_close(bright - dark, (image - healthy).mean(1, keepdim=True))
+    torch.testing.assert_close(bright + dark, residual(image, healthy))
 
 
 LABEL, NULL = {"label": torch.tensor([0])}, {"label": torch.tensor([2])}

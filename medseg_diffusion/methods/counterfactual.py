@@ -20,7 +20,7 @@ from medseg_diffusion.diffusion.guidance import Classifier, ClassifierGradient, 
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import sample, spread
 
-from .detector import residual
+from .detector import Residual, residual
 
 
 class ClassifierCounterfactual:
@@ -35,6 +35,7 @@ class ClassifierCounterfactual:
         start: time up to which images are encoded, 2..T (published: 500).
         steps: of the way up, and as many down.
         scale: of the gradient; 0 gives back the image (published: 100).
+        residual: see `methods.detector.residual`.
 
     Raises:
         ValueError: a start beyond the schedule, no step or more than there are times below the start.
@@ -48,7 +49,9 @@ class ClassifierCounterfactual:
         start: int = 500,
         steps: int = 50,
         scale: float = 100.0,
+        residual: Residual = "absolute",
     ) -> None:
+        self.residual: Residual = residual
         self.denoiser, self.classifier = denoiser, classifier
         self.healthy_class, self.scale = healthy_class, scale
         self.times = _times(denoiser, steps, start)
@@ -67,7 +70,7 @@ class ClassifierCounterfactual:
         return sample(guided, DDIM(), noise, self.times).clamp(-1, 1)
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds))
+        return residual(images, self.healthy(images, seeds), self.residual)
 
 
 class FreeCounterfactual:
@@ -83,6 +86,7 @@ class FreeCounterfactual:
         start: time up to which images are encoded, 2..T.
         steps: of the way up, and as many down.
         guidance: strength; 0 gives back the image, 1 decodes with the condition alone.
+        residual: see `methods.detector.residual`.
 
     Raises:
         ValueError: a start beyond the schedule, no step or more than there are times below the start.
@@ -96,7 +100,9 @@ class FreeCounterfactual:
         start: int = 500,
         steps: int = 50,
         guidance: float = 3.0,
+        residual: Residual = "absolute",
     ) -> None:
+        self.residual: Residual = residual
         self.denoiser, self.condition, self.null = denoiser, condition, null
         self.guidance = guidance
         self.times = _times(denoiser, steps, start)
@@ -115,7 +121,7 @@ class FreeCounterfactual:
         return sample(guided, DDIM(), noise, self.times, condition).clamp(-1, 1)
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds))
+        return residual(images, self.healthy(images, seeds), self.residual)
 
 
 def _times(denoiser: Denoiser, steps: int, start: int) -> list[int]:

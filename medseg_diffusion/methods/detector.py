@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -24,6 +24,14 @@ class Detector(Protocol):
         ...
 
 
-def residual(image: Tensor, healthy: Tensor) -> Tensor:
-    """|image - healthy| (B, 1, *S), the mean over the channels of (B, C, *S)."""
-    return (image - healthy).abs().mean(dim=1, keepdim=True)
+Residual = Literal["absolute", "bright"]
+
+
+def residual(image: Tensor, healthy: Tensor, kind: Residual = "absolute") -> Tensor:
+    """How an image differs from its healthy one, (B, 1, *S), the mean over the channels of (B, C, *S).
+
+    "absolute" is |image - healthy|, as published; "bright" is 0 where the image is darker: for lesions of which it is
+    known that they are bright, such as tumours and white-matter lesions on FLAIR.
+    """
+    difference = image - healthy
+    return (difference.abs() if kind == "absolute" else difference.clamp(min=0)).mean(dim=1, keepdim=True)

@@ -23,7 +23,7 @@ from medseg_diffusion.networks.autoencoder import Codec
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import spaced
 
-from .detector import residual
+from .detector import Residual, residual
 
 LEVELS = 1001
 """Quantiles of the healthy maps that are kept, evenly spaced from 0 to 1."""
@@ -65,6 +65,7 @@ class LatentHealing:
         smoothing: standard deviation, in latent positions, of the smoothing of the mask.
         healthy: see `fit`.
         batch_size: calls of the denoiser at once.
+        residual: see `methods.detector.residual`.
 
     Raises:
         ValueError: times or start beyond the schedule, or another number of times than ``healthy`` was fitted with.
@@ -81,6 +82,7 @@ class LatentHealing:
         smoothing: float = 1.0,
         healthy: HealthyLatents | None = None,
         batch_size: int = 64,
+        residual: Residual = "absolute",
     ) -> None:
         last = denoiser.schedule.num_steps
         if not 1 <= steps <= start <= last:
@@ -94,7 +96,7 @@ class LatentHealing:
         self.walk = spaced(denoiser.schedule, steps, "trailing", start)
         self.quantile, self.smoothing = quantile, smoothing
         self.healthy = healthy
-        self.batch_size = batch_size
+        self.batch_size, self.residual = batch_size, residual
 
     @property
     def evaluations(self) -> int:
@@ -172,7 +174,7 @@ class LatentHealing:
         with torch.autocast(images.device.type, enabled=False):
             soft = smoothed(mask[touched], self.smoothing)
             soft = F.interpolate(soft, images.shape[2:], mode=mode, align_corners=False)
-        found[touched] = residual(images[touched], healed) * soft
+        found[touched] = residual(images[touched], healed, self.residual) * soft
         return found
 
     @staticmethod
@@ -202,13 +204,13 @@ def smoothed(mask: Tensor, sigma: float) -> Tensor:
 
 
 class Reconstruction:
-    """The honest baseline: |image - decoded latent|, without any diffusion."""
+    """The honest baseline: what the autoencoder does not give back, without any diffusion."""
 
     evaluations = 0
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec = codec
+    def __init__(self, codec: Codec, residual: Residual = "absolute") -> None:
+        self.codec, self.residual = codec, residual
 
     @torch.no_grad()
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.codec.decode(self.codec.encode(images)).clamp(-1, 1))
+        return residual(images, self.codec.decode(self.codec.encode(images)).clamp(-1, 1), self.residual)

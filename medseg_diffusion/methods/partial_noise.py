@@ -15,7 +15,7 @@ from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed, generator
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import sample, spread
 
-from .detector import residual
+from .detector import Residual, residual
 
 
 class PartialNoise:
@@ -31,13 +31,20 @@ class PartialNoise:
         steps: denoiser calls from there to the clean image.
         repeats: draws of noise, the mean of whose healthy images is compared: what differs between them by chance is
             no anomaly.
+        residual: see `methods.detector.residual`.
 
     Raises:
         ValueError: a start beyond the schedule, fewer steps than 1 or more than ``start``, no draw.
     """
 
     def __init__(
-        self, denoiser: Denoiser, noise: NoiseSource, start: int = 250, steps: int = 25, repeats: int = 1
+        self,
+        denoiser: Denoiser,
+        noise: NoiseSource,
+        start: int = 250,
+        steps: int = 25,
+        repeats: int = 1,
+        residual: Residual = "absolute",
     ) -> None:
         last = denoiser.schedule.num_steps
         if not 1 <= steps <= start <= last:
@@ -45,7 +52,7 @@ class PartialNoise:
         if repeats < 1:
             raise ValueError(f"at least one draw of noise is needed, got {repeats}")
         self.denoiser, self.noise = denoiser, noise
-        self.repeats = repeats
+        self.repeats, self.residual = repeats, residual
         self.times = [*spread(denoiser.schedule, steps, start), 0]
 
     @property
@@ -62,4 +69,4 @@ class PartialNoise:
         return found.unflatten(0, (len(images), self.repeats)).mean(dim=1)
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds))
+        return residual(images, self.healthy(images, seeds), self.residual)

@@ -15,7 +15,7 @@ from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser
 from medseg_diffusion.diffusion.noise import NoiseSource, generators
 from medseg_diffusion.tasks.patched import boxes, inside
 
-from .detector import residual
+from .detector import Residual, residual
 
 
 class Patched:
@@ -28,18 +28,25 @@ class Patched:
         time: to which a patch is noised, 1..T (published: 500).
         patch: that of the training, None for half of each side. Where the last patch of the grid overlaps the one
             before it, the last one is shown.
+        residual: see `methods.detector.residual`.
 
     Raises:
         ValueError: a time beyond the schedule, a patch that does not fit the images, or images of another size.
     """
 
     def __init__(
-        self, denoiser: Denoiser, noise: NoiseSource, size: Sequence[int], time: int = 500, patch: int | None = None
+        self,
+        denoiser: Denoiser,
+        noise: NoiseSource,
+        size: Sequence[int],
+        time: int = 500,
+        patch: int | None = None,
+        residual: Residual = "absolute",
     ) -> None:
         last = denoiser.schedule.num_steps
         if not 1 <= time <= last:
             raise ValueError(f"the time must lie in 1..{last}, got {time}")
-        self.denoiser, self.noise = denoiser, noise
+        self.denoiser, self.noise, self.residual = denoiser, noise, residual
         self.size, self.time = tuple(size), time
         self.boxes = boxes(size, patch)
 
@@ -68,4 +75,4 @@ class Patched:
         return found
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds))
+        return residual(images, self.healthy(images, seeds), self.residual)
