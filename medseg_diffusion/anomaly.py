@@ -319,13 +319,14 @@ def make_detector(
                 section.smoothing,
                 healthy,
                 residual=kind,
+                draws=section.draws,
             )
         if method == "reconstruction":
             return Reconstruction(cast(Codec, generator.codec), kind)
         if method == "partial-noise":
             noise = build.noise_source(config.generator.diffusion.noise)
             walk = config.partial_noise.start, config.partial_noise.steps
-            return PartialNoise(denoiser, noise, *walk, residual=kind)
+            return PartialNoise(denoiser, noise, *walk, config.partial_noise.draws, kind)
         if method == "patched":
             noise = build.noise_source(config.generator.diffusion.noise)
             return Patched(denoiser, noise, config.generator.data.shape, config.patched.time, residual=kind)

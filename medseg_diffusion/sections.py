@@ -318,7 +318,8 @@ class LatentHealingSection(Section):
     latest: int = Field(600, ge=2)
     start: int = Field(500, ge=1)
     steps: int = Field(25, ge=1)
-    quantile: float = Field(0.975, gt=0, lt=1)
+    draws: int = Field(1, ge=1)
+    quantile: float = Field(0.975, ge=0, lt=1)
     smoothing: float = Field(1.0, ge=0)
 
 
@@ -327,6 +328,7 @@ class PartialNoiseSection(Section):
 
     start: int = Field(250, ge=1)
     steps: int = Field(25, ge=1)
+    draws: int = Field(1, ge=1)
 
 
 class PatchedSection(Section):

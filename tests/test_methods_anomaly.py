@@ -118,7 +118,7 @@ def test_a_bright_residual_is_the_positive_part_of_the_difference() -> None:
 LABEL, NULL = {"label": torch.tensor([0])}, {"label": torch.tensor([2])}
 MAKERS: dict[str, Callable[[Denoiser, tuple[int, ...]], Detector]] = {
     "partial noise": lambda denoiser, size: PartialNoise(denoiser, gaussian, start=300, steps=6),
-    "partial noise, 3 draws": lambda denoiser, size: PartialNoise(denoiser, gaussian, start=300, steps=4, repeats=3),
+    "partial noise, 3 draws": lambda denoiser, size: PartialNoise(denoiser, gaussian, start=300, steps=4, draws=3),
     "patched": lambda denoiser, size: Patched(denoiser, gaussian, size),
     "patched, overlapping": lambda denoiser, size: Patched(denoiser, gaussian, size, time=200, patch=3),
     "classifier": lambda denoiser, size: ClassifierCounterfactual(denoiser, small_classifier, steps=5, scale=9.0),
@@ -199,7 +199,7 @@ NORMAL = GaussianDenoiser(LINEAR, MEAN, STD)
         (lambda: PartialNoise(NORMAL, gaussian, start=1001), "steps <= start <= 1000, got 25 steps from 1001"),
         (lambda: PartialNoise(NORMAL, gaussian, start=0), "got 25 steps from 0"),
         (lambda: PartialNoise(NORMAL, gaussian, steps=0), "got 0 steps from 250"),
-        (lambda: PartialNoise(NORMAL, gaussian, repeats=0), "at least one draw of noise is needed, got 0"),
+        (lambda: PartialNoise(NORMAL, gaussian, draws=0), "at least one draw of noise is needed, got 0"),
         (lambda: Patched(NORMAL, gaussian, (8, 8), time=0), r"the time must lie in 1\.\.1000, got 0"),
         (lambda: Patched(NORMAL, gaussian, (8, 8), time=1001), r"the time must lie in 1\.\.1000, got 1001"),
         (lambda: Patched(NORMAL, gaussian, (8, 6), patch=7), r"image of \(8, 6\) must have a side of 1 to 6, got 7"),
@@ -301,12 +301,12 @@ def test_the_mean_is_over_the_draws_of_one_image() -> None:
 
     x = MEAN + 0.1 * normal(2, 3, 1, 2, 2)
     wanted = PartialNoise(NORMAL, no_noise).healthy(x, range(3))
-    torch.testing.assert_close(PartialNoise(NORMAL, opposite, repeats=2).healthy(x, range(3)), wanted)
+    torch.testing.assert_close(PartialNoise(NORMAL, opposite, draws=2).healthy(x, range(3)), wanted)
 
 
 def test_draws_are_different() -> None:
     x = torch.full((500, 1, 1, 1), MEAN).double()
-    one, four = (PartialNoise(NORMAL, gaussian, repeats=n).healthy(x, range(500)).std() for n in (1, 4))
+    one, four = (PartialNoise(NORMAL, gaussian, draws=n).healthy(x, range(500)).std() for n in (1, 4))
     assert float(one / four) == pytest.approx(2, abs=0.3)
 
 

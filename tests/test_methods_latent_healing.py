@@ -88,11 +88,12 @@ def test_healing_keeps_unmasked_positions_and_depends_on_its_own_seed_alone() ->
     images = healthy(3)
     mask = torch.zeros(3, 1, 8, 8)
     mask[:, :, :4] = 1
-    healed = detector.heal(images, mask, [1, 2, 3])
-    torch.testing.assert_close(healed[:, :, 8:], images[:, :, 8:].clamp(-1, 1))
-    assert not torch.allclose(healed[:, :, :8], images[:, :, :8])
-    torch.testing.assert_close(detector.heal(images[1:2], mask[:1], [2]), healed[1:2])
-    sampled = detector.heal(healthy(200), torch.ones(200, 1, 8, 8), range(200))[:, :, ::2, ::2]
+    latents = Half().encode(images)
+    healed = detector.heal(latents, mask, [1, 2, 3])
+    torch.testing.assert_close(healed[:, :, 4:], latents[:, :, 4:])
+    assert not torch.allclose(healed[:, :, :4], latents[:, :, :4])
+    torch.testing.assert_close(detector.heal(latents[1:2], mask[:1], [2]), healed[1:2])
+    sampled = detector.heal(Half().encode(healthy(200)), torch.ones(200, 1, 8, 8), range(200))
     # All of it sampled anew from time 500: the denoiser's distribution, a little narrow for few steps of DDIM.
     assert float(sampled.mean()) == pytest.approx(0.1, abs=0.02) and 0.1 < float(sampled.std()) < 0.22
 
@@ -127,8 +128,32 @@ def test_evaluations_are_the_calls_for_each_image() -> None:
     assert sum(calls) == detector.evaluations == 13
 
 
+def test_the_mean_of_several_healings_is_compared_and_none_of_them_is_the_same() -> None:
+    """What is left of an outlier's residual by chance falls with the square root of the number of draws."""
+    images, spread = healthy(60), {}
+    for draws in (1, 4):
+        detector = fitted(draws=draws, quantile=0.0)
+        kept, healed = detector.healthy_images(images, torch.ones(60, 1, 8, 8), range(60))
+        torch.testing.assert_close(kept, images.clamp(-1, 1))
+        others = detector.healthy_images(images, torch.ones(60, 1, 8, 8), range(100, 160))[1]
+        spread[draws] = float((healed - others).std())
+        score = detector.score(images, range(60))
+        torch.testing.assert_close(score, (kept - healed).abs())  # nothing is masked out
+    assert spread[4] == pytest.approx(spread[1] / 2, rel=0.1)
+
+
+def test_healing_everything_takes_no_divergence() -> None:
+    detector = LatentHealing(
+        GaussianDenoiser(linear(1000), 0.1, 0.2), Half(), [400, 500], steps=10, quantile=0.0, draws=3
+    )
+    assert detector.evaluations == 30
+    assert detector.score(healthy(2), [1, 2]).shape == (2, 1, 16, 16)  # without statistics of healthy latents
+
+
 def test_bad_settings_are_refused() -> None:
     denoiser = GaussianDenoiser(linear(1000))
+    with pytest.raises(ValueError, match="at least one healing is needed"):
+        LatentHealing(denoiser, Half(), [400], draws=0)
     for changes in ({"steps": 0}, {"start": 1001}, {"start": 5, "steps": 6}):
         with pytest.raises(ValueError, match="needs 1 <= steps <= start <= 1000"):
             LatentHealing(denoiser, Half(), [400], **changes)  # type: ignore[arg-type]

@@ -3,6 +3,10 @@
 (arXiv 2206.03461; no code was published.) The KL divergence between the true and the model's denoising step is large
 where a latent is unlike the healthy ones. Those positions are sampled anew while the others follow the forward process
 of the image itself; what changes in the decoded image is the anomaly.
+
+Two things are not published. Several healings may be averaged (``draws``): what differs between them by chance is no
+anomaly. And the healed image is compared with the image as the autoencoder gives it back, not with the image itself:
+what the autoencoder loses is no anomaly either. On FLAIR both find more tumour (docs/results/anomaly.md).
 """
 
 from __future__ import annotations
@@ -61,7 +65,9 @@ class LatentHealing:
         times: at which the KL is taken, in 2..T (published: evenly spaced in [400, 600]).
         start: time from which anomalous positions are sampled anew.
         steps: denoiser calls for that.
-        quantile: share of healthy positions that stay as they are (published: 0.975).
+        quantile: share of healthy positions that stay as they are (published: 0.975); 0 heals everything and takes no
+            KL.
+        draws: healings whose mean is compared (published: 1).
         smoothing: standard deviation, in latent positions, of the smoothing of the mask.
         healthy: see `fit`.
         batch_size: calls of the denoiser at once.
@@ -83,10 +89,13 @@ class LatentHealing:
         healthy: HealthyLatents | None = None,
         batch_size: int = 64,
         residual: Residual = "absolute",
+        draws: int = 1,
     ) -> None:
         last = denoiser.schedule.num_steps
         if not 1 <= steps <= start <= last:
             raise ValueError(f"needs 1 <= steps <= start <= {last}, got {steps} steps from {start}")
+        if draws < 1:
+            raise ValueError(f"at least one healing is needed, got {draws}")
         if not all(2 <= t <= last for t in times):
             raise ValueError(f"needs times in 2..{last}, got {list(times)}")
         if healthy is not None and len(healthy.mean) != len(times):
@@ -96,11 +105,11 @@ class LatentHealing:
         self.walk = spaced(denoiser.schedule, steps, "trailing", start)
         self.quantile, self.smoothing = quantile, smoothing
         self.healthy = healthy
-        self.batch_size, self.residual = batch_size, residual
+        self.batch_size, self.residual, self.draws = batch_size, residual, draws
 
     @property
     def evaluations(self) -> int:
-        return len(self.times) + len(self.walk) - 1
+        return (len(self.times) if self.quantile > 0 else 0) + self.draws * (len(self.walk) - 1)
 
     @torch.no_grad()
     def divergence(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -141,15 +150,15 @@ class LatentHealing:
         return ((maps - mean) / std).mean(1, keepdim=True)
 
     @torch.no_grad()
-    def heal(self, images: Tensor, mask: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Images (B, C, *S) with the masked latent positions (B, 1, *s) sampled anew.
+    def heal(self, latent: Tensor, mask: Tensor, seeds: Sequence[int], draw: int = 0) -> Tensor:
+        """Latents (B, C, *s) with the masked positions (B, 1, *s) sampled anew.
 
         The noise of the forward process is one draw for the whole walk, so that what is kept and what is sampled see
         one and the same trajectory; steps are deterministic (DDIM).
         """
         schedule, step = self.denoiser.schedule, DDIM()
-        latent = self.codec.encode(images)
-        eps = gaussian(latent.shape[1:], generators([derive_seed(seed, "healing") for seed in seeds]), like=latent)
+        own = generators([derive_seed(seed, "healing", draw) for seed in seeds])
+        eps = gaussian(latent.shape[1:], own, like=latent)
         keep = 1 - mask.to(latent.dtype)
         z = schedule.add_noise(latent, eps, self.walk[0])
         for t, s in pairwise(self.walk):
@@ -157,25 +166,37 @@ class LatentHealing:
             sampled = step(schedule, self.denoiser(z, at), z, t, s, _no_noise)
             known = schedule.add_noise(latent, eps, s) if s else latent
             z = keep * known + (1 - keep) * sampled
-        return self.codec.decode(z).clamp(-1, 1)
+        return z
+
+    @torch.no_grad()
+    def healthy_images(self, images: Tensor, mask: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The images (B, C, *S) as the autoencoder gives them back, and the mean of their healings."""
+        latent = self.codec.encode(images)
+        found = torch.zeros_like(images)
+        for draw in range(self.draws):  # one after another: decoded images are large
+            found += self.codec.decode(self.heal(latent, mask, seeds, draw)).clamp(-1, 1)
+        return self.codec.decode(latent).clamp(-1, 1), found / self.draws
 
     @torch.no_grad()
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        assert self.healthy is not None
-        mask = (self.unlikely(images, seeds) > self.healthy.threshold(self.quantile)).to(images.dtype)
+        if self.quantile == 0:
+            mask = torch.ones_like(self.codec.encode(images)[:, :1])
+        else:
+            assert self.healthy is not None
+            mask = (self.unlikely(images, seeds) > self.healthy.threshold(self.quantile)).to(images.dtype)
         # Where nothing is unlikely nothing changes: such images are not walked.
         touched = mask.flatten(1).any(1)
-        found = torch.zeros_like(images[:, :1])
+        score = torch.zeros_like(images[:, :1])
         if not touched.any():
-            return found
+            return score
         chosen = [seed for seed, wanted in zip(seeds, touched.tolist(), strict=True) if wanted]
-        healed = self.heal(images[touched], mask[touched], chosen)
+        kept, healed = self.healthy_images(images[touched], mask[touched], chosen)
         mode = "bilinear" if images.ndim == 4 else "trilinear"
         with torch.autocast(images.device.type, enabled=False):
             soft = smoothed(mask[touched], self.smoothing)
             soft = F.interpolate(soft, images.shape[2:], mode=mode, align_corners=False)
-        found[touched] = residual(images[touched], healed, self.residual) * soft
-        return found
+        score[touched] = residual(kept, healed, self.residual) * soft
+        return score
 
     @staticmethod
     def _on_latents(inside: Tensor, size: Sequence[int]) -> Tensor:

@@ -29,7 +29,7 @@ class PartialNoise:
         noise: Gaussian or simplex (published).
         start: time to which images are noised, 1..T (published: 250).
         steps: denoiser calls from there to the clean image.
-        repeats: draws of noise, the mean of whose healthy images is compared: what differs between them by chance is
+        draws: of noise, the mean of whose healthy images is compared: what differs between them by chance is
             no anomaly.
         residual: see `methods.detector.residual`.
 
@@ -43,30 +43,30 @@ class PartialNoise:
         noise: NoiseSource,
         start: int = 250,
         steps: int = 25,
-        repeats: int = 1,
+        draws: int = 1,
         residual: Residual = "absolute",
     ) -> None:
         last = denoiser.schedule.num_steps
         if not 1 <= steps <= start <= last:
             raise ValueError(f"needs 1 <= steps <= start <= {last}, got {steps} steps from {start}")
-        if repeats < 1:
-            raise ValueError(f"at least one draw of noise is needed, got {repeats}")
+        if draws < 1:
+            raise ValueError(f"at least one draw of noise is needed, got {draws}")
         self.denoiser, self.noise = denoiser, noise
-        self.repeats, self.residual = repeats, residual
+        self.draws, self.residual = draws, residual
         self.times = [*spread(denoiser.schedule, steps, start), 0]
 
     @property
     def evaluations(self) -> int:
-        return self.repeats * (len(self.times) - 1)
+        return self.draws * (len(self.times) - 1)
 
     @torch.no_grad()
     def healthy(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """The healthy images (B, C, *S) of images (B, C, *S); all draws walk in one batch."""
-        own = generators([derive_seed(seed, i) for seed in seeds for i in range(self.repeats)])
-        x0 = images.repeat_interleave(self.repeats, dim=0)
+        own = generators([derive_seed(seed, i) for seed in seeds for i in range(self.draws)])
+        x0 = images.repeat_interleave(self.draws, dim=0)
         x_t = self.denoiser.schedule.add_noise(x0, self.noise(x0.shape[1:], own, x0), self.times[0])
         found = sample(Clipped(self.denoiser), DDIM(), x_t, self.times)
-        return found.unflatten(0, (len(images), self.repeats)).mean(dim=1)
+        return found.unflatten(0, (len(images), self.draws)).mean(dim=1)
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return residual(images, self.healthy(images, seeds), self.residual)
