@@ -5,7 +5,8 @@ where a latent is unlike the healthy ones. Those positions are sampled anew whil
 of the image itself; what changes in the decoded image is the anomaly.
 
 Two things are not published. Several healings may be averaged (``draws``): what differs between them by chance is no
-anomaly. And the healed image is compared with the image as the autoencoder gives it back, not with the image itself:
+anomaly. Since the mean of healings is what a single step from the start predicts, few steps are enough then. And the
+healed image is compared with the image as the autoencoder gives it back, not with the image itself:
 what the autoencoder loses is no anomaly either. On FLAIR both find more tumour (docs/results/anomaly.md).
 """
 
@@ -67,7 +68,7 @@ class LatentHealing:
         steps: denoiser calls for that.
         quantile: share of healthy positions that stay as they are (published: 0.975); 0 heals everything and takes no
             KL.
-        draws: healings whose mean is compared (published: 1).
+        draws: healings, of whose latents the mean is compared (published: 1).
         smoothing: standard deviation, in latent positions, of the smoothing of the mask.
         healthy: see `fit`.
         batch_size: calls of the denoiser at once.
@@ -170,12 +171,12 @@ class LatentHealing:
 
     @torch.no_grad()
     def healthy_images(self, images: Tensor, mask: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The images (B, C, *S) as the autoencoder gives them back, and the mean of their healings."""
+        """The images (B, C, *S) as the autoencoder gives them back, and healed: the mean latent decoded."""
         latent = self.codec.encode(images)
-        found = torch.zeros_like(images)
-        for draw in range(self.draws):  # one after another: decoded images are large
-            found += self.codec.decode(self.heal(latent, mask, seeds, draw)).clamp(-1, 1)
-        return self.codec.decode(latent).clamp(-1, 1), found / self.draws
+        healed = torch.zeros_like(latent)
+        for draw in range(self.draws):
+            healed += self.heal(latent, mask, seeds, draw) / self.draws
+        return self.codec.decode(latent).clamp(-1, 1), self.codec.decode(healed).clamp(-1, 1)
 
     @torch.no_grad()
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
