@@ -255,7 +255,8 @@ def _healthy_latents(
         for k in chosen.split(16) if len(chosen) else ():
             seeds = [derive_seed(0, scan.name, "slice", i) for i in k.tolist()]
             with autocast(device, config.generator.training.precision):
-                maps.append(detector.divergence(grid.images[k].to(device), seeds).float().cpu())
+                latent = detector.codec.encode(grid.images[k].to(device))
+                maps.append(detector.divergence(latent, seeds).float().cpu())
             inside.append(grid.inside[k])
         on_prepare("divergence of healthy scans", done, len(scans))
     if not maps:

@@ -37,7 +37,7 @@ def fitted(dims: int = 2, **changes: object) -> LatentHealing:
     options: dict[str, object] = {"times": [400, 500, 600], "steps": 10, **changes}
     detector = LatentHealing(denoiser, Half(), **options)  # type: ignore[arg-type]
     images = healthy(40, dims)
-    maps = detector.divergence(images, range(40))
+    maps = detector.divergence(detector.codec.encode(images), range(40))
     detector.healthy = detector.fit(maps, torch.ones_like(images))
     return detector
 
@@ -60,10 +60,10 @@ def test_an_outlier_is_found_and_healed_and_the_rest_is_left_alone(dims) -> None
 def test_divergences_are_standardised_time_by_time() -> None:
     detector = fitted()
     images = healthy(40)
-    maps = detector.divergence(images, range(40))
+    maps = detector.divergence(detector.codec.encode(images), range(40))
     ratio = maps.mean((0, 2, 3))
     assert float(ratio.max() / ratio.min()) > 1.3  # the KL's own weight changes with time
-    z = detector.unlikely(images, range(40))
+    z = detector.unlikely(detector.codec.encode(images), range(40))
     assert abs(float(z.mean())) < 1e-3 and 0.3 < float(z.std()) < 1
     assert detector.healthy is not None
     threshold = detector.healthy.threshold(0.975)
@@ -76,7 +76,7 @@ def test_what_is_outside_does_not_count_as_healthy() -> None:
     images[..., 8:] = 0.9
     inside = torch.zeros_like(images)
     inside[..., :8] = 1
-    maps = detector.divergence(images, range(40))
+    maps = detector.divergence(detector.codec.encode(images), range(40))
     assert detector.healthy is not None
     half = detector.fit(maps, inside)
     torch.testing.assert_close(half.mean, detector.healthy.mean, rtol=0.2, atol=0)
@@ -108,8 +108,8 @@ def test_a_map_depends_on_its_image_and_seed_alone(dims) -> None:
     assert bool(touched.any())
     for i in (4, 1, 0, 3):
         torch.testing.assert_close(detector.score(images[i : i + 1], [i + 1])[0], together[i])
-    other = detector.divergence(images[:1], [9])
-    assert not torch.allclose(other, detector.divergence(images[:1], [1]))
+    other = detector.divergence(detector.codec.encode(images[:1]), [9])
+    assert not torch.allclose(other, detector.divergence(detector.codec.encode(images[:1]), [1]))
 
 
 def test_evaluations_are_the_calls_for_each_image() -> None:
@@ -133,9 +133,9 @@ def test_the_mean_of_several_healings_is_compared_and_none_of_them_is_the_same()
     images, spread = healthy(60), {}
     for draws in (1, 4):
         detector = fitted(draws=draws, quantile=0.0)
-        kept, healed = detector.healthy_images(images, torch.ones(60, 1, 8, 8), range(60))
+        kept, healed = detector.healthy_images(detector.codec.encode(images), torch.ones(60, 1, 8, 8), range(60))
         torch.testing.assert_close(kept, images.clamp(-1, 1))
-        others = detector.healthy_images(images, torch.ones(60, 1, 8, 8), range(100, 160))[1]
+        others = detector.healthy_images(detector.codec.encode(images), torch.ones(60, 1, 8, 8), range(100, 160))[1]
         spread[draws] = float((healed - others).std())
         score = detector.score(images, range(60))
         torch.testing.assert_close(score, (kept - healed).abs())  # nothing is masked out

@@ -113,10 +113,10 @@ class LatentHealing:
         return (len(self.times) if self.quantile > 0 else 0) + self.draws * (len(self.walk) - 1)
 
     @torch.no_grad()
-    def divergence(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """KL maps (B, N, *s) of the images' latents at the N times, in nats; all of them in batches."""
+    def divergence(self, latent: Tensor, seeds: Sequence[int]) -> Tensor:
+        """KL maps (B, N, *s) of latents (B, C, *s) at the N times, in nats; all of them in batches."""
         own = generators([derive_seed(seed, "divergence") for seed in seeds])
-        return kl_maps(self.denoiser, self.codec.encode(images), own, self.times, batch_size=self.batch_size)
+        return kl_maps(self.denoiser, latent, own, self.times, batch_size=self.batch_size)
 
     def fit(self, maps: Tensor, inside: Tensor) -> HealthyLatents:
         """What is healthy, from the KL maps (B, N, *s) of healthy images.
@@ -141,11 +141,11 @@ class LatentHealing:
         return HealthyLatents(mean, std, quantiles.float())
 
     @torch.no_grad()
-    def unlikely(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    def unlikely(self, latent: Tensor, seeds: Sequence[int]) -> Tensor:
         """The mean over times of the standardised KL, (B, 1, *s)."""
         if self.healthy is None:
             raise ValueError("fit the detector to healthy images first")
-        maps = self.divergence(images, seeds)
+        maps = self.divergence(latent, seeds)
         shape = (1, -1, *[1] * (maps.ndim - 2))
         mean, std = (value.to(maps).reshape(shape) for value in (self.healthy.mean, self.healthy.std))
         return ((maps - mean) / std).mean(1, keepdim=True)
@@ -170,9 +170,8 @@ class LatentHealing:
         return z
 
     @torch.no_grad()
-    def healthy_images(self, images: Tensor, mask: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The images (B, C, *S) as the autoencoder gives them back, and healed: the mean latent decoded."""
-        latent = self.codec.encode(images)
+    def healthy_images(self, latent: Tensor, mask: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, C, *S) of latents (B, C, *s) as the autoencoder gives them back, and healed (the mean decoded)."""
         healed = torch.zeros_like(latent)
         for draw in range(self.draws):
             healed += self.heal(latent, mask, seeds, draw) / self.draws
@@ -180,18 +179,19 @@ class LatentHealing:
 
     @torch.no_grad()
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        latent = self.codec.encode(images)
         if self.quantile == 0:
-            mask = torch.ones_like(self.codec.encode(images)[:, :1])
+            mask = torch.ones_like(latent[:, :1])
         else:
             assert self.healthy is not None
-            mask = (self.unlikely(images, seeds) > self.healthy.threshold(self.quantile)).to(images.dtype)
+            mask = (self.unlikely(latent, seeds) > self.healthy.threshold(self.quantile)).to(images.dtype)
         # Where nothing is unlikely nothing changes: such images are not walked.
         touched = mask.flatten(1).any(1)
         score = torch.zeros_like(images[:, :1])
         if not touched.any():
             return score
         chosen = [seed for seed, wanted in zip(seeds, touched.tolist(), strict=True) if wanted]
-        kept, healed = self.healthy_images(images[touched], mask[touched], chosen)
+        kept, healed = self.healthy_images(latent[touched], mask[touched], chosen)
         mode = "bilinear" if images.ndim == 4 else "trilinear"
         with torch.autocast(images.device.type, enabled=False):
             soft = smoothed(mask[touched], self.smoothing)
