@@ -329,7 +329,9 @@ def make_detector(
             return PartialNoise(denoiser, noise, *walk, config.partial_noise.draws, kind)
         if method == "patched":
             noise = build.noise_source(config.generator.diffusion.noise)
-            return Patched(denoiser, noise, config.generator.data.shape, config.patched.time, residual=kind)
+            patched = config.patched
+            size = config.generator.data.shape
+            return Patched(denoiser, noise, size, patched.time, draws=patched.draws, residual=kind)
         assert isinstance(task, ImageDiffusion)
         walk = (config.counterfactual.start, config.counterfactual.steps)
         label = torch.tensor([HEALTHY], device=generator.device)

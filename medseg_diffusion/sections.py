@@ -335,6 +335,7 @@ class PatchedSection(Section):
     """`medseg_diffusion.methods.patched.Patched`; its patches and noise are those of the generator's training."""
 
     time: int = Field(500, ge=1)
+    draws: int = Field(1, ge=1)
 
 
 class CounterfactualSection(Section):

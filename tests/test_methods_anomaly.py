@@ -121,6 +121,7 @@ MAKERS: dict[str, Callable[[Denoiser, tuple[int, ...]], Detector]] = {
     "partial noise, 3 draws": lambda denoiser, size: PartialNoise(denoiser, gaussian, start=300, steps=4, draws=3),
     "patched": lambda denoiser, size: Patched(denoiser, gaussian, size),
     "patched, overlapping": lambda denoiser, size: Patched(denoiser, gaussian, size, time=200, patch=3),
+    "patched, 3 draws": lambda denoiser, size: Patched(denoiser, gaussian, size, draws=3),
     "classifier": lambda denoiser, size: ClassifierCounterfactual(denoiser, small_classifier, steps=5, scale=9.0),
     "classifier, scale 0": lambda denoiser, size: ClassifierCounterfactual(
         denoiser, small_classifier, steps=5, scale=0
@@ -135,6 +136,7 @@ CALLS = {
     "partial noise, 3 draws": lambda dims: 12,
     "patched": lambda dims: 2**dims,
     "patched, overlapping": lambda dims: {2: 2 * 3, 3: 2 * 2 * 2}[dims],
+    "patched, 3 draws": lambda dims: 3 * 2**dims,
     "classifier": lambda dims: 10,
     "classifier, scale 0": lambda dims: 10,
     "free": lambda dims: 15,
@@ -202,6 +204,7 @@ NORMAL = GaussianDenoiser(LINEAR, MEAN, STD)
         (lambda: PartialNoise(NORMAL, gaussian, draws=0), "at least one draw of noise is needed, got 0"),
         (lambda: Patched(NORMAL, gaussian, (8, 8), time=0), r"the time must lie in 1\.\.1000, got 0"),
         (lambda: Patched(NORMAL, gaussian, (8, 8), time=1001), r"the time must lie in 1\.\.1000, got 1001"),
+        (lambda: Patched(NORMAL, gaussian, (8, 8), draws=0), "at least one draw of noise is needed, got 0"),
         (lambda: Patched(NORMAL, gaussian, (8, 6), patch=7), r"image of \(8, 6\) must have a side of 1 to 6, got 7"),
         (lambda: Patched(NORMAL, gaussian, (8, 6), patch=0), "must have a side of 1 to 6, got 0"),
         (
@@ -306,8 +309,9 @@ def test_the_mean_is_over_the_draws_of_one_image() -> None:
 
 def test_draws_are_different() -> None:
     x = torch.full((500, 1, 1, 1), MEAN).double()
-    one, four = (PartialNoise(NORMAL, gaussian, draws=n).healthy(x, range(500)).std() for n in (1, 4))
-    assert float(one / four) == pytest.approx(2, abs=0.3)
+    for make in (PartialNoise, lambda *given, **more: Patched(*given, (1, 1), **more)):
+        one, four = (make(NORMAL, gaussian, draws=n).healthy(x, range(500)).std() for n in (1, 4))
+        assert float(one / four) == pytest.approx(2, abs=0.3)
 
 
 def test_predictions_of_partial_noise_and_patches_are_clipped() -> None:
