@@ -32,7 +32,8 @@ class Patched:
         residual: see `methods.detector.residual`.
 
     Raises:
-        ValueError: a time beyond the schedule, no draw, a patch that does not fit the images, or images of another size.
+        ValueError: a time beyond the schedule, no draw, a patch that does not fit the images, or images of another
+            size.
     """
 
     def __init__(
