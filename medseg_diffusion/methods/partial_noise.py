@@ -23,8 +23,8 @@ class PartialNoise:
 
     Published are the squared residual above 0.5, of which the absolute one is a monotone function, and `start` steps of
     ancestral sampling with simplex noise; here fewer, deterministic steps (DDIM) need no more noise on the way.
-    A single step from a low start, averaged over draws, is close to a denoising autoencoder (Kascenas et al. 2022, MIDL);
-    it finds the most tumour on FLAIR (docs/results/anomaly.md).
+    A single step from a low start, averaged over draws, is close to a denoising autoencoder (Kascenas et al. 2022,
+    MIDL); it finds the most tumour on FLAIR (docs/results/anomaly.md).
 
     Args:
         denoiser: of images, trained on healthy ones with the same noise; its predictions are clipped to [-1, 1].
