@@ -1,6 +1,7 @@
 """Few labels: classifiers of a generator's activations beside two that do without the generator.
 
-    python benchmarks/few_labels.py DATA GENERATOR OUT [--unit slice] [--labelled 1 2 5] [--seeds 0 1 2] [--minutes 5]
+    python benchmarks/few_labels.py DATA GENERATOR OUT [--unit slice] [--labelled 1 2 5] [--seeds 0 1 2] [--minutes 5] \
+        [--set augmentation.flip_axes=[1]]
 
 For every number of labels and every seed, on the same labelled images and the same held-out cases:
 
@@ -8,6 +9,8 @@ For every number of labels and every seed, on the same labelled images and the s
 "from scratch"     the generator's own network, trained on the labelled images alone (Dice + cross-entropy, augmented)
                    for --minutes; the step with the best Dice on 8 validation cases is taken
 "raw pixels"       the same classifiers on intensity and coordinates, for 3,000 steps at least
+
+Labelled images are changed alike for all three (augmentation).
 
 Written: config.yaml; scores.csv, one row a run with its minutes of training (without validations), which an interrupted
 call with the same options continues; table.md and curves.png. One call at a time for an OUT, with as many threads
@@ -35,9 +38,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
+from medseg_diffusion import build
 from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import PixelClassifierConfig, load_config
-from medseg_diffusion.data.augmentation import Augmentation, Augmenter
+from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -103,9 +107,8 @@ class Fitted(nn.Module):
 class Units:
     """Labelled images as training examples, augmented."""
 
-    def __init__(self, images: Sequence[Tensor], masks: Sequence[Tensor], dims: int) -> None:
-        self.images, self.masks = images, masks
-        self.augmenter = Augmenter(Augmentation(flip_axes=(1,) if dims == 2 else (0,)), dims)
+    def __init__(self, images: Sequence[Tensor], masks: Sequence[Tensor], augmenter: Augmenter) -> None:
+        self.images, self.masks, self.augmenter = images, masks, augmenter
 
     def __len__(self) -> int:
         return len(self.images)
@@ -140,7 +143,13 @@ def dice(model: Segmenter, generator: Generator, cases: Sequence[Case], labels: 
 
 
 def from_scratch(
-    found: LabelledData, generator: Generator, validation: Sequence[Case], minutes: float, seed: int, run: Path
+    found: LabelledData,
+    generator: Generator,
+    augmenter: Augmenter,
+    validation: Sequence[Case],
+    minutes: float,
+    seed: int,
+    run: Path,
 ) -> tuple[Fitted, float]:
     """The trained network, and its minutes of training."""
     config = generator.config
@@ -151,7 +160,7 @@ def from_scratch(
     model = Fitted(FeedForward(arranged(network, True, False), encoding), config.data.shape)
     images = [image for unit in found.units for image in unit.images]
     masks = [mask.long() for unit in found.units for mask in unit.labels]
-    draws = Draws(Units(images, masks, dims), seed)
+    draws = Draws(Units(images, masks, augmenter), seed)
     batch = 8 if dims == 2 else 2
     runtime = Runtime("cpu", config.training.precision)
     best: dict[str, Tensor] = {}
@@ -190,10 +199,15 @@ def from_scratch(
     return model.eval(), took
 
 
-def raw_pixels(found: LabelledData, generator: Generator, config: PixelClassifierConfig, seed: int) -> Segmenter:
+def raw_pixels(
+    found: LabelledData, generator: Generator, augmenter: Augmenter, config: PixelClassifierConfig, seed: int
+) -> Segmenter:
     images, masks = [unit.images for unit in found.units], [unit.labels for unit in found.units]
     raw, classes = RawPixels(), list(found.labels.values())
-    pixels = labelled_pixels(raw, images, masks, classes, config.data.pixels_per_class, seed)  # type: ignore[arg-type]
+    pixels = labelled_pixels(
+        raw, images, masks, classes, config.data.pixels_per_class, seed,  # type: ignore[arg-type]
+        copies=config.data.copies, change=augmenter,
+    )  # fmt: skip
     options = ClassifierOptions(**config.classifier.model_dump())
     epochs = -(-RAW_STEPS * options.batch_size // len(pixels.labels))
     options = replace(options, min_steps=RAW_STEPS, max_epochs=epochs + options.max_epochs)
@@ -233,6 +247,7 @@ def main() -> None:
     assert isinstance(config, PixelClassifierConfig)
     saved = load_model_files(options.generator)
     generator = restore_generator(saved, "cpu")
+    augmenter = Augmenter(build.augmentation(config.augmentation), len(generator.config.data.shape))
     asked = {"folder": str(options.data.resolve()), "unit": options.unit, "minutes": options.minutes}
     asked["threads"] = torch.get_num_threads()  # minutes are worth as much as they do
     # A call that goes on with the scores of another configuration is refused.
@@ -281,10 +296,10 @@ def main() -> None:
                         model: Segmenter = First(few)
                     elif method == "from scratch":
                         model, minutes = from_scratch(
-                            found, generator, validation, options.minutes, seed, here / "scratch"
+                            found, generator, augmenter, validation, options.minutes, seed, here / "scratch"
                         )
                     else:
-                        model = raw_pixels(found, generator, config, seed)
+                        model = raw_pixels(found, generator, augmenter, config, seed)
                         minutes = (time.monotonic() - started) / 60
                     add(method, labelled, seed, dice(model, generator, test, labels), minutes)
         draw(rows, options.out)

@@ -62,7 +62,9 @@ def labelled(count: int, side: int):  # noqa: ANN201
 def training(folder: Path, images: int, side: int) -> dict[str, float]:
     import torch
 
+    from medseg_diffusion import build
     from medseg_diffusion.config import PixelClassifierConfig, load_config
+    from medseg_diffusion.data.augmentation import Augmenter
     from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers, labelled_pixels
 
     started = time.monotonic()
@@ -70,8 +72,10 @@ def training(folder: Path, images: int, side: int) -> dict[str, float]:
     classes = [f"class {i}" for i in range(CLASSES)]
     config = load_config("label-efficient")
     assert isinstance(config, PixelClassifierConfig)
-    per_class = config.data.pixels_per_class
-    pixels = labelled_pixels(activations(side), pictures, labels, classes, per_class, 0, folder / "features.npy")
+    pixels = labelled_pixels(
+        activations(side), pictures, labels, classes, config.data.pixels_per_class, 0, folder / "features.npy",
+        copies=config.data.copies, change=Augmenter(build.augmentation(config.augmentation), 2),
+    )  # fmt: skip
     gathered = time.monotonic() - started
     model = fit_classifiers(pixels, ClassifierOptions(**config.classifier.model_dump()))
     torch.save(model.state_dict(), folder / "classifiers.pt")

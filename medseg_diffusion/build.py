@@ -28,7 +28,7 @@ from .sampling.ddim import DDIM
 from .sampling.ddpm import DDPM
 from .sampling.dpm_solver import DPMSolver
 from .sampling.loop import Sampler
-from .sections import PreprocessingSection, ScheduleSection, TrainingSection
+from .sections import AugmentationSection, PreprocessingSection, ScheduleSection, TrainingSection
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
@@ -85,9 +85,9 @@ def image_preprocessing(section: PreprocessingSection, size: Sequence[int]) -> P
     return replace(preprocessing(section), square_pixels=len(size) == 2)
 
 
-def augmentation(config: SegmenterConfig) -> Augmentation:
+def augmentation(section: AugmentationSection) -> Augmentation:
     """The augmentation of a configuration."""
-    return Augmentation(**config.augmentation.model_dump())
+    return Augmentation(**section.model_dump())
 
 
 def training_options(section: TrainingSection) -> TrainingOptions:

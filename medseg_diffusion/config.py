@@ -94,6 +94,7 @@ class PixelClassifierConfig(Section):
     description: str = ""
     method: Literal["label-efficient"]
     data: LabelledDataSection = LabelledDataSection()
+    augmentation: AugmentationSection = AugmentationSection()
     features: FeaturesSection = FeaturesSection()
     classifier: PixelClassifierSection = PixelClassifierSection()
     largest_part: bool = False

@@ -274,13 +274,15 @@ class LabelledDataSection(Section):
     """Labelled images for pixel classifiers; ``labels`` names the classes above background where the folder does not.
 
     Sides are those of `DataSection` with the same numbers; None takes as many as the generator held out, or those of
-    `DataSection` where it does not say. ``pixels_per_class`` are sampled from a labelled case or slice.
+    `DataSection` where it does not say. ``pixels_per_class`` are sampled from a labelled case or slice and, among
+    them, its ``copies``, which are changed as the augmentation says; 0 as published.
     """
 
     labels: tuple[str, ...] = ()
     test_cases: int | None = Field(None, ge=0)
     validation_cases: int | None = Field(None, ge=0)
     pixels_per_class: int = Field(1000, ge=20)
+    copies: int = Field(0, ge=0)
 
 
 class FeaturesSection(Section):

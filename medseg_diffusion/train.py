@@ -326,7 +326,7 @@ def _scans(
         folder.labels,
         slices=config.network.dims == 2,
     )
-    augmenter = Augmenter(build.augmentation(config), config.network.dims)
+    augmenter = Augmenter(build.augmentation(config.augmentation), config.network.dims)
     training = [case for case in prepared if case.name in split.train]
     require_every_class(training, labels, data)
     examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter)

@@ -19,8 +19,10 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
+from . import build
 from .checkpoint import SavedModel, load_model_files, save_model
 from .config import PixelClassifierConfig
+from .data.augmentation import Augmenter
 from .data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
 from .data.mask_examples import PreparedCase, prepare
 from .diffusion.noise import derive_seed
@@ -120,6 +122,9 @@ def train_pixel_classifier(
     if unit == "slice" and len(restored.config.data.shape) == 3:
         raise UsageError("--unit slice: the generator makes volumes, so cases are labelled")
     blocks = config.features.blocks
+    dims = len(restored.config.data.shape)
+    if wrong := [axis for axis in config.augmentation.flip_axes if axis >= dims]:
+        raise UsageError(f"augmentation.flip_axes: no axis {wrong[0]} in the generator's {dims}D")
     # An unfit generator is refused before any data is read.
     activations = pixel_activations(restored, config, [] if blocks == "auto" else [f"decoder.{i}" for i in blocks])
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -172,6 +177,8 @@ def _trained(
         seed,
         run / "cache" / "features.npy",
         lambda done, total: on_progress("features of labelled images", done, total),
+        config.data.copies,
+        Augmenter(build.augmentation(config.augmentation), len(restored.config.data.shape)),
     )
     classifiers = fit_classifiers(
         pixels,

@@ -88,7 +88,7 @@ def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
     model = build.segmenter(config, 1 + (len(config.data.labels) or 3))
     assert sum(p.numel() for p in model.parameters()) > 1000
     build.preprocessing(config.preprocessing)
-    build.augmentation(config)
+    build.augmentation(config.augmentation)
     build.training_options(config.training)
     build.sampler(config.inference.sampler)
     build.noise_schedule(config.diffusion.schedule)

@@ -131,6 +131,41 @@ def test_features_and_labels_are_of_the_same_pixels_of_the_same_slices(dims) -> 
         assert int(labels[image][(k % 10, *place)]) == label and image == k // 10
 
 
+def test_copies_share_the_pixels_and_the_slices() -> None:
+    """Features are the image here, and the image is its labels, so they must agree also where a copy changed both."""
+    seen = []
+
+    def shown(images: torch.Tensor) -> list[torch.Tensor]:
+        seen.append(images)
+        return [images]
+
+    def change(image: torch.Tensor, label: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        order = torch.randperm(16, generator=generator)
+        return image[:, order], label[order]
+
+    random = torch.Generator().manual_seed(0)
+    labels = [torch.randint(0, 2, (n, 16, 16), generator=random) for n in (7, 1)]
+    images = [label[:, None].float() for label in labels]
+    shown.noise = torch.zeros(1)  # type: ignore[attr-defined]
+
+    def sampled(seed: int) -> LabelledPixels:
+        seen.clear()
+        return labelled_pixels(shown, images, labels, HALVES, 40, seed, copies=3, change=change)  # type: ignore[arg-type]
+
+    pixels = sampled(0)
+    assert torch.equal(torch.from_numpy(pixels.features[:, 0]).long(), pixels.labels)
+    assert torch.bincount(2 * pixels.image + pixels.labels).tolist() == [40] * 4
+    assert len(seen) == 7 + 3 * 3 + 1 + 3
+    assert len({image.numpy().tobytes() for image in seen}) == len(seen), "no copy shows what is there already"
+    together = torch.cat([label.flatten() for label in labels])
+    torch.testing.assert_close(pixels.share, torch.bincount(together).double() / len(together))
+    first = torch.cat([image.flatten() for image in seen])
+    sampled(0)
+    assert torch.equal(torch.cat([image.flatten() for image in seen]), first)
+    sampled(1)
+    assert not torch.equal(torch.cat([image.flatten() for image in seen]), first)
+
+
 def test_large_features_are_clipped_and_a_loss_that_is_not_finite_is_refused() -> None:
     class Large(Places):
         def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -399,7 +434,12 @@ def quick(**data: object) -> PixelClassifierConfig:
 
 @pytest.mark.parametrize(("dims", "unit"), [(2, "case"), (2, "slice"), (3, "case")])
 def test_from_a_generator_to_scored_masks(dims, unit, scans, generators, tmp_path: Path) -> None:
-    found = train_pixel_classifier(quick(), generators[dims], scans, 2, tmp_path / "run", unit=unit, device="cpu")
+    steps: dict[str, tuple[int, int]] = {}
+    found = train_pixel_classifier(
+        quick(copies=2), generators[dims], scans, 2, tmp_path / "run", unit=unit, device="cpu",
+        on_progress=lambda what, done, total: steps.update({what: (done, total)}),
+    )  # fmt: skip
+    assert steps["features of labelled images"] == (6, 6)
     assert found.test is not None and found.test.dice[1].n == 2 and found.test.dice[1].mean > 0.7
     assert len(found.labelled) == 2 and json.loads((tmp_path / "run" / "labelled.json").read_text())["unit"] == unit
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "labelled.json", "model", "test"}
@@ -482,14 +522,17 @@ def test_diverse_units_are_one_of_each_cluster() -> None:
             "found 0 labelled slices that show every class",
         ),
         ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: of the 8 patients in"),
+        ({}, {"flip_axes": [2]}, UsageError, "augmentation.flip_axes: no axis 2 in the generator's 2D"),
         ({}, {"unit": "slice", "generator": 3}, UsageError, "the generator makes volumes, so cases are labelled"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(changes, options, error, message, scans, generators, tmp_path) -> None:
     labelled, unit = options.get("labelled", 1), options.get("unit", "case")
-    source = generators[options.get("generator", 2)]
+    source, config = generators[options.get("generator", 2)], quick(**changes)
+    augmentation = config.augmentation.model_copy(update={"flip_axes": options.get("flip_axes", ())})
+    config = config.model_copy(update={"augmentation": augmentation})
     with pytest.raises(error, match=message):
-        train_pixel_classifier(quick(**changes), source, scans, labelled, tmp_path / "run", unit=unit, device="cpu")
+        train_pixel_classifier(config, source, scans, labelled, tmp_path / "run", unit=unit, device="cpu")
     assert not (tmp_path / "run").exists()
 
 

@@ -38,6 +38,9 @@ SEARCHED_PIXELS = 20_000
 _LARGEST_HALF = 65504.0
 _ROWS = 1024
 
+Change = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""An image (C, *S), its labels (*S) and a generator to what a copy is to show."""
+
 
 class PixelSegmentation(nn.Module):
     """A generator's activations and the classifiers of its pixels: images to masks.
@@ -105,33 +108,56 @@ def labelled_pixels(
     seed: int,
     store: Path | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
+    copies: int = 0,
+    change: Change = lambda image, label, generator: (image, label),
 ) -> LabelledPixels:
     """Samples pixels of every class alike and gathers their features.
+
+    One image shows one brightness, one pose and one size of what is labelled: changed copies (not published) show more.
+    They share the pixels, so that there are no more features, and the slices, so that copies of a stack take no longer
+    than the stack.
 
     Args:
         activations: of the generator, on its device.
         images: each (n, C, *size) on the generator's grid: the n slices of one labelled image, or n = 1.
         labels: each (n, *size) integers.
         classes: names, background first.
-        per_class: most pixels of a class in a labelled image, all of its slices together.
-        seed: of the choice of pixels.
+        per_class: most pixels of a class from a labelled image, all of its slices and copies together.
+        seed: of the choice of pixels and the changes.
         store: file for the features; None keeps them in memory.
-        on_image: called with (images done, images in all).
+        on_image: called with (images done, images in all), copies included.
+        copies: of every labelled image, beside itself.
+        change: makes an image (C, *size) and its labels (*size) those of a copy. Called twice for each, so that copies
+            need not be held.
 
     Raises:
         InputError: a class that has too few pixels in each of the images.
     """
     device = activations.noise.device
     chosen, values, share = [], [], torch.zeros(len(classes), dtype=torch.float64)
-    for i, label in enumerate(labels):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "pixels", i))
+    every = [(i, copy) for copy in range(1 + copies) for i in range(len(images))]
+    per_copy = -(-per_class // (1 + copies))
+
+    def example(i: int, copy: int) -> tuple[Tensor, Tensor]:
+        if not copy:
+            return images[i], labels[i]
+        generator = torch.Generator().manual_seed(derive_seed(seed, "copy", i, copy))
+        slices = torch.randperm(len(images[i]), generator=generator)[: -(-len(images[i]) // copies)].tolist()
+        changed = [change(images[i][k], labels[i][k], generator) for k in slices]
+        image, label = (torch.stack(part) for part in zip(*changed, strict=True))
+        return image.clamp(-1, 1), label
+
+    for i, copy in every:
+        _, label = example(i, copy)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "pixels", i, copy))
         flat = label.flatten()
-        share += torch.bincount(flat, minlength=len(classes))
+        if not copy:
+            share += torch.bincount(flat, minlength=len(classes))
         positions = []
         for value in range(len(classes)):
             there = (flat == value).nonzero().flatten()
             if len(there) >= FEWEST_PIXELS:
-                positions.append(there[torch.randperm(len(there), generator=generator)[:per_class]])
+                positions.append(there[torch.randperm(len(there), generator=generator)[:per_copy]])
         together = torch.cat(positions or [flat[:0].long()])
         values.append(flat[together].long())
         chosen.append(torch.stack(torch.unravel_index(together, label.shape), 1))
@@ -147,7 +173,8 @@ def labelled_pixels(
     features: npt.NDArray[np.float16] | None = None
     channels: tuple[int, ...] = ()
     first = 0
-    for i, (image, positions_of) in enumerate(zip(images, chosen, strict=True)):
+    for done, ((i, copy), positions_of) in enumerate(zip(every, chosen, strict=True), 1):
+        image, _ = example(i, copy)
         for k in torch.unique(positions_of[:, 0]).tolist():
             blocks = activations(image[k : k + 1].to(device))
             if features is None:
@@ -159,9 +186,10 @@ def labelled_pixels(
             rows = torch.cat([gathered(block[0].float(), where, size) for block in blocks], 1)
             features[(first + own).numpy()] = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().cpu().numpy()
         first += len(positions_of)
-        on_image(i + 1, len(images))
+        on_image(done, len(every))
     assert features is not None
-    image_of = torch.repeat_interleave(torch.tensor([len(positions) for positions in chosen]))
+    numbers = torch.tensor([i for i, _ in every])
+    image_of = numbers.repeat_interleave(torch.tensor([len(positions) for positions in chosen]))
     return LabelledPixels(features, target, image_of, share / share.sum(), channels)
 
 
