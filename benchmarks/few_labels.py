@@ -251,8 +251,8 @@ def main() -> None:
     asked = {"folder": str(options.data.resolve()), "unit": options.unit, "minutes": options.minutes}
     asked["threads"] = torch.get_num_threads()  # minutes are worth as much as they do
     # A call that goes on with the scores of another configuration is refused.
-    resolved = {**config.model_dump(mode="json"), **asked, "generator_sha256": saved.sha256}
-    start_run(options.out, resolved, resume=(options.out / "config.yaml").is_file())
+    asked["generator_sha256"] = saved.sha256
+    start_run(options.out, config, asked, resume=(options.out / "config.yaml").is_file())
     file = options.out / "scores.csv"
     rows = list(csv.DictReader(file.open())) if file.is_file() else []
     done = {(row["method"], int(row["labelled"]), int(row["seed"])) for row in rows}

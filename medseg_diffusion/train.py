@@ -108,7 +108,7 @@ def train_segmenter(
     origin = _origin(init, run, resume)
     if runtime.is_main:
         noted = {} if origin is None else {"init": origin}
-        start_run(run, {**config.model_dump(mode="json"), "seed": seed, **noted}, resume)
+        start_run(run, config, {"seed": seed, **noted}, resume)
         found = source(config, data, run, seed, on_prepare)
         keep_sides(run / "split.json", asdict(found.split), data, resume)
     runtime.wait()

@@ -135,7 +135,7 @@ def train_anomaly(
             healthy, "no healthy slice on the validation side", "some", "raise generator.data.validation_images"
         )
     # Only now: what is refused above can be corrected and started again in the same folder.
-    start_run(run, {**config.model_dump(mode="json"), "exclude_labelled": exclude_labelled, "seed": seed}, resume)
+    start_run(run, config, {"exclude_labelled": exclude_labelled, "seed": seed}, resume)
     keep_sides(run / "split.json", source.sides, healthy, resume)
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
 

@@ -150,16 +150,16 @@ def train_generator(
 
 
 def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, job: _Job) -> Path:
-    resolved = {**config.model_dump(mode="json"), "seed": job.seed}
+    noted: dict[str, Any] = {}
     codec: KLAutoencoder | VQAutoencoder | None = None
     if autoencoder is not None:
         saved = load_model_files(autoencoder)
         codec, stage = restore_autoencoder(saved)
         _require_same_images(saved, stage, config)
-        resolved["autoencoder_sha256"] = saved.sha256
+        noted["autoencoder_sha256"] = saved.sha256
     runtime = Runtime(job.device, config.training.precision)
     images = _prepared(
-        config, job, resolved, runtime, lambda images: build.generator(config, len(images.classes), _channels(codec))
+        config, job, runtime, lambda images: build.generator(config, len(images.classes), _channels(codec)), noted
     )
     extra: dict[str, Any] = {}
     shape: tuple[int, ...] = (config.data.channels, *config.data.shape)
@@ -214,7 +214,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
         len(config.data.shape),
         download=job.download,
     )
-    images = _prepared(config, job, {**config.model_dump(mode="json"), "seed": job.seed}, runtime)
+    images = _prepared(config, job, runtime)
     if loss.perceptual == "auto" and stated != "lpips":
         warnings.warn(f"LPIPS has no weights here; training with {stated} instead", stacklevel=2)
     torch.manual_seed(derive_seed(job.seed, "weights"))
@@ -270,8 +270,7 @@ def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
 
 def _train_classifier(config: NoisyClassifierConfig, job: _Job) -> Path:
     runtime = Runtime(job.device, config.training.precision)
-    resolved = {**config.model_dump(mode="json"), "seed": job.seed}
-    images = _prepared(config, job, resolved, runtime, lambda found: build.noisy_classifier(config, len(found.classes)))
+    images = _prepared(config, job, runtime, lambda found: build.noisy_classifier(config, len(found.classes)))
     torch.manual_seed(derive_seed(job.seed, "weights"))
     model = build.noisy_classifier(config, len(images.classes))
     arranged(model.network, config.training.channels_last, config.training.compile)
@@ -313,13 +312,13 @@ def _fit(
 def _prepared(
     config: ImageConfig,
     job: _Job,
-    resolved: Mapping[str, Any],
     runtime: Runtime,
     built: Callable[[PackedImages], object] = lambda images: None,
+    noted: Mapping[str, Any] | None = None,
 ) -> PackedImages:
     """The images; only then the run begins, so that a call with unusable ones can be corrected and repeated.
 
-    ``built`` makes the model of them, and is called for what it refuses.
+    ``built`` makes the model of them, and is called for what it refuses. ``noted`` has to be the same to go on.
     """
     require_startable(job.run, job.resume)
     with runtime.main_first():
@@ -327,7 +326,7 @@ def _prepared(
     with torch.device("meta"):
         built(images)
     if runtime.is_main:
-        start_run(job.run, resolved, job.resume)
+        start_run(job.run, config, {"seed": job.seed, **(noted or {})}, job.resume)
         if images.held_out is not None:
             keep_sides(job.run / "held_out.json", asdict(images.held_out), images.folder, job.resume)
     return images

@@ -129,7 +129,7 @@ def train_pixel_classifier(
     activations = pixel_activations(restored, config, [] if blocks == "auto" else [f"decoder.{i}" for i in blocks])
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UsageError(f"{run}: is not an empty folder; choose another one")
-    start_run(run, {**config.model_dump(mode="json"), "seed": seed, "generator_sha256": saved.sha256}, resume=False)
+    start_run(run, config, {"seed": seed, "generator_sha256": saved.sha256}, resume=False)
     try:
         found, blocks_used = _trained(
             config, restored, activations, saved, data, labelled, run, unit, select, seed, on_progress

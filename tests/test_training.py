@@ -468,11 +468,15 @@ def test_a_segmenter_trains_resumes_and_loads(folder: Path, tmp_path: Path) -> N
         train_segmenter(config(), folder, whole, device="cpu")
     with pytest.raises(UsageError, match="was started with another training"):
         train_segmenter(config(learning_rate=1e-5), folder, whole, device="cpu", resume=True)
-    # A run of a version that did not know every key yet.
+    # A run of a version that did not know every key yet went on as the defaults say, and with nothing else.
     content = yaml.safe_load((parts / "config.yaml").read_text())
-    assert content["preprocessing"].pop("size", "missing") is None
+    assert content["preprocessing"].pop("size", "missing") is None and content["augmentation"].pop("intensity") == 0.15
+    assert content.pop("anchor_loss")
     (parts / "config.yaml").write_text(yaml.safe_dump(content))
     train_segmenter(config(), folder, parts, device="cpu", resume=True)
+    other = config().model_copy(update={"augmentation": config().augmentation.model_copy(update={"intensity": 0.2})})
+    with pytest.raises(UsageError, match="was started with another augmentation"):
+        train_segmenter(other, folder, parts, device="cpu", resume=True)
 
 
 def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(folder: Path, tmp_path: Path) -> None:

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.reports.files import write_files
 
 
-def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
+def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
     """Makes the run directory and writes its config.yaml.
 
     Args:
         run: the directory, new unless ``resume``.
-        resolved: the whole configuration and the seed, in plain types.
-        resume: go on with a run that was started with the same.
+        config: the whole configuration.
+        noted: the seed and what else has to be the same to go on, in plain types.
+        resume: go on with a run that was started with the same, perhaps by an older version that knew fewer keys.
 
     Raises:
         UsageError: the run exists and ``resume`` is off, does not exist and it is on, or was started with another
@@ -29,9 +31,10 @@ def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
     """
     require_startable(run, resume)
     file = run / "config.yaml"
+    resolved = {**config.model_dump(mode="json"), **noted}
     if resume:
-        before = yaml.safe_load(file.read_text())
-        changed = [key for key in resolved if _given(before.get(key)) != _given(resolved[key])]
+        before = _completed(yaml.safe_load(file.read_text()), type(config))
+        changed = [key for key in resolved if before.get(key) != resolved[key]]
         if changed:
             raise UsageError(
                 f"{run}: was started with another {' and '.join(changed)}; "
@@ -39,7 +42,7 @@ def start_run(run: Path, resolved: Mapping[str, Any], resume: bool) -> None:
             )
     else:
         run.mkdir(parents=True, exist_ok=True)
-        write_files(run, {file.name: yaml.safe_dump(dict(resolved), sort_keys=False)})
+        write_files(run, {file.name: yaml.safe_dump(resolved, sort_keys=False)})
 
 
 def require_startable(run: Path, resume: bool) -> None:
@@ -69,11 +72,13 @@ def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -
     write_json(file, content)
 
 
-def _given(value: Any) -> Any:
-    """A part of a configuration without its keys of null: a version that knows one more key resumes older runs."""
-    if isinstance(value, Mapping):
-        return {key: _given(part) for key, part in value.items() if part is not None}
-    return value
+def _completed(before: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """What a run was started with, and the defaults of the keys that its version did not know."""
+    own = {key: value for key, value in before.items() if key in kind.model_fields}
+    try:
+        return {**before, **kind.model_validate(own).model_dump(mode="json")}
+    except ValidationError:  # of a version that knew other keys: compared as it is
+        return dict(before)
 
 
 def versions() -> dict[str, str]:
