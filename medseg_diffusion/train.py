@@ -39,7 +39,7 @@ from .sampling.loop import spaced
 from .segmenter import restore_segmenter
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .training.autoencoder import standardise
-from .training.run import keep_sides, start_run, versions
+from .training.run import keep_sides, require_startable, start_run, versions
 from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
 from .volumes.io import find_scans, scan_name
@@ -107,9 +107,11 @@ def train_segmenter(
     source = _brain_labelmaps if config.data.source == "brain-labelmaps" else _scans
     origin = _origin(init, run, resume)
     if runtime.is_main:
-        noted = {} if origin is None else {"init": origin}
-        start_run(run, config, {"seed": seed, **noted}, resume)
+        noted = {"seed": seed, **({} if origin is None else {"init": origin})}
+        require_startable(run, config, noted, resume)
         found = source(config, data, run, seed, on_prepare)
+        # Only now: what is refused above can be corrected and started again in the same folder.
+        start_run(run, config, noted, resume)
         keep_sides(run / "split.json", asdict(found.split), data, resume)
     runtime.wait()
     if not runtime.is_main:  # all is in the cache by now

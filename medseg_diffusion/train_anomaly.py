@@ -51,7 +51,7 @@ from .methods.healthy_scores import HealthyScores, fit_scores, kept_values, scan
 from .methods.latent_healing import HealthyLatents, LatentHealing
 from .reports.card import anomaly_card
 from .train_generator import train_generator
-from .training.run import keep_sides, start_run, versions
+from .training.run import keep_sides, require_startable, start_run, versions
 from .training.runtime import autocast, choose_device, keep_freed_memory, tune
 from .training.trainer import Progress
 from .volumes.io import read_volume
@@ -117,8 +117,8 @@ def train_anomaly(
         raise UsageError("--unhealthy: this configuration learns from healthy scans alone; leave it out")
     if exclude_labelled is not None and exclude_labelled < 1:
         raise UsageError("--exclude-labelled: at least 1, which leaves out the labelled slices alone")
-    if (run / "config.yaml").is_file() and not resume:
-        raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
+    noted = {"exclude_labelled": exclude_labelled, "seed": seed}
+    require_startable(run, config, noted, resume)
     section = config.generator.data
     source = healthy_source(healthy, exclude_labelled, unhealthy, (section.test_images, section.validation_images))
     images = packed_healthy(
@@ -135,7 +135,7 @@ def train_anomaly(
             healthy, "no healthy slice on the validation side", "some", "raise generator.data.validation_images"
         )
     # Only now: what is refused above can be corrected and started again in the same folder.
-    start_run(run, config, {"exclude_labelled": exclude_labelled, "seed": seed}, resume)
+    start_run(run, config, noted, resume)
     keep_sides(run / "split.json", source.sides, healthy, resume)
     deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
 

@@ -320,13 +320,14 @@ def _prepared(
 
     ``built`` makes the model of them, and is called for what it refuses. ``noted`` has to be the same to go on.
     """
-    require_startable(job.run, job.resume)
+    noted = {"seed": job.seed, **(noted or {})}
+    require_startable(job.run, config, noted, job.resume)
     with runtime.main_first():
         images = _images(config, job)
     with torch.device("meta"):
         built(images)
     if runtime.is_main:
-        start_run(job.run, config, {"seed": job.seed, **(noted or {})}, job.resume)
+        start_run(job.run, config, noted, job.resume)
         if images.held_out is not None:
             keep_sides(job.run / "held_out.json", asdict(images.held_out), images.folder, job.resume)
     return images

@@ -479,15 +479,19 @@ def test_a_segmenter_trains_resumes_and_loads(folder: Path, tmp_path: Path) -> N
         train_segmenter(other, folder, parts, device="cpu", resume=True)
 
 
-def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With its own configuration, which the refusal recommends."""
     run = tmp_path / "run"
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train_segmenter(config(), folder, run, device="cpu", seed=3, on_prepare=interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "segmenter", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_segmenter(config(), folder, run, device="cpu", seed=3)
     with pytest.raises(UsageError, match=rf"resume with {run / 'config.yaml'} and seed 3, or use another folder"):
         train_segmenter(config(batch_size=1), folder, run, device="cpu", seed=3, resume=True)
     train_segmenter(load_segmenter_config(run / "config.yaml"), folder, run, device="cpu", seed=3, resume=True)
@@ -495,6 +499,20 @@ def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(folder
     (run / "checkpoints" / "last.pt").unlink()
     with pytest.raises(InputError, match="found no resume file"):
         train_segmenter(config(), folder, run, device="cpu", seed=3, resume=True)
+
+
+def test_what_is_refused_before_the_training_can_be_started_again(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(InputError, match="no such folder"):
+        train_segmenter(config(), tmp_path / "none", run, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train_segmenter(config(), folder, run, device="cpu", on_prepare=interrupt)
+    train_segmenter(config(), folder, run, device="cpu")
+    assert resume_file(run)["state"]["step"] == 4
 
 
 def test_resuming_what_was_never_started_is_refused(folder: Path, tmp_path: Path) -> None:

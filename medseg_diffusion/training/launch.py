@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Sequence
+from uuid import uuid4
+
+from medseg_diffusion.errors import MedsegError
 
 
 def launched() -> bool:
@@ -19,9 +22,29 @@ def is_first() -> bool:
 
 
 def launch(command: Sequence[str], processes: int) -> int:
-    """Runs ``command`` (program and arguments) in ``processes`` processes through torchrun; returns its exit code.
+    """Runs ``command`` (program and arguments) in ``processes`` processes of this machine, as torchrun does.
 
-    The processes find each other by themselves on a free port; each gets its own device.
+    The processes find each other by themselves on a free port; each gets its own device. Returns 0, or the exit code of
+    the process that failed first: the others are ended then.
+
+    Raises:
+        MedsegError: the first to end was ended by a signal, so that it could not say why.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*torchrun, "--no-python", *command], check=False).returncode
+    # Reading a command's options is not to wait for these.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why itself
+    config = LaunchConfig(
+        1, 1, processes, run_id=str(uuid4()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            raise MedsegError(f"process {rank} of {processes} was ended by {name}; was there enough memory?") from error
+        return first.exitcode
+    return 0

@@ -17,7 +17,7 @@ from medseg_diffusion.reports.files import write_files
 
 
 def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
-    """Makes the run directory and writes its config.yaml.
+    """Makes the run directory and writes its config.yaml; of a run that goes on it is the same already.
 
     Args:
         run: the directory, new unless ``resume``.
@@ -26,32 +26,36 @@ def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bo
         resume: go on with a run that was started with the same, perhaps by an older version that knew fewer keys.
 
     Raises:
+        UsageError: see `require_startable`.
+    """
+    require_startable(run, config, noted, resume)
+    if not resume:
+        run.mkdir(parents=True, exist_ok=True)
+        content = {**config.model_dump(mode="json"), **noted}
+        write_files(run, {"config.yaml": yaml.safe_dump(content, sort_keys=False)})
+
+
+def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
+    """What `start_run` refuses, before any work is done.
+
+    Raises:
         UsageError: the run exists and ``resume`` is off, does not exist and it is on, or was started with another
             configuration.
     """
-    require_startable(run, resume)
     file = run / "config.yaml"
-    resolved = {**config.model_dump(mode="json"), **noted}
-    if resume:
-        before = _completed(yaml.safe_load(file.read_text()), type(config))
-        changed = [key for key in resolved if before.get(key) != resolved[key]]
-        if changed:
-            raise UsageError(
-                f"{run}: was started with another {' and '.join(changed)}; "
-                f"resume with {file} and seed {before.get('seed')}, or use another folder"
-            )
-    else:
-        run.mkdir(parents=True, exist_ok=True)
-        write_files(run, {file.name: yaml.safe_dump(resolved, sort_keys=False)})
-
-
-def require_startable(run: Path, resume: bool) -> None:
-    """UsageError where a run would be started over another, or resumed without one: before any work is done."""
-    exists = (run / "config.yaml").is_file()
-    if exists and not resume:
+    if file.is_file() and not resume:
         raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")
-    if resume and not exists:
+    if not resume:
+        return
+    if not file.is_file():
         raise UsageError(f"{run}: holds no run; drop --resume to start it")
+    before = _completed(yaml.safe_load(file.read_text()), type(config))
+    now = {**config.model_dump(mode="json"), **noted}
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        raise UsageError(
+            f"{run}: was started with another {' and '.join(changed)}; "
+            f"resume with {file} and seed {before.get('seed')}, or use another folder"
+        )
 
 
 def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -> None:

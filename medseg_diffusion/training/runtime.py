@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -14,9 +15,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from medseg_diffusion.errors import UsageError
+from medseg_diffusion.errors import MedsegError, UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
+_GRACE_S = 15.0
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -164,7 +166,17 @@ class Runtime:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum") > 0)
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        """Until all processes are here.
+
+        Raises:
+            MedsegError: one of them has ended.
+        """
+        try:
+            self.accelerator.wait_for_everyone()
+        except RuntimeError as error:
+            # The first to end gives the exit code: let it be the one that knows why. The launcher then ends this one.
+            time.sleep(_GRACE_S)
+            raise MedsegError("another process ended early") from error
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
