@@ -289,8 +289,8 @@ class FeaturesSection(Section):
     """`medseg_diffusion.methods.activations.Activations`.
 
     ``blocks`` are numbers of decoder blocks; "auto" takes the published ones, 5, 6, 7, 8 and 12, where the generator
-    has them, otherwise the whole decoder if it has no more features than those, and the best five of a search if it
-    has. ``times`` count from 0.
+    has them, otherwise those of the finer half of the decoder's resolutions, or the best five of a search among them
+    if they have more features than the published ones. ``times`` count from 0.
     """
 
     times: tuple[int, ...] = Field((50, 150, 250), min_length=1)

@@ -235,9 +235,10 @@ def test_a_classifier_of_few_pixels_is_trained_for_as_many_steps_as_asked(monkey
         assert fewest < len(steps) < fewest + 10
 
 
-def test_a_small_network_is_used_whole_a_large_one_as_published_and_others_are_searched(monkeypatch) -> None:
+def test_a_large_network_is_used_as_published_and_of_others_the_finer_half_or_a_search(monkeypatch) -> None:
     image, label = (part[None] for part in two_halves(2))
-    assert choose_blocks(activations(), [image], [label], HALVES, 0) == tuple(f"decoder.{i}" for i in range(4))
+    # Of two resolutions, of which a block's upsampling leads into the next.
+    assert choose_blocks(activations(), [image], [label], HALVES, 0) == tuple(f"decoder.{i}" for i in (1, 2, 3))
     torch.manual_seed(0)
     deep = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1, 1, 1, 1), num_res_blocks=2, norm_groups=4)
     task = ImageDiffusion(NetworkDenoiser(deep, linear(1000)), Simple()).eval()
@@ -246,17 +247,22 @@ def test_a_small_network_is_used_whole_a_large_one_as_published_and_others_are_s
     middling = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
     task = ImageDiffusion(NetworkDenoiser(middling, linear(1000)), Simple()).requires_grad_(False).eval()
     small = Activations(task, None, (1, 16, 16), blocks=[])
+    blocks = small.decoder_blocks()
     whole = choose_blocks(small, [image, image], [label, label], HALVES, 0)
-    assert whole == tuple(small.decoder_blocks()) and len(whole) > 5
+    sides = {name: block.shape[2] for name, block in zip(blocks, small.with_blocks(blocks)(image), strict=False)}
+    assert set(sides.values()) == {4, 8, 16}
+    assert whole == tuple(name for name in blocks if sides[name] >= 8) and len(whole) == 5
+    monkeypatch.setattr(label_efficient, "SEARCHED_BLOCKS", 4)
     monkeypatch.setattr(label_efficient, "PUBLISHED_FEATURES", 8 * len(whole) - 1)
     searched = choose_blocks(small, [image, image], [label, label], HALVES, 0)
-    assert len(searched) == 5 and list(searched) == sorted(searched)
+    assert len(searched) == 4 and list(searched) == sorted(searched) and set(searched) < set(whole)
 
 
 class Telling:
     """Activations at two times of seven blocks of four channels, of which blocks 1, 2, 4, 5 and 6 show the label."""
 
     noise = torch.zeros(1)
+    times = (50, 150)
     names = tuple(f"decoder.{i}" for i in range(7))
 
     def decoder_blocks(self) -> list[str]:
@@ -309,7 +315,7 @@ def test_the_search_of_blocks_takes_fewer_pixels_of_more_images(monkeypatch) -> 
     monkeypatch.setattr(label_efficient, "labelled_pixels", spy)
     monkeypatch.setattr(label_efficient, "SEARCHED_PIXELS", 120)
     monkeypatch.setattr(label_efficient, "PUBLISHED_FEATURES", 1)
-    middling = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
+    middling = UNet(2, 1, 1, channels=8, channel_mult=(1, 1, 1), num_res_blocks=2, norm_groups=4)
     task = ImageDiffusion(NetworkDenoiser(middling, linear(1000)), Simple()).requires_grad_(False).eval()
     image, label = (part[None] for part in two_halves(2))
     choose_blocks(Activations(task, None, (1, 16, 16), blocks=[]), [image] * 3, [label] * 3, HALVES, 0)

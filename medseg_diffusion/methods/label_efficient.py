@@ -30,7 +30,7 @@ from .activations import PUBLISHED_BLOCKS, Activations
 FEWEST_PIXELS = 20
 """A class with fewer pixels in a labelled image is left out of it, as published."""
 PUBLISHED_FEATURES = 8448
-"""Of a pixel. A decoder that has no more altogether is used whole."""
+"""Of a pixel. Where the finer blocks of a decoder have no more altogether, none is left out."""
 SEARCHED_BLOCKS = 5
 """As many as published are chosen where a network has more features, but other blocks."""
 SEARCHED_PIXELS = 20_000
@@ -315,20 +315,26 @@ def choose_blocks(
     seed: int,
     per_class: int = 200,
 ) -> tuple[str, ...]:
-    """The published blocks where the generator has them; else all, or those that tell the labelled pixels apart best.
+    """The published blocks where the generator has them; else those of the finer half of the decoder's resolutions.
 
-    All are taken where they have no more features than the published ones. Else each block of the decoder is scored
-    alone, by the balanced accuracy of ridge regression onto the classes, fitted on half of the labelled images and
-    tried on the other half, and the other way round (on halves of the pixels where there is one image); the best five
-    are taken.
+    Coarser ones tell where in a labelled image a pixel is, which is another place in the next image: without them five
+    labels teach more (docs/results/label-efficient.md), and the published blocks are none of the coarsest either.
+
+    All that are left are taken where they have no more features than the published ones. Else each is scored alone, by
+    the balanced accuracy of ridge regression onto the classes, fitted on half of the labelled images and tried on the
+    other half, and the other way round (on halves of the pixels where there is one image); the best five are taken.
     """
     known = activations.decoder_blocks()
     if set(PUBLISHED_BLOCKS) <= set(known):
         return PUBLISHED_BLOCKS
-    every = activations.with_blocks(known)
-    first = images[0][:1].to(activations.noise.device)
-    if len(known) <= SEARCHED_BLOCKS or sum(block.shape[1] for block in every(first)) <= PUBLISHED_FEATURES:
+    found = activations.with_blocks(known)(images[0][:1].to(activations.noise.device))[: len(known)]  # at one time
+    sides = [block.shape[2] for block in found]
+    finer = sorted(set(sides))[len(set(sides)) // 2 :]
+    known = [name for name, side in zip(known, sides, strict=True) if side in finer]
+    features = len(activations.times) * sum(block.shape[1] for block in found if block.shape[2] in finer)
+    if len(known) <= SEARCHED_BLOCKS or features <= PUBLISHED_FEATURES:
         return tuple(known)
+    every = activations.with_blocks(known)
     few = max(1, min(per_class, SEARCHED_PIXELS // (len(images) * len(classes))))
     pixels = labelled_pixels(every, images, labels, classes, few, seed)
     mean, std = _moments(pixels.features)
