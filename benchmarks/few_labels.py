@@ -307,7 +307,7 @@ def main() -> None:
 
 def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
     """The table of means (smallest to largest over seeds) of the numbers that every method has, and the curves."""
-    methods = list(dict.fromkeys(str(row["method"]) for row in rows))
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     have = {(str(row["method"]), int(str(row["labelled"]))) for row in rows}
     counts = sorted(count for count in {n for _, n in have} if all((method, count) in have for method in methods))
     lines = ["| labelled | " + " | ".join(methods) + " |", "|" + "---|" * (1 + len(methods))]

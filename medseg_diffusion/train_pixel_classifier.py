@@ -166,6 +166,12 @@ def _trained(
     found = labelled_units(config, restored, data, labelled, run / "cache", unit, select, seed, on_progress)
     images, masks = [one.images for one in found.units], [one.labels for one in found.units]
     classes = list(found.labels.values())
+    augmenter = Augmenter(build.augmentation(config.augmentation), len(restored.config.data.shape))
+
+    def change(image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        changed, mask = augmenter(image[: len(found.channels)], label, generator)
+        return changed.expand_as(image), mask  # grey images stay grey
+
     if config.features.blocks == "auto":
         activations = activations.with_blocks(choose_blocks(activations, images, masks, classes, seed))
     pixels = labelled_pixels(
@@ -177,8 +183,8 @@ def _trained(
         seed,
         run / "cache" / "features.npy",
         lambda done, total: on_progress("features of labelled images", done, total),
-        config.data.copies,
-        Augmenter(build.augmentation(config.augmentation), len(restored.config.data.shape)),
+        copies=config.data.copies,
+        change=change,
     )
     classifiers = fit_classifiers(
         pixels,

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from medseg_diffusion.config import SegmenterConfig
+from medseg_diffusion.data.cases import find_cases
+from medseg_diffusion.data.mask_examples import prepare
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.train import train_segmenter
+from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 
 def config(labels: list[str]) -> SegmenterConfig:
@@ -140,7 +143,19 @@ def test_what_was_corrected_is_read_again(tmp_path: Path) -> None:
         label = np.zeros((8, 8, 8), np.uint8)
         label[2:5, 2:6, 3:7] = 1
         nib.save(nib.Nifti1Image(label, np.eye(4)), data / "labels" / f"{i}.nii")
-    train_segmenter(config(["block"]), data, tmp_path / "run", device="cpu", resume=True)
+    train_segmenter(config(["block"]), data, tmp_path / "run", device="cpu")
+
+
+def test_what_is_to_be_read_in_another_way_is_read_again(tmp_path: Path) -> None:
+    data = find_cases(folder(tmp_path / "data", lambda label: 2 * label))
+
+    def shown(preprocessing: Preprocessing, num_classes: int, merge: bool) -> tuple[set[int], int]:
+        case = prepare(data.cases[:1], preprocessing, 1, num_classes, tmp_path / "cache", merge_labels=merge)[0]
+        return set(case.label.unique().tolist()), case.image.shape[1]
+
+    assert shown(Preprocessing(), 3, False) == ({0, 2}, 8)
+    assert shown(Preprocessing(), 2, True) == ({0, 1}, 8)
+    assert shown(Preprocessing(spacing_mm=(2.0, 2.0, 2.0)), 2, True) == ({0, 1}, 4)
 
 
 def test_a_2d_model_is_not_trained_on_lines(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medseg_diffusion import pipeline
+from medseg_diffusion import train_pixel_classifier as train_module
 from medseg_diffusion.checkpoint import load_model_files
 from medseg_diffusion.config import GeneratorConfig, PixelClassifierConfig, load_config, parse_config
 from medseg_diffusion.data.images import find_images
@@ -131,13 +133,23 @@ def test_features_and_labels_are_of_the_same_pixels_of_the_same_slices(dims) -> 
         assert int(labels[image][(k % 10, *place)]) == label and image == k // 10
 
 
+class Itself:
+    """Activations that are the image."""
+
+    noise = torch.zeros(1)
+
+    def __init__(self) -> None:
+        self.images: list[torch.Tensor] = []
+
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+        self.images.append(images)
+        return [images]
+
+
 def test_copies_share_the_pixels_and_the_slices() -> None:
     """Features are the image here, and the image is its labels, so they must agree also where a copy changed both."""
-    seen = []
-
-    def shown(images: torch.Tensor) -> list[torch.Tensor]:
-        seen.append(images)
-        return [images]
+    shown = Itself()
+    seen = shown.images
 
     def change(image: torch.Tensor, label: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         order = torch.randperm(16, generator=generator)
@@ -146,7 +158,6 @@ def test_copies_share_the_pixels_and_the_slices() -> None:
     random = torch.Generator().manual_seed(0)
     labels = [torch.randint(0, 2, (n, 16, 16), generator=random) for n in (7, 1)]
     images = [label[:, None].float() for label in labels]
-    shown.noise = torch.zeros(1)  # type: ignore[attr-defined]
 
     def sampled(seed: int) -> LabelledPixels:
         seen.clear()
@@ -155,7 +166,7 @@ def test_copies_share_the_pixels_and_the_slices() -> None:
     pixels = sampled(0)
     assert torch.equal(torch.from_numpy(pixels.features[:, 0]).long(), pixels.labels)
     assert torch.bincount(2 * pixels.image + pixels.labels).tolist() == [40] * 4
-    assert len(seen) == 7 + 3 * 3 + 1 + 3
+    assert len(seen) == 7 + 7 + 1 + 3, "each slice is changed once, or a single one in every copy"
     assert len({image.numpy().tobytes() for image in seen}) == len(seen), "no copy shows what is there already"
     together = torch.cat([label.flatten() for label in labels])
     torch.testing.assert_close(pixels.share, torch.bincount(together).double() / len(together))
@@ -164,6 +175,18 @@ def test_copies_share_the_pixels_and_the_slices() -> None:
     assert torch.equal(torch.cat([image.flatten() for image in seen]), first)
     sampled(1)
     assert not torch.equal(torch.cat([image.flatten() for image in seen]), first)
+
+
+def test_a_class_of_few_slices_of_a_stack_gets_its_pixels() -> None:
+    """Copies show parts of a stack, most of which lack the class."""
+    label = torch.zeros(30, 12, 12, dtype=torch.int64)
+    label[7:9, 3:6, 3:9] = 1  # 36 pixels, and as many in the copies
+    turned = lambda image, label, generator: (image.flip(1), label.flip(0))  # noqa: E731
+    image = label[:, None].float()
+    for wanted, found in ((30, 30), (72, 72), (1000, 72)):
+        pixels = labelled_pixels(Itself(), [image], [label], HALVES, wanted, 0, copies=16, change=turned)  # type: ignore[arg-type]
+        assert torch.bincount(pixels.labels).tolist() == [wanted, found]
+        assert torch.equal(torch.from_numpy(pixels.features[:, 0]).long(), pixels.labels)
 
 
 def test_large_features_are_clipped_and_a_loss_that_is_not_finite_is_refused() -> None:
@@ -598,6 +621,25 @@ def test_grey_pictures_go_to_the_generator_as_it_saw_them(channels, tmp_path: Pa
 
 def in_memory(path: Path) -> Generator:
     return restore_generator(load_model_files(path))
+
+
+def test_grey_images_stay_grey_when_they_are_changed(scans, generators, tmp_path: Path, monkeypatch) -> None:
+    """Noise of its own in every channel is what such a generator never saw."""
+    seen = []
+
+    def spy(*args: Any, **options: Any) -> LabelledPixels:
+        colour = torch.linspace(-1, 1, 256).reshape(1, 16, 16).expand(3, -1, -1)
+        for i in range(5):
+            changed, _ = options["change"](colour, torch.zeros(16, 16), torch.Generator().manual_seed(i))
+            assert changed.shape == (3, 16, 16) and torch.equal(changed[0], changed[2])
+            seen.append(changed)
+        return labelled_pixels(*args, **options)
+
+    monkeypatch.setattr(train_module, "labelled_pixels", spy)
+    config = quick(copies=2)
+    config = config.model_copy(update={"augmentation": config.augmentation.model_copy(update={"probability": 1.0})})
+    train_pixel_classifier(config, generators[2], scans, 1, tmp_path / "run", test=False, device="cpu")
+    assert len(seen) == 5 and not torch.equal(seen[0], seen[1])
 
 
 def test_what_the_generator_has_seen_is_not_scored(scans, generators, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ FAILS = """
 import os, sys, time
 if os.environ["RANK"] == "1":
     sys.exit(3)
+time.sleep(60)
+"""
+SAVES = """
+import os, pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1], "saved" + os.environ["RANK"]).touch()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+pathlib.Path(sys.argv[1], "ready" + os.environ["RANK"]).touch()
 time.sleep(60)
 """
 KILLED = """
@@ -42,6 +54,19 @@ def test_the_exit_code_of_the_first_failure_comes_back_and_nobody_waits_for_the_
 def test_a_process_that_was_killed_is_named() -> None:
     with pytest.raises(MedsegError, match="process 1 of 2 was ended by SIGKILL"):
         launch([sys.executable, "-c", KILLED], 2)
+
+
+def test_ctrl_c_reaches_every_process_and_waits_for_what_they_save(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SAVES, str(tmp_path)]
+    stop = f"from medseg_diffusion.training.launch import launch; launch({command}, 2)"
+    parent = subprocess.Popen([sys.executable, "-c", stop], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGINT)
+    _, printed = parent.communicate(timeout=60)
+    assert parent.returncode == -signal.SIGINT and printed.strip().endswith("KeyboardInterrupt"), printed
+    assert len(list(tmp_path.glob("saved*"))) == 2
 
 
 def test_a_failure_is_told_once_and_its_exit_code_kept(tmp_path: Path) -> None:

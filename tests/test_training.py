@@ -33,7 +33,7 @@ from medseg_diffusion.segmenter import restore_segmenter
 from medseg_diffusion.train import train_segmenter
 from medseg_diffusion.training.ema import EMA
 from medseg_diffusion.training.runtime import Runtime, autocast_dtype, choose_device
-from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, fit, learning_rate
+from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, _Interrupt, fit, learning_rate
 
 
 class Points:
@@ -513,6 +513,20 @@ def test_what_is_refused_before_the_training_can_be_started_again(folder: Path, 
         train_segmenter(config(), folder, run, device="cpu", on_prepare=interrupt)
     train_segmenter(config(), folder, run, device="cpu")
     assert resume_file(run)["state"]["step"] == 4
+
+
+def test_ctrl_c_that_comes_twice_at_once_is_one() -> None:
+    """From the terminal and from the launcher: the resume file is to be written all the same."""
+    interrupt = _Interrupt()
+    try:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested
+        interrupt.at -= 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.restore()
 
 
 def test_resuming_what_was_never_started_is_refused(folder: Path, tmp_path: Path) -> None:

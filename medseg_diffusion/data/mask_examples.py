@@ -99,10 +99,9 @@ def prepare(
     for i, case in enumerate(cases):
         stem = case.name.replace("/", "__")
         image_file, label_file = cache / f"{stem}.image.npy", cache / f"{stem}.label.npy"
-        # What was corrected after it had been cached is read again.
-        state = json.dumps(
-            [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (case.image, case.label)]
-        )
+        # What was corrected after it had been cached is read again, and so is what is now to be read in another way.
+        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (case.image, case.label)]
+        state = json.dumps([*files, repr(preprocessing), channels, num_classes, merge_labels, sorted(named), slices])
         state_file = cache / f"{stem}.json"
         known = state_file.read_text() if state_file.exists() else ""
         if not (image_file.exists() and label_file.exists() and known == state):

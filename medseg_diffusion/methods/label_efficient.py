@@ -114,8 +114,8 @@ def labelled_pixels(
     """Samples pixels of every class alike and gathers their features.
 
     One image shows one brightness, one pose and one size of what is labelled: changed copies (not published) show more.
-    They share the pixels, so that there are no more features, and the slices, so that copies of a stack take no longer
-    than the stack.
+    They share the pixels, so that there are no more features, and the slices: each is changed once, or a single one (a
+    picture, a volume) in every copy.
 
     Args:
         activations: of the generator, on its device.
@@ -135,32 +135,37 @@ def labelled_pixels(
     """
     device = activations.noise.device
     chosen, values, share = [], [], torch.zeros(len(classes), dtype=torch.float64)
-    every = [(i, copy) for copy in range(1 + copies) for i in range(len(images))]
-    per_copy = -(-per_class // (1 + copies))
+    examples = [(i, copy) for i in range(len(images)) for copy in range(1 + copies)]
 
     def example(i: int, copy: int) -> tuple[Tensor, Tensor]:
         if not copy:
             return images[i], labels[i]
+        count = len(images[i])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "slices", i))).tolist()
         generator = torch.Generator().manual_seed(derive_seed(seed, "copy", i, copy))
-        slices = torch.randperm(len(images[i]), generator=generator)[: -(-len(images[i]) // copies)].tolist()
-        changed = [change(images[i][k], labels[i][k], generator) for k in slices]
+        own = order[copy - 1 :: copies] or [order[(copy - 1) % count]]
+        changed = [change(images[i][k], labels[i][k], generator) for k in own]
         image, label = (torch.stack(part) for part in zip(*changed, strict=True))
         return image.clamp(-1, 1), label
 
-    for i, copy in every:
-        _, label = example(i, copy)
-        generator = torch.Generator().manual_seed(derive_seed(seed, "pixels", i, copy))
-        flat = label.flatten()
-        if not copy:
-            share += torch.bincount(flat, minlength=len(classes))
-        positions = []
-        for value in range(len(classes)):
-            there = (flat == value).nonzero().flatten()
-            if len(there) >= FEWEST_PIXELS:
-                positions.append(there[torch.randperm(len(there), generator=generator)[:per_copy]])
-        together = torch.cat(positions or [flat[:0].long()])
-        values.append(flat[together].long())
-        chosen.append(torch.stack(torch.unravel_index(together, label.shape), 1))
+    for i in range(len(images)):
+        shown = [example(i, copy)[1] for copy in range(1 + copies)]
+        count = torch.stack([torch.bincount(label.flatten(), minlength=len(classes)) for label in shown]).numpy()
+        share += torch.from_numpy(count[0])
+        # As many of each as if a class' pixels were drawn from all that show it.
+        random = np.random.default_rng(derive_seed(seed, "pixels", i))
+        quota = np.zeros_like(count)
+        for value in np.flatnonzero(count[0] >= FEWEST_PIXELS):
+            wanted = min(per_class, int(count[:, value].sum()))
+            quota[:, value] = random.multivariate_hypergeometric(count[:, value], wanted, method="marginals")
+        for label, wanted_of in zip(shown, quota, strict=True):
+            flat, positions = label.flatten(), []
+            for value in np.flatnonzero(wanted_of):
+                there = (flat == int(value)).nonzero().flatten()
+                positions.append(there[torch.from_numpy(random.permutation(len(there))[: wanted_of[value]])])
+            together = torch.cat(positions or [flat[:0].long()])
+            values.append(flat[together].long())
+            chosen.append(torch.stack(torch.unravel_index(together, label.shape), 1))
     target = torch.cat(values)
     if missing := sorted(set(range(len(classes))) - set(target.tolist())):
         raise InputError(
@@ -173,7 +178,7 @@ def labelled_pixels(
     features: npt.NDArray[np.float16] | None = None
     channels: tuple[int, ...] = ()
     first = 0
-    for done, ((i, copy), positions_of) in enumerate(zip(every, chosen, strict=True), 1):
+    for done, ((i, copy), positions_of) in enumerate(zip(examples, chosen, strict=True), 1):
         image, _ = example(i, copy)
         for k in torch.unique(positions_of[:, 0]).tolist():
             blocks = activations(image[k : k + 1].to(device))
@@ -186,9 +191,9 @@ def labelled_pixels(
             rows = torch.cat([gathered(block[0].float(), where, size) for block in blocks], 1)
             features[(first + own).numpy()] = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().cpu().numpy()
         first += len(positions_of)
-        on_image(done, len(every))
+        on_image(done, len(examples))
     assert features is not None
-    numbers = torch.tensor([i for i, _ in every])
+    numbers = torch.tensor([i for i, _ in examples])
     image_of = numbers.repeat_interleave(torch.tensor([len(positions) for positions in chosen]))
     return LabelledPixels(features, target, image_of, share / share.sum(), channels)
 
@@ -327,11 +332,13 @@ def choose_blocks(
     known = activations.decoder_blocks()
     if set(PUBLISHED_BLOCKS) <= set(known):
         return PUBLISHED_BLOCKS
-    found = activations.with_blocks(known)(images[0][:1].to(activations.noise.device))[: len(known)]  # at one time
-    sides = [block.shape[2] for block in found]
-    finer = sorted(set(sides))[len(set(sides)) // 2 :]
-    known = [name for name, side in zip(known, sides, strict=True) if side in finer]
-    features = len(activations.times) * sum(block.shape[1] for block in found if block.shape[2] in finer)
+    found = activations.with_blocks(known)(images[0][:1].to(activations.noise.device))
+    shapes = [block.shape[1:3] for block in found[: len(known)]]  # channels and a side, at one of the times
+    del found
+    sides = sorted({side for _, side in shapes})
+    coarsest = sides[len(sides) // 2]
+    known = [name for name, (_, side) in zip(known, shapes, strict=True) if side >= coarsest]
+    features = len(activations.times) * sum(channels for channels, side in shapes if side >= coarsest)
     if len(known) <= SEARCHED_BLOCKS or features <= PUBLISHED_FEATURES:
         return tuple(known)
     every = activations.with_blocks(known)

@@ -29,22 +29,34 @@ def launch(command: Sequence[str], processes: int) -> int:
 
     Raises:
         MedsegError: the first to end was ended by a signal, so that it could not say why.
+        KeyboardInterrupt: Ctrl-C.
     """
     # Reading a command's options is not to wait for these.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds for a step and the resume file
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why itself
     config = LaunchConfig(
         1, 1, processes, run_id=str(uuid4()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         elastic_launch(config, command[0])(*command[1:])
+    except SignalException as error:  # passed on to the processes, which have ended by now
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        return 128 + error.sigval
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if first.exitcode < 0:
             name = signal.Signals(-first.exitcode).name
-            raise MedsegError(f"process {rank} of {processes} was ended by {name}; was there enough memory?") from error
+            hint = "; was there enough memory?" if name == "SIGKILL" else ""
+            raise MedsegError(f"process {rank} of {processes} was ended by {name}{hint}") from error
         return first.exitcode
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0

@@ -7,12 +7,14 @@ import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from medseg_diffusion.errors import MedsegError, UsageError
@@ -120,7 +122,10 @@ class Runtime:
         # Accelerate keeps its settings in a process-wide singleton; a second run in one process needs its own.
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(
-            cpu=chosen.type == "cpu", mixed_precision="bf16" if self.autocast is torch.bfloat16 else "no"
+            cpu=chosen.type == "cpu",
+            mixed_precision="bf16" if self.autocast is torch.bfloat16 else "no",
+            # Others wait while the first prepares data or validates.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         )
         if self.world_size > 1:
             atexit.register(_leave_group)
@@ -157,13 +162,15 @@ class Runtime:
 
     def mean(self, value: Tensor) -> float:
         """Mean of a scalar over the processes."""
-        return float(self.accelerator.reduce(value.detach().float(), reduction="mean"))
+        with self._together():
+            return float(self.accelerator.reduce(value.detach().float(), reduction="mean"))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process: all of them must stop together."""
         if self.world_size == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum") > 0)
+        with self._together():
+            return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum") > 0)
 
     def wait(self) -> None:
         """Until all processes are here.
@@ -171,12 +178,18 @@ class Runtime:
         Raises:
             MedsegError: one of them has ended.
         """
-        try:
+        with self._together():
             self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails where another process has ended."""
+        try:
+            yield
         except RuntimeError as error:
             # The first to end gives the exit code: let it be the one that knows why. The launcher then ends this one.
             time.sleep(_GRACE_S)
-            raise MedsegError("another process ended early") from error
+            raise MedsegError(f"another process ended early ({str(error).splitlines()[0]})") from error
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

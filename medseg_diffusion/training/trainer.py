@@ -244,17 +244,21 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
 
 
 class _Interrupt:
-    """Ctrl-C waits for the end of the step, so that what is saved is whole; a second one stops at once."""
+    """Ctrl-C waits for the end of the step, so that what is saved is whole; a second one stops at once.
+
+    Within a second it is the same one: a launcher passes on what its processes have had from the terminal, too.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.at = 0.0
         self.main = threading.current_thread() is threading.main_thread()
         self.before = signal.signal(signal.SIGINT, self._handle) if self.main else None
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self.requested and time.monotonic() > self.at + 1:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.at = True, time.monotonic()
 
     def restore(self) -> None:
         if self.main:
