@@ -420,6 +420,18 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, monkeypa
         train(tmp_path)
 
 
+def test_a_process_alone_keeps_its_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that fails is no other process that ended."""
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("the device failed")
+
+    runtime = Runtime("cpu", "fp32")
+    monkeypatch.setattr(runtime.accelerator, "reduce", fails)
+    with pytest.raises(RuntimeError, match="the device failed"):
+        runtime.mean(torch.zeros(()))
+
+
 # ---- a whole segmenter -----------------------------------------------------------------------------------------------
 
 

@@ -183,10 +183,12 @@ class Runtime:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """What fails where another process has ended."""
+        """What fails where another process has ended; a process alone has failures of its own."""
         try:
             yield
         except RuntimeError as error:
+            if self.world_size == 1:
+                raise
             # The first to end gives the exit code: let it be the one that knows why. The launcher then ends this one.
             time.sleep(_GRACE_S)
             raise MedsegError(f"another process ended early ({str(error).splitlines()[0]})") from error
