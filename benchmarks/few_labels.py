@@ -306,10 +306,13 @@ def main() -> None:
 
 
 def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
-    """The table of means (smallest to largest over seeds) of the numbers that every method has, and the curves."""
+    """The table of means (smallest to largest over seeds) where all methods have the same seeds, and the curves."""
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
-    have = {(str(row["method"]), int(str(row["labelled"]))) for row in rows}
-    counts = sorted(count for count in {n for _, n in have} if all((method, count) in have for method in methods))
+    have: dict[tuple[str, int], set[object]] = {}
+    for row in rows:
+        have.setdefault((str(row["method"]), int(str(row["labelled"]))), set()).add(row["seed"])
+    counts = sorted({n for _, n in have})  # a mean over fewer seeds than another is not shown beside it
+    counts = [n for n in counts if all(have.get((method, n)) == have.get((methods[0], n)) for method in methods)]
     lines = ["| labelled | " + " | ".join(methods) + " |", "|" + "---|" * (1 + len(methods))]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     means: dict[str, list[float]] = {method: [] for method in methods}

@@ -78,4 +78,6 @@ def train_pixel_classifier(
                 ]
             )
             typer.echo(f"report: {run / 'test' / 'report.html'}")
+        elif test:
+            typer.echo("no scores: no case is on the side that the generator held out")
         typer.echo(f"model: {result.model}")

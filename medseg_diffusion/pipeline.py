@@ -551,7 +551,7 @@ def _loaded(options: SegmentOptions) -> SegmentationModel:
         options.uncertainty,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
-        raise UsageError("pseudo-labels need members that can disagree: add --ensemble 5")
+        raise UsageError("pseudo-labels need members that can disagree: use --ensemble 2 or more")
     if options.save_pseudo_labels and max(model.labels) >= IGNORED:
         raise UsageError(f"pseudo-labels mark what to ignore by {IGNORED}, which is a class of this model")
     return model

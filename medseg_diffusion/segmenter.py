@@ -71,14 +71,15 @@ def restore_pixel_segmentation(saved: SavedModel) -> tuple[PixelSegmentation, Pi
 
 
 def pixel_activations(generator: Generator, config: PixelClassifierConfig, blocks: list[str]) -> Activations:
-    """The activations of a generator that pixel classifiers of this configuration see.
+    """The activations of a generator, on its device, that pixel classifiers of this configuration see.
 
     Raises:
         UsageError: a block or a time that the generator does not have.
         ModelError: a generator of another kind.
     """
     task, precision = cast(ImageDiffusion, generator.task), generator.config.training.precision
-    return Activations(task, generator.codec, generator.shape, config.features.times, blocks, precision=precision)
+    found = Activations(task, generator.codec, generator.shape, config.features.times, blocks, precision=precision)
+    return found.to(generator.device)  # where the task is, and not yet the noise
 
 
 @dataclass(frozen=True)

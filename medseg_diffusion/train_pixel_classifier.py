@@ -3,7 +3,7 @@
 RUN/config.yaml     resolved configuration
 RUN/labelled.json   which images were labelled, and how they were chosen
 RUN/model/          the segmenter, with its generator in it
-RUN/test/           masks of the held-out cases, with report.html, summary.json and cases.csv
+RUN/test/           masks of the held-out cases and their references, with report.html, summary.json and cases.csv
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .segmenter import GENERATOR, pixel_activations, pixel_inference, pixel_prep
 from .training.run import start_run, versions, write_json
 from .training.runtime import choose_device, keep_freed_memory, tune
 from .volumes.fitting import fitted, fitted_labels
-from .volumes.io import read_map, read_volume, write_labels
+from .volumes.io import read_labels, read_map, read_volume, write_labels
 
 Unit = Literal["case", "slice"]
 Select = Literal["hash", "diverse"]
@@ -129,13 +129,15 @@ def train_pixel_classifier(
     activations = pixel_activations(restored, config, [] if blocks == "auto" else [f"decoder.{i}" for i in blocks])
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UsageError(f"{run}: is not an empty folder; choose another one")
+    existed = run.exists()
     start_run(run, config, {"seed": seed, "generator_sha256": saved.sha256}, resume=False)
     try:
         found, blocks_used = _trained(
             config, restored, activations, saved, data, labelled, run, unit, select, seed, on_progress
         )
     except BaseException:  # so that the command can be given again
-        shutil.rmtree(run)
+        for path in run.iterdir() if existed else [run]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         raise
     scores = None
     if test and found.split.test:
@@ -197,7 +199,6 @@ def _trained(
     write_json(run / "labelled.json", {"unit": unit, "select": select, "seed": seed, "labelled": chosen})
     summary = {
         "labelled": f"{labelled} {unit}{'s' if labelled > 1 else ''}, chosen by {select}",
-        "cases": ", ".join(chosen),
         "pixels": len(pixels.labels),
     }
     card = _card(config, restored, saved, found, activations.blocks, seed, summary)
@@ -229,15 +230,28 @@ def labelled_units(
     if not names:
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; add --set data.labels=[...]")
     labels = dict(enumerate(["background", *names]))
+    if folder.labels and set(folder.labels) != set(labels):
+        raise UsageError(
+            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but "
+            f"{'data.labels' if config.data.labels else 'classes are'} 0 to {len(names)}; number them without gaps, "
+            "and name all of them"
+        )
     held_out = _held_out(config, generator, data, folder.cases)
     split = split_by_hash(folder.cases, *held_out)
     pool = sorted((case for case in folder.cases if case.name in split.train), key=lambda c: derive_seed(seed, c.name))
-    if unit == "case" and labelled > len(pool):
+    if not pool or (unit == "case" and labelled > len(pool)):
         raise _too_few(data, labelled, len(pool), "cases", held_out)
     # Without clustering, cases that are not chosen are not even read.
     read = pool if unit == "slice" or select == "diverse" else pool[:labelled]
-    grey = len(read_map(pool[0].image).data) == 1
-    channels = 1 if grey else generator.config.data.channels
+    count, channels = len(read_map(pool[0].image).data), generator.config.data.channels
+    if count not in (1, channels):
+        raise InputError(
+            pool[0].image,
+            f"{count} channels",
+            "a single one, as the generator's images" if channels == 1 else f"{channels}, as the generator's, or one",
+            "convert the images, or use a generator of such images",
+        )
+    channels = min(count, channels)
     cases = prepare(
         read,
         pixel_preprocessing(generator),
@@ -380,14 +394,11 @@ def _scored(
         found = model.segment(volume, derive_seed(seed, case.name))
         name = case.name.replace("/", "__")
         write_labels(found.labels, volume, masks / f"{name}_seg.nii.gz")
-        suffix = "".join(case.label.suffixes[-2:]) if case.label.name.endswith(".gz") else case.label.suffix
-        (references / f"{name}{suffix}").symlink_to(case.label.resolve())
+        reference = read_labels(case.label)
+        write_labels(reference.data[0], reference, references / f"{name}.nii.gz")
         on_progress("held-out cases", done, len(cases))
     known = {value: name for value, name in labels.items() if value}
-    try:
-        return evaluate(masks, references, run / "test", labels=known, seed=seed)
-    finally:
-        shutil.rmtree(references)
+    return evaluate(masks, references, run / "test", labels=known, seed=seed)
 
 
 def _too_few(data: Path, wanted: int, there: int, what: str, held_out: tuple[int, int]) -> InputError:

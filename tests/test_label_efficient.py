@@ -12,8 +12,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 import torch.nn.functional as F
+import yaml
 from medseg_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
@@ -45,7 +47,7 @@ from medseg_diffusion.networks.pixel_classifier import upsampled
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.sampling.ddim import DDIM
-from medseg_diffusion.segmenter import pixel_preprocessing
+from medseg_diffusion.segmenter import pixel_activations, pixel_preprocessing
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.train_generator import train_generator
 from medseg_diffusion.train_pixel_classifier import _diverse, labelled_units, train_pixel_classifier
@@ -116,7 +118,8 @@ class Places:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_features_and_labels_are_of_the_same_pixels_of_the_same_slices(dims) -> None:
+def test_features_and_labels_are_of_the_same_pixels_of_the_same_slices(dims, monkeypatch) -> None:
+    monkeypatch.setattr(label_efficient, "_ROWS", 7)  # gathered in several parts
     random = torch.Generator().manual_seed(0)
     labels = [torch.randint(0, 3, (n, *[9] * dims), generator=random, dtype=torch.uint8) for n in (4, 1)]
     images = [
@@ -131,6 +134,17 @@ def test_features_and_labels_are_of_the_same_pixels_of_the_same_slices(dims) -> 
     assert len({row[-1] for row in rows}) == 5  # of all slices
     for (*place, k), label, image in zip(rows, pixels.labels.tolist(), pixels.image.tolist(), strict=True):
         assert int(labels[image][(k % 10, *place)]) == label and image == k // 10
+
+
+def test_a_disk_without_room_for_the_features_is_told(tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    image, label = two_halves(2)
+    with pytest.raises(
+        MedsegError, match=r"0\.0 GB free, but the features of the sampled pixels are 0.0 GB; free the disk"
+    ):
+        labelled_pixels(activations(2), [image[None]], [label[None]], HALVES, 200, 0, tmp_path / "features.npy")
+    assert not list(tmp_path.iterdir())
 
 
 class Itself:
@@ -461,11 +475,18 @@ def quick(**data: object) -> PixelClassifierConfig:
     return found
 
 
-@pytest.mark.parametrize(("dims", "unit"), [(2, "case"), (2, "slice"), (3, "case")])
-def test_from_a_generator_to_scored_masks(dims, unit, scans, generators, tmp_path: Path) -> None:
+CUDA = pytest.param(2, "case", "cuda", marks=pytest.mark.cuda)
+
+
+@pytest.mark.parametrize(
+    ("dims", "unit", "device"), [(2, "case", "cpu"), (2, "slice", "cpu"), (3, "case", "cpu"), CUDA]
+)
+def test_from_a_generator_to_scored_masks(dims, unit, device, scans, generators, tmp_path: Path) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     steps: dict[str, tuple[int, int]] = {}
     found = train_pixel_classifier(
-        quick(copies=2), generators[dims], scans, 2, tmp_path / "run", unit=unit, device="cpu",
+        quick(copies=2), generators[dims], scans, 2, tmp_path / "run", unit=unit, device=device,
         on_progress=lambda what, done, total: steps.update({what: (done, total)}),
     )  # fmt: skip
     assert steps["features of labelled images"] == (6, 6)
@@ -474,6 +495,12 @@ def test_from_a_generator_to_scored_masks(dims, unit, scans, generators, tmp_pat
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "labelled.json", "model", "test"}
     card = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
     assert card["metrics"]["test"]["dice box"] == pytest.approx(found.test.dice[1].mean)
+    assert set(card["training"]["data"]) == {"labelled", "pixels"}  # names of cases could tell the patient
+    references = list((tmp_path / "run" / "test" / "references").iterdir())
+    assert len(references) == 2
+    for reference in references:
+        original = nib.load(scans / "labels" / reference.name)
+        assert np.array_equal(nib.load(reference).get_fdata(), original.get_fdata())
     # The model is one like any other.
     scan = scans / "images" / "s0.nii.gz"
     command = ["segment", str(scan), "-m", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--device", "cpu"]
@@ -575,7 +602,7 @@ def test_a_generator_of_other_channels_is_refused(scans, generators, tmp_path: P
             nib.Nifti1Image(rng.random((8, 8, 8, 3)).astype(np.float32), np.eye(4)), folder / "images" / f"{i}.nii"
         )
         nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.uint8), np.eye(4)), folder / "labels" / f"{i}.nii")
-    with pytest.raises(MedsegError, match="expected a 3D volume"):
+    with pytest.raises(InputError, match=r"0\.nii: found 3 channels; expected a single one, as the generator's images"):
         train_pixel_classifier(quick(), generators[2], folder, 1, tmp_path / "run", device="cpu")
 
 
@@ -772,9 +799,57 @@ def test_an_interrupted_call_can_be_given_again(scans, generators, tmp_path: Pat
         if what == "classifiers":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train_pixel_classifier(quick(), generators[2], scans, 1, tmp_path / "run", device="cpu", on_progress=interrupt)
-    assert not (tmp_path / "run").exists()
+    for _ in range(2):  # a folder that was there stays
+        with pytest.raises(KeyboardInterrupt):
+            train_pixel_classifier(
+                quick(), generators[2], scans, 1, tmp_path / "run", device="cpu", on_progress=interrupt
+            )
+        assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+        (tmp_path / "run").mkdir(exist_ok=True)
+
+
+def test_activations_are_taken_where_the_generator_is(generators) -> None:
+    """On "meta" in place of a GPU: noise that stays on the CPU would not meet the network, or draw it there."""
+    generator = in_memory(generators[2])
+    generator.task.to("meta")
+    net = pixel_activations(generator, quick(), ["decoder.0"])
+    blocks = net.with_blocks(["decoder.1"])(torch.zeros(1, *generator.shape, device="meta"))
+    assert {block.device.type for block in blocks} == {generator.device.type} == {"meta"}
+
+
+def test_without_a_held_out_case_there_are_no_scores_and_it_says_so(scans, generators, tmp_path: Path) -> None:
+    split = labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split
+    data = with_labels(scans, tmp_path / "data")
+    for name in (*split.test, *split.validation):
+        for kind in ("images", "labels"):
+            (data / kind / f"{name}.nii.gz").unlink()
+    config = tmp_path / "quick.yaml"
+    config.write_text(yaml.safe_dump(quick().model_dump(mode="json")))
+    command = ["train-pixel-classifier", str(config), "--generator", str(generators[2]), "--data", str(data)]
+    result = CliRunner().invoke(app, [*command, "--labelled", "1", "-o", str(tmp_path / "run"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "no scores: no case is on the side that the generator held out" in result.output
+
+
+def test_held_out_references_of_two_files_are_scored(scans, generators, tmp_path: Path) -> None:
+    data = with_labels(scans, tmp_path / "data")
+    for name in labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split.test:
+        file = data / "labels" / f"{name}.nii.gz"
+        SimpleITK.WriteImage(SimpleITK.ReadImage(file), data / "labels" / f"{name}.mhd")
+        file.unlink()
+    found = train_pixel_classifier(quick(), generators[2], data, 1, tmp_path / "run", device="cpu")
+    assert found.test is not None and found.test.dice[1].n == 2
+
+
+@pytest.mark.parametrize(("names", "message"), [([], "classes are 0 to 2"), (["box"], "data.labels 0 to 1")])
+def test_labels_with_gaps_are_refused(names, message, scans, generators, tmp_path: Path) -> None:
+    """Numbered anew, label 3 would be none of the classes."""
+    cases = [{"image": f"images/s{i}.nii.gz", "label": f"labels/s{i}.nii.gz"} for i in range(8)]
+    known = {"labels": {"0": "background", "1": "box", "3": "other"}, "training": cases}
+    data = with_labels(scans, tmp_path / "data")
+    (data / "dataset.json").write_text(json.dumps(known))
+    with pytest.raises(UsageError, match=f"dataset.json names labels 0, 1, 3, but {message}; number them without gaps"):
+        labelled_units(quick(labels=names), in_memory(generators[2]), data, 1, tmp_path / "cache")
 
 
 def test_members_beyond_ten_are_further_members(scans, generators, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ them: the same predictions from the same classifiers.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def labelled_pixels(
 
     Raises:
         InputError: a class that has too few pixels in each of the images.
+        MedsegError: no room for the features on the disk of ``store``.
     """
     device = activations.noise.device
     chosen, values, share = [], [], torch.zeros(len(classes), dtype=torch.float64)
@@ -186,10 +188,10 @@ def labelled_pixels(
                 channels = tuple(block.shape[1] for block in blocks)
                 shape = (len(target), sum(channels))
                 features = np.empty(shape, np.float16) if store is None else _mapped(store, shape)
-            own = (positions_of[:, 0] == k).nonzero().flatten()
-            where, size = positions_of[own, 1:], image.shape[2:]
-            rows = torch.cat([gathered(block[0].float(), where, size) for block in blocks], 1)
-            features[(first + own).numpy()] = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().cpu().numpy()
+            full = [block[0].float() for block in blocks]
+            for own in (positions_of[:, 0] == k).nonzero().flatten().split(_ROWS):
+                rows = torch.cat([gathered(block, positions_of[own, 1:], image.shape[2:]) for block in full], 1)
+                features[(first + own).numpy()] = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().cpu().numpy()
         first += len(positions_of)
         on_image(done, len(examples))
     assert features is not None
@@ -200,6 +202,12 @@ def labelled_pixels(
 
 def _mapped(store: Path, shape: tuple[int, int]) -> npt.NDArray[np.float16]:
     store.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = 2 * math.prod(shape), shutil.disk_usage(store.parent).free
+    if needed > free:  # writing to a mapped file on a full disk kills the process
+        raise MedsegError(
+            f"{store.parent}: {free / 1e9:.1f} GB free, but the features of the sampled pixels are {needed / 1e9:.1f} "
+            "GB; free the disk, or lower data.pixels_per_class"
+        )
     return np.lib.format.open_memmap(store, "w+", np.float16, shape)
 
 
