@@ -251,7 +251,7 @@ def labelled_units(
             "a single one, as the generator's images" if channels == 1 else f"{channels}, as the generator's, or one",
             "convert the images, or use a generator of such images",
         )
-    channels = min(count, channels)
+    channels = 1 if count == 1 else channels
     cases = prepare(
         read,
         pixel_preprocessing(generator),
