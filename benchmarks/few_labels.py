@@ -330,6 +330,7 @@ def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
         axes.plot(places, scores, ".", alpha=0.5, color=axes.lines[-1].get_color())
     axes.set(xscale="log", xlabel="labelled", ylabel="mean Dice of the held-out cases", ylim=(0, 1))
     axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "curves.png", dpi=130)
