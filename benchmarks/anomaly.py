@@ -34,8 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, filtered, mask_of
-from medseg_diffusion.config import AnomalyConfig
+from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.data.cases import Case, find_cases
 from medseg_diffusion.data.healthy import HealthyScan, find_healthy, healthy_slices
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -43,6 +42,7 @@ from medseg_diffusion.methods.healthy_scores import fit_scores
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
+from medseg_diffusion.models.anomaly import AnomalyMap, AnomalyModel, filtered, mask_of
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Intensity, Preprocessing

@@ -22,18 +22,24 @@ import numpy as np
 import torch
 
 from medseg_diffusion.build import noise_schedule
-from medseg_diffusion.config import SegmenterConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.cases import Case, split_by_hash
-from medseg_diffusion.data.synthesis import LabelMap, SynthesisConfig, SyntheticBrains, load_label_map, synthetic_scan
+from medseg_diffusion.data.synthetic_brains import (
+    LabelMap,
+    SynthesisConfig,
+    SyntheticBrains,
+    load_label_map,
+    synthetic_scan,
+)
+from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.segment import segment
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
-from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.sampling.loop import spaced
-from medseg_diffusion.training.runtime import keep_freed_memory
 from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
 from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.workflows.segment import SegmentationModel
 
 
 def config_of(model: SegmentationModel) -> SegmenterConfig:

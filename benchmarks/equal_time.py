@@ -22,22 +22,18 @@ from typing import TypeVar
 import yaml
 
 from medseg_diffusion import build
-from medseg_diffusion.checkpoint import home
-from medseg_diffusion.config import (
-    AnomalyConfig,
-    GeneratorConfig,
-    ImageAutoencoderConfig,
-    NoisyClassifierConfig,
-    SegmenterConfig,
-    load_config,
-)
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import load_config
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.healthy import healthy_source, packed_healthy
 from medseg_diffusion.data.image_cache import PackedImages
 from medseg_diffusion.methods.calibration import MEMBERS
-from medseg_diffusion.train import train_segmenter
-from medseg_diffusion.train_anomaly import train_anomaly
-from medseg_diffusion.train_generator import train_generator
+from medseg_diffusion.models.store import home
 from medseg_diffusion.training.trainer import Progress
+from medseg_diffusion.workflows.train_anomaly import train_anomaly
+from medseg_diffusion.workflows.train_generator import train_generator
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 WARM, TIMED, TIMED_AUTOENCODER = 20, 60, 61
 VALIDATIONS = 6

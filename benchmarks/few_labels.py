@@ -39,13 +39,13 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion import build
-from medseg_diffusion.checkpoint import load_model_files
-from medseg_diffusion.config import PixelClassifierConfig, load_config
+from medseg_diffusion.config.load import load_config
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.draws import Draws
+from medseg_diffusion.device import arranged, autocast
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.generator import Generator, restore_generator
 from medseg_diffusion.methods.label_efficient import (
     ClassifierOptions,
     PixelSegmentation,
@@ -54,18 +54,20 @@ from medseg_diffusion.methods.label_efficient import (
 )
 from medseg_diffusion.methods.segment import Segmenter, Windows, segment
 from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.models.generator import Generator, restore_generator
+from medseg_diffusion.models.pixel_segmenter import pixel_preprocessing, restore_pixel_segmentation
+from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import Sampler
-from medseg_diffusion.segmenter import pixel_preprocessing, restore_pixel_segmentation
 from medseg_diffusion.tasks.mask import FeedForward, MaskEncoding
-from medseg_diffusion.train_pixel_classifier import LabelledData, labelled_units, train_pixel_classifier
 from medseg_diffusion.training.run import start_run
-from medseg_diffusion.training.runtime import Runtime, arranged, autocast
+from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, fit
 from medseg_diffusion.volumes.fitting import fitted, unfitted
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.workflows.train_pixel_classifier import LabelledData, labelled_units, train_pixel_classifier
 
 METHODS = ("label-efficient", "from scratch", "raw pixels")
 VALIDATION_CASES = 8

@@ -63,7 +63,8 @@ def training(folder: Path, images: int, side: int) -> dict[str, float]:
     import torch
 
     from medseg_diffusion import build
-    from medseg_diffusion.config import PixelClassifierConfig, load_config
+    from medseg_diffusion.config.load import load_config
+    from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
     from medseg_diffusion.data.augmentation import Augmenter
     from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers, labelled_pixels
 
@@ -173,7 +174,7 @@ def main() -> None:
         watcher = threading.Thread(target=watch, args=(peak, stop))
         watcher.start()
         try:
-            from medseg_diffusion.training.runtime import keep_freed_memory
+            from medseg_diffusion.device import keep_freed_memory
 
             keep_freed_memory()  # as the commands do
             numbers = PARTS[options.part](options.folder, options.images, options.side)

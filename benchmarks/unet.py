@@ -18,8 +18,8 @@ import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
+from medseg_diffusion.device import arranged, keep_freed_memory, tune
 from medseg_diffusion.networks.foreign import convert
-from medseg_diffusion.training.runtime import arranged, keep_freed_memory, tune
 
 
 def both(dims: int, channels: int) -> tuple[nn.Module, nn.Module]:

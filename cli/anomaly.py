@@ -14,8 +14,8 @@ from .segment import exit_with
 
 if TYPE_CHECKING:
     from medseg_diffusion.methods.healthy_scores import HealthyScores
-    from medseg_diffusion.pipeline import CaseResult
     from medseg_diffusion.training.trainer import Progress
+    from medseg_diffusion.workflows.segment import CaseResult
 
 
 class Method(StrEnum):
@@ -62,9 +62,10 @@ def train_anomaly(
     as_json: AsJson = False,
 ) -> None:
     """Train on healthy scans alone what finds anomalies, and calibrate its thresholds on held-out ones."""
-    from medseg_diffusion.config import AnomalyConfig, load_config
+    from medseg_diffusion.config.anomaly import AnomalyConfig
+    from medseg_diffusion.config.load import load_config
     from medseg_diffusion.errors import UsageError
-    from medseg_diffusion.train_anomaly import train_anomaly as train
+    from medseg_diffusion.workflows.train_anomaly import train_anomaly as train
 
     settings = load_config(config, overrides or [])
     if not isinstance(settings, AnomalyConfig):
@@ -117,7 +118,7 @@ def calibrate_anomaly(
     as_json: AsJson = False,
 ) -> None:
     """Fit the thresholds of a trained model to other healthy scans, or to another filter of its maps."""
-    from medseg_diffusion.train_anomaly import calibrate_anomaly as calibrate
+    from medseg_diffusion.workflows.train_anomaly import calibrate_anomaly as calibrate
 
     after = {"median": median, "erosion": erosion, "min_volume_mm3": min_volume}
     with progress(quiet) as show:
@@ -176,7 +177,7 @@ def anomaly(
     as_json: AsJson = False,
 ) -> None:
     """Find what is unlike healthy scans: map, mask and score; written next to the scans unless -o says otherwise."""
-    from medseg_diffusion import detect
+    from medseg_diffusion.workflows import anomaly as detect
 
     options = detect.AnomalyOptions(
         model=model,

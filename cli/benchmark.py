@@ -54,7 +54,7 @@ def benchmark_segmenter(
     """Measure Dice, IoU, HD95, ECE and seconds of segmenters against sampler, steps and ensemble size."""
     step_counts, sizes = _numbers(steps, "--steps"), _numbers(ensembles, "--ensembles")
     chosen = [_setting(text) for text in settings or []]
-    from medseg_diffusion.benchmark_segmenter import benchmark_segmenter as run
+    from medseg_diffusion.workflows.benchmark_segmenter import benchmark_segmenter as run
 
     with progress(quiet) as show:
         rows = run(

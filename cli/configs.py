@@ -17,7 +17,7 @@ app = typer.Typer(help="List and show the presets.", no_args_is_help=True)
 @app.command("list")
 def list_presets(as_json: AsJson = False) -> None:
     """List the presets."""
-    from medseg_diffusion.config import presets
+    from medseg_diffusion.config.load import presets
 
     names = sorted(presets())
     if as_json:
@@ -30,7 +30,7 @@ def list_presets(as_json: AsJson = False) -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a preset.")]) -> None:
     """Print a preset as YAML, ready to be saved and changed."""
-    from medseg_diffusion.config import presets
+    from medseg_diffusion.config.load import presets
 
     known = presets()
     if name not in known:

@@ -52,8 +52,8 @@ def evaluate(
 ) -> None:
     """Compare predicted with reference masks, and anomaly score maps too: means with intervals over cases."""
     names = _parse_labels(labels)
-    from medseg_diffusion.evaluation import evaluate as compare
     from medseg_diffusion.reports.detection_text import detection_lines
+    from medseg_diffusion.workflows.evaluate import evaluate as compare
 
     result = compare(
         prediction,

@@ -46,10 +46,13 @@ def train_generator(
     as_json: AsJson = False,
 ) -> None:
     """Train a pixel or latent generator, an upsampler, an autoencoder or a noisy classifier on images."""
-    from medseg_diffusion.config import AnomalyConfig, PixelClassifierConfig, SegmenterConfig, load_config
+    from medseg_diffusion.config.anomaly import AnomalyConfig
+    from medseg_diffusion.config.load import load_config
+    from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+    from medseg_diffusion.config.segmenter import SegmenterConfig
     from medseg_diffusion.errors import UsageError
-    from medseg_diffusion.train_generator import train_generator as train
     from medseg_diffusion.training.launch import is_first, launch, launched
+    from medseg_diffusion.workflows.train_generator import train_generator as train
 
     settings = load_config(config, overrides or [])
     if isinstance(settings, SegmenterConfig | PixelClassifierConfig | AnomalyConfig):
@@ -112,7 +115,7 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw images from a generator: numbered PNG files and grid.png. Repeat to finish an interrupted call."""
-    from medseg_diffusion.generate import SampleOptions, sample_images
+    from medseg_diffusion.workflows.sample import SampleOptions, sample_images
 
     options = SampleOptions(
         count=count,
@@ -159,9 +162,9 @@ def evaluate_generator(
     as_json: AsJson = False,
 ) -> None:
     """Score generators: recall, precision, IS, FID, sFID and KID, one row per model and sampler."""
-    from medseg_diffusion.evaluate_generator import evaluate_generator as run
-    from medseg_diffusion.evaluate_generator import parse_samplers
-    from medseg_diffusion.generate import SampleOptions
+    from medseg_diffusion.workflows.evaluate_generator import evaluate_generator as run
+    from medseg_diffusion.workflows.evaluate_generator import parse_samplers
+    from medseg_diffusion.workflows.sample import SampleOptions
 
     pairs = parse_samplers(samplers)
     options = SampleOptions(

@@ -68,7 +68,7 @@ def _devices() -> list[str]:
 
 def _models() -> dict[str, Any]:
     try:
-        from medseg_diffusion.checkpoint import list_models, model_folders
+        from medseg_diffusion.models.store import list_models, model_folders
 
         folders = {f"{source} folder": str(folder) for source, folder in model_folders().items()}
         return folders | {"installed": [model.name for model in list_models()]}

@@ -16,7 +16,7 @@ app = typer.Typer(help="List and show the trained models; export them, import pu
 @app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """List the models that `-m` takes by name."""
-    from medseg_diffusion import checkpoint
+    from medseg_diffusion.models import store as checkpoint
 
     rows = [asdict(model) for model in checkpoint.list_models()]
     if as_json:
@@ -28,7 +28,7 @@ def list_models(as_json: AsJson = False) -> None:
 @app.command()
 def show(model: Annotated[str, typer.Argument(help="Name or folder of a model.")], as_json: AsJson = False) -> None:
     """Show how a model was trained, what it expects and how well it did."""
-    from medseg_diffusion.checkpoint import load_card
+    from medseg_diffusion.models.store import load_card
 
     card = load_card(model)
     if as_json:
@@ -51,7 +51,7 @@ def export_model(
     as_json: AsJson = False,
 ) -> None:
     """Copy a model to hand it on, smaller and with a card that says where it comes from."""
-    from medseg_diffusion.exporting import export_model as run
+    from medseg_diffusion.workflows.export_model import export_model as run
 
     path = run(model, output, half=half, command=command, data=data, notes=notes, licence=licence)
     if as_json:
@@ -74,8 +74,8 @@ def import_model(
     as_json: AsJson = False,
 ) -> None:
     """Bring a published checkpoint into a model folder of this package."""
-    from medseg_diffusion.config import parse_settings
-    from medseg_diffusion.importing import import_model as run
+    from medseg_diffusion.config.load import parse_settings
+    from medseg_diffusion.workflows.import_model import import_model as run
 
     path, assumed = run(file, source, output, parse_settings(settings or []))  # type: ignore[arg-type]
     if as_json:

@@ -43,9 +43,10 @@ def train_pixel_classifier(
     as_json: AsJson = False,
 ) -> None:
     """Train a segmenter on a few labelled images and the activations of a generator."""
-    from medseg_diffusion.config import PixelClassifierConfig, load_config
+    from medseg_diffusion.config.load import load_config
+    from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
     from medseg_diffusion.errors import UsageError
-    from medseg_diffusion.train_pixel_classifier import train_pixel_classifier as train
+    from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier as train
 
     settings = load_config(config, overrides or [])
     if not isinstance(settings, PixelClassifierConfig):

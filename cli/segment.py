@@ -12,7 +12,7 @@ import typer
 from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, progress
 
 if TYPE_CHECKING:
-    from medseg_diffusion.pipeline import CaseResult
+    from medseg_diffusion.workflows.segment import CaseResult
 
 
 class Sampler(StrEnum):
@@ -88,7 +88,7 @@ def segment(
 ) -> None:
     """Segment scans; masks are written next to them unless -o says otherwise."""
     part = _parse_shard(shard)
-    from medseg_diffusion import pipeline
+    from medseg_diffusion.workflows import segment as pipeline
 
     options = pipeline.SegmentOptions(
         model=model,

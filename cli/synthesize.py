@@ -13,7 +13,7 @@ from ._shared import AsJson, Quiet, Seed, print_json, progress
 from .segment import exit_with
 
 if TYPE_CHECKING:
-    from medseg_diffusion.pipeline import CaseResult
+    from medseg_diffusion.workflows.segment import CaseResult
 
 
 class Kind(StrEnum):
@@ -49,7 +49,7 @@ def synthesize_anomalies(
     as_json: AsJson = False,
 ) -> None:
     """Put anomalies with exact masks into healthy scans: a labelled folder that measures an anomaly model."""
-    from medseg_diffusion import synthesize
+    from medseg_diffusion.workflows import synthesize_anomalies as synthesize
 
     options = synthesize.SynthesisOptions(output, kind.value, contrast, count, radius_mm, seed)
 

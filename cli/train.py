@@ -34,9 +34,9 @@ def train_segmenter(
     as_json: AsJson = False,
 ) -> None:
     """Train a segmentation model on labelled scans."""
-    from medseg_diffusion.config import load_segmenter_config
-    from medseg_diffusion.train import train_segmenter as train
+    from medseg_diffusion.config.load import load_segmenter_config
     from medseg_diffusion.training.launch import is_first, launch, launched
+    from medseg_diffusion.workflows.train_segmenter import train_segmenter as train
 
     settings = load_segmenter_config(config, overrides or [])
     if gpus > 1 and not launched():

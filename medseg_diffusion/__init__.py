@@ -12,23 +12,23 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluation import evaluate
-    from .importing import import_model, load_model
-    from .pipeline import SegmentationModel, SegmentOptions, segment
-    from .train import train_segmenter
     from .volumes.io import read_labels, read_volume, write_labels, write_map
+    from .workflows.evaluate import evaluate
+    from .workflows.import_model import import_model, load_model
+    from .workflows.segment import SegmentationModel, SegmentOptions, segment
+    from .workflows.train_segmenter import train_segmenter
 
 __version__ = version("medseg-diffusion")
 
 # Imported on first use: `medseg --help` must not wait for torch.
 _HOMES = {
-    "evaluate": "evaluation",
-    "import_model": "importing",
-    "load_model": "importing",
-    "SegmentationModel": "pipeline",
-    "SegmentOptions": "pipeline",
-    "segment": "pipeline",
-    "train_segmenter": "train",
+    "evaluate": "workflows.evaluate",
+    "import_model": "workflows.import_model",
+    "load_model": "workflows.import_model",
+    "SegmentationModel": "workflows.segment",
+    "SegmentOptions": "workflows.segment",
+    "segment": "workflows.segment",
+    "train_segmenter": "workflows.train_segmenter",
     "read_labels": "volumes.io",
     "read_volume": "volumes.io",
     "write_labels": "volumes.io",

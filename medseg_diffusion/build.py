@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, SegmenterConfig
+from .config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from .config.segmenter import SegmenterConfig
+from .config.shared import AugmentationSection, PreprocessingSection, ScheduleSection
 from .data.augmentation import Augmentation
 from .diffusion import schedule
 from .diffusion.denoiser import Head, NetworkDenoiser
@@ -28,13 +30,11 @@ from .sampling.ddim import DDIM
 from .sampling.ddpm import DDPM
 from .sampling.dpm_solver import DPMSolver
 from .sampling.loop import Sampler
-from .sections import AugmentationSection, PreprocessingSection, ScheduleSection, TrainingSection
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .tasks.mask import AnchorLoss, FeedForward, MaskDiffusion, MaskEncoding
 from .tasks.patched import PatchedDiffusion
-from .training.trainer import TrainingOptions
 from .volumes.preprocessing import Preprocessing
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
@@ -44,9 +44,6 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "sigmoid": schedule.sigmoid,
 }
 SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver}
-
-ARITHMETIC = ("precision", "channels_last", "compile")
-"""Keys of the training section that say how to compute, not what."""
 
 SHAPE_PRIOR = "shape_prior"
 """Among a model's weights: the shape prior's shares, as uint8."""
@@ -88,11 +85,6 @@ def image_preprocessing(section: PreprocessingSection, size: Sequence[int]) -> P
 def augmentation(section: AugmentationSection) -> Augmentation:
     """The augmentation of a configuration."""
     return Augmentation(**section.model_dump())
-
-
-def training_options(section: TrainingSection) -> TrainingOptions:
-    """The optimisation of a configuration."""
-    return TrainingOptions(**section.model_dump(exclude=set(ARITHMETIC)))
 
 
 def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:

@@ -15,9 +15,8 @@ from medseg_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
 
-from medseg_diffusion.anomaly import AnomalyMap, AnomalyModel, mask_of, on_grid, scored
-from medseg_diffusion.checkpoint import load_model_files, save_model
-from medseg_diffusion.config import AnomalyConfig, load_config, parse_config, presets
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.config.load import load_config, parse_config, presets
 from medseg_diffusion.data.healthy import (
     find_healthy,
     healthy_slices,
@@ -28,13 +27,15 @@ from medseg_diffusion.data.healthy import (
     refuse_lesions,
     require_usable,
 )
-from medseg_diffusion.detect import AnomalyOptions, chosen_threshold, detect, parse_threshold
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.train_anomaly import _healthy_voxels, calibrate_anomaly, train_anomaly
+from medseg_diffusion.models.anomaly import AnomalyMap, AnomalyModel, mask_of, on_grid, scored
+from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.workflows.anomaly import AnomalyOptions, chosen_threshold, detect, parse_threshold
+from medseg_diffusion.workflows.train_anomaly import _healthy_voxels, calibrate_anomaly, train_anomaly
 
 ANOMALY = [name for name in presets() if isinstance(load_config(name), AnomalyConfig)]
 
@@ -159,7 +160,7 @@ def test_every_preset_says_what_it_detects_with(name) -> None:
 @pytest.mark.parametrize("name", ANOMALY)
 def test_a_preset_trains_for_a_step_and_finds_something(name, monkeypatch, tmp_path: Path) -> None:
     """At full size, with one step and the fewest calls in detection."""
-    monkeypatch.setattr("medseg_diffusion.train_generator.PICTURES", 1)
+    monkeypatch.setattr("medseg_diffusion.workflows.train_generator.PICTURES", 1)
     config = load_config(name)
     assert isinstance(config, AnomalyConfig)
     shape = (40, 44, 4) if config.generator.network.dims == 2 else (40, 44, 40)

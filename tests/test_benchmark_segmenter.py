@@ -14,12 +14,12 @@ import pytest
 from medseg_cli.main import app
 from typer.testing import CliRunner
 
-from medseg_diffusion.benchmark_segmenter import benchmark_segmenter
-from medseg_diffusion.checkpoint import load_model_files
-from medseg_diffusion.config import SegmenterConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.pipeline import SegmentationModel
-from medseg_diffusion.train import train_segmenter
+from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.workflows.benchmark_segmenter import benchmark_segmenter
+from medseg_diffusion.workflows.segment import SegmentationModel
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 
 @pytest.fixture(scope="module")

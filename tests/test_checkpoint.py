@@ -11,9 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from medseg_diffusion import checkpoint
-from medseg_diffusion.checkpoint import SCHEMA_VERSION, find_model, list_models, load_card, load_model_files, save_model
 from medseg_diffusion.errors import ModelError
+from medseg_diffusion.models import store as checkpoint
+from medseg_diffusion.models.store import (
+    SCHEMA_VERSION,
+    find_model,
+    list_models,
+    load_card,
+    load_model_files,
+    save_model,
+)
 
 CARD = {"method": "ensemdiff", "labels": {"0": "background", "1": "tumour"}, "dims": 3}
 
@@ -195,4 +202,4 @@ def test_packaged_models_are_looked_for_beside_the_code(tmp_path: Path, monkeypa
     monkeypatch.setenv("MEDSEG_HOME", str(tmp_path))
     folders = checkpoint.model_folders()
     assert folders["user"] == tmp_path / "models"
-    assert folders["package"] == Path(checkpoint.__file__).parent / "models"
+    assert folders["package"] == Path(checkpoint.__file__).parents[1] / "pretrained"

@@ -222,10 +222,10 @@ def test_exit_code_of_several_scans(
 
 def _with_pipeline(monkeypatch: pytest.MonkeyPatch, pipeline: object) -> Result:
     """Run `medseg segment` on a stand-in for the library's pipeline."""
-    import medseg_diffusion
+    from medseg_diffusion import workflows
 
-    monkeypatch.setitem(sys.modules, "medseg_diffusion.pipeline", pipeline)
-    monkeypatch.setattr(medseg_diffusion, "pipeline", pipeline, raising=False)
+    monkeypatch.setitem(sys.modules, "medseg_diffusion.workflows.segment", pipeline)
+    monkeypatch.setattr(workflows, "segment", pipeline, raising=False)
     return medseg("segment", "scan.nii.gz")
 
 

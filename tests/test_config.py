@@ -12,26 +12,30 @@ import torch
 import yaml
 
 from medseg_diffusion import build
-from medseg_diffusion.config import NOTES, SegmenterConfig, load_config, load_segmenter_config, parse_config, presets
+from medseg_diffusion.config.load import NOTES, load_config, load_segmenter_config, parse_config, presets
+from medseg_diffusion.config.segmenter import (
+    AnchorLossSection,
+    DataSection,
+    DynamicEncodingSection,
+    ImageEncoderSection,
+    SegmenterConfig,
+    SemanticConditionSection,
+)
+from medseg_diffusion.config.shared import (
+    AugmentationSection,
+    InferenceSection,
+    PreprocessingSection,
+    TrainingSection,
+    UNetSection,
+)
 from medseg_diffusion.data.augmentation import Augmentation
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.networks.medsegdiff import MedSegDiff
 from medseg_diffusion.networks.medsegdiff_v2 import MedSegDiffV2
 from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet
-from medseg_diffusion.sections import (
-    AnchorLossSection,
-    AugmentationSection,
-    DataSection,
-    DynamicEncodingSection,
-    ImageEncoderSection,
-    InferenceSection,
-    PreprocessingSection,
-    SemanticConditionSection,
-    TrainingSection,
-    UNetSection,
-)
 from medseg_diffusion.tasks.mask import AnchorLoss
+from medseg_diffusion.training.job import training_options
 from medseg_diffusion.training.trainer import TrainingOptions
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
@@ -89,7 +93,7 @@ def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
     assert sum(p.numel() for p in model.parameters()) > 1000
     build.preprocessing(config.preprocessing)
     build.augmentation(config.augmentation)
-    build.training_options(config.training)
+    training_options(config.training)
     build.sampler(config.inference.sampler)
     build.noise_schedule(config.diffusion.schedule)
     window = [64 if name in FULL else 8] * config.network.dims

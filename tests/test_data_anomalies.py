@@ -16,18 +16,18 @@ from medseg_cli.main import app
 from scipy import ndimage
 from typer.testing import CliRunner, Result
 
-from medseg_diffusion.data.anomalies import (
+from medseg_diffusion.data.cases import find_cases
+from medseg_diffusion.data.synthetic_anomalies import (
     STRONGEST_DEFORMATION,
     Anomaly,
     AnomalyRecipe,
     insert_anomaly,
     robust_spread,
 )
-from medseg_diffusion.data.cases import find_cases
 from medseg_diffusion.errors import UsageError
-from medseg_diffusion.synthesize import SynthesisOptions, synthesize_anomalies
 from medseg_diffusion.volumes.foreground import foreground, scan_foreground
 from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.workflows.synthesize_anomalies import SynthesisOptions, synthesize_anomalies
 
 KINDS = ("hyper", "hypo", "deformation")
 KIND = pytest.mark.parametrize("kind", KINDS)

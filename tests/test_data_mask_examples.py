@@ -9,12 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medseg_diffusion.config import SegmenterConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.cases import find_cases
 from medseg_diffusion.data.mask_examples import prepare
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.train import train_segmenter
 from medseg_diffusion.volumes.preprocessing import Preprocessing
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 
 def config(labels: list[str]) -> SegmenterConfig:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from medseg_diffusion.data.synthesis import (
+from medseg_diffusion.data.synthetic_brains import (
     LABELS,
     LabelMap,
     SynthesisConfig,

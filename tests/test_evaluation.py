@@ -14,8 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.evaluation import evaluate
 from medseg_diffusion.volumes.io import read_map
+from medseg_diffusion.workflows.evaluate import evaluate
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 

@@ -10,10 +10,10 @@ from medseg_cli.main import app
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from medseg_diffusion.checkpoint import load_model_files, save_model
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.exporting import export_model
-from medseg_diffusion.pipeline import SegmentationModel
+from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.workflows.export_model import export_model
+from medseg_diffusion.workflows.segment import SegmentationModel
 
 
 def test_a_copy_is_half_as_large_says_where_it_comes_from_and_works(tmp_path: Path) -> None:

@@ -15,31 +15,25 @@ import pytest
 import torch
 from PIL import Image
 
-from medseg_diffusion.checkpoint import load_model_files, save_model
-from medseg_diffusion.config import (
-    AnomalyConfig,
-    GeneratorConfig,
-    ImageAutoencoderConfig,
-    NoisyClassifierConfig,
-    PixelClassifierConfig,
-    SegmenterConfig,
-    load_config,
-    parse_config,
-    presets,
-)
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import load_config, parse_config, presets
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.image_cache import packed
 from medseg_diffusion.data.latent_cache import LatentExamples, cached_latents
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.evaluate_generator import Row, _suspicious, evaluate_generator, parse_samplers
-from medseg_diffusion.generate import SampleOptions, Source, read_png, sample_images
-from medseg_diffusion.generator import restore_autoencoder, restore_generator
-from medseg_diffusion.importing import load_model
 from medseg_diffusion.metrics.generation import Scores
+from medseg_diffusion.models.generator import restore_autoencoder, restore_generator
+from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.tasks.image import enlarged, reduced
-from medseg_diffusion.train_generator import train_generator
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights
+from medseg_diffusion.workflows.evaluate_generator import Row, _suspicious, evaluate_generator, parse_samplers
+from medseg_diffusion.workflows.import_model import load_model
+from medseg_diffusion.workflows.sample import SampleOptions, Source, read_png, sample_images
+from medseg_diffusion.workflows.train_generator import train_generator
 
 OTHERS = SegmenterConfig | PixelClassifierConfig | AnomalyConfig
 IMAGES = [name for name in presets() if not isinstance(load_config(name), OTHERS)]

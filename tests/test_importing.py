@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from medseg_diffusion import load_model
 from medseg_diffusion.diffusion.noise import generators
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.generate import SampleOptions, Source
-from medseg_diffusion.importing import import_model
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import sample, spaced
+from medseg_diffusion.workflows.import_model import import_model
+from medseg_diffusion.workflows.sample import SampleOptions, Source
 
 _SPEC = importlib.util.spec_from_file_location("published", Path(__file__).parent / "networks" / "published.py")
 assert _SPEC is not None and _SPEC.loader is not None

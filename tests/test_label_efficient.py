@@ -20,10 +20,9 @@ from medseg_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
 
-from medseg_diffusion import pipeline
-from medseg_diffusion import train_pixel_classifier as train_module
-from medseg_diffusion.checkpoint import load_model_files
-from medseg_diffusion.config import GeneratorConfig, PixelClassifierConfig, load_config, parse_config
+from medseg_diffusion.config.generator import GeneratorConfig
+from medseg_diffusion.config.load import load_config, parse_config
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.data.images import find_images
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.noise import generators as random_generators
@@ -31,7 +30,6 @@ from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
 from medseg_diffusion.diffusion.simplex import simplex
 from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
-from medseg_diffusion.generator import Generator, restore_generator
 from medseg_diffusion.methods import label_efficient
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.ensemble import Ensemble
@@ -43,16 +41,20 @@ from medseg_diffusion.methods.label_efficient import (
     fit_classifiers,
     labelled_pixels,
 )
+from medseg_diffusion.models.generator import Generator, restore_generator
+from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
+from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.networks.pixel_classifier import upsampled
 from medseg_diffusion.networks.unet import UNet
-from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.sampling.ddim import DDIM
-from medseg_diffusion.segmenter import pixel_activations, pixel_preprocessing
 from medseg_diffusion.tasks.image import ImageDiffusion
-from medseg_diffusion.train_generator import train_generator
-from medseg_diffusion.train_pixel_classifier import _diverse, labelled_units, train_pixel_classifier
 from medseg_diffusion.volumes.fitting import fitted, fitted_labels
 from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.workflows import segment as pipeline
+from medseg_diffusion.workflows import train_pixel_classifier as train_module
+from medseg_diffusion.workflows.segment import SegmentationModel
+from medseg_diffusion.workflows.train_generator import train_generator
+from medseg_diffusion.workflows.train_pixel_classifier import _diverse, labelled_units, train_pixel_classifier
 
 HALVES = ["dark", "bright"]
 FAST = ClassifierOptions(members=2, hidden=(16, 8), max_epochs=4, min_epochs=2, min_steps=0)

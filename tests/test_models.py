@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from medseg_diffusion.checkpoint import list_models, load_card, load_model_files, model_folders
 from medseg_diffusion.data.cases import find_cases, split_by_hash
-from medseg_diffusion.detect import AnomalyOptions, detect
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
 from medseg_diffusion.metrics.overlap import label_overlap
-from medseg_diffusion.pipeline import SegmentationModel, SegmentOptions, segment
+from medseg_diffusion.models.store import list_models, load_card, load_model_files, model_folders
 from medseg_diffusion.volumes.io import read_labels, read_map, read_volume
+from medseg_diffusion.workflows.anomaly import AnomalyOptions, detect
+from medseg_diffusion.workflows.segment import SegmentationModel, SegmentOptions, segment
 
 SHIPPED = sorted(path.name for path in model_folders()["package"].iterdir() if path.is_dir())
 SEGMENTERS = [name for name in SHIPPED if load_card(name)["task"] == "mask"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion import build
-from medseg_diffusion.config import parse_config
+from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion

@@ -35,7 +35,7 @@ def test_configs_are_flat() -> None:
     [
         ("medseg_configs", "configs", "*.yaml"),
         ("medseg_diffusion", "medseg_diffusion", "py.typed"),
-        ("medseg_diffusion", "medseg_diffusion", "models/*/*"),
+        ("medseg_diffusion", "medseg_diffusion", "pretrained/*/*"),
         ("medseg_diffusion", "medseg_diffusion", "reports/templates/*.j2"),
     ],
 )

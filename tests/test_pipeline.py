@@ -16,17 +16,19 @@ from medseg_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner
 
-from medseg_diffusion import build, pipeline
-from medseg_diffusion.checkpoint import load_model_files, save_model
-from medseg_diffusion.config import SegmenterConfig, load_segmenter_config, parse_config
+from medseg_diffusion import build
+from medseg_diffusion.config.load import load_segmenter_config, parse_config
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.evaluation import evaluate
 from medseg_diffusion.methods.ensemble import Ensemble, tempered
-from medseg_diffusion.pipeline import CaseResult, SegmentationModel, SegmentOptions, segment
-from medseg_diffusion.train import train_segmenter
+from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.workflows import segment as pipeline
+from medseg_diffusion.workflows.evaluate import evaluate
+from medseg_diffusion.workflows.segment import CaseResult, SegmentationModel, SegmentOptions, segment
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 OBLIQUE = np.array([[-0.9, 0.1, 0.0, 40.0], [0.1, 1.1, 0.2, -30.0], [0.0, -0.2, 2.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
 

@@ -14,8 +14,8 @@ import pytest
 from matplotlib.image import imread
 from scipy.ndimage import label
 
+from medseg_diffusion.files import write_files
 from medseg_diffusion.metrics.overlap import label_overlap
-from medseg_diffusion.reports.files import write_files
 from medseg_diffusion.reports.html import CasePicture, SegmentedCase, evaluation_report, segment_report
 from medseg_diffusion.reports.plots import box_plot, overlay
 from medseg_diffusion.reports.preview import preview_png

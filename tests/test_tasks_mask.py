@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medseg_diffusion import build
-from medseg_diffusion.config import SegmenterConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear

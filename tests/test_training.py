@@ -25,15 +25,17 @@ import yaml
 from torch import Tensor, nn
 
 from medseg_diffusion import build
-from medseg_diffusion.checkpoint import load_model_files
-from medseg_diffusion.config import SegmenterConfig, load_segmenter_config
+from medseg_diffusion.config.load import load_segmenter_config
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
+from medseg_diffusion.device import autocast_dtype, choose_device
 from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
-from medseg_diffusion.segmenter import restore_segmenter
-from medseg_diffusion.train import train_segmenter
+from medseg_diffusion.models.pixel_segmenter import restore_segmenter
+from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.training.ema import EMA
-from medseg_diffusion.training.runtime import Runtime, autocast_dtype, choose_device
+from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, _Interrupt, fit, learning_rate
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 
 class Points:
@@ -616,7 +618,10 @@ def test_a_run_starts_from_the_weights_of_a_trained_model(folder: Path, tmp_path
     started = restore_segmenter(load_model_files(first))[0].state_dict()
     seen: list[dict[str, torch.Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medseg_diffusion.train.fit", lambda model, *a, **k: seen.append(dict(model.state_dict())))
+        patch.setattr(
+            "medseg_diffusion.workflows.train_segmenter.fit",
+            lambda model, *a, **k: seen.append(dict(model.state_dict())),
+        )
         train_segmenter(load_segmenter_config(half / "config.yaml"), folder, half, device="cpu", seed=1, resume=True)
     for name, weights in started.items():
         torch.testing.assert_close(seen[0][name], weights)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.fitting import fitted
 from medseg_diffusion.volumes.io import find_scans, is_image, read_labels, read_volume, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Bounds, find_cases, sides_by_hash
-from .image_cache import VERSION, PackedImages, Row, new_folder, open_packed, write_packed
+from .image_cache import VERSION, PackedImages, Row, open_packed, write_packed
 from .images import Part
 
 HEALTHY, UNHEALTHY = 0, 1
@@ -207,7 +208,7 @@ def packed_healthy(
         draws.extend(heights.draws())
 
     if not (folder / "index.json").is_file():
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             classes = CLASSES if source.unhealthy else ()
             near, shape, held_out = source.scans[0].image.parent, (*size, channels), Bounds.of(source.sides)
             write_packed(temporary, rows(), near, shape, classes, draws=draws, held_out=held_out)

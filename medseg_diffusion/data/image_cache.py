@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import Bounds, Side, sides_by_hash
@@ -109,22 +107,9 @@ def packed(
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     folder = store / f"{source.stem}-{'x'.join(map(str, sides))}-{key}"
     if not (folder / "index.json").is_file():
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             _pack(found, temporary, sides, channels, preprocessing, held_out, skip_broken, on_file)
     return open_packed(folder)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that becomes ``folder`` once it is filled; nothing half-written keeps that name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".packing-", dir=folder.parent))
-    try:
-        yield temporary
-        if not folder.exists():  # another process may have been faster
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_packed(folder: Path) -> PackedImages:

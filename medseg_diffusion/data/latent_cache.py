@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -10,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from medseg_diffusion.files import whole_file
 
 from .image_cache import PackedImages, mirrored_axis, to_unit
 
@@ -49,8 +50,7 @@ def cached_latents(
     mirror = mirrored_axis(len(size))
     file = images.folder / f"latents-{key[:16]}.f16"
     if not file.is_file():
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with whole_file(file) as temporary:
             made = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
             wanted = np.sort(np.concatenate([images.part("train"), images.part("validation")]))
             for first in range(0, len(wanted), BATCH):
@@ -60,9 +60,6 @@ def cached_latents(
                     made[chosen, side] = codec.encode(image).float().cpu().numpy()
                 on_image(min(first + BATCH, len(wanted)), len(wanted))
             made.flush()
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
     return np.memmap(file, np.float16, "r", shape=(count, 2, *shape))
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.files import whole_file
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 from medseg_diffusion.volumes.volume import Volume, orientation_transform
@@ -169,10 +170,8 @@ def _check_values(labels: Volume, path: Path, num_classes: int) -> None:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
-    temporary.replace(path)
 
 
 class MaskExamples:

@@ -11,12 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from medseg_diffusion.device import Precision, autocast
 from medseg_diffusion.diffusion.noise import generators
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.networks.autoencoder import Codec
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.tasks.image import ImageDiffusion
-from medseg_diffusion.training.runtime import Precision, autocast
 
 PUBLISHED_TIMES = (50, 150, 250)
 PUBLISHED_BLOCKS = tuple(f"decoder.{i}" for i in (5, 6, 7, 8, 12))

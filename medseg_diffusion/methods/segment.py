@@ -11,8 +11,9 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
+from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.sampling.loop import Sampler, at_once
+from medseg_diffusion.sampling.loop import Sampler
 
 
 class Segmenter(Protocol):

@@ -9,9 +9,10 @@ from typing import Any
 
 from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML
 from medseg_diffusion.metrics.statistics import Interval
-from medseg_diffusion.reports.detection import OPTIMISTIC, CaseDetection, Detection, ratio
-from medseg_diffusion.reports.plots import detection_curves
-from medseg_diffusion.reports.summary import format_number
+
+from .detection import OPTIMISTIC, CaseDetection, Detection, ratio
+from .plots import detection_curves
+from .summary import format_number
 
 _SIZES = (
     f"below {SIZE_BOUNDS_ML[0]:g} ml",

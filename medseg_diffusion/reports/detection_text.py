@@ -9,7 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML
-from medseg_diffusion.reports.detection import OPTIMISTIC, CaseDetection, Detection, ratio
+
+from .detection import OPTIMISTIC, CaseDetection, Detection, ratio
 
 CASE_KEYS: Mapping[str, Callable[[CaseDetection], float | int]] = {
     "auroc": lambda case: case.auroc,

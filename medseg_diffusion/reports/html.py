@@ -16,10 +16,11 @@ from matplotlib.colors import to_hex
 from medseg_diffusion.metrics.calibration import Reliability
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
 from medseg_diffusion.metrics.statistics import Interval
-from medseg_diffusion.reports.detection_page import detection_page
-from medseg_diffusion.reports.plots import box_plot, reliability_diagram
-from medseg_diffusion.reports.slices import label_colour
-from medseg_diffusion.reports.summary import CALIBRATION_REGION, Evaluation, format_number, versions
+
+from .detection_page import detection_page
+from .plots import box_plot, reliability_diagram
+from .slices import label_colour
+from .summary import CALIBRATION_REGION, Evaluation, format_number, versions
 
 
 @dataclass(frozen=True)

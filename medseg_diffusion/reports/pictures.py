@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-from .files import write_files
+from medseg_diffusion.files import write_files
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> npt.NDArray[np.uint8]:

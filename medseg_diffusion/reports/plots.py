@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from medseg_diffusion.reports.detection import OPTIMISTIC
-from medseg_diffusion.reports.slices import (
+from .detection import OPTIMISTIC
+from .slices import (
     PALETTE,
     Slice,
     display_range,

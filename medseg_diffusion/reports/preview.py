@@ -10,18 +10,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from medseg_diffusion.reports.slices import (
-    Slice,
-    display_range,
-    drawable_axes,
-    label_colour,
-    panel_grid,
-    plain,
-    plane,
-    shortened,
-    show,
-    to_png,
-)
+from .slices import Slice, display_range, drawable_axes, label_colour, panel_grid, plain, plane, shortened, show, to_png
 
 _OPACITY = 0.5
 _LEGEND_COLUMNS = 4

@@ -15,8 +15,9 @@ from typing import Any
 from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS, Reliability
 from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE, ClassOverlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
-from medseg_diffusion.reports.detection import Detection
-from medseg_diffusion.reports.detection_text import CASE_KEYS, case_numbers, detection_json, table_numbers
+
+from .detection import Detection
+from .detection_text import CASE_KEYS, case_numbers, detection_json, table_numbers
 
 # nnU-Net's key for each field of `ClassOverlap`, in its order.
 _KEYS = {

@@ -20,8 +20,6 @@ from medseg_diffusion.diffusion.noise import gaussian
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
-POSITIONS_AT_ONCE = {"cpu": 2**18, "cuda": 2**21}
-"""Of the samples that share a batch, all together: a CPU works from its caches, a GPU needs much at a time."""
 Spacing = Literal["log-snr", "trailing", "leading", "linspace"]
 LOWEST_HALF_LOG_SNR = -5.1
 """log(alpha / sigma) at the end of the linear schedule of 1000 steps: what lies below is pure noise."""
@@ -103,11 +101,6 @@ def spread(schedule: NoiseSchedule, count: int, start: int) -> list[int]:
         nearest = 1 + int((lam - value).abs().argmin())
         times.append(min(max(nearest, times[-1] + 1), start - count + i))
     return [start, *times[:0:-1]]
-
-
-def at_once(positions: int, device: torch.device) -> int:
-    """How many samples of so many positions share a batch. It bounds memory, and changes results by rounding alone."""
-    return max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]) // positions)
 
 
 @torch.no_grad()

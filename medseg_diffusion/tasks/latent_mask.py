@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.noise import gaussian, generators
 from medseg_diffusion.diffusion.objective import Objective, uniform_times
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
-from medseg_diffusion.sampling.loop import Sampler, at_once
+from medseg_diffusion.sampling.loop import Sampler
 
 from .mask import Batch, MaskEncoding, dice_ce, sample_all
 

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
 
+from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.denoiser import Clipped, Condition, Denoiser, NetworkDenoiser
 from medseg_diffusion.diffusion.noise import gaussian, generators
 from medseg_diffusion.diffusion.objective import Objective, uniform_times
 from medseg_diffusion.diffusion.prediction import Prediction
-from medseg_diffusion.sampling.loop import Sampler, at_once, sample
+from medseg_diffusion.sampling.loop import Sampler, sample
 
 Batch = Mapping[str, Tensor]
 """A training batch: "image" (B, C, *S) float, "label" (B, *S) int64, "seed" (B,) int64."""

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.reports.files import write_files
+from medseg_diffusion.files import write_files, write_json
 
 
 def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
@@ -89,10 +89,3 @@ def versions() -> dict[str, str]:
     """What a model card says of the software that made the model."""
     names = ("medseg-diffusion", "torch", "monai")
     return {**{name: version(name) for name in names}, "python": platform.python_version()}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

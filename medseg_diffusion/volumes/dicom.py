@@ -12,8 +12,9 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.itk import affine_of
-from medseg_diffusion.volumes.volume import FileImage, Header
+
+from .itk import affine_of
+from .volume import FileImage, Header
 
 _MAGIC = b"DICM"
 _TAGS = ["Modality", "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames"]

@@ -9,7 +9,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from medseg_diffusion.volumes.volume import Volume, inverse_reorientation, orientation_transform, reorient
+from .volume import Volume, inverse_reorientation, orientation_transform, reorient
 
 Mask = npt.NDArray[np.bool_]
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
-from medseg_diffusion.volumes import dicom, itk, nifti, raster
-from medseg_diffusion.volumes.volume import FileImage, Volume, check_affine, grid_distance
+
+from . import dicom, itk, nifti, raster
+from .volume import FileImage, Volume, check_affine, grid_distance
 
 _READERS: dict[str, ModuleType] = {
     **{".nii.gz": nifti, ".nii": nifti, ".nrrd": itk, ".mha": itk, ".mhd": itk},

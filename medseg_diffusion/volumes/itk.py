@@ -9,7 +9,8 @@ import numpy.typing as npt
 import SimpleITK as sitk
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.volume import FileImage, FloatArray, Header, Volume, spacing_of
+
+from .volume import FileImage, FloatArray, Header, Volume, spacing_of
 
 _LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.volume import FileImage, FloatArray, Header, Volume, grid_distance
+
+from .volume import FileImage, FloatArray, Header, Volume, grid_distance
 
 # What nibabel, gzip and numpy raise on files that are cut off, damaged or something else.
 _BROKEN = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError)

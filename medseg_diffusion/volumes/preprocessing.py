@@ -14,17 +14,9 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from medseg_diffusion.volumes.foreground import foreground
-from medseg_diffusion.volumes.resample import resample, sized_grid, spacing_grid
-from medseg_diffusion.volumes.volume import (
-    FloatArray,
-    Shape,
-    Volume,
-    inverse_reorientation,
-    orientation_transform,
-    reorient,
-    spacing_of,
-)
+from .foreground import foreground
+from .resample import resample, sized_grid, spacing_grid
+from .volume import FloatArray, Shape, Volume, inverse_reorientation, orientation_transform, reorient, spacing_of
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last voxel of each of the three axes
 

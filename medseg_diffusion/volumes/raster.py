@@ -13,7 +13,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.volumes.volume import FileImage, Header, Volume
+
+from .volume import FileImage, Header, Volume
 
 # Pixels know no millimetres: one each is a placeholder. Axes as ITK lays them, so that a map written as NIfTI covers
 # the image in viewers that read both with it: i, to the right of the picture, is the patient's left; j, down, is

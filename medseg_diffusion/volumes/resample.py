@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medseg_diffusion.volumes.volume import FloatArray, Shape, spacing_of
+from .volume import FloatArray, Shape, spacing_of
 
 _GRID_BYTES = 64 * 2**20  # largest coordinate grid that is held at once
 _ALIGNED = 1e-4  # voxels: axes that drift apart by less than this over the whole grid count as parallel

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import _READERS, _check_shape, _require_file, suffix_of
-from medseg_diffusion.volumes.volume import FileImage, Volume, check_affine
+
+from .io import _READERS, _check_shape, _require_file, suffix_of
+from .volume import FileImage, Volume, check_affine
 
 
 def read_scores(path: Path | str) -> Volume:

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medseg_diffusion.data.tissue import TISSUE_OF
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_labels, scan_name
 from medseg_diffusion.volumes.preprocessing import bend
+
+from .tissue import TISSUE_OF
 
 Range = tuple[float, float]
 

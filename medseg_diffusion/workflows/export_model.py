@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_model_files, save_model
-from .errors import ModelError, UsageError
-from .reports.card import anomaly_card, generator_card, model_card, pixel_classifier_card
+from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.reports.card import anomaly_card, generator_card, model_card, pixel_classifier_card
 
 _CARDS: dict[str, Callable[..., str]] = {
     "mask": model_card,

@@ -15,28 +15,29 @@ from pydantic import ValidationError
 from scipy import ndimage
 from torch import Tensor, nn
 
-from . import build
-from .checkpoint import SavedModel, load_model_files
-from .config import AnomalyConfig, parse_config
-from .data.healthy import HEALTHY, require_usable
-from .diffusion.guidance import Classifier, Fixed
-from .diffusion.noise import derive_seed
-from .errors import InputError, ModelError, UsageError
+from medseg_diffusion import build
+from medseg_diffusion.config.anomaly import AnomalyConfig, PostprocessingSection
+from medseg_diffusion.config.load import parse_config
+from medseg_diffusion.data.healthy import HEALTHY, require_usable
+from medseg_diffusion.device import autocast, choose_device, keep_freed_memory, tune
+from medseg_diffusion.diffusion.guidance import Classifier, Fixed
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.methods.counterfactual import ClassifierCounterfactual, FreeCounterfactual
+from medseg_diffusion.methods.detector import Detector
+from medseg_diffusion.methods.healthy_scores import HealthyScores, scan_score
+from medseg_diffusion.methods.latent_healing import HealthyLatents, LatentHealing, Reconstruction
+from medseg_diffusion.methods.partial_noise import PartialNoise
+from medseg_diffusion.methods.patched import Patched
+from medseg_diffusion.networks.autoencoder import Codec
+from medseg_diffusion.tasks.image import ImageDiffusion
+from medseg_diffusion.volumes.fitting import fitted, unfitted
+from medseg_diffusion.volumes.foreground import scan_foreground
+from medseg_diffusion.volumes.preprocessing import Placement
+from medseg_diffusion.volumes.volume import Volume
+
 from .generator import Generator, restore_classifier, restore_generator
-from .methods.counterfactual import ClassifierCounterfactual, FreeCounterfactual
-from .methods.detector import Detector
-from .methods.healthy_scores import HealthyScores, scan_score
-from .methods.latent_healing import HealthyLatents, LatentHealing, Reconstruction
-from .methods.partial_noise import PartialNoise
-from .methods.patched import Patched
-from .networks.autoencoder import Codec
-from .sections import PostprocessingSection
-from .tasks.image import ImageDiffusion
-from .training.runtime import autocast, choose_device, keep_freed_memory, tune
-from .volumes.fitting import fitted, unfitted
-from .volumes.foreground import scan_foreground
-from .volumes.preprocessing import Placement
-from .volumes.volume import Volume
+from .store import SavedModel, load_model_files
 
 GENERATOR, CLASSIFIER = "generator.", "classifier."
 """Prefixes of the parts' weights in an anomaly model; their cards are the entries "generator" and "classifier"."""

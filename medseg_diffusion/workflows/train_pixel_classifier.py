@@ -19,26 +19,34 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from . import build
-from .checkpoint import SavedModel, load_model_files, save_model
-from .config import PixelClassifierConfig
-from .data.augmentation import Augmenter
-from .data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
-from .data.mask_examples import PreparedCase, prepare
-from .diffusion.noise import derive_seed
-from .errors import InputError, UsageError
-from .evaluation import Evaluation, evaluate
-from .generator import Generator, restore_generator
-from .methods.activations import Activations
-from .methods.label_efficient import FEWEST_PIXELS, ClassifierOptions, choose_blocks, fit_classifiers, labelled_pixels
-from .pipeline import SegmentationModel
-from .reports.card import pixel_classifier_card
-from .sections import DataSection
-from .segmenter import GENERATOR, pixel_activations, pixel_inference, pixel_preprocessing
-from .training.run import start_run, versions, write_json
-from .training.runtime import choose_device, keep_freed_memory, tune
-from .volumes.fitting import fitted, fitted_labels
-from .volumes.io import read_labels, read_map, read_volume, write_labels
+from medseg_diffusion import build
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import DataSection
+from medseg_diffusion.data.augmentation import Augmenter
+from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
+from medseg_diffusion.data.mask_examples import PreparedCase, prepare
+from medseg_diffusion.device import choose_device, keep_freed_memory, tune
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.files import write_json
+from medseg_diffusion.methods.activations import Activations
+from medseg_diffusion.methods.label_efficient import (
+    FEWEST_PIXELS,
+    ClassifierOptions,
+    choose_blocks,
+    fit_classifiers,
+    labelled_pixels,
+)
+from medseg_diffusion.models.generator import Generator, restore_generator
+from medseg_diffusion.models.pixel_segmenter import GENERATOR, pixel_activations, pixel_inference, pixel_preprocessing
+from medseg_diffusion.models.store import SavedModel, load_model_files, save_model
+from medseg_diffusion.reports.card import pixel_classifier_card
+from medseg_diffusion.training.run import start_run, versions
+from medseg_diffusion.volumes.fitting import fitted, fitted_labels
+from medseg_diffusion.volumes.io import read_labels, read_map, read_volume, write_labels
+
+from .evaluate import Evaluation, evaluate
+from .segment import SegmentationModel
 
 Unit = Literal["case", "slice"]
 Select = Literal["hash", "diverse"]

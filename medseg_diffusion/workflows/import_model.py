@@ -14,17 +14,17 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from . import build
-from .checkpoint import SavedModel, load_model_files, save_model
-from .config import AutoencoderConfig, ClassifierConfig, DenoiserConfig
-from .diffusion.denoiser import NetworkDenoiser
-from .errors import ModelError, UsageError
-from .generator import restore_autoencoder, restore_classifier, restore_generator
-from .networks.autoencoder import KLAutoencoder
-from .networks.foreign import SOURCES, Foreign, Source, convert, read_state
-from .networks.noisy_classifier import NoisyClassifier
-from .networks.unet import UNet
-from .sections import Section
+from medseg_diffusion import build
+from medseg_diffusion.config.imported import AutoencoderConfig, ClassifierConfig, DenoiserConfig
+from medseg_diffusion.config.shared import Section
+from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.generator import restore_autoencoder, restore_classifier, restore_generator
+from medseg_diffusion.models.store import SavedModel, load_model_files, save_model
+from medseg_diffusion.networks.autoencoder import KLAutoencoder
+from medseg_diffusion.networks.foreign import SOURCES, Foreign, Source, convert, read_state
+from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
+from medseg_diffusion.networks.unet import UNet
 
 _OF_THE_NETWORK = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
 _OF_THE_IMAGES = {"size"}

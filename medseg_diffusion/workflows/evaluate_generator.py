@@ -20,19 +20,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import build
-from .checkpoint import home
-from .data.cases import Bounds
-from .data.image_cache import PackedImages, packed, to_unit
-from .data.images import find_images
-from .errors import InputError, ModelError, UsageError
-from .generate import SampleOptions, Source
-from .metrics.generation import NEIGHBOUR, Features, Scores, scores
-from .networks.extractors import Extractor, extractor
-from .reports.files import write_files
-from .reports.pictures import grid, png
-from .sections import ImageDataSection, PreprocessingSection
-from .training.runtime import choose_device
+from medseg_diffusion import build
+from medseg_diffusion.config.generator import ImageDataSection
+from medseg_diffusion.config.shared import PreprocessingSection
+from medseg_diffusion.data.cases import Bounds
+from medseg_diffusion.data.image_cache import PackedImages, packed, to_unit
+from medseg_diffusion.data.images import find_images
+from medseg_diffusion.device import choose_device
+from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.metrics.generation import NEIGHBOUR, Features, Scores, scores
+from medseg_diffusion.models.store import home
+from medseg_diffusion.networks.extractors import Extractor, extractor
+from medseg_diffusion.reports.pictures import grid, png
+
+from .sample import SampleOptions, Source
 
 CHUNK = 64
 DEFAULTS = SampleOptions(count=10_000)

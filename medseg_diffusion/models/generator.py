@@ -10,22 +10,25 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from . import build
-from .checkpoint import SavedModel
-from .config import DenoiserConfig, GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, parse_config
-from .data.cases import Bounds
-from .diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
-from .diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided
-from .diffusion.noise import generators
-from .diffusion.objective import Simple
-from .errors import ModelError, UsageError
-from .networks.autoencoder import Codec, KLAutoencoder, VQAutoencoder
-from .networks.unet import UNet
-from .sampling.loop import sample, spaced
-from .sections import UNetSection
-from .tasks.image import ImageDiffusion
-from .tasks.patched import PatchedDiffusion
-from .training.runtime import arranged
+from medseg_diffusion import build
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.imported import DenoiserConfig
+from medseg_diffusion.config.load import parse_config
+from medseg_diffusion.config.shared import UNetSection
+from medseg_diffusion.data.cases import Bounds
+from medseg_diffusion.device import arranged
+from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
+from medseg_diffusion.diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided
+from medseg_diffusion.diffusion.noise import generators
+from medseg_diffusion.diffusion.objective import Simple
+from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.networks.autoencoder import Codec, KLAutoencoder, VQAutoencoder
+from medseg_diffusion.networks.unet import UNet
+from medseg_diffusion.sampling.loop import sample, spaced
+from medseg_diffusion.tasks.image import ImageDiffusion
+from medseg_diffusion.tasks.patched import PatchedDiffusion
+
+from .store import SavedModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,30 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import build
-from .checkpoint import SavedModel, load_model_files
-from .config import PixelClassifierConfig, SegmenterConfig
-from .data.mask_examples import require_slices
-from .diffusion.noise import derive_seed
-from .errors import InputError, MedsegError, ModelError, UsageError
-from .methods.calibration import Calibration
-from .methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
-from .methods.segment import Segmenter, Windows, count_batches
-from .methods.segment import segment as segment_tensor
-from .reports.files import write_files
-from .reports.html import SegmentedCase, segment_report
-from .reports.preview import preview_png
-from .sampling.loop import spaced
-from .sections import InferenceSection
-from .segmenter import (
+from medseg_diffusion import build
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.config.shared import InferenceSection
+from medseg_diffusion.data.mask_examples import require_slices
+from medseg_diffusion.device import arranged, autocast_dtype, choose_device, keep_freed_memory, tune
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.methods.calibration import Calibration
+from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
+from medseg_diffusion.methods.segment import Segmenter, Windows, count_batches
+from medseg_diffusion.methods.segment import segment as segment_tensor
+from medseg_diffusion.models.pixel_segmenter import (
     pixel_inference,
     pixel_preprocessing,
     restore_pixel_segmentation,
     restore_segmenter,
     shape_prior,
 )
-from .training.runtime import arranged, autocast_dtype, choose_device, keep_freed_memory, tune
-from .volumes.io import (
+from medseg_diffusion.models.store import SavedModel, load_model_files
+from medseg_diffusion.reports.html import SegmentedCase, segment_report
+from medseg_diffusion.reports.preview import preview_png
+from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.volumes.io import (
     SUFFIXES,
     find_scans,
     is_image,
@@ -51,8 +52,8 @@ from .volumes.io import (
     write_labels,
     write_map,
 )
-from .volumes.preprocessing import Placement
-from .volumes.volume import Volume
+from medseg_diffusion.volumes.preprocessing import Placement
+from medseg_diffusion.volumes.volume import Volume
 
 DEFAULT_MODEL = "brain-tissue-t1"
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -23,7 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import ModelError
+from medseg_diffusion.errors import ModelError
+from medseg_diffusion.files import whole_folder
 
 SCHEMA_VERSION = 1
 FILES = ("model.json", "weights.safetensors", "README.md")
@@ -58,35 +57,19 @@ def save_model(
     readme: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a model directory under a temporary name, then puts it in place of any older one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    """Writes a model directory, in place of any older one."""
+    with whole_folder(path, replace=True) as folder:
         content = {**card, "schema_version": SCHEMA_VERSION}
-        (temporary / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        (folder / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         stored = {
             k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in weights.items()
         }
-        save_file(stored, temporary / "weights.safetensors")
-        (temporary / "README.md").write_text(readme)
-        sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in FILES)
-        (temporary / "SHA256SUMS").write_text(sums)
-        for file in temporary.iterdir():  # safetensors writes for the owner alone
+        save_file(stored, folder / "weights.safetensors")
+        (folder / "README.md").write_text(readme)
+        sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES)
+        (folder / "SHA256SUMS").write_text(sums)
+        for file in folder.iterdir():  # safetensors writes for the owner alone
             file.chmod(0o644)
-        temporary.chmod(0o755)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_model_files(name_or_path: str | Path) -> SavedModel:
@@ -140,7 +123,7 @@ def home() -> Path:
 
 def model_folders() -> dict[str, Path]:
     """Where installed models are looked for: the user's folder, then the package itself."""
-    return {"user": home() / "models", "package": Path(str(resources.files("medseg_diffusion") / "models"))}
+    return {"user": home() / "models", "package": Path(str(resources.files("medseg_diffusion") / "pretrained"))}
 
 
 def list_models() -> list[ModelInfo]:

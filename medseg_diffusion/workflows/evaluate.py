@@ -12,18 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.evaluate_scores import MAP_ENDINGS, evaluate_scores
+from medseg_diffusion.files import write_files
 from medseg_diffusion.metrics.ambiguity import generalised_energy_distance, matched_iou
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
 from medseg_diffusion.metrics.surface import hd95
-from medseg_diffusion.reports.files import write_files
 from medseg_diffusion.reports.html import CasePicture, evaluation_report
 from medseg_diffusion.reports.plots import overlay
 from medseg_diffusion.reports.summary import CaseResult, Evaluation, cases_csv, summarise, summary_json
 from medseg_diffusion.volumes.io import SUFFIXES, read_labels, read_map, read_volume, scan_files, scan_name, upright
 from medseg_diffusion.volumes.volume import Volume
+
+from .evaluate_maps import MAP_ENDINGS, evaluate_scores
 
 __all__ = ["Evaluation", "evaluate"]
 

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .anomaly import AnomalyMap, AnomalyModel, mask_of
-from .data.healthy import require_volume
-from .diffusion.noise import derive_seed
-from .errors import InputError, MedsegError, ModelError, UsageError
-from .pipeline import CaseResult, refuse_collisions
-from .reports.files import write_files
-from .reports.preview import preview_png
-from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, upright, write_labels, write_map
-from .volumes.volume import Volume
+from medseg_diffusion.data.healthy import require_volume
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.models.anomaly import AnomalyMap, AnomalyModel, mask_of
+from medseg_diffusion.reports.preview import preview_png
+from medseg_diffusion.volumes.io import SUFFIXES, find_scans, read_volume, scan_name, upright, write_labels, write_map
+from medseg_diffusion.volumes.volume import Volume
+
+from .segment import CaseResult, refuse_collisions
 
 DEFAULT_MODEL = "flair-anomaly"
 

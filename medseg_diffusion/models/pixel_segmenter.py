@@ -8,21 +8,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import build
-from .build import SHAPE_PRIOR, Segmenter
-from .checkpoint import SavedModel
-from .config import PixelClassifierConfig, SegmenterConfig, parse_config
-from .errors import InputError, ModelError, UsageError
+from medseg_diffusion import build
+from medseg_diffusion.build import SHAPE_PRIOR, Segmenter
+from medseg_diffusion.config.load import parse_config
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.config.shared import InferenceSection
+from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.methods.activations import Activations
+from medseg_diffusion.methods.label_efficient import PixelSegmentation
+from medseg_diffusion.methods.shape_prior import ShapePrior
+from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
+from medseg_diffusion.tasks.image import ImageDiffusion
+from medseg_diffusion.volumes.io import is_image
+from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.volume import Volume
+
 from .generator import Generator, restore_generator
-from .methods.activations import Activations
-from .methods.label_efficient import PixelSegmentation
-from .methods.shape_prior import ShapePrior
-from .networks.pixel_classifier import PixelClassifiers
-from .sections import InferenceSection
-from .tasks.image import ImageDiffusion
-from .volumes.io import is_image
-from .volumes.preprocessing import Placement, Preprocessing
-from .volumes.volume import Volume
+from .store import SavedModel
 
 GENERATOR = "generator."
 """Prefix of the generator's weights in a model of pixel classifiers; its card is the entry "generator"."""

@@ -2,7 +2,7 @@
 
 RUN/config.yaml     resolved configuration
 RUN/split.json      which patient is on which side
-RUN/generator/      the run of the generator (`medseg_diffusion.train_generator`); RUN/classifier/ of a classifier
+RUN/generator/      the run of the generator; RUN/classifier/ that of a classifier, where there is one
 RUN/model/          the anomaly model: generator, detectors' statistics, thresholds
 """
 
@@ -19,20 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import build
-from .anomaly import (
-    CLASSIFIER,
-    GENERATOR,
-    OnGrid,
-    make_detector,
-    on_grid,
-    postprocessing,
-    restore_anomaly,
-    scored,
-)
-from .checkpoint import SavedModel, home, load_model_files, save_model
-from .config import AnomalyConfig, GeneratorConfig, NoisyClassifierConfig, override_key, parse_config
-from .data.healthy import (
+from medseg_diffusion import build
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.config.generator import GeneratorConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import override_key, parse_config
+from medseg_diffusion.data.healthy import (
     HealthyScan,
     HealthySource,
     find_healthy,
@@ -43,18 +34,30 @@ from .data.healthy import (
     packed_healthy,
     refuse_lesions,
 )
-from .data.image_cache import PackedImages
-from .diffusion.noise import derive_seed
-from .errors import InputError, UsageError
-from .generator import Generator, restore_classifier, restore_generator
-from .methods.healthy_scores import HealthyScores, fit_scores, kept_values, scan_score
-from .methods.latent_healing import HealthyLatents, LatentHealing
-from .reports.card import anomaly_card
+from medseg_diffusion.data.image_cache import PackedImages
+from medseg_diffusion.device import autocast, choose_device, keep_freed_memory, tune
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.methods.healthy_scores import HealthyScores, fit_scores, kept_values, scan_score
+from medseg_diffusion.methods.latent_healing import HealthyLatents, LatentHealing
+from medseg_diffusion.models.anomaly import (
+    CLASSIFIER,
+    GENERATOR,
+    OnGrid,
+    make_detector,
+    on_grid,
+    postprocessing,
+    restore_anomaly,
+    scored,
+)
+from medseg_diffusion.models.generator import Generator, restore_classifier, restore_generator
+from medseg_diffusion.models.store import SavedModel, home, load_model_files, save_model
+from medseg_diffusion.reports.card import anomaly_card
+from medseg_diffusion.training.run import keep_sides, require_startable, start_run, versions
+from medseg_diffusion.training.trainer import Progress
+from medseg_diffusion.volumes.io import read_volume
+
 from .train_generator import train_generator
-from .training.run import keep_sides, require_startable, start_run, versions
-from .training.runtime import autocast, choose_device, keep_freed_memory, tune
-from .training.trainer import Progress
-from .volumes.io import read_volume
 
 DETECTION = ("residual", "latent_healing", "partial_noise", "patched", "counterfactual", "postprocessing", "quantile")
 """What of a configuration the networks do not depend on."""
@@ -274,7 +277,7 @@ def _nothing_healthy(scans: Sequence[HealthyScan]) -> InputError:
 
 
 def _tables(latents: HealthyLatents | None, calibration: dict[str, HealthyScores]) -> dict[str, Tensor]:
-    """What is stored among the weights (`medseg_diffusion.anomaly.stored_scores`)."""
+    """What is stored among the weights (`medseg_diffusion.models.anomaly.stored_scores`)."""
     tables: dict[str, Tensor] = {}
     if latents is not None:
         tables |= {f"latents.{name}": getattr(latents, name) for name in ("mean", "std", "quantiles")}
@@ -357,7 +360,7 @@ def calibrate_anomaly(
         quantile: nominal share of healthy voxels below the threshold; None keeps the model's, as for the following.
         latent_quantile: of latent healing, the share of healthy latent positions that stay as they are.
         overrides: of the detectors' settings, such as "residual=bright" or "latent_healing.start=700".
-        after: of the post-processing, by the names of `medseg_diffusion.sections.PostprocessingSection`.
+        after: of the post-processing, by the names of `medseg_diffusion.config.anomaly.PostprocessingSection`.
         device: auto, cpu, cuda, cuda:N or mps.
         on_prepare: called with (what is done, done, total).
 

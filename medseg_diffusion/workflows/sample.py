@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import build
-from .checkpoint import load_model_files
-from .config import NoisyClassifierConfig
-from .data.image_cache import to_levels, to_unit
-from .diffusion.guidance import ClassifierGradient
-from .diffusion.noise import derive_seed
-from .errors import InputError, UsageError
-from .generator import Generator, restore_classifier, restore_generator
-from .reports.files import write_files
-from .reports.pictures import as_pictures, grid, png
-from .tasks.patched import PatchedDiffusion
-from .training.runtime import autocast, choose_device, keep_freed_memory, tune
-from .volumes.io import read_map, write_map
-from .volumes.volume import Volume
+from medseg_diffusion import build
+from medseg_diffusion.config.generator import NoisyClassifierConfig
+from medseg_diffusion.data.image_cache import to_levels, to_unit
+from medseg_diffusion.device import autocast, choose_device, keep_freed_memory, tune
+from medseg_diffusion.diffusion.guidance import ClassifierGradient
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.models.generator import Generator, restore_classifier, restore_generator
+from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.reports.pictures import as_pictures, grid, png
+from medseg_diffusion.tasks.patched import PatchedDiffusion
+from medseg_diffusion.volumes.io import read_map, write_map
+from medseg_diffusion.volumes.volume import Volume
 
 
 @dataclass(frozen=True)

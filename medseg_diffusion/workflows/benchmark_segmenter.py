@@ -20,23 +20,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import build
-from .config import SegmenterConfig
-from .data.cases import Case, digest, find_cases, split_by_hash
-from .data.mask_examples import read_case
-from .diffusion.noise import derive_seed
-from .errors import UsageError
-from .methods.ensemble import tempered
-from .metrics.calibration import Reliability, region
-from .metrics.overlap import label_overlap
-from .metrics.statistics import Interval, mean_interval
-from .metrics.surface import hd95
-from .pipeline import SegmentationModel
-from .reports.files import write_files
-from .reports.plots import quality_plot
-from .reports.summary import json_ready
-from .training.runtime import keep_freed_memory
-from .volumes.volume import Volume
+from medseg_diffusion import build
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.cases import Case, digest, find_cases, split_by_hash
+from medseg_diffusion.data.mask_examples import read_case
+from medseg_diffusion.device import keep_freed_memory
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.methods.ensemble import tempered
+from medseg_diffusion.metrics.calibration import Reliability, region
+from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.metrics.statistics import Interval, mean_interval
+from medseg_diffusion.metrics.surface import hd95
+from medseg_diffusion.reports.plots import quality_plot
+from medseg_diffusion.reports.summary import json_ready
+from medseg_diffusion.volumes.volume import Volume
+
+from .segment import SegmentationModel
 
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 ENSEMBLES = (1, 2, 5, 10)

@@ -19,30 +19,32 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from . import build
-from .checkpoint import load_model_files, save_model
-from .config import SegmenterConfig
-from .data.augmentation import Augmenter
-from .data.cases import Case, Split, find_cases, split_by_hash
-from .data.draws import Draws, Examples
-from .data.mask_examples import MaskExamples, PreparedCase, prepare, require_every_class
-from .data.synthesis import LabelMap, SyntheticBrains, load_label_map, tissues
-from .data.tissue import TISSUES
-from .diffusion.noise import derive_seed
-from .errors import ModelError, UsageError
-from .methods.calibration import MEMBERS, Calibration, TemperatureFit
-from .methods.segment import Windows, segment
-from .methods.shape_prior import ShapePrior, average_shape
-from .metrics.overlap import label_overlap
-from .reports.card import model_card
-from .sampling.loop import spaced
-from .segmenter import restore_segmenter
-from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
-from .training.autoencoder import standardise
-from .training.run import keep_sides, require_startable, start_run, versions
-from .training.runtime import Runtime, arranged
-from .training.trainer import Callbacks, Progress, fit
-from .volumes.io import find_scans, scan_name
+from medseg_diffusion import build
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.augmentation import Augmenter
+from medseg_diffusion.data.cases import Case, Split, find_cases, split_by_hash
+from medseg_diffusion.data.draws import Draws, Examples
+from medseg_diffusion.data.mask_examples import MaskExamples, PreparedCase, prepare, require_every_class
+from medseg_diffusion.data.synthetic_brains import LabelMap, SyntheticBrains, load_label_map, tissues
+from medseg_diffusion.data.tissue import TISSUES
+from medseg_diffusion.device import arranged
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.methods.calibration import MEMBERS, Calibration, TemperatureFit
+from medseg_diffusion.methods.segment import Windows, segment
+from medseg_diffusion.methods.shape_prior import ShapePrior, average_shape
+from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.models.pixel_segmenter import restore_segmenter
+from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.reports.card import model_card
+from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
+from medseg_diffusion.training.autoencoder import standardise
+from medseg_diffusion.training.job import training_options
+from medseg_diffusion.training.run import keep_sides, require_startable, start_run, versions
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import Callbacks, Progress, fit
+from medseg_diffusion.volumes.io import find_scans, scan_name
 
 STANDARDISE_CASES = 64
 """Training masks over which mean and deviation of mask latents are estimated."""
@@ -147,7 +149,7 @@ def train_segmenter(
     numbers = fit(
         model,
         Draws(found.examples, seed),
-        build.training_options(config.training),
+        training_options(config.training),
         Callbacks(lambda averaged: validate(averaged, config, found, runtime), save, on_progress),
         run,
         runtime,
@@ -213,7 +215,7 @@ def _train_mask_autoencoder(
     fit(
         autoencoder,
         draws,
-        build.training_options(changed),
+        training_options(changed),
         Callbacks(validate, save, on_progress),
         run,
         runtime,

@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.anomalies import FINEST_RADIUS, Anomaly, AnomalyKind, AnomalyRecipe, insert_anomaly, robust_spread
-from .diffusion.noise import derive_seed
-from .errors import InputError, MedsegError, UsageError
-from .pipeline import CaseResult, refuse_collisions
-from .reports.files import write_files
-from .volumes.foreground import scan_foreground
-from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
-from .volumes.volume import Volume
+from medseg_diffusion.data.synthetic_anomalies import (
+    FINEST_RADIUS,
+    Anomaly,
+    AnomalyKind,
+    AnomalyRecipe,
+    insert_anomaly,
+    robust_spread,
+)
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, MedsegError, UsageError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.volumes.foreground import scan_foreground
+from medseg_diffusion.volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
+from medseg_diffusion.volumes.volume import Volume
+
+from .segment import CaseResult, refuse_collisions
 
 
 @dataclass(frozen=True)

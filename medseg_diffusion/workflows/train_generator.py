@@ -24,27 +24,30 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from . import build
-from .checkpoint import SavedModel, home, load_model_files, save_model
-from .config import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, load_config, parse_config
-from .data.draws import Draws, Examples
-from .data.image_cache import ImageExamples, PackedImages, packed
-from .data.latent_cache import LatentExamples, cached_latents
-from .diffusion.noise import derive_seed
-from .errors import InputError, ModelError, UsageError
-from .generator import Generator, restore_autoencoder
-from .methods.patched import Patched
-from .networks.autoencoder import KLAutoencoder, VQAutoencoder
-from .reports.card import generator_card
-from .reports.pictures import as_pictures, grid, write_png
-from .tasks.classifier import NoisyClassification
-from .tasks.image import ImageDiffusion, reduced
-from .tasks.patched import PatchedDiffusion
-from .training.autoencoder import AutoencoderTraining, LossWeights, standardise
-from .training.perceptual import perceptual_loss
-from .training.run import keep_sides, require_startable, start_run, versions
-from .training.runtime import Runtime, arranged
-from .training.trainer import Callbacks, Progress, fit
+from medseg_diffusion import build
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import load_config, parse_config
+from medseg_diffusion.data.draws import Draws, Examples
+from medseg_diffusion.data.image_cache import ImageExamples, PackedImages, packed
+from medseg_diffusion.data.latent_cache import LatentExamples, cached_latents
+from medseg_diffusion.device import arranged
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.methods.patched import Patched
+from medseg_diffusion.models.generator import Generator, restore_autoencoder
+from medseg_diffusion.models.store import SavedModel, home, load_model_files, save_model
+from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
+from medseg_diffusion.reports.card import generator_card
+from medseg_diffusion.reports.pictures import as_pictures, grid, write_png
+from medseg_diffusion.tasks.classifier import NoisyClassification
+from medseg_diffusion.tasks.image import ImageDiffusion, reduced
+from medseg_diffusion.tasks.patched import PatchedDiffusion
+from medseg_diffusion.training.autoencoder import AutoencoderTraining, LossWeights, standardise
+from medseg_diffusion.training.job import training_options
+from medseg_diffusion.training.perceptual import perceptual_loss
+from medseg_diffusion.training.run import keep_sides, require_startable, start_run, versions
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import Callbacks, Progress, fit
 
 ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
 Stage = Literal["all", "autoencoder"]
@@ -298,7 +301,7 @@ def _fit(
     fit(
         model,
         Draws(examples, job.seed),
-        build.training_options(config.training),
+        training_options(config.training),
         callbacks,
         job.run,
         runtime,

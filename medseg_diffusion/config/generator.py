@@ -1,0 +1,204 @@
+"""Configuration of generators, their autoencoders and noisy classifiers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from .shared import PreprocessingSection, ScheduleSection, Section, TrainingSection, UNetSection
+
+
+class ImageDataSection(Section):
+    """Images as training examples: `medseg_diffusion.data.image_cache`.
+
+    ``size`` is the side of images and of slices of scans; three sides make whole volumes of scans.
+    ``test_images`` and ``validation_images`` are held out of collections that name no sides themselves; scans count
+    as one each.
+    """
+
+    size: int | tuple[int, int, int] = 64
+    channels: Literal[1, 3] = 3
+    flip: bool = True
+    test_images: int = Field(0, ge=0)
+    validation_images: int = Field(100, ge=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sides of an image, two or three."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @model_validator(mode="after")
+    def _sides(self) -> ImageDataSection:
+        if min(self.shape) < 8:
+            raise ValueError(f"size must be at least 8, got {self.size}")
+        return self
+
+
+class ImageConditionSection(Section):
+    """What conditions a generator.
+
+    ``classes`` says how a class reaches the network; "cross-attention" makes it a token of ``context_channels``.
+    ``drop`` is the share of training examples that lose their class, for classifier-free guidance.
+    """
+
+    classes: Literal["none", "embedding", "cross-attention"] = "none"
+    drop: float = Field(0.1, ge=0, le=1)
+    context_channels: int = Field(256, gt=0)
+
+
+class ImageDiffusionSection(Section):
+    """What is predicted and with which loss; "hybrid" and "bound" train a learned variance, and need one.
+
+    ``noise`` "simplex" is AnoDDPM's (`medseg_diffusion.diffusion.simplex`).
+    """
+
+    schedule: ScheduleSection = ScheduleSection()
+    noise: Literal["gaussian", "simplex"] = "gaussian"
+    target: Literal["eps", "x0", "v"] = "eps"
+    learned_variance: bool = False
+    objective: Literal["simple", "hybrid", "bound"] = "simple"
+    times: Literal["uniform", "importance"] = "uniform"
+    weighting: Literal["none", "min-snr"] = "none"
+    gamma: float = Field(5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _variance(self) -> ImageDiffusionSection:
+        if self.learned_variance != (self.objective != "simple"):
+            raise ValueError("a learned variance needs objective hybrid or bound, and they need learned_variance: true")
+        return self
+
+
+class GeneratorSamplingSection(Section):
+    """Defaults of `medseg sample`, stored in the model."""
+
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    steps: int = Field(50, ge=1)
+
+
+class AutoencoderNetworkSection(Section):
+    """An autoencoder whose image channels follow from the data; "vq" has a codebook instead of a variance."""
+
+    quantiser: Literal["kl", "vq"] = "kl"
+    codebook_size: int = Field(1024, ge=2)
+    latent_channels: int = Field(4, gt=0)
+    channels: tuple[int, ...] = (64, 128)
+    num_res_blocks: int = Field(2, ge=1)
+    attention_levels: tuple[bool, ...] = (False, False)
+    norm_groups: int = Field(32, gt=0)
+
+
+class AutoencoderLossSection(Section):
+    """`medseg_diffusion.training.autoencoder.AutoencoderLoss`.
+
+    ``perceptual`` "lpips" needs the weights of its backbone, ``lpips_backbone`` (a torchvision VGG-16 file; None: where
+    torchvision keeps its downloads); "gradient-ssim" needs nothing; "auto" takes LPIPS where the weights are.
+    """
+
+    perceptual: Literal["auto", "lpips", "gradient-ssim"] = "auto"
+    lpips_backbone: str | None = None
+    perceptual_weight: float = Field(1.0, ge=0)
+    kl_weight: float = Field(1e-6, ge=0)
+    adversarial_weight: float = Field(0.5, ge=0)
+    adversarial_start: int = Field(50_001, ge=0)
+    discriminator_channels: int = Field(64, gt=0)
+    discriminator_layers: int = Field(3, ge=1)
+
+
+class ClassifierNetworkSection(Section):
+    """A noisy classifier whose channels, size and classes follow from the data."""
+
+    channels: int = Field(128, gt=0)
+    channel_mult: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1)
+    num_res_blocks: int = Field(4, ge=1)
+    attention_factors: tuple[int, ...] = (2, 4, 8)
+    head_channels: int = 64
+    dropout: float = Field(0.0, ge=0, lt=1)
+    norm_groups: int = Field(32, gt=0)
+
+
+def _no_size(preprocessing: PreprocessingSection) -> None:
+    if preprocessing.size is not None:
+        raise ValueError("preprocessing.size is of segmenters; here data.size is what images are made")
+
+
+class GeneratorConfig(Section):
+    """A generator of images or volumes: of pixels, of an autoencoder's latents, or of either from a smaller image.
+
+    Method "patched" (pDDPM) learns to restore patches of an image from what surrounds them, and cannot be sampled.
+    ``autoencoder`` (method latent, and an upsampler of latents) is the configuration of the first stage, a preset's
+    name or a YAML file.
+    ``factor`` (method upsampler) is how much smaller the low-resolution image is. ``preprocessing`` is of scans.
+    """
+
+    description: str = ""
+    method: Literal["pixel", "latent", "upsampler", "patched"]
+    autoencoder: str | None = None
+    factor: int = Field(2, ge=2)
+    data: ImageDataSection = ImageDataSection()
+    preprocessing: PreprocessingSection = PreprocessingSection()
+    network: UNetSection = UNetSection(dims=2)
+    condition: ImageConditionSection = ImageConditionSection()
+    diffusion: ImageDiffusionSection = ImageDiffusionSection()
+    training: TrainingSection = TrainingSection()
+    sampling: GeneratorSamplingSection = GeneratorSamplingSection()
+
+    @model_validator(mode="after")
+    def _stages(self) -> GeneratorConfig:
+        if self.method == "latent" and self.autoencoder is None:
+            raise ValueError("method latent names its autoencoder")
+        _no_size(self.preprocessing)
+        if self.method == "upsampler" and any(side % self.factor for side in self.data.shape):
+            raise ValueError(f"data.size {self.data.size} is no multiple of factor {self.factor}")
+        if self.method in ("pixel", "patched") and self.autoencoder is not None:
+            raise ValueError(f"method {self.method} has no autoencoder")
+        if self.method == "patched" and (
+            self.diffusion.target != "x0" or self.diffusion.objective != "simple" or self.condition.classes != "none"
+        ):
+            raise ValueError("method patched needs diffusion.target: x0 and objective: simple, and knows no classes")
+        if self.network.dims != len(self.data.shape):
+            raise ValueError(f"data.size has {len(self.data.shape)} sides, but network.dims is {self.network.dims}")
+        attends = bool(self.network.attention_factors) or self.network.middle_attention is True
+        if self.condition.classes == "cross-attention" and not attends:
+            raise ValueError("condition.classes cross-attention needs network.attention_factors")
+        return self
+
+
+class ImageAutoencoderConfig(Section):
+    """The first stage of a latent generator."""
+
+    description: str = ""
+    method: Literal["autoencoder"]
+    data: ImageDataSection = ImageDataSection()
+    preprocessing: PreprocessingSection = PreprocessingSection()
+    network: AutoencoderNetworkSection = AutoencoderNetworkSection()
+    loss: AutoencoderLossSection = AutoencoderLossSection()
+    training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _images(self) -> ImageAutoencoderConfig:
+        _no_size(self.preprocessing)
+        factor = 2 ** (len(self.network.channels) - 1)
+        if odd := [side for side in self.data.shape if side % factor]:
+            raise ValueError(f"data.size: {odd[0]} is no multiple of {factor}, by which the autoencoder divides it")
+        return self
+
+
+class NoisyClassifierConfig(Section):
+    """A classifier of noisy images, to guide a pixel generator of the same schedule."""
+
+    description: str = ""
+    method: Literal["classifier"]
+    data: ImageDataSection = ImageDataSection()
+    preprocessing: PreprocessingSection = PreprocessingSection()
+    network: ClassifierNetworkSection = ClassifierNetworkSection()
+    schedule: ScheduleSection = ScheduleSection()
+    training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _images(self) -> NoisyClassifierConfig:
+        _no_size(self.preprocessing)
+        return self

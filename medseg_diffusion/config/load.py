@@ -1,0 +1,153 @@
+"""Run configurations: strict YAML to typed, frozen objects.
+
+A configuration is data: it names no code. Sections mirror the constructors that they feed, and a test compares the
+two. An unknown key is refused with its dotted path and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from medseg_diffusion.errors import UsageError
+
+from .anomaly import AnomalyConfig
+from .generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from .pixel_classifier import PixelClassifierConfig
+from .segmenter import SegmenterConfig
+
+
+def presets() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    folder = Path(str(resources.files("medseg_configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+NOTES = ("seed", "init", "exclude_labelled", "autoencoder_sha256", "generator_sha256")
+"""What config.yaml of a run folder holds beside the configuration."""
+
+AnyConfig = (
+    SegmenterConfig
+    | PixelClassifierConfig
+    | GeneratorConfig
+    | ImageAutoencoderConfig
+    | NoisyClassifierConfig
+    | AnomalyConfig
+)
+_SCHEMAS: dict[str, type[AnyConfig]] = {
+    "ensemdiff": SegmenterConfig,
+    "segdiff": SegmenterConfig,
+    "medsegdiff": SegmenterConfig,
+    "medsegdiff-v2": SegmenterConfig,
+    "latent-mask": SegmenterConfig,
+    "baseline": SegmenterConfig,
+    "label-efficient": PixelClassifierConfig,
+    "anomaly": AnomalyConfig,
+    "pixel": GeneratorConfig,
+    "latent": GeneratorConfig,
+    "upsampler": GeneratorConfig,
+    "patched": GeneratorConfig,
+    "autoencoder": ImageAutoencoderConfig,
+    "classifier": NoisyClassifierConfig,
+}
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
+    """Reads a preset or a YAML file, with overrides "a.b=value" (value in YAML); ``method`` says of what kind it is.
+
+    The config.yaml of a run folder is read without what it notes beside the configuration (`NOTES`).
+
+    Raises:
+        UsageError: unknown preset or file, bad YAML, an unknown key (with the nearest known one) or a bad value.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        known = presets()
+        if str(name_or_path) not in known:
+            raise UsageError(
+                f"{name_or_path}: no such file and no preset of that name{_nearest(str(name_or_path), known)}"
+            )
+        path = known[str(name_or_path)]
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}); correct the file") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds {type(content).__name__}, expected sections such as data: and network:")
+    if path.name == "config.yaml":
+        content = {key: value for key, value in content.items() if key not in NOTES}
+    for override in overrides:
+        override_key(content, override)
+    return parse_config(content, str(path))
+
+
+def load_segmenter_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> SegmenterConfig:
+    """`load_config` for a segmenter; UsageError for the configuration of something else."""
+    config = load_config(name_or_path, overrides)
+    if not isinstance(config, SegmenterConfig):
+        command = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}.get(
+            config.method, "train-generator"
+        )
+        raise UsageError(f"{name_or_path}: configures a {config.method}; train it with {command}")
+    return config
+
+
+def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
+    """A configuration from plain types, e.g. that of a model card; errors name ``source`` and the dotted key."""
+    method = content.get("method")
+    if method not in _SCHEMAS:
+        found = f"got {method!r}" if method else "Field required"
+        raise UsageError(f"{source}: method: {found}; known: {', '.join(_SCHEMAS)}")
+    schema = _SCHEMAS[str(method)]
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            names = _fields(schema, first["loc"][:-1])
+            raise UsageError(f"{source}: unknown key {key}{_nearest(str(first['loc'][-1]), names)}") from error
+        raise UsageError(f"{source}: {key or 'configuration'}: {first['msg']} (got {first['input']!r})") from error
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Settings "name=value" with values in YAML; UsageError for anything else."""
+    content: dict[str, Any] = {}
+    for setting in settings:
+        override_key(content, setting)
+    return content
+
+
+def override_key(content: dict[str, Any], override: str) -> None:
+    """Sets a key of ``content`` by "a.b=value" (value in YAML); UsageError for anything else."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UsageError(f"--set {override}: expected a.b=value")
+    node: Any = content
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"--set {override}: {part} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: {text!r} is not YAML") from error
+
+
+def _fields(section: Any, location: Sequence[int | str]) -> Sequence[str]:
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        section = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

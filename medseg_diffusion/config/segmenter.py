@@ -1,0 +1,156 @@
+"""Configuration of mask segmenters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    PositiveInt,
+    model_validator,
+)
+
+from .shared import (
+    AugmentationSection,
+    InferenceSection,
+    PreprocessingSection,
+    ScheduleSection,
+    Section,
+    TrainingSection,
+    UNetSection,
+)
+
+
+class ImageEncoderSection(Section):
+    """SegDiff's RRDB encoder (`medseg_diffusion.networks.segdiff.SegDiff`)."""
+
+    encoder_channels: int = 64
+    encoder_blocks: int = 12
+    encoder_growth: int = 32
+
+
+class DynamicEncodingSection(Section):
+    """MedSegDiff's FF-Parser (`medseg_diffusion.networks.medsegdiff.MedSegDiff`)."""
+
+    bands: int = Field(33, ge=3)
+
+
+class SemanticConditionSection(Section):
+    """MedSegDiff-V2's SS-Former (`medseg_diffusion.networks.medsegdiff_v2.MedSegDiffV2`)."""
+
+    depth: int = Field(4, ge=1)
+    head_channels: int = Field(64, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class AnchorLossSection(Section):
+    """MedSegDiff-V2's anchor loss (`medseg_diffusion.tasks.mask.AnchorLoss`)."""
+
+    every: int = Field(5, ge=1)
+    cross_entropy_weight: float = Field(10.0, ge=0)
+
+
+class MaskAutoencoderSection(Section):
+    """Latent mask diffusion: the autoencoder of masks (`tasks.latent_mask`), and the image's encoder of its layout.
+
+    ``features`` are the channels of the encoded image. The autoencoder trains for ``max_steps``, before the denoiser.
+    """
+
+    latent_channels: int = Field(4, gt=0)
+    channels: tuple[int, ...] = Field((32, 64), min_length=1)
+    num_res_blocks: int = Field(1, ge=1)
+    features: int = Field(32, gt=0)
+    kl_weight: float = Field(1e-6, ge=0)
+    norm_groups: int = Field(8, gt=0)
+    max_steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class DiffusionSection(Section):
+    """What is predicted, and with which loss; ``learned_variance`` adds the variance's (hybrid objective).
+
+    ``head`` "logits" makes the network emit class logits (target x0) and is needed for ``dice_ce_weight`` > 0.
+    ``scale`` is the value of a certain class in x0, and the standard deviation of latents: the smaller it is, the
+    harder it is to see through the noise. ``normalised``: the network sees x_t divided by its standard deviation.
+    """
+
+    schedule: ScheduleSection = ScheduleSection()
+    target: Literal["eps", "x0", "v"] = "x0"
+    head: Literal["linear", "logits"] = "linear"
+    scale: float = Field(1.0, gt=0)
+    normalised: bool = True
+    weighting: Literal["none", "min-snr"] = "none"
+    gamma: float = Field(5.0, gt=0)
+    dice_ce_weight: float = Field(0.0, ge=0)
+    learned_variance: bool = False
+
+    @model_validator(mode="after")
+    def _logits(self) -> DiffusionSection:
+        if self.learned_variance and self.head == "logits":
+            raise ValueError("head: logits has no learned_variance")
+        if self.dice_ce_weight > 0 and self.head != "logits":
+            raise ValueError("dice_ce_weight needs head: logits")
+        if self.head == "logits" and self.target != "x0":
+            raise ValueError("head: logits needs target: x0")
+        return self
+
+
+class DataSection(Section):
+    """Where examples come from and how they are cut.
+
+    ``source`` "scans" trains on labelled scans; "brain-labelmaps" synthesises T1 images from a folder of label maps.
+    ``labels`` names the classes above background where the data folder does not. ``merge_labels`` makes one class of
+    every label above background.
+    """
+
+    source: Literal["scans", "brain-labelmaps"] = "scans"
+    labels: tuple[str, ...] = ()
+    channels: int = Field(1, ge=1)
+    window: tuple[PositiveInt, ...]
+    foreground_share: float = Field(0.33, ge=0, le=1)
+    test_cases: int = Field(40, ge=0)
+    validation_cases: int = Field(20, ge=1)
+    examples_per_map: int = Field(50, ge=1)
+    merge_labels: bool = False
+
+    @model_validator(mode="after")
+    def _one_class(self) -> DataSection:
+        if self.merge_labels and len(self.labels) != 1:
+            raise ValueError(f"merge_labels leaves one class; name it in labels (got {len(self.labels)} names)")
+        return self
+
+
+class SegmenterConfig(Section):
+    """A mask segmenter: mask diffusion in one of four networks or in latents, or the matched feed-forward baseline.
+
+    "ensemdiff" concatenates the image. ``image_encoder`` is SegDiff's, ``dynamic_encoding`` MedSegDiff's,
+    ``semantic_condition`` and ``anchor_loss`` are MedSegDiff-V2's, ``mask_autoencoder`` is of "latent-mask".
+    """
+
+    description: str = ""
+    method: Literal["ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask", "baseline"]
+    data: DataSection
+    preprocessing: PreprocessingSection = PreprocessingSection()
+    augmentation: AugmentationSection = AugmentationSection()
+    network: UNetSection = UNetSection()
+    image_encoder: ImageEncoderSection = ImageEncoderSection()
+    dynamic_encoding: DynamicEncodingSection = DynamicEncodingSection()
+    semantic_condition: SemanticConditionSection = SemanticConditionSection()
+    anchor_loss: AnchorLossSection = AnchorLossSection()
+    mask_autoencoder: MaskAutoencoderSection = MaskAutoencoderSection()
+    diffusion: DiffusionSection = DiffusionSection()
+    training: TrainingSection = TrainingSection()
+    inference: InferenceSection = InferenceSection()
+
+    @model_validator(mode="after")
+    def _dimensions(self) -> SegmenterConfig:
+        for name, window in (("data.window", self.data.window), ("inference.window", self.inference.window)):
+            if window is not None and len(window) != self.network.dims:
+                raise ValueError(f"{name} has {len(window)} numbers, but network.dims is {self.network.dims}")
+        if wrong := [axis for axis in self.augmentation.flip_axes if axis >= self.network.dims]:
+            raise ValueError(f"augmentation.flip_axes: no axis {wrong[0]} in {self.network.dims}D")
+        if self.preprocessing.size is not None and self.network.dims != 2:
+            raise ValueError("preprocessing.size resizes pictures, but network.dims is 3")
+        if self.method == "latent-mask" and self.diffusion.head == "logits":
+            raise ValueError("latents have no head: logits and no dice_ce_weight")
+        return self

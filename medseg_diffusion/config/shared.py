@@ -1,0 +1,125 @@
+"""The sections of a run configuration. Each mirrors the constructor that it feeds, and a test compares the two."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UNetSection(Section):
+    """`medseg_diffusion.networks.unet.UNet`; channels in and out and conditions follow from the task."""
+
+    dims: Literal[2, 3] = 3
+    channels: int = Field(32, gt=0)
+    channel_mult: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    num_res_blocks: int | tuple[int, ...] = 1
+    attention_factors: tuple[int, ...] = ()
+    head_channels: int = 32
+    num_heads: int | None = None
+    dropout: float = Field(0.0, ge=0, lt=1)
+    resampling: Literal["resblock", "conv", "plain"] = "resblock"
+    patch_size: int = Field(1, ge=1)
+    checkpointing: bool = False
+    scale_shift: bool = True
+    norm_eps: float = Field(1e-5, gt=0)
+    norm_groups: int = Field(32, gt=0)
+    middle_attention: bool | None = None
+
+
+class ScheduleSection(Section):
+    """Noise schedule by name, with T; the ends of beta for linear and scaled-linear, None for the published ones."""
+
+    name: Literal["linear", "cosine", "scaled-linear", "sigmoid"] = "linear"
+    num_steps: int = Field(1000, ge=2)
+    beta_start: float | None = Field(None, gt=0, lt=1)
+    beta_end: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _ends(self) -> ScheduleSection:
+        if (self.beta_start, self.beta_end) != (None, None) and self.name not in ("linear", "scaled-linear"):
+            raise ValueError(f"a {self.name} schedule has no beta_start and beta_end")
+        return self
+
+
+class PreprocessingSection(Section):
+    """`medseg_diffusion.volumes.preprocessing.Preprocessing`."""
+
+    orientation: str | None = "RAS"
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    intensity: Literal["percentile", "zscore", "median"] = "percentile"
+    low: float = 0.5
+    high: float = 99.5
+    crop_foreground: bool = False
+    size: tuple[PositiveInt, PositiveInt] | None = None
+
+    @model_validator(mode="after")
+    def _one_grid(self) -> PreprocessingSection:
+        if self.size is not None and self.spacing_mm is not None:
+            raise ValueError("size and spacing_mm exclude each other")
+        axes = None if self.orientation is None else sorted(self.orientation.translate(str.maketrans("LPI", "RAS")))
+        if axes not in (None, ["A", "R", "S"]):
+            raise ValueError(f"orientation: names one of R/L, A/P and S/I each, such as RAS; got {self.orientation}")
+        return self
+
+
+class AugmentationSection(Section):
+    """`medseg_diffusion.data.augmentation.Augmentation`."""
+
+    probability: float = Field(0.3, ge=0, le=1)
+    rotate_degrees: float = 15.0
+    scale: float = 0.15
+    flip_axes: tuple[NonNegativeInt, ...] = ()
+    noise_std: float = 0.1
+    blur_sigma: float = 0.8
+    gamma: tuple[float, float] = (0.7, 1.5)
+    intensity: float = 0.15
+
+
+class TrainingSection(Section):
+    """`medseg_diffusion.training.trainer.TrainingOptions`, and how it computes: `medseg_diffusion.training.runtime`."""
+
+    batch_size: int = Field(4, ge=1)
+    max_steps: int = Field(10_000, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    warmup_steps: int = Field(200, ge=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    gradient_clip: float = Field(1.0, gt=0)
+    workers: int = Field(0, ge=0)
+    validate_every: int = Field(500, ge=1)
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
+
+
+class InferenceSection(Section):
+    """Defaults of sampling, stored in the model; ``window`` None takes the whole image at once.
+
+    ``largest_part`` keeps the largest connected part of the foreground, all classes together: for organs that are one.
+    ``shape_prior_mm`` keeps what lies at most so far from the average shape of the training anatomies, registered to
+    the prediction (`medseg_diffusion.methods.shape_prior`).
+    """
+
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"
+    steps: int = Field(5, ge=1)
+    ensemble: int = Field(1, ge=1)
+    window: tuple[PositiveInt, ...] | None = None
+    overlap: float = Field(0.25, ge=0, lt=1)
+    largest_part: bool = False
+    shape_prior_mm: float | None = Field(None, gt=0)

@@ -1,0 +1,103 @@
+"""Where and how tensors are computed: device, precision, memory, batch sizes."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+from torch import nn
+
+from .errors import UsageError
+
+POSITIONS_AT_ONCE = {"cpu": 2**18, "cuda": 2**21}
+"""Of the samples that share a batch, all together: a CPU works from its caches, a GPU needs much at a time."""
+
+
+def at_once(positions: int, device: torch.device) -> int:
+    """How many samples of so many positions share a batch. It bounds memory, and changes results by rounding alone."""
+    return max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]) // positions)
+
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The torch device of "auto", "cpu", "cuda", "cuda:N" or "mps"; auto prefers CUDA, then MPS.
+
+    Raises:
+        UsageError: an unknown name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"device {name!r} asked for, but {torch.cuda.device_count()} CUDA devices found; try --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' asked for, but this machine has none; try --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def tune(device: torch.device) -> None:
+    """Makes ``device`` fast for this process: on CUDA TF32 for float32, and cuDNN's search for algorithms."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def keep_freed_memory() -> None:
+    """Lets this process reuse freed memory instead of returning it: for jobs of one process on CPUs, under glibc.
+
+    By default every large tensor is mapped anew and its pages are zeroed by the kernel, which took a third of the time
+    of segmenting a head here. Elsewhere than under glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, value)
+
+
+def arranged(network: nn.Module, channels_last: bool, compiled: bool) -> nn.Module:
+    """The network with its convolutions in channels-last layout, and compiled at its first call; names stay."""
+    if channels_last:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+            elif isinstance(module, nn.Conv3d):
+                module.to(memory_format=torch.channels_last_3d)
+    if compiled:
+        network.compile()
+    return network
+
+
+def autocast_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype | None:
+    """bfloat16 where it pays, else None for plain float32.
+
+    "auto" takes bf16 on CUDA devices that have it and on CPUs with AMX tiles. AVX512-BF16 alone is not enough: the
+    3D convolutions of this package measured slower with it than in float32.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
+    amx = device.type == "cpu" and known.get("amx_bf16", False)
+    return torch.bfloat16 if amx else None
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[Any]:
+    """The context in which networks compute in `autocast_dtype`; one that changes nothing for plain float32."""
+    dtype = autocast_dtype(device, precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()

@@ -1,0 +1,97 @@
+"""Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends without an error, and is removed otherwise.
+
+    What was written is on the disk before the name changes, so that a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # The process id keeps two processes that write the same file apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty folder beside ``path`` that takes its name when the block ends without an error.
+
+    Args:
+        path: the folder; its parents are made.
+        replace: put the new folder in place of an existing one. Otherwise the existing one stays: another process was
+            faster.
+
+    Raises:
+        OSError: the folder cannot be written. An existing one is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    old = path.with_name(f".{path.name}.old")
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes folders for the owner alone
+        if path.exists() and not replace:
+            return
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path, ...]:
+    """Writes files into a folder. None of them is renamed before all of them are on the disk.
+
+    Args:
+        folder: made if it does not exist.
+        contents: file name to content; text is UTF-8.
+
+    Returns:
+        The paths, in the order of ``contents``.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    try:
+        for name, content in contents.items():
+            temporary[name].write_bytes(content.encode() if isinstance(content, str) else content)
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    return tuple(folder / name for name in contents)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes strict, indented JSON; ValueError for a number that is not finite."""
+    write_files(path.parent, {path.name: json.dumps(content, indent=2, allow_nan=False) + "\n"})

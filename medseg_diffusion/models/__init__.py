@@ -1,0 +1,1 @@
+"""Trained models in memory, and the folders that hold them. Nothing here opens a scan or training data."""
