@@ -52,7 +52,8 @@ from medseg_diffusion.methods.label_efficient import (
     fit_classifiers,
     labelled_pixels,
 )
-from medseg_diffusion.methods.segment import Segmenter, Windows, segment
+from medseg_diffusion.methods.segment import Segmenter, segment
+from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.sampling.ddim import DDIM

@@ -25,8 +25,9 @@ from .diffusion.noise import derive_seed
 from .errors import InputError, MedsegError, ModelError, UsageError
 from .methods.calibration import Calibration
 from .methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
-from .methods.segment import Segmenter, Windows, count_batches
+from .methods.segment import Segmenter
 from .methods.segment import segment as segment_tensor
+from .methods.windows import Windows, count_batches
 from .reports.files import write_files
 from .reports.html import SegmentedCase, segment_report
 from .reports.preview import preview_png

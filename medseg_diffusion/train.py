@@ -31,7 +31,8 @@ from .data.tissue import TISSUES
 from .diffusion.noise import derive_seed
 from .errors import ModelError, UsageError
 from .methods.calibration import MEMBERS, Calibration, TemperatureFit
-from .methods.segment import Windows, segment
+from .methods.segment import segment
+from .methods.windows import Windows
 from .methods.shape_prior import ShapePrior, average_shape
 from .metrics.overlap import label_overlap
 from .reports.card import model_card
