@@ -32,7 +32,8 @@ from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.pipeline import SegmentationModel
 from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.training.runtime import keep_freed_memory
-from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
+from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.paths import find_scans, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 

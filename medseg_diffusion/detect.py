@@ -21,7 +21,8 @@ from .errors import InputError, MedsegError, ModelError, UsageError
 from .pipeline import CaseResult, refuse_collisions
 from .reports.files import write_files
 from .reports.preview import preview_png
-from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, upright, write_labels, write_map
+from .volumes.io import read_volume, upright, write_labels, write_map
+from .volumes.paths import SUFFIXES, find_scans, scan_name
 from .volumes.volume import Volume
 
 DEFAULT_MODEL = "flair-anomaly"

@@ -41,17 +41,8 @@ from .segmenter import (
     shape_prior,
 )
 from .training.runtime import arranged, autocast_dtype, choose_device, keep_freed_memory, tune
-from .volumes.io import (
-    SUFFIXES,
-    find_scans,
-    is_image,
-    read_volume,
-    scan_name,
-    suffix_of,
-    upright,
-    write_labels,
-    write_map,
-)
+from .volumes.io import read_volume, upright, write_labels, write_map
+from .volumes.paths import SUFFIXES, find_scans, is_image, scan_name, suffix_of
 from .volumes.preprocessing import Placement
 from .volumes.volume import Volume
 

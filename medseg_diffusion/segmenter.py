@@ -20,7 +20,7 @@ from .methods.shape_prior import ShapePrior
 from .networks.pixel_classifier import PixelClassifiers
 from .sections import InferenceSection
 from .tasks.image import ImageDiffusion
-from .volumes.io import is_image
+from .volumes.paths import is_image
 from .volumes.preprocessing import Placement, Preprocessing
 from .volumes.volume import Volume
 

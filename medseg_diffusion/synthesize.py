@@ -18,7 +18,8 @@ from .errors import InputError, MedsegError, UsageError
 from .pipeline import CaseResult, refuse_collisions
 from .reports.files import write_files
 from .volumes.foreground import scan_foreground
-from .volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
+from .volumes.io import read_volume, write_labels, write_map
+from .volumes.paths import SUFFIXES, find_scans, scan_name
 from .volumes.volume import Volume
 
 

@@ -32,8 +32,8 @@ from .diffusion.noise import derive_seed
 from .errors import ModelError, UsageError
 from .methods.calibration import MEMBERS, Calibration, TemperatureFit
 from .methods.segment import segment
-from .methods.windows import Windows
 from .methods.shape_prior import ShapePrior, average_shape
+from .methods.windows import Windows
 from .metrics.overlap import label_overlap
 from .reports.card import model_card
 from .sampling.loop import spaced
@@ -43,7 +43,7 @@ from .training.autoencoder import standardise
 from .training.run import keep_sides, require_startable, start_run, versions
 from .training.runtime import Runtime, arranged
 from .training.trainer import Callbacks, Progress, fit
-from .volumes.io import find_scans, scan_name
+from .volumes.paths import find_scans, scan_name
 
 STANDARDISE_CASES = 64
 """Training masks over which mean and deviation of mask latents are estimated."""

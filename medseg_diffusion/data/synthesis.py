@@ -19,7 +19,8 @@ from torch import Tensor
 
 from medseg_diffusion.data.tissue import TISSUE_OF
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import read_labels, scan_name
+from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.preprocessing import bend
 
 Range = tuple[float, float]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.methods.windows import Corner, Windows, predict_in_windows
+from medseg_diffusion.methods.windows import WHOLE, Corner, Windows, predict_in_windows
 from medseg_diffusion.sampling.loop import Sampler
 
 
@@ -27,7 +27,7 @@ def segment(
     seeds: Sequence[int],
     sampler: Sampler,
     times: Sequence[int],
-    windows: Windows = Windows(),
+    windows: Windows = WHOLE,
     dims: int = 3,
     on_window: Callable[[], None] = lambda: None,
 ) -> Tensor:

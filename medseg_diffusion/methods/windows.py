@@ -44,18 +44,19 @@ class Windows:
         return self.batch_size or at_once(members * math.prod(self.of(spatial)), device)
 
     def corners(self, spatial: Sequence[int]) -> list[tuple[int, ...]]:
-        """The first voxel of every window in an image of this size, the last axis fastest; the last ones end with it."""
-        steps = [max(1, int(side * (1 - self.overlap))) for side in self.of(spatial)]
-        # How far a corner may lie from the image's.
-        room = [axis - side for axis, side in zip(spatial, self.of(spatial), strict=True)]
-        return list(
-            itertools.product(
-                *(
-                    [min(first, last) for first in range(0, last + step, step)]
-                    for last, step in zip(room, steps, strict=True)
-                )
-            )
-        )
+        """The first voxel of every window in an image of this size, the last axis fastest.
+
+        The last window along an axis ends where the image ends: it may overlap its neighbour by more.
+        """
+        starts = []
+        for axis, side in zip(spatial, self.of(spatial), strict=True):
+            step, last = max(1, int(side * (1 - self.overlap))), axis - side
+            starts.append([min(first, last) for first in range(0, last + step, step)])
+        return list(itertools.product(*starts))
+
+
+WHOLE = Windows()
+"""The whole image as its only window."""
 
 
 def predict_in_windows(
@@ -80,25 +81,24 @@ def predict_in_windows(
     result: Tensor | None = None
     for start in range(0, len(everything), batch_size):
         part = everything[start : start + batch_size]
-        cut = [image[(slice(index, index + 1), slice(None), *places[window])] for index, window in part]
+        cut = [image[index : index + 1, :, *places[window]] for index, window in part]
         patches = torch.cat(cut) if batch_size > 1 else cut[0]
         found = predict(patches, [(index, *corners[window]) for index, window in part])
         if result is None:
             result = image.new_zeros(len(image), found.shape[1], *spatial)
         for (index, window), values in zip(part, found, strict=True):
-            result[(index, slice(None), *places[window])] += values * weights
+            result[index : index + 1, :, *places[window]] += values * weights
     assert result is not None
     return result.div_(total_weight)
 
 
 def gaussian_weights(size: Sequence[int], like: Tensor) -> Tensor:
-    """Weights (*size) of a window's voxels, 1 at its centre and at least 0.001, of the type and device of ``like``."""
+    """Weights (*size) of a window's voxels, largest at its centre, of the type and device of ``like``: 0.001 to 1."""
     weights = torch.ones((), device=like.device)
     for side in size:
         distance = torch.arange(side, dtype=torch.float32, device=like.device) - (side - 1) / 2
         weights = weights[..., None] * torch.exp(distance**2 / (-2 * (_SIGMA * side) ** 2))
-    least = max(float(weights.min()), _LEAST_WEIGHT)
-    return weights.clamp(min=least).to(like.dtype)
+    return weights.clamp(min=_LEAST_WEIGHT).to(like.dtype)
 
 
 def count_batches(shape: Sequence[int], windows: Windows, dims: int, members: int, device: torch.device) -> int:

@@ -37,7 +37,9 @@ class Recorder:
         return torch.stack([value, value.sin(), value.exp()], 1)
 
 
-def of_monai(predict: Callable[[Tensor, list[tuple[int, ...]]], Tensor]) -> Callable[[Tensor, list[list[slice]]], Tensor]:
+def of_monai(
+    predict: Callable[[Tensor, list[tuple[int, ...]]], Tensor],
+) -> Callable[[Tensor, list[list[slice]]], Tensor]:
     return lambda patches, places: predict(patches, [(p[0].start, *(axis.start for axis in p[2:])) for p in places])
 
 
