@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,9 @@ class Windows:
         starts = []
         for axis, side in zip(spatial, self.of(spatial), strict=True):
             step, last = max(1, int(side * (1 - self.overlap))), axis - side
-            starts.append([min(first, last) for first in range(0, last + step, step)])
+            # numpy's int64: the type of a number is part of the seed that `derive_seed` makes of it, so that int would
+            # give every window other noise.
+            starts.append(list(np.minimum(np.arange(0, last + step, step, dtype=np.int64), last)))
         return list(itertools.product(*starts))
 
 

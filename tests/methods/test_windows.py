@@ -12,6 +12,7 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
+from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.segment import segment
 from medseg_diffusion.methods.windows import Windows, count_batches, gaussian_weights, predict_in_windows
 from medseg_diffusion.sampling.ddim import DDIM
@@ -58,6 +59,8 @@ def test_windows_are_those_of_monai(data: st.DataObject) -> None:
         image, windows.of(spatial), batch, of_monai(theirs), overlap=windows.overlap, mode="gaussian", with_coord=True
     )
     assert ours.corners == theirs.corners
+    # The type of a number is part of the seed that is made of it.
+    assert [derive_seed(*corner) for corner in ours.corners] == [derive_seed(*corner) for corner in theirs.corners]
     assert [len(patches) for patches in ours.batches] == [len(patches) for patches in theirs.batches]
     assert all(map(torch.equal, ours.batches, theirs.batches))
     assert torch.equal(found, expected)
