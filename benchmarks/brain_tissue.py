@@ -37,7 +37,8 @@ from medseg_diffusion.methods.segment import segment
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.sampling.loop import spaced
-from medseg_diffusion.volumes.io import find_scans, read_labels, read_volume, scan_name
+from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.paths import find_scans, scan_name
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows.segment import SegmentationModel
 

@@ -52,7 +52,8 @@ from medseg_diffusion.methods.label_efficient import (
     fit_classifiers,
     labelled_pixels,
 )
-from medseg_diffusion.methods.segment import Segmenter, Windows, segment
+from medseg_diffusion.methods.segment import Segmenter, segment
+from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.models.generator import Generator, restore_generator
 from medseg_diffusion.models.pixel_segmenter import pixel_preprocessing, restore_pixel_segmentation

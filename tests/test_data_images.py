@@ -16,7 +16,7 @@ from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.data.image_cache import ImageExamples, packed, to_levels, to_unit
 from medseg_diffusion.data.images import check_images, find_images
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import scan_name
+from medseg_diffusion.volumes.paths import scan_name
 
 WNIDS = ("n02", "n01")  # unsorted on purpose, as a file may be
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medseg_diffusion.methods.segment import Windows, count_batches, segment
+from medseg_diffusion.methods.segment import segment
+from medseg_diffusion.methods.windows import WHOLE, Windows, count_batches
 from medseg_diffusion.sampling import loop
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import Sampler
@@ -17,9 +18,6 @@ from medseg_diffusion.sampling.loop import Sampler
 
 def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-WHOLE = Windows()
 
 
 class Pointwise:

@@ -14,7 +14,8 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from typer.testing import CliRunner
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import find_scans, read_volume, scan_name
+from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.paths import find_scans, scan_name
 
 ROWS, COLUMNS, SLICES = 7, 5, 6
 SPACING = (1.5, 0.75, 3.0)  # between rows, columns and slices

@@ -14,17 +14,9 @@ import SimpleITK as sitk
 import torch
 
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
-from medseg_diffusion.volumes import io as module
-from medseg_diffusion.volumes.io import (
-    VOLUME_SUFFIXES,
-    find_scans,
-    read_labels,
-    read_volume,
-    scan_name,
-    write_labels,
-    write_map,
-)
+from medseg_diffusion.volumes.io import format_of, read_labels, read_volume, write_labels, write_map
 from medseg_diffusion.volumes.itk import affine_of
+from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES, find_scans, scan_name
 from medseg_diffusion.volumes.volume import Header, Volume
 
 DATA = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -119,7 +111,7 @@ def test_labels_return_in_every_format(tmp_path, suffix) -> None:
         back = read_labels(tmp_path / f"seg{suffix}")
         assert back.data.dtype == torch.int32
         assert torch.equal(back.data[0], labels.int())
-        assert module._READERS[suffix].open_image(tmp_path / f"seg{suffix}").dtype == stored
+        assert format_of(suffix).open_image(tmp_path / f"seg{suffix}").dtype == stored
 
 
 def test_labels_are_stored_unscaled(tmp_path) -> None:
@@ -317,7 +309,7 @@ def test_a_failed_write_leaves_nothing_and_spares_what_was_there(tmp_path, monke
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(module._READERS[suffix], "write", broken)
+    monkeypatch.setattr(format_of(suffix), "write", broken)
     with pytest.raises(OSError, match="disk full"):
         write_labels(torch.zeros(SHAPE, dtype=torch.uint8), scan, path)
     assert path.read_bytes() == b"old"

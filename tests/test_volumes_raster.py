@@ -17,17 +17,9 @@ from PIL import Image
 
 from medseg_diffusion.data.images import find_images
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
-from medseg_diffusion.volumes import io as module
 from medseg_diffusion.volumes import raster
-from medseg_diffusion.volumes.io import (
-    IMAGE_SUFFIXES,
-    find_scans,
-    read_labels,
-    read_map,
-    read_volume,
-    write_labels,
-    write_map,
-)
+from medseg_diffusion.volumes.io import read_labels, read_map, read_volume, write_labels, write_map
+from medseg_diffusion.volumes.paths import IMAGE_SUFFIXES, SUFFIXES, VOLUME_SUFFIXES, find_scans, is_image
 from medseg_diffusion.volumes.volume import Volume
 
 WIDTH, HEIGHT = 7, 5
@@ -374,9 +366,9 @@ def test_scans_with_previews_stay_scans(tmp_path: Path) -> None:
 
 
 def test_every_suffix_has_a_reader_and_volumes_keep_theirs() -> None:
-    assert set(module.SUFFIXES) == {*module.VOLUME_SUFFIXES, *IMAGE_SUFFIXES}
-    assert set(module.VOLUME_SUFFIXES) == {".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"}
-    assert module.is_image("a/b.PNG") and not module.is_image("a.png/b.nii.gz")
+    assert set(SUFFIXES) == {*VOLUME_SUFFIXES, *IMAGE_SUFFIXES}
+    assert set(VOLUME_SUFFIXES) == {".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"}
+    assert is_image("a/b.PNG") and not is_image("a.png/b.nii.gz")
 
 
 # ---- real images -----------------------------------------------------------------------------------------------------

@@ -7,16 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.transforms import (
-    Compose,
-    RandAdjustContrastd,
-    RandAffined,
-    RandFlipd,
-    RandGaussianNoised,
-    RandGaussianSmoothd,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
-)
 from torch import Tensor
 
 
@@ -49,6 +39,18 @@ class Augmenter:
     """Applies an `Augmentation` to an image (C, *S) and its labels (*S), 2D or 3D, from an explicit generator."""
 
     def __init__(self, config: Augmentation, dims: int) -> None:
+        # Imported where used: MONAI takes seconds, which segmenting does not need.
+        from monai.transforms import (
+            Compose,
+            RandAdjustContrastd,
+            RandAffined,
+            RandFlipd,
+            RandGaussianNoised,
+            RandGaussianSmoothd,
+            RandScaleIntensityd,
+            RandShiftIntensityd,
+        )
+
         p, both, image = config.probability, ["image", "label"], ["image"]
         angles = [np.deg2rad(config.rotate_degrees)] * (1 if dims == 2 else 3)
         self.transform = Compose(

@@ -16,7 +16,8 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.fitting import fitted
-from medseg_diffusion.volumes.io import find_scans, is_image, read_labels, read_volume, scan_name
+from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.paths import find_scans, is_image, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 

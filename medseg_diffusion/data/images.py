@@ -30,7 +30,8 @@ from PIL import Image, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.fitting import fitted
-from medseg_diffusion.volumes.io import RESULTS, SUFFIXES, VOLUME_SUFFIXES, read_volume, scan_name
+from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.paths import RESULTS, SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 Kind = Literal["tiny-imagenet", "images", "scans"]

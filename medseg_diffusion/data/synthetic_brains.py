@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.io import read_labels, scan_name
+from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.preprocessing import bend
 
 from .tissue import TISSUE_OF

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from medseg_diffusion.metrics.calibration import Reliability, region
@@ -150,6 +149,9 @@ def fit_temperature(*groups: _Voxels) -> float:
     Args:
         groups: probabilities (K, V) and labels (V,) each.
     """
+    # Imported where used: segmenting applies a calibration and fits none.
+    from scipy.optimize import minimize_scalar
+
     known = [
         (torch.from_numpy(p).clamp(min=FAINTEST).log().T, torch.from_numpy(labels))
         for p, labels in groups

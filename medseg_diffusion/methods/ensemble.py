@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from skimage.measure import label
 from torch import Tensor
 
 Fusion = Literal["mean", "majority", "staple"]
@@ -151,6 +149,9 @@ def staple(labels: Tensor, classes: int) -> Tensor:
     Only the box of what any rater marked takes part, with a margin of 2: the more certain background there is, the
     nearer every specificity is to 1, and the less it says about a rater.
     """
+    # Imported where used: most segmentations need neither SimpleITK nor skimage.
+    import SimpleITK as sitk
+
     marked = (labels > 0).any(0).nonzero()
     result = torch.zeros(labels.shape[1:], dtype=torch.int64)
     if len(marked) == 0:
@@ -174,6 +175,8 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
 
 def largest_part(labels: Tensor) -> Tensor:
     """Where ``labels`` (*S) are the largest connected part (faces) of all foreground together; bool (*S)."""
+    from skimage.measure import label
+
     parts = label(labels.cpu().numpy() > 0, connectivity=1)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.sampling.loop import Sampler
+
+from .windows import WHOLE, Corner, Windows, predict_in_windows
 
 
 class Segmenter(Protocol):
@@ -24,33 +22,13 @@ class Segmenter(Protocol):
     ) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Windows:
-    """How an image is cut: window size (None: whole), overlap of neighbours in [0, 1), windows or slices per batch.
-
-    ``batch_size`` None takes as many as `sampling.loop.at_once` says, all members of an ensemble counted.
-    """
-
-    size: tuple[int, ...] | None = None
-    overlap: float = 0.25
-    batch_size: int | None = None
-
-    def of(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        """The size of a window in an image of the size ``spatial``."""
-        return tuple(spatial if self.size is None else map(min, self.size, spatial))
-
-    def batch(self, spatial: Sequence[int], members: int, device: torch.device) -> int:
-        """How many windows or slices of an image of this size share a batch."""
-        return self.batch_size or at_once(members * math.prod(self.of(spatial)), device)
-
-
 def segment(
     model: Segmenter,
     image: Tensor,
     seeds: Sequence[int],
     sampler: Sampler,
     times: Sequence[int],
-    windows: Windows = Windows(),
+    windows: Windows = WHOLE,
     dims: int = 3,
     on_window: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -72,7 +50,7 @@ def segment(
         on_window: called after every batch of windows.
     """
 
-    def predict(patches: Tensor, corners: Sequence[tuple[int, ...]]) -> Tensor:
+    def predict(patches: Tensor, corners: Sequence[Corner]) -> Tensor:
         # Of a slice only the place within it counts.
         own = [[derive_seed(seed, *corner[3 - dims :]) for seed in seeds] for corner in corners]
         found = model.probabilities(patches, own, sampler, times)
@@ -81,38 +59,14 @@ def segment(
 
     stack = image[None] if dims == 3 else image.movedim(-1, 0)
     spatial = stack.shape[2:]
-    size, batch = windows.of(spatial), windows.batch(spatial, len(seeds), image.device)
-    if size == tuple(spatial):
+    batch = windows.batch(spatial, len(seeds), image.device)
+    if windows.of(spatial) == tuple(spatial):
         parts = [
             predict(part, [(first + i, *[0] * len(spatial)) for i in range(len(part))])
             for first, part in zip(range(0, len(stack), batch), stack.split(batch), strict=True)
         ]
         flat = torch.cat(parts)
     else:
-        flat = sliding_window_inference(
-            stack,
-            size,
-            batch,
-            lambda patches, where: predict(patches, [_corner(place) for place in where]),
-            overlap=windows.overlap,
-            mode="gaussian",
-            with_coord=True,
-        )
+        flat = predict_in_windows(stack, windows, batch, predict)
     members = flat.unflatten(1, (len(seeds), -1))
     return members[0] if dims == 3 else members.movedim(0, -1)
-
-
-def _corner(place: Sequence[slice]) -> tuple[int, ...]:
-    """(batch index, first voxel of every axis) of a window, from MONAI's slices (batch, channels, *axes)."""
-    return (place[0].start, *(axis.start for axis in place[2:]))
-
-
-def count_batches(shape: Sequence[int], windows: Windows, dims: int, members: int, device: torch.device) -> int:
-    """How often `segment` calls ``on_window`` for an image of ``shape`` (C, I, J, K) and so many members."""
-    spatial = tuple(shape[1:]) if dims == 3 else tuple(shape[1:3])
-    count = 1 if dims == 3 else shape[3]
-    size = windows.of(spatial)
-    steps = [max(1, int(n * (1 - windows.overlap))) for n in size]
-    for axis, side, step in zip(spatial, size, steps, strict=True):
-        count *= -(-(axis - side) // step) + 1
-    return -(-count // windows.batch(spatial, members, device))

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
-
-Array = npt.NDArray[np.float32]
 
 SLAB_MM = 80.0
 """Height below the top over which the first guess of the position is made: what hangs below must not shift it."""
@@ -51,20 +47,25 @@ class ShapePrior:
             spacing_mm: size of its voxels.
             tolerance_mm: of individual shapes.
         """
+        # Imported where used: models without a shape prior need neither SimpleITK nor ndimage.
+        from scipy import ndimage
+
+        from .registration import centre_of, image_of, moved, optimise, shift
+
         size = [max(1, round(n * mm / self.spacing_mm)) for n, mm in zip(found.shape, spacing_mm, strict=True)]
         coarse_mm = [n * mm / m for n, mm, m in zip(found.shape, spacing_mm, size, strict=True)]
         share = F.interpolate(found.float()[None, None], size, mode="area")[0, 0].cpu().numpy()
         mask = share > 0.5
         if not mask.any():
             return None
-        fixed, moving = _image(share, coarse_mm), _image(self.share.numpy(), [self.spacing_mm] * 3)
-        guesses = [_shift(_centre(part, coarse_mm), target) for part, target in self._anchors(mask, coarse_mm)]
-        placed = [(guess, _optimise(fixed, moving, guess)) for guess in guesses]
+        fixed, moving = image_of(share, coarse_mm), image_of(self.share.numpy(), [self.spacing_mm] * 3)
+        guesses = [shift(centre_of(part, coarse_mm), target) for part, target in self._anchors(mask, coarse_mm)]
+        placed = [(guess, optimise(fixed, moving, guess)) for guess in guesses]
         plausible = [pair for pair in placed if 1 / LARGEST_SCALE < pair[0].GetScale() < LARGEST_SCALE]
         if not plausible:
             return None
         best = min(plausible, key=lambda pair: pair[1])[0]
-        inside = _array(sitk.Resample(moving, fixed, best)) > 0.5
+        inside = moved(moving, fixed, best) > 0.5
         if not inside.any() or mask[inside].mean() < LEAST_COVERED:
             return None
         away = torch.from_numpy(ndimage.distance_transform_edt(~inside, sampling=coarse_mm)).float()
@@ -74,10 +75,12 @@ class ShapePrior:
         self, mask: npt.NDArray[np.bool_], spacing_mm: Sequence[float]
     ) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
         """Parts of the mask, each with the point of the shape onto which its centre is put first."""
+        from .registration import centre_of
+
         shape, own = self.share.numpy() > 0.5, [self.spacing_mm] * 3
         return [
-            (_top(mask, spacing_mm[2]), _centre(_top(shape, self.spacing_mm), own)),
-            (mask, _centre(shape, own)),
+            (_top(mask, spacing_mm[2]), centre_of(_top(shape, self.spacing_mm), own)),
+            (mask, centre_of(shape, own)),
         ]
 
 
@@ -86,48 +89,30 @@ def average_shape(masks: Sequence[Tensor], spacing_mm: float, grid_mm: float = 3
 
     Cavities are filled. The first mask gives position and size.
     """
+    from scipy import ndimage
+
+    from .registration import array_of, centre_of, image_of, moved, optimise, shift
+
     coarse = []
     for mask in masks:
         whole = np.pad(ndimage.binary_fill_holes(mask.numpy()).astype(np.float32), round(30 / spacing_mm))
         smooth = ndimage.gaussian_filter(whole, 0.5 * grid_mm / spacing_mm)
         coarse.append(ndimage.zoom(smooth, spacing_mm / grid_mm, order=1))
     grid = [grid_mm] * 3
-    centres = [_centre(mask > 0.5, grid) for mask in coarse]
-    average, centre = _image(coarse[0], grid), centres[0]
+    centres = [centre_of(mask > 0.5, grid) for mask in coarse]
+    average, centre = image_of(coarse[0], grid), centres[0]
     for _ in range(rounds):
-        moved = []
+        fitted = []
         for mask, own in zip(coarse, centres, strict=True):
-            moving = _image(mask, grid)
-            guess = _shift(centre, own)
-            _optimise(average, moving, guess)
-            moved.append(_array(sitk.Resample(moving, average, guess)))
-        average = _image(np.mean(moved, axis=0), grid)
-    share = _array(average)
+            moving = image_of(mask, grid)
+            guess = shift(centre, own)
+            optimise(average, moving, guess)
+            fitted.append(moved(moving, average, guess))
+        average = image_of(np.mean(fitted, axis=0), grid)
+    share = array_of(average)
     used = np.argwhere(share > 0.01)
     cut = tuple(slice(max(0, low - 1), high + 2) for low, high in zip(used.min(0), used.max(0), strict=True))
     return ShapePrior(torch.from_numpy(np.ascontiguousarray(share[cut])), grid_mm)
-
-
-def _optimise(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> float:
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMeanSquares()
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 100, relaxationFactor=0.7)
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([2, 1])
-    method.SetSmoothingSigmasPerLevel([6.0, 3.0])
-    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(True)
-    method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(fixed, moving)
-    return float(method.GetMetricValue())
-
-
-def _shift(centre: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> sitk.Similarity3DTransform:
-    """The map that moves ``centre`` to ``target`` and may turn and scale about it."""
-    transform = sitk.Similarity3DTransform()
-    transform.SetCenter(centre.tolist())
-    transform.SetTranslation((target - centre).tolist())
-    return transform
 
 
 def _top(mask: npt.NDArray[np.bool_], spacing_mm: float) -> npt.NDArray[np.bool_]:
@@ -135,19 +120,3 @@ def _top(mask: npt.NDArray[np.bool_], spacing_mm: float) -> npt.NDArray[np.bool_
     cut = mask.copy()
     cut[:, :, : max(0, top + 1 - round(SLAB_MM / spacing_mm))] = False
     return cut
-
-
-def _centre(mask: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> npt.NDArray[np.float64]:
-    return np.asarray(ndimage.center_of_mass(mask)) * np.asarray(spacing_mm)
-
-
-def _image(array: npt.NDArray[np.generic], spacing_mm: Sequence[float]) -> sitk.Image:
-    """An image whose first axis is x; what lies outside of it counts as 0."""
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array.astype(np.float32).T))
-    image.SetSpacing([float(size) for size in spacing_mm])
-    return image
-
-
-def _array(image: sitk.Image) -> Array:
-    found: Array = sitk.GetArrayFromImage(image).T
-    return found

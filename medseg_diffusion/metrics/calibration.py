@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 BINS = 15
 REGION_VOXELS = 3
@@ -86,5 +85,8 @@ def region(labels: NDArray[np.integer]) -> NDArray[np.bool_]:
     Everywhere else certain background is easy and would drown the rest. It depends on the reference alone, so that
     models are compared on the same voxels.
     """
+    # Imported where used: reports on segmented scans load this module for its types alone.
+    from scipy import ndimage
+
     foreground = labels > 0
     return ndimage.binary_dilation(foreground, iterations=REGION_VOXELS) if foreground.any() else foreground

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 SIZE_BOUNDS_ML = (0.1, 1.0, 10.0)
 """Where one size of lesions ends and the next begins, in ml; a lesion of exactly this size belongs to the larger."""
@@ -243,6 +242,9 @@ class Lesions:
             raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} are not of one grid")
         if not 0 < min_overlap <= 1:
             raise ValueError(f"min_overlap is {min_overlap}; it must lie above 0 and not above 1")
+        # Imported where used: reports on segmented scans load this module for its types alone.
+        from scipy import ndimage
+
         structure = np.ones((3,) * reference.ndim, bool)
         lesions, count = ndimage.label(reference, structure)
         parts, n_predicted = ndimage.label(prediction, structure)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 _RESAMPLES = 4999
 # Resamples drawn at a time: bounds memory to about 500 x cases floats.
@@ -113,6 +112,9 @@ def paired_wilcoxon(a: Sequence[float], b: Sequence[float]) -> PairedTest:
         return PairedTest(math.nan, math.nan, math.nan, 0, n_missing)
     if not difference.any():
         return PairedTest(0.0, 1.0, 0.0, len(difference), n_missing)
+    # Imported where used: reports on segmented scans load this module for its types alone.
+    from scipy import stats
+
     result = stats.wilcoxon(difference)
     return PairedTest(
         float(result.statistic), float(result.pvalue), float(np.median(difference)), len(difference), n_missing
@@ -131,6 +133,8 @@ def _present(values: Sequence[float] | NDArray[np.floating]) -> tuple[NDArray[np
 
 
 def _bootstrap(values: NDArray[np.float64], confidence: float, seed: int, method: str) -> tuple[float, float]:
+    from scipy import stats
+
     with warnings.catch_warnings():
         # scipy warns where BCa is not defined and returns NaN, which the caller handles.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)

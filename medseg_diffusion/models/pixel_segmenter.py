@@ -20,7 +20,7 @@ from medseg_diffusion.methods.label_efficient import PixelSegmentation
 from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
 from medseg_diffusion.tasks.image import ImageDiffusion
-from medseg_diffusion.volumes.io import is_image
+from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, cast
 
 import torch
-from monai.networks.layers.vector_quantizer import EMAQuantizer
-from monai.networks.nets.autoencoderkl import Decoder, Encoder
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.noise import gaussian
@@ -92,6 +90,9 @@ class KLAutoencoder(_Standardised):
         norm_groups: int = 32,
         middle_attention: bool = True,
     ) -> None:
+        # Imported where used: MONAI takes seconds, which models without its blocks do not need.
+        from monai.networks.nets.autoencoderkl import Decoder, Encoder
+
         super().__init__(latent_channels)
         _check(channels, attention_levels, norm_groups)
         self.layout: Layout = layout
@@ -184,6 +185,9 @@ class VQAutoencoder(_Standardised):
         codebook_size: int = 1024,
         norm_groups: int = 32,
     ) -> None:
+        from monai.networks.layers.vector_quantizer import EMAQuantizer
+        from monai.networks.nets.autoencoderkl import Decoder, Encoder
+
         super().__init__(latent_channels)
         _check(channels, attention_levels, norm_groups)
         shared = {

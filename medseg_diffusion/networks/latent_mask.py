@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from monai.networks.nets.autoencoderkl import Encoder
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import Condition
@@ -41,6 +40,9 @@ class LatentMask(nn.Module):
         num_res_blocks: int = 1,
         norm_groups: int = 8,
     ) -> None:
+        # Imported where used: MONAI takes seconds, which models without its blocks do not need.
+        from monai.networks.nets.autoencoderkl import Encoder
+
         super().__init__()
         self.unet = unet
         self.image_encoder = Encoder(

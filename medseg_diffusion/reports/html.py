@@ -10,15 +10,11 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.colors import to_hex
 
 from medseg_diffusion.metrics.calibration import Reliability
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
 from medseg_diffusion.metrics.statistics import Interval
 
-from .detection_page import detection_page
-from .plots import box_plot, reliability_diagram
 from .slices import label_colour
 from .summary import CALIBRATION_REGION, Evaluation, format_number, versions
 
@@ -85,6 +81,12 @@ def evaluation_report(
     Returns:
         HTML; names are escaped, so that a file name cannot become markup.
     """
+    # Imported where used: segmenting needs neither matplotlib nor, without a report, Jinja.
+    from matplotlib.colors import to_hex
+
+    from .detection_page import detection_page
+    from .plots import box_plot
+
     classes = [
         {
             "name": name,
@@ -129,6 +131,8 @@ def evaluation_report(
 def _calibration(reliability: Reliability | None) -> dict[str, Any] | None:
     if reliability is None or not reliability.count.any():
         return None
+    from .plots import reliability_diagram
+
     with np.errstate(invalid="ignore"):
         confidence, accuracy = reliability.confidence / reliability.count, reliability.correct / reliability.count
     diagram = reliability_diagram(confidence, accuracy, reliability.count / reliability.count.sum())
@@ -170,6 +174,8 @@ def segment_report(cases: Sequence[SegmentedCase], *, command: str = "", date: s
 
 
 def _render(template: str, *, date: str | None, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     # autoescape=True, not select_autoescape: that goes by the suffix, and would leave *.j2 unescaped.
     environment = Environment(
         loader=PackageLoader("medseg_diffusion.reports"),

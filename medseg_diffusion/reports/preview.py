@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import to_rgba
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from .slices import Slice, display_range, drawable_axes, label_colour, panel_grid, plain, plane, shortened, show, to_png
@@ -48,6 +46,9 @@ def preview_png(
     Raises:
         ValueError: The arrays differ in shape or are not three-dimensional.
     """
+    # Imported where used: segmenting without pictures does not need matplotlib.
+    from matplotlib.patches import Patch
+
     if image.ndim != 3 or labels.shape != image.shape or (uncertainty is not None and uncertainty.shape != image.shape):
         shapes = [array.shape for array in (image, labels, uncertainty) if array is not None]
         raise ValueError(f"shapes are {shapes}; image, labels and uncertainty must share one shape (I, J, K)")
@@ -96,6 +97,8 @@ def _spread(labels: NDArray[Any], axis: int, spacing_mm: Sequence[float], count:
 
 
 def _colour_labels(axes: Any, where: Slice, labels: NDArray[Any], colours: Mapping[int, Any]) -> None:
+    from matplotlib.colors import to_rgba
+
     picture = labels.astype(np.int64)
     rgba = np.zeros((*where.take(picture).shape, 4))
     for label, colour in colours.items():

@@ -10,14 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Axis held fixed -> name of the plane.
 PLANES = {2: "Axial", 1: "Coronal", 0: "Sagittal"}
@@ -63,6 +63,9 @@ def label_colour(index: int) -> str | tuple[float, float, float, float]:
     """Colour of the index-th class: the colour-blind-safe palette first, then evenly scattered hues."""
     if index < len(PALETTE):
         return PALETTE[index]
+    # Imported where used: segmenting without pictures does not need matplotlib.
+    from matplotlib import colormaps
+
     # Steps of the golden ratio never come close to an earlier hue for long.
     red, green, blue, alpha = colormaps["hsv"]((index * 0.618034) % 1.0)
     return (float(red), float(green), float(blue), float(alpha))
@@ -108,6 +111,8 @@ def panel_grid(
     Returns:
         The figure and its axes, in the structure of `rows`.
     """
+    from matplotlib.figure import Figure
+
     gap, title = 0.06, 0.22
     scale = cell_in / max(side for row in rows for s in row for side in (s.width_mm, s.height_mm))
     widths = [sum(s.width_mm * scale + gap for s in row) + gap for row in rows]
@@ -156,6 +161,8 @@ def draw_contours(axes: Axes, where: Slice, labels: NDArray[Any], colour: str, s
 
 def to_png(figure: Figure) -> bytes:
     """Render a figure; the bytes hold no date or version, so equal figures give equal files."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
 
 from medseg_diffusion.device import at_once
@@ -74,6 +73,9 @@ class AnchorLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K, *S), labels (B, *S) and times (B,) to a scalar, the mean over the batch."""
+        # Imported where used: MONAI takes seconds, which sampling does not need.
+        from monai.losses import DiceLoss
+
         dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")
         per_case = dice(logits.float(), labels[:, None]).flatten(1).mean(1)
         entropy = F.cross_entropy(logits.float(), labels, reduction="none").flatten(1).mean(1)
@@ -197,5 +199,7 @@ class FeedForward(nn.Module):
 
 def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
     """Soft Dice of the foreground classes over the batch, plus cross-entropy: logits (B, K, *S), labels (B, *S)."""
+    from monai.losses import DiceCELoss
+
     loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     return loss(logits.float(), labels[:, None])

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from monai.losses import SSIMLoss
-from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -65,6 +63,9 @@ class AutoencoderTraining(nn.Module):
         discriminator_channels: int = 64,
         discriminator_layers: int = 3,
     ) -> None:
+        # Imported where used: MONAI takes seconds, which the rest of training does not need.
+        from monai.networks.nets import PatchDiscriminator
+
         super().__init__()
         self.autoencoder = autoencoder
         # In a list: the perceptual network is neither trained, nor averaged, nor stored.
@@ -121,6 +122,8 @@ class GradientSSIM:
     """1 - SSIM, plus L1 of the differences of neighbours at 3 scales: the fallback where LPIPS has no weights."""
 
     def __init__(self, dims: int = 2) -> None:
+        from monai.losses import SSIMLoss
+
         self.ssim = SSIMLoss(spatial_dims=dims, data_range=2.0, win_size=7)
 
     def __call__(self, found: Tensor, image: Tensor) -> Tensor:

@@ -16,15 +16,9 @@ from medseg_diffusion.errors import InputError
 from .itk import affine_of
 from .volume import FileImage, Header
 
-_MAGIC = b"DICM"
 _TAGS = ["Modality", "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames"]
 _UNEVEN = 0.05  # by what share of the distance between slices it may vary: positions are rounded in many files
 _TILTED = 0.05  # by what share of it slices may be shifted against each other
-
-
-def is_series(folder: Path) -> bool:
-    """Whether a folder directly holds DICOM files, whatever their names."""
-    return folder.is_dir() and any(_is_dicom(path) for path in sorted(folder.iterdir()) if path.is_file())
 
 
 def open_image(folder: Path) -> FileImage:
@@ -59,11 +53,6 @@ def open_image(folder: Path) -> FileImage:
         return np.asarray(sitk.GetArrayFromImage(image).transpose(order))
 
     return FileImage(shape, array.dtype, affine_of(image), Header(modality=str(headers[0].get("Modality", ""))), load)
-
-
-def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == _MAGIC
 
 
 def _require_even(folder: Path, headers: Sequence[Dataset]) -> None:

@@ -15,19 +15,10 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
 
-from . import dicom, itk, nifti, raster
+from . import nifti
+from .paths import is_image, require_file, suffix_of
 from .volume import FileImage, Volume, check_affine, grid_distance
 
-_READERS: dict[str, ModuleType] = {
-    **{".nii.gz": nifti, ".nii": nifti, ".nrrd": itk, ".mha": itk, ".mhd": itk},
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), raster),
-}
-SUFFIXES = tuple(_READERS)
-IMAGE_SUFFIXES = tuple(suffix for suffix, module in _READERS.items() if module is raster)
-"""Of images without geometry: volumes of one slice, whose voxel size of 1 mm is a placeholder."""
-VOLUME_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix not in IMAGE_SUFFIXES)
-RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_mask", "_anomaly_foreground")
-"""Endings of the files that we write."""
 _MAX_LABEL = 65535
 
 
@@ -134,35 +125,6 @@ def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
     _write(array, like, Path(path))
 
 
-def suffix_of(path: Path | str) -> str:
-    """The suffix out of `SUFFIXES` that a name ends with, in lower case.
-
-    Raises:
-        InputError: none of them.
-    """
-    name = Path(path).name.lower()
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return suffix
-    if name.endswith(".dcm"):
-        raise InputError(path, "one slice of a DICOM series", "the whole series", "name its folder")
-    raise InputError(
-        path, f"the suffix {Path(path).suffix!r}", f"one of {', '.join(SUFFIXES)}", "convert or rename the file"
-    )
-
-
-def scan_name(path: Path | str) -> str:
-    """The file's name without its suffix: "a/scan.1.nii.gz" -> "scan.1"; that of a DICOM series' folder."""
-    if Path(path).is_dir():
-        return Path(path).resolve().name
-    return Path(path).name[: -len(suffix_of(path))]
-
-
-def is_image(path: Path | str) -> bool:
-    """Whether a name is that of an image without geometry, PNG or the like."""
-    return Path(path).name.lower().endswith(IMAGE_SUFFIXES)
-
-
 def upright(volume: Volume, scan: Path | str) -> Volume:
     """One channel of a volume as pictures show it: the first of a scan, in RAS; the mean of the colours of an image.
 
@@ -179,64 +141,39 @@ def upright(volume: Volume, scan: Path | str) -> Volume:
     return volume.like(grey).oriented("LAS")
 
 
-def scan_files(folder: Path) -> list[Path]:
-    """The visible files of known suffix directly in a folder, scans, masks and results, sorted by name.
-
-    Images only where no volume but results lies beside them: else they are pictures of it. Never our own previews.
-    """
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
-    )
-    if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
-        return [path for path in files if not is_image(path)]
-    return [path for path in files if not path.name.lower().endswith("_preview.png")]
-
-
-def find_scans(path: Path | str) -> list[Path]:
-    """The scans that a path stands for: itself if a file or a DICOM series, else those in the folder, sorted by name.
-
-    In a folder these are files (`scan_files`) but for what looks like our own results (`RESULTS`), and folders of DICOM
-    series.
+def format_of(path: Path | str) -> ModuleType:
+    """The module that reads and writes files of a name's suffix: its ``open_image`` and ``write``.
 
     Raises:
-        InputError: a missing path, a file of another kind, or a folder without scans.
+        InputError: an unknown suffix.
     """
-    path = Path(path)
-    if not path.is_dir():
-        _require_file(path)
-        return [path]
-    if dicom.is_series(path):
-        return [path]
-    files = scan_files(path)
-    scans = [file for file in files if not scan_name(file).endswith(RESULTS)]
-    scans += sorted(inner for inner in path.iterdir() if dicom.is_series(inner))
-    if not scans:
-        found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
-        raise InputError(path, found, f"files that end with {', '.join(SUFFIXES)}", "check the path")
-    return scans
+    # Imported where used: a NIfTI file needs neither SimpleITK nor Pillow.
+    if suffix_of(path) in (".nii.gz", ".nii"):
+        return nifti
+    if is_image(path):
+        from . import raster
 
+        return raster
+    from . import itk
 
-def _require_file(path: Path) -> None:
-    if not path.exists():
-        raise InputError(path, "no such file", "a scan", "check the path")
-    if dicom.is_series(path):
-        return
-    if not path.is_file():
-        raise InputError(path, "a folder", "a file", "name one scan in it")
-    suffix_of(path)
+    return itk
 
 
 def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.NDArray[Any], FileImage]:
     """Open, check the header, then the voxels: (C, I, J, K) of finite numbers in the file's own type."""
-    _require_file(path)
+    require_file(path)
     opened: FileImage
     if is_image(path):
+        from . import raster
+
         opened = raster.open_labels(path) if labels else raster.open_image(path)
         _check_colours(path, opened.shape, channels, labels)
+    elif path.is_dir():
+        from . import dicom
+
+        opened = dicom.open_image(path)
     else:
-        opened = dicom.open_image(path) if path.is_dir() else _READERS[suffix_of(path)].open_image(path)
+        opened = format_of(path).open_image(path)
     _check_shape(path, opened.shape, channels)
     if opened.dtype.fields is not None or opened.dtype.kind not in "iubf":
         kind = "colour (RGB)" if opened.dtype.fields is not None else str(opened.dtype)
@@ -285,12 +222,14 @@ def _check_colours(path: Path, shape: tuple[int, ...], channels: int | None, lab
 
 def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
     """Write under a temporary folder beside the target, read the header back, then rename."""
-    module = _READERS[suffix_of(path)]
+    module = format_of(path)
     if array.shape[:3] != like.shape or array.ndim > 4:
         raise ValueError(f"data of shape {array.shape} (channels last) is not on the grid {like.shape}")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: no such folder; make it or write elsewhere")
     if is_image(path):
+        from . import raster
+
         raster.require_mask(path, array)
     # A folder, not a file name: .mhd comes with a data file whose name it holds.
     with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:

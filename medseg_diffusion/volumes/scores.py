@@ -9,7 +9,8 @@ import torch
 
 from medseg_diffusion.errors import InputError
 
-from .io import _READERS, _check_shape, _require_file, suffix_of
+from .io import _check_shape, format_of
+from .paths import require_file, suffix_of
 from .volume import FileImage, Volume, check_affine
 
 
@@ -23,9 +24,9 @@ def read_scores(path: Path | str) -> Volume:
         InputError: as `read_map`, but for NaN; a map of NaN alone.
     """
     path = Path(path)
-    _require_file(path)
+    require_file(path)
     suffix_of(path)  # a DICOM series is no map
-    opened: FileImage = _READERS[suffix_of(path)].open_image(path)
+    opened: FileImage = format_of(path).open_image(path)
     _check_shape(path, opened.shape, channels=1)
     if opened.dtype.fields is not None or opened.dtype.kind not in "iubf":
         raise InputError(path, f"{opened.dtype} voxels", "one number per voxel", "write the scores as float32")

@@ -20,7 +20,8 @@ from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageEr
 from medseg_diffusion.files import write_files
 from medseg_diffusion.models.anomaly import AnomalyMap, AnomalyModel, mask_of
 from medseg_diffusion.reports.preview import preview_png
-from medseg_diffusion.volumes.io import SUFFIXES, find_scans, read_volume, scan_name, upright, write_labels, write_map
+from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
+from medseg_diffusion.volumes.paths import SUFFIXES, find_scans, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 from .segment import CaseResult, refuse_collisions

@@ -21,7 +21,8 @@ from medseg_diffusion.metrics.surface import hd95
 from medseg_diffusion.reports.html import CasePicture, evaluation_report
 from medseg_diffusion.reports.plots import overlay
 from medseg_diffusion.reports.summary import CaseResult, Evaluation, cases_csv, summarise, summary_json
-from medseg_diffusion.volumes.io import SUFFIXES, read_labels, read_map, read_volume, scan_files, scan_name, upright
+from medseg_diffusion.volumes.io import read_labels, read_map, read_volume, upright
+from medseg_diffusion.volumes.paths import SUFFIXES, scan_files, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 from .evaluate_maps import MAP_ENDINGS, evaluate_scores

@@ -28,8 +28,9 @@ from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageEr
 from medseg_diffusion.files import write_files
 from medseg_diffusion.methods.calibration import Calibration
 from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
-from medseg_diffusion.methods.segment import Segmenter, Windows, count_batches
+from medseg_diffusion.methods.segment import Segmenter
 from medseg_diffusion.methods.segment import segment as segment_tensor
+from medseg_diffusion.methods.windows import Windows, count_batches
 from medseg_diffusion.models.pixel_segmenter import (
     pixel_inference,
     pixel_preprocessing,
@@ -41,17 +42,8 @@ from medseg_diffusion.models.store import SavedModel, load_model_files
 from medseg_diffusion.reports.html import SegmentedCase, segment_report
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.sampling.loop import spaced
-from medseg_diffusion.volumes.io import (
-    SUFFIXES,
-    find_scans,
-    is_image,
-    read_volume,
-    scan_name,
-    suffix_of,
-    upright,
-    write_labels,
-    write_map,
-)
+from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
+from medseg_diffusion.volumes.paths import SUFFIXES, find_scans, is_image, scan_name, suffix_of
 from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.volume import Volume
 

@@ -24,7 +24,8 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.volumes.foreground import scan_foreground
-from medseg_diffusion.volumes.io import SUFFIXES, find_scans, read_volume, scan_name, write_labels, write_map
+from medseg_diffusion.volumes.io import read_volume, write_labels, write_map
+from medseg_diffusion.volumes.paths import SUFFIXES, find_scans, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 from .segment import CaseResult, refuse_collisions

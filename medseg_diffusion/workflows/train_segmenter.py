@@ -31,8 +31,9 @@ from medseg_diffusion.device import arranged
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.methods.calibration import MEMBERS, Calibration, TemperatureFit
-from medseg_diffusion.methods.segment import Windows, segment
+from medseg_diffusion.methods.segment import segment
 from medseg_diffusion.methods.shape_prior import ShapePrior, average_shape
+from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.models.pixel_segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files, save_model
@@ -44,7 +45,7 @@ from medseg_diffusion.training.job import training_options
 from medseg_diffusion.training.run import keep_sides, require_startable, start_run, versions
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress, fit
-from medseg_diffusion.volumes.io import find_scans, scan_name
+from medseg_diffusion.volumes.paths import find_scans, scan_name
 
 STANDARDISE_CASES = 64
 """Training masks over which mean and deviation of mask latents are estimated."""

@@ -1,0 +1,111 @@
+"""An image in overlapping windows: where they lie, and how their predictions become one image again.
+
+Overlapping predictions are averaged with Gaussian weights, for a network knows least at the border of what it sees
+(Isensee et al. 2021, doi 10.1038/s41592-020-01008-z). Places, weights and the order of sums are those of MONAI's
+`sliding_window_inference`, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medseg_diffusion.device import at_once
+
+Corner = tuple[int, ...]
+"""Where a window begins: the index of the image in its batch, then the first voxel along every axis."""
+
+_SIGMA = 0.125  # of the weights, in sides of the window
+_LEAST_WEIGHT = 1e-3  # a voxel that only the corner of a window covers must not be divided by almost 0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How an image is cut: window size (None: whole), overlap of neighbours in [0, 1), windows or slices per batch.
+
+    ``batch_size`` None takes as many as `sampling.loop.at_once` says, all members of an ensemble counted.
+    """
+
+    size: tuple[int, ...] | None = None
+    overlap: float = 0.25
+    batch_size: int | None = None
+
+    def of(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """The size of a window in an image of the size ``spatial``."""
+        return tuple(spatial if self.size is None else map(min, self.size, spatial))
+
+    def batch(self, spatial: Sequence[int], members: int, device: torch.device) -> int:
+        """How many windows or slices of an image of this size share a batch."""
+        return self.batch_size or at_once(members * math.prod(self.of(spatial)), device)
+
+    def corners(self, spatial: Sequence[int]) -> list[tuple[int, ...]]:
+        """The first voxel of every window in an image of this size, the last axis fastest.
+
+        The last window along an axis ends where the image ends: it may overlap its neighbour by more.
+        """
+        starts = []
+        for axis, side in zip(spatial, self.of(spatial), strict=True):
+            step, last = max(1, int(side * (1 - self.overlap))), axis - side
+            # numpy's int64: the type of a number is part of the seed that `derive_seed` makes of it, so that int would
+            # give every window other noise.
+            starts.append(list(np.minimum(np.arange(0, last + step, step, dtype=np.int64), last)))
+        return list(itertools.product(*starts))
+
+
+WHOLE = Windows()
+"""The whole image as its only window."""
+
+
+def predict_in_windows(
+    image: Tensor, windows: Windows, batch_size: int, predict: Callable[[Tensor, Sequence[Corner]], Tensor]
+) -> Tensor:
+    """The weighted mean of what ``predict`` finds in the windows, (B, K, *S) of the type of ``image``.
+
+    Args:
+        image: (B, C, *S), 2D or 3D.
+        windows: size and overlap.
+        batch_size: windows per call; those of one image come before those of the next.
+        predict: N windows (N, C, *size) and their corners to (N, K, *size).
+    """
+    spatial = image.shape[2:]
+    size, corners = windows.of(spatial), windows.corners(spatial)
+    weights = gaussian_weights(size, image)
+    places = [tuple(slice(first, first + side) for first, side in zip(corner, size, strict=True)) for corner in corners]
+    total_weight = image.new_zeros(spatial)
+    for place in places:
+        total_weight[place] += weights
+    everything = [(index, window) for index in range(len(image)) for window in range(len(corners))]
+    result: Tensor | None = None
+    for start in range(0, len(everything), batch_size):
+        part = everything[start : start + batch_size]
+        cut = [image[index : index + 1, :, *places[window]] for index, window in part]
+        patches = torch.cat(cut) if batch_size > 1 else cut[0]
+        found = predict(patches, [(index, *corners[window]) for index, window in part])
+        if result is None:
+            result = image.new_zeros(len(image), found.shape[1], *spatial)
+        for (index, window), values in zip(part, found, strict=True):
+            result[index : index + 1, :, *places[window]] += values * weights
+    assert result is not None
+    return result.div_(total_weight)
+
+
+def gaussian_weights(size: Sequence[int], like: Tensor) -> Tensor:
+    """Weights (*size) of a window's voxels, largest at its centre, of the type and device of ``like``: 0.001 to 1."""
+    weights = torch.ones((), device=like.device)
+    for side in size:
+        distance = torch.arange(side, dtype=torch.float32, device=like.device) - (side - 1) / 2
+        weights = weights[..., None] * torch.exp(distance**2 / (-2 * (_SIGMA * side) ** 2))
+    return weights.clamp(min=_LEAST_WEIGHT).to(like.dtype)
+
+
+def count_batches(shape: Sequence[int], windows: Windows, dims: int, members: int, device: torch.device) -> int:
+    """How many batches `methods.segment` makes of an image of ``shape`` (C, I, J, K) and so many members."""
+    spatial = tuple(shape[1:]) if dims == 3 else tuple(shape[1:3])
+    images = 1 if dims == 3 else shape[3]
+    return -(-images * len(windows.corners(spatial)) // windows.batch(spatial, members, device))
