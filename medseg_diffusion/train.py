@@ -41,7 +41,7 @@ from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .training.autoencoder import standardise
 from .training.run import keep_sides, require_startable, start_run, versions
 from .training.runtime import Runtime, arranged
-from .training.trainer import Callbacks, Progress, fit
+from .training.trainer import Callbacks, Progress, TrainingRun, fit
 from .volumes.io import find_scans, scan_name
 
 STANDARDISE_CASES = 64
@@ -149,12 +149,8 @@ def train_segmenter(
         Draws(found.examples, seed),
         build.training_options(config.training),
         Callbacks(lambda averaged: validate(averaged, config, found, runtime), save, on_progress),
-        run,
+        TrainingRun(run, seed, resume, max_steps, _minutes_left(deadline)),
         runtime,
-        seed=seed,
-        resume=resume,
-        max_steps=max_steps,
-        time_limit_min=_minutes_left(deadline),
     )
     if numbers and runtime.is_main:
         calibrate(target, config, found, runtime)
@@ -215,11 +211,10 @@ def _train_mask_autoencoder(
         draws,
         build.training_options(changed),
         Callbacks(validate, save, on_progress),
-        run,
+        TrainingRun(
+            run, seed, resume and (run / "checkpoints" / "last.pt").is_file(), time_limit_min=_minutes_left(deadline)
+        ),
         runtime,
-        seed=seed,
-        resume=resume and (run / "checkpoints" / "last.pt").is_file(),
-        time_limit_min=_minutes_left(deadline),
     )
     saved = load_model_files(run / "model")
     autoencoder.load_state_dict(saved.weights)

@@ -44,7 +44,7 @@ from .training.autoencoder import AutoencoderTraining, LossWeights, standardise
 from .training.perceptual import perceptual_loss
 from .training.run import keep_sides, require_startable, start_run, versions
 from .training.runtime import Runtime, arranged
-from .training.trainer import Callbacks, Progress, fit
+from .training.trainer import Callbacks, Progress, TrainingRun, fit
 
 ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
 Stage = Literal["all", "autoencoder"]
@@ -300,12 +300,8 @@ def _fit(
         Draws(examples, job.seed),
         build.training_options(config.training),
         callbacks,
-        job.run,
+        TrainingRun(job.run, job.seed, job.resume, job.max_steps, job.minutes_left),
         runtime,
-        seed=job.seed,
-        resume=job.resume,
-        max_steps=job.max_steps,
-        time_limit_min=job.minutes_left,
     )
 
 
