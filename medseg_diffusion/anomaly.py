@@ -19,7 +19,7 @@ from . import build
 from .checkpoint import SavedModel, load_model_files
 from .config import AnomalyConfig, parse_config
 from .data.healthy import HEALTHY, require_usable
-from .diffusion.guidance import Classifier, Fixed
+from .diffusion.guidance import Classifier, FixedCondition
 from .diffusion.noise import derive_seed
 from .errors import InputError, ModelError, UsageError
 from .generator import Generator, restore_classifier, restore_generator
@@ -339,7 +339,7 @@ def make_detector(
         if method == "classifier-guided":
             known = cast(Classifier, classifier)
             scale = config.counterfactual.scale
-            return ClassifierCounterfactual(Fixed(denoiser, null), known, HEALTHY, *walk, scale, kind)
+            return ClassifierCounterfactual(FixedCondition(denoiser, null), known, HEALTHY, *walk, scale, kind)
         return FreeCounterfactual(denoiser, task.condition(label), null, *walk, config.counterfactual.guidance, kind)
     except ValueError as error:
         raise UsageError(f"{method}: {error}") from error

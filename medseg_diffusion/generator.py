@@ -15,7 +15,7 @@ from .checkpoint import SavedModel
 from .config import DenoiserConfig, GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig, parse_config
 from .data.cases import Bounds
 from .diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
-from .diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided
+from .diffusion.guidance import ClassifierFreeGuided, ClassifierGradient, ClassifierGuided
 from .diffusion.noise import generators
 from .diffusion.objective import Simple
 from .errors import ModelError, UsageError
@@ -81,7 +81,7 @@ class Generator:
             raise UsageError("a patched model restores patches of images; it makes none of its own")
         denoiser: Denoiser = task.denoiser
         if guidance != 1:
-            denoiser = FreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
+            denoiser = ClassifierFreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
         if classifier is not None:
             denoiser = ClassifierGuided(denoiser, classifier)
         if self.codec is None:  # pixels have a range, latents have none

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from medseg_diffusion.diffusion.denoiser import Clipped, NetworkDenoiser
-from medseg_diffusion.diffusion.guidance import ClassifierGuided, FreeGuided
+from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGuided
 from medseg_diffusion.diffusion.noise import Noised, generators
 from medseg_diffusion.diffusion.objective import Hybrid, Simple
 from medseg_diffusion.diffusion.schedule import linear
@@ -82,7 +82,7 @@ def test_guidance_and_the_noisy_classifier_stay_on_the_device(dims) -> None:
             classifier = NoisyClassifier(dims, 1, 3, [8] * dims, 32, (1, 2), 1, (2,), 32)
             x = torch.zeros(2, 1, *[8] * dims)
             label, null = torch.zeros(2, dtype=torch.int64), torch.full((1,), 2)
-        denoiser = FreeGuided(NetworkDenoiser(network, schedule), {"label": null}, 2.0)
+        denoiser = ClassifierFreeGuided(NetworkDenoiser(network, schedule), {"label": null}, 2.0)
 
         def gradient(x_t: Tensor, t: Tensor) -> Tensor:
             """Autograd through fake tensors is what these tests cannot do: the classifier's forward pass alone."""
