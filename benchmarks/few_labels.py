@@ -64,7 +64,7 @@ from medseg_diffusion.sampling.loop import Sampler
 from medseg_diffusion.tasks.mask import FeedForward, MaskEncoding
 from medseg_diffusion.training.run import start_run
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, fit
+from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, TrainingRun, fit
 from medseg_diffusion.volumes.fitting import fitted, unfitted
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
@@ -189,14 +189,14 @@ def from_scratch(
     timing = Callbacks(
         lambda averaged: {"score": 0.0}, lambda *saved: None, lambda step: marks.append(time.monotonic())
     )
-    fit(deepcopy(model), draws, options, timing, run / "timing", runtime, seed=seed)
+    fit(deepcopy(model), draws, options, timing, TrainingRun(run / "timing", seed), runtime)
     per_step = median(later - earlier for earlier, later in pairwise(marks[WARM:]))
     steps = max(50, int(60 * minutes / per_step))
     options = replace(
         options, max_steps=steps, warmup_steps=min(100, steps // 10), validate_every=-(-steps // VALIDATIONS)
     )
     started = time.monotonic()
-    fit(model, draws, options, Callbacks(validate, save), run, runtime, seed=seed)
+    fit(model, draws, options, Callbacks(validate, save), TrainingRun(run, seed), runtime)
     took = (time.monotonic() - started - validating) / 60
     model.load_state_dict(best)
     return model.eval(), took

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from medseg_diffusion.diffusion.denoiser import Clipped, NetworkDenoiser
-from medseg_diffusion.diffusion.guidance import ClassifierGuided, FreeGuided
-from medseg_diffusion.diffusion.noise import generators
+from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGuided
+from medseg_diffusion.diffusion.noise import Noised, generators
 from medseg_diffusion.diffusion.objective import Hybrid, Simple
 from medseg_diffusion.diffusion.schedule import linear
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
@@ -65,7 +65,8 @@ def test_networks_losses_and_samplers_stay_on_the_device(name, dims) -> None:
         denoiser = NetworkDenoiser(network, schedule, "eps", learned)
         t = torch.full((2,), 7, device="cuda")
         objective = Hybrid() if learned else Simple("min-snr")
-        loss = objective(schedule, "eps", denoiser(schedule.add_noise(x, eps, t), t, cond), x, eps, t)
+        noised = Noised.from_noise(schedule, x, eps, t)
+        loss = objective(schedule, "eps", denoiser(noised.x_t, t, cond), noised)
         assert loss.device.type == "cuda"
         for sampler in (DDPM(), DDIM(), DDIM(1.0), DPMSolver()):
             out = sample(Clipped(denoiser), sampler, x, TIMES, cond, generators=generators([1, 2]))
@@ -81,7 +82,7 @@ def test_guidance_and_the_noisy_classifier_stay_on_the_device(dims) -> None:
             classifier = NoisyClassifier(dims, 1, 3, [8] * dims, 32, (1, 2), 1, (2,), 32)
             x = torch.zeros(2, 1, *[8] * dims)
             label, null = torch.zeros(2, dtype=torch.int64), torch.full((1,), 2)
-        denoiser = FreeGuided(NetworkDenoiser(network, schedule), {"label": null}, 2.0)
+        denoiser = ClassifierFreeGuided(NetworkDenoiser(network, schedule), {"label": null}, 2.0)
 
         def gradient(x_t: Tensor, t: Tensor) -> Tensor:
             """Autograd through fake tensors is what these tests cannot do: the classifier's forward pass alone."""
@@ -179,12 +180,12 @@ def test_a_gpu_agrees_with_the_cpu(cuda, name, dims) -> None:
         network.to(device).zero_grad()
         denoiser = NetworkDenoiser(network, schedule, "eps", learned)
         cond = {key: value.to(device) for key, value in condition(name, 2).items()}
-        own_x, own_eps, own_t = x.to(device), eps.to(device), t.to(device)
-        prediction = denoiser(schedule.add_noise(own_x, own_eps, own_t), own_t, cond)
-        loss = objective(schedule, "eps", prediction, own_x, own_eps, own_t).mean()
+        noised = Noised.from_noise(schedule, x.to(device), eps.to(device), t.to(device))
+        prediction = denoiser(noised.x_t, noised.t, cond)
+        loss = objective(schedule, "eps", prediction, noised).mean()
         loss.backward()
         gradients = torch.cat([p.grad.flatten().cpu() for p in network.parameters() if p.grad is not None])
-        out = sample(Clipped(denoiser), DDPM(), own_x, TIMES, cond, generators=generators([1, 2]))
+        out = sample(Clipped(denoiser), DDPM(), noised.x0, TIMES, cond, generators=generators([1, 2]))
         results.append((loss.detach().cpu(), gradients, out.cpu()))
     for on_cpu, on_gpu in zip(*results, strict=True):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-2, atol=1e-2)

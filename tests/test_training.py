@@ -33,8 +33,9 @@ from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageEr
 from medseg_diffusion.models.pixel_segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.training.ema import EMA
+from medseg_diffusion.training.interrupt import Interrupt
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, _Interrupt, fit, learning_rate
+from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit, learning_rate
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 
@@ -99,7 +100,8 @@ def train(
 
     options = TrainingOptions(**{**vars(OPTIONS), **(changes or {})})
     callbacks = Callbacks(validate, save, progress)
-    return fit(model, Draws(Points(), 3), options, callbacks, run, Runtime("cpu", "fp32"), seed=1, **arguments)
+    started = TrainingRun(run, seed=1, **arguments)
+    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32"))
 
 
 def resume_file(run: Path) -> dict[str, Any]:
@@ -531,7 +533,7 @@ def test_what_is_refused_before_the_training_can_be_started_again(folder: Path, 
 
 def test_ctrl_c_that_comes_twice_at_once_is_one() -> None:
     """From the terminal and from the launcher: the resume file is to be written all the same."""
-    interrupt = _Interrupt()
+    interrupt = Interrupt()
     try:
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)

@@ -44,7 +44,7 @@ class ClassifierGradient:
 
 
 @dataclass(frozen=True, eq=False)
-class Fixed:
+class FixedCondition:
     """A denoiser with one condition for all: ``cond``, each entry (1, ...), instead of what it is called with."""
 
     denoiser: Denoiser
@@ -84,7 +84,7 @@ class ClassifierGuided:
 
 
 @dataclass(frozen=True, eq=False)
-class FreeGuided:
+class ClassifierFreeGuided:
     """prediction_null + scale (prediction_cond - prediction_null), both from one batched call.
 
     Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), in the convention where 1 is the plain conditional
@@ -126,7 +126,7 @@ def dropped(
 ) -> Condition:
     """The condition of a training batch, in which each element loses its entries of ``null`` with ``probability``.
 
-    An element loses all of them or none. ``null`` as in `FreeGuided`.
+    An element loses all of them or none. ``null`` as in `ClassifierFreeGuided`.
     """
     lost = torch.stack([torch.rand((), generator=g) < probability for g in generators])
     result = dict(cond)

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from .denoiser import Condition, Denoiser
-from .noise import gaussian
+from .noise import Noised, draw_noised
 from .posterior import Decoder, FixedVariance, bound_term, gaussian_kl
+from .prediction import Prediction
 
 Data = Literal["8-bit", "continuous"]
+
+_Term = Callable[[Prediction, Noised, Tensor, Tensor], Tensor]
+"""(prediction, noised, s, later) -> the reduced term of each element, (b, ...); ``s``, ``later`` as in `bound_term`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +99,10 @@ def variational_bound(
     def mean(nats: Tensor) -> Tensor:
         return per_unit * nats.double().flatten(1).mean(1)
 
-    terms = _terms(denoiser, x0, generators, cond, steps, decoder, fixed_variance, batch_size, mean)
+    def term(prediction: Prediction, noised: Noised, s: Tensor, later: Tensor) -> Tensor:
+        return mean(bound_term(denoiser.schedule, prediction, noised, s, later, decoder, fixed_variance))
+
+    terms = _terms(denoiser, x0, generators, cond, steps, batch_size, term)
     ab = denoiser.schedule.alpha_bar[-1].to(x0)
     prior = mean(gaussian_kl(ab.sqrt() * x0, (1 - ab).log(), torch.zeros_like(x0), torch.zeros_like(ab)))
     return VariationalBound(
@@ -127,7 +134,11 @@ def kl_maps(
     if not times or not all(2 <= t <= last for t in times):
         raise ValueError(f"KL maps exist for times in 2..{last}, got {list(times)}")
     steps = [(t, t - 1, min(t + 1, last)) for t in times]
-    return _terms(denoiser, x0, generators, cond, steps, "none", fixed_variance, batch_size, lambda nats: nats.sum(1))
+
+    def term(prediction: Prediction, noised: Noised, s: Tensor, later: Tensor) -> Tensor:
+        return bound_term(denoiser.schedule, prediction, noised, s, later, "none", fixed_variance).sum(1)
+
+    return _terms(denoiser, x0, generators, cond, steps, batch_size, term)
 
 
 def _terms(
@@ -136,26 +147,20 @@ def _terms(
     generators: Sequence[torch.Generator],
     cond: Condition | None,
     steps: Sequence[tuple[int, int, int]],
-    decoder: Decoder,
-    fixed: FixedVariance,
     batch_size: int,
-    reduce: Callable[[Tensor], Tensor],
+    term: _Term,
 ) -> Tensor:
-    """``reduce`` (b, C, *S) -> (b, ...) of every element's term at every step (t, s, later): (B, N, ...)."""
+    """Evaluates ``term`` for every element at each of the N steps (t, s, later): (B, N, ...)."""
     if len(generators) != len(x0):
-        raise ValueError(f"one generator an element: got {len(generators)} for {len(x0)} elements")
-    schedule = denoiser.schedule
+        raise ValueError(f"needs one generator for each element: got {len(generators)} for {len(x0)} elements")
     pairs = [(b, step) for b in range(len(x0)) for step in steps]
-    found = []
+    batches = []
     for first in range(0, len(pairs), batch_size):
         chunk = pairs[first : first + batch_size]
         index = torch.tensor([b for b, _ in chunk], device=x0.device)
         t, s, later = torch.tensor([step for _, step in chunk], device=x0.device).unbind(1)
-        eps = gaussian(x0.shape[1:], [generators[b] for b, _ in chunk], like=x0)
-        clean = x0[index]
-        x_t = schedule.add_noise(clean, eps, t)
+        noised = draw_noised(denoiser.schedule, x0[index], [generators[b] for b, _ in chunk], t=t)
         own = None if cond is None else {name: value[index] for name, value in cond.items()}
-        prediction = denoiser(x_t, t, own)
-        found.append(reduce(bound_term(schedule, prediction, clean, x_t, t, s, later, decoder, fixed)))
-    terms = torch.cat(found)
+        batches.append(term(denoiser(noised.x_t, t, own), noised, s, later))
+    terms = torch.cat(batches)
     return terms.reshape(len(x0), len(steps), *terms.shape[1:])

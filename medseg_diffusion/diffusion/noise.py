@@ -1,17 +1,20 @@
-"""Sources of noise: always from explicit generators, one a batch element.
+"""Random draws of the forward process: times, noise, and the noised tensors that they give.
 
-The generators live on the CPU whatever the device, so that an element's noise is the same in any batch, on CPU and
-on CUDA.
+Every draw comes from an explicit generator, one for each batch element. The generators live on the CPU whatever the
+device, so that an element's draws are the same in any batch, on CPU and on CUDA.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .schedule import NoiseSchedule
 
 
 class NoiseSource(Protocol):
@@ -34,8 +37,56 @@ def gaussian(shape: Sequence[int], generators: Sequence[torch.Generator], like: 
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator a seed."""
+    """One CPU generator for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def uniform_times(num_steps: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """One training time per batch element, uniform in 1..T: (B,) int64, each from its own generator."""
+    return torch.stack([torch.randint(1, num_steps + 1, (), generator=g) for g in generators])
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """Clean tensors and their noised versions, x_t = alpha_t x0 + sigma_t eps.
+
+    Attributes:
+        x0: (B, C, *S) clean tensors.
+        eps: (B, C, *S) noise of mean 0 and unit variance.
+        t: (B,) int64, the time of each element, 1..T.
+        x_t: (B, C, *S) noised tensors.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    x_t: Tensor
+
+    @classmethod
+    def from_noise(cls, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Noised:
+        """The noised tensors of this ``eps``."""
+        return cls(x0, eps, t, schedule.add_noise(x0, eps, t))
+
+
+def draw_noised(
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    generators: Sequence[torch.Generator],
+    source: NoiseSource = gaussian,
+    t: Tensor | None = None,
+) -> Noised:
+    """Noises each element of ``x0`` (B, C, *S) with draws from its own generator: first its time, then its noise.
+
+    Args:
+        schedule: the noise schedule.
+        x0: the clean tensors.
+        generators: one CPU generator for each batch element.
+        source: of the noise.
+        t: (B,) int64 in 1..T, times that are drawn already; None draws uniform ones.
+    """
+    if t is None:
+        t = uniform_times(schedule.num_steps, generators)
+    return Noised.from_noise(schedule, x0, source(x0.shape[1:], generators, x0), t.to(x0.device))
 
 
 def derive_seed(*parts: int | str) -> int:

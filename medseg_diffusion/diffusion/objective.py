@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from .noise import Noised
 from .posterior import Decoder, bound_term
 from .prediction import Prediction, Target, target_of
 from .schedule import NoiseSchedule, expand
@@ -17,11 +18,9 @@ Weighting = Literal["none", "min-snr"]
 
 
 class Objective(Protocol):
-    """Loss per batch element (B,) of a prediction at the times ``t`` (B,); ``x0`` and ``eps`` are (B, C, *S)."""
+    """Loss per batch element (B,) of the prediction that a denoiser made from ``noised``."""
 
-    def __call__(
-        self, schedule: NoiseSchedule, target: Target, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor
-    ) -> Tensor: ...
+    def __call__(self, schedule: NoiseSchedule, target: Target, prediction: Prediction, noised: Noised) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,15 @@ class Simple:
     weighting: Weighting = "none"
     gamma: float = 5.0
 
-    def __call__(
-        self, schedule: NoiseSchedule, target: Target, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor
-    ) -> Tensor:
-        """Loss per batch element (B,), the mean over channels and positions; ``x0`` and ``eps`` are (B, C, *S)."""
-        alpha, sigma = schedule.scales(t, x0)
-        wanted = target_of(target, x0, eps, alpha, sigma)
-        given = target_of(target, prediction.x0, prediction.eps, alpha, sigma)
-        error = (wanted - given).square().flatten(1).mean(1)
+    def __call__(self, schedule: NoiseSchedule, target: Target, prediction: Prediction, noised: Noised) -> Tensor:
+        """Loss per batch element (B,), the mean over channels and positions."""
+        alpha, sigma = schedule.scales(noised.t, noised.x0)
+        true = target_of(target, noised.x0, noised.eps, alpha, sigma)
+        predicted = target_of(target, prediction.x0, prediction.eps, alpha, sigma)
+        error = (true - predicted).square().flatten(1).mean(1)
         if self.weighting == "none":
             return error
-        snr = schedule.snr(t)
+        snr = schedule.snr(noised.t)
         weight = snr.clamp(max=self.gamma)
         if target == "eps":
             weight = weight / snr
@@ -66,12 +63,9 @@ class Bound:
 
     decoder: Decoder = "discretised"
 
-    def __call__(
-        self, schedule: NoiseSchedule, target: Target, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor
-    ) -> Tensor:
-        x_t = schedule.add_noise(x0, eps, t)
-        later = (t + 1).clamp(max=schedule.num_steps)
-        nats = bound_term(schedule, prediction, x0, x_t, t, t - 1, later, self.decoder)
+    def __call__(self, schedule: NoiseSchedule, target: Target, prediction: Prediction, noised: Noised) -> Tensor:
+        later = (noised.t + 1).clamp(max=schedule.num_steps)
+        nats = bound_term(schedule, prediction, noised, noised.t - 1, later, self.decoder)
         return schedule.num_steps / math.log(2) * nats.flatten(1).mean(1)
 
 
@@ -86,19 +80,12 @@ class Hybrid:
     bound: Bound = Bound()
     weight: float = 0.001
 
-    def __call__(
-        self, schedule: NoiseSchedule, target: Target, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor
-    ) -> Tensor:
+    def __call__(self, schedule: NoiseSchedule, target: Target, prediction: Prediction, noised: Noised) -> Tensor:
         if prediction.var_weight is None:
             raise ValueError("the hybrid objective trains a variance, but this model does not learn one")
-        given = replace(prediction, x0=prediction.x0.detach(), eps=prediction.eps.detach())
-        bound = self.bound(schedule, target, given, x0, eps, t)
-        return self.simple(schedule, target, prediction, x0, eps, t) + self.weight * bound
-
-
-def uniform_times(num_steps: int, generators: list[torch.Generator]) -> Tensor:
-    """One training time per batch element, uniform in 1..T: (B,) int64, each from its own generator."""
-    return torch.stack([torch.randint(1, num_steps + 1, (), generator=g) for g in generators])
+        mean_detached = replace(prediction, x0=prediction.x0.detach(), eps=prediction.eps.detach())
+        bound = self.bound(schedule, target, mean_detached, noised)
+        return self.simple(schedule, target, prediction, noised) + self.weight * bound
 
 
 class ImportanceTimes(nn.Module):

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .noise import Noised
 from .prediction import Prediction
 from .schedule import NoiseSchedule, expand
 
@@ -83,9 +84,7 @@ def log_variance(q: Posterior, weight: Tensor | None, fixed: FixedVariance = "po
 def bound_term(
     schedule: NoiseSchedule,
     prediction: Prediction,
-    x0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
+    noised: Noised,
     s: Tensor,
     later: Tensor,
     decoder: Decoder,
@@ -97,24 +96,22 @@ def bound_term(
 
     Args:
         schedule: the model's noise schedule.
-        prediction: the model's answer at (x_t, t).
-        x0: the clean tensor (B, C, *S).
-        x_t: the same at the times ``t``.
-        t: (B,) int64, 1..T.
+        prediction: what the model predicts from ``noised``.
+        noised: clean and noised tensors (B, C, *S) and their times t.
         s: (B,) int64, the next visited time below t; t - 1 on the whole chain.
         later: (B,) int64, the next visited time above t; used where s = 0.
         decoder: the distribution of the last term.
         fixed: the variance of a model that learned none.
     """
-    q = posterior(schedule, x0, x_t, t, s, later)
-    p = posterior(schedule, prediction.x0, x_t, t, s, later)
+    q = posterior(schedule, noised.x0, noised.x_t, noised.t, s, later)
+    p = posterior(schedule, prediction.x0, noised.x_t, noised.t, s, later)
     log_var = log_variance(p, prediction.var_weight, fixed)
     kl = gaussian_kl(q.mean, q.variance.log(), p.mean, log_var)
-    last = expand(schedule.at(s) == 1, x0) > 0
+    last = expand(schedule.at(s) == 1, noised.x0) > 0
     if decoder == "none":
         return torch.where(last, 0.0, kl)
     nll = discretised_nll if decoder == "discretised" else gaussian_nll
-    return torch.where(last, nll(x0, p.mean, log_var), kl)
+    return torch.where(last, nll(noised.x0, p.mean, log_var), kl)
 
 
 def gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:

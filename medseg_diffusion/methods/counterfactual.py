@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.diffusion.denoiser import Condition, Denoiser
-from medseg_diffusion.diffusion.guidance import Classifier, ClassifierGradient, ClassifierGuided, FreeGuided
+from medseg_diffusion.diffusion.guidance import Classifier, ClassifierFreeGuided, ClassifierGradient, ClassifierGuided
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import sample, spread
 
@@ -81,8 +81,8 @@ class FreeCounterfactual:
     Args:
         denoiser: of images, conditioned by their class, which was dropped now and then.
         condition: of healthy images, each entry (1, ...).
-        null: what stands for "no class", by the same names (`medseg_diffusion.diffusion.guidance.FreeGuided`). Images
-            are encoded with it.
+        null: what stands for "no class", by the same names
+            (`medseg_diffusion.diffusion.guidance.ClassifierFreeGuided`). Images are encoded with it.
         start: time up to which images are encoded, 2..T.
         steps: of the way up, and as many down.
         guidance: strength; 0 gives back the image, 1 decodes with the condition alone.
@@ -117,7 +117,7 @@ class FreeCounterfactual:
         """The healthy images (B, C, *S) in [-1, 1] of images (B, C, *S); the seeds change nothing."""
         null, condition = (_expanded(cond, images) for cond in (self.null, self.condition))
         noise = sample(self.denoiser, DDIM(), images, self.times[::-1], null)
-        guided = FreeGuided(self.denoiser, self.null, self.guidance)
+        guided = ClassifierFreeGuided(self.denoiser, self.null, self.guidance)
         return sample(guided, DDIM(), noise, self.times, condition).clamp(-1, 1)
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:

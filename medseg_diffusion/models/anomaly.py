@@ -20,7 +20,7 @@ from medseg_diffusion.config.anomaly import AnomalyConfig, PostprocessingSection
 from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.data.healthy import HEALTHY, require_usable
 from medseg_diffusion.device import autocast, choose_device, keep_freed_memory, tune
-from medseg_diffusion.diffusion.guidance import Classifier, Fixed
+from medseg_diffusion.diffusion.guidance import Classifier, FixedCondition
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.methods.counterfactual import ClassifierCounterfactual, FreeCounterfactual
@@ -340,7 +340,7 @@ def make_detector(
         if method == "classifier-guided":
             known = cast(Classifier, classifier)
             scale = config.counterfactual.scale
-            return ClassifierCounterfactual(Fixed(denoiser, null), known, HEALTHY, *walk, scale, kind)
+            return ClassifierCounterfactual(FixedCondition(denoiser, null), known, HEALTHY, *walk, scale, kind)
         return FreeCounterfactual(denoiser, task.condition(label), null, *walk, config.counterfactual.guidance, kind)
     except ValueError as error:
         raise UsageError(f"{method}: {error}") from error

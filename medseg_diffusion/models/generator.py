@@ -18,7 +18,7 @@ from medseg_diffusion.config.shared import UNetSection
 from medseg_diffusion.data.cases import Bounds
 from medseg_diffusion.device import arranged
 from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
-from medseg_diffusion.diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided
+from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGradient, ClassifierGuided
 from medseg_diffusion.diffusion.noise import generators
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.errors import ModelError, UsageError
@@ -84,7 +84,7 @@ class Generator:
             raise UsageError("a patched model restores patches of images; it makes none of its own")
         denoiser: Denoiser = task.denoiser
         if guidance != 1:
-            denoiser = FreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
+            denoiser = ClassifierFreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
         if classifier is not None:
             denoiser = ClassifierGuided(denoiser, classifier)
         if self.codec is None:  # pixels have a range, latents have none

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.diffusion.objective import uniform_times
+from medseg_diffusion.diffusion.noise import draw_noised, generators
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
 
@@ -27,8 +26,6 @@ class NoisyClassification(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar, of "image" (B, C, *S), "label" (B,) int64, "seed" (B,) int64."""
-        own = generators(batch["seed"].tolist())
-        image = batch["image"]
-        t = uniform_times(self.schedule.num_steps, own).to(image.device)
-        x_t = self.schedule.add_noise(image, gaussian(image.shape[1:], own, like=image), t)
-        return F.cross_entropy(self.network(x_t, t - 1).float(), batch["label"])
+        noised = draw_noised(self.schedule, batch["image"], generators(batch["seed"].tolist()))
+        logits = self.network(noised.x_t, noised.t - 1)
+        return F.cross_entropy(logits.float(), batch["label"])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import Condition, NetworkDenoiser
 from medseg_diffusion.diffusion.guidance import dropped
-from medseg_diffusion.diffusion.noise import NoiseSource, gaussian, generators
-from medseg_diffusion.diffusion.objective import ImportanceTimes, Objective, uniform_times
+from medseg_diffusion.diffusion.noise import NoiseSource, draw_noised, gaussian, generators
+from medseg_diffusion.diffusion.objective import ImportanceTimes, Objective
 
 
 class ImageDiffusion(nn.Module):
@@ -66,11 +66,9 @@ class ImageDiffusion(nn.Module):
         """
         x0, schedule = batch["image"], self.denoiser.schedule
         own = generators(batch["seed"].tolist())
-        if self.times is not None and self.training:
-            t, weights = (value.to(x0.device) for value in self.times.draw(own))
-        else:
-            t, weights = uniform_times(schedule.num_steps, own).to(x0.device), None
-        eps = self.noise(x0.shape[1:], own, x0)
+        importance = self.times if self.training else None
+        t, weights = (None, None) if importance is None else importance.draw(own)
+        noised = draw_noised(schedule, x0, own, self.noise, t)
         label = batch["label"] if self.num_classes else None
         if label is not None and self.training:
             label = dropped({"label": label}, self._no_class(label), self.drop, own)["label"]
@@ -78,12 +76,11 @@ class ImageDiffusion(nn.Module):
         if self.factor is not None:
             low = batch["low"] if "low" in batch else reduced(x0, self.factor)
         cond = self.condition(label, low, x0.shape[2:])
-        prediction = self.denoiser(schedule.add_noise(x0, eps, t), t, cond)
-        losses = self.objective(schedule, self.denoiser.target, prediction, x0, eps, t)
-        if weights is None:
+        prediction = self.denoiser(noised.x_t, noised.t, cond)
+        losses = self.objective(schedule, self.denoiser.target, prediction, noised)
+        if importance is None or weights is None:
             return losses.mean()
-        if self.times is not None:
-            self.times.update(*_of_all_processes(t, losses.detach()))
+        importance.update(*_of_all_processes(noised.t, losses.detach()))
         return (weights.to(losses) * losses).mean()
 
     def condition(
@@ -108,7 +105,10 @@ class ImageDiffusion(nn.Module):
         return cond
 
     def null(self, like: Tensor) -> Condition:
-        """What stands for "no class", for `medseg_diffusion.diffusion.guidance.FreeGuided`; on the device of like."""
+        """The condition "no class" for `medseg_diffusion.diffusion.guidance.ClassifierFreeGuided`, each entry (1, ...).
+
+        It is empty for a model without classes, and lies on the device of ``like``.
+        """
         if not self.num_classes:
             return {}
         nothing = self._no_class(like)["label"]
@@ -138,9 +138,9 @@ def _of_all_processes(*values: Tensor) -> Sequence[Tensor]:
     """Each tensor with those of the other processes behind it, the same in all of them."""
     if not torch.distributed.is_initialized():
         return values
-    found = []
+    gathered = []
     for value in values:
         parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, value.contiguous())
-        found.append(torch.cat(parts))
-    return found
+        gathered.append(torch.cat(parts))
+    return gathered

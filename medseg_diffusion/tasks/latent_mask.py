@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
-from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.diffusion.objective import Objective, uniform_times
+from medseg_diffusion.diffusion.noise import draw_noised, generators
+from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.sampling.loop import Sampler
 
@@ -89,12 +89,9 @@ class LatentMaskDiffusion(nn.Module):
         schedule = self.denoiser.schedule
         with torch.no_grad():
             z0 = self.denoiser.scale * self.autoencoder.encode(batch["label"]).to(batch["image"].dtype)
-        own = generators(batch["seed"].tolist())
-        t = uniform_times(schedule.num_steps, own).to(z0.device)
-        eps = gaussian(z0.shape[1:], own, like=z0)
-        cond = self._condition(batch["image"])
-        prediction = self.denoiser(schedule.add_noise(z0, eps, t), t, cond)
-        return self.objective(schedule, self.denoiser.target, prediction, z0, eps, t).mean()
+        noised = draw_noised(schedule, z0, generators(batch["seed"].tolist()))
+        prediction = self.denoiser(noised.x_t, noised.t, self._condition(batch["image"]))
+        return self.objective(schedule, self.denoiser.target, prediction, noised).mean()
 
     @torch.no_grad()
     def probabilities(
@@ -110,8 +107,8 @@ class LatentMaskDiffusion(nn.Module):
         return torch.cat(decoded).unflatten(0, (len(image), -1))
 
     def _condition(self, image: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = self.network.encode_condition(padded(image, self.autoencoder.factor))  # type: ignore[operator]
-        return found
+        cond: dict[str, Tensor] = self.network.encode_condition(padded(image, self.autoencoder.factor))  # type: ignore[operator]
+        return cond
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.denoiser import Clipped, Condition, Denoiser, NetworkDenoiser
-from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.diffusion.objective import Objective, uniform_times
+from medseg_diffusion.diffusion.noise import draw_noised, gaussian, generators
+from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.sampling.loop import Sampler, sample
 
@@ -118,16 +118,14 @@ class MaskDiffusion(nn.Module):
         """Training loss, a scalar. Times and noise come from the examples' own seeds."""
         schedule = self.denoiser.schedule
         x0 = self.encoding.encode(batch["label"])
-        own = generators(batch["seed"].tolist())
-        t = uniform_times(schedule.num_steps, own).to(x0.device)
-        eps = gaussian(x0.shape[1:], own, like=x0)
+        noised = draw_noised(schedule, x0, generators(batch["seed"].tolist()))
         cond = self.denoiser.network.encode_condition(batch["image"])  # type: ignore[operator]
-        prediction: Prediction = self.denoiser(schedule.add_noise(x0, eps, t), t, cond)
-        loss = self.objective(schedule, self.denoiser.target, prediction, x0, eps, t).mean()
+        prediction: Prediction = self.denoiser(noised.x_t, noised.t, cond)
+        loss = self.objective(schedule, self.denoiser.target, prediction, noised).mean()
         if self.dice_ce_weight > 0 and prediction.logits is not None:
             loss = loss + self.dice_ce_weight * dice_ce(self.encoding.class_logits(prediction.logits), batch["label"])
         if "anchor" in cond:
-            loss = loss + self.anchor_loss(self.encoding.class_logits(cond["anchor"]), batch["label"], t)
+            loss = loss + self.anchor_loss(self.encoding.class_logits(cond["anchor"]), batch["label"], noised.t)
         return loss
 
     @torch.no_grad()
@@ -163,13 +161,14 @@ def sample_all(
     count = len(seeds[0])
     own = generators([seed for members in seeds for seed in members])
     batch = at_once(math.prod(shape[1:]), like.device)
-    found = []
+    samples = []
     for first in range(0, len(own), batch):
         part = own[first : first + batch]
         which = [i // count for i in range(first, first + len(part))]
-        given = {name: value[which] for name, value in cond.items()}
-        found.append(sample(denoiser, sampler, gaussian(shape, part, like=like), times, given, generators=part))
-    return torch.cat(found)
+        own_cond = {name: value[which] for name, value in cond.items()}
+        noise = gaussian(shape, part, like=like)
+        samples.append(sample(denoiser, sampler, noise, times, own_cond, generators=part))
+    return torch.cat(samples)
 
 
 class FeedForward(nn.Module):

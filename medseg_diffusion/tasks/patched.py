@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
-from medseg_diffusion.diffusion.noise import NoiseSource, generators
-from medseg_diffusion.diffusion.objective import uniform_times
+from medseg_diffusion.diffusion.noise import NoiseSource, draw_noised, generators, uniform_times
 
 Box = tuple[slice, ...]
 """A patch: its extent along each spatial axis."""
@@ -51,12 +50,13 @@ class PatchedDiffusion(nn.Module):
         """
         x0, schedule = batch["image"], self.denoiser.schedule
         own = generators(batch["seed"].tolist())
-        t = uniform_times(schedule.num_steps, own).to(x0.device)
+        # The order of the draws is part of what a seed means: time, patch, noise.
+        t = uniform_times(schedule.num_steps, own)
         grid = boxes(x0.shape[2:], self.patch)
         chosen = [grid[int(torch.randint(len(grid), (), generator=g))] for g in own]
-        noised = schedule.add_noise(x0, self.noise(x0.shape[1:], own, x0), t)
+        noised = draw_noised(schedule, x0, own, self.noise, t)
         within = inside(chosen, x0)
-        error = (self.denoiser(torch.where(within, noised, x0), t).x0 - x0).abs()
+        error = (self.denoiser(torch.where(within, noised.x_t, x0), noised.t).x0 - x0).abs()
         # All patches have the same size: one mean over all of them weighs the examples alike.
         return error[within.expand_as(error)].mean()
 

@@ -47,7 +47,7 @@ from medseg_diffusion.training.job import training_options
 from medseg_diffusion.training.perceptual import perceptual_loss
 from medseg_diffusion.training.run import keep_sides, require_startable, start_run, versions
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, Progress, fit
+from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingRun, fit
 
 ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
 Stage = Literal["all", "autoencoder"]
@@ -303,12 +303,8 @@ def _fit(
         Draws(examples, job.seed),
         training_options(config.training),
         callbacks,
-        job.run,
+        TrainingRun(job.run, job.seed, job.resume, job.max_steps, job.minutes_left),
         runtime,
-        seed=job.seed,
-        resume=job.resume,
-        max_steps=job.max_steps,
-        time_limit_min=job.minutes_left,
     )
 
 

@@ -44,7 +44,7 @@ from medseg_diffusion.training.autoencoder import standardise
 from medseg_diffusion.training.job import training_options
 from medseg_diffusion.training.run import keep_sides, require_startable, start_run, versions
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, Progress, fit
+from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingRun, fit
 from medseg_diffusion.volumes.paths import find_scans, scan_name
 
 STANDARDISE_CASES = 64
@@ -152,12 +152,8 @@ def train_segmenter(
         Draws(found.examples, seed),
         training_options(config.training),
         Callbacks(lambda averaged: validate(averaged, config, found, runtime), save, on_progress),
-        run,
+        TrainingRun(run, seed, resume, max_steps, _minutes_left(deadline)),
         runtime,
-        seed=seed,
-        resume=resume,
-        max_steps=max_steps,
-        time_limit_min=_minutes_left(deadline),
     )
     if numbers and runtime.is_main:
         calibrate(target, config, found, runtime)
@@ -218,11 +214,10 @@ def _train_mask_autoencoder(
         draws,
         training_options(changed),
         Callbacks(validate, save, on_progress),
-        run,
+        TrainingRun(
+            run, seed, resume and (run / "checkpoints" / "last.pt").is_file(), time_limit_min=_minutes_left(deadline)
+        ),
         runtime,
-        seed=seed,
-        resume=resume and (run / "checkpoints" / "last.pt").is_file(),
-        time_limit_min=_minutes_left(deadline),
     )
     saved = load_model_files(run / "model")
     autoencoder.load_state_dict(saved.weights)

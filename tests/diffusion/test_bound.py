@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import GaussianDenoiser, NetworkDenoiser
 from medseg_diffusion.diffusion.likelihood import kl_maps, variational_bound
-from medseg_diffusion.diffusion.noise import generators
+from medseg_diffusion.diffusion.noise import Noised, generators
 from medseg_diffusion.diffusion.objective import Bound, Hybrid, ImportanceTimes, Simple
 from medseg_diffusion.diffusion.posterior import (
     bound_term,
@@ -127,9 +127,9 @@ def gradients(objective: Hybrid | Bound, t: int) -> tuple[Tensor, Tensor]:
     x0, eps = levels(7, 2, 3, 4, 4), normal(8, 2, 3, 4, 4)
     network = Emits(torch.cat([normal(9, 2, 3, 4, 4), 0.3 * normal(10, 2, 3, 4, 4)], dim=1))
     denoiser = NetworkDenoiser(network, LINEAR, "eps", learned_variance=True)
-    times = torch.tensor([t, t])
-    prediction = denoiser(LINEAR.add_noise(x0, eps, times), times)
-    objective(LINEAR, "eps", prediction, x0, eps, times).sum().backward()
+    noised = Noised.from_noise(LINEAR, x0, eps, torch.tensor([t, t]))
+    prediction = denoiser(noised.x_t, noised.t)
+    objective(LINEAR, "eps", prediction, noised).sum().backward()
     assert network.out.grad is not None
     mean, variance = network.out.grad.chunk(2, dim=1)
     return mean, variance
@@ -152,28 +152,28 @@ def test_the_pure_bound_trains_the_mean(t) -> None:
 
 def test_the_hybrid_is_the_weighted_sum() -> None:
     x0, eps, t = levels(11, 3, 1, 4, 4), normal(12, 3, 1, 4, 4), torch.tensor([1, 10, 900])
-    x_t = LINEAR.add_noise(x0, eps, t)
-    prediction = Prediction(0.5 * x0, eps + 0.1, torch.full_like(x_t, 0.4))
-    parts = (part(LINEAR, "eps", prediction, x0, eps, t) for part in (Simple(), Bound()))
+    noised = Noised.from_noise(LINEAR, x0, eps, t)
+    prediction = Prediction(0.5 * x0, eps + 0.1, torch.full_like(x0, 0.4))
+    parts = (part(LINEAR, "eps", prediction, noised) for part in (Simple(), Bound()))
     simple, bound = parts
-    torch.testing.assert_close(Hybrid()(LINEAR, "eps", prediction, x0, eps, t), simple + 0.001 * bound)
+    torch.testing.assert_close(Hybrid()(LINEAR, "eps", prediction, noised), simple + 0.001 * bound)
 
 
 def test_the_hybrid_needs_a_learned_variance() -> None:
     x = normal(13, 1, 1, 2, 2)
     with pytest.raises(ValueError, match="does not learn one"):
-        Hybrid()(LINEAR, "eps", Prediction(x, x), x, x, torch.tensor([5]))
+        Hybrid()(LINEAR, "eps", Prediction(x, x), Noised(x, x, torch.tensor([5]), x))
 
 
 def test_the_bound_is_t_times_its_term_in_bits() -> None:
     x0, eps, t = levels(14, 2, 2, 3, 3), normal(15, 2, 2, 3, 3), torch.tensor([1, 700])
-    x_t = LINEAR.add_noise(x0, eps, t)
+    noised = Noised.from_noise(LINEAR, x0, eps, t)
     prediction = Prediction(0.9 * x0, eps, torch.full_like(x0, 0.2))
-    terms = bound_term(LINEAR, prediction, x0, x_t, t, t - 1, t + 1, "discretised")
+    terms = bound_term(LINEAR, prediction, noised, t - 1, t + 1, "discretised")
     expected = 1000 / math.log(2) * terms.mean(dim=(1, 2, 3))
-    torch.testing.assert_close(Bound()(LINEAR, "eps", prediction, x0, eps, t), expected)
+    torch.testing.assert_close(Bound()(LINEAR, "eps", prediction, noised), expected)
     w, beta = 0.2, 1 - LINEAR.alpha_bar[1]
-    tilde = posterior(LINEAR, x0, x_t, 2, 1).variance[0].squeeze()
+    tilde = posterior(LINEAR, x0, noised.x_t, 2, 1).variance[0].squeeze()
     log_var = (w * beta.log() + (1 - w) * tilde.log()).expand_as(x0[0])
     torch.testing.assert_close(terms[0], discretised_nll(x0[0], 0.9 * x0[0], log_var))
 

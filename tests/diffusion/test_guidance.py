@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.diffusion.denoiser import Clipped, GaussianDenoiser
-from medseg_diffusion.diffusion.guidance import ClassifierGradient, ClassifierGuided, FreeGuided, dropped
+from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGradient, ClassifierGuided, dropped
 from medseg_diffusion.diffusion.noise import gaussian, generators
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule, linear
@@ -145,7 +145,7 @@ def test_both_algorithms_of_classifier_guidance_agree_for_small_steps() -> None:
 def test_scale_1_is_the_conditional_model_for_any_sampler(name) -> None:
     denoiser, cond = TwoClasses(), {"label": torch.tensor([0, 1, 0])}
     x, times = normal(7, 3, 1, 2, 2), spaced(LINEAR, 10)
-    free = FreeGuided(denoiser, {"label": torch.tensor([2])}, 1.0)
+    free = ClassifierFreeGuided(denoiser, {"label": torch.tensor([2])}, 1.0)
     a, b = (sample(d, SAMPLERS[name], x, times, cond, generators=generators([1, 2, 3])) for d in (denoiser, free))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -156,7 +156,7 @@ def test_free_guidance_extrapolates_from_the_unconditional_prediction_in_one_cal
     cond, null = {"label": torch.tensor([1, 0])}, {"label": torch.tensor([2])}
     own, without = denoiser(x_t, t, cond), denoiser(x_t, t, {"label": torch.tensor([2, 2])})
     denoiser.calls = 0
-    found = FreeGuided(denoiser, null, scale)(x_t, t, cond)
+    found = ClassifierFreeGuided(denoiser, null, scale)(x_t, t, cond)
     assert denoiser.calls == 1
     torch.testing.assert_close(found.eps, without.eps + scale * (own.eps - without.eps))
     alpha, sigma = LINEAR.scales(t, x_t)
@@ -174,20 +174,20 @@ def test_entries_without_a_null_stay_in_both_halves() -> None:
 
     image = normal(9, 2, 3, 4, 4)
     cond = {"label": torch.tensor([0, 1]), "concat": image}
-    FreeGuided(Spy(), {"label": torch.tensor([2])}, 2.0)(normal(10, 2, 1, 4, 4), torch.tensor([5, 6]), cond)
+    ClassifierFreeGuided(Spy(), {"label": torch.tensor([2])}, 2.0)(normal(10, 2, 1, 4, 4), torch.tensor([5, 6]), cond)
     assert seen[0]["label"].tolist() == [0, 1, 2, 2]
     torch.testing.assert_close(seen[0]["concat"], torch.cat([image, image]))
 
 
 def test_a_null_for_something_that_conditions_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no \['context'\] to be dropped, only \['label'\]"):
-        FreeGuided(TwoClasses(), {"context": torch.zeros(1)}, 2.0)(
+        ClassifierFreeGuided(TwoClasses(), {"context": torch.zeros(1)}, 2.0)(
             normal(0, 1, 1, 2, 2), torch.tensor([5]), {"label": torch.tensor([0])}
         )
 
 
 def test_guidance_works_on_the_unclipped_prediction() -> None:
-    free = FreeGuided(TwoClasses(), {"label": torch.tensor([2])}, 9.0)
+    free = ClassifierFreeGuided(TwoClasses(), {"label": torch.tensor([2])}, 9.0)
     x_t, t, cond = normal(11, 4, 1, 3, 3), torch.full((4,), 200), {"label": torch.ones(4, dtype=torch.int64)}
     assert float(free(x_t, t, cond).x0.abs().max()) > 1
     assert float(Clipped(free)(x_t, t, cond).x0.abs().max()) <= 1

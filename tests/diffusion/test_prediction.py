@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import Clipped, GaussianDenoiser, NetworkDenoiser
-from medseg_diffusion.diffusion.objective import Simple, uniform_times
+from medseg_diffusion.diffusion.noise import Noised, uniform_times
+from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.posterior import posterior
 from medseg_diffusion.diffusion.prediction import Prediction, Target, read_output, target_of
 from medseg_diffusion.diffusion.schedule import cosine, linear, scaled_linear, sigmoid
@@ -260,7 +261,7 @@ def test_min_snr_weighs_the_error_of_the_image_alike_for_all_targets(t, gamma) -
     snr = schedule.alpha_bar[times] / (1 - schedule.alpha_bar[times])
     expected = snr.clamp(max=gamma) * (guess - x0).square().mean(dim=(1, 2, 3))
     for target in TARGETS:
-        loss = Simple("min-snr", gamma)(schedule, target, prediction, x0, eps, times)
+        loss = Simple("min-snr", gamma)(schedule, target, prediction, Noised(x0, eps, times, x_t))
         torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -271,7 +272,7 @@ def test_the_simple_loss_is_the_mean_square_of_what_the_network_gets_wrong(targe
     x_t = schedule.add_noise(x0, eps, t)
     truth = target_of(target, x0, eps, *schedule.scales(t, x0))
     prediction = NetworkDenoiser(Constant(truth + 0.5), schedule, target)(x_t, t)
-    loss = Simple()(schedule, target, prediction, x0, eps, t)
+    loss = Simple()(schedule, target, prediction, Noised(x0, eps, t, x_t))
     torch.testing.assert_close(loss, torch.full((2,), 0.25, dtype=torch.float64), rtol=1e-9, atol=0)
 
 

@@ -1,0 +1,88 @@
+"""The resume file: everything that a training run needs to continue bit-exactly."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from medseg_diffusion.errors import InputError
+
+from .ema import EMA
+from .runtime import Runtime
+
+
+@dataclass
+class TrainingState:
+    """What changes in the course of a training run.
+
+    Attributes:
+        model: on its device, wrapped if there are several processes.
+        optimizer: of the model's parameters.
+        ema: averaged weights.
+        step: number of completed optimiser steps.
+        loss: exponentially smoothed training loss.
+        score: of the last validation, None before the first.
+        best: numbers of the best validation and its "step"; empty before the first.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    step: int = 0
+    loss: float = 0.0
+    score: float | None = None
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def save_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
+    """Writes ``state`` to the resume file ``path``."""
+    content = {
+        "state": {"step": state.step, "loss": state.loss, "score": state.score, "best": state.best},
+        "model": runtime.unwrap(state.model).state_dict(),
+        "ema": state.ema.module.state_dict(),
+        "ema_updates": state.ema.updates,
+        "optimizer": state.optimizer.state_dict(),
+    }
+    _write(path, content)
+
+
+def load_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
+    """Sets ``state`` to the content of the resume file ``path``.
+
+    Raises:
+        InputError: the file is missing, damaged, or of another model.
+    """
+    if not path.is_file():
+        raise InputError(path, "no resume file", "a run that was started before", "drop --resume to start it")
+    try:
+        content = torch.load(path, map_location=runtime.device, weights_only=True)
+        runtime.unwrap(state.model).load_state_dict(content["model"])
+        state.ema.module.load_state_dict(content["ema"])
+        state.ema.updates = content["ema_updates"]
+        state.optimizer.load_state_dict(content["optimizer"])
+        numbers = content["state"]
+        state.step, state.loss = numbers["step"], numbers["loss"]
+        state.score, state.best = numbers["score"], numbers["best"]
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise InputError(
+            path,
+            f"an unusable resume file ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
+            "the one that this configuration wrote",
+            "restore it, or start a new run in another folder",
+        ) from error
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Replaces the file as a whole, so that an interruption, or a crash of the machine, leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
