@@ -42,7 +42,8 @@ from medseg_diffusion.methods.healthy_scores import fit_scores
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
-from medseg_diffusion.models.anomaly import AnomalyMap, AnomalyModel, filtered, mask_of
+from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
+from medseg_diffusion.models.anomaly_map import AnomalyMap, filtered, mask_of
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Intensity, Preprocessing
@@ -154,7 +155,7 @@ def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str], Anoma
     first: AnomalyConfig | None = None
     for name in names:
         path, _, method = name.partition(":")
-        model = AnomalyModel(path, method or None, "cpu")
+        model = AnomalyModel(path, DetectionOptions(method or None), "cpu")
         calibration = model.healthy_scores()
         assert calibration is not None
         own = json.loads((model.saved.path.parent / "split.json").read_text())

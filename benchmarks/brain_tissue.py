@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from medseg_diffusion.build import noise_schedule
-from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.cases import Case, split_by_hash
 from medseg_diffusion.data.synthetic_brains import (
     LabelMap,
@@ -36,32 +35,28 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.segment import segment
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import mean_interval
+from medseg_diffusion.models.load import load_segmenter
+from medseg_diffusion.models.segmenter import MaskSegmenter
 from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.paths import find_scans, scan_name
 from medseg_diffusion.volumes.volume import Volume
-from medseg_diffusion.workflows.segment import SegmentationModel
 
 
-def config_of(model: SegmentationModel) -> SegmenterConfig:
-    assert isinstance(model.config, SegmenterConfig), f"{model.name} is a {model.config.method} model"
-    return model.config
-
-
-def held_out(model: SegmentationModel, folder: Path) -> list[LabelMap]:
+def held_out(model: MaskSegmenter, folder: Path) -> list[LabelMap]:
     """The test anatomies of ``folder``: those that the model's training and validation left out."""
     cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(folder)]
-    section = config_of(model).data
+    section = model.config.data
     split = split_by_hash(cases, section.test_cases, section.validation_cases)
     return [load_label_map(case.label) for case in cases if case.name in split.test]
 
 
-def sweep(model: SegmentationModel, folder: Path, steps: list[int], ensembles: list[int], windows: int) -> None:
+def sweep(model: MaskSegmenter, folder: Path, steps: list[int], ensembles: list[int], windows: int) -> None:
     """Dice per tissue and seconds per window for every number of steps and size of the ensemble."""
-    examples = SyntheticBrains(held_out(model, folder), config_of(model).data.window)
+    examples = SyntheticBrains(held_out(model, folder), model.config.data.window)
     drawn = [examples.example(i, torch.Generator().manual_seed(derive_seed("sweep", i))) for i in range(windows)]
     labels = [label for label in model.labels if label]
-    schedule = noise_schedule(config_of(model).diffusion.schedule)
+    schedule = noise_schedule(model.config.diffusion.schedule)
     for count in steps:
         times = spaced(schedule, count)
         dice: dict[tuple[int, int], list[float]] = {(n, label): [] for n in ensembles for label in labels}
@@ -70,7 +65,7 @@ def sweep(model: SegmentationModel, folder: Path, steps: list[int], ensembles: l
             seeds = [derive_seed("sweep", i, member) for member in range(max(ensembles))]
             image = example["image"].to(model.device)
             with torch.no_grad():
-                members = segment(model.model, image, seeds, model.sampler, times).cpu()
+                members = segment(model.model, image, seeds, model.way.sampler, times).cpu()
             for n in ensembles:
                 found = members[:n].mean(0).argmax(0)
                 overlap = label_overlap(found.numpy(), example["label"].numpy(), labels)
@@ -85,7 +80,7 @@ def sweep(model: SegmentationModel, folder: Path, steps: list[int], ensembles: l
             )
 
 
-def synthetic(model: SegmentationModel, folder: Path, scans: int) -> None:
+def synthetic(model: MaskSegmenter, folder: Path, scans: int) -> None:
     """Dice on ``scans`` whole heads of each held-out anatomy, T1-like and of any contrast."""
     anatomies = held_out(model, folder)
     labels = [label for label in model.labels if label]
@@ -106,7 +101,7 @@ def synthetic(model: SegmentationModel, folder: Path, scans: int) -> None:
         _print(f"synthetic, {title}", model, dice)
 
 
-def heads(model: SegmentationModel, folder: Path) -> None:
+def heads(model: MaskSegmenter, folder: Path) -> None:
     """Dice of the brain mask on real heads."""
     dice: list[float] = []
     seconds: list[float] = []
@@ -121,7 +116,7 @@ def heads(model: SegmentationModel, folder: Path) -> None:
     print(f"brain mask on {len(dice)} heads: {mean_interval(dice)}, {np.mean(seconds):.0f} s each")
 
 
-def _print(title: str, model: SegmentationModel, dice: dict[int, list[float]]) -> None:
+def _print(title: str, model: MaskSegmenter, dice: dict[int, list[float]]) -> None:
     for label, values in dice.items():
         print(f"{title}: {model.labels[label]} {mean_interval(values)}")
     print(f"{title}: mean {np.mean([np.nanmean(values) for values in dice.values()]):.3f}", flush=True)
@@ -142,7 +137,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     keep_freed_memory()  # as `medseg segment` does
-    model = SegmentationModel(options.model, options.device, options.ensemble, options.steps)
+    model = load_segmenter(options.model, options.device, options.ensemble, options.steps)
+    assert isinstance(model, MaskSegmenter), f"{model.saved.name} samples no masks"
     if options.sweep:
         if not options.labelmaps:
             parser.error("--sweep needs --labelmaps")

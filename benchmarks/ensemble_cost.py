@@ -18,7 +18,7 @@ from torch import Tensor
 from medseg_diffusion import build
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.models.pixel_segmenter import restore_segmenter
+from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion

@@ -44,7 +44,7 @@ from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.draws import Draws
-from medseg_diffusion.device import arranged, autocast
+from medseg_diffusion.device import autocast, with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.label_efficient import (
     ClassifierOptions,
@@ -68,7 +68,8 @@ from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, Traini
 from medseg_diffusion.volumes.fitting import fitted, unfitted
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
-from medseg_diffusion.workflows.train_pixel_classifier import LabelledData, labelled_units, train_pixel_classifier
+from medseg_diffusion.workflows.labelled_units import LabelledData, Labelling, labelled_units
+from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 
 METHODS = ("label-efficient", "from scratch", "raw pixels")
 VALIDATION_CASES = 8
@@ -160,7 +161,7 @@ def from_scratch(
     encoding = MaskEncoding(count)
     torch.manual_seed(derive_seed(seed, "weights"))
     network = UNet(in_channels=config.data.channels, out_channels=encoding.channels, **config.network.model_dump())
-    model = Fitted(FeedForward(arranged(network, True, False), encoding), config.data.shape)
+    model = Fitted(FeedForward(with_memory_format(network, channels_last=True), encoding), config.data.shape)
     images = [image for unit in found.units for image in unit.images]
     masks = [mask.long() for unit in found.units for mask in unit.labels]
     draws = Draws(Units(images, masks, augmenter), seed)
@@ -279,7 +280,7 @@ def main() -> None:
             with TemporaryDirectory() as folder:
                 here = Path(folder)
                 found = labelled_units(
-                    config, generator, options.data, labelled, here / "cache", options.unit, "hash", seed
+                    config, generator, options.data, Labelling(labelled, options.unit, "hash", seed), here / "cache"
                 )
                 cases = {case.name: case for case in found.folder.cases}
                 test = [cases[name] for name in found.split.test]

@@ -18,7 +18,7 @@ import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
-from medseg_diffusion.device import arranged, keep_freed_memory, tune
+from medseg_diffusion.device import keep_freed_memory, tune, with_memory_format
 from medseg_diffusion.networks.foreign import convert
 
 
@@ -81,9 +81,10 @@ def main() -> None:
     )
     for dims, size, batch in ((2, options.size, options.batch), (3, options.size // 2, 1)):
         ours, theirs = (network.to(device) for network in both(dims, options.channels))
-        variants = {"channels last": arranged(both(dims, options.channels)[0].to(device), True, False)}
+        variants = {"channels last": with_memory_format(both(dims, options.channels)[0].to(device), channels_last=True)}
         if options.compile:
-            variants["compiled"] = arranged(both(dims, options.channels)[0].to(device), False, True)
+            variants["compiled"] = both(dims, options.channels)[0].to(device)
+            variants["compiled"].compile()
         x = torch.randn(batch, 1, *[size] * dims, device=device)
         t = torch.full((batch,), 500, device=device)
         with torch.no_grad():

@@ -1,34 +1,24 @@
-"""What the commands share: option types, printing and the progress display. No heavy import at module level."""
+"""What the commands share: printing, warnings and the progress display. No heavy import at module level."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from medseg_diffusion.training.trainer import Progress
+    from medseg_diffusion.workflows.scans import ScanResult
+
 ProgressCallback = Callable[[str, float], None]
-
-
-def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N, mps")
-    return value
-
-
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_check_device)]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
-Quiet = Annotated[
-    bool | None,
-    typer.Option("--quiet/--verbose", help="Errors only; or details, and progress as lines.", show_default=False),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 def fail(message: str, kind: str = "error") -> None:
@@ -116,3 +106,81 @@ def progress(quiet: bool | None) -> Iterator[ProgressCallback]:
                 bar.update(task, description=escape(message), completed=fraction)
 
             yield update
+
+
+def count_of(show: ProgressCallback) -> Callable[[str, int, int], None]:
+    """The progress of things that are counted: a callback (what, done, total) that shows "what: done of total"."""
+
+    def update(what: str, done: int, total: int) -> None:
+        show(f"{what}: {done} of {total}", done / max(total, 1))
+
+    return update
+
+
+def step_of(show: ProgressCallback) -> Callable[[Progress], None]:
+    """The progress of a training: a callback that shows step, loss, last score and the time left."""
+
+    def update(state: Progress) -> None:
+        score = "" if state.score is None else f", score {state.score:.3f}"
+        left = f", {state.seconds_left / 60:.0f} min left"
+        message = f"step {state.step} of {state.max_steps}, loss {state.loss:.4f}{score}{left}"
+        show(message, state.step / max(state.max_steps, 1))
+
+    return update
+
+
+def print_model(model: Path, quiet: bool | None, as_json: bool) -> None:
+    """Print where a training has left its model; of several processes only the first prints."""
+    from medseg_diffusion.training.launch import is_first
+
+    if not is_first():
+        return
+    if as_json:
+        print_json({"model": model})
+    elif not quiet:
+        typer.echo(f"model: {model}")
+
+
+def print_scan(result: ScanResult, volumes: bool) -> None:
+    """Print what became of a scan, with the volumes of what was found if asked for; a failure is listed at the end."""
+    if result.status == "failed":
+        return
+    note = "exists, skipped" if result.status == "skipped" else f"{result.seconds:.1f} s"
+    typer.echo(f"{result.scan} ({note})")
+    for warning in result.warnings:
+        fail(f"{result.scan}: {warning}", kind="warning")
+    for kind, path in result.outputs.items():
+        typer.echo(f"  {kind}: {path}")
+    for name, volume in result.volumes_ml.items() if volumes else ():
+        low, high = result.intervals_ml.get(name, (None, None))
+        interval = "" if low is None else f" ({100 * (result.level or 0):.0f} %: {low:.2f} to {high:.2f})"
+        typer.echo(f"  {name}: {volume:.2f} ml{interval}")
+
+
+def run_scans(
+    run: Callable[[Callable[[ScanResult], None] | None, ProgressCallback], list[ScanResult]],
+    quiet: bool | None,
+    as_json: bool,
+) -> None:
+    """Run a command on scans and print its results.
+
+    Failures are listed on stderr. A scan that was alone gives its own exit code; among several any failure gives 1.
+
+    Args:
+        run: called with what prints a result (None to print nothing) and the progress.
+        quiet: print failures alone; False prints volumes, too.
+        as_json: print all results as JSON.
+    """
+    with progress(quiet) as on_progress:
+        on_case = None if quiet or as_json else lambda result: print_scan(result, volumes=quiet is False)
+        results = run(on_case, on_progress)
+    if as_json:
+        print_json([asdict(result) for result in results])
+    failed = [result for result in results if result.status == "failed"]
+    for result in failed:
+        error = result.error or "failed"
+        fail(error if result.scan.name in error else f"{result.scan}: {error}")
+    if failed:
+        if len(results) > 1:
+            fail(f"{len(failed)} of {len(results)} scans failed")
+        raise typer.Exit(failed[0].exit_code if len(results) == 1 else 1)

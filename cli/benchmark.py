@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ._shared import AsJson, Device, Quiet, Seed, print_json, print_table, progress
+from ._options import AsJson, Device, Quiet, Seed
+from ._shared import print_json, print_table, progress
 
 
 class Side(StrEnum):

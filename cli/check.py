@@ -7,26 +7,30 @@ from typing import Annotated
 
 import typer
 
-from ._shared import AsJson, Quiet, fail, print_json, progress
+from ._options import AsJson, Quiet, existing_data
+from ._shared import count_of, fail, print_json, progress
 
 
 def check(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder or zip of images, or folder of scans.")],
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="Folder or zip of images, or folder of scans.", callback=existing_data),
+    ],
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Open every file of a data set; report counts, sizes, classes and broken files."""
-    from medseg_diffusion.data.images import check_images, find_images
+    """Open every file of a data set. Report counts, sizes, classes and broken files."""
+    from medseg_diffusion.workflows.check import check as run
 
-    collection = find_images(data)
     with progress(quiet) as show:
-        found = check_images(collection, lambda done, total: show(f"file {done} of {total}", done / max(total, 1)))
+        update = count_of(show)
+        report = run(data, lambda done, total: update("files", done, total))
     if as_json:
-        print_json({**found.rows(), "broken": found.broken})
+        print_json({**report.rows(), "broken": report.broken})
     elif not quiet:
-        for name, value in found.rows().items():
+        for name, value in report.rows().items():
             typer.echo(f"{name}: {value}")
-    for line in found.broken:
+    for line in report.broken:
         fail(line)
-    if found.broken:
+    if report.broken:
         raise typer.Exit(1)

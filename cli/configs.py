@@ -9,7 +9,8 @@ import typer
 
 from medseg_diffusion.errors import UsageError
 
-from ._shared import AsJson, print_json
+from ._options import AsJson
+from ._shared import print_json
 
 app = typer.Typer(help="List and show the presets.", no_args_is_help=True)
 

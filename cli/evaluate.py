@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ._shared import AsJson, Quiet, Seed, print_json, print_table
+from ._options import AsJson, Quiet, Seed
+from ._shared import print_json, print_table
 
 
 def _parse_labels(values: list[str] | None) -> dict[int, str] | None:

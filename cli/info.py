@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from ._shared import AsJson, print_json
+from ._options import AsJson
+from ._shared import print_json
 
 PACKAGES = ("medseg-diffusion", "torch", "monai", "numpy", "nibabel", "SimpleITK", "pydicom", "scikit-image")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")

@@ -13,16 +13,20 @@ from medseg_diffusion.errors import MedsegError
 from . import (
     anomaly,
     benchmark,
+    calibrate_anomaly,
     check,
     configs,
     evaluate,
-    generator,
+    evaluate_generator,
     info,
     models,
-    pixel_classifier,
+    sample,
     segment,
-    synthesize,
-    train,
+    synthesize_anomalies,
+    train_anomaly,
+    train_generator,
+    train_pixel_classifier,
+    train_segmenter,
 )
 from ._shared import fail
 
@@ -50,17 +54,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train-generator")(generator.train_generator)
-app.command("sample")(generator.sample)
-app.command("evaluate-generator")(generator.evaluate_generator)
+app.command("train-generator")(train_generator.train_generator)
+app.command("sample")(sample.sample)
+app.command("evaluate-generator")(evaluate_generator.evaluate_generator)
 app.command("segment")(segment.segment)
-app.command("train-segmenter")(train.train_segmenter)
-app.command("train-pixel-classifier")(pixel_classifier.train_pixel_classifier)
+app.command("train-segmenter")(train_segmenter.train_segmenter)
+app.command("train-pixel-classifier")(train_pixel_classifier.train_pixel_classifier)
 app.command("benchmark-segmenter")(benchmark.benchmark_segmenter)
-app.command("train-anomaly")(anomaly.train_anomaly)
-app.command("calibrate-anomaly")(anomaly.calibrate_anomaly)
+app.command("train-anomaly")(train_anomaly.train_anomaly)
+app.command("calibrate-anomaly")(calibrate_anomaly.calibrate_anomaly)
 app.command("anomaly")(anomaly.anomaly)
-app.command("synthesize-anomalies")(synthesize.synthesize_anomalies)
+app.command("synthesize-anomalies")(synthesize_anomalies.synthesize_anomalies)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(configs.app, name="configs")
 app.add_typer(models.app, name="models")

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ._shared import AsJson, print_json, print_table
+from ._options import AsJson
+from ._shared import print_json, print_table
 
 app = typer.Typer(help="List and show the trained models; export them, import published ones.", no_args_is_help=True)
 

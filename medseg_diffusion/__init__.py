@@ -1,8 +1,8 @@
 """Diffusion models that generate, segment and find anomalies in medical images.
 
-Library first: `SegmentationModel` segments scans in memory, `segment` writes files, `train_segmenter` trains,
-`evaluate` compares masks, `import_model` brings published weights here. The command line
-`medseg` calls these functions.
+`load_segmenter` gives a model that segments scans in memory, `segment` writes files, `train_segmenter` trains,
+`evaluate` compares masks, and `import_model` converts published weights. The command line `medseg` calls the same
+functions.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .models.imported import load_model
+    from .models.load import load_segmenter
     from .volumes.io import read_labels, read_volume, write_labels, write_map
     from .workflows.evaluate import evaluate
-    from .workflows.import_model import import_model, load_model
-    from .workflows.segment import SegmentationModel, SegmentOptions, segment
+    from .workflows.import_model import import_model
+    from .workflows.segment import SegmentOptions, segment
     from .workflows.train_segmenter import train_segmenter
 
 __version__ = version("medseg-diffusion")
@@ -24,8 +26,8 @@ __version__ = version("medseg-diffusion")
 _HOMES = {
     "evaluate": "workflows.evaluate",
     "import_model": "workflows.import_model",
-    "load_model": "workflows.import_model",
-    "SegmentationModel": "workflows.segment",
+    "load_model": "models.imported",
+    "load_segmenter": "models.load",
     "SegmentOptions": "workflows.segment",
     "segment": "workflows.segment",
     "train_segmenter": "workflows.train_segmenter",
@@ -36,10 +38,10 @@ _HOMES = {
 }
 __all__ = [
     "SegmentOptions",
-    "SegmentationModel",
     "evaluate",
     "import_model",
     "load_model",
+    "load_segmenter",
     "read_labels",
     "read_volume",
     "segment",

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
+import torch
 from torch import nn
 
+from .config.anomaly import AnomalyConfig
 from .config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
 from .config.segmenter import SegmenterConfig
 from .config.shared import AugmentationSection, PreprocessingSection, ScheduleSection
 from .data.augmentation import Augmentation
+from .data.healthy import HEALTHY
 from .diffusion import schedule
-from .diffusion.denoiser import Head, NetworkDenoiser
+from .diffusion.denoiser import Denoiser, Head, NetworkDenoiser
+from .diffusion.guidance import Classifier, FixedCondition
 from .diffusion.noise import NoiseSource, gaussian
 from .diffusion.objective import Bound, Hybrid, ImportanceTimes, Objective, Simple
 from .diffusion.schedule import NoiseSchedule
 from .diffusion.simplex import simplex
 from .errors import UsageError
-from .networks.autoencoder import KLAutoencoder, VQAutoencoder
+from .methods.counterfactual import ClassifierCounterfactual, FreeCounterfactual
+from .methods.detector import Detector
+from .methods.latent_healing import HealthyLatents, LatentHealing, Reconstruction
+from .methods.partial_noise import PartialNoise
+from .methods.patched import Patched
+from .networks.autoencoder import Codec, KLAutoencoder, VQAutoencoder
 from .networks.latent_mask import LatentMask
 from .networks.medsegdiff import MedSegDiff
 from .networks.medsegdiff_v2 import MedSegDiffV2
@@ -245,3 +255,75 @@ def noisy_classifier(config: NoisyClassifierConfig, num_classes: int) -> NoisyCl
     except ValueError as error:
         raise UsageError(f"network: {error}") from error
     return NoisyClassification(network, noise_schedule(config.schedule))
+
+
+def make_detector(
+    config: AnomalyConfig,
+    task: ImageDiffusion | PatchedDiffusion,
+    codec: Codec | None,
+    classifier: nn.Module | None,
+    method: str,
+    healthy: HealthyLatents | None,
+    latent_quantile: float | None = None,
+) -> Detector:
+    """The detector ``method`` of a configuration with its trained parts.
+
+    Args:
+        config: settings of the detectors.
+        task: the trained generator.
+        codec: of a latent generator.
+        classifier: of noisy images, for "classifier-guided".
+        method: one of ``config.detectors``.
+        healthy: statistics of healthy latents; "latent-healing" cannot score without them.
+        latent_quantile: of "latent-healing"; None takes the configuration's.
+
+    Raises:
+        UsageError: settings that the generator's schedule does not allow.
+    """
+    denoiser, kind = task.denoiser, config.residual
+    try:
+        if method == "latent-healing":
+            return _latent_healing(config, denoiser, cast(Codec, codec), healthy, latent_quantile)
+        if method == "reconstruction":
+            return Reconstruction(cast(Codec, codec), kind)
+        noise = noise_source(config.generator.diffusion.noise)
+        if method == "partial-noise":
+            partial = config.partial_noise
+            return PartialNoise(denoiser, noise, partial.start, partial.steps, partial.draws, kind)
+        if method == "patched":
+            size, patched = config.generator.data.shape, config.patched
+            return Patched(denoiser, noise, size, patched.time, draws=patched.draws, residual=kind)
+        assert isinstance(task, ImageDiffusion)
+        section = config.counterfactual
+        walk = section.start, section.steps
+        label = torch.tensor([HEALTHY], device=next(task.parameters()).device)
+        null = task.null(label)
+        if method == "classifier-guided":
+            guide = cast(Classifier, classifier)
+            return ClassifierCounterfactual(FixedCondition(denoiser, null), guide, HEALTHY, *walk, section.scale, kind)
+        return FreeCounterfactual(denoiser, task.condition(label), null, *walk, section.guidance, kind)
+    except ValueError as error:
+        raise UsageError(f"{method}: {error}") from error
+
+
+def _latent_healing(
+    config: AnomalyConfig,
+    denoiser: Denoiser,
+    codec: Codec,
+    healthy: HealthyLatents | None,
+    latent_quantile: float | None,
+) -> LatentHealing:
+    section = config.latent_healing
+    times = np.linspace(section.earliest, section.latest, section.times).round().astype(int).tolist()
+    return LatentHealing(
+        denoiser,
+        codec,
+        times,
+        section.start,
+        section.steps,
+        section.quantile if latent_quantile is None else latent_quantile,
+        section.smoothing,
+        healthy,
+        residual=config.residual,
+        draws=section.draws,
+    )

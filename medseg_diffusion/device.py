@@ -7,21 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 from torch import nn
 
 from .errors import UsageError
 
-POSITIONS_AT_ONCE = {"cpu": 2**18, "cuda": 2**21}
-"""Of the samples that share a batch, all together: a CPU works from its caches, a GPU needs much at a time."""
-
-
-def at_once(positions: int, device: torch.device) -> int:
-    """How many samples of so many positions share a batch. It bounds memory, and changes results by rounding alone."""
-    return max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]) // positions)
-
-
 Precision = Literal["auto", "fp32", "bf16"]
+
+POSITIONS_AT_ONCE = {"cpu": 2**18, "cuda": 2**21}
+"""Positions of all samples of a batch together, by device: a CPU works from its caches, a GPU needs large batches."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -69,16 +62,14 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def arranged(network: nn.Module, channels_last: bool, compiled: bool) -> nn.Module:
-    """The network with its convolutions in channels-last layout, and compiled at its first call; names stay."""
+def with_memory_format(network: nn.Module, channels_last: bool) -> nn.Module:
+    """The network itself, its convolutions in channels-last layout if asked for."""
     if channels_last:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
             elif isinstance(module, nn.Conv3d):
                 module.to(memory_format=torch.channels_last_3d)
-    if compiled:
-        network.compile()
     return network
 
 
@@ -101,3 +92,8 @@ def autocast(device: torch.device, precision: Precision = "auto") -> AbstractCon
     """The context in which networks compute in `autocast_dtype`; one that changes nothing for plain float32."""
     dtype = autocast_dtype(device, precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def at_once(positions: int, device: torch.device) -> int:
+    """How many samples of ``positions`` voxels each share a batch. The number changes results by rounding alone."""
+    return max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]) // positions)

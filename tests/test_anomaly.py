@@ -28,14 +28,17 @@ from medseg_diffusion.data.healthy import (
     require_usable,
 )
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.models.anomaly import AnomalyMap, AnomalyModel, mask_of, on_grid, scored
+from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
+from medseg_diffusion.models.anomaly_map import AnomalyMap, mask_of, on_grid, scored
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 from medseg_diffusion.volumes.volume import Volume
-from medseg_diffusion.workflows.anomaly import AnomalyOptions, chosen_threshold, detect, parse_threshold
-from medseg_diffusion.workflows.train_anomaly import _healthy_voxels, calibrate_anomaly, train_anomaly
+from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly, chosen_threshold, parse_threshold
+from medseg_diffusion.workflows.anomaly_calibration import healthy_voxels
+from medseg_diffusion.workflows.calibrate_anomaly import CalibrationOptions, calibrate_anomaly
+from medseg_diffusion.workflows.train_anomaly import train_anomaly
 
 ANOMALY = [name for name in presets() if isinstance(load_config(name), AnomalyConfig)]
 
@@ -300,7 +303,7 @@ def test_calibration_sees_no_voxel_of_a_slice_that_was_not_scored(models) -> Non
 
     config = config.model_copy(update={"postprocessing": config.postprocessing.model_copy(update={"median": 1})})
     found = scored(Ones(), config, grid, 0, torch.device("cpu"), only=healthy)
-    inside = found.score[_healthy_voxels(grid, healthy)]
+    inside = found.score[healthy_voxels(grid, healthy)]
     assert len(inside) > 4000 and float(inside.min()) > 0.999
 
 
@@ -316,7 +319,9 @@ def test_a_scan_without_a_healthy_slice_is_left_out_of_the_calibration(scans, mo
         image, label = head(20 + i, lesion)
         write(tmp_path / "more" / "images" / f"m{i}.nii.gz", image)
         write(tmp_path / "more" / "labels" / f"m{i}.nii.gz", label)
-    found = calibrate_anomaly(models["latent"], tmp_path / "more", tmp_path / "new", exclude_labelled=1, device="cpu")
+    found = calibrate_anomaly(
+        models["latent"], tmp_path / "more", tmp_path / "new", CalibrationOptions(1), device="cpu"
+    )
     assert {len(one.scan_scores) for one in found.calibration.values()} == {1}
 
 
@@ -429,7 +434,7 @@ def test_thresholds_of_all_kinds(scans, models, tmp_path: Path) -> None:
     sizes = {}
     for threshold in ("q0.5", "q0.9", "auto", "q0.999", "1e9"):
         options = AnomalyOptions(str(models["pixel"]), threshold, output=tmp_path / threshold, device="cpu")
-        assert [case.status for case in detect([scan], options)] == ["done"]
+        assert [case.status for case in anomaly([scan], options)] == ["done"]
         about = json.loads((tmp_path / threshold / "s1_anomaly.json").read_text())
         sizes[threshold] = about["share_of_foreground"]
         assert about["threshold_from"] == (threshold if threshold != "1e9" else "given")
@@ -457,22 +462,26 @@ def test_small_parts_and_filtered_maps(scans, models, tmp_path: Path) -> None:
     found = AnomalyMap(score, inside, 2.0, 0)
     for smallest, voxel, count in ((0, 1, 6), (2, 1, 6), (3, 1, 4), (3, 2, 6), (9, 2, 0)):
         assert int(mask_of(found, 1.0, voxel, smallest).sum()) == count
-    options = AnomalyOptions(str(models["pixel"]), median=3, output=tmp_path, device="cpu")
-    (case,) = detect([scans / "images" / "s1.nii.gz"], options)
+    options = AnomalyOptions(str(models["pixel"]), detection=DetectionOptions(median=3), output=tmp_path, device="cpu")
+    (case,) = anomaly([scans / "images" / "s1.nii.gz"], options)
     assert case.warnings[0].startswith("the model was calibrated with another median: healthy quantiles do not hold")
     # What the file says of healthy scans would be of another map.
     about = json.loads((options.output / "s1_anomaly.json").read_text())  # type: ignore[operator]
     assert about["score"] > 0 and not [key for key in about if key.startswith("healthy")]
     found = calibrate_anomaly(
-        models["pixel"], scans, tmp_path / "new", exclude_labelled=2, after={"median": 3}, device="cpu"
+        models["pixel"],
+        scans,
+        tmp_path / "new",
+        CalibrationOptions(2, detection=DetectionOptions(median=3)),
+        device="cpu",
     )
     model = AnomalyModel(found.model, device="cpu")
     assert model.config.postprocessing.median == 3 and not model.notes
-    assert AnomalyModel(found.model, device="cpu", median=1).notes
+    assert AnomalyModel(found.model, DetectionOptions(median=1), "cpu").notes
     with pytest.raises(UsageError, match="--median 4"):
-        AnomalyModel(models["pixel"], device="cpu", median=4)
+        AnomalyModel(models["pixel"], DetectionOptions(median=4), "cpu")
     with pytest.raises(UsageError, match="--latent-quantile is for latent-healing"):
-        AnomalyModel(models["pixel"], device="cpu", latent_quantile=0.9)
+        AnomalyModel(models["pixel"], DetectionOptions(latent_quantile=0.9), "cpu")
 
 
 @pytest.mark.parametrize("name", ["latent", "pixel"])
@@ -480,13 +489,13 @@ def test_scores_count_where_the_scan_shows_something_whatever_the_model(name, sc
     volume = read_volume(scans / "images" / "s1.nii.gz")
     found = AnomalyModel(models[name], device="cpu").score(volume)
     assert torch.equal(found.foreground, scan_foreground(volume))
-    smaller = AnomalyModel(models[name], device="cpu", erosion=2).score(volume).foreground
+    smaller = AnomalyModel(models[name], DetectionOptions(erosion=2), "cpu").score(volume).foreground
     assert 0 < int(smaller.sum()) < int(found.foreground.sum()) and not bool((smaller & ~found.foreground).any())
 
 
 @pytest.mark.parametrize(("name", "method"), [("pixel", "partial-noise"), ("classes", "counterfactual")])
 def test_evaluations_are_those_that_were_made(name, method, scans, models) -> None:
-    model = AnomalyModel(models[name], method, device="cpu")
+    model = AnomalyModel(models[name], DetectionOptions(method), "cpu")
     found = model.score(read_volume(scans / "images" / "s1.nii.gz"))
     assert found.evaluations == 12 * model.detector.evaluations  # twelve slices, all with foreground
 
@@ -503,22 +512,24 @@ def test_divergences_hardly_depend_on_the_precision_of_the_networks(models) -> N
 
 @pytest.mark.parametrize("name", ["latent", "pixel", "patched", "classes"])
 def test_bright_residuals_are_those_of_what_is_brighter(name, scans, models, tmp_path: Path) -> None:
-    found = calibrate_anomaly(
-        models[name], scans, tmp_path / "new", exclude_labelled=2, overrides=["residual=bright"], device="cpu"
+    # Both are calibrated on the same scans: of latent healing the mask depends on them.
+    absolute, bright = (
+        calibrate_anomaly(
+            models[name], scans, tmp_path / kind, CalibrationOptions(2, overrides=[f"residual={kind}"]), device="cpu"
+        )
+        for kind in ("absolute", "bright")
     )
     volume = read_volume(scans / "images" / "s1.nii.gz")
-    for method in found.calibration:
-        both, bright = (AnomalyModel(path, method, "cpu") for path in (models[name], found.model))
-        assert bright.config.residual == "bright" and bright.config.postprocessing.median == 1
-        one, other = both.score(volume, 1).score, bright.score(volume, 1).score
+    for method in bright.calibration:
+        both, brighter = (AnomalyModel(one.model, DetectionOptions(method), "cpu") for one in (absolute, bright))
+        assert brighter.config.residual == "bright" and brighter.config.postprocessing.median == 1
+        one, other = both.score(volume, 1).score, brighter.score(volume, 1).score
         assert bool((other <= one + 1e-6).all()) and 0 < float(other.sum()) < float(one.sum())
 
 
 def test_calibration_changes_what_the_networks_do_not_depend_on(scans, models, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"exclude_labelled": 2, "device": "cpu"}
-    found = calibrate_anomaly(
-        models["pixel"], scans, tmp_path / "new", overrides=["partial_noise.start=50", "quantile=0.9"], **options
-    )
+    options = CalibrationOptions(2, overrides=["partial_noise.start=50", "quantile=0.9"])
+    found = calibrate_anomaly(models["pixel"], scans, tmp_path / "new", options, device="cpu")
     config = AnomalyModel(found.model, device="cpu").config
     assert (config.partial_noise.start, config.quantile) == (50, 0.9)
     for override, message in (
@@ -527,18 +538,21 @@ def test_calibration_changes_what_the_networks_do_not_depend_on(scans, models, t
         ("residual=dark", "residual: "),
     ):
         with pytest.raises(UsageError, match=message):
-            calibrate_anomaly(models["pixel"], scans, tmp_path / "no", overrides=[override], **options)
+            options = CalibrationOptions(2, overrides=[override])
+            calibrate_anomaly(models["pixel"], scans, tmp_path / "no", options, device="cpu")
     assert not (tmp_path / "no").exists()
 
 
 def test_the_latent_quantile_moves_what_is_healed_and_the_threshold_does_not(scans, models) -> None:
     volume = read_volume(scans / "images" / "s1.nii.gz")
     loose, strict = (
-        AnomalyModel(models["latent"], device="cpu", latent_quantile=quantile).score(volume, 1).score
+        AnomalyModel(models["latent"], DetectionOptions(latent_quantile=quantile), "cpu").score(volume, 1).score
         for quantile in (0.5, 0.99)
     )
     assert int((loose > 0).sum()) > int((strict > 0).sum())
-    models_of = [AnomalyModel(models["latent"], device="cpu", latent_quantile=quantile) for quantile in (0.5, 0.99)]
+    models_of = [
+        AnomalyModel(models["latent"], DetectionOptions(latent_quantile=quantile), "cpu") for quantile in (0.5, 0.99)
+    ]
     thresholds = [chosen_threshold("auto", model) for model in models_of]
     assert thresholds[0] == thresholds[1] == AnomalyModel(models["latent"], device="cpu").healthy_scores().automatic  # type: ignore[union-attr]
 
@@ -554,19 +568,17 @@ def test_a_model_without_calibration_asks_for_it_and_gets_it(scans, models, tmp_
     assert CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out"), "--threshold", "0.5"]).exit_code == 0
     with pytest.raises(InputError, match="labelled voxels"):
         calibrate_anomaly(tmp_path / "bare", scans, tmp_path / "new", device="cpu")
-    found = calibrate_anomaly(
-        tmp_path / "bare", scans, tmp_path / "new", exclude_labelled=2, quantile=0.9, device="cpu"
-    )
+    found = calibrate_anomaly(tmp_path / "bare", scans, tmp_path / "new", CalibrationOptions(2, 0.9), device="cpu")
     assert found.calibration["partial-noise"].rate == pytest.approx(0.1, abs=0.01)
     model = AnomalyModel(tmp_path / "new", device="cpu")
     assert model.healthy_scores() is not None and model.config.quantile == 0.9
     with pytest.raises(UsageError, match="exists; choose a new folder"):
-        calibrate_anomaly(tmp_path / "bare", scans, tmp_path / "new", exclude_labelled=2, device="cpu")
+        calibrate_anomaly(tmp_path / "bare", scans, tmp_path / "new", CalibrationOptions(2), device="cpu")
 
 
 def test_what_is_written_can_be_evaluated_as_it_lies(scans, models, tmp_path: Path) -> None:
     options = AnomalyOptions(str(models["pixel"]), output=tmp_path / "found", device="cpu")
-    detect([scans / "images"], options)
+    anomaly([scans / "images"], options)
     command = ["evaluate", str(tmp_path / "found"), str(scans / "labels"), "-o", str(tmp_path / "report")]
     result = CliRunner().invoke(app, [*command, "--scores", str(tmp_path / "found"), "--json"])
     assert result.exit_code == 0, result.output
@@ -633,7 +645,7 @@ def test_one_bad_scan_stops_no_other(scans, models, tmp_path: Path) -> None:
 
 def test_what_the_model_cannot_do_is_said(scans, models) -> None:
     with pytest.raises(UsageError, match="--method patched: this model's generator serves partial-noise"):
-        AnomalyModel(models["pixel"], "patched", "cpu")
+        AnomalyModel(models["pixel"], DetectionOptions("patched"), "cpu")
     with pytest.raises(ModelError, match="not an anomaly model"):
         AnomalyModel("brain-tissue-t1", device="cpu")
 
@@ -647,10 +659,10 @@ def test_whole_volumes(tmp_path: Path) -> None:
     found = AnomalyModel(model, device="cpu").score(read_volume(write(tmp_path / "sick.nii.gz", sick)))
     assert found.score.shape == (14, 16, 11) and found.evaluations == 2
     large = write(tmp_path / "large.nii.gz", head(9, shape=(18, 16, 11))[0])
-    (case,) = detect([large], AnomalyOptions(str(model), device="cpu"))
+    (case,) = anomaly([large], AnomalyOptions(str(model), device="cpu"))
     assert case.exit_code == 3 and "found 18 x 16 x 11 voxels on the model's grid; expected 4 x 4 x 3 to 16" in str(
         case.error
     )
     thin = write(tmp_path / "thin.nii.gz", head(9, shape=(12, 14, 2))[0])
-    (case,) = detect([thin], AnomalyOptions(str(model), device="cpu"))
+    (case,) = anomaly([thin], AnomalyOptions(str(model), device="cpu"))
     assert case.exit_code == 3 and "found 12 x 14 x 2 voxels" in str(case.error)

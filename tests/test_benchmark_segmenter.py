@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows.benchmark_segmenter import benchmark_segmenter
-from medseg_diffusion.workflows.segment import SegmentationModel
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 
@@ -65,7 +65,7 @@ def test_training_stores_a_calibration(models) -> None:
     assert len(diffusion["temperatures"]) == 5 and 0 <= diffusion["agreement"] <= 1
     assert len(baseline["temperatures"]) == 1 and baseline["agreement"] is None
     for name in models:
-        assert SegmentationModel(models[name], "cpu").calibration is not None
+        assert load_segmenter(models[name], "cpu").aggregation.calibration is not None
 
 
 def test_one_factor_changes_at_a_time(models, data, tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_calibration_is_found_again_where_times_coincide(data, tmp_path: Path)
     content["diffusion"]["schedule"] = {"name": "cosine", "num_steps": 25}
     content["inference"]["steps"] = 7
     run = train_segmenter(SegmenterConfig.model_validate(content), data, tmp_path / "run", device="cpu").parent
-    model = SegmentationModel(run, "cpu")
-    assert len(model.times) - 1 == 6
-    assert model.calibration is not None and model.calibration.steps == 6
+    model = load_segmenter(run, "cpu")
+    assert model.num_steps == 6
+    assert (calibration := model.aggregation.calibration) is not None and calibration.steps == 6
 
 
 @pytest.mark.parametrize("kind", ["grid", "label"])

@@ -76,7 +76,9 @@ def test_version() -> None:
         ["no-such-command"],
     ],
 )
-def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+def test_wrong_usage_exits_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scan.nii.gz").touch()
+    monkeypatch.chdir(tmp_path)
     assert medseg(*arguments).exit_code == 2
 
 
@@ -173,12 +175,14 @@ def test_info_is_json() -> None:
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_expected_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+def test_expected_failures_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException, code: int
+) -> None:
     def raise_it(*_: object, **__: object) -> None:
         raise error
 
     pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None, segment=raise_it)
-    result = _with_pipeline(monkeypatch, pipeline)
+    result = _with_pipeline(monkeypatch, tmp_path, pipeline)
     assert result.exit_code == code
     (line,) = error_lines(result)
     assert line.startswith("medseg: ")
@@ -189,7 +193,7 @@ def test_expected_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, error: 
     [(["done"], 0, 0), (["failed"], 3, 1), (["done", "failed", "skipped"], 1, 2), (["failed", "failed"], 1, 3)],
 )
 def test_exit_code_of_several_scans(
-    monkeypatch: pytest.MonkeyPatch, statuses: list[str], code: int, lines: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, statuses: list[str], code: int, lines: int
 ) -> None:
     pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None)
     cases = [
@@ -214,19 +218,20 @@ def test_exit_code_of_several_scans(
         return list(cases)
 
     pipeline.segment = segment
-    result = _with_pipeline(monkeypatch, pipeline)
+    result = _with_pipeline(monkeypatch, tmp_path, pipeline)
     assert result.exit_code == code
     assert len(error_lines(result)) == lines
     assert result.stdout.count("_seg.nii.gz") == len(statuses) - statuses.count("failed")
 
 
-def _with_pipeline(monkeypatch: pytest.MonkeyPatch, pipeline: object) -> Result:
-    """Run `medseg segment` on a stand-in for the library's pipeline."""
+def _with_pipeline(monkeypatch: pytest.MonkeyPatch, folder: Path, pipeline: object) -> Result:
+    """Run `medseg segment` on a scan, with a stand-in for the library's workflow."""
     from medseg_diffusion import workflows
 
     monkeypatch.setitem(sys.modules, "medseg_diffusion.workflows.segment", pipeline)
     monkeypatch.setattr(workflows, "segment", pipeline, raising=False)
-    return medseg("segment", "scan.nii.gz")
+    (folder / "scan.nii.gz").touch()
+    return medseg("segment", str(folder / "scan.nii.gz"))
 
 
 def test_the_entry_point_is_a_typer_app() -> None:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.workflows.export_model import export_model
-from medseg_diffusion.workflows.segment import SegmentationModel
 
 
 def test_a_copy_is_half_as_large_says_where_it_comes_from_and_works(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_copy_is_half_as_large_says_where_it_comes_from_and_works(tmp_path: Pa
     assert copy.card["licence"] == "CC0"
     for name, value in saved.weights.items():  # these were stored in float16 before, so nothing is rounded again
         assert torch.equal(copy.weights[name], value)
-    assert SegmentationModel(tmp_path / "hippo", device="cpu").labels
+    assert load_segmenter(tmp_path / "hippo", device="cpu").labels
     with pytest.raises(UsageError, match="exists; choose a new folder"):
         export_model("hippocampus-t1", tmp_path / "hippo")
 

@@ -25,14 +25,15 @@ from medseg_diffusion.data.latent_cache import LatentExamples, cached_latents
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.metrics.generation import Scores
 from medseg_diffusion.models.generator import restore_autoencoder, restore_generator
+from medseg_diffusion.models.image_source import ImageSource, SampleOptions
+from medseg_diffusion.models.imported import load_model
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.tasks.image import enlarged, reduced
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights
 from medseg_diffusion.workflows.evaluate_generator import Row, _suspicious, evaluate_generator, parse_samplers
-from medseg_diffusion.workflows.import_model import load_model
-from medseg_diffusion.workflows.sample import SampleOptions, Source, read_png, sample_images
+from medseg_diffusion.workflows.sample import read_png, sample_images
 from medseg_diffusion.workflows.train_generator import train_generator
 
 OTHERS = SegmenterConfig | PixelClassifierConfig | AnomalyConfig
@@ -219,7 +220,7 @@ def test_options_that_do_not_fit_are_refused(pictures, models, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["pixel", "class", "latent", "token"])
 def test_a_sample_is_the_same_in_any_batch(name, models) -> None:
     options = SampleOptions(sampler="ddpm", steps=3, device="cpu")
-    source = Source(models[name], options)
+    source = ImageSource(models[name], options)
     together = source.draw([0, 1, 2]).int()
     assert together.shape == (3, 16, 16, 3)
     assert int((source.draw([2]).int() - together[2:]).abs().max()) <= 1
@@ -229,7 +230,7 @@ def test_a_sample_is_the_same_in_any_batch(name, models) -> None:
 @pytest.mark.parametrize("name", ["class", "token"])
 def test_guidance_changes_samples_and_one_is_none(name, models) -> None:
     def draw(scale: float) -> torch.Tensor:
-        source = Source(models[name], SampleOptions(label=1, guidance=scale, steps=3, device="cpu"))
+        source = ImageSource(models[name], SampleOptions(label=1, guidance=scale, steps=3, device="cpu"))
         for i, parameter in enumerate(source.generator.task.parameters()):  # two steps leave layers at zero
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
         return source.draw([0, 1])
@@ -244,16 +245,16 @@ def test_a_classifier_guides_pixels(models) -> None:
         options = SampleOptions(
             label=1, classifier=str(models["classifier"]), classifier_scale=scale, steps=3, device="cpu"
         )
-        return Source(models["pixel"], options).draw([0, 1])
+        return ImageSource(models["pixel"], options).draw([0, 1])
 
-    assert torch.equal(draw(0.0), Source(models["pixel"], SampleOptions(steps=3, device="cpu")).draw([0, 1]))
+    assert torch.equal(draw(0.0), ImageSource(models["pixel"], SampleOptions(steps=3, device="cpu")).draw([0, 1]))
     assert not torch.equal(draw(0.0), draw(50.0))
 
 
 @pytest.mark.parametrize("name", ["upsampler", "latent-upsampler"])
 def test_an_upsampler_doubles_what_is_sampled(name, models) -> None:
     options = SampleOptions(upsampler=str(models[name]), steps=3, device="cpu")
-    source = Source(models["half"], options)
+    source = ImageSource(models["half"], options)
     assert source.draw([0, 1]).shape == (2, 16, 16, 3) and source.last.config.data.shape == (16, 16)
 
 
@@ -318,7 +319,7 @@ def test_the_low_resolution_image_is_that_of_the_latent_be_it_mirrored_or_not(pi
 def test_wishes_that_a_model_cannot_fulfil_are_refused(model, options, message, models) -> None:
     named = {key: str(models[value]) if value in models else value for key, value in options.items()}
     with pytest.raises(UsageError, match=message):
-        Source(models[model], SampleOptions(device="cpu", **named))
+        ImageSource(models[model], SampleOptions(device="cpu", **named))
 
 
 def test_generators_of_volumes_from_scans_to_scans(tmp_path: Path) -> None:
@@ -589,11 +590,11 @@ def test_unusable_images_leave_no_run_behind(pictures, tmp_path: Path) -> None:
 def test_a_classifier_of_another_generator_is_refused(changes, message, models, pictures, tmp_path: Path) -> None:
     other = train_generator(small("classifier", **changes), pictures, tmp_path / "run", device="cpu")
     with pytest.raises(UsageError, match=message):
-        Source(models["pixel"], SampleOptions(classifier=str(other), device="cpu"))
+        ImageSource(models["pixel"], SampleOptions(classifier=str(other), device="cpu"))
 
 
 def test_a_classifier_guides_an_unconditional_generator_to_all_its_classes_in_turn(models) -> None:
-    source = Source(models["pixel"], SampleOptions(classifier=str(models["classifier"]), device="cpu"))
+    source = ImageSource(models["pixel"], SampleOptions(classifier=str(models["classifier"]), device="cpu"))
     assert source.labels(range(4)).tolist() == [0, 1, 0, 1]
 
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from medseg_diffusion import load_model
 from medseg_diffusion.diffusion.noise import generators
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import sample, spaced
 from medseg_diffusion.workflows.import_model import import_model
-from medseg_diffusion.workflows.sample import SampleOptions, Source
 
 _SPEC = importlib.util.spec_from_file_location("published", Path(__file__).parent / "networks" / "published.py")
 assert _SPEC is not None and _SPEC.loader is not None
@@ -71,15 +71,15 @@ def test_an_imported_denoiser_is_sampled_like_any_other(tmp_path: Path) -> None:
 def test_an_imported_model_draws_images_once_its_size_is_known(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.pt", published.OpenAI(classes=5, out_channels=6).state)
     import_model(file, "guided-diffusion", tmp_path / "m", {"num_heads": 2, "size": 8})
-    source = Source(tmp_path / "m", SampleOptions(steps=3, device="cpu", label=4))
+    source = ImageSource(tmp_path / "m", SampleOptions(steps=3, device="cpu", label=4))
     assert source.draw([0, 1]).shape == (2, 8, 8, 3)
     with pytest.raises(UsageError, match="--class 5: the model knows classes 0 to 4"):
-        Source(tmp_path / "m", SampleOptions(device="cpu", label=5))
+        ImageSource(tmp_path / "m", SampleOptions(device="cpu", label=5))
     with pytest.raises(UsageError, match="--guidance needs"):
-        Source(tmp_path / "m", SampleOptions(device="cpu", guidance=2.0))
+        ImageSource(tmp_path / "m", SampleOptions(device="cpu", guidance=2.0))
     import_model(file, "guided-diffusion", tmp_path / "n", {"num_heads": 2})
     with pytest.raises(ModelError, match="--set size=256"):
-        Source(tmp_path / "n", SampleOptions(device="cpu"))
+        ImageSource(tmp_path / "n", SampleOptions(device="cpu"))
 
 
 def test_a_classifier_and_an_autoencoder(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_latents_are_never_drawn_as_colours(tmp_path: Path) -> None:
     state = published.OpenAI(in_channels=3, out_channels=3, scale_shift=False).state
     import_model(saved(tmp_path / "a.pt", state), "latent-diffusion", tmp_path / "m", {"num_heads": 2, "size": 8})
     with pytest.raises(ModelError, match="an imported model that needs an autoencoder, which is not with it"):
-        Source(tmp_path / "m", SampleOptions(device="cpu"))
+        ImageSource(tmp_path / "m", SampleOptions(device="cpu"))
 
 
 @pytest.mark.parametrize("source", ["latent-diffusion", "monai", "guided-diffusion"])

@@ -41,7 +41,9 @@ from medseg_diffusion.methods.label_efficient import (
     fit_classifiers,
     labelled_pixels,
 )
+from medseg_diffusion.models import pixel_segmenter
 from medseg_diffusion.models.generator import Generator, restore_generator
+from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.networks.pixel_classifier import upsampled
@@ -50,11 +52,10 @@ from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.volumes.fitting import fitted, fitted_labels
 from medseg_diffusion.volumes.io import read_volume
-from medseg_diffusion.workflows import segment as pipeline
 from medseg_diffusion.workflows import train_pixel_classifier as train_module
-from medseg_diffusion.workflows.segment import SegmentationModel
+from medseg_diffusion.workflows.labelled_units import Labelling, _diverse, labelled_units
 from medseg_diffusion.workflows.train_generator import train_generator
-from medseg_diffusion.workflows.train_pixel_classifier import _diverse, labelled_units, train_pixel_classifier
+from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 
 HALVES = ["dark", "bright"]
 FAST = ClassifierOptions(members=2, hidden=(16, 8), max_epochs=4, min_epochs=2, min_steps=0)
@@ -530,12 +531,12 @@ def test_from_a_generator_to_scored_masks(dims, unit, device, scans, generators,
 def test_whole_batches_and_slabs_do_not_matter(scans, generators, tmp_path: Path, monkeypatch) -> None:
     run = train_pixel_classifier(quick(), generators[2], scans, 1, tmp_path / "run", test=False, device="cpu").model
     volume = read_volume(scans / "images" / "s1.nii.gz")
-    one, other = (SegmentationModel(run, "cpu").segment(volume, seed) for seed in (0, 1))
+    one, other = (load_segmenter(run, "cpu").segment(volume, seed) for seed in (0, 1))
     assert torch.equal(one.probabilities, other.probabilities)  # nothing is drawn
     # Of a volume larger than memory a slab is classified at a time; this one holds two of the six slices.
-    monkeypatch.setattr(pipeline, "PROBABILITIES_AT_ONCE", 2 * 3 * 2 * one.labels[..., 0].numel())
-    model = SegmentationModel(run, "cpu")
-    assert [slab.shape[-1] for slab in model._portions(volume.data, [0] * model.ensemble)[0]] == [2, 2, 2]
+    monkeypatch.setattr(pixel_segmenter, "PROBABILITIES_AT_ONCE", 2 * 3 * 2 * one.labels[..., 0].numel())
+    model = load_segmenter(run, "cpu")
+    assert [slab.shape[-1] for slab in model._slabs(volume.data)] == [2, 2, 2]
     slabs = model.segment(volume)
     torch.testing.assert_close(slabs.probabilities, one.probabilities)
     torch.testing.assert_close(slabs.uncertainty, one.uncertainty)
@@ -626,7 +627,9 @@ def test_grey_pictures_go_to_the_generator_as_it_saw_them(channels, tmp_path: Pa
     config = generator_config(16, 2)
     config = config.model_copy(update={"data": config.data.model_copy(update={"channels": channels})})
     generator = train_generator(config, data, tmp_path / "generator", device="cpu")
-    found = labelled_units(quick(labels=["dark", "bright"]), in_memory(generator), data, 1, tmp_path / "cache")
+    found = labelled_units(
+        quick(labels=["dark", "bright"]), in_memory(generator), data, Labelling(1), tmp_path / "cache"
+    )
     cached = find_images(data)
     entry = next(e for e in cached.entries if Path(e.name).stem == found.units[0].name)
     picture = np.asarray(Image.open(data / entry.name)).astype(float) / 127.5 - 1
@@ -675,31 +678,31 @@ def test_what_the_generator_has_seen_is_not_scored(scans, generators, tmp_path: 
     """The preset holds out what the generator did; of an imported one nothing is known."""
     preset = load_config("label-efficient", ["data.labels=[box]"])
     generator = in_memory(generators[2])
-    assert len(labelled_units(preset, generator, scans, 1, tmp_path / "cache").split.test) == 2
+    assert len(labelled_units(preset, generator, scans, Labelling(1), tmp_path / "cache").split.test) == 2
     few = quick(test_cases=1)
-    assert len(labelled_units(few, generator, scans, 1, tmp_path / "cache").split.test) == 1
+    assert len(labelled_units(few, generator, scans, Labelling(1), tmp_path / "cache").split.test) == 1
     section = generator.config.data
     unknown = type(section)(size=section.size, channels=section.channels)
     imported = replace(generator, config=generator.config.model_copy(update={"data": unknown}), held_out=None)
     more = quick(test_cases=4, validation_cases=1)
-    assert len(labelled_units(more, imported, scans, 1, tmp_path / "cache").split.test) == 4
+    assert len(labelled_units(more, imported, scans, Labelling(1), tmp_path / "cache").split.test) == 4
 
 
 def test_a_part_of_the_generators_scans_and_others_are_split_as_it_was(scans, generators, tmp_path: Path) -> None:
     """The smallest hashes of a part are not the smallest of all: ranked anew, scans of training would be tested on."""
     generator = in_memory(generators[2])
-    every = labelled_units(quick(), generator, scans, 1, tmp_path / "cache").split
+    every = labelled_units(quick(), generator, scans, Labelling(1), tmp_path / "cache").split
     assert len(every.test) == 2
     part = tmp_path / "part"
     shutil.copytree(scans, part)
     for kind in ("images", "labels"):
         (part / kind / f"{every.test[0]}.nii.gz").unlink()
         shutil.copy(scans / kind / f"{every.train[0]}.nii.gz", part / kind / "another.nii.gz")
-    found = labelled_units(quick(), generator, part, 1, tmp_path / "cache2").split
+    found = labelled_units(quick(), generator, part, Labelling(1), tmp_path / "cache2").split
     assert set(found.test) - {"another"} == set(every.test[1:])
     assert set(found.train) - {"another"} == set(every.train)
     with pytest.raises(UsageError, match=r"data.test_cases=3: of the 8 patients in .*part \d are on the side"):
-        labelled_units(quick(test_cases=3), generator, part, 1, tmp_path / "cache3")
+        labelled_units(quick(test_cases=3), generator, part, Labelling(1), tmp_path / "cache3")
 
 
 @pytest.mark.parametrize(("mode", "white"), [("L", 255), ("I;16", 65535), ("1", 1)])
@@ -729,7 +732,7 @@ def test_a_generator_of_volumes_refuses_pictures(generators, tmp_path: Path) -> 
             picture = np.random.default_rng(i).integers(0, 255 if kind == "images" else 2, (14, 12), np.uint8)
             Image.fromarray(picture).save(tmp_path / "data" / kind / f"p{i}.png")
     with pytest.raises(InputError, match=r"found a 2D image \(12 x 14\); expected volumes"):
-        labelled_units(quick(), in_memory(generators[3]), tmp_path / "data", 1, tmp_path / "cache")
+        labelled_units(quick(), in_memory(generators[3]), tmp_path / "data", Labelling(1), tmp_path / "cache")
 
 
 def with_labels(scans: Path, folder: Path, edit: Callable[[str, np.ndarray], None] = lambda name, label: None) -> Path:
@@ -753,10 +756,10 @@ def test_slices_that_show_too_little_are_not_labelled(scans, generators, tmp_pat
 
     data, generator = with_labels(scans, tmp_path / "data", edit), in_memory(generators[2])
     for select in ("hash", "diverse"):
-        found = labelled_units(quick(), generator, data, 5, tmp_path / "cache", "slice", select)
+        found = labelled_units(quick(), generator, data, Labelling(5, "slice", select), tmp_path / "cache")
         assert {one.name.partition(", ")[2] for one in found.units} == {"slice 2"}
     with pytest.raises(InputError, match="found 5 labelled slices that show a class to choose from; expected at least"):
-        labelled_units(quick(), generator, data, 6, tmp_path / "cache", "slice")
+        labelled_units(quick(), generator, data, Labelling(6, "slice"), tmp_path / "cache")
 
 
 def test_a_volume_beyond_the_generators_is_refused(scans, generators, tmp_path: Path) -> None:
@@ -767,11 +770,11 @@ def test_a_volume_beyond_the_generators_is_refused(scans, generators, tmp_path: 
     with pytest.raises(
         InputError, match="found 16 x 14 x 6 voxels on the generator's grid; expected at most 16 x 12 x 8"
     ):
-        labelled_units(quick(), narrow, scans, 1, tmp_path / "cache")
+        labelled_units(quick(), narrow, scans, Labelling(1), tmp_path / "cache")
 
 
 def test_a_class_that_no_held_out_case_shows_has_no_score(scans, generators, tmp_path: Path) -> None:
-    test = labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split.test
+    test = labelled_units(quick(), in_memory(generators[2]), scans, Labelling(1), tmp_path / "cache").split.test
 
     def edit(name: str, label: np.ndarray) -> None:
         if name not in test:  # rare and anywhere, so it is found nowhere
@@ -787,11 +790,11 @@ def test_a_class_that_no_held_out_case_shows_has_no_score(scans, generators, tmp
 
 def test_an_unusable_held_out_case_leaves_the_model(scans, generators, tmp_path: Path) -> None:
     data = with_labels(scans, tmp_path / "data")
-    name = labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split.test[0]
+    name = labelled_units(quick(), in_memory(generators[2]), scans, Labelling(1), tmp_path / "cache").split.test[0]
     (data / "images" / f"{name}.nii.gz").write_bytes(b"broken")
     with pytest.raises(InputError, match=name):
         train_pixel_classifier(quick(), generators[2], data, 1, tmp_path / "run", device="cpu")
-    SegmentationModel(tmp_path / "run", "cpu").segment(read_volume(scans / "images" / "s1.nii.gz"), 0)
+    load_segmenter(tmp_path / "run", "cpu").segment(read_volume(scans / "images" / "s1.nii.gz"), 0)
     with pytest.raises(UsageError, match="run: is not an empty folder; choose another one"):
         train_pixel_classifier(quick(), generators[2], data, 1, tmp_path / "run", device="cpu")
 
@@ -820,7 +823,7 @@ def test_activations_are_taken_where_the_generator_is(generators) -> None:
 
 
 def test_without_a_held_out_case_there_are_no_scores_and_it_says_so(scans, generators, tmp_path: Path) -> None:
-    split = labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split
+    split = labelled_units(quick(), in_memory(generators[2]), scans, Labelling(1), tmp_path / "cache").split
     data = with_labels(scans, tmp_path / "data")
     for name in (*split.test, *split.validation):
         for kind in ("images", "labels"):
@@ -835,7 +838,7 @@ def test_without_a_held_out_case_there_are_no_scores_and_it_says_so(scans, gener
 
 def test_held_out_references_of_two_files_are_scored(scans, generators, tmp_path: Path) -> None:
     data = with_labels(scans, tmp_path / "data")
-    for name in labelled_units(quick(), in_memory(generators[2]), scans, 1, tmp_path / "cache").split.test:
+    for name in labelled_units(quick(), in_memory(generators[2]), scans, Labelling(1), tmp_path / "cache").split.test:
         file = data / "labels" / f"{name}.nii.gz"
         SimpleITK.WriteImage(SimpleITK.ReadImage(file), data / "labels" / f"{name}.mhd")
         file.unlink()
@@ -851,7 +854,7 @@ def test_labels_with_gaps_are_refused(names, message, scans, generators, tmp_pat
     data = with_labels(scans, tmp_path / "data")
     (data / "dataset.json").write_text(json.dumps(known))
     with pytest.raises(UsageError, match=f"dataset.json names labels 0, 1, 3, but {message}; number them without gaps"):
-        labelled_units(quick(labels=names), in_memory(generators[2]), data, 1, tmp_path / "cache")
+        labelled_units(quick(labels=names), in_memory(generators[2]), data, Labelling(1), tmp_path / "cache")
 
 
 def test_members_beyond_ten_are_further_members(scans, generators, tmp_path: Path) -> None:
@@ -860,12 +863,12 @@ def test_members_beyond_ten_are_further_members(scans, generators, tmp_path: Pat
         update={"classifier": config.classifier.model_copy(update={"members": 12, "max_epochs": 1})}
     )
     run = train_pixel_classifier(many, generators[2], scans, 1, tmp_path / "run", test=False, device="cpu").model
-    model = SegmentationModel(run, "cpu")
+    model = load_segmenter(run, "cpu")
     volume = read_volume(scans / "images" / "s1.nii.gz")
     ensemble, _ = model.sample(volume, 0)
     image = model.preprocessing.apply(volume)[0].movedim(-1, 0)
     with torch.no_grad():
-        members = model.model.probabilities(image, [[0] * 12] * len(image), model.sampler, model.times)
+        members = model.model.probabilities(image, [[0] * 12] * len(image), model.way.sampler, model.way.times)
     assert len(ensemble) == 12
     torch.testing.assert_close(ensemble.mean, members.mean(1).movedim(0, -1).float(), rtol=1e-4, atol=1e-4)
 

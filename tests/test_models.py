@@ -13,10 +13,11 @@ from safetensors import safe_open
 from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
 from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import list_models, load_card, load_model_files, model_folders
 from medseg_diffusion.volumes.io import read_labels, read_map, read_volume
-from medseg_diffusion.workflows.anomaly import AnomalyOptions, detect
-from medseg_diffusion.workflows.segment import SegmentationModel, SegmentOptions, segment
+from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
+from medseg_diffusion.workflows.segment import SegmentOptions, segment
 
 SHIPPED = sorted(path.name for path in model_folders()["package"].iterdir() if path.is_dir())
 SEGMENTERS = [name for name in SHIPPED if load_card(name)["task"] == "mask"]
@@ -44,7 +45,7 @@ def test_a_shipped_model_is_small_complete_and_usable(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEGMENTERS)
 def test_a_shipped_segmenter_is_usable(name: str) -> None:
-    model = SegmentationModel(name, device="cpu")
+    model = load_segmenter(name, device="cpu")
     assert model.labels[0] == "background" and len(model.labels) >= 3
     assert 0 < model.saved.card["metrics"]["validation"]["score"] <= 1
 
@@ -55,7 +56,7 @@ def test_medseg_anomaly_works_without_training(tmp_path: Path) -> None:
     image = np.random.default_rng(0).normal(3, 1, (60, 72, 4)) + 100 * (axes[0] ** 2 + axes[1] ** 2 < 0.7)
     image[36:44, 40:48, 1:3] += 120
     nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), tmp_path / "scan.nii.gz")
-    (case,) = detect([tmp_path / "scan.nii.gz"], AnomalyOptions(device="cpu"))
+    (case,) = anomaly([tmp_path / "scan.nii.gz"], AnomalyOptions(device="cpu"))
     assert case.status == "done", case.error
     mask = read_labels(case.outputs["mask"]).data[0].numpy() > 0
     spot = np.zeros_like(mask)
@@ -73,7 +74,7 @@ def test_anomalies_on_held_out_patients(data_folder: Path, tmp_path: Path) -> No
     chosen = [case for case in cases if case.name in ("TCGA_FG_A4MU_20030903", "TCGA_FG_6688_20020215")]
     assert {case.name for case in chosen} <= set(split.test)
     for case in chosen:
-        (found,) = detect([case.image], AnomalyOptions(output=tmp_path, device="cpu"))
+        (found,) = anomaly([case.image], AnomalyOptions(output=tmp_path, device="cpu"))
         score, inside = (read_map(found.outputs[kind]).data[0].numpy() for kind in ("map", "foreground"))
         lesions, counted = read_labels(case.label).data[0].numpy() > 0, inside > 0
         ours, plain = (

@@ -22,12 +22,15 @@ from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.methods.ensemble import Ensemble, tempered
+from medseg_diffusion.models import segmenter
+from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows import segment as pipeline
 from medseg_diffusion.workflows.evaluate import evaluate
-from medseg_diffusion.workflows.segment import CaseResult, SegmentationModel, SegmentOptions, segment
+from medseg_diffusion.workflows.scans import ScanResult
+from medseg_diffusion.workflows.segment import SegmentOptions, segment
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 OBLIQUE = np.array([[-0.9, 0.1, 0.0, 40.0], [0.1, 1.1, 0.2, -30.0], [0.0, -0.2, 2.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
@@ -77,7 +80,7 @@ def save(path: Path, data: np.ndarray | None = None, affine: np.ndarray = OBLIQU
     return path
 
 
-def run(scans: list[Path], model: Path, **options: object) -> list[CaseResult]:
+def run(scans: list[Path], model: Path, **options: object) -> list[ScanResult]:
     return segment(scans, SegmentOptions(model=str(model), device="cpu", **options))  # type: ignore[arg-type]
 
 
@@ -162,12 +165,12 @@ def test_fusions(tmp_path: Path, model: Path, fusion: str) -> None:
     (result,) = run([scan], model, ensemble=3, fusion=fusion)
     assert result.status == "done", result.error
     # Of three members two are a little for it and one is much against it: the mean says no, the votes say yes.
-    whole = SegmentationModel(model, "cpu", ensemble=3, fusion=fusion)  # type: ignore[arg-type]
+    whole = load_segmenter(model, "cpu", ensemble=3, fusion=fusion)  # type: ignore[arg-type]
     _, placement = whole.sample(read_volume(scan), 0)
     bright = torch.zeros(3, *placement.shape)
     bright[:2, 2:6, 2:6, 2:6], bright[2, 2:6, 2:6, 2:6] = 0.6, 0.01
     bright[:, 2:6, 2:6, 7:8] = 0.9  # of one mind
-    found = whole.combine(Ensemble.of(torch.stack([1 - bright, bright], 1)), placement)
+    found = whole.aggregation.combine(Ensemble.of(torch.stack([1 - bright, bright], 1)), placement)
     back = placement.restore(bright[:1])[0]
     assert bool((found.labels[back > 0.7] == 1).all())
     assert bool((found.labels[(back > 0.5) & (back < 0.7)] == (0 if fusion == "mean" else 1)).all())
@@ -290,8 +293,8 @@ def test_a_shorter_walk_is_reported(tmp_path: Path, model: Path) -> None:
 
 def test_members_do_not_depend_on_the_size_of_the_ensemble(tmp_path: Path, model: Path) -> None:
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
-    three, _ = SegmentationModel(model, "cpu", ensemble=3).sample(volume, seed=5)
-    one, _ = SegmentationModel(model, "cpu", ensemble=1).sample(volume, seed=5)
+    three, _ = load_segmenter(model, "cpu", ensemble=3).sample(volume, seed=5)
+    one, _ = load_segmenter(model, "cpu", ensemble=1).sample(volume, seed=5)
     assert torch.equal(three.labels[:1], one.labels)
     assert not torch.equal(three.mean, one.mean)
 
@@ -301,7 +304,7 @@ def test_options_are_frozen() -> None:
 
 
 def test_only_the_largest_part_counts_in_labels_and_volumes() -> None:
-    model = SegmentationModel("brain-tissue-t1", "cpu", ensemble=2)
+    model = load_segmenter("brain-tissue-t1", "cpu", ensemble=2)
     assert model.config.inference.largest_part
     volume = Volume(torch.rand(1, 40, 40, 40, generator=torch.Generator().manual_seed(0)), np.eye(4))
     image, placement = model.preprocessing.apply(volume)
@@ -310,7 +313,7 @@ def test_only_the_largest_part_counts_in_labels_and_volumes() -> None:
     for block in (slice(0, 5), slice(8, 11)):
         members[:, 0, block, block, block] = 0.0
         members[:, 2, block, block, block] = 1.0
-    result = model.combine(Ensemble.of(members), placement)
+    result = model.aggregation.combine(Ensemble.of(members), placement)
     assert int((result.labels > 0).sum()) == 125
     assert result.volumes_ml["grey matter"] == pytest.approx(0.125)
     assert result.members_ml["grey matter"] == pytest.approx((0.125, 0.125))
@@ -334,8 +337,8 @@ def test_a_calibrated_model_is_less_sure_of_the_same_labels(tmp_path: Path, mode
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
     other = calibrated(model, tmp_path / "calibrated")
     for ensemble, temperature in ((1, 3.0), (2, 2.0), (4, 2.0)):
-        raw = SegmentationModel(model, "cpu", ensemble=ensemble).segment(volume)
-        soft = SegmentationModel(other, "cpu", ensemble=ensemble).segment(volume)
+        raw = load_segmenter(model, "cpu", ensemble=ensemble).segment(volume)
+        soft = load_segmenter(other, "cpu", ensemble=ensemble).segment(volume)
         assert torch.equal(raw.labels, soft.labels)
         torch.testing.assert_close(soft.probabilities, tempered(raw.probabilities, temperature))
         assert float(soft.uncertainty.mean()) > float(raw.uncertainty.mean())
@@ -343,12 +346,12 @@ def test_a_calibrated_model_is_less_sure_of_the_same_labels(tmp_path: Path, mode
 
 def test_a_calibration_for_other_steps_is_not_used_and_that_is_said(tmp_path: Path, model: Path) -> None:
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
-    other = SegmentationModel(calibrated(model, tmp_path / "calibrated"), "cpu", steps=3)
+    other = load_segmenter(calibrated(model, tmp_path / "calibrated"), "cpu", steps=3)
     assert other.notes == ["probabilities are not calibrated: the model's calibration is for dpm++ with 2 steps"]
-    expected = SegmentationModel(model, "cpu", steps=3).segment(volume)
+    expected = load_segmenter(model, "cpu", steps=3).segment(volume)
     torch.testing.assert_close(other.segment(volume).probabilities, expected.probabilities)
     with pytest.raises(ModelError, match="calibration is of another version"):
-        SegmentationModel(calibrated(model, tmp_path / "newer", kind="isotonic"), "cpu")
+        load_segmenter(calibrated(model, tmp_path / "newer", kind="isotonic"), "cpu")
 
 
 def test_unusual_disagreement_is_flagged(tmp_path: Path, model: Path) -> None:
@@ -385,11 +388,16 @@ def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
     path = calibrated(plain, tmp_path / "model", sampler="ddim", steps=7, volume_errors=[0.1], level=0.95)
     for options in ({"steps": 3}, {"sampler": "ddim"}):
         with pytest.raises(UsageError, match="is feed-forward: leave --steps and --sampler out"):
-            SegmentationModel(path, "cpu", **options)  # type: ignore[arg-type]
-    several = SegmentationModel(path, "cpu", ensemble=5)
+            load_segmenter(path, "cpu", **options)  # type: ignore[arg-type]
+    several = load_segmenter(path, "cpu", ensemble=5)
     assert several.notes == ["a feed-forward model has one mask, whatever the ensemble"]
     found = several.segment(read_volume(save(tmp_path / "scan.nii.gz")))
-    assert several.calibration is not None and len(found.members) == 1 and not found.members_ml and found.intervals_ml
+    assert (
+        several.aggregation.calibration is not None
+        and len(found.members) == 1
+        and not found.members_ml
+        and found.intervals_ml
+    )
 
 
 def test_a_slice_across_another_axis_is_no_slice_for_a_2d_model(tmp_path: Path) -> None:
@@ -407,12 +415,12 @@ def test_a_slice_across_another_axis_is_no_slice_for_a_2d_model(tmp_path: Path) 
 
 
 def test_members_that_all_find_nothing_agree(tmp_path: Path, model: Path) -> None:
-    whole = SegmentationModel(calibrated(model, tmp_path / "calibrated", agreement=0.9), "cpu", ensemble=3)
+    whole = load_segmenter(calibrated(model, tmp_path / "calibrated", agreement=0.9), "cpu", ensemble=3)
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
     _, placement = whole.sample(volume, 0)
     empty = torch.zeros(3, len(whole.labels), *placement.shape)
     empty[:, 0] = 1
-    assert whole.combine(Ensemble.of(empty), placement).quality == "usual"
+    assert whole.aggregation.combine(Ensemble.of(empty), placement).quality == "usual"
 
 
 def test_members_and_other_uncertainties_are_written_on_the_grid_of_the_scan(tmp_path: Path, model: Path) -> None:
@@ -424,10 +432,12 @@ def test_members_and_other_uncertainties_are_written_on_the_grid_of_the_scan(tmp
     assert members.shape == (11, 13, 9, 3) and members.get_data_dtype() == np.uint8
     np.testing.assert_allclose(members.affine, nib.load(scan).affine, atol=1e-6)
     volume = read_volume(scan)
-    whole = SegmentationModel(model, "cpu", ensemble=3)
+    whole = load_segmenter(model, "cpu", ensemble=3)
     ensemble, placement = whole.sample(volume, derive_seed(0, "scan"))
-    found = whole.combine(ensemble, placement)
-    np.testing.assert_array_equal(members.get_fdata().transpose(3, 0, 1, 2), whole.members_on_scan(found, placement))
+    found = whole.aggregation.combine(ensemble, placement)
+    np.testing.assert_array_equal(
+        members.get_fdata().transpose(3, 0, 1, 2), whole.aggregation.members_on_scan(found, placement)
+    )
     disagreement = nib.load(result.outputs["uncertainty"]).get_fdata()
     assert 0 < disagreement.max() <= 1
     assert (disagreement <= found.uncertainty.numpy() + 1e-5).all(), "at most the whole entropy"
@@ -438,9 +448,9 @@ def test_a_large_ensemble_or_scan_walks_in_parts(
     bound, value, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
-    whole = SegmentationModel(model, "cpu", ensemble=5).segment(volume)
-    monkeypatch.setattr(pipeline, bound, value)
-    parts = SegmentationModel(model, "cpu", ensemble=5).segment(volume)
+    whole = load_segmenter(model, "cpu", ensemble=5).segment(volume)
+    monkeypatch.setattr(segmenter, bound, value)
+    parts = load_segmenter(model, "cpu", ensemble=5).segment(volume)
     torch.testing.assert_close(parts.probabilities, whole.probabilities)
     assert torch.equal(parts.members, whole.members) and len(whole.members) == 5
 
@@ -454,7 +464,7 @@ def test_the_layout_of_the_configuration_is_used_and_the_agreement_computed_once
     known = Ensemble.pairwise_dice
     monkeypatch.setattr(Ensemble, "pairwise_dice", lambda self: calls.append(len(self)) or known(self))
     volume = read_volume(save_image(tmp_path / "image.png"), channels=3)
-    found = [SegmentationModel(path, "cpu", ensemble=2) for path in (plain, last)]
+    found = [load_segmenter(path, "cpu", ensemble=2) for path in (plain, last)]
     weights = [next(p for p in one.model.parameters() if p.ndim == 4 and p.shape[1] > 1) for one in found]
     assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
     first, second = (one.segment(volume) for one in found)

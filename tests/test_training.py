@@ -30,7 +30,7 @@ from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.device import autocast_dtype, choose_device
 from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
-from medseg_diffusion.models.pixel_segmenter import restore_segmenter
+from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.training.ema import EMA
 from medseg_diffusion.training.interrupt import Interrupt
@@ -520,7 +520,7 @@ def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(
 def test_what_is_refused_before_the_training_can_be_started_again(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(InputError, match="no such folder"):
@@ -621,7 +621,7 @@ def test_a_run_starts_from_the_weights_of_a_trained_model(folder: Path, tmp_path
     seen: list[dict[str, torch.Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "medseg_diffusion.workflows.train_segmenter.fit",
+            "medseg_diffusion.training.job.fit",
             lambda model, *a, **k: seen.append(dict(model.state_dict())),
         )
         train_segmenter(load_segmenter_config(half / "config.yaml"), folder, half, device="cpu", seed=1, resume=True)

@@ -98,6 +98,19 @@ def load_segmenter_config(name_or_path: str | Path, overrides: Sequence[str] = (
     return config
 
 
+def load_image_config(
+    name_or_path: str | Path, overrides: Sequence[str] = ()
+) -> GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig:
+    """`load_config` for what trains on images; UsageError for the configuration of something else."""
+    config = load_config(name_or_path, overrides)
+    if isinstance(config, GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig):
+        return config
+    others = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}
+    raise UsageError(
+        f"{name_or_path}: configures a segmenter; train it with {others.get(config.method, 'train-segmenter')}"
+    )
+
+
 def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
     """A configuration from plain types, e.g. that of a model card; errors name ``source`` and the dotted key."""
     method = content.get("method")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from medseg_diffusion import build
 from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
 from medseg_diffusion.config.imported import DenoiserConfig
-from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.config.shared import UNetSection
 from medseg_diffusion.data.cases import Bounds
-from medseg_diffusion.device import arranged
+from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
 from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGradient, ClassifierGuided
 from medseg_diffusion.diffusion.noise import generators
@@ -28,6 +25,7 @@ from medseg_diffusion.sampling.loop import sample, spaced
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 
+from .restore import ready, typed_config, usable
 from .store import SavedModel
 
 
@@ -109,8 +107,8 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
     """
     if saved.card.get("task") == "denoiser":
         return _imported(saved, device)
-    config = _config(saved, GeneratorConfig, "a generator", "train-generator")
-    try:
+    config = typed_config(saved, GeneratorConfig)
+    with usable(saved, GeneratorConfig):
         shape, classes = tuple(saved.card["shape"]), tuple(saved.card["classes"])
         bounds = saved.card["training"].get("held_out")
         held_out = None if bounds is None else Bounds(**bounds)
@@ -118,23 +116,16 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
         if config.autoencoder is not None:
             stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
             codec = build.autoencoder(stage)
-            codec.load_state_dict(_under("codec.", saved.weights))
-            arranged(codec, stage.training.channels_last, compiled=False)
-            codec.requires_grad_(False).to(device).eval()
+            ready(with_memory_format(codec, stage.training.channels_last), saved.weights_under("codec")).to(device)
         task = build.generator(config, len(classes), None if codec is None else shape[0])
-        task.load_state_dict({k: v for k, v in saved.weights.items() if not k.startswith("codec.")})
-    except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
-        raise _unusable(saved, error) from error
-    arranged(task.denoiser.network, config.training.channels_last, compiled=False)
-    return Generator(task.requires_grad_(False).to(device).eval(), config, shape, codec, classes, held_out)
+        ready(task, {name: value for name, value in saved.weights.items() if not name.startswith("codec.")})
+    with_memory_format(task.denoiser.network, config.training.channels_last)
+    return Generator(task.to(device), config, shape, codec, classes, held_out)
 
 
 def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
     """A published pixel model as a generator, with the size that it was imported with."""
-    try:
-        known = DenoiserConfig.model_validate(saved.card["config"])
-    except (KeyError, ValidationError) as error:
-        raise _unusable(saved, error) from error
+    known = typed_config(saved, DenoiserConfig)
     network, size, channels = known.network, saved.card.get("size"), known.network.in_channels
     if saved.card["method"] == "latent-diffusion":
         what = "an autoencoder, which is not with it"
@@ -162,10 +153,8 @@ def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
     denoiser = NetworkDenoiser(
         UNet(**network.model_dump()), build.noise_schedule(known.schedule), known.target, known.learned_variance
     )
-    try:
-        denoiser.network.load_state_dict(saved.weights)
-    except RuntimeError as error:
-        raise _unusable(saved, error) from error
+    with usable(saved, DenoiserConfig):
+        ready(denoiser.network, saved.weights)
     task = ImageDiffusion(denoiser, Simple(), None, network.num_classes or 0, drop=0.0)
     classes = tuple(f"class {i}" for i in range(network.num_classes or 0))
     return Generator(
@@ -175,44 +164,22 @@ def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
 
 def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencoder, ImageAutoencoderConfig]:
     """The autoencoder of a model directory, in evaluation mode on the CPU, and its configuration."""
-    config = _config(saved, ImageAutoencoderConfig, "an autoencoder", "train-generator")
-    try:
+    config = typed_config(saved, ImageAutoencoderConfig)
+    with usable(saved, ImageAutoencoderConfig):
         codec = build.autoencoder(config)
-        codec.load_state_dict(saved.weights)
-    except (RuntimeError, UsageError) as error:
-        raise _unusable(saved, error) from error
-    arranged(codec, config.training.channels_last, compiled=False)
-    return codec.requires_grad_(False).eval(), config
+        ready(codec, saved.weights)
+    with_memory_format(codec, config.training.channels_last)
+    return codec, config
 
 
 def restore_classifier(
     saved: SavedModel, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, int, NoisyClassifierConfig]:
     """The noisy classifier of a model directory, its number of classes and its configuration."""
-    config = _config(saved, NoisyClassifierConfig, "a noisy classifier", "train-generator")
-    classes = len(saved.card["classes"])
-    try:
+    config = typed_config(saved, NoisyClassifierConfig)
+    with usable(saved, NoisyClassifierConfig):
+        classes = len(saved.card["classes"])
         network = build.noisy_classifier(config, classes).network
-        network.load_state_dict(saved.weights)
-    except (RuntimeError, UsageError) as error:
-        raise _unusable(saved, error) from error
-    arranged(network, config.training.channels_last, compiled=False)
-    return network.requires_grad_(False).to(device).eval(), classes, config
-
-
-def _config(saved: SavedModel, kind: type, what: str, command: str) -> Any:
-    try:
-        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
-    except (KeyError, AttributeError, UsageError) as error:
-        raise ModelError(f"{saved.path}: not {what}; use a model made by {command}") from error
-    if not isinstance(config, kind):
-        raise ModelError(f"{saved.path}: a {config.method}, not {what}; use a model made by {command}")
-    return config
-
-
-def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _unusable(saved: SavedModel, error: Exception) -> ModelError:
-    return ModelError(f"{saved.path}: not a model of this version ({str(error).splitlines()[0]}); train it again")
+        ready(network, saved.weights)
+    with_memory_format(network, config.training.channels_last)
+    return network.to(device), classes, config

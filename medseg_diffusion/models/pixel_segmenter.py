@@ -1,7 +1,8 @@
-"""Trained segmenters in memory: model directories to objects that make masks."""
+"""Segmenters that classify pixels by a generator's activations (label-efficient segmentation)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,44 +10,93 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion import build
-from medseg_diffusion.build import SHAPE_PRIOR, Segmenter
-from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
-from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import InferenceSection
-from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.activations import Activations
+from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.label_efficient import PixelSegmentation
-from medseg_diffusion.methods.shape_prior import ShapePrior
+from medseg_diffusion.methods.windows import Windows, count_batches
 from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
+from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
 from .generator import Generator, restore_generator
+from .restore import ready, typed_config, usable
+from .segmentation import PROBABILITIES_AT_ONCE, Aggregation, EnsembleOptions, Pass, Segmentation, counter
 from .store import SavedModel
 
-GENERATOR = "generator."
-"""Prefix of the generator's weights in a model of pixel classifiers; its card is the entry "generator"."""
+GENERATOR = "generator"
+"""The part of a model of pixel classifiers that is its generator."""
 
 
-def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
-    """The trained mask-diffusion model or baseline of a model directory, on the CPU, and its configuration.
+class PixelSegmenter:
+    """Trained pixel classifiers with their generator (`SegmentationModel`). Their ensemble are the classifiers.
+
+    Args:
+        saved: the model directory.
+        device: where to compute.
+        options: of the ensemble; nothing is sampled, so that neither steps nor a sampler can be chosen.
 
     Raises:
-        ModelError: a card or weights that do not describe such a segmenter of this version.
+        ModelError: not a model of pixel classifiers of this version.
+        UsageError: options of sampling.
     """
-    try:
-        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
-        if not isinstance(config, SegmenterConfig):
-            raise UsageError(f"a {config.method}, which is not made by train-segmenter")
-        model = build.segmenter(config, len(saved.card["labels"]))
-        with torch.no_grad():
-            model.load_state_dict({k: v for k, v in saved.weights.items() if k != SHAPE_PRIOR})
-    except (KeyError, UsageError, RuntimeError) as error:
-        raise _unusable(saved, error, "train-segmenter") from error
-    return model.eval(), config
+
+    sampler_name, num_steps = "", 1
+    samples_masks = False
+    merge_labels = False
+
+    def __init__(self, saved: SavedModel, device: torch.device, options: EnsembleOptions = EnsembleOptions()) -> None:
+        if (options.steps, options.sampler) != (None, None):
+            raise UsageError(f"{saved.path}: classifies pixels and samples nothing: leave --steps and --sampler out")
+        self.saved, self.device = saved, device
+        self.model, self.config, generator = restore_pixel_segmentation(saved)
+        self.model.to(device)
+        self.dims = len(generator.config.data.shape)
+        self.channels = len(saved.card["channels"])  # of the scans: a generator of colours takes grey ones too
+        self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
+        self.preprocessing = pixel_preprocessing(generator)
+        self.inference = pixel_inference(generator, self.config)
+        self.ensemble = options.ensemble or self.inference.ensemble
+        self.notes: list[str] = []
+        # Activations take much more memory than samples of masks.
+        batch_size = 1 if device.type == "cpu" else 4
+        windows = Windows(self.inference.window, self.inference.overlap, batch_size)
+        self.way = Pass(DDIM(), [1, 0], windows, self.dims, generator.config.training.precision)
+        self.aggregation = Aggregation(self.labels, options.fusion, options.uncertainty, self.inference.largest_part)
+
+    def sample(
+        self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
+    ) -> tuple[Ensemble, Placement]:
+        image, placement = self.preprocessing.apply(volume)
+        seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
+        slabs = self._slabs(image)
+        windows, dims = self.way.windows, self.dims
+        batches = sum(count_batches(slab.shape, windows, dims, len(seeds), self.device) for slab in slabs)
+        on_batch = counter(batches, on_progress)
+        members = (self.way.members(self.model, slab, seeds, self.device, on_batch) for slab in slabs)
+        return Ensemble.joined([Ensemble.of(part) for part in members]), placement
+
+    def segment(
+        self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
+    ) -> Segmentation:
+        return self.aggregation.combine(*self.sample(volume, seed, on_progress))
+
+    def _slabs(self, image: Tensor) -> Sequence[Tensor]:
+        """Slabs of an image (C, I, J, K) along its last axis whose probabilities memory holds.
+
+        The members share the activations, which are the expensive part, and are taken together. No noise depends on a
+        slice's number, so that any slab gives what the whole image does.
+        """
+        if self.dims == 3:
+            return [image]
+        of_one_slice = len(self.labels) * image[0, :, :, 0].numel()
+        return image.split(max(1, PROBABILITIES_AT_ONCE // (self.ensemble * of_one_slice)), -1)
 
 
 def restore_pixel_segmentation(saved: SavedModel) -> tuple[PixelSegmentation, PixelClassifierConfig, Generator]:
@@ -55,19 +105,14 @@ def restore_pixel_segmentation(saved: SavedModel) -> tuple[PixelSegmentation, Pi
     Raises:
         ModelError: a card or weights that do not describe such a model of this version.
     """
-    try:
-        config = parse_config(saved.card["config"], str(saved.path / "model.json"))
-        if not isinstance(config, PixelClassifierConfig):
-            raise UsageError(f"a {config.method}, which is not made by train-pixel-classifier")
-        own = {name: value for name, value in saved.weights.items() if not name.startswith(GENERATOR)}
-        inner = {name.removeprefix(GENERATOR): v for name, v in saved.weights.items() if name.startswith(GENERATOR)}
-        generator = restore_generator(SavedModel(saved.path, saved.card["generator"], inner, saved.sha256))
+    config = typed_config(saved, PixelClassifierConfig)
+    with usable(saved, PixelClassifierConfig):
+        generator = restore_generator(saved.part(GENERATOR))
+        own = {name: value for name, value in saved.weights.items() if not name.startswith(f"{GENERATOR}.")}
         activations = pixel_activations(generator, config, saved.card["blocks"])
         members, features = config.classifier.members, len(own["mean"])
         classifiers = PixelClassifiers(members, features, len(saved.card["labels"]), config.classifier.hidden)
-        classifiers.load_state_dict(own)
-    except (KeyError, UsageError, RuntimeError) as error:
-        raise _unusable(saved, error, "train-pixel-classifier") from error
+        ready(classifiers, own)
     data = generator.config.data
     model = PixelSegmentation(activations, classifiers, data.shape, data.channels)
     return model.requires_grad_(False).eval(), config, generator
@@ -118,15 +163,3 @@ def pixel_inference(generator: Generator, config: PixelClassifierConfig) -> Infe
     window = shape if len(shape) == 3 else None
     members = config.classifier.members
     return InferenceSection(steps=1, ensemble=members, window=window, largest_part=config.largest_part)
-
-
-def shape_prior(saved: SavedModel) -> ShapePrior | None:
-    """The shape prior of a model directory, None if it has none."""
-    if SHAPE_PRIOR not in saved.weights:
-        return None
-    return ShapePrior(saved.weights[SHAPE_PRIOR].float() / 255, float(saved.card[SHAPE_PRIOR]["spacing_mm"]))
-
-
-def _unusable(saved: SavedModel, error: Exception, command: str) -> ModelError:
-    reason = str(error).splitlines()[0]
-    return ModelError(f"{saved.path}: not a segmenter of this version ({reason}); use a model made by {command}")

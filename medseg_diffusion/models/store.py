@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.files import whole_folder
+
+if TYPE_CHECKING:  # listing models and showing their cards needs no torch
+    import torch
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
 FILES = ("model.json", "weights.safetensors", "README.md")
@@ -42,12 +42,42 @@ class ModelInfo:
 
 @dataclass(frozen=True, eq=False)
 class SavedModel:
-    """A model directory in memory: ``card`` is model.json, ``weights`` are float32 on the CPU, ``sha256`` their sum."""
+    """A model directory in memory.
+
+    Attributes:
+        path: the model directory.
+        card: the content of model.json.
+        weights: tensors on the CPU, floating ones as float32.
+        sha256: of weights.safetensors.
+    """
 
     path: Path
     card: dict[str, Any]
     weights: dict[str, Tensor]
     sha256: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name; that of the run folder for RUN/model."""
+        return self.path.resolve().parent.name if self.path.name == "model" else self.path.name
+
+    def part(self, name: str) -> SavedModel:
+        """A model inside this one: its card is the entry ``name``, its weights are those with the prefix "name.".
+
+        Raises:
+            KeyError: there is no such part.
+        """
+        return SavedModel(self.path, self.card[name], self.weights_under(name), self.sha256)
+
+    def weights_under(self, name: str) -> dict[str, Tensor]:
+        """The weights with the prefix "name.", without it."""
+        prefix = f"{name}."
+        return {key.removeprefix(prefix): value for key, value in self.weights.items() if key.startswith(prefix)}
+
+
+def parts_of_weights(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of several parts as one mapping, as `SavedModel.part` takes them apart."""
+    return {f"{name}.{key}": value for name, weights in parts.items() for key, value in weights.items()}
 
 
 def save_model(
@@ -55,9 +85,21 @@ def save_model(
     card: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     readme: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a model directory, in place of any older one."""
+    """Writes a model directory, in place of any older one.
+
+    Args:
+        path: the directory.
+        card: the content of model.json, without the schema version.
+        weights: tensors on any device.
+        readme: the model card in Markdown.
+        dtype: of the stored floating tensors, None for float32.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    dtype = torch.float32 if dtype is None else dtype
     with whole_folder(path, replace=True) as folder:
         content = {**card, "schema_version": SCHEMA_VERSION}
         (folder / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -81,6 +123,8 @@ def load_model_files(name_or_path: str | Path) -> SavedModel:
     Raises:
         ModelError: not found, incomplete, damaged, or written by a newer version.
     """
+    from safetensors.torch import load_file
+
     path = find_model(name_or_path)
     card = _read_card(path)
     lines = (line.partition("  ") for line in (path / "SHA256SUMS").read_text().splitlines())

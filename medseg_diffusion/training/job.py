@@ -1,15 +1,140 @@
-"""What all trainings share."""
+"""What the trainings share: a run folder that starts once, a deadline for all stages, and the loadable model."""
 
 from __future__ import annotations
 
-from medseg_diffusion.config.shared import TrainingSection
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from .trainer import TrainingOptions
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from medseg_diffusion.config.shared import TrainingSection
+from medseg_diffusion.data.draws import Draws, Examples
+from medseg_diffusion.device import with_memory_format
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.models.card import render_card
+from medseg_diffusion.models.store import save_model
+
+from .run import keep_sides, require_startable, start_run
+from .runtime import Runtime
+from .trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
 
 ARITHMETIC = ("precision", "channels_last", "compile")
 """Keys of the training section that say how to compute, not what."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """One call of a training command.
+
+    Attributes:
+        run: the run directory, new unless ``resume``.
+        resume: continue an interrupted run with the configuration that it was started with.
+        max_steps: stop each network at this step; the learning rate follows training.max_steps.
+        time_limit_min: stop after so many minutes from ``began``.
+        device: auto, cpu, cuda, cuda:N or mps.
+        seed: of weights, order, augmentation, times and noise.
+        on_progress: called after every training step.
+        on_prepare: called with (what is prepared, done, total).
+        began: `time.monotonic` at the start.
+    """
+
+    run: Path
+    resume: bool = False
+    max_steps: int | None = None
+    time_limit_min: float | None = None
+    device: str = "auto"
+    seed: int = 0
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def model(self) -> Path:
+        """The model directory of the run."""
+        return self.run / "model"
+
+    @property
+    def started(self) -> bool:
+        """Whether the run folder holds a run."""
+        return (self.run / "config.yaml").is_file()
+
+    @property
+    def minutes_left(self) -> float | None:
+        """Until the time limit, 0 after it; None without one."""
+        if self.time_limit_min is None:
+            return None
+        return max(0.0, self.time_limit_min - (time.monotonic() - self.began) / 60)
+
+    def clock_started(self) -> Job:
+        """This job, with a time limit that counts from now: the preparation of the data is over."""
+        return replace(self, began=time.monotonic())
+
+    def stage(self, folder: Path) -> Job:
+        """This call's training of a part in a folder of its own: resumed if it was started before."""
+        part = replace(self, run=folder)
+        return replace(part, resume=self.resume and part.started)
+
+    def require_startable(self, config: BaseModel, noted: Mapping[str, Any] | None = None) -> None:
+        """What `start` refuses, before any work is done; see `medseg_diffusion.training.run.require_startable`."""
+        require_startable(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
+
+    def start(
+        self,
+        config: BaseModel,
+        noted: Mapping[str, Any] | None = None,
+        sides: Mapping[str, Any] | None = None,
+        data: Path | None = None,
+        sides_file: str = "split.json",
+    ) -> None:
+        """Writes config.yaml and the sides of the split.
+
+        Call it after everything that can be refused, so that a refused call can be corrected and repeated in the same
+        folder.
+
+        Args:
+            config: the whole configuration.
+            noted: what else has to be the same to resume, in plain types.
+            sides: which case is on which side; None if the data say so themselves.
+            data: the data folder, for messages.
+            sides_file: where sides are written.
+
+        Raises:
+            UsageError: the run exists and is not resumed, or was started with another configuration.
+            InputError: the sides have changed since the run was started.
+        """
+        start_run(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
+        if sides is not None:
+            keep_sides(self.run / sides_file, sides, data or self.run, self.resume)
+
+    def seed_weights(self) -> None:
+        """Makes the weights of the network that is built next depend on the seed alone."""
+        torch.manual_seed(derive_seed(self.seed, "weights"))
+
+    def fit(
+        self, model: nn.Module, examples: Examples, section: TrainingSection, callbacks: Callbacks, runtime: Runtime
+    ) -> dict[str, float]:
+        """Trains ``model`` on the job's draws of ``examples``; see `medseg_diffusion.training.trainer.fit`."""
+        run = TrainingRun(self.run, self.seed, self.resume, self.max_steps, self.minutes_left)
+        return fit(model, Draws(examples, self.seed), training_options(section), callbacks, run, runtime)
+
+    def save(self, card: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+        """Writes the loadable model."""
+        save_model(self.model, card, weights, render_card(card))
+
+
 def training_options(section: TrainingSection) -> TrainingOptions:
     """The optimisation of a configuration."""
     return TrainingOptions(**section.model_dump(exclude=set(ARITHMETIC)))
+
+
+def arranged(network: nn.Module, section: TrainingSection) -> nn.Module:
+    """The network itself, with the memory format of a configuration, and compiled at its first call if it says so."""
+    with_memory_format(network, section.channels_last)
+    if section.compile:
+        network.compile()
+    return network

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medseg_diffusion.files import whole_file
+
 
 class TrainingLog:
     """Writes log.csv (one row per validation) and tensorboard/ (every step).
@@ -47,10 +49,7 @@ class TrainingLog:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces the file as a whole, so that an interruption leaves the old one."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)

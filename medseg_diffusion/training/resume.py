@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.files import whole_file
 
 from .ema import EMA
 from .runtime import Runtime
@@ -48,7 +47,9 @@ def save_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
         "ema_updates": state.ema.updates,
         "optimizer": state.optimizer.state_dict(),
     }
-    _write(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
@@ -75,14 +76,3 @@ def load_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
             "the one that this configuration wrote",
             "restore it, or start a new run in another folder",
         ) from error
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Replaces the file as a whole, so that an interruption, or a crash of the machine, leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

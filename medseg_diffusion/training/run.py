@@ -1,11 +1,9 @@
-"""The run directory: who may write into it, and what is noted of how it was made."""
+"""The run directory: who may write into it, and the record of how it was started."""
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +81,3 @@ def _completed(before: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, An
         return {**before, **kind.model_validate(own).model_dump(mode="json")}
     except ValidationError:  # of a version that knew other keys: compared as it is
         return dict(before)
-
-
-def versions() -> dict[str, str]:
-    """What a model card says of the software that made the model."""
-    names = ("medseg-diffusion", "torch", "monai")
-    return {**{name: version(name) for name in names}, "python": platform.python_version()}

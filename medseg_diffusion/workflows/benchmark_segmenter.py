@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg_diffusion import build
-from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.cases import Case, digest, find_cases, split_by_hash
 from medseg_diffusion.data.mask_examples import read_case
 from medseg_diffusion.device import keep_freed_memory
@@ -33,11 +32,11 @@ from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
 from medseg_diffusion.metrics.surface import hd95
+from medseg_diffusion.models.load import load_segmenter
+from medseg_diffusion.models.segmentation import SegmentationModel
 from medseg_diffusion.reports.plots import quality_plot
 from medseg_diffusion.reports.summary import json_ready
 from medseg_diffusion.volumes.volume import Volume
-
-from .segment import SegmentationModel
 
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 ENSEMBLES = (1, 2, 5, 10)
@@ -159,7 +158,7 @@ def benchmark_segmenter(
     named = find_cases(data).labels
     plan: list[tuple[str, Setting, list[Case]]] = []
     for name in models:
-        model = SegmentationModel(name, device)
+        model = load_segmenter(name, device)
         chosen = _cases(model, data, side, cases)
         for case in chosen:
             _read(case, model, named)
@@ -187,7 +186,7 @@ def _settings(
     settings: Sequence[tuple[str, int, int]],
 ) -> Iterator[Setting]:
     own = model.inference
-    if model.config.method in ("baseline", "label-efficient"):
+    if not model.samples_masks:
         yield Setting("feed-forward", "", 1, own.ensemble)
         return
     if settings:
@@ -209,13 +208,12 @@ def _cases(model: SegmentationModel, data: Path, side: Side, count: int | None) 
         held_out = split_by_hash(known, section.test_cases or 0, section.validation_cases or 0).held_out()
     chosen = [case for case in known if digest(case.name) in held_out[side]][:count]
     if not chosen:
-        raise UsageError(f"{data}: model {model.name} has no {side} cases in it; use the other side")
+        raise UsageError(f"{data}: model {model.saved.name} has no {side} cases in it; use the other side")
     return chosen
 
 
 def _read(case: Case, model: SegmentationModel, named: Collection[int]) -> tuple[Volume, Volume]:
-    merge_labels = isinstance(model.config, SegmenterConfig) and model.config.data.merge_labels
-    return read_case(case, model.channels, len(model.labels), merge_labels, named)
+    return read_case(case, model.channels, len(model.labels), model.merge_labels, named)
 
 
 def _row(
@@ -228,7 +226,7 @@ def _row(
     on_progress: Callable[[str, int, int], None],
 ) -> BenchmarkRow:
     feed_forward = setting.factor == "feed-forward"
-    model = SegmentationModel(
+    model = load_segmenter(
         name,
         device,
         setting.ensemble,
@@ -236,14 +234,15 @@ def _row(
         None if feed_forward else setting.sampler,
     )
     # Probabilities are wanted with and without the temperature.
-    calibration, model.calibration = model.calibration, None
+    calibration = model.aggregation.calibration
+    model.aggregation = replace(model.aggregation, calibration=None)
     temperature = 1.0 if calibration is None else calibration.temperature(model.ensemble)
-    walked = 1 if feed_forward else len(model.times) - 1
+    walked = model.num_steps if model.samples_masks else 1
     labels = {value: label for value, label in model.labels.items() if value}
     by_case: list[dict[str, Any]] = []
     reliability: list[tuple[Reliability, ...]] = []
     seconds = []
-    what = f"{model.name}: {setting.sampler} {walked} steps, ensemble {setting.ensemble}"
+    what = f"{model.saved.name}: {setting.sampler} {walked} steps, ensemble {setting.ensemble}"
     for done, case in enumerate(cases, 1):
         volume, reference = _read(case, model, named)
         started = time.perf_counter()

@@ -30,11 +30,10 @@ from medseg_diffusion.device import choose_device
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.metrics.generation import NEIGHBOUR, Features, Scores, scores
+from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import home
 from medseg_diffusion.networks.extractors import Extractor, extractor
 from medseg_diffusion.reports.pictures import grid, png
-
-from .sample import SampleOptions, Source
 
 CHUNK = 64
 DEFAULTS = SampleOptions(count=10_000)
@@ -173,7 +172,7 @@ def _check(
         if _is_samples(model):
             continue
         for sampler, steps in samplers:
-            source = Source(model, _with(options, sampler, steps))
+            source = ImageSource(model, _with(options, sampler, steps))
             if extract.fingerprints & source.loss_extractors:
                 raise ModelError(
                     f"{model}: was trained with {extract.name}, which cannot score it; use another --extractor"
@@ -202,12 +201,12 @@ def _rows(
         return
     for sampler, steps in samplers:
         name, own = f"{_name(model)}-{sampler}-{steps}", _with(options, sampler, steps)
-        source = Source(model, own)
+        source = ImageSource(model, own)
         yield name, sampler, steps, _samples(source, own, output / "samples" / name, name, on_progress)
 
 
 def _samples(
-    source: Source, options: SampleOptions, folder: Path, name: str, on_progress: Callable[[str, int, int], None]
+    source: ImageSource, options: SampleOptions, folder: Path, name: str, on_progress: Callable[[str, int, int], None]
 ) -> Images:
     """The samples, from their files where they exist."""
     about = {**source.sha256, **{k: v for k, v in asdict(options).items() if k not in _FREE}}
@@ -269,7 +268,7 @@ def _reference(
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if not _is_samples(model):
-            source = Source(model, SampleOptions(upsampler=upsampler, device=str(device)))
+            source = ImageSource(model, SampleOptions(upsampler=upsampler, device=str(device)))
             config = source.last.config
             held_out |= {source.generator.config.data.test_images, config.data.test_images}
             bounds |= {one.held_out for one in (source.generator, source.last) if one.held_out is not None}

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.card import render_card, template_of
 from medseg_diffusion.models.store import load_model_files, save_model
-from medseg_diffusion.reports.card import anomaly_card, generator_card, model_card, pixel_classifier_card
-
-_CARDS: dict[str, Callable[..., str]] = {
-    "mask": model_card,
-    "anomaly": anomaly_card,
-    "image": generator_card,
-    "image-autoencoder": generator_card,
-    "image-classifier": generator_card,
-}
 
 
 def export_model(
@@ -48,10 +39,9 @@ def export_model(
     if output.exists():
         raise UsageError(f"{output}: exists; choose a new folder")
     saved = load_model_files(model)
-    render = pixel_classifier_card if saved.card["method"] == "label-efficient" else _CARDS.get(saved.card["task"])
-    if render is None:
+    if template_of(saved.card) is None:
         raise ModelError(f"{saved.path}: a {saved.card['task']} that was imported; hand on the file that it came from")
     card = {**saved.card, **({"licence": licence} if licence else {})}
-    readme = render(card, name=output.resolve().name, command=command, data=data, notes=notes)
+    readme = render_card(card, name=output.resolve().name, command=command, data=data, notes=notes)
     save_model(output, card, saved.weights, readme, torch.float16 if half else torch.float32)
     return output

@@ -3,102 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
 from pydantic import ValidationError
-from torch import Tensor, nn
 
-from medseg_diffusion import build
-from medseg_diffusion.config.imported import AutoencoderConfig, ClassifierConfig, DenoiserConfig
-from medseg_diffusion.config.shared import Section
-from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.models.generator import restore_autoencoder, restore_classifier, restore_generator
-from medseg_diffusion.models.store import SavedModel, load_model_files, save_model
-from medseg_diffusion.networks.autoencoder import KLAutoencoder
+from medseg_diffusion.models.imported import IMPORTED
+from medseg_diffusion.models.store import save_model
 from medseg_diffusion.networks.foreign import SOURCES, Foreign, Source, convert, read_state
-from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
-from medseg_diffusion.networks.unet import UNet
 
 _OF_THE_NETWORK = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
 _OF_THE_IMAGES = {"size"}
 _OF_THE_DIFFUSION = {"schedule", "num_steps", "beta_start", "beta_end", "target", "learned_variance"}
-_CONFIGS: dict[str, type[Section]] = {
-    "denoiser": DenoiserConfig,
-    "classifier": ClassifierConfig,
-    "autoencoder": AutoencoderConfig,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A denoiser, noisy classifier or autoencoder of a model directory.
-
-    Attributes:
-        saved: card and weights as stored.
-        module: `NetworkDenoiser`, `NoisyClassifier` or `KLAutoencoder`, in evaluation mode.
-    """
-
-    saved: SavedModel
-    module: nn.Module
-
-    def network(
-        self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
-        """The network's raw output, called as the original is: ``timesteps`` (B,) count from 0, nothing is split off.
-
-        ``x`` (B, in_channels, *S) includes a concatenated condition; ``context`` is (B, L, D).
-        """
-        if isinstance(self.module, NoisyClassifier):
-            return cast(Tensor, self.module(x, timesteps))
-        if not isinstance(self.module, NetworkDenoiser):
-            raise UsageError(f"{self.saved.path}: an autoencoder has no timesteps; use module.encode and module.decode")
-        given = {"label": class_labels, "context": context}
-        cond = {name: value for name, value in given.items() if value is not None}
-        return cast(Tensor, self.module.network(x, timesteps, cond))
-
-
-def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Loads an imported model, or a generator, autoencoder or noisy classifier that was trained here.
-
-    Raises:
-        ModelError: missing, damaged, or a segmenter (`SegmentationModel` is for those).
-    """
-    saved = load_model_files(name_or_path)
-    kind = saved.card.get("task")
-    trained: dict[str, Callable[[], nn.Module]] = {
-        "image": lambda: restore_generator(saved).task.denoiser,
-        "image-autoencoder": lambda: restore_autoencoder(saved)[0],
-        "image-classifier": lambda: restore_classifier(saved)[0],
-    }
-    if kind in trained:
-        return LoadedModel(saved, trained[kind]().to(device))
-    if kind not in _CONFIGS:
-        raise ModelError(f"{saved.path}: a model for {kind!r}, expected {', '.join(_CONFIGS)}; segment with it instead")
-    try:
-        config = _CONFIGS[kind].model_validate(saved.card["config"])
-        module = _built(config)
-        # Of a denoiser the network alone is stored.
-        (module.network if isinstance(module, NetworkDenoiser) else module).load_state_dict(saved.weights)
-    except (KeyError, ValidationError, RuntimeError) as error:
-        raise ModelError(f"{saved.path}: not a model of this version ({str(error).splitlines()[0]})") from error
-    return LoadedModel(saved, module.to(device).eval())
-
-
-def _built(config: Section) -> nn.Module:
-    if isinstance(config, DenoiserConfig):
-        network = UNet(**config.network.model_dump())
-        schedule = build.noise_schedule(config.schedule)
-        return NetworkDenoiser(network, schedule, config.target, config.learned_variance)
-    if isinstance(config, ClassifierConfig):
-        return NoisyClassifier(**config.network.model_dump())
-    return KLAutoencoder(**cast(AutoencoderConfig, config).network.model_dump())
 
 
 def import_model(
@@ -138,7 +59,7 @@ def import_model(
         raise ModelError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
     content = _config(found, source, given)
     try:
-        config = _CONFIGS[found.kind].model_validate(content)
+        config = IMPORTED[found.kind].model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"--set {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error

@@ -1,9 +1,7 @@
-"""Scans in, a labelled folder of scans with synthetic anomalies out: the whole of `medseg synthesize-anomalies`."""
+"""`medseg synthesize-anomalies`: healthy scans in, a labelled folder of scans with synthetic anomalies out."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,15 @@ from medseg_diffusion.data.synthetic_anomalies import (
     robust_spread,
 )
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import InputError, MedsegError, UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.files import write_json
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_volume, write_labels, write_map
-from medseg_diffusion.volumes.paths import SUFFIXES, find_scans, scan_name
+from medseg_diffusion.volumes.outputs import labelled_outputs, refuse_collisions
+from medseg_diffusion.volumes.paths import SUFFIXES
 from medseg_diffusion.volumes.volume import Volume
 
-from .segment import CaseResult, refuse_collisions
+from .scans import Scan, ScanResult, Work, all_scans, each_scan
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ class SynthesisOptions:
 def synthesize_anomalies(
     scans: Sequence[Path],
     options: SynthesisOptions,
-    on_case: Callable[[CaseResult], None] | None = None,
+    on_case: Callable[[ScanResult], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
-) -> list[CaseResult]:
-    """Puts anomalies into scans and writes images/, labels/ and anomalies.json; one bad scan does not stop the others.
+) -> list[ScanResult]:
+    """Puts anomalies into scans and writes images/, labels/ and anomalies.json; a scan that fails stops no other.
 
     Images and labels (uint8, 1 in the anomalies) lie on the scans' grids: a labelled folder for training and for
     `medseg evaluate`. The image is written after its label: where it is, the case is complete. anomalies.json tells
@@ -68,7 +67,7 @@ def synthesize_anomalies(
         scans: files of one channel, or folders of them.
         options: see `SynthesisOptions`.
         on_case: called after every scan.
-        on_progress: called with (scan name, share of the scans done).
+        on_progress: called with (scan name, share done).
 
     Raises:
         UsageError: impossible options, or two scans of one name.
@@ -82,38 +81,23 @@ def synthesize_anomalies(
         recipe = AnomalyRecipe(options.kind, options.contrast, options.radius_mm)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    found = list(dict.fromkeys(path for scan in scans for path in find_scans(scan)))
-    targets = {
-        scan: {kind: options.output / kind / f"{scan_name(scan)}.nii.gz" for kind in ("labels", "images")}
-        for scan in found
-    }
-    refuse_collisions(targets)
-    results: list[CaseResult] = []
+    outputs = {path: labelled_outputs(path, options.output) for path in all_scans(scans)}
+    refuse_collisions(outputs)
     described: list[dict[str, Any]] = []
-    for scan in found:
-        if on_progress is not None:
-            on_progress(scan_name(scan), len(results) / len(found))
-        try:
-            result, about = _one(scan, targets[scan], recipe, options)
-            described.append(about)
-            content = {"seed": options.seed, "scans": described}
-            write_files(options.output, {"anomalies.json": json.dumps(content, indent=2) + "\n"})
-        except MedsegError as error:
-            result = CaseResult(scan, "failed", error=str(error), exit_code=error.exit_code)
-        except Exception as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            result = CaseResult(scan, "failed", error=f"{scan}: {type(error).__name__}: {text}", exit_code=1)
-        results.append(result)
-        if on_case is not None:
-            on_case(result)
-    return results
+
+    def run(recipe: AnomalyRecipe, scan: Scan) -> ScanResult:
+        result, description = _insert_into(scan, recipe, options)
+        described.append(description)
+        write_json(options.output / "anomalies.json", {"seed": options.seed, "scans": described})
+        return result
+
+    work = Work(read_volume, lambda: recipe, run, "images")
+    return each_scan(outputs, work, on_case=on_case, on_progress=on_progress)
 
 
-def _one(
-    scan: Path, files: dict[str, Path], recipe: AnomalyRecipe, options: SynthesisOptions
-) -> tuple[CaseResult, dict[str, Any]]:
-    started = time.monotonic()
-    volume = read_volume(scan)
+def _insert_into(scan: Scan, recipe: AnomalyRecipe, options: SynthesisOptions) -> tuple[ScanResult, dict[str, Any]]:
+    """Writes the image and its label; returns the result and the scan's entry in anomalies.json."""
+    volume, files = scan.volume, scan.outputs
     image = volume.data[0]
     free = scan_foreground(volume)
     spread = robust_spread(image, free)
@@ -121,24 +105,25 @@ def _one(
     mask = torch.zeros_like(free)
     anomalies: list[dict[str, Any]] = []
     for number in range(options.count):
-        seed = derive_seed(derive_seed(options.seed, scan_name(scan)), number)
+        seed = derive_seed(derive_seed(options.seed, scan.name), number)
         generator = torch.Generator().manual_seed(seed)
         anomaly = insert_anomaly(image, free, volume.spacing, recipe, spread, generator)
         if anomaly is None:
-            raise _no_room(scan, number, recipe, options.count)
+            raise _no_room(scan.path, number, recipe, options.count)
         image, mask, free = anomaly.image, mask | anomaly.mask, free & ~anomaly.touched
-        anomalies.append(_about(anomaly, volume, recipe, seed))
+        anomalies.append(_entry(anomaly, volume, recipe, seed))
+        scan.on_progress((number + 1) / options.count)
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     write_labels(mask.to(torch.uint8), volume, files["labels"])
     write_map(image, volume, files["images"])
     volume_ml = float(mask.sum()) * float(np.prod(volume.spacing)) / 1000
-    result = CaseResult(scan, "done", files, time.monotonic() - started, {"anomaly": volume_ml})
-    return result, {"scan": scan.name, "spread": spread, "anomalies": anomalies}
+    result = ScanResult(scan.path, "done", files, scan.seconds, {"anomaly": volume_ml})
+    return result, {"scan": scan.path.name, "spread": spread, "anomalies": anomalies}
 
 
-def _about(anomaly: Anomaly, volume: Volume, recipe: AnomalyRecipe, seed: int) -> dict[str, Any]:
-    """What is said of an anomaly in anomalies.json."""
+def _entry(anomaly: Anomaly, volume: Volume, recipe: AnomalyRecipe, seed: int) -> dict[str, Any]:
+    """The entry of an anomaly in anomalies.json."""
     centre = volume.affine @ [*anomaly.centre, 1.0]
     content: dict[str, Any] = {
         "kind": recipe.kind,

@@ -1,4 +1,4 @@
-"""Configuration and images in, run directory out: the whole of `medseg train-generator` as a function.
+"""`medseg train-generator`: configuration and images in, run directory out.
 
 RUN/config.yaml     resolved configuration
 RUN/log.csv         one row per validation; RUN/tensorboard every step
@@ -10,10 +10,8 @@ RUN/autoencoder/    the run of the first stage, where a latent generator trains 
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,64 +20,42 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from medseg_diffusion import build
 from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
-from medseg_diffusion.config.load import load_config, parse_config
-from medseg_diffusion.data.draws import Draws, Examples
-from medseg_diffusion.data.image_cache import ImageExamples, PackedImages, packed
+from medseg_diffusion.data.draws import Examples
+from medseg_diffusion.data.image_cache import ImageExamples, PackedImages
 from medseg_diffusion.data.latent_cache import LatentExamples, cached_latents
-from medseg_diffusion.device import arranged
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.patched import Patched
 from medseg_diffusion.models.generator import Generator, restore_autoencoder
-from medseg_diffusion.models.store import SavedModel, home, load_model_files, save_model
+from medseg_diffusion.models.store import SavedModel, load_model_files, parts_of_weights
 from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
-from medseg_diffusion.reports.card import generator_card
-from medseg_diffusion.reports.pictures import as_pictures, grid, write_png
 from medseg_diffusion.tasks.classifier import NoisyClassification
 from medseg_diffusion.tasks.image import ImageDiffusion, reduced
 from medseg_diffusion.tasks.patched import PatchedDiffusion
-from medseg_diffusion.training.autoencoder import AutoencoderTraining, LossWeights, standardise
-from medseg_diffusion.training.job import training_options
-from medseg_diffusion.training.perceptual import perceptual_loss
-from medseg_diffusion.training.run import keep_sides, require_startable, start_run, versions
+from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingRun, fit
+from medseg_diffusion.training.trainer import Callbacks, Progress
 
-ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
+from .autoencoder_stage import autoencoder_of, latent_channels, require_same_images, train_autoencoder
+from .image_stage import (
+    ImageConfig,
+    ImageSourceOptions,
+    image_card,
+    mean_loss,
+    prepare_images,
+    validation_batches,
+    write_pictures,
+)
+
 Stage = Literal["all", "autoencoder"]
 
-VALIDATION_IMAGES = 512
-"""Images, always the same with the same noise, whose loss is logged and chooses the best weights."""
-SCALE_BATCHES = 64
-"""Batches over which mean and deviation of latents are estimated."""
 PICTURES = 16
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the stages share."""
-
-    data: Path | PackedImages
-    run: Path
-    resume: bool
-    max_steps: int | None
-    deadline: float | None
-    device: str
-    seed: int
-    skip_broken: bool
-    download: bool
-    on_progress: Callable[[Progress], None]
-    on_prepare: Callable[[str, int, int], None]
-
-    @property
-    def minutes_left(self) -> float | None:
-        return None if self.deadline is None else max(0.0, (self.deadline - time.monotonic()) / 60)
-
-
+# many: one keyword for each option of the command
 def train_generator(
     config: ImageConfig,
     data: Path | PackedImages,
@@ -103,8 +79,7 @@ def train_generator(
 
     Args:
         config: generator, autoencoder or noisy classifier.
-        data: a folder or zip of images, or a folder of scans (`medseg_diffusion.data.images`), or what was packed
-            of them already.
+        data: a folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or packed images.
         run: the run directory, new unless ``resume``.
         autoencoder: a trained autoencoder (folder or installed name) for a latent generator or upsampler.
         stage: "autoencoder" stops after the first stage of a latent generator.
@@ -126,274 +101,138 @@ def train_generator(
     latent = isinstance(config, GeneratorConfig) and config.autoencoder is not None
     if not latent and (autoencoder is not None or stage != "all"):
         raise UsageError("--autoencoder and --stage are for configurations that name an autoencoder; this one has none")
-    deadline = None if time_limit_min is None else time.monotonic() + 60 * time_limit_min
-    job = _Job(data, run, resume, max_steps, deadline, device, seed, skip_broken, download, on_progress, on_prepare)
+    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare)
+    source = ImageSourceOptions(data, skip_broken, download)
     if isinstance(config, ImageAutoencoderConfig):
-        return _train_autoencoder(config, job)
+        return train_autoencoder(config, source, job)
     if isinstance(config, NoisyClassifierConfig):
-        return _train_classifier(config, job)
+        return _train_classifier(config, source, job)
     if latent and autoencoder is None:
-        first = run / "autoencoder"
-        settings = load_config(str(config.autoencoder))
-        if not isinstance(settings, ImageAutoencoderConfig):
-            raise UsageError(f"autoencoder: {config.autoencoder} configures a {settings.method}, not an autoencoder")
-        # Both stages see the same images: what is held out of one must not have trained the other.
-        seen = {"data": config.data.model_dump(), "preprocessing": config.preprocessing.model_dump()}
-        same = parse_config({**settings.model_dump(), **seen}, str(config.autoencoder))
-        settings = cast(ImageAutoencoderConfig, same)
-        if resume and (run / "config.yaml").is_file() and not (first / "config.yaml").is_file():
-            raise UsageError(f"{run}: was started with --autoencoder; give the same one to --resume")
-        again = resume and (first / "config.yaml").is_file()
-        autoencoder = _train_autoencoder(settings, _Job(**{**vars(job), "run": first, "resume": again}))
+        autoencoder = _train_first_stage(config, source, job)
         if stage == "autoencoder" or job.minutes_left == 0:
             return autoencoder
         # The second stage of an interrupted run may not have begun.
-        job = _Job(**{**vars(job), "resume": resume and (run / "config.yaml").is_file()})
-    return _train_generator(config, autoencoder, job)
+        job = replace(job, resume=resume and job.started)
+    return _train_diffusion(config, autoencoder, source, job)
 
 
-def _train_generator(config: GeneratorConfig, autoencoder: str | Path | None, job: _Job) -> Path:
-    noted: dict[str, Any] = {}
-    codec: KLAutoencoder | VQAutoencoder | None = None
-    if autoencoder is not None:
-        saved = load_model_files(autoencoder)
-        codec, stage = restore_autoencoder(saved)
-        _require_same_images(saved, stage, config)
-        noted["autoencoder_sha256"] = saved.sha256
+def _train_first_stage(config: GeneratorConfig, source: ImageSourceOptions, job: Job) -> Path:
+    first = job.stage(job.run / "autoencoder")
+    if job.resume and job.started and not first.started:
+        raise UsageError(f"{job.run}: was started with --autoencoder; give the same one to --resume")
+    return train_autoencoder(autoencoder_of(config), source, first)
+
+
+@dataclass(frozen=True, eq=False)
+class _FirstStage:
+    """The trained autoencoder of a latent generator."""
+
+    saved: SavedModel
+    codec: KLAutoencoder | VQAutoencoder
+    config: ImageAutoencoderConfig
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """What the generator's card says of it."""
+        return {
+            "autoencoder": self.config.model_dump(mode="json"),
+            "autoencoder_sha256": self.saved.sha256,
+            "loss_extractors": self.saved.card["loss_extractors"],
+        }
+
+
+def _first_stage(autoencoder: str | Path, config: GeneratorConfig) -> _FirstStage:
+    saved = load_model_files(autoencoder)
+    codec, stage = restore_autoencoder(saved)
+    require_same_images(saved, stage, config)
+    return _FirstStage(saved, codec, stage)
+
+
+def _train_diffusion(
+    config: GeneratorConfig, autoencoder: str | Path | None, source: ImageSourceOptions, job: Job
+) -> Path:
+    first = None if autoencoder is None else _first_stage(autoencoder, config)
+    codec = None if first is None else first.codec
+    channels = latent_channels(codec)
     runtime = Runtime(job.device, config.training.precision)
-    images = _prepared(
-        config, job, runtime, lambda images: build.generator(config, len(images.classes), _channels(codec)), noted
+    noted = {} if first is None else {"autoencoder_sha256": first.saved.sha256}
+    images = prepare_images(
+        config, source, job, runtime, lambda packed: build.generator(config, len(packed.classes), channels), noted
     )
-    extra: dict[str, Any] = {}
-    shape: tuple[int, ...] = (config.data.channels, *config.data.shape)
-    if codec is not None:
-        codec = codec.to(runtime.device)
-        prepare = lambda done, total: job.on_prepare("latents", done, total)  # noqa: E731
-        with runtime.main_first():
-            latents = cached_latents(images, codec, saved.sha256, runtime.device, prepare)
-        low = partial(reduced, factor=config.factor) if config.method == "upsampler" else None
-        examples: Examples = LatentExamples(latents, images, images.epoch, config.data.flip, low)
-        held_out: Examples = LatentExamples(latents, images, images.part("validation"), False, low)
-        extra = {"autoencoder": stage.model_dump(mode="json"), "autoencoder_sha256": saved.sha256}
-        extra["loss_extractors"] = saved.card["loss_extractors"]
-        shape = latents.shape[2:]
-    else:
-        examples = ImageExamples(images, images.epoch, config.data.flip)
-        held_out = ImageExamples(images, images.part("validation"), flip=False)
-    torch.manual_seed(derive_seed(job.seed, "weights"))
-    model = build.generator(config, len(images.classes), None if codec is None else shape[0])
-    arranged(model.network, config.training.channels_last, config.training.compile)
-    batches = _validation_batches(held_out, config.training.batch_size)
+    examples, held_out, shape = _examples(config, images, first, job, runtime)
+    job.seed_weights()
+    model = build.generator(config, len(images.classes), channels)
+    arranged(model.network, config.training)
+    batches = validation_batches(held_out, config.training.batch_size)
     with_classes = isinstance(model, ImageDiffusion) and model.num_classes > 0
-    extra |= {"shape": list(shape), "classes": list(images.classes) if with_classes else []}
 
     def validate(averaged: nn.Module) -> dict[str, float]:
-        loss = _mean_loss(averaged, batches, runtime)
+        loss = mean_loss(averaged, batches, runtime)
         generator = Generator(cast(ImageDiffusion | PatchedDiffusion, averaged), config, shape, codec)
         with runtime.accelerator.autocast():
             pictures = _pictures(generator, images)
-        write_png(grid(as_pictures(pictures)), _next_picture(job.run))
+        write_pictures(pictures, job.run)
         return {"score": -loss, "loss": loss}
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
-        card = {**_card(config, images, job.seed, step, numbers), **extra}
+        card = image_card(config, images, job, step, numbers) | ({} if first is None else first.entries)
+        card |= {"shape": list(shape), "classes": list(images.classes) if with_classes else []}
         weights = averaged.state_dict()
         if codec is not None:
-            weights |= {f"codec.{name}": value for name, value in codec.state_dict().items()}
-        save_model(job.run / "model", card, weights, generator_card(card))
+            weights |= parts_of_weights({"codec": codec.state_dict()})
+        job.save(card, weights)
 
-    _fit(model, examples, config, Callbacks(validate, save, job.on_progress), runtime, job)
-    return job.run / "model"
+    job.fit(model, examples, config.training, Callbacks(validate, save, job.on_progress), runtime)
+    return job.model
 
 
-def _train_autoencoder(config: ImageAutoencoderConfig, job: _Job) -> Path:
+def _examples(
+    config: GeneratorConfig, images: PackedImages, first: _FirstStage | None, job: Job, runtime: Runtime
+) -> tuple[Examples, Examples, tuple[int, ...]]:
+    """Examples for training and validation, of pixels or of latents, and their shape (C, *S)."""
+    validation = images.part("validation")
+    if first is None:
+        shape = (config.data.channels, *config.data.shape)
+        return ImageExamples(images, images.epoch, config.data.flip), ImageExamples(images, validation, False), shape
+    codec = first.codec.to(runtime.device)
+
+    def on_image(done: int, total: int) -> None:
+        job.on_prepare("latents", done, total)
+
+    with runtime.main_first():
+        latents = cached_latents(images, codec, first.saved.sha256, runtime.device, on_image)
+    low = partial(reduced, factor=config.factor) if config.method == "upsampler" else None
+    training = LatentExamples(latents, images, images.epoch, config.data.flip, low)
+    return training, LatentExamples(latents, images, validation, False, low), latents.shape[2:]
+
+
+def _train_classifier(config: NoisyClassifierConfig, source: ImageSourceOptions, job: Job) -> Path:
     runtime = Runtime(job.device, config.training.precision)
-    loss = config.loss
-    perceptual, stated, inside = perceptual_loss(
-        loss.perceptual,
-        loss.lpips_backbone,
-        config.data.channels,
-        runtime.device,
-        len(config.data.shape),
-        download=job.download,
+    images = prepare_images(
+        config, source, job, runtime, lambda packed: build.noisy_classifier(config, len(packed.classes))
     )
-    images = _prepared(config, job, runtime)
-    if loss.perceptual == "auto" and stated != "lpips":
-        warnings.warn(f"LPIPS has no weights here; training with {stated} instead", stacklevel=2)
-    torch.manual_seed(derive_seed(job.seed, "weights"))
-    weights = LossWeights(loss.perceptual_weight, loss.kl_weight, loss.adversarial_weight, loss.adversarial_start)
-    if config.network.quantiser == "vq":
-        weights = LossWeights(weights.perceptual, 1.0, weights.adversarial, weights.adversarial_start)
-    model = AutoencoderTraining(
-        build.autoencoder(config), perceptual, weights, loss.discriminator_channels, loss.discriminator_layers
-    )
-    arranged(model, config.training.channels_last, compiled=False)  # not called as a whole, so nothing to compile
-    examples = ImageExamples(images, images.epoch, config.data.flip)
-    batches = _validation_batches(ImageExamples(images, images.part("validation"), flip=False), 16)
-
-    def validate(averaged: nn.Module) -> dict[str, float]:
-        training = cast(AutoencoderTraining, averaged)
-        codec = training.autoencoder
-        with runtime.accelerator.autocast(), torch.no_grad():
-            parts = [codec.decode(codec.encode(batch["image"].to(runtime.device))).float().cpu() for batch in batches]
-        kept, wanted = torch.cat(parts).clamp(-1, 1), torch.cat([batch["image"] for batch in batches])
-        error = (kept - wanted).square().flatten(1).mean(1)
-        numbers = {
-            # The adversarial loss trades reconstruction for sharpness on purpose: the last weights are wanted, not
-            # those of the lowest reconstruction loss, which come before it.
-            "score": float(training.step),
-            "loss": _mean_loss(averaged, batches, runtime),
-            "psnr": float(-10 * torch.log10(error / 4).mean()),
-            "ssim": float(cast(Tensor, structural_similarity_index_measure(kept, wanted, data_range=2.0))),
-        }
-        if stated == "lpips":
-            numbers["lpips"] = float(perceptual(kept.to(runtime.device), wanted.to(runtime.device)))
-        pairs = torch.stack([wanted[:PICTURES], kept[:PICTURES]], dim=1).flatten(0, 1)
-        write_png(grid(as_pictures(pairs)), _next_picture(job.run))
-        return numbers
-
-    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
-        codec = cast(AutoencoderTraining, averaged).autoencoder
-        generator = torch.Generator().manual_seed(derive_seed(job.seed, "scale"))
-        size = min(len(examples), SCALE_BATCHES * 16)
-        chosen = torch.randperm(len(examples), generator=generator)[:size].tolist()
-        parts = [
-            torch.stack([examples.example(i, generator)["image"] for i in chosen[k : k + 16]])
-            for k in range(0, size, 16)
-        ]
-        standardise(codec, [part.to(runtime.device) for part in parts])
-        card = _card(config, images, job.seed, step, numbers)
-        card["training"]["perceptual_loss"] = stated
-        card |= {"classes": [], "loss_extractors": inside}
-        save_model(job.run / "model", card, codec.state_dict(), generator_card(card))
-
-    _fit(model, examples, config, Callbacks(validate, save, job.on_progress), runtime, job)
-    return job.run / "model"
-
-
-def _train_classifier(config: NoisyClassifierConfig, job: _Job) -> Path:
-    runtime = Runtime(job.device, config.training.precision)
-    images = _prepared(config, job, runtime, lambda found: build.noisy_classifier(config, len(found.classes)))
-    torch.manual_seed(derive_seed(job.seed, "weights"))
+    job.seed_weights()
     model = build.noisy_classifier(config, len(images.classes))
-    arranged(model.network, config.training.channels_last, config.training.compile)
+    arranged(model.network, config.training)
     examples = ImageExamples(images, _labelled(images, "train"), config.data.flip)
     held_out = ImageExamples(images, _labelled(images, "validation"), flip=False)
-    batches = _validation_batches(held_out, config.training.batch_size)
+    batches = validation_batches(held_out, config.training.batch_size)
 
     def validate(averaged: nn.Module) -> dict[str, float]:
-        loss = _mean_loss(averaged, batches, runtime)
+        loss = mean_loss(averaged, batches, runtime)
         return {"score": -loss, "loss": loss}
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
-        card = {**_card(config, images, job.seed, step, numbers), "classes": list(images.classes)}
-        save_model(
-            job.run / "model", card, cast(NoisyClassification, averaged).network.state_dict(), generator_card(card)
-        )
+        card = {**image_card(config, images, job, step, numbers), "classes": list(images.classes)}
+        job.save(card, cast(NoisyClassification, averaged).network.state_dict())
 
-    _fit(model, examples, config, Callbacks(validate, save, job.on_progress), runtime, job)
-    return job.run / "model"
-
-
-def _fit(
-    model: nn.Module, examples: Examples, config: ImageConfig, callbacks: Callbacks, runtime: Runtime, job: _Job
-) -> None:
-    fit(
-        model,
-        Draws(examples, job.seed),
-        training_options(config.training),
-        callbacks,
-        TrainingRun(job.run, job.seed, job.resume, job.max_steps, job.minutes_left),
-        runtime,
-    )
-
-
-def _prepared(
-    config: ImageConfig,
-    job: _Job,
-    runtime: Runtime,
-    built: Callable[[PackedImages], object] = lambda images: None,
-    noted: Mapping[str, Any] | None = None,
-) -> PackedImages:
-    """The images; only then the run begins, so that a call with unusable ones can be corrected and repeated.
-
-    ``built`` makes the model of them, and is called for what it refuses. ``noted`` has to be the same to go on.
-    """
-    noted = {"seed": job.seed, **(noted or {})}
-    require_startable(job.run, config, noted, job.resume)
-    with runtime.main_first():
-        images = _images(config, job)
-    with torch.device("meta"):
-        built(images)
-    if runtime.is_main:
-        start_run(job.run, config, noted, job.resume)
-        if images.held_out is not None:
-            keep_sides(job.run / "held_out.json", asdict(images.held_out), images.folder, job.resume)
-    return images
-
-
-def _require_same_images(saved: SavedModel, stage: ImageAutoencoderConfig, config: GeneratorConfig) -> None:
-    """ModelError for an autoencoder of other images, or one that has seen what this run holds out."""
-    same = ("shape", "channels", "test_images")
-    found, wanted = ({name: getattr(part.data, name) for name in same} for part in (stage, config))
-    if found != wanted or stage.preprocessing != config.preprocessing:
-        raise ModelError(
-            f"{saved.path}: made for images with {found}; this configuration has {wanted}, "
-            "or another preprocessing: use an autoencoder of the same images"
-        )
-
-
-def _channels(codec: KLAutoencoder | VQAutoencoder | None) -> int | None:
-    """Of latents; None for pixels."""
-    return None if codec is None else len(codec.shift)
-
-
-def _images(config: ImageConfig, job: _Job) -> PackedImages:
-    if isinstance(job.data, PackedImages):
-        return job.data
-    section = config.data
-    held_out = (section.test_images, section.validation_images)
-    images = packed(
-        job.data,
-        home() / "images",
-        section.shape,
-        section.channels,
-        preprocessing=build.image_preprocessing(config.preprocessing, section.shape),
-        held_out=held_out,
-        skip_broken=job.skip_broken,
-        on_file=lambda done, total: job.on_prepare("images", done, total),
-    )
-    if not len(images.part("validation")):
-        raise InputError(job.data, "no validation images", "a val/ side with annotations", "restore it")
-    return images
+    job.fit(model, examples, config.training, Callbacks(validate, save, job.on_progress), runtime)
+    return job.model
 
 
 def _labelled(images: PackedImages, part: Literal["train", "validation"]) -> npt.NDArray[np.int64]:
     positions = images.part(part)
     return positions[images.labels[positions] >= 0]
-
-
-def _validation_batches(examples: Examples, batch_size: int) -> list[dict[str, Tensor]]:
-    """The first validation examples, each with a seed of its own that never changes."""
-    found = []
-    for i in range(min(VALIDATION_IMAGES, len(examples))):
-        seed = derive_seed("validation", i)
-        example = dict(examples.example(i, torch.Generator().manual_seed(seed)))
-        found.append({**example, "seed": torch.tensor(seed)})
-    return [
-        {name: torch.stack([example[name] for example in part]) for name in part[0]}
-        for part in (found[k : k + batch_size] for k in range(0, len(found), batch_size))
-    ]
-
-
-@torch.no_grad()
-def _mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], runtime: Runtime) -> float:
-    total, count = 0.0, 0
-    for batch in batches:
-        with runtime.accelerator.autocast():
-            loss = model(runtime.to_device(batch))
-        total, count = total + float(loss) * len(batch["image"]), count + len(batch["image"])
-    return total / count
 
 
 def _pictures(generator: Generator, images: PackedImages) -> Tensor:
@@ -419,36 +258,3 @@ def _real(images: PackedImages) -> Tensor:
     """The first validation images (n, C, *S)."""
     held_out = ImageExamples(images, images.part("validation")[:PICTURES], flip=False)
     return torch.stack([held_out.example(i, torch.Generator())["image"] for i in range(len(held_out))])
-
-
-def _next_picture(run: Path) -> Path:
-    folder = run / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{len(list(folder.glob('*.png'))) + 1:03d}.png"
-
-
-def _card(
-    config: ImageConfig, images: PackedImages, seed: int, step: int, numbers: Mapping[str, float]
-) -> dict[str, Any]:
-    tasks = {"autoencoder": "image-autoencoder", "classifier": "image-classifier"}
-    return {
-        "task": tasks.get(config.method, "image"),
-        "method": config.method,
-        "dims": len(config.data.shape),
-        "labels": {},
-        "channels": ["red", "green", "blue"] if config.data.channels == 3 else ["grey"],
-        "config": config.model_dump(mode="json"),
-        "training": {
-            "seed": seed,
-            "step": step,
-            "data": {
-                "images": len(images.part("train")),
-                "validation_images": len(images.part("validation")),
-                "broken_files_left_out": len(images.skipped),
-            },
-            **({} if images.held_out is None else {"held_out": asdict(images.held_out)}),
-        },
-        "metrics": {"validation": {name: value for name, value in numbers.items() if name != "score"}},
-        "licence": "see the training data",
-        "versions": versions(),
-    }

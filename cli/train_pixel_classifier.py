@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._shared import AsJson, Device, Quiet, Seed, print_json, print_table, progress
+from ._options import AsJson, Config, Device, LabelledScans, Overrides, Quiet, RunFolder, Seed, existing_model
+from ._shared import count_of, print_json, print_table, progress
 
 
 class Unit(StrEnum):
@@ -26,17 +26,20 @@ class Select(StrEnum):
 
 
 def train_pixel_classifier(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`label-efficient`) or a YAML file.")],
-    generator: Annotated[str, typer.Option("--generator", metavar="MODEL", help="Trained or imported generator.")],
-    data: Annotated[Path, typer.Option("--data", help="Folder of labelled scans.")],
-    labelled: Annotated[int, typer.Option("--labelled", metavar="K", min=1, help="How many labelled ones to use.")],
-    run: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")],
-    unit: Annotated[Unit, typer.Option(help="Whether K counts cases, or slices that show something.")] = Unit.CASE,
-    select: Annotated[Select, typer.Option(help="First by a hash of the name, or spread over clusters.")] = Select.HASH,
+    config: Config,
+    generator: Annotated[
+        str,
+        typer.Option("--generator", metavar="MODEL", help="Trained or imported generator.", callback=existing_model),
+    ],
+    data: LabelledScans,
+    labelled: Annotated[int, typer.Option("--labelled", metavar="K", min=1, help="Number of labelled images to use.")],
+    run: RunFolder,
+    unit: Annotated[Unit, typer.Option(help="Whether K counts cases, or slices that show a class.")] = Unit.CASE,
+    select: Annotated[
+        Select, typer.Option(help="The first by a hash of their names, or one of each cluster.")
+    ] = Select.HASH,
     test: Annotated[bool, typer.Option("--test/--no-test", help="Segment and score the held-out cases.")] = True,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
-    ] = None,
+    overrides: Overrides = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
@@ -46,11 +49,12 @@ def train_pixel_classifier(
     from medseg_diffusion.config.load import load_config
     from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
     from medseg_diffusion.errors import UsageError
-    from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier as train
 
     settings = load_config(config, overrides or [])
     if not isinstance(settings, PixelClassifierConfig):
         raise UsageError(f"{config}: configures a {settings.method}, not pixel classifiers (method: label-efficient)")
+    from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier as train
+
     with progress(quiet) as show:
         result = train(
             settings,
@@ -63,7 +67,7 @@ def train_pixel_classifier(
             test=test,
             device=device,
             seed=seed,
-            on_progress=lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
+            on_progress=count_of(show),
         )
     rows = result.test.table() if result.test is not None else []
     if as_json:

@@ -1,0 +1,47 @@
+"""Options of anomaly detection that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ._options import existing_data
+from ._shared import print_json, print_table
+
+if TYPE_CHECKING:
+    from medseg_diffusion.workflows.anomaly_calibration import CalibratedAnomaly
+
+Healthy = Annotated[Path, typer.Option("--healthy", help="Folder of healthy scans.", callback=existing_data)]
+ExcludeLabelled = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Scans have labelled lesions: leave out slices closer than N to one."),
+]
+LatentQuantile = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Of latent-healing, in its latents; default: the model's.")
+]
+Median = Annotated[int | None, typer.Option(min=1, help="Side of the median filter, odd; default: the model's.")]
+Erosion = Annotated[int | None, typer.Option(min=0, help="Erosion of the foreground in voxels; default: the model's.")]
+MinVolume = Annotated[
+    float | None, typer.Option(min=0.0, metavar="MM3", help="Smallest part of the mask; default: the model's.")
+]
+
+
+def print_calibration(result: CalibratedAnomaly, quiet: bool | None, as_json: bool) -> None:
+    """Print the thresholds of every detector."""
+    rows = [
+        {
+            "method": method,
+            "quantile": scores.quantile,
+            "threshold": scores.automatic,
+            "false positives": scores.rate,
+            "patients": scores.patients,
+        }
+        for method, scores in result.calibration.items()
+    ]
+    if as_json:
+        print_json({"model": result.model, "calibration": rows})
+    elif not quiet:
+        print_table(rows)
+        typer.echo(f"model: {result.model}")

@@ -1,0 +1,98 @@
+"""Options that several commands share. Values are checked without importing torch."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medseg_diffusion.errors import InputError
+
+
+def known_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N, mps")
+    return value
+
+
+def existing_scans(paths: list[Path]) -> list[Path]:
+    """Refuse paths that do not exist, and folders without scans."""
+    from medseg_diffusion.volumes.paths import find_scans
+
+    for path in paths:
+        find_scans(path)
+    return paths
+
+
+def existing_model(name: str | None) -> str | None:
+    """Refuse a model that is neither a folder nor installed."""
+    from medseg_diffusion.models.store import find_model
+
+    if name is not None:
+        find_model(name)
+    return name
+
+
+def existing_data(path: Path | None) -> Path | None:
+    if path is not None and not path.exists():
+        raise InputError(path, "no such file or folder", "a data folder", "check the path")
+    return path
+
+
+class Sampler(StrEnum):
+    """Names of the samplers."""
+
+    DDPM = "ddpm"
+    DDIM = "ddim"
+    DPM_SOLVER = "dpm++"
+
+
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=known_device)]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+Quiet = Annotated[
+    bool | None,
+    typer.Option("--quiet/--verbose", help="Errors only; or details, and progress as lines.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`medseg configs list`) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
+]
+RunFolder = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")]
+LabelledScans = Annotated[Path, typer.Option("--data", help="Folder of labelled scans.", callback=existing_data)]
+Images = Annotated[
+    Path, typer.Option("--data", help="Folder or zip of images, or folder of scans.", callback=existing_data)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop each network after this many training steps.")]
+TimeLimit = Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")]
+Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one a device.")]
+
+Scans = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="SCAN...",
+        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, BMP, DICOM; or folders.",
+        callback=existing_scans,
+    ),
+]
+Volumes = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="SCAN...", help="NIfTI, NRRD, MetaImage, DICOM folders, or folders of them.", callback=existing_scans
+    ),
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")]
+Model = Annotated[
+    str | None,
+    typer.Option("-m", "--model", help="Name or folder; default: the built-in model.", callback=existing_model),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Name or folder of a model.", callback=existing_model)
+]
+Preview = Annotated[bool, typer.Option("--preview", help="Write a preview as PNG.")]
+SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans whose result exists.")]

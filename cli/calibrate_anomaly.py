@@ -1,0 +1,52 @@
+"""`medseg calibrate-anomaly`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._detection import (
+    Erosion,
+    ExcludeLabelled,
+    Healthy,
+    LatentQuantile,
+    Median,
+    MinVolume,
+    print_calibration,
+)
+from ._options import AsJson, Device, ModelArgument, Quiet
+from ._shared import count_of, progress
+
+
+def calibrate_anomaly(
+    model: ModelArgument,
+    healthy: Healthy,
+    output: Annotated[Path, typer.Option("-o", "--output", help="New model folder.")],
+    exclude_labelled: ExcludeLabelled = None,
+    quantile: Annotated[
+        float | None, typer.Option(help="0.975 for 2.5 % of healthy voxels; default: the model's.")
+    ] = None,
+    latent_quantile: LatentQuantile = None,
+    median: Median = None,
+    erosion: Erosion = None,
+    min_volume: MinVolume = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A detector's setting, for instance residual=bright."),
+    ] = None,
+    device: Device = "auto",
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the thresholds of a trained model to healthy scans that it was not trained on."""
+    from medseg_diffusion.models.anomaly import DetectionOptions
+    from medseg_diffusion.workflows.calibrate_anomaly import CalibrationOptions
+    from medseg_diffusion.workflows.calibrate_anomaly import calibrate_anomaly as calibrate
+
+    detection = DetectionOptions(None, latent_quantile, median, erosion, min_volume)
+    options = CalibrationOptions(exclude_labelled, quantile, detection, overrides or ())
+    with progress(quiet) as show:
+        result = calibrate(model, healthy, output, options, device=device, on_prepare=count_of(show))
+    print_calibration(result, quiet, as_json)

@@ -1,0 +1,63 @@
+"""`medseg sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._options import AsJson, Device, ModelArgument, Quiet, Sampler, Seed, existing_model
+from ._shared import print_json, progress
+
+
+def sample(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the images.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 16,
+    sampler: Annotated[Sampler | None, typer.Option(help="Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
+    label: Annotated[
+        int | None, typer.Option("--class", min=0, help="Class of every image; default: cycle through the classes.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.0,
+    classifier: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Noisy classifier that guides the sampling.", callback=existing_model),
+    ] = None,
+    classifier_scale: Annotated[float, typer.Option(min=0.0, help="Strength of the classifier; 0 for none.")] = 1.0,
+    upsampler: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Upsampler that enlarges the images.", callback=existing_model)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sample images from a generator: numbered files and grid.png. Repeat the call to finish an interrupted one."""
+    from medseg_diffusion.models.image_source import SampleOptions
+    from medseg_diffusion.workflows.sample import sample_images
+
+    options = SampleOptions(
+        count=count,
+        sampler=sampler.value if sampler else None,
+        steps=steps,
+        label=label,
+        guidance=guidance,
+        classifier=classifier,
+        classifier_scale=classifier_scale,
+        upsampler=upsampler,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+    )
+    with progress(quiet) as show:
+        paths = sample_images(
+            model, output, options, lambda done, total: show(f"image {done} of {total}", done / max(total, 1))
+        )
+    if as_json:
+        print_json({"images": paths, "grid": output / "grid.png"})
+    elif not quiet:
+        typer.echo(f"{len(paths)} images: {output}")
+        typer.echo(f"grid: {output / 'grid.png'}")

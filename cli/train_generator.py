@@ -1,0 +1,87 @@
+"""`medseg train-generator`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from ._options import (
+    AsJson,
+    Config,
+    Device,
+    Gpus,
+    Images,
+    MaxSteps,
+    Overrides,
+    Quiet,
+    Resume,
+    RunFolder,
+    Seed,
+    TimeLimit,
+    existing_model,
+)
+from ._shared import count_of, print_model, progress, step_of, warnings_at_once
+
+
+class Stage(StrEnum):
+    """Stages of a latent generator."""
+
+    ALL = "all"
+    AUTOENCODER = "autoencoder"
+
+
+def train_generator(
+    config: Config,
+    data: Images,
+    run: RunFolder,
+    overrides: Overrides = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Trained autoencoder of a latent model; default: train one first.",
+            callback=existing_model,
+        ),
+    ] = None,
+    stage: Annotated[Stage, typer.Option(help="Of a latent model: both stages, or only the first.")] = Stage.ALL,
+    resume: Resume = False,
+    max_steps: MaxSteps = None,
+    time_limit: TimeLimit = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download the weights of LPIPS if missing.")] = False,
+    gpus: Gpus = 1,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a pixel or latent generator, an upsampler, an autoencoder or a noisy classifier on images."""
+    from medseg_diffusion.config.load import load_image_config
+    from medseg_diffusion.training.launch import launch, launched
+
+    settings = load_image_config(config, overrides or [])
+    if gpus > 1 and not launched():
+        raise typer.Exit(launch(sys.argv, gpus))
+    from medseg_diffusion.workflows.train_generator import train_generator as train
+
+    with progress(quiet) as show, warnings_at_once():
+        model = train(
+            settings,
+            data,
+            run,
+            autoencoder=autoencoder,
+            stage=stage.value,
+            resume=resume,
+            max_steps=max_steps,
+            time_limit_min=time_limit,
+            device=device,
+            seed=seed,
+            skip_broken=skip_broken,
+            download=download,
+            on_progress=step_of(show),
+            on_prepare=count_of(show),
+        )
+    print_model(model, quiet, as_json)

@@ -1,0 +1,71 @@
+"""`medseg train-segmenter`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ._options import (
+    AsJson,
+    Config,
+    Device,
+    Gpus,
+    LabelledScans,
+    MaxSteps,
+    Overrides,
+    Quiet,
+    Resume,
+    RunFolder,
+    Seed,
+    TimeLimit,
+    existing_model,
+)
+from ._shared import count_of, print_model, progress, step_of
+
+
+def train_segmenter(
+    config: Config,
+    data: LabelledScans,
+    run: RunFolder,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init", metavar="MODEL", help="Start from the weights of this trained model.", callback=existing_model
+        ),
+    ] = None,
+    max_steps: MaxSteps = None,
+    time_limit: TimeLimit = None,
+    gpus: Gpus = 1,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a segmentation model on labelled scans."""
+    from medseg_diffusion.config.load import load_segmenter_config
+    from medseg_diffusion.training.launch import launch, launched
+
+    settings = load_segmenter_config(config, overrides or [])
+    if gpus > 1 and not launched():
+        raise typer.Exit(launch(sys.argv, gpus))
+    from medseg_diffusion.workflows.train_segmenter import train_segmenter as train
+
+    with progress(quiet) as show:
+        model = train(
+            settings,
+            data,
+            run,
+            resume=resume,
+            init=init,
+            max_steps=max_steps,
+            time_limit_min=time_limit,
+            device=device,
+            seed=seed,
+            on_progress=step_of(show),
+            on_prepare=count_of(show),
+        )
+    print_model(model, quiet, as_json)

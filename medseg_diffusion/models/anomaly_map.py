@@ -1,0 +1,185 @@
+"""A scan to its anomaly map: onto the model's grid, scored by a detector, back to the scan, and filtered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+
+from medseg_diffusion import build
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.data.healthy import require_usable
+from medseg_diffusion.device import autocast
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.methods.detector import Detector
+from medseg_diffusion.methods.healthy_scores import scan_score
+from medseg_diffusion.volumes.fitting import fitted, unfitted
+from medseg_diffusion.volumes.foreground import scan_foreground
+from medseg_diffusion.volumes.preprocessing import Placement
+from medseg_diffusion.volumes.volume import Volume
+
+from .generator import Generator
+
+BATCH = 16
+"""Slices that are scored at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnomalyMap:
+    """A scored scan, on its own grid (I, J, K).
+
+    Attributes:
+        score: float32, 0 or above; 0 outside the foreground.
+        foreground: bool, where scores count: `scan_foreground`, eroded if the model says so.
+        scan_score: of the whole scan (`medseg_diffusion.methods.healthy_scores.scan_score`).
+        evaluations: of the networks that see noise, denoiser and classifier, one a slice and call.
+    """
+
+    score: Tensor
+    foreground: Tensor
+    scan_score: float
+    evaluations: int
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The scores within the foreground, (n,)."""
+        return cast(NDArray[np.float32], self.score[self.foreground].numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class OnGrid:
+    """A scan as a generator sees it.
+
+    Attributes:
+        images: (N, C, *size) in [-1, 1]: its slices, or the volume.
+        inside: (N, 1, *size) float, 1 in the foreground.
+        image: (C, I, J, K) on the model's grid.
+        foreground: bool (I, J, K) on the model's grid.
+        native: bool, the same on the scan's own grid.
+        placement: the way back to the scan.
+    """
+
+    images: Tensor
+    inside: Tensor
+    image: Tensor
+    foreground: Tensor
+    native: Tensor
+    placement: Placement
+
+
+def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
+    """Brings a scan to the generator's grid.
+
+    Raises:
+        InputError: a scan of another modality, without foreground, or much smaller or larger than the volumes that the
+            generator makes.
+    """
+    size = config.generator.data.shape
+    image, placement = build.image_preprocessing(config.generator.preprocessing, size).apply(volume)
+    require_usable(volume, placement.shape, size, config.modality)
+    native = scan_foreground(volume, config.generator.preprocessing.orientation)
+    head = placement.forward(native[None].float())[0] > 0.5
+    if config.postprocessing.erosion:
+        head = _eroded(head, config.postprocessing.erosion, planes=len(size) == 2)
+        native = native & (placement.restore(head[None].float())[0] > 0.5)
+    if not head.any() or not native.any():
+        raise InputError(volume.source, "no foreground", "a scan that shows something", "check the scan")
+    stack = image[None] if len(size) == 3 else image.movedim(-1, 0)
+    inside = head[None, None].float() if len(size) == 3 else head.movedim(-1, 0)[:, None].float()
+    images = fitted(stack.clamp(-1, 1), size).expand(-1, config.generator.data.channels, *[-1] * len(size))
+    return OnGrid(images, fitted(inside, size, fill=0.0), image, head, native, placement)
+
+
+def scored(
+    detector: Detector,
+    config: AnomalyConfig,
+    grid: OnGrid,
+    seed: int,
+    device: torch.device,
+    networks: Sequence[nn.Module] = (),
+    only: Tensor | None = None,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> AnomalyMap:
+    """A scan to its final map: detector, back to the scan's grid, post-processing, foreground.
+
+    Args:
+        detector: of ``config``.
+        config: of the model.
+        grid: the scan.
+        seed: of all randomness.
+        device: of the detector.
+        networks: those whose calls are counted.
+        only: bool (N,), which images are scored; the others have 0.
+        on_progress: called with the share done.
+    """
+    wanted = grid.inside.flatten(1).any(1)  # slices of air have nothing to score
+    shown = (wanted if only is None else wanted & only).nonzero().flatten()
+    maps = torch.zeros_like(grid.inside)
+    with counted(networks) as calls:
+        for part in shown.split(BATCH) if len(shown) else ():
+            seeds = [derive_seed(seed, "slice", k) for k in part.tolist()]
+            with autocast(device, config.generator.training.precision):
+                maps[part] = detector.score(grid.images[part].to(device), seeds).float().cpu()
+            on_progress(float(part[-1] + 1) / len(maps))
+    back = unfitted(maps, _plane(grid.image, len(config.generator.data.shape)))
+    score = back[0, 0] if len(config.generator.data.shape) == 3 else back[:, 0].movedim(0, -1)
+    score = filtered(score, config)
+    native = grid.placement.restore((score * grid.foreground)[None])[0].clamp(min=0) * grid.native
+    return AnomalyMap(native, grid.native, scan_score(native[grid.native].numpy()), sum(calls))
+
+
+def noise_networks(generator: Generator, classifier: nn.Module | None) -> list[nn.Module]:
+    """The networks whose calls are the cost of a method: the denoiser's and the noisy classifier."""
+    return [generator.task.denoiser.network, *([] if classifier is None else [classifier])]
+
+
+@contextmanager
+def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Inside, every call of ``networks`` adds the size of its batch to the list."""
+    calls: list[int] = []
+    handles = [net.register_forward_hook(lambda net, inputs, out: calls.append(len(inputs[0]))) for net in networks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mask_of(found: AnomalyMap, threshold: float, voxel_mm3: float, min_volume_mm3: float = 0.0) -> Tensor:
+    """Where the map is above ``threshold``, bool (I, J, K), without connected parts (corners) below a volume."""
+    mask = (found.score > threshold) & found.foreground
+    if min_volume_mm3 <= 0 or not mask.any():
+        return mask
+    parts, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3, 3)))
+    large = np.bincount(parts.ravel(), minlength=count + 1) * voxel_mm3 >= min_volume_mm3
+    large[0] = False
+    return torch.from_numpy(large[parts])
+
+
+def _plane(image: Tensor, dims: int) -> Sequence[int]:
+    return image.shape[1:] if dims == 3 else image.shape[1:3]
+
+
+def filtered(score: Tensor, config: AnomalyConfig) -> Tensor:
+    """A map (I, J, K) after the median filter of ``config``: in the slices' planes, or in 3D as its generator."""
+    side = config.postprocessing.median
+    if side == 1:
+        return score
+    size = (side, side, 1 if len(config.generator.data.shape) == 2 else side)
+    return torch.from_numpy(ndimage.median_filter(score.numpy(), size))
+
+
+def _eroded(mask: Tensor, voxels: int, planes: bool) -> Tensor:
+    structure = ndimage.generate_binary_structure(3, 1)
+    if planes:
+        structure[..., [0, 2]] = False
+    # The image's border is no outline: a crop from inside a body keeps it.
+    return torch.from_numpy(ndimage.binary_erosion(mask.numpy(), structure, voxels, border_value=1))

@@ -1,0 +1,97 @@
+"""The card of a model: the entries of model.json that all models share, and README.md, which is rendered from it."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel
+
+TEMPLATES = {
+    "mask": "model_card.md.j2",
+    "label-efficient": "pixel_classifier_card.md.j2",
+    "anomaly": "anomaly_card.md.j2",
+    "image": "generator_card.md.j2",
+    "image-autoencoder": "generator_card.md.j2",
+    "image-classifier": "generator_card.md.j2",
+}
+"""By method, else by task."""
+
+
+def common_entries(
+    config: BaseModel,
+    *,
+    task: str,
+    method: str,
+    dims: int,
+    channels: Sequence[str],
+    labels: Mapping[int, str],
+    training: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The entries that every trained model's card has.
+
+    Args:
+        config: what the model was trained with.
+        task: what the model makes: mask, image, image-autoencoder, image-classifier or anomaly.
+        method: the published method.
+        dims: 2 or 3.
+        channels: names of the input's channels.
+        labels: label value to class name.
+        training: seed, step and data of the training.
+        metrics: split to named numbers.
+    """
+    return {
+        "task": task,
+        "method": method,
+        "dims": dims,
+        "labels": {str(value): name for value, name in labels.items()},
+        "channels": list(channels),
+        "config": config.model_dump(mode="json"),
+        "training": dict(training),
+        "metrics": dict(metrics),
+        "licence": "see the training data",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the software that made a model."""
+    packages = ("medseg-diffusion", "torch", "monai")
+    return {**{name: version(name) for name in packages}, "python": platform.python_version()}
+
+
+def template_of(card: Mapping[str, Any]) -> str | None:
+    """The template of a card; None for an imported model, of which no more is known than its file."""
+    return TEMPLATES.get(card["method"]) or TEMPLATES.get(card["task"])
+
+
+def render_card(card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = "") -> str:
+    """The model card in Markdown.
+
+    Args:
+        card: the content of model.json.
+        name: title; empty for that of the kind of model.
+        command: how the model was trained.
+        data: credit and terms of the training data.
+        notes: what the model is for and what it is not.
+
+    Raises:
+        KeyError: an imported model (`template_of`).
+    """
+    template = template_of(card)
+    if template is None:
+        raise KeyError(card["task"])
+    environment = Environment(
+        loader=PackageLoader("medseg_diffusion.reports"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # Markdown, not HTML
+    )
+    environment.filters["exp"] = math.exp
+    return environment.get_template(template).render(card=card, name=name, command=command, data=data, notes=notes)

@@ -1,0 +1,75 @@
+"""Model cards to typed configurations, and stored weights into networks; whatever does not fit is one `ModelError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.imported import AutoencoderConfig, ClassifierConfig, DenoiserConfig
+from medseg_diffusion.config.load import parse_config
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.errors import ModelError, UsageError
+
+from .store import SavedModel
+
+Config = TypeVar("Config", bound=BaseModel)
+
+KINDS: dict[type[BaseModel], tuple[str, str]] = {
+    SegmenterConfig: ("a segmenter", "train-segmenter"),
+    PixelClassifierConfig: ("a pixel classifier", "train-pixel-classifier"),
+    GeneratorConfig: ("a generator", "train-generator"),
+    ImageAutoencoderConfig: ("an autoencoder", "train-generator"),
+    NoisyClassifierConfig: ("a noisy classifier", "train-generator"),
+    AnomalyConfig: ("an anomaly model", "train-anomaly"),
+    DenoiserConfig: ("an imported denoiser", "models import"),
+    ClassifierConfig: ("an imported classifier", "models import"),
+    AutoencoderConfig: ("an imported autoencoder", "models import"),
+}
+"""What a configuration describes, and the command that makes such a model."""
+
+
+def typed_config(saved: SavedModel, kind: type[Config]) -> Config:
+    """The configuration of a model's card.
+
+    Raises:
+        ModelError: the card describes another kind of model, or one of another version.
+    """
+    what, command = KINDS[kind]
+    with usable(saved, kind):
+        content = saved.card["config"]
+        if "method" not in kind.model_fields:  # imported models have no configuration of ours
+            return kind.model_validate(content)
+        config = parse_config(content, str(saved.path / "model.json"))
+    if not isinstance(config, kind):
+        raise ModelError(f"{saved.path}: a {config.method}, not {what}; use a model made by {command}")
+    return config
+
+
+@contextmanager
+def usable(saved: SavedModel, kind: type[BaseModel]) -> Iterator[None]:
+    """A block in which card and weights are used; what is missing or does not fit becomes a `ModelError`."""
+    what, command = KINDS[kind]
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:  # pydantic's errors are ValueErrors
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{saved.path}: not {what} of this version ({reason}); use a model made by {command}"
+        ) from error
+
+
+def ready(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """``module`` with these weights, in evaluation mode, without gradients.
+
+    Raises:
+        RuntimeError: the weights do not fit.
+    """
+    module.load_state_dict(cast("dict[str, Tensor]", weights))
+    return module.requires_grad_(False).eval()

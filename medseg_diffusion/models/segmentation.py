@@ -1,0 +1,304 @@
+"""Members of an ensemble to one segmentation on the scan's own grid, whatever model made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.config.shared import InferenceSection
+from medseg_diffusion.device import Precision, autocast_dtype
+from medseg_diffusion.errors import ModelError
+from medseg_diffusion.methods.calibration import Calibration
+from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
+from medseg_diffusion.methods.segment import Segmenter, segment
+from medseg_diffusion.methods.shape_prior import ShapePrior
+from medseg_diffusion.methods.windows import Windows
+from medseg_diffusion.sampling.loop import Sampler
+from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.volume import Volume
+
+from .store import SavedModel
+
+PROBABILITIES_AT_ONCE = 2**28
+"""Values of all members that are held together: 1 GB. Of a large scan fewer members, or fewer slices, are held."""
+
+Quality = Literal["usual", "check"]
+
+
+@dataclass(frozen=True)
+class EnsembleOptions:
+    """How many masks are sampled and how they become one; None takes the model's default.
+
+    Attributes:
+        ensemble: number of sampled masks.
+        steps: denoiser calls per sample.
+        sampler: "ddpm", "ddim" or "dpm++".
+        fusion: "mean", "majority" or "staple" (`Ensemble.fuse`).
+        uncertainty: kind of the uncertainty map (`Ensemble.uncertainty`).
+    """
+
+    ensemble: int | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    fusion: Fusion = "mean"
+    uncertainty: Uncertainty = "entropy"
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A segmented scan in memory, on the scan's own grid (I, J, K).
+
+    Attributes:
+        labels: (I, J, K) uint8 or int32 class values.
+        probabilities: (K, I, J, K') class probabilities.
+        uncertainty: (I, J, K) of the kind that was asked for.
+        members: (N, *S) labels of every member on the model's grid.
+        volumes_ml: class name to volume, without background.
+        members_ml: class name to the smallest and largest volume of the members; empty for one member.
+        intervals_ml: class name to an interval that holds the reference's volume in a share ``level`` of scans like the
+            model's validation cases (`methods.calibration`); empty where the model was not calibrated with these
+            options.
+        level: 0.95, or less for few validation cases; None without intervals.
+        agreement: class name to the mean Dice of pairs of members; empty for one member.
+        quality: "check" where the members agree less than on 95 of 100 validation cases of the model, else "usual";
+            None where the model was not calibrated with these options.
+        disagreement: of the members, one number for the scan (`Ensemble.disagreement`); None for one member.
+    """
+
+    labels: Tensor
+    probabilities: Tensor
+    uncertainty: Tensor
+    members: Tensor
+    volumes_ml: dict[str, float]
+    members_ml: dict[str, tuple[float, float]]
+    intervals_ml: dict[str, tuple[float, float]]
+    level: float | None
+    agreement: dict[str, float]
+    quality: Quality | None
+    disagreement: float | None
+
+
+class SegmentationModel(Protocol):
+    """What segments scans, loaded once for many of them: `MaskSegmenter` or `PixelSegmenter`.
+
+    Attributes:
+        saved: the model directory.
+        device: where it computes.
+        dims: 2 for slices, 3 for volumes.
+        channels: of the scans.
+        labels: label value to class name, background 0 included.
+        preprocessing: of the scans.
+        inference: the model's defaults.
+        ensemble: members per scan.
+        sampler_name: update rule of the samples; empty where nothing is sampled.
+        num_steps: denoiser calls per sample; 1 where nothing is sampled.
+        merge_labels: whether the model was trained on references whose labels above 0 were made one class.
+        aggregation: how members become one segmentation.
+        notes: what users should know of the options that they chose, one sentence each.
+    """
+
+    saved: SavedModel
+    device: torch.device
+    dims: int
+    channels: int
+    labels: dict[int, str]
+    preprocessing: Preprocessing
+    inference: InferenceSection
+    ensemble: int
+    sampler_name: str
+    num_steps: int
+    merge_labels: bool
+    aggregation: Aggregation
+    notes: list[str]
+
+    @property
+    def config(self) -> SegmenterConfig | PixelClassifierConfig:
+        """What it was trained with."""
+        ...
+
+    @property
+    def samples_masks(self) -> bool:
+        """Whether masks are sampled, so that sampler, steps and ensemble can be chosen."""
+        ...
+
+    def sample(
+        self, volume: Volume, seed: int, on_progress: Callable[[float], None] = ...
+    ) -> tuple[Ensemble, Placement]:
+        """The ensemble on the model's grid, on the CPU, and the way back to the scan."""
+        ...
+
+    def segment(self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = ...) -> Segmentation:
+        """Segments a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregation:
+    """How the members of an ensemble become one segmentation.
+
+    Attributes:
+        labels: label value to class name.
+        fusion: how the members' masks become one.
+        uncertainty: kind of the uncertainty map.
+        largest_part: keep the largest connected part of the foreground alone.
+        prior: shape to which the foreground is restricted, or None.
+        prior_mm: how far the foreground may lie outside of it.
+        calibration: of the model with these options, or None.
+    """
+
+    labels: dict[int, str]
+    fusion: Fusion = "mean"
+    uncertainty: Uncertainty = "entropy"
+    largest_part: bool = False
+    prior: ShapePrior | None = None
+    prior_mm: float | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def outside(self) -> list[float]:
+        """Class probabilities of what the model did not see: certain background."""
+        return [1.0] + [0.0] * (len(self.labels) - 1)
+
+    @property
+    def foreground(self) -> dict[int, str]:
+        """The classes without background."""
+        return {value: name for value, name in self.labels.items() if value}
+
+    def combine(self, ensemble: Ensemble, placement: Placement) -> Segmentation:
+        """One segmentation on the scan's grid. Probabilities, never labels, are mapped back to it."""
+        if (near := self._near_the_shape(ensemble, placement)) is not None:
+            ensemble = ensemble.within(near)
+        mean = placement.restore(ensemble.mean, self.outside)
+        scores = mean if self.fusion == "mean" else placement.restore(ensemble.fuse(self.fusion), self.outside)
+        labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
+        if self.largest_part:
+            dropped = (labels > 0) & ~largest_part(labels)
+            labels[dropped] = 0
+            mean[:, dropped] = torch.tensor(self.outside)[:, None]
+            # The numbers that follow describe what is left.
+            coarse = ensemble.mean.argmax(0)
+            ensemble = ensemble.within((coarse == 0) | largest_part(coarse))
+        counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels))
+        voxel_ml = _voxel_ml(placement.native_affine)
+        volumes = {name: float(counts[value] * voxel_ml) for value, name in self.foreground.items()}
+        position_ml = _voxel_ml(placement.affine)
+        intervals = self._intervals(volumes, position_ml)
+        if self.calibration is not None:  # it changes no label, so it may come after the largest class was taken
+            mean = tempered(mean, self.calibration.temperature(len(ensemble)))
+        kind, several = self.uncertainty, len(ensemble) > 1
+        uncertain = entropy(mean) if kind == "entropy" else placement.restore(ensemble.uncertainty(kind)[None])[0]
+        agreement = self._agreement(ensemble) if several else {}
+        return Segmentation(
+            labels=labels,
+            probabilities=mean,
+            uncertainty=uncertain,
+            members=ensemble.labels,
+            volumes_ml=volumes,
+            members_ml=self._ranges(ensemble, position_ml) if several else {},
+            intervals_ml=intervals,
+            level=self.calibration.level if self.calibration is not None and intervals else None,
+            agreement=agreement,
+            quality=self._quality(agreement),
+            disagreement=ensemble.disagreement if several else None,
+        )
+
+    def members_on_scan(self, segmentation: Segmentation, placement: Placement) -> Tensor:
+        """Masks of all members on the scan's grid, (N, I, J, K) of the type of ``segmentation.labels``."""
+        classes = len(self.labels)
+        masks = [
+            placement.restore(F.one_hot(member.long(), classes).movedim(-1, 0).float(), self.outside).argmax(0)
+            for member in segmentation.members
+        ]
+        return torch.stack(masks).to(segmentation.labels.dtype)
+
+    def _near_the_shape(self, ensemble: Ensemble, placement: Placement) -> Tensor | None:
+        if self.prior is None or self.prior_mm is None:
+            return None
+        return self.prior.near(ensemble.mean.argmax(0) > 0, placement.spacing, self.prior_mm)
+
+    def _intervals(self, volumes_ml: dict[str, float], position_ml: float) -> dict[str, tuple[float, float]]:
+        calibration = self.calibration
+        if calibration is None or not calibration.volume_errors:
+            return {}
+        return {
+            name: calibration.volume_interval(value, volumes_ml[name], position_ml)
+            for value, name in self.foreground.items()
+        }
+
+    def _ranges(self, ensemble: Ensemble, position_ml: float) -> dict[str, tuple[float, float]]:
+        volumes = ensemble.volumes_ml(1000 * position_ml)
+        low, high = volumes.min(0).values, volumes.max(0).values
+        return {name: (float(low[value]), float(high[value])) for value, name in self.foreground.items()}
+
+    def _agreement(self, ensemble: Ensemble) -> dict[str, float]:
+        dice = ensemble.pairwise_dice()
+        return {name: float(dice[value - 1]) for value, name in self.foreground.items()}
+
+    def _quality(self, agreement: dict[str, float]) -> Quality | None:
+        if self.calibration is None or self.calibration.agreement is None or not agreement:
+            return None
+        defined = [dice for dice in agreement.values() if dice == dice]
+        if not defined:  # the mask of every member is empty: they agree
+            return "usual"
+        return "usual" if sum(defined) / len(defined) >= self.calibration.agreement else "check"
+
+
+def stored_calibration(saved: SavedModel) -> Calibration | None:
+    """The calibration in a model's card.
+
+    Raises:
+        ModelError: one of another version.
+    """
+    content = saved.card.get("calibration")
+    if content is None:
+        return None
+    try:
+        return Calibration(**content)
+    except TypeError as error:
+        raise ModelError(f"{saved.path}: its calibration is of another version; train it again") from error
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way through an image: what is sampled how, in which windows, and with which arithmetic."""
+
+    sampler: Sampler
+    times: Sequence[int]
+    windows: Windows
+    dims: int
+    precision: Precision
+
+    def members(
+        self, model: Segmenter, image: Tensor, seeds: Sequence[int], device: torch.device, on_batch: Callable[[], None]
+    ) -> Tensor:
+        """Class probabilities (N, K, I, J, K') of ``image`` (C, I, J, K') for N seeds, float32 on the CPU."""
+        dtype = autocast_dtype(device, self.precision)
+        context: Any = torch.autocast(device.type, dtype) if dtype else nullcontext()
+        with torch.no_grad(), context:
+            found = segment(model, image.to(device), seeds, self.sampler, self.times, self.windows, self.dims, on_batch)
+        return found.float().cpu()
+
+
+def counter(total: int, on_progress: Callable[[float], None]) -> Callable[[], None]:
+    """A function that counts its calls and reports their share of ``total``."""
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_progress(min(1.0, done / total))
+
+    return count
+
+
+def _voxel_ml(affine: np.ndarray) -> float:
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000

@@ -1,0 +1,159 @@
+"""Segmenters whose masks are sampled by a diffusion model, or made in one pass by the feed-forward baseline."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import cast
+
+import torch
+
+from medseg_diffusion import build
+from medseg_diffusion.build import SHAPE_PRIOR, Segmenter
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.device import with_memory_format
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.methods.calibration import Calibration
+from medseg_diffusion.methods.ensemble import Ensemble
+from medseg_diffusion.methods.shape_prior import ShapePrior
+from medseg_diffusion.methods.windows import Windows, count_batches
+from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.volumes.preprocessing import Placement
+from medseg_diffusion.volumes.volume import Volume
+
+from .restore import ready, typed_config, usable
+from .segmentation import (
+    PROBABILITIES_AT_ONCE,
+    Aggregation,
+    EnsembleOptions,
+    Pass,
+    Segmentation,
+    counter,
+    stored_calibration,
+)
+from .store import SavedModel
+
+MEMBERS_AT_ONCE = 10
+"""Members of an ensemble for which the image is encoded once and whose probabilities are held together."""
+
+
+class MaskSegmenter:
+    """A trained mask-diffusion model or feed-forward baseline (`SegmentationModel`).
+
+    Args:
+        saved: the model directory.
+        device: where to compute.
+        options: of the ensemble; None takes the model's defaults.
+
+    Raises:
+        ModelError: not a segmenter of this version.
+        UsageError: an unknown sampler, or options of sampling for a model that samples nothing.
+    """
+
+    def __init__(self, saved: SavedModel, device: torch.device, options: EnsembleOptions = EnsembleOptions()) -> None:
+        self.saved, self.device = saved, device
+        self.model, self.config = restore_segmenter(saved)
+        with_memory_format(self.model.to(device).network, self.config.training.channels_last)
+        self.inference = self.config.inference
+        self.dims: int = self.config.network.dims
+        self.channels, self.merge_labels = self.config.data.channels, self.config.data.merge_labels
+        self.preprocessing = build.preprocessing(self.config.preprocessing)
+        self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
+        self.notes: list[str] = []
+        self.ensemble = options.ensemble or self.inference.ensemble
+        if not self.samples_masks:
+            self._require_no_sampling(options)
+        self.sampler_name = options.sampler or self.inference.sampler
+        self.times = self._times(options.steps or self.inference.steps)
+        self.num_steps = len(self.times) - 1
+        self.way = Pass(
+            build.sampler(self.sampler_name),
+            self.times,
+            Windows(self.inference.window, self.inference.overlap),
+            self.dims,
+            self.config.training.precision,
+        )
+        self.aggregation = Aggregation(
+            self.labels,
+            options.fusion,
+            options.uncertainty,
+            self.inference.largest_part,
+            shape_prior(saved),
+            self.inference.shape_prior_mm,
+            self._calibration(),
+        )
+
+    @property
+    def samples_masks(self) -> bool:
+        return self.config.method != "baseline"
+
+    def sample(
+        self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
+    ) -> tuple[Ensemble, Placement]:
+        image, placement = self.preprocessing.apply(volume)
+        seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
+        # As many members at once as memory holds: the image is encoded once for them.
+        count = PROBABILITIES_AT_ONCE // (len(self.labels) * image[0].numel())
+        count = min(MEMBERS_AT_ONCE, max(1, count))
+        parts = [seeds[i : i + count] for i in range(0, len(seeds), count)]
+        shape, windows = image.shape, self.way.windows
+        batches = sum(count_batches(shape, windows, self.dims, len(part), self.device) for part in parts)
+        on_batch = counter(batches, on_progress)
+        image = image.to(self.device)
+        ensemble = Ensemble.of(self.way.members(self.model, image, parts[0], self.device, on_batch))
+        for part in parts[1:]:
+            ensemble = ensemble.add(self.way.members(self.model, image, part, self.device, on_batch))
+        return ensemble, placement
+
+    def segment(
+        self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
+    ) -> Segmentation:
+        return self.aggregation.combine(*self.sample(volume, seed, on_progress))
+
+    def _times(self, steps: int) -> list[int]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            times = spaced(build.noise_schedule(self.config.diffusion.schedule), steps)
+        self.notes += [str(warning.message) for warning in caught]
+        return times
+
+    def _require_no_sampling(self, options: EnsembleOptions) -> None:
+        if (options.steps, options.sampler) != (None, None):
+            raise UsageError(f"{self.saved.path}: is feed-forward: leave --steps and --sampler out")
+        if (options.ensemble or 1) > 1:
+            self.notes.append("a feed-forward model has one mask, whatever the ensemble")
+            self.ensemble = 1
+
+    def _calibration(self) -> Calibration | None:
+        """The model's calibration, if it was made with this sampler and as many steps."""
+        calibration = stored_calibration(self.saved)
+        if calibration is None or not self.samples_masks:
+            return calibration
+        if (calibration.sampler, calibration.steps) == (self.sampler_name, self.num_steps):
+            return calibration
+        self.notes.append(
+            f"probabilities are not calibrated: the model's calibration is for {calibration.sampler} with "
+            f"{calibration.steps} steps"
+        )
+        return None
+
+
+def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
+    """The trained mask-diffusion model or baseline of a model directory, on the CPU, and its configuration.
+
+    Raises:
+        ModelError: a card or weights that do not describe such a segmenter of this version.
+    """
+    config = typed_config(saved, SegmenterConfig)
+    with usable(saved, SegmenterConfig):
+        model = build.segmenter(config, len(saved.card["labels"]))
+        weights = {name: value for name, value in saved.weights.items() if name != SHAPE_PRIOR}
+        return cast(Segmenter, ready(model, weights)), config
+
+
+def shape_prior(saved: SavedModel) -> ShapePrior | None:
+    """The shape prior of a model directory, None if it has none."""
+    if SHAPE_PRIOR not in saved.weights:
+        return None
+    return ShapePrior(saved.weights[SHAPE_PRIOR].float() / 255, float(saved.card[SHAPE_PRIOR]["spacing_mm"]))

@@ -1,0 +1,107 @@
+"""What the commands write for a scan: one table of file endings, the paths they give, and what must not collide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from medseg_diffusion.errors import UsageError
+
+from .paths import SUFFIXES, is_image, scan_name, suffix_of
+
+Outputs = dict[str, Path]
+"""Kind of an output to its file."""
+
+SEGMENTATION = {
+    "segmentation": "_seg.nii.gz",
+    "probabilities": "_prob.nii.gz",
+    "uncertainty": "_uncertainty.nii.gz",
+    "members": "_members.nii.gz",
+    "pseudo-labels": "_pseudo.nii.gz",
+    "preview": "_preview.png",
+    "statistics": "_statistics.json",
+}
+"""Of `medseg segment`; the segmentation of an image file is a PNG."""
+ANOMALY = {
+    "mask": "_anomaly_mask.nii.gz",
+    "map": "_anomaly.nii.gz",
+    "foreground": "_anomaly_foreground.nii.gz",
+    "scores": "_anomaly.json",
+    "preview": "_anomaly_preview.png",
+}
+"""Of `medseg anomaly`."""
+
+
+def segmentation_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
+    """The files of a segmented scan, beside it, in the folder ``output``, or beside the file ``output``.
+
+    Args:
+        scan: the scan.
+        output: file of the mask, a folder, or None for the scan's own folder.
+        count: number of scans in the call.
+
+    Raises:
+        UsageError: a file for several scans, or one of a format in which the mask is not written.
+    """
+    if not _is_file(output, count):
+        ending = "_seg.png" if is_image(scan) else SEGMENTATION["segmentation"]
+        return {**_beside(scan, output, SEGMENTATION), "segmentation": _named(scan, output, ending)}
+    assert output is not None
+    if is_image(output) and not (is_image(scan) and suffix_of(output) == ".png"):
+        formats = ".png or .nii.gz" if is_image(scan) else ".nii.gz"
+        raise UsageError(f"-o {output}: the mask of {scan.name} is not written as {suffix_of(output)}; use {formats}")
+    base = output.parent / scan_name(output).removesuffix("_seg")
+    return {**_ended(base, SEGMENTATION), "segmentation": output}
+
+
+def anomaly_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
+    """The files of a scored scan; ``output`` is the file of the map, a folder, or None for the scan's own folder.
+
+    Raises:
+        UsageError: a file for several scans.
+    """
+    if not _is_file(output, count):
+        return _beside(scan, output, ANOMALY)
+    assert output is not None
+    base = output.parent / scan_name(output).removesuffix("_anomaly")
+    return {**_ended(base, ANOMALY), "map": output}
+
+
+def labelled_outputs(scan: Path, folder: Path) -> Outputs:
+    """The files of a scan in a labelled folder: images/NAME.nii.gz and labels/NAME.nii.gz."""
+    return {kind: folder / kind / f"{scan_name(scan)}.nii.gz" for kind in ("labels", "images")}
+
+
+def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
+    """UsageError if a result would overwrite a scan or another result; ``outputs`` are the files of each scan."""
+    owners: dict[Path, Path] = {}
+    for scan, files in outputs.items():
+        targets = [path.absolute() for path in files.values()]
+        if scan.absolute() in targets:
+            raise UsageError(f"{scan}: the result would overwrite the scan; give -o another name")
+        # Of an image and a volume of one name the masks differ in suffix; the maps do not.
+        for target in targets:
+            if target in owners:
+                raise UsageError(f"{owners[target]} and {scan} would both be written to {target}; segment them apart")
+            owners[target] = scan
+
+
+def _is_file(output: Path | None, count: int) -> bool:
+    """Whether ``output`` names a file, which can only be that of a single scan."""
+    if output is None or not output.name.lower().endswith(SUFFIXES):
+        return False
+    if count > 1:
+        raise UsageError(f"-o {output} is a file, but there are {count} scans; give a folder")
+    return True
+
+
+def _named(scan: Path, folder: Path | None, ending: str) -> Path:
+    return (scan.parent if folder is None else folder) / f"{scan_name(scan)}{ending}"
+
+
+def _beside(scan: Path, folder: Path | None, endings: Mapping[str, str]) -> Outputs:
+    return {kind: _named(scan, folder, ending) for kind, ending in endings.items()}
+
+
+def _ended(base: Path, endings: Mapping[str, str]) -> Outputs:
+    return {kind: base.with_name(f"{base.name}{ending}") for kind, ending in endings.items()}

@@ -1,0 +1,162 @@
+"""The first stage of a latent generator: the autoencoder of images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from medseg_diffusion import build
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig
+from medseg_diffusion.config.load import load_config, parse_config
+from medseg_diffusion.data.image_cache import ImageExamples
+from medseg_diffusion.device import with_memory_format
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.store import SavedModel
+from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
+from medseg_diffusion.training.autoencoder import AutoencoderTraining, LossWeights, Perceptual, standardise
+from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.perceptual import perceptual_loss
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import Callbacks
+
+from .image_stage import ImageSourceOptions, image_card, mean_loss, prepare_images, validation_batches, write_pictures
+
+BATCH = 16
+"""Images that are encoded together, in validation and for the scale of latents."""
+SCALE_BATCHES = 64
+"""Batches over which mean and deviation of latents are estimated."""
+PICTURES = 16
+
+
+def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions, job: Job) -> Path:
+    """Trains an autoencoder of images and returns the model directory.
+
+    Raises:
+        InputError: unusable data.
+        ModelError: no weights for LPIPS where the configuration demands it.
+    """
+    runtime = Runtime(job.device, config.training.precision)
+    section = config.loss
+    perceptual, name, fingerprints = perceptual_loss(
+        section.perceptual,
+        section.lpips_backbone,
+        config.data.channels,
+        runtime.device,
+        len(config.data.shape),
+        download=source.download,
+    )
+    images = prepare_images(config, source, job, runtime)
+    if section.perceptual == "auto" and name != "lpips":
+        warnings.warn(f"LPIPS has no weights here; training with {name} instead", stacklevel=2)
+    job.seed_weights()
+    model = _training(config, perceptual)
+    examples = ImageExamples(images, images.epoch, config.data.flip)
+    batches = validation_batches(ImageExamples(images, images.part("validation"), flip=False), BATCH)
+
+    def validate(averaged: nn.Module) -> dict[str, float]:
+        training = cast(AutoencoderTraining, averaged)
+        originals = torch.cat([batch["image"] for batch in batches])
+        reconstructions = _reconstructions(training, batches, runtime)
+        numbers = {
+            # The adversarial loss trades reconstruction for sharpness on purpose: the last weights are the best, not
+            # those of the lowest reconstruction loss, which come before it.
+            "score": float(training.step),
+            "loss": mean_loss(averaged, batches, runtime),
+            **_fidelity(reconstructions, originals),
+        }
+        if name == "lpips":
+            numbers["lpips"] = float(perceptual(reconstructions.to(runtime.device), originals.to(runtime.device)))
+        pairs = torch.stack([originals[:PICTURES], reconstructions[:PICTURES]], dim=1)
+        write_pictures(pairs.flatten(0, 1), job.run)
+        return numbers
+
+    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        codec = cast(AutoencoderTraining, averaged).autoencoder
+        standardise(codec, _scale_batches(examples, job.seed, runtime))
+        card = image_card(config, images, job, step, numbers)
+        card["training"]["perceptual_loss"] = name
+        job.save(card | {"classes": [], "loss_extractors": fingerprints}, codec.state_dict())
+
+    job.fit(model, examples, config.training, Callbacks(validate, save, job.on_progress), runtime)
+    return job.model
+
+
+def autoencoder_of(config: GeneratorConfig) -> ImageAutoencoderConfig:
+    """The configuration of a latent generator's first stage, for the generator's own data.
+
+    Both stages see the same images: what is held out of one must not have trained the other.
+
+    Raises:
+        UsageError: the configuration names something else than an autoencoder.
+    """
+    stage = load_config(str(config.autoencoder))
+    if not isinstance(stage, ImageAutoencoderConfig):
+        raise UsageError(f"autoencoder: {config.autoencoder} configures a {stage.method}, not an autoencoder")
+    same = {"data": config.data.model_dump(), "preprocessing": config.preprocessing.model_dump()}
+    return cast(ImageAutoencoderConfig, parse_config({**stage.model_dump(), **same}, str(config.autoencoder)))
+
+
+def require_same_images(saved: SavedModel, stage: ImageAutoencoderConfig, config: GeneratorConfig) -> None:
+    """ModelError for an autoencoder of other images, or one that has seen what this run holds out."""
+    keys = ("shape", "channels", "test_images")
+    theirs, ours = ({key: getattr(part.data, key) for key in keys} for part in (stage, config))
+    if theirs != ours or stage.preprocessing != config.preprocessing:
+        raise ModelError(
+            f"{saved.path}: made for images with {theirs}; this configuration has {ours}, "
+            "or another preprocessing: use an autoencoder of the same images"
+        )
+
+
+def latent_channels(codec: KLAutoencoder | VQAutoencoder | None) -> int | None:
+    """Channels of the latents; None for pixels."""
+    return None if codec is None else len(codec.shift)
+
+
+def _training(config: ImageAutoencoderConfig, perceptual: Perceptual) -> AutoencoderTraining:
+    section = config.loss
+    weights = LossWeights(
+        section.perceptual_weight,
+        1.0 if config.network.quantiser == "vq" else section.kl_weight,
+        section.adversarial_weight,
+        section.adversarial_start,
+    )
+    model = AutoencoderTraining(
+        build.autoencoder(config), perceptual, weights, section.discriminator_channels, section.discriminator_layers
+    )
+    with_memory_format(model, config.training.channels_last)  # it is not called as a whole, so it is not compiled
+    return model
+
+
+@torch.no_grad()
+def _reconstructions(training: AutoencoderTraining, batches: list[dict[str, Tensor]], runtime: Runtime) -> Tensor:
+    """The images of all batches after the autoencoder, on the CPU."""
+    codec = training.autoencoder
+    with runtime.accelerator.autocast():
+        parts = [codec.decode(codec.encode(batch["image"].to(runtime.device))).float().cpu() for batch in batches]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def _fidelity(reconstructions: Tensor, originals: Tensor) -> dict[str, float]:
+    """PSNR and SSIM, for images of the range [-1, 1]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+
+    error = (reconstructions - originals).square().flatten(1).mean(1)
+    ssim = structural_similarity_index_measure(reconstructions, originals, data_range=2.0)
+    return {"psnr": float(-10 * torch.log10(error / 4).mean()), "ssim": float(cast(Tensor, ssim))}
+
+
+def _scale_batches(examples: ImageExamples, seed: int, runtime: Runtime) -> list[Tensor]:
+    """Random training images, on the device, from which the scale of latents is estimated."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "scale"))
+    size = min(len(examples), SCALE_BATCHES * BATCH)
+    chosen = torch.randperm(len(examples), generator=generator)[:size].tolist()
+    batches = (chosen[first : first + BATCH] for first in range(0, size, BATCH))
+    return [
+        torch.stack([examples.example(i, generator)["image"] for i in batch]).to(runtime.device) for batch in batches
+    ]

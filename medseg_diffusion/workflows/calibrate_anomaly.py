@@ -1,0 +1,114 @@
+"""`medseg calibrate-anomaly`: a trained anomaly model fitted to other healthy scans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.config.load import override_key, parse_config
+from medseg_diffusion.data.healthy import find_healthy, refuse_lesions
+from medseg_diffusion.device import choose_device, keep_freed_memory, tune
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.models.anomaly import (
+    DetectionOptions,
+    calibration_entry,
+    calibration_weights,
+    postprocessing,
+    restore_anomaly,
+    without_calibration,
+)
+from medseg_diffusion.models.card import render_card
+from medseg_diffusion.models.store import load_model_files, save_model
+
+from .anomaly_calibration import AnomalyCalibration, CalibratedAnomaly
+
+DETECTION = ("residual", "latent_healing", "partial_noise", "patched", "counterfactual", "postprocessing", "quantile")
+"""Keys of a configuration on which the networks do not depend."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What becomes the new model's default; None keeps the model's.
+
+    Attributes:
+        exclude_labelled: slices closer than this to a labelled one are left out; None where nothing may be labelled.
+        quantile: nominal share of healthy voxels below the threshold.
+        detection: quantile of latents, and post-processing.
+        overrides: of the detectors' settings, such as "residual=bright" or "latent_healing.start=700".
+    """
+
+    exclude_labelled: int | None = None
+    quantile: float | None = None
+    detection: DetectionOptions = DetectionOptions()
+    overrides: Sequence[str] = ()
+
+
+def calibrate_anomaly(
+    model: str | Path,
+    healthy: Path,
+    output: Path,
+    options: CalibrationOptions = CalibrationOptions(),
+    *,
+    device: str = "auto",
+    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> CalibratedAnomaly:
+    """Fits the thresholds of a trained model to other healthy scans, such as those of another scanner.
+
+    The networks stay as they are. The statistics of healthy latents are fitted again, too.
+
+    Args:
+        model: folder or installed name.
+        healthy: a folder of scans that the model was not trained on, all of which are used.
+        output: the new model directory.
+        options: see `CalibrationOptions`.
+        device: auto, cpu, cuda, cuda:N or mps.
+        on_prepare: called with (what is done, done, total).
+
+    Raises:
+        ModelError: no usable model.
+        InputError: unusable scans, or lesions in healthy ones.
+        UsageError: an output that exists, or values out of range.
+    """
+    if output.exists():
+        raise UsageError(f"{output}: exists; choose a new folder")
+    saved = load_model_files(model)
+    chosen = choose_device(device)
+    tune(chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    trained, generator, classifier = restore_anomaly(saved, chosen)
+    config = _changed(trained, options, str(saved.path))
+    scans = find_healthy(healthy)
+    for scan in scans:
+        refuse_lesions(scan, options.exclude_labelled)
+    fit = AnomalyCalibration(config, generator, classifier, scans, options.exclude_labelled, on_prepare)
+    latents, calibration = fit.fit()
+    excluded = options.exclude_labelled
+    left_out = {} if excluded is None else {"without slices closer to a labelled one than": excluded}
+    card: dict[str, Any] = {
+        **saved.card,
+        "config": config.model_dump(mode="json"),
+        "calibration": calibration_entry(calibration),
+        "calibrated_on": {"scans": len(scans), **left_out},
+    }
+    weights = without_calibration(saved) | calibration_weights(latents, calibration)
+    save_model(output, card, weights, render_card(card))
+    return CalibratedAnomaly(output, calibration)
+
+
+def _changed(config: AnomalyConfig, options: CalibrationOptions, source: str) -> AnomalyConfig:
+    """The configuration with the values that are given."""
+    content = config.model_dump(mode="json")
+    content["postprocessing"] = postprocessing(config, options.detection).model_dump(mode="json")
+    if options.quantile is not None:
+        content["quantile"] = options.quantile
+    if options.detection.latent_quantile is not None:
+        content["latent_healing"]["quantile"] = options.detection.latent_quantile
+    for override in options.overrides:
+        if override.partition("=")[0].partition(".")[0] not in DETECTION:
+            raise UsageError(f"--set {override}: calibration changes {', '.join(DETECTION)}; train again for the rest")
+        override_key(content, override)
+    return cast(AnomalyConfig, parse_config(content, source))

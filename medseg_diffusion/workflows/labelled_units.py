@@ -1,0 +1,281 @@
+"""Choosing a few labelled images of a folder, and bringing them to a generator's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import DataSection
+from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
+from medseg_diffusion.data.mask_examples import PreparedCase, prepare
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.methods.activations import Activations
+from medseg_diffusion.methods.label_efficient import FEWEST_PIXELS
+from medseg_diffusion.models.generator import Generator
+from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
+from medseg_diffusion.volumes.fitting import fitted, fitted_labels
+from medseg_diffusion.volumes.io import read_map
+
+Unit = Literal["case", "slice"]
+Select = Literal["hash", "diverse"]
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Which images are labelled.
+
+    Attributes:
+        count: number K of labelled cases or slices.
+        unit: "case", or "slice" for single slices that show a class above background.
+        select: "hash" takes the first K of the training side in an order of names and ``seed``; "diverse" the one
+            nearest to each centre of K clusters of the generator's features.
+        seed: of the choice.
+    """
+
+    count: int
+    unit: Unit = "case"
+    select: Select = "hash"
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledUnit:
+    """One labelled image: a case, or a slice of one. ``images`` (n, C, *size), ``labels`` (n, *size)."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData:
+    """The chosen units of a folder. They have as many channels as the generator: a single one is repeated.
+
+    Attributes:
+        units: the labelled images.
+        channels: names of the scans' channels.
+        labels: label value to class name.
+        folder: the cases of the folder.
+        split: their sides.
+    """
+
+    units: list[LabelledUnit]
+    channels: tuple[str, ...]
+    labels: dict[int, str]
+    folder: CaseFolder
+    split: Split
+
+
+def labelled_units(
+    config: PixelClassifierConfig,
+    generator: Generator,
+    data: Path,
+    labelling: Labelling,
+    cache: Path,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> LabelledData:
+    """Chooses the labelled images of a folder and brings them to the generator's grid.
+
+    Args:
+        config: of the pixel classifiers.
+        generator: decides the grid.
+        data: a folder of labelled scans.
+        labelling: which images.
+        cache: folder for preprocessed cases.
+        on_progress: called with (what is done, done, total).
+
+    Raises:
+        UsageError: classes without names, or more test cases than the generator held out.
+        InputError: unusable data, or more labelled images asked for than there are.
+    """
+    folder = find_cases(data)
+    labels = _class_names(config, folder, data)
+    held_out = _held_out(config, generator, data, folder.cases)
+    split = split_by_hash(folder.cases, *held_out)
+    training = [case for case in folder.cases if case.name in split.train]
+    pool = sorted(training, key=lambda case: derive_seed(labelling.seed, case.name))
+    if not pool or (labelling.unit == "case" and labelling.count > len(pool)):
+        raise _too_few(data, labelling.count, len(pool), "cases", held_out)
+    # Without clustering, cases that are not chosen are not even read.
+    all_are_read = labelling.unit == "slice" or labelling.select == "diverse"
+    channels = _channels(pool[0].image, generator.config.data.channels)
+    cases = prepare(
+        pool if all_are_read else pool[: labelling.count],
+        pixel_preprocessing(generator),
+        channels,
+        len(labels),
+        cache,
+        lambda done, total: on_progress("cases", done, total),
+        slices=len(generator.config.data.shape) == 2,
+    )
+    units = _chosen(config, generator, cases, labelling, len(labels))
+    if labelling.count > len(units):
+        shown = "every" if labelling.count == 1 else "a"
+        what = f"slices that show {shown} class" if labelling.unit == "slice" else "cases"
+        raise _too_few(data, labelling.count, len(units), what, held_out)
+    names = folder.channels if len(folder.channels) == channels else tuple(f"channel {i}" for i in range(channels))
+    return LabelledData(units, names, labels, folder, split)
+
+
+def _class_names(config: PixelClassifierConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
+    """Label value to class name, from the configuration, else from the folder."""
+    names = config.data.labels or tuple(folder.labels[value] for value in sorted(folder.labels) if value)
+    if not names:
+        raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; add --set data.labels=[...]")
+    labels = dict(enumerate(["background", *names]))
+    if folder.labels and set(folder.labels) != set(labels):
+        raise UsageError(
+            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but "
+            f"{'data.labels' if config.data.labels else 'classes are'} 0 to {len(names)}; number them without gaps, "
+            "and name all of them"
+        )
+    return labels
+
+
+def _channels(image: Path, channels: int) -> int:
+    """Channels of the scans: as many as the generator's images have, or one that is repeated."""
+    count = len(read_map(image).data)
+    if count not in (1, channels):
+        raise InputError(
+            image,
+            f"{count} channels",
+            "a single one, as the generator's images" if channels == 1 else f"{channels}, as the generator's, or one",
+            "convert the images, or use a generator of such images",
+        )
+    return 1 if count == 1 else channels
+
+
+def _chosen(
+    config: PixelClassifierConfig,
+    generator: Generator,
+    cases: Sequence[PreparedCase],
+    labelling: Labelling,
+    num_classes: int,
+) -> list[LabelledUnit]:
+    """The labelled images; fewer than asked for where there are no more."""
+    size, count, seed = generator.config.data.shape, labelling.count, labelling.seed
+    shape = (generator.config.data.channels, *size)
+
+    def candidates() -> Iterator[LabelledUnit]:
+        units = _candidates(cases, size, labelling.unit, num_classes, count == 1, seed)
+        return (replace(unit, images=unit.images.expand(-1, *shape)) for unit in units)
+
+    if labelling.select == "hash":
+        return list(islice(candidates(), count))
+    activations = pixel_activations(generator, config, [])
+    first = activations.with_blocks(activations.decoder_blocks()[:1])
+    order = _diverse([_pooled(unit, first) for unit in candidates()], count, seed)
+    chosen = {i: unit for i, unit in enumerate(candidates()) if i in order}
+    return [chosen[i] for i in order]
+
+
+def _held_out(
+    config: PixelClassifierConfig, generator: Generator, data: Path, cases: Sequence[Case]
+) -> tuple[int, int]:
+    """Test and validation patients: as asked for, else those on the generator's sides.
+
+    Raises:
+        UsageError: more for testing than the generator has surely not seen.
+    """
+    section = config.data
+    if generator.held_out is None:  # it is unknown what the generator has seen
+        defaults = DataSection.model_fields
+        test, validation = defaults["test_cases"].default, defaults["validation_cases"].default
+    else:
+        patients = [case.patient for case in cases]
+        test, validation = generator.held_out.count(patients)
+        if section.test_cases is not None and section.test_cases > test:
+            raise UsageError(
+                f"data.test_cases={section.test_cases}: of the {len(set(patients))} patients in {data} {test} are on "
+                "the side that the generator held out for testing; leave it out, or train the generator with more "
+                "data.test_images"
+            )
+    return (
+        test if section.test_cases is None else section.test_cases,
+        validation if section.validation_cases is None else section.validation_cases,
+    )
+
+
+def _candidates(
+    cases: Sequence[PreparedCase], size: Sequence[int], unit: Unit, num_classes: int, every_class: bool, seed: int
+) -> Iterator[LabelledUnit]:
+    """What may be labelled, on the generator's grid, one after another: cases in their order, slices in one of a hash.
+
+    Of slices only those with `FEWEST_PIXELS` of a class above background, or of ``every_class``.
+
+    Raises:
+        InputError: a volume that is larger than those of the generator, or a picture where it makes volumes.
+    """
+    if unit == "case":
+        for case in cases:
+            image, label = case.image.float().clamp(-1, 1), case.label
+            if len(size) == 2:
+                images, masks = image.movedim(-1, 0), label.movedim(-1, 0)
+            elif 1 in label.shape:
+                shape = " x ".join(str(n) for n in label.shape if n > 1)
+                raise InputError(case.name, f"a 2D image ({shape})", "volumes", "use a generator of images or slices")
+            elif all(n <= m for n, m in zip(label.shape, size, strict=True)):
+                images, masks = image[None], label[None]
+            else:
+                raise InputError(
+                    case.name,
+                    f"{' x '.join(map(str, label.shape))} voxels on the generator's grid",
+                    f"at most {' x '.join(map(str, size))}",
+                    "cut the scans to the region that the generator was trained on, or use a generator of slices",
+                )
+            yield LabelledUnit(case.name, fitted(images, size), fitted_labels(masks, size))
+        return
+    places = [
+        (f"{case.name}, slice {k}", case, slice(k, k + 1))
+        for case in cases
+        for k in case.label.flatten(0, 1).any(0).nonzero().flatten().tolist()
+    ]
+    for name, case, part in sorted(places, key=lambda place: derive_seed(seed, place[0])):
+        masks = fitted_labels(case.label[..., part].movedim(-1, 0), size)
+        enough = torch.bincount(masks.flatten(), minlength=num_classes) >= FEWEST_PIXELS
+        if enough.all() if every_class else enough[1:].any():
+            yield LabelledUnit(name, fitted(case.image[..., part].float().clamp(-1, 1).movedim(-1, 0), size), masks)
+
+
+@torch.no_grad()
+def _pooled(unit: LabelledUnit, activations: Activations) -> Tensor:
+    """The means (F,) of the activations of a unit's images."""
+    device = activations.noise.device
+    parts = [activations(image[None].to(device)) for image in unit.images]
+    pooled = [torch.cat([block.float().flatten(2).mean(2)[0] for block in part]) for part in parts]
+    return torch.stack(pooled).mean(0).double().cpu()
+
+
+def _diverse(pooled: Sequence[Tensor], count: int, seed: int) -> list[int]:
+    """The unit nearest to each of ``count`` cluster centres of pooled activations, none twice; all where too few."""
+    if len(pooled) <= count:
+        return list(range(len(pooled)))
+    from scipy.cluster.vq import kmeans2  # slow to import
+
+    features = torch.stack(list(pooled))
+    features = (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-9)
+    centres, _ = kmeans2(features.numpy(), count, minit="++", seed=derive_seed(seed, "clusters") % 2**32)
+    distance = torch.cdist(torch.from_numpy(centres), features)
+    taken: list[int] = []
+    for row in distance:
+        free = row.clone()
+        free[taken] = float("inf")
+        taken.append(int(free.argmin()))
+    return taken
+
+
+def _too_few(data: Path, wanted: int, there: int, what: str, held_out: tuple[int, int]) -> InputError:
+    return InputError(
+        data,
+        f"{there} labelled {what} to choose from",
+        f"at least the {wanted} asked for",
+        f"lower --labelled, or data.test_cases ({held_out[0]}) and data.validation_cases ({held_out[1]})",
+    )

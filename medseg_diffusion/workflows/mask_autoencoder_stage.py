@@ -1,0 +1,103 @@
+"""The first stage of latent mask diffusion: an autoencoder of the training masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.draws import Draws
+from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.models.card import versions
+from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.tasks.latent_mask import MaskAutoencoder
+from medseg_diffusion.training.autoencoder import standardise
+from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import Callbacks
+
+from .segmenter_data import SegmenterData
+
+STANDARDISE_CASES = 64
+"""Training masks over which mean and deviation of mask latents are estimated."""
+
+
+def mask_autoencoder_job(job: Job) -> Job:
+    """The stage of a segmenter's ``job``, in a folder of its own. Only the time limit ends it early."""
+    folder = job.run / "autoencoder"
+    resume = job.resume and (folder / "checkpoints" / "last.pt").is_file()
+    return replace(job, run=folder, resume=resume, max_steps=None)
+
+
+def train_mask_autoencoder(
+    autoencoder: MaskAutoencoder, config: SegmenterConfig, data: SegmenterData, job: Job, runtime: Runtime
+) -> dict[str, float]:
+    """Trains the autoencoder in the run folder of ``job`` and returns its ceiling.
+
+    The ceiling is the Dice of validation masks against their own reconstructions, per class: no segmenter whose masks
+    come out of this autoencoder can be expected to do better.
+    """
+    autoencoder.requires_grad_(True)
+    dims = config.network.dims
+
+    def validate(averaged: nn.Module) -> dict[str, float]:
+        return _ceiling(cast(MaskAutoencoder, averaged), data, dims, runtime)
+
+    def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        averaged_autoencoder = cast(MaskAutoencoder, averaged)
+        _standardise(averaged_autoencoder, data, job.seed, runtime)
+        card = {
+            "task": "mask autoencoder",
+            "config": config.model_dump(mode="json"),
+            "training": {"seed": job.seed, "step": step},
+            "metrics": {"validation": dict(numbers)},
+            "versions": versions(),
+        }
+        save_model(job.model, card, averaged_autoencoder.state_dict(), "# Mask autoencoder\n")
+
+    section = config.mask_autoencoder
+    changed = config.training.model_copy(
+        update={"max_steps": section.max_steps, "learning_rate": section.learning_rate, "warmup_steps": 50}
+    )
+    job.fit(autoencoder, data.examples, changed, Callbacks(validate, save, job.on_progress), runtime)
+    saved = load_model_files(job.model)
+    autoencoder.load_state_dict(saved.weights)
+    autoencoder.requires_grad_(False)
+    return {name: float(value) for name, value in saved.card["metrics"]["validation"].items() if name != "score"}
+
+
+def _ceiling(autoencoder: MaskAutoencoder, data: SegmenterData, dims: int, runtime: Runtime) -> dict[str, float]:
+    """Dice of the validation masks against their reconstructions, by class name, and their mean as "score"."""
+    dice: dict[int, list[float]] = {label: [] for label in data.labels if label}
+    for case in data.validation:
+        masks = _as_batches(case.label, dims)
+        reconstructions = [_reconstructed(autoencoder, mask, runtime) for mask in masks]
+        overlap = label_overlap(torch.cat(reconstructions).numpy(), torch.cat(list(masks)).numpy(), dice)
+        for label, values in dice.items():
+            values.append(overlap[label].dice)
+    means = {label: float(torch.tensor(values).nanmean()) for label, values in dice.items()}
+    defined = {data.labels[label]: mean for label, mean in means.items() if mean == mean}
+    return {"score": sum(defined.values()) / max(1, len(defined)), **defined}
+
+
+@torch.no_grad()
+def _reconstructed(autoencoder: MaskAutoencoder, masks: Tensor, runtime: Runtime) -> Tensor:
+    """Masks (B, *S) after the autoencoder."""
+    labels = masks.long().to(runtime.device)
+    return autoencoder.decode(autoencoder.encode(labels), labels.shape[1:]).argmax(1).cpu()
+
+
+def _standardise(autoencoder: MaskAutoencoder, data: SegmenterData, seed: int, runtime: Runtime) -> None:
+    draws = Draws(data.examples, seed)
+    size = min(len(data.examples), STANDARDISE_CASES)
+    labels = [draws[i]["label"][None].to(runtime.device) for i in range(size)]
+    standardise(autoencoder.codec, [autoencoder.channels_of(one) for one in labels])
+
+
+def _as_batches(label: Tensor, dims: int) -> Sequence[Tensor]:
+    """A case's labels (I, J, K) as batches: the volume, or all slices across the third axis."""
+    return [label[None]] if dims == 3 else [label.movedim(-1, 0)]

@@ -1,0 +1,155 @@
+"""What segmenters are trained on: labelled scans, or brains that are synthesised from label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medseg_diffusion import build
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.augmentation import Augmenter
+from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
+from medseg_diffusion.data.draws import Examples
+from medseg_diffusion.data.mask_examples import MaskExamples, PreparedCase, prepare, require_every_class
+from medseg_diffusion.data.synthetic_brains import LabelMap, SyntheticBrains, load_label_map, tissues
+from medseg_diffusion.data.tissue import TISSUES
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.methods.shape_prior import ShapePrior, average_shape
+from medseg_diffusion.volumes.paths import find_scans, scan_name
+
+VALIDATION_WINDOWS = 12
+"""Synthetic windows, of the held-out anatomies, on which training from label maps is validated."""
+
+OnCase = Callable[[int, int], None]
+"""Called with (cases prepared, all cases)."""
+
+
+@dataclass(frozen=True)
+class SegmenterData:
+    """Everything that the training of a segmenter takes from a data folder.
+
+    Attributes:
+        examples: for training.
+        validation: prepared cases of the validation side.
+        labels: label value to class name.
+        channels: names of the image's channels.
+        summary: for the model card.
+        split: which case is on which side.
+        shape: average shape of the training anatomies, if the configuration asks for it.
+    """
+
+    examples: Examples
+    validation: list[PreparedCase]
+    labels: dict[int, str]
+    channels: tuple[str, ...]
+    summary: dict[str, Any]
+    split: Split
+    shape: ShapePrior | None = None
+
+
+def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:
+    """Reads and prepares the folder ``data`` for a configuration.
+
+    Args:
+        config: its ``data.source`` says what the folder holds.
+        data: the folder.
+        cache: folder for prepared cases; what it holds already is not prepared again.
+        on_case: called after every case.
+
+    Raises:
+        UsageError: a configuration that does not fit the data.
+        InputError: unusable data.
+    """
+    if config.data.source == "brain-labelmaps":
+        return _synthetic_brains(config, data, on_case)
+    return _labelled_scans(config, data, cache, on_case)
+
+
+def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:
+    if config.inference.shape_prior_mm is not None:
+        raise UsageError("inference.shape_prior_mm is for data.source brain-labelmaps")
+    folder = find_cases(data)
+    labels = _class_names(config, folder, data)
+    split = split_by_hash(folder.cases, config.data.test_cases, config.data.validation_cases)
+    prepared = prepare(
+        [case for case in folder.cases if case.name not in split.test],
+        build.preprocessing(config.preprocessing),
+        config.data.channels,
+        len(labels),
+        cache,
+        on_case,
+        config.data.merge_labels,
+        folder.labels,
+        slices=config.network.dims == 2,
+    )
+    training = [case for case in prepared if case.name in split.train]
+    require_every_class(training, labels, data)
+    augmenter = Augmenter(build.augmentation(config.augmentation), config.network.dims)
+    examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter)
+    summary = {
+        "cases": len(split.train),
+        "validation_cases": len(split.validation),
+        "test_cases": len(split.test),
+        "training_shapes": _ranges([tuple(case.label.shape) for case in training]),
+    }
+    validation = [case for case in prepared if case.name in split.validation]
+    return SegmenterData(examples, validation, labels, folder.channels, summary, split)
+
+
+def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
+    """Label value to class name, from the configuration, else from the folder."""
+    labels = dict(enumerate(["background", *config.data.labels])) if config.data.labels else folder.labels
+    if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
+        raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
+    if folder.labels and not config.data.merge_labels and set(folder.labels) != set(labels):
+        raise UsageError(
+            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels of the "
+            f"configuration 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
+        )
+    return labels
+
+
+def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase) -> SegmenterData:
+    spacing = config.preprocessing.spacing_mm
+    if spacing is None or len(set(spacing)) != 1 or config.data.channels != 1 or config.network.dims != 3:
+        raise UsageError("data.source brain-labelmaps needs isotropic preprocessing.spacing_mm, 1 channel and 3D")
+    cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
+    split = split_by_hash(cases, config.data.test_cases, config.data.validation_cases)
+    maps: dict[str, LabelMap] = {}
+    for case in cases:
+        if case.name not in split.test:
+            maps[case.name] = load_label_map(case.label)
+            on_case(len(maps), len(cases) - len(split.test))
+    training = [maps[name] for name in split.train]
+    examples = SyntheticBrains(training, config.data.window, spacing[0], config.data.examples_per_map)
+    held_out = SyntheticBrains([maps[name] for name in split.validation], config.data.window, spacing[0])
+    summary = {
+        "label_maps": len(split.train),
+        "validation_label_maps": len(split.validation),
+        "test_label_maps": len(split.test),
+        "examples": "synthesised, never the same twice",
+    }
+    shape = None
+    if config.inference.shape_prior_mm is not None:
+        shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
+    validation = _validation_windows(held_out)
+    return SegmenterData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split, shape)
+
+
+def _validation_windows(held_out: SyntheticBrains) -> list[PreparedCase]:
+    """`VALIDATION_WINDOWS` windows that are the same in every run."""
+    windows = []
+    for i in range(VALIDATION_WINDOWS):
+        name = f"{held_out.maps[i % len(held_out)].name}-{i}"
+        example = held_out.example(i, torch.Generator().manual_seed(derive_seed("validation", name)))
+        windows.append(PreparedCase(name, example["image"], example["label"].to(torch.uint8)))
+    return windows
+
+
+def _ranges(shapes: list[tuple[int, ...]]) -> list[list[int]]:
+    return [[min(axis), max(axis)] for axis in zip(*shapes, strict=True)]
