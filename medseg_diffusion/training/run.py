@@ -1,4 +1,4 @@
-"""The run directory: who may write into it, and what is noted of how it was made."""
+"""The run directory: when a run may start or continue in it, and the files that record how it was made."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from medseg_diffusion.reports.files import write_files
 
 
 def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
-    """Makes the run directory and writes its config.yaml; of a run that goes on it is the same already.
+    """Makes the run directory and writes its config.yaml. A resumed run keeps the one that it has.
 
     Args:
         run: the directory, new unless ``resume``.
         config: the whole configuration.
-        noted: the seed and what else has to be the same to go on, in plain types.
-        resume: go on with a run that was started with the same, perhaps by an older version that knew fewer keys.
+        noted: the seed, and whatever else must not change when the run is resumed, in plain types.
+        resume: continue a run that was started with the same configuration, perhaps by an older version of the
+            package that knew fewer keys.
 
     Raises:
         UsageError: see `require_startable`.
@@ -36,7 +37,7 @@ def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bo
 
 
 def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
-    """What `start_run` refuses, before any work is done.
+    """Raises what `start_run` would raise, before any work is done.
 
     Raises:
         UsageError: the run exists and ``resume`` is off, does not exist and it is on, or was started with another
@@ -59,11 +60,11 @@ def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], re
 
 
 def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -> None:
-    """Writes which case is on which side of a run's split; of a resumed run they must not have moved.
+    """Writes which case is on which side of a run's split. In a resumed run, no case may have changed sides.
 
     Raises:
-        InputError: the data folder holds other cases than at the start, so that some are on other sides: cases that
-            were trained on would be tested on.
+        InputError: the data folder holds other cases than at the start, so that some have changed sides: cases used
+            for training would be tested on.
     """
     content = json.loads(json.dumps(sides))
     if resume and file.is_file() and json.loads(file.read_text()) != content:
@@ -77,16 +78,16 @@ def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -
 
 
 def _completed(before: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
-    """What a run was started with, and the defaults of the keys that its version did not know."""
+    """The stored configuration, with defaults for the keys that the version that wrote it did not know."""
     own = {key: value for key, value in before.items() if key in kind.model_fields}
     try:
         return {**before, **kind.model_validate(own).model_dump(mode="json")}
-    except ValidationError:  # of a version that knew other keys: compared as it is
+    except ValidationError:  # written by a version that knew other keys: compare it unchanged
         return dict(before)
 
 
 def versions() -> dict[str, str]:
-    """What a model card says of the software that made the model."""
+    """Versions of the software that makes a model, for its model card."""
     names = ("medseg-diffusion", "torch", "monai")
     return {**{name: version(name) for name in names}, "python": platform.python_version()}
 
