@@ -14,7 +14,7 @@ from .errors import UsageError
 Precision = Literal["auto", "fp32", "bf16"]
 
 POSITIONS_AT_ONCE = {"cpu": 2**18, "cuda": 2**21}
-"""Positions of all samples of a batch together, by device: a CPU works from its caches, a GPU needs large batches."""
+"""Positions of all samples in a batch, by type of device: small for a CPU's caches, large for a GPU."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -41,7 +41,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def tune(device: torch.device) -> None:
-    """Makes ``device`` fast for this process: on CUDA TF32 for float32, and cuDNN's search for algorithms."""
+    """Makes computing on ``device`` faster in this process: on CUDA, TF32 for float32 and cuDNN's algorithm search."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -49,10 +49,10 @@ def tune(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process reuse freed memory instead of returning it: for jobs of one process on CPUs, under glibc.
+    """Lets this process reuse freed memory instead of returning it to the system. Meant for single processes on CPUs.
 
     By default every large tensor is mapped anew and its pages are zeroed by the kernel, which took a third of the time
-    of segmenting a head here. Elsewhere than under glibc nothing happens.
+    of segmenting a head. Nothing happens without glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -76,7 +76,7 @@ def with_memory_format(network: nn.Module, channels_last: bool) -> nn.Module:
 def autocast_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype | None:
     """bfloat16 where it pays, else None for plain float32.
 
-    "auto" takes bf16 on CUDA devices that have it and on CPUs with AMX tiles. AVX512-BF16 alone is not enough: the
+    "auto" chooses bf16 on CUDA devices that support it and on CPUs with AMX tiles. AVX512-BF16 alone is not enough: the
     3D convolutions of this package measured slower with it than in float32.
     """
     if precision != "auto":
@@ -89,11 +89,11 @@ def autocast_dtype(device: torch.device, precision: Precision = "auto") -> torch
 
 
 def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[Any]:
-    """The context in which networks compute in `autocast_dtype`; one that changes nothing for plain float32."""
+    """A context in which networks compute in `autocast_dtype`; for plain float32 it does nothing."""
     dtype = autocast_dtype(device, precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def at_once(positions: int, device: torch.device) -> int:
-    """How many samples of ``positions`` voxels each share a batch. The number changes results by rounding alone."""
+    """How many samples, of ``positions`` each, share a batch. It limits memory and changes results only by rounding."""
     return max(1, POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]) // positions)

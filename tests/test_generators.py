@@ -209,7 +209,7 @@ def test_options_that_do_not_fit_are_refused(pictures, models, tmp_path: Path) -
         train_generator(small("latent"), pictures, tmp_path / "b", autoencoder=models["pixel"])
     with pytest.raises(InputError, match="24 files; expected more than 0 for testing and 40"):
         train_generator(small("pixel", data={"size": 16, "validation_images": 40}), pictures, tmp_path / "c")
-    with pytest.raises(ModelError, match=r"nothing\.pth: LPIPS cannot be had"):
+    with pytest.raises(ModelError, match=r"nothing\.pth: cannot load LPIPS"):
         lpips = small("autoencoder", loss={"perceptual": "lpips", "lpips_backbone": str(tmp_path / "nothing.pth")})
         train_generator(lpips, pictures, tmp_path / "d")
 

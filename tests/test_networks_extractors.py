@@ -209,7 +209,7 @@ def test_a_wrong_or_damaged_backbone_is_one_line_or_the_fallback(tmp_path: Path,
     for name in ("cut", "text", "empty", "other", "shape", "missing"):
         file = tmp_path / f"{name}.pth"
         for wanted in ("auto", "lpips"):
-            with pytest.raises(ModelError, match=rf"{name}\.pth: LPIPS cannot be had \(\w+: ") as caught:
+            with pytest.raises(ModelError, match=rf"{name}\.pth: cannot load LPIPS \(\w+: ") as caught:
                 perceptual_loss(wanted, str(file), 3, torch.device("cpu"))
             assert "\n" not in str(caught.value)
         if file.is_file():

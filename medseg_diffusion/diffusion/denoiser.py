@@ -1,4 +1,4 @@
-"""Denoisers: (x_t, t, condition) -> Prediction. Samplers, guidance and methods see nothing else of a model."""
+"""Denoisers: (x_t, t, condition) -> Prediction. Samplers, guidance and methods use models only in this way."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .prediction import Prediction, Target, read_output
 from .schedule import NoiseSchedule
 
 Condition = Mapping[str, Tensor]
-"""Whatever conditions the network, by name: "concat" (B, C', *S), "stem" (B, C', *S), "label" (B,), ..."""
+"""Inputs that condition the network, by name: "concat" (B, C', *S), "stem" (B, C', *S), "label" (B,), ..."""
 
 Head = Literal["linear", "softmax", "sigmoid"]
-"""How the network's output is read: as the target itself, or as logits of classes whose x0 is scale (2 p - 1)."""
+"""How the network's output is read: as the target, or as class logits of probabilities p with x0 = scale (2 p - 1)."""
 
 
 class Denoiser(Protocol):
-    """Anything that predicts the clean tensor behind ``x_t`` (B, C, *S) at the times ``t`` (B,) int64 in 1..T."""
+    """Predicts the clean tensor behind ``x_t`` (B, C, *S) at the times ``t`` (B,) int64 in 1..T."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...
@@ -29,10 +29,11 @@ class Denoiser(Protocol):
 
 
 class NetworkDenoiser(nn.Module):
-    """A network with the schedule and the target that it was trained for: the trained thing that all methods share.
+    """A network with the schedule and the target that it was trained for.
 
-    The network is called as ``network(x_t, t - 1, cond)``: public weights were trained on indices 0..T-1. Its output
-    is brought to the dtype of ``x_t`` before any algebra, so that autocast never reaches the schedule.
+    The network is called as ``network(x_t, timesteps, cond)`` with timesteps = t - 1, because public weights were
+    trained on 0..T-1. Its output is converted to the dtype of ``x_t`` before any algebra, so that autocast does not
+    affect the schedule.
 
     Args:
         network: maps (B, C, *S) to (B, C, *S), or to 2 C channels if ``learned_variance``.
@@ -40,10 +41,13 @@ class NetworkDenoiser(nn.Module):
         target: what the network predicts.
         learned_variance: the second half of the channels is the variance interpolation, nominally in [-1, 1].
         head: "softmax" or "sigmoid" reads the output as logits over the channels; the target is then x0.
-        scale: of x0, whose noise is the harder to see through the smaller it is; masks live in [-scale, scale]. It is
-            the unit of an output that is x0, or classes.
-        normalised: the network sees x_t divided by its standard deviation, which falls to ``scale`` at t = 1 (Chen
-            2023, arXiv 2301.10972, sec. 2.2): it would hardly see a mask of 0.05 otherwise.
+        scale: of x0: masks lie in [-scale, scale], and a smaller scale makes every noise level harder. If the network
+            predicts x0 or classes, its output is multiplied by it.
+        normalised: the network sees x_t divided by its standard deviation (Chen 2023, arXiv 2301.10972, sec. 2.2).
+            That falls to ``scale`` near t = 1: a mask of scale 0.05 would be almost invisible otherwise.
+
+    Raises:
+        ValueError: a classifying head with another target than x0, or with a learned variance.
     """
 
     def __init__(
@@ -89,9 +93,10 @@ class NetworkDenoiser(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Clipped:
-    """A denoiser whose x0 is kept in [low, high], with eps recomputed to match (as guided diffusion does).
+    """A denoiser whose x0 is clipped to [low, high], with eps recomputed to match (as in guided diffusion).
 
-    The outermost wrapper: guidance works on the unclipped prediction. Not for latents, inversion or likelihoods.
+    It must be the outermost wrapper, because guidance works on the unclipped prediction. Not for latents, inversion or
+    likelihoods.
     """
 
     denoiser: Denoiser
@@ -111,7 +116,7 @@ class Clipped:
 
 @dataclass(frozen=True, eq=False)
 class GaussianDenoiser:
-    """The exact denoiser of data x0 ~ N(mean, std^2) with independent elements: the oracle of the tests.
+    """The exact denoiser of data x0 ~ N(mean, std^2) with independent elements, a reference for tests.
 
     E[x0 | x_t] = (sigma^2 mean + alpha std^2 x_t) / (alpha^2 std^2 + sigma^2). ``mean`` and ``std`` are floats or
     tensors that broadcast with x_t.

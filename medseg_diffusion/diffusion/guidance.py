@@ -1,7 +1,7 @@
-"""Guidance: pulling samples towards a condition, as wrappers around a denoiser.
+"""Guidance towards a condition, as wrappers around a denoiser.
 
-A wrapper changes the prediction and nothing else, so that every sampler can walk a guided denoiser. Guidance works on
-unclipped predictions: `Clipped` goes around it, not inside.
+A wrapper changes only the prediction, so that a guided denoiser works with every sampler. Guidance works on unclipped
+predictions: `Clipped` goes around it, not inside.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Classifier = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ClassifierGradient:
-    """scale times the gradient of log p(label | x_t) with respect to x_t, each element's own: (B, C, *S).
+    """The gradient of log p(label | x_t) with respect to x_t, times ``scale``: (B, C, *S).
 
     Attributes:
         classifier: trained on noisy inputs of the same schedule.
-        labels: (B,) int64, the wanted class of each element.
-        scale: s of Dhariwal & Nichol 2021; 0 is no guidance.
+        labels: (B,) int64, the class towards which each element is guided.
+        scale: s of Dhariwal & Nichol 2021; 0 means no guidance.
     """
 
     classifier: Classifier
@@ -38,14 +38,14 @@ class ClassifierGradient:
         with torch.enable_grad():
             x = x_t.detach().requires_grad_(True)
             log_p = self.classifier(x, t - 1).float().log_softmax(dim=1)
-            wanted = log_p.gather(1, self.labels.to(log_p.device)[:, None]).sum()
-            (gradient,) = torch.autograd.grad(wanted, x)
+            log_likelihood = log_p.gather(1, self.labels.to(log_p.device)[:, None]).sum()
+            (gradient,) = torch.autograd.grad(log_likelihood, x)
         return self.scale * gradient
 
 
 @dataclass(frozen=True, eq=False)
 class FixedCondition:
-    """A denoiser with one condition for all: ``cond``, each entry (1, ...), instead of what it is called with."""
+    """A denoiser that always uses ``cond``, each entry (1, ...), and ignores the condition that it is called with."""
 
     denoiser: Denoiser
     cond: Condition
@@ -63,8 +63,8 @@ class FixedCondition:
 class ClassifierGuided:
     """eps - sigma_t g, with x0 recomputed to match (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2).
 
-    It shifts the score, which every sampler follows. Algorithm 1, which shifts the mean of ancestral sampling by its
-    own variance instead, is an option of `medseg_diffusion.sampling.ddpm.DDPM`: the two agree as steps become small.
+    It shifts the score, so it works with every sampler. Algorithm 1 shifts the mean of ancestral sampling instead; it
+    is an option of `medseg_diffusion.sampling.ddpm.DDPM`. The two agree as steps become small.
     """
 
     denoiser: Denoiser
@@ -85,16 +85,16 @@ class ClassifierGuided:
 
 @dataclass(frozen=True, eq=False)
 class ClassifierFreeGuided:
-    """prediction_null + scale (prediction_cond - prediction_null), both from one batched call.
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), in the convention where 1 is the plain conditional
-    model, 0 the unconditional one. The variance is the conditional model's.
+    prediction_null + scale (prediction_cond - prediction_null), both from one batched call. The learned variance is
+    that of the conditional model.
 
     Attributes:
-        denoiser: trained with its condition dropped now and then (`dropped`).
-        null: what stands for "no condition", by the names that are dropped, each (1, ...) or (B, ...). Every other
-            entry of the condition stays.
-        scale: strength.
+        denoiser: trained with its condition dropped at random (`dropped`).
+        null: entries that mean "no condition", each (1, ...) or (B, ...), by the names of those that they replace. The
+            other entries of the condition stay.
+        scale: 1 is the plain conditional model, 0 the unconditional one.
     """
 
     denoiser: Denoiser
@@ -124,9 +124,10 @@ class ClassifierFreeGuided:
 def dropped(
     cond: Condition, null: Mapping[str, Tensor], probability: float, generators: Sequence[torch.Generator]
 ) -> Condition:
-    """The condition of a training batch, in which each element loses its entries of ``null`` with ``probability``.
+    """Drops the condition of each element of a training batch with ``probability``.
 
-    An element loses all of them or none. ``null`` as in `ClassifierFreeGuided`.
+    Entries named in ``null`` (see `ClassifierFreeGuided`) are replaced by it, all of an element's or none. Each element
+    draws from its own generator.
     """
     lost = torch.stack([torch.rand((), generator=g) < probability for g in generators])
     result = dict(cond)

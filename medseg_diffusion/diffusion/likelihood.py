@@ -1,8 +1,9 @@
-"""How likely a tensor is under a denoiser: the variational bound, and where in space it is high.
+"""Likelihood of tensors under a denoiser: the variational bound, and maps of its terms.
 
 -log p(x0) <= KL(q(x_T | x0) || N(0, I)) + sum over s > 0 of KL(q(x_s | x_t, x0) || p(x_s | x_t)) - log p(x0 | x_1)
 
-(Ho et al. 2020, arXiv 2006.11239, eq. 5.) Every term is one noise draw and one call; calls are batched over times.
+(Ho et al. 2020, arXiv 2006.11239, eq. 5.) Every term takes one draw of noise and one call of the denoiser; calls are
+batched over times.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _Term = Callable[[Prediction, Noised, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class VariationalBound:
-    """The bound's terms of each batch element; ``unit`` says what they are in and whether the bound is complete.
+    """The bound's terms for each batch element.
 
     Attributes:
-        unit: "bits/dim", complete; or "nats/position without decoder term": a part of the bound, comparable between
-            elements of the same model only.
+        unit: "bits/dim" for the complete bound; or "nats/position without decoder term" for a part of it, which is
+            comparable only between elements of the same model.
         prior: (B,) KL of x_T against the standard normal distribution.
-        kl: (B, N) the terms of the visited times, in the order of ``times``; the last, of the step to 0, is left out.
+        kl: (B, N) the terms of the visited times, in the order of ``times``, without that of the step to 0.
         decoder: (B,) -log p(x0 | x_1), or None.
         times: the N visited times of ``kl``.
     """
@@ -48,7 +49,7 @@ class VariationalBound:
 
     @property
     def total(self) -> Tensor:
-        """(B,) the sum of all terms that there are."""
+        """(B,) the sum of all terms."""
         total = self.prior + self.kl.sum(1)
         return total if self.decoder is None else total + self.decoder
 
@@ -64,21 +65,21 @@ def variational_bound(
     batch_size: int = 32,
     fixed_variance: FixedVariance = "posterior",
 ) -> VariationalBound:
-    """The variational bound of each element of ``x0`` (B, C, *S), terms in float32 or wider, sums in float64.
+    """The variational bound of each element of ``x0`` (B, C, *S). Terms are in float32 or wider, sums in float64.
 
     Args:
         denoiser: the model, neither guided nor clipped.
         x0: the clean tensors.
         generators: one CPU generator per element.
         data: "8-bit" for the levels 0..255 mapped to [-1, 1], in bits per dimension; "continuous" for latents and
-            float images, in nats per position without the decoder's term, for a density has no bits.
+            float images, in nats per position and without the decoder's term, because a density has no bits.
         cond: the condition of each element.
-        times: a decreasing walk from T to 0; None visits all T.
-        batch_size: calls of the denoiser at once.
-        fixed_variance: of a model that learned none.
+        times: the visited times, decreasing from T to 0; None visits all.
+        batch_size: number of noised tensors per call of the denoiser.
+        fixed_variance: variance of a model that learned none.
 
     Raises:
-        ValueError: "8-bit" data that is not, or times that are no decreasing walk from T to 0.
+        ValueError: ``data`` is "8-bit" but ``x0`` is not, or ``times`` do not decrease from T to 0.
     """
     last = denoiser.schedule.num_steps
     walk = list(range(last, -1, -1)) if times is None else list(times)
@@ -126,9 +127,9 @@ def kl_maps(
 ) -> Tensor:
     """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) at every position: (B, N, *S) nats, summed over channels.
 
-    Where the model finds a healthy scan surprising, this is large (Pinaya et al. 2022, arXiv 2206.03461). The N
-    ``times``, each in 2..T, have a noise of their own. The map of a time does not depend on ``batch_size`` or on the
-    other elements of the batch.
+    The values are large where the input is unlikely under the model (Pinaya et al. 2022, arXiv 2206.03461). Each of the
+    N ``times``, in 2..T, has noise of its own. A map does not depend on ``batch_size`` or on the other elements of the
+    batch.
     """
     last = denoiser.schedule.num_steps
     if not times or not all(2 <= t <= last for t in times):

@@ -18,7 +18,7 @@ from .schedule import NoiseSchedule
 
 
 class NoiseSource(Protocol):
-    """Noise (B, *shape) of mean 0 and unit variance, B = len(generators), as `gaussian` gives it."""
+    """Returns noise (B, *shape) of mean 0 and unit variance, B = len(generators); `gaussian` is one."""
 
     def __call__(
         self, shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None
@@ -82,7 +82,7 @@ def draw_noised(
         x0: the clean tensors.
         generators: one CPU generator for each batch element.
         source: of the noise.
-        t: (B,) int64 in 1..T, times that are drawn already; None draws uniform ones.
+        t: (B,) int64 in 1..T, for times that were drawn before; None draws uniform ones.
     """
     if t is None:
         t = uniform_times(schedule.num_steps, generators)
@@ -90,6 +90,6 @@ def draw_noised(
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2^63) from all parts, e.g. (seed, case name, sample index), by SHA-256: the same everywhere."""
+    """A seed in [0, 2^63) from all parts, e.g. (seed, case name, sample index). By SHA-256: the same everywhere."""
     digest = hashlib.sha256("\x1f".join(f"{type(part).__name__}:{part}" for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -53,9 +53,10 @@ class Simple:
 
 @dataclass(frozen=True)
 class Bound:
-    """L_vlb in bits per entry: T times the term of the variational bound at t, so that its mean over t is their sum.
+    """L_vlb in bits per entry (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 4 to 7).
 
-    (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 4 to 7.) The prior's term has nothing to learn and is left out.
+    It is T times the term of the variational bound at t, so that the mean over t is the sum of all terms. The prior's
+    term is left out, because it has no parameters.
 
     Attributes:
         decoder: "discretised" for 8-bit data in [-1, 1], "gaussian" for latents, masks and other floats.
@@ -71,9 +72,9 @@ class Bound:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """L_hybrid = L_simple + 0.001 L_vlb, where L_vlb sees the mean as given (Nichol & Dhariwal 2021, eq. 16).
+    """L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, eq. 16).
 
-    The bound trains the variance alone: without the stop-gradient it would drown L_simple.
+    The mean is detached in L_vlb, which thus trains only the variance: otherwise it would dominate L_simple.
     """
 
     simple: Simple = Simple()
@@ -89,11 +90,11 @@ class Hybrid:
 
 
 class ImportanceTimes(nn.Module):
-    """Times drawn in proportion to sqrt(E[L_t^2]), for the pure bound (Nichol & Dhariwal 2021, eq. 18).
+    """Draws times in proportion to sqrt(E[L_t^2]), for the pure bound (Nichol & Dhariwal 2021, eq. 18).
 
-    E is over the last ``history`` losses of each t; until every t has that many, and in a share ``uniform`` of the
-    draws, times are uniform. The losses are weighted by 1 / (T p_t) to keep their expectation. The history is part of
-    the module's state, and with it of a resume file.
+    E is the mean over the last ``history`` losses of each t. Times are uniform until every t has that many losses, and
+    always in a share ``uniform`` of the draws. The weights 1 / (T p_t) keep the expectation of the loss. The history is
+    part of the module's state, and so of a resume file.
     """
 
     losses: Tensor
@@ -122,7 +123,7 @@ class ImportanceTimes(nn.Module):
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Records the unweighted losses (B,) of the times ``t`` (B,). With several processes, give all of theirs."""
+        """Records the unweighted losses (B,) of the times ``t`` (B,), gathered from all processes."""
         history = self.losses.shape[1]
         for time, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
             self.losses[time - 1, int(self.counts[time - 1]) % history] = loss

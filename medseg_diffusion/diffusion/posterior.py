@@ -1,7 +1,7 @@
 """One reverse step: q(x_s | x_t, x0) of the forward process, the model's step, and the terms of the variational bound.
 
-For s = t - 1 the posterior is equations 6 and 7 of Ho et al. 2020 (arXiv 2006.11239); the pair form makes respacing of
-a trained chain unnecessary: with alpha_bar_{t|s} = alpha_bar_t / alpha_bar_s,
+For s = t - 1 the posterior is that of equations 6 and 7 of Ho et al. 2020 (arXiv 2006.11239). The form below holds for
+any pair s < t, so that fewer steps need no schedule of their own: with alpha_bar_{t|s} = alpha_bar_t / alpha_bar_s,
 
     mean     = [sqrt(alpha_bar_s) (1 - alpha_bar_{t|s}) x0 + sqrt(alpha_bar_{t|s}) (1 - alpha_bar_s) x_t]
                / (1 - alpha_bar_t)
@@ -28,7 +28,7 @@ FixedVariance = Literal["posterior", "beta"]
 """The variance of a model that learned none: the smallest or the largest of its step."""
 
 Decoder = Literal["discretised", "gaussian", "none"]
-"""p(x0 | x_t) of the bound's last term: probability of 8-bit levels in [-1, 1], a density, or left out."""
+"""p(x0 | x_t) in the bound's last term: probability of 8-bit levels in [-1, 1], a density, or no last term."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +50,12 @@ def posterior(
 ) -> Posterior:
     """Mean, smallest and largest variance of the step from ``t`` to ``s``, 0 <= s < t <= T; ``x0``, ``x_t`` (B, C, *S).
 
-    Coefficients are computed in float64. The order of tensors ``t`` and ``s`` is not checked: it would cost a wait for
-    the device. At s = 0 the mean is x0 and the smallest variance 0; with ``later``, the next
-    visited time above t, it is that of the step from ``later`` to t instead, as Ho et al. chose (later = 2, t = 1 on
-    the whole chain). Only the bound needs that: the last step of sampling adds no noise.
+    Coefficients are computed in float64. If ``t`` and ``s`` are tensors their order is not checked, which would have to
+    wait for the device.
+
+    At s = 0 the mean is x0 and the smallest variance is 0. If ``later`` is given, the next visited time above t, the
+    smallest variance at s = 0 is that of the step from ``later`` to t instead, as in Ho et al. (on the whole chain
+    later = 2 and t = 1). Only the bound needs this: the last step of sampling adds no noise.
     """
     ab_t, ab_s = schedule.at(t), schedule.at(s)
     if isinstance(t, int) and isinstance(s, int) and s >= t:
@@ -74,7 +76,7 @@ def posterior(
 def log_variance(q: Posterior, weight: Tensor | None, fixed: FixedVariance = "posterior") -> Tensor:
     """Log-variance of a model's step: w log largest + (1 - w) log smallest (Nichol & Dhariwal 2021, eq. 15).
 
-    ``weight`` is `Prediction.var_weight`, (B, C, *S); None takes the ``fixed`` choice, (B, 1, ..., 1).
+    ``weight`` is `Prediction.var_weight`, (B, C, *S). If it is None, ``fixed`` chooses the variance: (B, 1, ..., 1).
     """
     if weight is None:
         return (q.variance if fixed == "posterior" else q.max_variance).log()
@@ -90,7 +92,7 @@ def bound_term(
     decoder: Decoder,
     fixed: FixedVariance = "posterior",
 ) -> Tensor:
-    """One term of the variational bound for each batch element, in nats for each of its entries: (B, C, *S).
+    """One term of the variational bound for each batch element, in nats per entry: (B, C, *S).
 
     KL(q(x_s | x_t, x0) || p(x_s | x_t)) where s > 0, and -log p(x0 | x_t) where s = 0 (Ho et al. 2020, eq. 5).
 
@@ -101,7 +103,7 @@ def bound_term(
         s: (B,) int64, the next visited time below t; t - 1 on the whole chain.
         later: (B,) int64, the next visited time above t; used where s = 0.
         decoder: the distribution of the last term.
-        fixed: the variance of a model that learned none.
+        fixed: variance of a model that learned none.
     """
     q = posterior(schedule, noised.x0, noised.x_t, noised.t, s, later)
     p = posterior(schedule, prediction.x0, noised.x_t, noised.t, s, later)
@@ -128,8 +130,8 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 def discretised_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """-log probability in nats, element by element, of 8-bit levels under N(mean, var) (Ho et al. 2020, eq. 13).
 
-    ``x`` holds the levels 0..255 mapped to [-1, 1]. A level's bin reaches 1/255 to both sides; those of the levels 0
-    and 255 reach to infinity.
+    ``x`` holds the levels 0..255 mapped to [-1, 1]. A level's bin extends 1/255 to both sides; those of the levels
+    0 and 255 extend to infinity.
     """
     inverse_std = (-0.5 * log_var).exp()
     # Mirrored to the lower tail, where the logarithm of the normal distribution function is exact at any distance.

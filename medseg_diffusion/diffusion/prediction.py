@@ -1,4 +1,4 @@
-"""What a network predicts, and how it is read: the only place that knows the algebra of epsilon, x0 and v.
+"""What a network predicts, and the algebra of epsilon, x0 and v.
 
 With x_t = alpha x0 + sigma eps and alpha^2 + sigma^2 = 1 (`schedule`), each of
 
@@ -21,14 +21,14 @@ Target = Literal["eps", "x0", "v"]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A denoiser's answer at (x_t, t): both read-outs of the same prediction, never clipped.
+    """A denoiser's output at (x_t, t): the clean tensor and the noise of one prediction, not clipped.
 
     Attributes:
         x0: (B, C, *S) predicted clean tensor.
         eps: (B, C, *S) predicted noise.
         var_weight: (B, C, *S) or None. Nominally in [0, 1] and never clamped: 0 is the smallest, 1 the largest
             variance of the reverse step (Nichol & Dhariwal 2021, eq. 15).
-        logits: (B, K, *S) or None. What a classifying head emitted before its softmax.
+        logits: (B, K, *S) or None. Output of a classifying head before its softmax or sigmoid.
     """
 
     x0: Tensor
@@ -38,7 +38,7 @@ class Prediction:
 
 
 def read_output(target: Target, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0, eps) of a network's output ``out`` (B, C, *S) that was trained to predict ``target``.
+    """Converts the output ``out`` (B, C, *S) of a network that was trained to predict ``target`` into (x0, eps).
 
     ``alpha`` and ``sigma`` are (B, 1, ..., 1). At t = 0 sigma is 0 and eps cannot be recovered from x0: the denoiser
     is never called there.
@@ -51,7 +51,7 @@ def read_output(target: Target, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: 
 
 
 def target_of(target: Target, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network should have predicted, (B, C, *S): the inverse of `read_output`."""
+    """The correct output of a network that predicts ``target``, (B, C, *S): the inverse of `read_output`."""
     if target == "eps":
         return eps
     if target == "x0":

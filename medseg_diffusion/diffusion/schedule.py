@@ -5,10 +5,10 @@ A schedule is a table of ``alpha_bar[t]`` for t = 0..T, and the forward process 
     q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I),   alpha_t = sqrt(alpha_bar[t]),   sigma_t = sqrt(1 - alpha_bar[t])
 
 (Ho et al. 2020, arXiv 2006.11239, eq. 4). Time is an integer: 0 is clean, 1..T are noisy. The only constraint on a
-schedule is that ``alpha_bar`` starts at 1 and decreases. A schedule is chosen once, at training; taking fewer steps
-when sampling is another list of times (`medseg_diffusion.sampling.loop`), never another schedule.
+schedule is that ``alpha_bar`` starts at 1 and decreases. A schedule is chosen once, for training. Sampling with fewer
+steps takes another list of times (`medseg_diffusion.sampling.loop`), never another schedule.
 
-Tables are on the CPU whatever torch's default device is: their values are needed as numbers.
+Tables are always on the CPU, whatever torch's default device is, because their values are needed as numbers.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ class NoiseSchedule:
         return len(self.alpha_bar) - 1
 
     def value(self, t: int) -> float:
-        """``alpha_bar[t]`` as a number; works where tensors have no values (tracing, fake tensors)."""
+        """``alpha_bar[t]`` as a number; also works where tensors have no values (tracing, fake tensors)."""
         return self._values[t]
 
     def scales(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, each (B, 1, ..., 1) in the dtype and on the device of ``like`` (B, C, *S).
 
-        ``t`` is (B,) int64, or one int for the whole batch. With `expand`, this is the only place where time meets a
-        spatial shape.
+        ``t`` is (B,) int64, or one int for the whole batch.
         """
         ab = self.at(t)
         return expand(ab.sqrt(), like), expand((1 - ab).sqrt(), like)
@@ -83,7 +82,11 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 
 
 def from_betas(betas: Tensor) -> NoiseSchedule:
-    """The schedule of a list of ``betas`` (T,), alpha_bar_t = prod_{i <= t} (1 - beta_i). Refuses beta >= 1 or <= 0."""
+    """The schedule of a list of ``betas`` (T,), alpha_bar_t = prod_{i <= t} (1 - beta_i).
+
+    Raises:
+        ValueError: a beta does not lie in (0, 1).
+    """
     betas = betas.to(torch.float64)
     if not bool(((betas > 0) & (betas < 1)).all()):
         raise ValueError(
@@ -97,10 +100,10 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e
     """Linear betas of Ho et al. 2020, rescaled by 1000 / T so that x_T is noise for any T.
 
     The rescaling is that of Nichol & Dhariwal's public code and of SegDiff (T = 100). Below T = 21 the last beta of
-    the default range would reach 1, which is refused.
+    the default range would reach 1, which raises a ValueError.
     """
     scale = 1000 / num_steps
-    # The range is checked by itself: linspace of a single step would leave its end out.
+    # The ends are checked separately, because linspace of a single step contains only the first.
     from_betas(torch.tensor([scale * beta_start, scale * beta_end], device="cpu"))
     return from_betas(
         torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64, device="cpu")

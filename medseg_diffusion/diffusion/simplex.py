@@ -1,7 +1,7 @@
-"""Simplex noise (Perlin 2001): smooth noise whose largest blobs hide more of an image than single pixels do.
+"""Simplex noise (Perlin 2001): smooth noise, whose blobs hide larger parts of an image than independent pixels do.
 
-AnoDDPM (Wyatt et al. 2022, CVPR workshops) noises images with it: sums of octaves of 3D simplex noise, of which an
-image gets a slice at a random depth.
+AnoDDPM (Wyatt et al. 2022, CVPR workshops) noises images with sums of octaves of 3D simplex noise. Each image gets a
+slice at a random depth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GRADIENTS = torch.tensor(
     + [[0, y, z] for y in (1, -1) for z in (1, -1)],
     dtype=torch.float64,
 )  # from the centre of a cube to the middles of its edges
-_RADIUS2 = 0.5  # squared reach of a corner: the largest without jumps between cells
+_RADIUS2 = 0.5  # squared radius of a corner's influence: the largest without jumps between cells
 _VARIANCE = 2.608e-5
 """Variance of `_octave`, over points and lattices; a test measures it."""
 
@@ -32,18 +32,18 @@ def simplex(
     persistence: float = 0.8,
     wavelength: float = 64.0,
 ) -> Tensor:
-    """Noise (B, *shape) of mean 0 and unit variance over draws; the contract of `noise.gaussian`.
+    """Noise (B, *shape) of mean 0 and unit variance over draws: a `noise.NoiseSource`.
 
-    Lattice and place are drawn from each element's generator on the CPU, one of each for every channel; the rest is
-    computed on the device of ``like``. A single draw has a mean of its own: its largest blobs are as large as the
-    image.
+    Each channel has its own lattice and its own place in it, drawn on the CPU from the element's generator. The rest is
+    computed on the device of ``like``. The mean of a single draw is not 0, because its largest blobs are as large as
+    the image.
 
     Args:
         shape: (C, *S) with 2 or 3 spatial axes.
-        generators: one CPU generator a batch element.
-        like: gives device and type.
-        octaves: fields that are summed, each with half the wavelength of the one before.
-        persistence: amplitude of an octave over that of the one before (published: 0.8).
+        generators: one CPU generator per batch element.
+        like: gives device and dtype; None is float32 on torch's default device.
+        octaves: number of summed fields, each with half the wavelength of the one before.
+        persistence: ratio of an octave's amplitude to that of the one before (published: 0.8).
         wavelength: size in voxels of a cell of the first octave (published: "frequency 64").
     """
     channels, *size = shape
@@ -70,17 +70,17 @@ def simplex(
 
 def _octave(points: Tensor, start: Tensor, lattice: Tensor) -> Tensor:
     """Simplex noise (N, P) float32 at the points (3, P) of N lattices (N, 256), each moved by its start (N, 3)."""
-    x = points[:, None] + start.T[..., None]  # (3, N, P): one plane an axis is several times faster than rows of three
-    # Skewed, the lattice of tetrahedra is one of cubes, of which six tetrahedra fill one each.
+    x = points[:, None] + start.T[..., None]  # (3, N, P): one plane per axis is much faster than rows of three
+    # Skewing turns the lattice of tetrahedra into one of cubes, each of which six tetrahedra fill.
     cell = (x + x.sum(0) / 3).floor()
     inside = x - cell + cell.sum(0) / 6
     index = cell.long()
-    # How many coordinates are larger, of equal ones the later counting as smaller.
+    # For each coordinate, how many are larger; of equal ones, the later counts as smaller.
     a, b, c = inside
     ab, ac, bc = a >= b, a >= c, b >= c
     rank = torch.stack([2 - ab.int() - ac.int(), 1 + ab.int() - bc.int(), ac.int() + bc.int()])
     slopes = _GRADIENTS.to(x.device, torch.float32).T[:, lattice % len(_GRADIENTS)]  # (3, N, 256)
-    found = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
+    noise = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
     for corner in range(4):
         step = rank < corner  # along the axes of the largest coordinates first
         away = inside - step.float() + corner / 6
@@ -89,5 +89,5 @@ def _octave(points: Tensor, start: Tensor, lattice: Tensor) -> Tensor:
         hashed = (lattice.gather(1, k) + j) & (_PERIOD - 1)
         hashed = (lattice.gather(1, hashed) + i) & (_PERIOD - 1)
         for slope, distance in zip(slopes, away, strict=True):
-            found.addcmul_(weight * distance, slope.gather(1, hashed))
-    return found
+            noise.addcmul_(weight * distance, slope.gather(1, hashed))
+    return noise

@@ -1,1 +1,1 @@
-"""Samplers: one update rule a file, walked over a list of times."""
+"""Samplers: one update rule per file, applied along a list of times."""

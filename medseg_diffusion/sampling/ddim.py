@@ -17,8 +17,8 @@ from .loop import Noise
 class DDIM:
     """x_s = alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau z, tau = eta sqrt(posterior variance) (eq. 12 and 16).
 
-    ``eta`` 0 is deterministic, 1 has the variance of ancestral sampling. With eta 0 the same rule walks upwards,
-    s > t, which inverts the walk (sec. 4.3).
+    ``eta`` 0 is deterministic, 1 has the variance of ancestral sampling. With eta 0 the same rule also goes upwards,
+    s > t, which inverts sampling (sec. 4.3).
     """
 
     eta: float = 0.0

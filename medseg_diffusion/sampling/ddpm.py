@@ -19,11 +19,11 @@ from .loop import Noise
 class DDPM:
     """x_s ~ N(posterior mean at the predicted x0, variance).
 
-    A model with a learned variance uses it, exp(w log max + (1 - w) log min) (Nichol & Dhariwal 2021, eq. 15), both
-    bounds being those of the pair (t, s). Otherwise ``variance`` chooses between the posterior's and the largest.
+    A learned variance is exp(w log max + (1 - w) log min) (Nichol & Dhariwal 2021, eq. 15), with the bounds of the pair
+    (t, s). If the model learned none, ``variance`` chooses the posterior's or the largest.
 
-    ``gradient`` guides by a classifier: its value g at (x_t, t) shifts the mean by variance times g (Dhariwal & Nichol
-    2021, algorithm 1). The denoiser is then not guided, and may be clipped.
+    ``gradient`` is for classifier guidance: its value g at (x_t, t) shifts the mean by variance times g (Dhariwal &
+    Nichol 2021, algorithm 1). The denoiser must then not be guided itself, and may be clipped.
     """
 
     variance: FixedVariance = "posterior"

@@ -26,7 +26,7 @@ class DPMSolver:
 
 
 class _Walk:
-    """One walk: remembers the previous prediction of x0 and the previous h."""
+    """The step of one walk, with the previous prediction of x0 and the previous h."""
 
     def __init__(self) -> None:
         self.x0: Tensor | None = None

@@ -1,8 +1,7 @@
-"""Walking a denoiser down a list of times.
+"""Sampling: a denoiser and an update rule applied along a list of times.
 
-A sampler is an update rule ``step(schedule, prediction, x_t, t, s, noise) -> x_s`` from any time t to any other time
-s; which times are visited is a plain list, so "50 steps" can never disagree with the chain that the model was
-trained on.
+A sampler is an update rule ``step(schedule, prediction, x_t, t, s, noise) -> x_s`` from any time t to any other time s.
+The visited times are a plain list, so that a number of steps never changes the schedule that the model was trained on.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
 Spacing = Literal["log-snr", "trailing", "leading", "linspace"]
 LOWEST_HALF_LOG_SNR = -5.1
-"""log(alpha / sigma) at the end of the linear schedule of 1000 steps: what lies below is pure noise."""
+"""log(alpha / sigma) at the end of the linear schedule of 1000 steps; everything below is pure noise."""
 Noise = Callable[[], Tensor]
-"""Draws fresh standard normal noise of the shape of x_t; not called by deterministic steps."""
+"""Draws new standard normal noise of the shape of x_t; deterministic steps do not call it."""
 
 
 class Step(Protocol):
@@ -36,7 +35,7 @@ class Step(Protocol):
 
 
 class Sampler(Protocol):
-    """Makes the `Step` of one walk. Multistep methods keep their history in it, so no state outlives a walk."""
+    """Makes the `Step` of one walk. Multistep methods keep their history in the step, so it ends with the walk."""
 
     def begin(self) -> Step: ...
 
@@ -44,17 +43,20 @@ class Sampler(Protocol):
 def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start: int | None = None) -> list[int]:
     """The times of a walk with ``count`` denoiser calls from ``start`` (default T) to 0: count + 1 times, the last 0.
 
-    Times that coincide after rounding are removed with a warning that gives the number of steps that remain.
+    Times that coincide after rounding are removed, with a warning that gives the remaining number of steps.
 
     Args:
         schedule: the model's noise schedule.
-        count: number of denoiser calls, at least 1; as many as there are times, or more, visit every one.
-        how: "log-snr" uniform in log(alpha / sigma) between the start and t = 1, the default of DPM-Solver (Lu et
-            al. 2022, arXiv 2206.00927, sec. 3.4), where all below -5.1 counts as -5.1: the clipped last betas of the
-            cosine schedule would otherwise take half of the steps, all in pure noise; "trailing" start,
-            start - start/N, ...; "leading" the multiples of start // N plus 1; "linspace" evenly from the start to 1,
-            both included (guided diffusion).
+        count: number of denoiser calls, at least 1; ``start`` or more visit every time.
+        how: "log-snr" is uniform in log(alpha / sigma) between the start and t = 1, the default of DPM-Solver (Lu et
+            al. 2022, arXiv 2206.00927, sec. 3.4). Values below -5.1 count as -5.1 there: otherwise the clipped last
+            betas of the cosine schedule would take half of the steps, all in pure noise. "trailing" is start,
+            start - start/N, ...; "leading" is the multiples of start // N plus 1; "linspace" is even from the start to
+            1, both included (guided diffusion).
         start: first time, 1..T.
+
+    Raises:
+        ValueError: ``count`` or ``start`` is out of range.
     """
     last = schedule.num_steps if start is None else start
     if not 1 <= last <= schedule.num_steps:
@@ -65,8 +67,8 @@ def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start:
         times = list(range(last, 0, -1))
     elif how == "log-snr":
         lam = schedule.half_log_snr()[1 : last + 1]
-        wanted = torch.linspace(max(float(lam[-1]), LOWEST_HALF_LOG_SNR), float(lam[0]), count, dtype=torch.float64)
-        times = [last, *(1 + int((lam - value).abs().argmin()) for value in wanted[1:])]
+        even = torch.linspace(max(float(lam[-1]), LOWEST_HALF_LOG_SNR), float(lam[0]), count, dtype=torch.float64)
+        times = [last, *(1 + int((lam - value).abs().argmin()) for value in even[1:])]
     elif how == "trailing":
         times = [round(last - i * last / count) for i in range(count)]
     elif how == "leading":
@@ -84,20 +86,23 @@ def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start:
 def spread(schedule: NoiseSchedule, count: int, start: int) -> list[int]:
     """Exactly ``count`` times from ``start`` down to 1, as uniform in log(alpha / sigma) as whole numbers can be.
 
-    The "log-snr" of `spaced`, with times that coincide after rounding moved to the next free one instead of removed:
-    walks to an early start would lose many. For walks that end at 1, or at a 0 that is put behind them.
+    Like "log-snr" of `spaced`, but times that coincide after rounding are moved to the next free one, not removed: a
+    walk from a small ``start`` would lose many. The last time is 1; append 0 to end at the clean tensor.
 
     Args:
         schedule: the model's noise schedule.
-        count: number of times, 1..start; a single one is the start.
+        count: number of times, 1..start; with 1 the only time is ``start``.
         start: first time, 1..T.
+
+    Raises:
+        ValueError: ``count`` or ``start`` is out of range.
     """
     if not 1 <= count <= start <= schedule.num_steps:
         raise ValueError(f"needs 1 <= count <= start <= {schedule.num_steps}, got {count} times from {start}")
     lam = schedule.half_log_snr()[1 : start + 1]
-    wanted = torch.linspace(float(lam[0]), float(lam[-1]), count, dtype=torch.float64)
-    times = [0]  # ascending; 0 is only there to be exceeded
-    for i, value in enumerate(wanted[:-1], start=1):
+    even = torch.linspace(float(lam[0]), float(lam[-1]), count, dtype=torch.float64)
+    times = [0]  # ascending; the 0 is only a lower limit and is not returned
+    for i, value in enumerate(even[:-1], start=1):
         nearest = 1 + int((lam - value).abs().argmin())
         times.append(min(max(nearest, times[-1] + 1), start - count + i))
     return [start, *times[:0:-1]]
@@ -117,13 +122,16 @@ def sample(
     """Walks ``x`` (B, C, *S) from ``times[0]`` to ``times[-1]`` and returns the tensor at that last time.
 
     Args:
-        denoiser: the model, guided or clipped or not.
-        sampler: DDPM, DDIM, DPM-Solver++.
-        x: the tensor at ``times[0]``: pure noise at T, or a noised image for a later start.
+        denoiser: the model, which may be guided and clipped.
+        sampler: DDPM, DDIM or DPM-Solver++.
+        x: the tensor at ``times[0]``: pure noise at T, or a noised image at a smaller time.
         times: strictly monotone, usually decreasing to 0 (`spaced`).
-        cond: passed to the denoiser at every step; encode an image once, before.
-        generators: one CPU generator per batch element; needed by stochastic steps only.
+        cond: passed to the denoiser at every step, so anything costly (an encoded image) should be computed before.
+        generators: one CPU generator per batch element; only stochastic steps need them.
         on_step: called after every step with (time reached, x there, the prediction that led there).
+
+    Raises:
+        ValueError: ``times`` are not strictly monotone, or a stochastic sampler has too few generators.
     """
     pairs = list(pairwise(times))
     if not pairs or not (all(t > s for t, s in pairs) or all(t < s for t, s in pairs)):

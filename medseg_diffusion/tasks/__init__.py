@@ -1,1 +1,1 @@
-"""What is diffused and what conditions it."""
+"""Training tasks: what a model diffuses, what conditions it, and its loss."""

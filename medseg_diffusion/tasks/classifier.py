@@ -1,4 +1,4 @@
-"""Training the classifier of noisy images: nothing is diffused, but its inputs are noised as for a diffusion model."""
+"""Training of a classifier of noisy images, which later guides a diffusion model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NoisyClassification(nn.Module):
 
     Args:
         network: (x_t (B, C, *S), timesteps (B,) in 0..T-1) -> logits (B, K).
-        schedule: that of the diffusion model to be guided.
+        schedule: noise schedule of the diffusion model that the classifier guides.
     """
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule) -> None:

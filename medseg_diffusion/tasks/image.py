@@ -22,13 +22,12 @@ class ImageDiffusion(nn.Module):
         denoiser: of x0 (B, C, *S), the image in [-1, 1] or its standardised latent.
         objective: the diffusion loss.
         times: None for uniform training times.
-        num_classes: classes that condition it, 0 for none. Class ``num_classes`` stands for "no class".
+        num_classes: number of classes that condition the model, 0 for none. Label ``num_classes`` means "no class".
         drop: probability that a training example loses its class.
-        context_channels: width of the token that a class becomes for cross-attention; None adds its embedding to
-            that of the time instead.
-        factor: how much smaller than the image is the low-resolution one that is given, None where there is none
-            (an upsampler has one).
-        noise: what images are noised with.
+        context_channels: width of a class's token for cross-attention; None adds the class embedding to the time
+            embedding instead.
+        factor: of an upsampler, how much smaller than x0 its low-resolution image is; None for other models.
+        noise: source of the noise.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class ImageDiffusion(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar, of "image" (B, C, *S), "label" (B,) int64 and "seed" (B,) int64.
 
-        An upsampler of latents cannot tell the low-resolution image from x0 and finds it in "low" (B, C', *s).
+        An upsampler of latents also needs the low-resolution image "low" (B, C', *s), which it cannot compute from x0.
         Times, noise and dropped classes come from the examples' own seeds. In evaluation mode times are uniform and no
         class is dropped.
         """
@@ -86,9 +85,15 @@ class ImageDiffusion(nn.Module):
     def condition(
         self, label: Tensor | None = None, low: Tensor | None = None, size: Sequence[int] | None = None
     ) -> Condition:
-        """The network's condition for classes (B,) and low-resolution images (B, C', *s), of which None is absent.
+        """The network's condition.
 
-        ``size`` is x0's, to which the low-resolution image is brought.
+        Args:
+            label: (B,) int64 classes, for a model that is conditioned by classes.
+            low: (B, C', *s) low-resolution images, for an upsampler.
+            size: spatial size of x0, to which ``low`` is resized.
+
+        Raises:
+            ValueError: an input that the model needs is missing.
         """
         cond: dict[str, Tensor] = {}
         if self.num_classes:
@@ -119,15 +124,16 @@ class ImageDiffusion(nn.Module):
 
 
 def reduced(image: Tensor, factor: int) -> Tensor:
-    """The low-resolution image (B, C, *S / factor) of (B, C, *S): means of blocks."""
+    """Reduces an image (B, C, *S) to (B, C, *S / factor) by averaging blocks."""
     pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
     return pool(image, factor)
 
 
 def enlarged(low: Tensor, size: Sequence[int]) -> Tensor:
-    """A low-resolution image at size *S, (bi- or tri-)linearly (Dhariwal & Nichol 2021, appendix).
+    """Resizes low-resolution images (B, C, *s) to ``size`` by linear interpolation (Dhariwal & Nichol 2021, appendix).
 
-    For latents it is the latent's size (Rombach et al. 2022, section 4.4): larger, its own, or smaller, then by means.
+    With latents ``size`` is that of the latent (Rombach et al. 2022, section 4.4), which may be smaller: the images
+    are then averaged over areas.
     """
     if any(new < old for new, old in zip(size, low.shape[2:], strict=True)):
         return F.interpolate(low, size=tuple(size), mode="area")
@@ -135,7 +141,7 @@ def enlarged(low: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _of_all_processes(*values: Tensor) -> Sequence[Tensor]:
-    """Each tensor with those of the other processes behind it, the same in all of them."""
+    """Concatenates each tensor over all processes; every process gets the same result."""
     if not torch.distributed.is_initialized():
         return values
     gathered = []

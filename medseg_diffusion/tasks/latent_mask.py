@@ -1,8 +1,8 @@
 """Masks diffused in the latent space of an autoencoder of masks (after SDSeg, Lin et al. 2024, arXiv 2401.13466).
 
-SDSeg reuses an autoencoder of photographs; here a small one is trained on the training masks themselves, with Dice and
-cross-entropy, so that it fits any number of classes and 3D. What it loses bounds what the segmenter can reach: the Dice
-of masks against their own reconstructions is measured on the validation cases and stored as the ceiling.
+SDSeg reuses an autoencoder of photographs. Here a small one is trained on the training masks themselves, with Dice and
+cross-entropy, which works for any number of classes and in 3D. Its reconstruction limits the segmenter: the Dice of
+masks against their own reconstructions is measured on the validation cases and stored as the ceiling.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .mask import Batch, MaskEncoding, dice_ce, sample_all
 
 
 class MaskAutoencoder(nn.Module):
-    """Labels (B, *S) <-> latents (B, C', *s) with s = ceil(S / factor); trains itself on batches.
+    """Encodes labels (B, *S) as latents (B, C', *s), s = ceil(S / factor), and decodes them: batch -> training loss.
 
     Args:
-        codec: takes and gives as many channels as ``encoding``; what it gives are logits.
+        codec: its input and output have the channels of ``encoding``; its output is read as logits.
         encoding: how labels become channels.
-        factor: of the codec's downsampling. Labels are padded with background to multiples of it.
+        factor: the codec's downsampling factor. Labels are padded with background to multiples of it.
         kl_weight: weight of the KL divergence in nats per voxel.
     """
 
@@ -42,15 +42,15 @@ class MaskAutoencoder(nn.Module):
         self.kl_weight = kl_weight
 
     def encode(self, labels: Tensor) -> Tensor:
-        """Labels (B, *S) to standardised latents."""
+        """Encodes labels (B, *S) as standardised latents (B, C', *s)."""
         return self.codec.encode(self.channels_of(labels))
 
     def channels_of(self, labels: Tensor) -> Tensor:
-        """Labels (B, *S) to what the codec sees, padded."""
+        """The codec's input for labels (B, *S), padded to multiples of ``factor``."""
         return self.encoding.encode(padded(labels[:, None], self.factor)[:, 0])
 
     def decode(self, latent: Tensor, shape: Sequence[int]) -> Tensor:
-        """Latents to class probabilities (B, K, *S) of this ``shape`` S."""
+        """Decodes latents (B, C', *s) to class probabilities (B, K, *S), S being ``shape``."""
         return self._cut(self.codec.decode(latent), shape).softmax(1)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -65,13 +65,13 @@ class MaskAutoencoder(nn.Module):
 
 
 class LatentMaskDiffusion(nn.Module):
-    """A conditional diffusion model of mask latents: trains on batches, samples probabilities, as `MaskDiffusion`.
+    """A conditional diffusion model of mask latents, used like `MaskDiffusion`.
 
     Args:
-        denoiser: its network has ``encode_condition(image)``; its ``scale`` is that of the standardised latents.
-        autoencoder: trained already; it stays as it is.
-        objective: the diffusion loss. With target x0 one step from pure noise is a prediction of its own; SDSeg
-            predicts eps and adds an L1 loss of x0 to the same end.
+        denoiser: its network has ``encode_condition(image)``; its ``scale`` multiplies the standardised latents.
+        autoencoder: already trained; it is frozen.
+        objective: the diffusion loss. With target x0 the model can predict a mask in one step from pure noise; SDSeg
+            predicts eps and adds an L1 loss of x0 for this purpose.
     """
 
     def __init__(self, denoiser: NetworkDenoiser, autoencoder: MaskAutoencoder, objective: Objective) -> None:
@@ -97,7 +97,7 @@ class LatentMaskDiffusion(nn.Module):
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
-        """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S), as `MaskDiffusion.probabilities`."""
+        """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S), see `MaskDiffusion.probabilities`."""
         cond = self._condition(image)
         shape = (len(self.autoencoder.codec.scale), *cond["concat"].shape[2:])
         z0 = sample_all(self.denoiser, sampler, times, cond, seeds, shape, image)
@@ -112,7 +112,7 @@ class LatentMaskDiffusion(nn.Module):
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:
-    """(B, C, *S) with the far end of every axis repeated up to a multiple; labels end in background there."""
+    """Pads (B, C, *S) at the end of every axis to a multiple: images repeat the border, labels get background."""
     missing = [-size % multiple for size in x.shape[2:]]
     if not any(missing):
         return x

@@ -1,8 +1,8 @@
 """Masks as the diffused tensor, images as the condition.
 
 Labels of K classes become x0 in [-scale, scale]: one channel for K = 2 (background -scale, foreground +scale), else
-one-hot. A scale below 1 makes every noise level harder (Chen 2023, arXiv 2301.10972): a mask is so redundant that at
-the usual scale most noise levels give it away.
+one-hot. A scale below 1 makes every noise level harder (Chen 2023, arXiv 2301.10972): masks are so redundant that, at
+scale 1, they can be recognised through most noise levels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MaskEncoding:
         return 1 if self.num_classes == 2 else self.num_classes
 
     def encode(self, labels: Tensor) -> Tensor:
-        """(B, *S) int64 labels to x0 (B, channels, *S) in [-scale, scale]."""
+        """Encodes labels (B, *S) int64 as x0 (B, channels, *S) in [-scale, scale]."""
         if self.channels == 1:
             one_hot = (labels > 0)[:, None]
         else:
@@ -51,28 +51,34 @@ class MaskEncoding:
         return self.scale * (2 * one_hot.float() - 1)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, channels, *S) to probabilities (B, K, *S): p = clip((x0 / scale + 1) / 2), normalised over classes."""
+        """Decodes x0 (B, channels, *S) to probabilities (B, K, *S).
+
+        p = clip((x0 / scale + 1) / 2) to [0, 1], normalised over classes.
+        """
         p = ((x0 / self.scale + 1) / 2).clamp(0, 1)
         if self.channels == 1:
             return torch.cat([1 - p, p], dim=1)
-        # An all-zero column has no preference: it becomes uniform instead of 0 / 0.
+        # A position where every class has 0 becomes uniform instead of 0 / 0.
         p = p + 1e-6
         return p / p.sum(dim=1, keepdim=True)
 
     def class_logits(self, logits: Tensor) -> Tensor:
-        """Logits (B, channels, *S) of a classifying head as logits of all K classes (B, K, *S)."""
+        """Turns logits (B, channels, *S) of a classifying head into logits of all K classes (B, K, *S)."""
         return torch.cat([torch.zeros_like(logits), logits], dim=1) if self.channels == 1 else logits
 
 
 @dataclass(frozen=True)
 class AnchorLoss:
-    """[t mod every = 0] (Dice + w cross-entropy) of a condition network's own mask (MedSegDiff-V2, eq. 9)."""
+    """Loss of the mask that a condition network predicts itself (MedSegDiff-V2, eq. 9): Dice + w cross-entropy.
+
+    It counts only at times t that are multiples of ``every``.
+    """
 
     every: int = 5
     cross_entropy_weight: float = 10.0
 
     def __call__(self, logits: Tensor, labels: Tensor, t: Tensor) -> Tensor:
-        """Logits (B, K, *S), labels (B, *S) and times (B,) to a scalar, the mean over the batch."""
+        """The mean over the batch, a scalar, for logits (B, K, *S), labels (B, *S) and times ``t`` (B,)."""
         # Imported where used: MONAI takes seconds, which sampling does not need.
         from monai.losses import DiceLoss
 
@@ -83,14 +89,17 @@ class AnchorLoss:
 
 
 class MaskDiffusion(nn.Module):
-    """A conditional mask diffusion model: trains on batches, samples probabilities.
+    """A conditional diffusion model of masks: batch -> training loss; `probabilities` samples masks.
 
     Args:
-        denoiser: its network has ``encode_condition(image)``, called once per image and not once per step.
+        denoiser: its network has ``encode_condition(image)``, which is called once per image, not once per step.
         encoding: how labels become x0.
         objective: the diffusion loss.
-        dice_ce_weight: weight of Dice + cross-entropy on the logits; needs a classifying head when positive.
-        anchor_loss: of networks whose condition has an "anchor": logits of the mask.
+        dice_ce_weight: weight of Dice + cross-entropy on the logits; a positive one needs a classifying head.
+        anchor_loss: for networks whose condition has an "anchor", the logits of a mask.
+
+    Raises:
+        ValueError: a positive ``dice_ce_weight`` without a classifying head.
     """
 
     def __init__(
@@ -134,12 +143,13 @@ class MaskDiffusion(nn.Module):
     ) -> Tensor:
         """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S).
 
-        ``seeds`` holds N seeds for each of the B images, which are encoded once for all of them.
+        ``seeds`` holds N seeds for each of the B images. ``times`` are those that the sampler visits, decreasing to 0.
+        Each image is encoded once for its N samples.
         """
         cond = self.denoiser.network.encode_condition(image)  # type: ignore[operator]
         cond = {name: value for name, value in cond.items() if name != "anchor"}
         denoiser: Denoiser = self.denoiser
-        if self.denoiser.head == "linear":  # the others cannot leave the range of a mask
+        if self.denoiser.head == "linear":  # other heads cannot leave the range of a mask
             denoiser = Clipped(denoiser, -self.encoding.scale, self.encoding.scale)
         x0 = sample_all(denoiser, sampler, times, cond, seeds, (self.encoding.channels, *image.shape[2:]), image)
         return self.encoding.decode(x0).unflatten(0, (len(image), -1))
@@ -154,9 +164,9 @@ def sample_all(
     shape: Sequence[int],
     like: Tensor,
 ) -> Tensor:
-    """(B N, *shape) samples of the type and device of ``like``: N of each of the B conditions, one for each seed.
+    """Draws N samples for each of the B conditions, one for each seed: (B N, *shape), dtype and device of ``like``.
 
-    They walk in batches of `at_once`.
+    They are sampled in batches of `at_once`.
     """
     count = len(seeds[0])
     own = generators([seed for members in seeds for seed in members])
@@ -172,7 +182,7 @@ def sample_all(
 
 
 class FeedForward(nn.Module):
-    """The matched baseline: the same backbone maps the image to logits in one pass (Dice + cross-entropy)."""
+    """The baseline without diffusion: the same backbone maps the image to logits in one pass (Dice + cross-entropy)."""
 
     def __init__(self, network: nn.Module, encoding: MaskEncoding) -> None:
         super().__init__()
@@ -180,7 +190,7 @@ class FeedForward(nn.Module):
         self.encoding = encoding
 
     def logits(self, image: Tensor) -> Tensor:
-        """Logits (B, K, *S) of ``image`` (B, C, *S); the backbone's time input is held at 0."""
+        """Logits (B, K, *S) of ``image`` (B, C, *S); the backbone's timestep is always 0."""
         out = self.network(image, torch.zeros(len(image), dtype=torch.int64, device=image.device), None)
         return self.encoding.class_logits(out.to(image.dtype))
 
@@ -192,7 +202,7 @@ class FeedForward(nn.Module):
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
-        """Probabilities (B, N, K, *S) as `MaskDiffusion.probabilities`; the N members are the same."""
+        """Probabilities (B, N, K, *S), see `MaskDiffusion.probabilities`; the N members are identical."""
         return self.logits(image).softmax(dim=1)[:, None].expand(-1, len(seeds[0]), *[-1] * (image.ndim - 1))
 
 

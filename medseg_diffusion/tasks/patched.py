@@ -1,7 +1,7 @@
-"""Images of which one patch is noised while the network sees the rest as it is (Behrendt et al. 2023).
+"""Patched diffusion (pDDPM, Behrendt et al. 2023, arXiv 2303.03758): one patch of an image is noised.
 
-(pDDPM, arXiv 2303.03758.) The patch has to be restored from what surrounds it, which ties the restored anatomy to that
-of the image.
+The network sees the rest of the image without noise and restores the patch from it, so that the restored anatomy
+matches that of the image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PatchedDiffusion(nn.Module):
         patch: side of the patches of the grid (`boxes`), None for half of each side of the image.
 
     Raises:
-        ValueError: a network that predicts something else; in training, a patch larger than the image.
+        ValueError: the network predicts something else; in training, a patch is larger than the image.
     """
 
     def __init__(self, denoiser: NetworkDenoiser, noise: NoiseSource, patch: int | None = None) -> None:
@@ -57,12 +57,12 @@ class PatchedDiffusion(nn.Module):
         noised = draw_noised(schedule, x0, own, self.noise, t)
         within = inside(chosen, x0)
         error = (self.denoiser(torch.where(within, noised.x_t, x0), noised.t).x0 - x0).abs()
-        # All patches have the same size: one mean over all of them weighs the examples alike.
+        # All patches have the same size, so one mean over all of them gives every example the same weight.
         return error[within.expand_as(error)].mean()
 
 
 def boxes(size: Sequence[int], patch: int | None = None) -> list[Box]:
-    """The patches of a grid that covers an image of spatial ``size``, in order, all of one size.
+    """The patches of a grid that covers an image of spatial ``size``; all have the same size.
 
     Args:
         size: of the image.
@@ -70,7 +70,7 @@ def boxes(size: Sequence[int], patch: int | None = None) -> list[Box]:
             side, the last patch ends at the border and overlaps the one before it.
 
     Raises:
-        ValueError: a patch that is larger than the image, or empty.
+        ValueError: the patch is larger than the image, or empty.
     """
     sides = [(n + 1) // 2 if patch is None else patch for n in size]
     if any(not 1 <= side <= n for side, n in zip(sides, size, strict=True)):
@@ -83,7 +83,7 @@ def boxes(size: Sequence[int], patch: int | None = None) -> list[Box]:
 
 
 def inside(patches: Sequence[Box], like: Tensor) -> Tensor:
-    """Bool masks (N, 1, *S) of N patches, each true in its own, for images like (B, C, *S)."""
+    """Bool masks (N, 1, *S), each true inside one of N patches, for images of the shape of ``like`` (B, C, *S)."""
     masks = torch.zeros((len(patches), 1, *like.shape[2:]), dtype=torch.bool, device=like.device)
     for mask, box in zip(masks, patches, strict=True):
         mask[(slice(None), *box)] = True

@@ -1,8 +1,8 @@
-"""How the autoencoder of latent diffusion is trained (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1; Esser 2021).
+"""Training of the autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1).
 
-L1 + perceptual + regularisation, and from some step on an adversarial loss of image patches whose weight balances the
-gradients at the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, eq. 7). All are means over pixels, where the
-published code sums them: the weights are the published ones.
+The loss is L1 + perceptual + regularisation. From some step on, a patch-based adversarial loss is added, whose weight
+balances the gradients at the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, eq. 7). All terms are means
+over pixels, while the published code takes sums; the weights are the published ones.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the autoencoder's losses; L1 has 1.
+    """Weights of the autoencoder's losses; that of L1 is 1.
 
     Attributes:
         perceptual: of the perceptual distance.
         regularisation: of the KL divergence in nats (KL) or the commitment loss (VQ).
-        adversarial: of the adversarial loss, on top of its balance.
-        adversarial_start: step at which the discriminator comes in; before, it only learns.
+        adversarial: of the adversarial loss, which is multiplied by `balance` as well; 0 leaves it out.
+        adversarial_start: step from which the autoencoder sees the adversarial loss; the discriminator learns from
+            the first step on.
     """
 
     perceptual: float = 1.0
@@ -40,17 +41,17 @@ class LossWeights:
 
 
 class AutoencoderTraining(nn.Module):
-    """Autoencoder and discriminator in one training step: batch -> the sum of both losses, whose gradients never meet.
+    """Autoencoder and discriminator in one training step: batch -> the sum of both losses.
 
-    The discriminator sees the reconstruction detached, the autoencoder a discriminator with constant weights, so that
-    one backward pass and one optimiser serve both.
+    The discriminator sees the reconstruction detached, and the autoencoder sees the discriminator with constant
+    weights. Each loss thus trains its own network only, and one backward pass and one optimiser serve both.
 
     Args:
         autoencoder: KL or VQ.
         perceptual: the perceptual distance; its own parameters, if any, are not trained.
         weights: of the losses.
         discriminator_channels: width of the discriminator's first layer.
-        discriminator_layers: its number of halvings.
+        discriminator_layers: how often the discriminator halves the resolution.
     """
 
     step: Tensor
@@ -68,7 +69,7 @@ class AutoencoderTraining(nn.Module):
 
         super().__init__()
         self.autoencoder = autoencoder
-        # In a list: the perceptual network is neither trained, nor averaged, nor stored.
+        # In a list, which hides it from torch: the perceptual network is neither trained, nor averaged, nor stored.
         self._perceptual = [perceptual]
         self.weights = weights
         first = next(autoencoder.encoder.parameters())
@@ -79,24 +80,25 @@ class AutoencoderTraining(nn.Module):
             num_layers_d=discriminator_layers,
             norm="INSTANCE",
         )
-        # What gets no gradient must not ask for one: several processes would wait for it.
+        # A parameter that never gets a gradient must not require one: several processes would wait for it.
         self.discriminator.requires_grad_(weights.adversarial > 0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar, of "image" (B, C, *S) in [-1, 1] and "seed" (B,) int64.
 
-        In evaluation mode the loss without its adversarial part: how well images are kept.
+        In evaluation mode the adversarial part is left out: the loss then measures the reconstruction.
         """
         image = batch["image"]
-        found, penalty = self.autoencoder.reconstruct(image, generators(batch["seed"].tolist()))
-        # In float32: autocast would run the convolutions of SSIM in bfloat16, where the difference of two nearly equal
-        # moments that its variance is comes out as noise of either sign.
+        reconstruction, penalty = self.autoencoder.reconstruct(image, generators(batch["seed"].tolist()))
+        # In float32: autocast would run the convolutions of SSIM in bfloat16. SSIM's variance is a difference of two
+        # nearly equal moments, which would be rounded to noise of either sign.
         with torch.autocast(image.device.type, enabled=False):
-            found, penalty = found.float(), penalty.float()
-            kept = F.l1_loss(found, image) + self.weights.perceptual * self._perceptual[0](found, image)
+            reconstruction, penalty = reconstruction.float(), penalty.float()
+            l1 = F.l1_loss(reconstruction, image)
+            reconstruction_loss = l1 + self.weights.perceptual * self._perceptual[0](reconstruction, image)
         pixels = image[0].numel() if isinstance(self.autoencoder, KLAutoencoder) else 1
-        loss = kept + self.weights.regularisation * penalty.mean() / pixels
+        loss = reconstruction_loss + self.weights.regularisation * penalty.mean() / pixels
         if not self.training:
             return loss
         step = int(self.step)
@@ -105,40 +107,44 @@ class AutoencoderTraining(nn.Module):
             return loss
         if step >= self.weights.adversarial_start:
             constant = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-            fooled = -functional_call(self.discriminator, constant, (found,))[-1].mean()
-            loss = loss + self.weights.adversarial * balance(kept, fooled, self.autoencoder.last_layer) * fooled
-        real, fake = self.discriminator(image)[-1], self.discriminator(found.detach())[-1]
+            adversarial_loss = -functional_call(self.discriminator, constant, (reconstruction,))[-1].mean()
+            ratio = balance(reconstruction_loss, adversarial_loss, self.autoencoder.last_layer)
+            loss = loss + self.weights.adversarial * ratio * adversarial_loss
+        real, fake = self.discriminator(image)[-1], self.discriminator(reconstruction.detach())[-1]
         return loss + 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def balance(kept: Tensor, fooled: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """|gradient of kept| / |gradient of fooled| at the last layer, at most 1e4; a constant."""
-    (wanted,) = torch.autograd.grad(kept, last_layer, retain_graph=True)
-    (given,) = torch.autograd.grad(fooled, last_layer, retain_graph=True)
-    return (wanted.norm() / (given.norm() + 1e-6)).clamp(max=1e4).detach()
+def balance(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """Ratio of the two losses' gradient norms at ``last_layer``, at most 1e4; a scalar without gradient."""
+    (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
+    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-6)).clamp(max=1e4).detach()
 
 
 class GradientSSIM:
-    """1 - SSIM, plus L1 of the differences of neighbours at 3 scales: the fallback where LPIPS has no weights."""
+    """1 - SSIM, plus L1 of the differences between neighbours at 3 scales: the fallback where LPIPS has no weights."""
 
     def __init__(self, dims: int = 2) -> None:
         from monai.losses import SSIMLoss
 
         self.ssim = SSIMLoss(spatial_dims=dims, data_range=2.0, win_size=7)
 
-    def __call__(self, found: Tensor, image: Tensor) -> Tensor:
+    def __call__(self, reconstruction: Tensor, image: Tensor) -> Tensor:
         pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
-        loss = self.ssim(found.float(), image.float())
+        loss = self.ssim(reconstruction.float(), image.float())
         for _ in range(3):
             for axis in range(2, image.ndim):
-                loss = loss + F.l1_loss(found.diff(dim=axis), image.diff(dim=axis))
-            found, image = pool(found, 2), pool(image, 2)
+                loss = loss + F.l1_loss(reconstruction.diff(dim=axis), image.diff(dim=axis))
+            reconstruction, image = pool(reconstruction, 2), pool(image, 2)
         return loss
 
 
 @torch.no_grad()
 def standardise(autoencoder: KLAutoencoder | VQAutoencoder, batches: list[Tensor]) -> None:
-    """Sets ``shift`` and ``scale`` from the mean and deviation of each latent channel over ``batches`` of images."""
+    """Sets the autoencoder's ``shift`` and ``scale`` from ``batches`` of images (B, C, *S).
+
+    They come from the mean and standard deviation of each latent channel.
+    """
     autoencoder.shift.fill_(0)
     autoencoder.scale.fill_(1)
     total = square = torch.zeros(())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class EMA:
     """A shadow copy whose parameters follow those of ``model`` after every optimiser step.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)), so that short runs are not dragged by their start.
+    The decay warms up as min(decay, (1 + n) / (10 + n)), so that the start does not dominate short runs.
 
     Attributes:
         module: the averaged model, in evaluation mode and without gradients.
@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves the average towards the present, fp32 parameters of ``model``; buffers are copied."""
+        """Moves the average towards the current fp32 parameters of ``model``, and copies its buffers."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         shadow: list[Tensor] = list(self.module.parameters())

@@ -12,40 +12,44 @@ from medseg_diffusion.errors import MedsegError
 
 
 def launched() -> bool:
-    """Whether this process already is one of several (torchrun, SLURM or accelerate have set RANK and WORLD_SIZE)."""
+    """Whether a launcher (torchrun, SLURM, accelerate) started this process: RANK and WORLD_SIZE are set then."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_first() -> bool:
-    """Whether this is the only process, or the one of several that speaks for all."""
+    """Whether this is the only process, or the one of rank 0, which prints for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def launch(command: Sequence[str], processes: int) -> int:
     """Runs ``command`` (program and arguments) in ``processes`` processes of this machine, as torchrun does.
 
-    The processes find each other by themselves on a free port; each gets its own device. Returns 0, or the exit code of
-    the process that failed first: the others are ended then.
+    The processes find each other on a free port, and each uses its own device. If one fails, the others are ended.
+    Returns 0, or the exit code of the process that failed first.
 
     Raises:
-        MedsegError: the first to end was ended by a signal, so that it could not say why.
+        MedsegError: a signal ended the process that failed first, so that it could not print a reason.
         KeyboardInterrupt: Ctrl-C.
     """
-    # Reading a command's options is not to wait for these.
+    # Imported here because they are slow to import: other commands must not wait for them.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds for a step and the resume file
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why itself
+    os.environ.setdefault(
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"
+    )  # seconds to finish the step and write the resume file
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # a process that fails prints the reason itself
     config = LaunchConfig(
         1, 1, processes, run_id=str(uuid4()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         elastic_launch(config, command[0])(*command[1:])
-    except SignalException as error:  # passed on to the processes, which have ended by now
+    except SignalException as error:  # the processes have received it too, and have ended by now
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
         return 128 + error.sigval

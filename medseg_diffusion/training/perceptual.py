@@ -1,4 +1,4 @@
-"""Perceptual distances for training an autoencoder: LPIPS where its weights can be had, else a stated fallback."""
+"""Perceptual distances for training an autoencoder: LPIPS where its weights are available, else a named fallback."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from medseg_diffusion.networks.extractors import fingerprints, reason, weight_fi
 from .autoencoder import GradientSSIM, Perceptual
 
 BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-"""torchvision's VGG-16, on which LPIPS was learned."""
+"""torchvision's VGG-16, whose features LPIPS compares."""
 
 
 def perceptual_loss(
-    wanted: Literal["auto", "lpips", "gradient-ssim"],
+    kind: Literal["auto", "lpips", "gradient-ssim"],
     backbone: str | None,
     channels: int,
     device: torch.device,
     dims: int = 2,
     download: bool = False,
 ) -> tuple[Perceptual, str, list[str]]:
-    """The distance asked for and its name; "auto" is LPIPS where package and weights are, else "gradient-ssim".
+    """Returns a perceptual distance, its name, and the fingerprints of the trained weights that it uses.
 
-    The third value is the fingerprints of the trained weights inside it (`medseg_diffusion.networks.extractors`): no
-    extractor that has any of them may score what was trained with it.
+    An extractor that shares any of these fingerprints (`medseg_diffusion.networks.extractors`) must not score what was
+    trained with this distance.
 
     Args:
-        wanted: the kind.
-        backbone: torchvision's VGG-16 weights; None looks among torchvision's downloads.
+        kind: "auto" is LPIPS where its package and weights are available, else "gradient-ssim".
+        backbone: file of torchvision's VGG-16 weights; None looks among torchvision's downloads.
         channels: of the images; LPIPS sees greyscale as RGB.
         device: of the images.
-        dims: of the images; LPIPS knows no volumes, of which "auto" takes the fallback.
-        download: fetch the weights where the package is there, they are missing and no backbone is named.
+        dims: 2 for images, 3 for volumes, which LPIPS cannot compare: "auto" is the fallback there.
+        download: fetch missing weights, provided that the package is installed and ``backbone`` is None.
 
     Raises:
-        ModelError: LPIPS is demanded, or its backbone named, but something that it needs is missing, damaged or of
-            another network; or a download failed.
+        ModelError: ``kind`` is "lpips" or a backbone is named, but something that LPIPS needs is missing, damaged or
+            of another network; or a download failed.
     """
-    if dims == 3 and wanted == "lpips":
+    if dims == 3 and kind == "lpips":
         raise ModelError("loss.perceptual=lpips: LPIPS compares images, not volumes; set loss.perceptual=gradient-ssim")
-    if dims == 3 or wanted == "gradient-ssim":
+    if dims == 3 or kind == "gradient-ssim":
         return GradientSSIM(dims), "gradient-ssim", []
     file = Path(backbone) if backbone else weight_file(BACKBONE_URL, download and find_spec("lpips") is not None)
     try:
         loss = LPIPS(file, channels)
     except Exception as error:  # a wrong or damaged file can raise nearly anything
-        if wanted == "auto" and backbone is None:
+        if kind == "auto" and backbone is None:
             return GradientSSIM(), "gradient-ssim", []
         raise ModelError(
-            f"{file}: LPIPS cannot be had ({reason(error)}); install medseg-diffusion[lpips] and name the "
+            f"{file}: cannot load LPIPS ({reason(error)}); install medseg-diffusion[lpips] and name the "
             "weights of torchvision's VGG-16 with --set loss.lpips_backbone=FILE, or set loss.perceptual=gradient-ssim"
         ) from error
     return loss.to(device), "lpips", fingerprints(loss.distance.net.state_dict().values())
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924), of the PyPI package lpips, VGG-16."""
+    """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924): the PyPI package lpips with VGG-16."""
 
     def __init__(self, backbone: Path, channels: int = 3) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ class LPIPS(nn.Module):
 
         weights = torch.load(backbone, map_location="cpu", weights_only=True)
         self.distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        # The package cuts VGG's features into slices, whose layers keep their numbers.
+        # The package cuts VGG's features into slices, in which layers keep their numbers.
         stages = self.distance.net.state_dict()
         self.distance.net.load_state_dict({name: weights["features." + name.partition(".")[2]] for name in stages})
         self.requires_grad_(False).eval()
         self.channels = channels
 
-    def forward(self, found: Tensor, image: Tensor) -> Tensor:
+    def forward(self, reconstruction: Tensor, image: Tensor) -> Tensor:
         if self.channels == 1:
-            found, image = found.expand(-1, 3, -1, -1), image.expand(-1, 3, -1, -1)
-        distance: Tensor = self.distance(found.float(), image.float())
+            reconstruction, image = reconstruction.expand(-1, 3, -1, -1), image.expand(-1, 3, -1, -1)
+        distance: Tensor = self.distance(reconstruction.float(), image.float())
         return distance.mean()

@@ -1,4 +1,4 @@
-"""The run directory: who may write into it, and the record of how it was started."""
+"""The run directory: when a run may start or continue in it, and the files that record how it was made."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from medseg_diffusion.files import write_files, write_json
 
 
 def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
-    """Makes the run directory and writes its config.yaml; of a run that goes on it is the same already.
+    """Makes the run directory and writes its config.yaml. A resumed run keeps the one that it has.
 
     Args:
         run: the directory, new unless ``resume``.
         config: the whole configuration.
-        noted: the seed and what else has to be the same to go on, in plain types.
-        resume: go on with a run that was started with the same, perhaps by an older version that knew fewer keys.
+        noted: the seed, and whatever else must not change when the run is resumed, in plain types.
+        resume: continue a run that was started with the same configuration, perhaps by an older version of the
+            package that knew fewer keys.
 
     Raises:
         UsageError: see `require_startable`.
@@ -34,7 +35,7 @@ def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bo
 
 
 def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
-    """What `start_run` refuses, before any work is done.
+    """Raises what `start_run` would raise, before any work is done.
 
     Raises:
         UsageError: the run exists and ``resume`` is off, does not exist and it is on, or was started with another
@@ -57,11 +58,11 @@ def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], re
 
 
 def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -> None:
-    """Writes which case is on which side of a run's split; of a resumed run they must not have moved.
+    """Writes which case is on which side of a run's split. In a resumed run, no case may have changed sides.
 
     Raises:
-        InputError: the data folder holds other cases than at the start, so that some are on other sides: cases that
-            were trained on would be tested on.
+        InputError: the data folder holds other cases than at the start, so that some have changed sides: cases used
+            for training would be tested on.
     """
     content = json.loads(json.dumps(sides))
     if resume and file.is_file() and json.loads(file.read_text()) != content:
@@ -75,9 +76,9 @@ def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -
 
 
 def _completed(before: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
-    """What a run was started with, and the defaults of the keys that its version did not know."""
+    """The stored configuration, with defaults for the keys that the version that wrote it did not know."""
     own = {key: value for key, value in before.items() if key in kind.model_fields}
     try:
         return {**before, **kind.model_validate(own).model_dump(mode="json")}
-    except ValidationError:  # of a version that knew other keys: compared as it is
+    except ValidationError:  # written by a version that knew other keys: compare it unchanged
         return dict(before)

@@ -1,4 +1,4 @@
-"""Where a training run computes: device, precision and processes, behind one small class."""
+"""Device, precision and processes of a training run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _GRACE_S = 15.0
 
 
 def _leave_group() -> None:
-    """Ends the threads of the process group; a process that exits over them may abort instead, its work done."""
+    """Ends the threads of the process group, which could make a process abort at its exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 class Runtime:
-    """One process, or one of several started by a launcher (RANK and WORLD_SIZE set): accelerate does the work."""
+    """A thin layer over accelerate, for one process or for several started by a launcher (RANK and WORLD_SIZE set)."""
 
     def __init__(self, device: str = "auto", precision: Precision = "auto") -> None:
         chosen = choose_device(device)
@@ -44,7 +44,7 @@ class Runtime:
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu",
             mixed_precision="bf16" if self.autocast is torch.bfloat16 else "no",
-            # Others wait while the first prepares data or validates.
+            # The others wait while the main process prepares data or validates.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         )
         if self.world_size > 1:
@@ -67,7 +67,7 @@ class Runtime:
         return bool(self.accelerator.is_main_process)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model on the device (wrapped for several processes) and its optimiser."""
+        """Returns the model on the device (wrapped if there are several processes) and its optimiser."""
         return self.accelerator.prepare(model, optimizer)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -77,7 +77,7 @@ class Runtime:
         self.accelerator.backward(loss)
 
     def clip(self, model: nn.Module, max_norm: float) -> float:
-        """Clips the gradient's norm; returns the norm before."""
+        """Clips the gradient to ``max_norm`` and returns its norm before."""
         return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm))
 
     def mean(self, value: Tensor) -> float:
@@ -86,14 +86,14 @@ class Runtime:
             return float(self.accelerator.reduce(value.detach().float(), reduction="mean"))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process: all of them must stop together."""
+        """Whether the flag is set in any process."""
         if self.world_size == 1:
             return flag
         with self._together():
             return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum") > 0)
 
     def wait(self) -> None:
-        """Until all processes are here.
+        """Waits until all processes have reached this point.
 
         Raises:
             MedsegError: one of them has ended.
@@ -103,19 +103,20 @@ class Runtime:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """What fails where another process has ended; a process alone has failures of its own."""
+        """For communication between processes, which fails when another process has ended."""
         try:
             yield
         except RuntimeError as error:
             if self.world_size == 1:
                 raise
-            # The first to end gives the exit code: let it be the one that knows why. The launcher then ends this one.
+            # The exit code of the run is that of the process that ends first. It should be the one with the actual
+            # error, so this one waits; the launcher ends it meanwhile.
             time.sleep(_GRACE_S)
             raise MedsegError(f"another process ended early ({str(error).splitlines()[0]})") from error
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """What is inside is done by the main process first: the others find it in a cache then."""
+        """The main process runs the body first, so that the others find its results in a cache."""
         if not self.is_main:
             self.wait()
         yield

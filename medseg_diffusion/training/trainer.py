@@ -173,7 +173,7 @@ def fit(
             stop = runtime.any(out_of_time) or state.step >= last
             validation_due = stop or state.step % options.validate_every == 0
             if recorder is not None:
-                recorder.after_step(validation_due)
+                recorder.validate_and_save(validation_due)
             if validation_due:
                 runtime.wait()
             if recorder is not None:
@@ -288,8 +288,8 @@ class _Recorder:
         self.saved_at = time.monotonic()
         self.step_seconds = 0.0
 
-    def after_step(self, validation_due: bool) -> None:
-        """Validates if that is due, and writes the resume file after a validation or when enough time has passed."""
+    def validate_and_save(self, validation_due: bool) -> None:
+        """Validates if a validation is due, and writes the resume file after one or when enough time has passed."""
         if validation_due:
             self._validate()
         if validation_due or time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes:
