@@ -12,7 +12,7 @@ from medseg_diffusion.errors import MedsegError
 
 from . import (
     anomaly,
-    benchmark,
+    benchmark_segmenter,
     check,
     configs,
     evaluate,
@@ -56,7 +56,7 @@ app.command("evaluate-generator")(generator.evaluate_generator)
 app.command("segment")(segment.segment)
 app.command("train-segmenter")(train.train_segmenter)
 app.command("train-pixel-classifier")(pixel_classifier.train_pixel_classifier)
-app.command("benchmark-segmenter")(benchmark.benchmark_segmenter)
+app.command("benchmark-segmenter")(benchmark_segmenter.benchmark_segmenter)
 app.command("train-anomaly")(anomaly.train_anomaly)
 app.command("calibrate-anomaly")(anomaly.calibrate_anomaly)
 app.command("anomaly")(anomaly.anomaly)

@@ -10,7 +10,7 @@ from typing import Any
 from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML
 from medseg_diffusion.metrics.statistics import Interval
 
-from .detection import OPTIMISTIC, CaseDetection, Detection, ratio
+from medseg_diffusion.metrics.detection_summary import OPTIMISTIC, CaseDetection, Detection, ratio
 from .plots import detection_curves
 from .summary import format_number
 

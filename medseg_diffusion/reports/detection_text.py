@@ -10,7 +10,7 @@ from typing import Any
 
 from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML
 
-from .detection import OPTIMISTIC, CaseDetection, Detection, ratio
+from medseg_diffusion.metrics.detection_summary import OPTIMISTIC, CaseDetection, Detection, ratio
 
 CASE_KEYS: Mapping[str, Callable[[CaseDetection], float | int]] = {
     "auroc": lambda case: case.auroc,

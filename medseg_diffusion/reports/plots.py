@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from .detection import OPTIMISTIC
+from medseg_diffusion.metrics.detection_summary import OPTIMISTIC
 from .slices import (
     PALETTE,
     Slice,

@@ -16,7 +16,7 @@ from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS, Reliabilit
 from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE, ClassOverlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
 
-from .detection import Detection
+from medseg_diffusion.metrics.detection_summary import Detection
 from .detection_text import CASE_KEYS, case_numbers, detection_json, table_numbers
 
 # nnU-Net's key for each field of `ClassOverlap`, in its order.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.metrics.detection import Curve, Lesions, ScoredVoxels
 from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
-from medseg_diffusion.reports.detection import CaseDetection, Detection, summarise_detection
+from medseg_diffusion.metrics.detection_summary import CaseDetection, Detection, summarise_detection
 from medseg_diffusion.volumes.io import is_image, read_labels, scan_name
 from medseg_diffusion.volumes.scores import read_scores
 from medseg_diffusion.volumes.volume import Volume
