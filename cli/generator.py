@@ -1,4 +1,4 @@
-"""`medseg train-generator`, `medseg sample` and `medseg evaluate-generator`."""
+"""`medseg train-generator` and `medseg sample`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, print_table, progress, warnings_at_once
+from ._shared import AsJson, Device, Quiet, Seed, print_json, progress, warnings_at_once
 from .segment import Sampler
 
 if TYPE_CHECKING:
@@ -139,57 +139,3 @@ def sample(
     elif not quiet:
         typer.echo(f"{len(paths)} images: {output}")
         typer.echo(f"grid: {output / 'grid.png'}")
-
-
-def evaluate_generator(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SAMPLES...", help="Generators, or image folders.")],
-    reference: Annotated[Path, typer.Option("--reference", metavar="D", help="Real images: folder or zip.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for samples and scores.")],
-    samplers: Annotated[str, typer.Option(help="NAME:STEPS, comma-separated.")] = "ddim:50,ddim:200,ddpm:1000",
-    count: Annotated[int, typer.Option("-n", min=1, help="Samples of each row.")] = 10_000,
-    extractor: Annotated[
-        str, typer.Option(help="inception, efficientnet-lite0, or a .pt or .onnx file; auto takes the first at hand.")
-    ] = "auto",
-    inception: Annotated[Path | None, typer.Option(metavar="FILE", help="Inception's weights.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch Inception's weights if missing.")] = False,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken real images out.")] = False,
-    upsampler: Annotated[str | None, typer.Option(metavar="MODEL", help="Model that enlarges the samples.")] = None,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
-    device: Device = "auto",
-    seed: Seed = 0,
-    quiet: Quiet = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score generators: recall, precision, IS, FID, sFID and KID, one row per model and sampler."""
-    from medseg_diffusion.workflows.evaluate_generator import evaluate_generator as run
-    from medseg_diffusion.workflows.evaluate_generator import parse_samplers
-    from medseg_diffusion.workflows.sample import SampleOptions
-
-    pairs = parse_samplers(samplers)
-    options = SampleOptions(
-        count=count, guidance=guidance, upsampler=upsampler, batch_size=batch_size, device=device, seed=seed
-    )
-    with progress(quiet) as show:
-        result = run(
-            models,
-            reference,
-            output,
-            pairs,
-            options,
-            extractor,
-            inception,
-            download,
-            skip_broken,
-            lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
-        )
-    for warning in result.warnings:
-        fail(warning, kind="warning")
-    if as_json:
-        print_json({"extractor": result.extractor, "reference": result.reference_count, "rows": result.table()})
-    elif not quiet:
-        print_table(result.table())
-        if upsampler:
-            typer.echo(f"enlarged by: {upsampler}")
-        typer.echo(f"features: {result.extractor}; sFID: {result.maps}; {result.reference_count} real images")
-        typer.echo(f"scores: {output / 'scores.json'}")

@@ -16,6 +16,7 @@ from . import (
     check,
     configs,
     evaluate,
+    evaluate_generator,
     generator,
     info,
     models,
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 app.command("train-generator")(generator.train_generator)
 app.command("sample")(generator.sample)
-app.command("evaluate-generator")(generator.evaluate_generator)
+app.command("evaluate-generator")(evaluate_generator.evaluate_generator)
 app.command("segment")(segment.segment)
 app.command("train-segmenter")(train.train_segmenter)
 app.command("train-pixel-classifier")(pixel_classifier.train_pixel_classifier)

@@ -1,0 +1,69 @@
+"""`medseg evaluate-generator`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._shared import AsJson, Device, Quiet, Seed, fail, print_json, print_table, progress
+
+
+# many: one parameter for each option of the command
+def evaluate_generator(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SAMPLES...", help="Generators, or image folders.")],
+    reference: Annotated[Path, typer.Option("--reference", metavar="D", help="Real images: folder or zip.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for samples and scores.")],
+    samplers: Annotated[
+        str, typer.Option(metavar="NAME:STEPS,...", help="Samplers and their numbers of steps.")
+    ] = "ddim:50,ddim:200,ddpm:1000",
+    count: Annotated[int, typer.Option("-n", min=1, help="Samples for each row of the table.")] = 10_000,
+    extractor: Annotated[
+        str,
+        typer.Option(help="inception, efficientnet-lite0, or a .pt or .onnx file; auto takes the first available one."),
+    ] = "auto",
+    inception: Annotated[Path | None, typer.Option(metavar="FILE", help="Inception's weights.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch Inception's weights if missing.")] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip real images that cannot be read.")] = False,
+    upsampler: Annotated[str | None, typer.Option(metavar="MODEL", help="Model that enlarges the samples.")] = None,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score generators: recall, precision, IS, FID, sFID and KID, one row per model and sampler."""
+    from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, parse_samplers
+    from medseg_diffusion.workflows.evaluate_generator import evaluate_generator as run
+    from medseg_diffusion.workflows.sample import SampleOptions
+
+    options = GeneratorEvaluationOptions(
+        samplers=parse_samplers(samplers),
+        sampling=SampleOptions(
+            count=count, guidance=guidance, upsampler=upsampler, batch_size=batch_size, device=device, seed=seed
+        ),
+        extractor=extractor,
+        inception=inception,
+        download=download,
+        skip_broken=skip_broken,
+    )
+    with progress(quiet) as show:
+        result = run(
+            models,
+            reference,
+            output,
+            options,
+            on_progress=lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
+        )
+    for warning in result.warnings:
+        fail(warning, kind="warning")
+    if as_json:
+        print_json({"extractor": result.extractor, "reference": result.reference_count, "rows": result.table()})
+    elif not quiet:
+        print_table(result.table())
+        if upsampler:
+            typer.echo(f"enlarged by: {upsampler}")
+        typer.echo(f"features: {result.extractor}; sFID: {result.maps}; {result.reference_count} real images")
+        typer.echo(f"scores: {output / 'scores.json'}")
