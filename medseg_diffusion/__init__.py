@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .volumes.io import read_labels, read_volume, write_labels, write_map
-    from .workflows.evaluate import evaluate
+    from .workflows.evaluate import EvaluateOptions, evaluate
     from .workflows.import_model import import_model, load_model
     from .workflows.segment import SegmentationModel, SegmentOptions, segment
     from .workflows.train_segmenter import train_segmenter
@@ -23,6 +23,7 @@ __version__ = version("medseg-diffusion")
 # Imported on first use: `medseg --help` must not wait for torch.
 _HOMES = {
     "evaluate": "workflows.evaluate",
+    "EvaluateOptions": "workflows.evaluate",
     "import_model": "workflows.import_model",
     "load_model": "workflows.import_model",
     "SegmentationModel": "workflows.segment",
@@ -35,6 +36,7 @@ _HOMES = {
     "write_map": "volumes.io",
 }
 __all__ = [
+    "EvaluateOptions",
     "SegmentOptions",
     "SegmentationModel",
     "evaluate",

@@ -45,7 +45,7 @@ from medseg_diffusion.training.run import start_run, versions
 from medseg_diffusion.volumes.fitting import fitted, fitted_labels
 from medseg_diffusion.volumes.io import read_labels, read_map, read_volume, write_labels
 
-from .evaluate import Evaluation, evaluate
+from .evaluate import EvaluateOptions, Evaluation, evaluate
 from .segment import SegmentationModel
 
 Unit = Literal["case", "slice"]
@@ -406,7 +406,7 @@ def _scored(
         write_labels(reference.data[0], reference, references / f"{name}.nii.gz")
         on_progress("held-out cases", done, len(cases))
     known = {value: name for value, name in labels.items() if value}
-    return evaluate(masks, references, run / "test", labels=known, seed=seed)
+    return evaluate(masks, references, run / "test", EvaluateOptions(labels=known, seed=seed))
 
 
 def _too_few(data: Path, wanted: int, there: int, what: str, held_out: tuple[int, int]) -> InputError:
