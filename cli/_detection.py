@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._options import existing_data
+from ._options import existing
 from ._shared import print_json, print_table
 
 if TYPE_CHECKING:
     from medseg_diffusion.workflows.anomaly_calibration import CalibratedAnomaly
 
-Healthy = Annotated[Path, typer.Option("--healthy", help="Folder of healthy scans.", callback=existing_data)]
+Healthy = Annotated[
+    Path, typer.Option("--healthy", help="Folder of healthy scans.", callback=existing("a folder of scans"))
+]
 ExcludeLabelled = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Scans have labelled lesions: leave out slices closer than N to one."),

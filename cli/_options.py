@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -36,10 +37,22 @@ def existing_model(name: str | None) -> str | None:
     return name
 
 
-def existing_data(path: Path | None) -> Path | None:
-    if path is not None and not path.exists():
-        raise InputError(path, "no such file or folder", "a data folder", "check the path")
-    return path
+def existing_models(names: list[str]) -> list[str]:
+    """Refuse models that are neither folders nor installed."""
+    for name in names:
+        existing_model(name)
+    return names
+
+
+def existing(expected: str) -> Callable[[Path | None], Path | None]:
+    """A callback that refuses a path that does not exist; ``expected`` says what belongs there."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and not path.exists():
+            raise InputError(path, "no such file or folder", expected, "check the path")
+        return path
+
+    return check
 
 
 class Sampler(StrEnum):
@@ -63,9 +76,12 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
 ]
 RunFolder = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")]
-LabelledScans = Annotated[Path, typer.Option("--data", help="Folder of labelled scans.", callback=existing_data)]
+LabelledScans = Annotated[
+    Path, typer.Option("--data", help="Folder of labelled scans.", callback=existing("a folder of labelled scans"))
+]
 Images = Annotated[
-    Path, typer.Option("--data", help="Folder or zip of images, or folder of scans.", callback=existing_data)
+    Path,
+    typer.Option("--data", help="Folder or zip of images, or folder of scans.", callback=existing("images or scans")),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop each network after this many training steps.")]

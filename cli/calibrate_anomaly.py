@@ -7,15 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._detection import (
-    Erosion,
-    ExcludeLabelled,
-    Healthy,
-    LatentQuantile,
-    Median,
-    MinVolume,
-    print_calibration,
-)
+from ._detection import Erosion, ExcludeLabelled, Healthy, LatentQuantile, Median, MinVolume, print_calibration
 from ._options import AsJson, Device, ModelArgument, Quiet
 from ._shared import count_of, progress
 

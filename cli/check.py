@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Quiet, existing_data
+from ._options import AsJson, Quiet, existing
 from ._shared import count_of, fail, print_json, progress
 
 
 def check(
     data: Annotated[
         Path,
-        typer.Argument(metavar="DATA", help="Folder or zip of images, or folder of scans.", callback=existing_data),
+        typer.Argument(
+            metavar="DATA", help="Folder or zip of images, or folder of scans.", callback=existing("images or scans")
+        ),
     ],
     quiet: Quiet = None,
     as_json: AsJson = False,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._options import AsJson, Quiet, Seed
+from ._options import AsJson, Quiet, Seed, existing
 from ._shared import print_json, print_table
+
+if TYPE_CHECKING:
+    from medseg_diffusion.metrics.evaluation_summary import Evaluation
 
 
 def _parse_labels(values: list[str] | None) -> dict[int, str] | None:
@@ -24,42 +29,61 @@ def _parse_labels(values: list[str] | None) -> dict[int, str] | None:
 
 
 def evaluate(
-    prediction: Annotated[Path, typer.Argument(metavar="PRED", help="Predicted mask, or a folder of them.")],
-    reference: Annotated[Path, typer.Argument(metavar="REF", help="Reference mask, or a folder of them.")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="Folder for summary.json, cases.csv, report.html.")],
+    prediction: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PRED",
+            help="Predicted mask, or a folder of them.",
+            callback=existing("a label map or a folder of them"),
+        ),
+    ],
+    reference: Annotated[
+        Path,
+        typer.Argument(
+            metavar="REF",
+            help="Reference mask, or a folder of them.",
+            callback=existing("a label map or a folder of them"),
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for summary.json, cases.csv, report.html.")],
     labels: Annotated[
-        list[str] | None, typer.Option("--label", metavar="VALUE[=NAME]", help="Repeatable; default: all found.")
+        list[str] | None,
+        typer.Option(
+            "--label", metavar="VALUE[=NAME]", help="Label to evaluate; repeatable; default: all in the masks."
+        ),
     ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="The scans, for the report's pictures.")] = None,
     raters: Annotated[
         list[Path] | None, typer.Option("--rater", metavar="REF", help="References by a further rater; repeatable.")
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option("--scores", metavar="MAPS", help="Anomaly score maps: AUROC, AUPRC, lesions found.")
+        Path | None,
+        typer.Option("--scores", metavar="MAPS", help="Anomaly score maps, for AUROC, AUPRC and lesion detection."),
     ] = None,
     foreground: Annotated[
         Path | None,
-        typer.Option("--foreground", metavar="MASKS", help="Where scores count; default: beside the maps, else all."),
+        typer.Option(
+            "--foreground",
+            metavar="MASKS",
+            help="Masks of the voxels whose scores count; default: those beside the maps, else all voxels.",
+        ),
     ] = None,
     lesion_overlap: Annotated[
         float, typer.Option("--lesion-overlap", help="Share of a lesion that must be predicted to detect it.")
     ] = 0.1,
     merge_labels: Annotated[
-        bool, typer.Option("--merge-labels", help="All labels above 0 are one: 255 in a reference, 1 in a mask.")
+        bool, typer.Option("--merge-labels", help="Read all labels above 0 as 1, for instance 255 in references.")
     ] = False,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predicted with reference masks, and anomaly score maps too: means with intervals over cases."""
+    """Compare predicted masks, and anomaly score maps, with reference masks: means with intervals over cases."""
     names = _parse_labels(labels)
-    from medseg_diffusion.reports.detection_text import detection_lines
-    from medseg_diffusion.workflows.evaluate import evaluate as compare
+    from medseg_diffusion.workflows.evaluate import EvaluateOptions
+    from medseg_diffusion.workflows.evaluate import evaluate as run
 
-    result = compare(
-        prediction,
-        reference,
-        out,
+    options = EvaluateOptions(
         labels=names,
         images=images,
         raters=raters or (),
@@ -68,29 +92,37 @@ def evaluate(
         lesion_overlap=lesion_overlap,
         merge_labels=merge_labels,
         seed=seed,
+        command=shlex.join(["medseg", *sys.argv[1:]]),
     )
+    result = run(prediction, reference, output, options)
     if as_json:
         print_json(result.table())
     elif not quiet:
-        print_table(
-            [
-                {
-                    "class": name,
-                    "Dice": str(result.dice[label]),
-                    "IoU": str(result.iou[label]),
-                    "HD95 mm": result.hd95[label].mean,
-                    "cases": result.dice[label].n,
-                }
-                for label, name in result.labels.items()
-            ]
-        )
-        if result.reliability is not None:
-            typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
-        if result.energy_distance is not None:
-            typer.echo(f"generalised energy distance {result.energy_distance}, matched IoU {result.matched_iou}")
-        if result.detection is not None:
-            for line in detection_lines(result.detection):
-                typer.echo(line)
-        for warning in result.warnings:
-            typer.echo(f"warning: {warning}", err=True)
-        typer.echo(f"report: {out / 'report.html'}")
+        _print(result)
+        typer.echo(f"report: {output / 'report.html'}")
+
+
+def _print(result: Evaluation) -> None:
+    from medseg_diffusion.reports.detection_text import detection_lines
+
+    print_table(
+        [
+            {
+                "class": name,
+                "Dice": str(result.dice[label]),
+                "IoU": str(result.iou[label]),
+                "HD95 mm": result.hd95[label].mean,
+                "cases": result.dice[label].n,
+            }
+            for label, name in result.labels.items()
+        ]
+    )
+    if result.reliability is not None:
+        typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
+    if result.energy_distance is not None:
+        typer.echo(f"generalised energy distance {result.energy_distance}, matched IoU {result.matched_iou}")
+    if result.detection is not None:
+        for line in detection_lines(result.detection):
+            typer.echo(line)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)

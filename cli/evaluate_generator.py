@@ -7,22 +7,33 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Device, Quiet, Seed
-from ._shared import fail, print_json, print_table, progress
+from ._options import AsJson, Device, Quiet, Seed, existing
+from ._shared import count_of, fail, print_json, print_table, progress
 
 
 def evaluate_generator(
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SAMPLES...", help="Generators, or image folders.")],
-    reference: Annotated[Path, typer.Option("--reference", metavar="D", help="Real images: folder or zip.")],
+    reference: Annotated[
+        Path,
+        typer.Option(
+            "--reference",
+            metavar="D",
+            help="Real images: folder or zip.",
+            callback=existing("a folder or zip of images"),
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for samples and scores.")],
-    samplers: Annotated[str, typer.Option(help="NAME:STEPS, comma-separated.")] = "ddim:50,ddim:200,ddpm:1000",
-    count: Annotated[int, typer.Option("-n", min=1, help="Samples of each row.")] = 10_000,
+    samplers: Annotated[
+        str, typer.Option(metavar="NAME:STEPS,...", help="Samplers and their numbers of steps.")
+    ] = "ddim:50,ddim:200,ddpm:1000",
+    count: Annotated[int, typer.Option("-n", min=1, help="Samples for each row of the table.")] = 10_000,
     extractor: Annotated[
-        str, typer.Option(help="inception, efficientnet-lite0, or a .pt or .onnx file; auto takes the first at hand.")
+        str,
+        typer.Option(help="inception, efficientnet-lite0, or a .pt or .onnx file; auto takes the first available one."),
     ] = "auto",
     inception: Annotated[Path | None, typer.Option(metavar="FILE", help="Inception's weights.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch Inception's weights if missing.")] = False,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken real images out.")] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip real images that cannot be read.")] = False,
     upsampler: Annotated[str | None, typer.Option(metavar="MODEL", help="Model that enlarges the samples.")] = None,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
@@ -33,25 +44,26 @@ def evaluate_generator(
 ) -> None:
     """Score generators: recall, precision, IS, FID, sFID and KID, one row per model and sampler."""
     from medseg_diffusion.models.image_source import SampleOptions
+    from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, parse_samplers
     from medseg_diffusion.workflows.evaluate_generator import evaluate_generator as run
-    from medseg_diffusion.workflows.evaluate_generator import parse_samplers
 
-    pairs = parse_samplers(samplers)
-    options = SampleOptions(
-        count=count, guidance=guidance, upsampler=upsampler, batch_size=batch_size, device=device, seed=seed
+    options = GeneratorEvaluationOptions(
+        samplers=parse_samplers(samplers),
+        sampling=SampleOptions(
+            count=count, guidance=guidance, upsampler=upsampler, batch_size=batch_size, device=device, seed=seed
+        ),
+        extractor=extractor,
+        inception=inception,
+        download=download,
+        skip_broken=skip_broken,
     )
     with progress(quiet) as show:
         result = run(
             models,
             reference,
             output,
-            pairs,
             options,
-            extractor,
-            inception,
-            download,
-            skip_broken,
-            lambda what, done, total: show(f"{what}: {done} of {total}", done / max(total, 1)),
+            on_progress=count_of(show),
         )
     for warning in result.warnings:
         fail(warning, kind="warning")

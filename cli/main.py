@@ -12,7 +12,7 @@ from medseg_diffusion.errors import MedsegError
 
 from . import (
     anomaly,
-    benchmark,
+    benchmark_segmenter,
     calibrate_anomaly,
     check,
     configs,
@@ -60,7 +60,7 @@ app.command("evaluate-generator")(evaluate_generator.evaluate_generator)
 app.command("segment")(segment.segment)
 app.command("train-segmenter")(train_segmenter.train_segmenter)
 app.command("train-pixel-classifier")(train_pixel_classifier.train_pixel_classifier)
-app.command("benchmark-segmenter")(benchmark.benchmark_segmenter)
+app.command("benchmark-segmenter")(benchmark_segmenter.benchmark_segmenter)
 app.command("train-anomaly")(train_anomaly.train_anomaly)
 app.command("calibrate-anomaly")(calibrate_anomaly.calibrate_anomaly)
 app.command("anomaly")(anomaly.anomaly)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ._detection import ExcludeLabelled, Healthy, print_calibration
-from ._options import AsJson, Config, Device, MaxSteps, Overrides, Quiet, Resume, RunFolder, Seed, TimeLimit
+from ._options import AsJson, Config, Device, MaxSteps, Overrides, Quiet, Resume, RunFolder, Seed, TimeLimit, existing
 from ._shared import count_of, progress, step_of, warnings_at_once
 
 
@@ -18,7 +18,10 @@ def train_anomaly(
     run: RunFolder,
     exclude_labelled: ExcludeLabelled = None,
     unhealthy: Annotated[
-        Path | None, typer.Option(help="Scans with lesions, for detectors that learn from both kinds.")
+        Path | None,
+        typer.Option(
+            help="Scans with lesions, for detectors that learn from both kinds.", callback=existing("a folder of scans")
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Resume = False,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .models.imported import load_model
     from .models.load import load_segmenter
     from .volumes.io import read_labels, read_volume, write_labels, write_map
-    from .workflows.evaluate import evaluate
+    from .workflows.evaluate import EvaluateOptions, evaluate
     from .workflows.import_model import import_model
     from .workflows.segment import SegmentOptions, segment
     from .workflows.train_segmenter import train_segmenter
@@ -25,6 +25,7 @@ __version__ = version("medseg-diffusion")
 # Imported on first use: `medseg --help` must not wait for torch.
 _HOMES = {
     "evaluate": "workflows.evaluate",
+    "EvaluateOptions": "workflows.evaluate",
     "import_model": "workflows.import_model",
     "load_model": "models.imported",
     "load_segmenter": "models.load",
@@ -37,6 +38,7 @@ _HOMES = {
     "write_map": "volumes.io",
 }
 __all__ = [
+    "EvaluateOptions",
     "SegmentOptions",
     "evaluate",
     "import_model",

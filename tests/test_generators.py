@@ -32,7 +32,13 @@ from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.tasks.image import enlarged, reduced
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights
-from medseg_diffusion.workflows.evaluate_generator import Row, _suspicious, evaluate_generator, parse_samplers
+from medseg_diffusion.workflows.evaluate_generator import (
+    GeneratorEvaluationOptions,
+    Row,
+    _suspicious,
+    evaluate_generator,
+    parse_samplers,
+)
 from medseg_diffusion.workflows.sample import read_png, sample_images
 from medseg_diffusion.workflows.train_generator import train_generator
 
@@ -402,9 +408,7 @@ def test_the_table_has_a_row_a_sampler_and_the_floor_and_resumes(models, picture
             [str(models["pixel"]), str(pictures)],
             pictures,
             tmp_path / "out",
-            [("ddim", 2), ("ddpm", 4)],
-            SampleOptions(count=10, device="cpu"),
-            str(network),
+            GeneratorEvaluationOptions([("ddim", 2), ("ddpm", 4)], SampleOptions(count=10, device="cpu"), str(network)),
         )
 
     result = run()
@@ -424,7 +428,12 @@ def test_the_table_has_a_row_a_sampler_and_the_floor_and_resumes(models, picture
 
 def test_enlarged_samples_are_scored_at_their_own_size(models, pictures, network, tmp_path: Path) -> None:
     options = SampleOptions(count=6, upsampler=str(models["upsampler"]), device="cpu")
-    result = evaluate_generator([str(models["half"])], pictures, tmp_path / "out", [("ddim", 2)], options, str(network))
+    result = evaluate_generator(
+        [str(models["half"])],
+        pictures,
+        tmp_path / "out",
+        GeneratorEvaluationOptions([("ddim", 2)], options, str(network)),
+    )
     assert [row.scores.count for row in result.rows] == [6, 6]
     assert np.load(next((tmp_path / "out").rglob("*.npy"))).shape == (6, 16, 16, 3)
     saved = load_model_files(models["upsampler"])
@@ -432,17 +441,34 @@ def test_enlarged_samples_are_scored_at_their_own_size(models, pictures, network
     save_model(tmp_path / "retrained", saved.card, again, "")
     shutil.copytree(tmp_path / "retrained", tmp_path / "same", dirs_exist_ok=True)
     changed = SampleOptions(count=6, upsampler=str(tmp_path / "same"), device="cpu")
-    evaluate_generator([str(models["half"])], pictures, tmp_path / "c", [("ddim", 2)], changed, str(network))
+    evaluate_generator(
+        [str(models["half"])],
+        pictures,
+        tmp_path / "c",
+        GeneratorEvaluationOptions([("ddim", 2)], changed, str(network)),
+    )
     save_model(tmp_path / "same", saved.card, saved.weights, "")
     with pytest.raises(UsageError, match="holds samples of another model"):
-        evaluate_generator([str(models["half"])], pictures, tmp_path / "c", [("ddim", 2)], changed, str(network))
+        evaluate_generator(
+            [str(models["half"])],
+            pictures,
+            tmp_path / "c",
+            GeneratorEvaluationOptions([("ddim", 2)], changed, str(network)),
+        )
     with pytest.raises(UsageError, match="only folders of samples"):
-        evaluate_generator([str(pictures)], pictures, tmp_path / "d", [("ddim", 2)], changed, str(network))
+        evaluate_generator(
+            [str(pictures)], pictures, tmp_path / "d", GeneratorEvaluationOptions([("ddim", 2)], changed, str(network))
+        )
     inside = sorted(extractor(str(network)).fingerprints)
     save_model(tmp_path / "cheat", {**saved.card, "loss_extractors": inside[:1]}, saved.weights, "")
     with pytest.raises(ModelError, match="cannot score it"):
         cheat = SampleOptions(count=6, upsampler=str(tmp_path / "cheat"), device="cpu")
-        evaluate_generator([str(models["half"])], pictures, tmp_path / "b", [("ddim", 2)], cheat, str(network))
+        evaluate_generator(
+            [str(models["half"])],
+            pictures,
+            tmp_path / "b",
+            GeneratorEvaluationOptions([("ddim", 2)], cheat, str(network)),
+        )
 
 
 def test_a_fast_sampler_that_is_twice_as_bad_is_named() -> None:
@@ -456,7 +482,12 @@ def test_a_fast_sampler_that_is_twice_as_bad_is_named() -> None:
 def test_what_cannot_be_scored_is_said_before_anything_is_sampled(models, pictures, network, tmp_path: Path) -> None:
     def run(*names: object, samplers: tuple[tuple[str, int], ...] = (("ddim", 2),), **changes: object) -> None:
         options = SampleOptions(count=6, device="cpu", **changes)
-        evaluate_generator([str(name) for name in names], pictures, tmp_path / "out", samplers, options, str(network))
+        evaluate_generator(
+            [str(name) for name in names],
+            pictures,
+            tmp_path / "out",
+            GeneratorEvaluationOptions(samplers, options, str(network)),
+        )
 
     saved = load_model_files(models["pixel"])
     inside = sorted(extractor(str(network)).fingerprints)
@@ -485,7 +516,9 @@ def test_what_cannot_be_scored_is_said_before_anything_is_sampled(models, pictur
 def test_samples_are_scored_without_their_overview(models, pictures, network, tmp_path: Path) -> None:
     sample_images(str(models["pixel"]), tmp_path / "s", SampleOptions(count=6, steps=2, device="cpu"))
     options = SampleOptions(count=100, device="cpu")
-    result = evaluate_generator([str(tmp_path / "s")], pictures, tmp_path / "out", (), options, str(network))
+    result = evaluate_generator(
+        [str(tmp_path / "s")], pictures, tmp_path / "out", GeneratorEvaluationOptions((), options, str(network))
+    )
     assert [row.scores.count for row in result.rows] == [12, 6]  # real images in halves, and the samples
     assert "no images of it are held out" in result.warnings[-1]
     header = (tmp_path / "out" / "scores.csv").read_text().splitlines()[0]
@@ -601,7 +634,12 @@ def test_a_classifier_guides_an_unconditional_generator_to_all_its_classes_in_tu
 def test_a_larger_count_adds_to_the_samples(models, pictures, network, tmp_path: Path) -> None:
     def run(count: int, output: str) -> np.ndarray:
         options = SampleOptions(count=count, batch_size=4, device="cpu")
-        evaluate_generator([str(models["pixel"])], pictures, tmp_path / output, [("ddim", 2)], options, str(network))
+        evaluate_generator(
+            [str(models["pixel"])],
+            pictures,
+            tmp_path / output,
+            GeneratorEvaluationOptions([("ddim", 2)], options, str(network)),
+        )
         return np.load(next((tmp_path / output / "samples").rglob("*.npy")))
 
     few, more, anew = run(6, "out"), run(11, "out"), run(11, "new")
@@ -623,7 +661,9 @@ def test_only_what_was_held_out_is_the_reference(pictures, network, tmp_path: Pa
     for name in gone:
         (part / name).unlink()
     options = SampleOptions(count=10, device="cpu")
-    found = evaluate_generator([str(model)], part, tmp_path / "out", [("ddim", 2)], options, str(network))
+    found = evaluate_generator(
+        [str(model)], part, tmp_path / "out", GeneratorEvaluationOptions([("ddim", 2)], options, str(network))
+    )
     assert found.reference_count == 10
 
 
@@ -644,7 +684,10 @@ def test_models_that_see_scans_differently_are_scored_apart(tmp_path: Path, netw
     options = SampleOptions(count=10, device="cpu")
     with pytest.raises(UsageError, match="see scans after different preprocessing"):
         evaluate_generator(
-            [str(m) for m in models], tmp_path / "scans", tmp_path / "out", [("ddim", 2)], options, str(network)
+            [str(m) for m in models],
+            tmp_path / "scans",
+            tmp_path / "out",
+            GeneratorEvaluationOptions([("ddim", 2)], options, str(network)),
         )
 
 
@@ -655,15 +698,18 @@ def test_too_few_images_are_refused(models, pictures, network, tmp_path: Path) -
         shutil.copy(file, few / f"{i}.png")
     with pytest.raises(UsageError, match="8 samples against 7 real images are too few"):
         options = SampleOptions(count=8, device="cpu")
-        evaluate_generator([str(models["pixel"])], few, tmp_path / "out", [("ddim", 2)], options, str(network))
+        evaluate_generator(
+            [str(models["pixel"])],
+            few,
+            tmp_path / "out",
+            GeneratorEvaluationOptions([("ddim", 2)], options, str(network)),
+        )
     with pytest.raises(UsageError, match="4 samples against 24 real images are too few"):
         evaluate_generator(
             [str(models["pixel"])],
             pictures,
             tmp_path,
-            [("ddim", 2)],
-            SampleOptions(count=4, device="cpu"),
-            str(network),
+            GeneratorEvaluationOptions([("ddim", 2)], SampleOptions(count=4, device="cpu"), str(network)),
         )
 
 

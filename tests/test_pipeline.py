@@ -28,7 +28,7 @@ from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows import segment as pipeline
-from medseg_diffusion.workflows.evaluate import evaluate
+from medseg_diffusion.workflows.evaluate import EvaluateOptions, evaluate
 from medseg_diffusion.workflows.scans import ScanResult
 from medseg_diffusion.workflows.segment import SegmentOptions, segment
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -627,6 +627,8 @@ def test_a_preset_trains_on_real_images_and_its_masks_are_evaluated(tmp_path: Pa
     references = tmp_path / "references"
     references.mkdir()
     shutil.copy(tmp_path / "data" / "masks" / names[0], references)
-    found = evaluate(tmp_path / "out", references, tmp_path / "evaluation", images=tmp_path / "data" / "images")
+    found = evaluate(
+        tmp_path / "out", references, tmp_path / "evaluation", EvaluateOptions(images=tmp_path / "data" / "images")
+    )
     assert found.dice[1].mean == pytest.approx(dice)
     assert not found.warnings, "the preview beside the mask is no prediction"

@@ -1,9 +1,9 @@
-"""How well scores and masks find something: exact ROC and precision-recall numbers, the best Dice, lesions one by one.
+"""Detection by scores and masks: exact ROC and precision-recall numbers, the best Dice, and detection of lesions.
 
-A voxel is predicted where its score is above the threshold, strictly. All numbers of scores follow, without binning,
-from two sorted arrays: the scores of the reference's voxels and those of the other voxels. Going down from the highest
-score, a Dice or a precision can be largest only where another voxel of the reference is found, so that the distinct
-scores of the reference's voxels are the only thresholds to be looked at.
+A voxel is predicted if its score is strictly above the threshold. All numbers of scores follow from two sorted arrays,
+without binning: the scores of the reference's voxels, and the scores of all other voxels. As the threshold falls, Dice
+and precision rise only where it reaches another voxel of the reference. The distinct scores of the reference's voxels
+are therefore the only thresholds that have to be tried.
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 SIZE_BOUNDS_ML = (0.1, 1.0, 10.0)
-"""Where one size of lesions ends and the next begins, in ml; a lesion of exactly this size belongs to the larger."""
+"""Bounds between the size groups of lesions, in ml; a lesion of exactly this size belongs to the larger group."""
 MIN_OVERLAP = 0.1
 """A lesion counts as detected if at least this share of its voxels is predicted."""
 
 
+def ratio(part: float, whole: float) -> float:
+    """``part`` / ``whole``; NaN if ``whole`` is 0."""
+    return part / whole if whole else math.nan
+
+
 @dataclass(frozen=True, eq=False)
 class ScoredVoxels:
-    """The scores of the voxels that count, in one case or in several together; 4 bytes a voxel in float32.
+    """The scores of the voxels that count, of one case or of several pooled; 4 bytes a voxel in float32.
 
     Attributes:
         positive: (P,) scores of the voxels of the reference, ascending.
         negative: (N,) scores of all other voxels, ascending.
-        n_outside: voxels of the reference that do not count. No threshold finds them: they lower the Dice, as they do
-            that of a mask, and enter nothing else.
+        n_outside: voxels of the reference that do not count. No threshold finds them, so they are false negatives of
+            the Dice. They enter no other number.
     """
 
     positive: NDArray[np.floating]
@@ -40,12 +46,12 @@ class ScoredVoxels:
     def of(
         cls, scores: NDArray[np.floating], reference: NDArray[np.bool_], counted: NDArray[np.bool_] | None = None
     ) -> ScoredVoxels:
-        """Of scores (*S) and a reference mask (*S).
+        """Sort the scores (*S) by a reference mask (*S).
 
         Args:
             scores: finite, or NaN where a voxel does not count.
-            reference: the mask that should be found.
-            counted: the voxels that count, by default all.
+            reference: the mask to be detected.
+            counted: (*S) the voxels that count, by default all.
 
         Raises:
             ValueError: shapes that differ, or an infinite score.
@@ -55,29 +61,29 @@ class ScoredVoxels:
             raise ValueError(f"scores, reference and counted voxels have shapes {shapes}; they must be the same grid")
         if np.isinf(scores).any():
             raise ValueError("scores hold an infinity; expected finite numbers, or NaN where a voxel does not count")
-        known = ~np.isnan(scores)
+        counts = ~np.isnan(scores)
         if counted is not None:
-            known &= counted
-        positive = np.sort(scores[known & reference])
-        return cls(positive, np.sort(scores[known & ~reference]), int(np.count_nonzero(reference)) - positive.size)
+            counts &= counted
+        positive = np.sort(scores[counts & reference])
+        return cls(positive, np.sort(scores[counts & ~reference]), int(np.count_nonzero(reference)) - positive.size)
 
     @classmethod
     def pooled(cls, cases: Sequence[ScoredVoxels]) -> ScoredVoxels:
-        """All voxels of all cases, of which there must be one."""
+        """The voxels of all cases together; at least one case."""
         positive = np.concatenate([case.positive for case in cases])
         negative = np.concatenate([case.negative for case in cases])
-        # In place: 100 million voxels are sorted in seconds, but another copy of them is not free.
+        # Sorted in place: at 100 million voxels a copy would take too much memory.
         positive.sort()
         negative.sort()
         return cls(positive, negative, sum(case.n_outside for case in cases))
 
     def dice(self, thresholds: NDArray[np.floating] | float) -> NDArray[np.float64]:
-        """The Dice of score > threshold for each threshold, of the same shape; NaN without any reference voxel.
+        """Dice of the mask score > threshold, for an array of thresholds of any shape; NaN without reference voxels.
 
         Thresholds are rounded to the precision of the scores.
         """
         tp, fp = (
-            # Of another type than the array, they would have numpy convert all of the array.
+            # Thresholds of another type than the array would make numpy convert the whole array.
             array.size - np.searchsorted(array, np.asarray(thresholds, dtype=array.dtype), side="right")
             for array in (self.positive, self.negative)
         )
@@ -87,7 +93,7 @@ class ScoredVoxels:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Counts at each distinct score of the reference's voxels, from the highest down.
+    """Counts of voxels at each distinct score of the reference's voxels, from the highest score down.
 
     Attributes:
         scores: (k,) the scores, descending.
@@ -109,7 +115,7 @@ class Curve:
 
     @classmethod
     def of(cls, voxels: ScoredVoxels) -> Curve:
-        """Of the voxels that count."""
+        """Count the voxels at each threshold."""
         positive, negative = voxels.positive, voxels.negative
         scores, counts = np.unique(positive, return_counts=True)
         lower, upper = (np.asarray(np.searchsorted(negative, scores, side=side)) for side in ("left", "right"))
@@ -125,51 +131,53 @@ class Curve:
 
     @property
     def auroc(self) -> float:
-        """Chance that a voxel of the reference has a higher score than another voxel, equal scores counting half.
+        """Area under the ROC curve (Hanley and McNeil, Radiology 1982).
 
-        The area under the ROC curve (Hanley and McNeil, Radiology 1982); 0.5 for a constant score, NaN where either
-        kind of voxel is missing.
+        This is the probability that a voxel of the reference has a higher score than another voxel, where equal scores
+        count half: 0.5 for a constant score. NaN if there are no voxels of the reference, or no others.
         """
         if not (self.n_positive and self.n_negative):
             return math.nan
-        # Whole numbers up to the division: twice the pairs that are in the right order.
-        won = int(self._gained @ (2 * (self.n_negative - self.fp) + self.ties))
-        return won / (2 * self.n_positive * self.n_negative)
+        # Integers up to the division: twice the number of pairs in the right order.
+        ordered_pairs = int(self._gained @ (2 * (self.n_negative - self.fp) + self.ties))
+        return ordered_pairs / (2 * self.n_positive * self.n_negative)
 
     @property
     def average_precision(self) -> float:
         """Area under the precision-recall curve as steps: sum of (recall_k - recall_(k-1)) precision_k.
 
-        The share of reference voxels for a constant score; NaN without any. Not interpolated: straight lines between
-        the points would be too good (Davis and Goadrich, ICML 2006).
+        For a constant score it is the share of reference voxels; without reference voxels it is NaN. The points are not
+        interpolated linearly, which would overestimate the area (Davis and Goadrich, ICML 2006).
         """
         if not self.n_positive:
             return math.nan
         return float(self._gained @ (self.tp / (self.tp + self.fp)) / self.n_positive)
 
     def best_dice(self) -> tuple[float, float]:
-        """The largest Dice that any threshold reaches, and that threshold (the highest such).
+        """The largest Dice that any threshold reaches, and the highest threshold that reaches it.
 
-        Optimistic: it is chosen with the reference. The Dice is NaN without any reference voxel, and 0 with the
-        threshold NaN where none of them counts.
+        This is optimistic, because the threshold is chosen with the reference. Without reference voxels both are NaN.
+        If none of the reference voxels counts, the Dice is 0 and the threshold NaN.
         """
         if not self.n_positive:
             return (0.0 if self.n_outside else math.nan), math.nan
         dice = 2 * self.tp / (self.n_positive + self.n_outside + self.tp + self.fp)
         best = int(dice.argmax())
-        # The voxels with this score must be above the threshold.
+        # The threshold lies just below this score, so that the voxels with this score are predicted.
         return float(dice[best]), float(np.nextafter(self.scores[best], -np.inf, dtype=self.scores.dtype))
 
     def roc_points(self, count: int = 500) -> NDArray[np.float64]:
-        """(m, 2) false positive rate and recall from (0, 0) to (1, 1), at most ``4 * count + 2`` points, to be drawn.
+        """Points of the ROC curve for a plot: (m, 2) false positive rate and recall, from (0, 0) to (1, 1).
+
+        There are at most ``4 * count + 2`` points.
 
         Raises:
-            ValueError: one of the kinds of voxels is missing.
+            ValueError: there are no voxels of the reference, or no others.
         """
         if not (self.n_positive and self.n_negative):
             raise ValueError(f"no ROC curve of {self.n_positive} positive and {self.n_negative} negative voxels")
         chosen = self._chosen(count)
-        # Where scores tie, the curve is a straight slope: it needs the point before the tie, too.
+        # Where scores tie, the curve is a straight slope, which also needs the point before the tie.
         before = np.stack([self.fp - self.ties, self.tp - self._gained], axis=1)[chosen]
         after = np.stack([self.fp, self.tp], axis=1)[chosen]
         points = np.stack([before, after], axis=1).reshape(-1, 2)
@@ -177,9 +185,10 @@ class Curve:
         return np.concatenate([ends[0], points, ends[1]]) / [self.n_negative, self.n_positive]
 
     def precision_recall_points(self, count: int = 500) -> NDArray[np.float64]:
-        """(m, 2) recall from 0 up and precision, at most ``2 * count + 1`` points, to be drawn as steps.
+        """Points of the precision-recall curve for a plot of steps: (m, 2) recall, ascending from 0, and precision.
 
-        A precision holds from the point before up to its own recall, as in `average_precision`.
+        There are at most ``2 * count + 1`` points. Each precision holds from the previous recall to its own, as in
+        `average_precision`.
 
         Raises:
             ValueError: no reference voxel counts.
@@ -197,21 +206,33 @@ class Curve:
         return np.diff(self.tp, prepend=0)
 
     def _chosen(self, count: int) -> NDArray[np.intp]:
-        """Rows that outline the curves: evenly spread over the true and over the false positives."""
+        """Indices of the points to draw, evenly spread over the true and over the false positives."""
         steps = np.linspace(0, 1, count)
-        rows = [np.searchsorted(found, steps * found[-1]) for found in (self.tp, self.fp)]
+        rows = [np.searchsorted(counts, steps * counts[-1]) for counts in (self.tp, self.fp)]
         return np.unique(np.concatenate(rows))
+
+
+class SizeGroup(NamedTuple):
+    """The lesions of one range of sizes: how many there are, and how many are detected."""
+
+    n: int
+    n_detected: int
+
+    @property
+    def sensitivity(self) -> float:
+        """Share of the lesions that are detected; NaN without any."""
+        return ratio(self.n_detected, self.n)
 
 
 @dataclass(frozen=True, eq=False)
 class Lesions:
-    """The connected parts of a reference and of a prediction; voxels that touch at a corner are connected.
+    """Connected components of a reference, the lesions, and of a prediction. Voxels connect across corners.
 
     Attributes:
-        size_ml: (n,) volume of each part of the reference, in the order of their first voxels.
-        detected: (n,) whether it was found.
-        n_predicted: connected parts of the prediction.
-        n_false: those among them without any voxel of the reference.
+        size_ml: (n,) volume of each lesion, in the order of their first voxels.
+        detected: (n,) whether the lesion was detected.
+        n_predicted: components of the prediction.
+        n_false: components of the prediction without any voxel of the reference.
     """
 
     size_ml: NDArray[np.float64]
@@ -227,11 +248,11 @@ class Lesions:
         spacing_mm: Sequence[float],
         min_overlap: float = MIN_OVERLAP,
     ) -> Lesions:
-        """Of two masks (*S): in 3D voxels have 26 neighbours, in 2D 8.
+        """Compare two masks (*S). Components are 26-connected in 3D and 8-connected in 2D.
 
         Args:
             prediction: the predicted mask.
-            reference: the mask that should be found.
+            reference: the mask to be detected.
             spacing_mm: voxel size along each axis.
             min_overlap: share of a lesion's voxels in (0, 1] that must be predicted for it to be detected.
 
@@ -247,31 +268,41 @@ class Lesions:
 
         structure = np.ones((3,) * reference.ndim, bool)
         lesions, count = ndimage.label(reference, structure)
-        parts, n_predicted = ndimage.label(prediction, structure)
+        components, n_predicted = ndimage.label(prediction, structure)
         both = prediction & reference
         size = np.bincount(lesions[reference], minlength=count + 1)[1:]
-        found = np.bincount(lesions[both], minlength=count + 1)[1:]
+        size_predicted = np.bincount(lesions[both], minlength=count + 1)[1:]
         return cls(
             size * math.prod(spacing_mm) / 1000,
-            # Divided, not multiplied: 0.07 * 100 is more than 7.
-            found / size >= min_overlap,
+            # A division, because 0.07 * 100 is more than 7 in floating point.
+            size_predicted / size >= min_overlap,
             n_predicted,
-            n_predicted - np.unique(parts[both]).size,
+            n_predicted - np.unique(components[both]).size,
         )
 
     @property
+    def n(self) -> int:
+        """Number of lesions."""
+        return self.size_ml.size
+
+    @property
+    def n_detected(self) -> int:
+        """Number of detected lesions."""
+        return int(self.detected.sum())
+
+    @property
     def sensitivity(self) -> float:
-        """Share of lesions that were detected; NaN without any."""
+        """Share of the lesions that are detected; NaN without any."""
         return float(self.detected.mean()) if self.detected.size else math.nan
 
     @property
     def precision(self) -> float:
-        """Share of predicted parts that have a voxel of the reference; NaN without any predicted part."""
+        """Share of predicted components that have a voxel of the reference; NaN without any predicted component."""
         return 1 - self.n_false / self.n_predicted if self.n_predicted else math.nan
 
     @classmethod
     def pooled(cls, cases: Sequence[Lesions]) -> Lesions:
-        """The lesions of all cases, of which there must be one."""
+        """The lesions of all cases; at least one case."""
         return cls(
             np.concatenate([case.size_ml for case in cases]),
             np.concatenate([case.detected for case in cases]),
@@ -279,8 +310,9 @@ class Lesions:
             sum(case.n_false for case in cases),
         )
 
-    def by_size(self, bounds_ml: Sequence[float] = SIZE_BOUNDS_ML) -> list[tuple[int, int]]:
-        """(lesions, detected lesions) below the first bound, between the bounds, and from the last bound up."""
-        # Files hold voxel sizes in float32: what should lie on a bound may lie a rounding below it.
-        place = np.digitize(self.size_ml * (1 + 1e-6), bounds_ml)
-        return [(int((place == i).sum()), int((self.detected & (place == i)).sum())) for i in range(len(bounds_ml) + 1)]
+    def by_size(self, bounds_ml: Sequence[float] = SIZE_BOUNDS_ML) -> list[SizeGroup]:
+        """The lesions below the first bound, between the bounds, and from the last bound up."""
+        # Files hold voxel sizes in float32, so that a volume on a bound may be rounded to just below it.
+        group = np.digitize(self.size_ml * (1 + 1e-6), bounds_ml)
+        members = [group == i for i in range(len(bounds_ml) + 1)]
+        return [SizeGroup(int(inside.sum()), int((self.detected & inside).sum())) for inside in members]

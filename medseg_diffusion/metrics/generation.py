@@ -1,7 +1,7 @@
-"""Scores of generated against real images, from their features: FID, sFID, KID, Inception Score, Precision and Recall.
+"""Scores of generated against real images, from their features: FID, sFID, KID, Inception Score, precision and recall.
 
-The definitions are those of guided diffusion's evaluator; what the features are is the extractor's business, and no
-score means anything without its name. All arithmetic is in float64.
+The definitions are those of guided diffusion's evaluator. The extractor decides what the features are, so a score has
+to be reported with the name of its extractor. All arithmetic is in float64.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 SPLIT = 5_000
 """Images in each part of the Inception Score."""
 NEIGHBOUR = 3
-"""Precision and Recall: a ball reaches to its centre's third neighbour."""
+"""Precision and recall: a ball reaches to the third nearest neighbour of its centre."""
 ROWS = 2_000
-"""Precision and Recall: rows of the matrix of distances that are held at a time."""
+"""Precision and recall: rows of the distance matrix that are computed at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What an extractor says of N images: ``pooled`` (N, D), ``spatial`` (N, D') and ``logits`` (N, K).
+    """An extractor's features of N images: ``pooled`` (N, D), ``spatial`` (N, D') and ``logits`` (N, K).
 
-    Of an extractor without a map or without logits these are (N, 0).
+    ``spatial`` or ``logits`` are (N, 0) if the extractor has none.
     """
 
     pooled: Tensor
@@ -39,9 +39,9 @@ class Features:
 
 @dataclass(frozen=True)
 class Scores:
-    """One row of the table; ``count`` images against ``reference_count`` real ones.
+    """The scores of ``count`` images against ``reference_count`` real ones.
 
-    ``inception_score`` and ``sfid`` are None where the extractor has no logits or no map.
+    ``inception_score`` is None if the extractor has no logits, ``sfid`` if it has no spatial features.
     """
 
     recall: float
@@ -55,7 +55,10 @@ class Scores:
 
 
 def scores(samples: Features, reference: Features, seed: int = 0) -> Scores:
-    """All scores; Precision and Recall against as many reference images as there are samples, chosen by ``seed``."""
+    """All scores of samples against reference images.
+
+    Precision and recall take at most as many reference images as there are samples, chosen by ``seed``.
+    """
     precision, recall = precision_recall(samples.pooled, chosen(reference.pooled, len(samples), seed))
     return Scores(
         recall,
@@ -70,16 +73,17 @@ def scores(samples: Features, reference: Features, seed: int = 0) -> Scores:
 
 
 def chosen(features: Tensor, count: int, seed: int) -> Tensor:
-    """``count`` of the rows at most, without repetition, by ``seed``."""
+    """At most ``count`` of the rows, drawn by ``seed`` without repetition."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     return features[order[:count]]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D), covariances over N - 1.
+    """FID of features (N, D) and (M, D): |mean_a - mean_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    (Heusel et al. 2017, arXiv 1706.08500, eq. 6.) The trace of the root is the sum of the roots of the eigenvalues of
-    the symmetric C_a^(1/2) C_b C_a^(1/2), which stays real where the published root of a product does not.
+    Heusel et al. 2017, arXiv 1706.08500, eq. 6; covariances are divided by N - 1. The trace of the root is the sum of
+    the roots of the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2). It stays real, which the root of the product
+    C_a C_b in published code does not.
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
@@ -91,41 +95,42 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor, subset: int = 1_000, repeats: int = 50, seed: int = 0) -> float:
-    """KID: the unbiased squared MMD with the kernel (x y / D + 1)^3, the mean over random subsets.
+    """KID: the unbiased squared MMD with the kernel (x y / D + 1)^3, averaged over random subsets.
 
-    (Binkowski et al. 2018, arXiv 1801.01401.) Subsets have ``subset`` rows, or all where there are fewer.
+    Binkowski et al. 2018, arXiv 1801.01401. A subset has ``subset`` rows, or all of them if there are fewer.
     """
     a, b = a.double(), b.double()
     size = min(subset, len(a), len(b))
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    estimates = []
     for _ in range(repeats if size < max(len(a), len(b)) else 1):
         x, y = (side[torch.randperm(len(side), generator=generator)[:size]] for side in (a, b))
         xx, yy, xy = ((left @ right.T / a.shape[1] + 1) ** 3 for left, right in ((x, x), (y, y), (x, y)))
         own = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-        found.append(own - 2 * xy.mean())
-    return float(torch.stack(found).mean())
+        estimates.append(own - 2 * xy.mean())
+    return float(torch.stack(estimates).mean())
 
 
 def inception_score(logits: Tensor, split: int = SPLIT) -> float:
-    """exp(mean KL(p(y|x) | p(y))) of logits (N, K), the mean over whole splits of min(``split``, N) images in order.
+    """exp(mean KL(p(y|x) | p(y))) of logits (N, K) (Salimans et al. 2016, arXiv 1606.03498).
 
-    (Salimans et al. 2016, arXiv 1606.03498.)
+    It is averaged over splits of min(``split``, N) images in order; an incomplete last split is left out.
     """
     size = min(split, len(logits))
-    found = []
+    split_scores = []
     for first in range(0, len(logits) - size + 1, size):
         log_p = logits[first : first + size].double().log_softmax(1)
         log_mean = log_p.logsumexp(0) - torch.log(torch.tensor(float(size)))
-        found.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
-    return float(torch.stack(found).mean())
+        split_scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
+    return float(torch.stack(split_scores).mean())
 
 
 def precision_recall(samples: Tensor, reference: Tensor, neighbour: int = NEIGHBOUR) -> tuple[float, float]:
-    """Share of samples within a ball of the reference, and share of the reference within a ball of the samples.
+    """Precision and recall of features (N, D) and (M, D) (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
 
-    A ball's radius is the distance to its centre's ``neighbour``-th nearest of its own kind (Kynkaanniemi et al. 2019,
-    arXiv 1904.06991, eq. 1 and 2). Features (N, D) and (M, D).
+    Precision is the share of the samples inside a ball around any reference image; recall is the share of the
+    reference inside a ball around any sample. The radius of a ball is the distance from its centre to the
+    ``neighbour``-th nearest image of the same set.
     """
     samples, reference = samples.double(), reference.double()
     return _inside(samples, reference, neighbour), _inside(reference, samples, neighbour)
@@ -133,8 +138,7 @@ def precision_recall(samples: Tensor, reference: Tensor, neighbour: int = NEIGHB
 
 def _inside(points: Tensor, centres: Tensor, neighbour: int) -> float:
     # The first neighbour is the centre itself.
-    reach = [_distances(part, centres).kthvalue(neighbour + 1, dim=1).values for part in centres.split(ROWS)]
-    radii = torch.cat(reach)
+    radii = torch.cat([_distances(part, centres).kthvalue(neighbour + 1, dim=1).values for part in centres.split(ROWS)])
     parts = [(_distances(part, centres) <= radii).any(dim=1) for part in points.split(ROWS)]
     return float(torch.cat(parts).double().mean())
 

@@ -1,12 +1,12 @@
 """Overlap of two label maps: counts, Dice and intersection over union (IoU) per class, from one confusion matrix.
 
-Empty masks are where evaluation tools disagree and where means quietly become wrong, so the rule is explicit:
+Evaluation tools treat empty masks differently, which changes means. The rule here:
 
-* prediction and reference both empty: Dice and IoU are NaN. The class was absent and rightly not predicted; such a case
-  says nothing about overlap, is left out of the means and is counted as missing.
-* only one of them empty: 0. A false alarm in a case without the structure is a failure and must lower the mean.
+* prediction and reference both empty: Dice and IoU are NaN. The class is absent and rightly not predicted. Such a case
+  says nothing about overlap; it is left out of the means and counted as missing.
+* only one of them empty: 0. A false positive in a case without the structure is a failure and must lower the mean.
 
-This is also what nnU-Net's ``summary.json`` holds (Isensee et al., "nnU-Net", Nature Methods 2021,
+nnU-Net's ``summary.json`` follows the same rule (Isensee et al., "nnU-Net", Nature Methods 2021,
 ``evaluation/evaluate_predictions.py``).
 """
 
@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 EMPTY_POLICY: Mapping[str, float] = MappingProxyType(
     {"both_empty": math.nan, "prediction_empty": 0.0, "reference_empty": 0.0}
 )
-"""The value of Dice and IoU for each kind of empty mask; NaN means "left out of the means, and counted"."""
+"""The value of Dice and IoU for each kind of empty mask; NaN is left out of the means, and counted."""
 
 EMPTY_RULE = (
     "A class that is absent from both the prediction and the reference of a case has no Dice or IoU there: the case is "
     "left out of that class's mean and counted as missing. A class present in only one of the two scores 0."
 )
-"""`EMPTY_POLICY` as a sentence, for reports."""
+"""`EMPTY_POLICY` in words, for reports."""
 
-# Voxels compared at a time: bounds the index arrays to tens of megabytes whatever the size of the scan.
+# Voxels compared at a time. It limits the index arrays to tens of megabytes, whatever the size of the scan.
 _CHUNK = 1 << 22
 
 
@@ -62,7 +62,7 @@ class ClassOverlap:
 
     @classmethod
     def from_counts(cls, *, tp: int, n_pred: int, n_ref: int, n_voxels: int) -> ClassOverlap:
-        """Derive everything from four counts: voxels in both, in the prediction, in the reference, and in all."""
+        """Derive all fields from the counts of voxels in both masks, in the prediction, in the reference and in all."""
         fp, fn = n_pred - tp, n_ref - tp
         if n_pred == 0 or n_ref == 0:
             which = "both_empty" if n_pred == n_ref else "prediction_empty" if n_pred == 0 else "reference_empty"

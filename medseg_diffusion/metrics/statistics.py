@@ -1,4 +1,4 @@
-"""From one number per case to a statement about all cases: means with intervals, and paired comparison."""
+"""Statistics over cases: means with bootstrap intervals, and a paired test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RESAMPLES = 4999
-# Resamples drawn at a time: bounds memory to about 500 x cases floats.
+# Resamples drawn at a time. It limits memory to about 500 x cases floats.
 _BATCH = 500
 
 
@@ -63,11 +63,11 @@ def mean_interval(
     """Mean over cases with a bootstrap interval.
 
     The interval is bias-corrected and accelerated (BCa; Efron, "Better bootstrap confidence intervals", JASA 1987),
-    which follows the skew that Dice values near 1 have; where BCa is not defined, the percentile interval. It depends
-    on nothing but the values, their order and `seed`.
+    which follows the skew of Dice values near 1. Where BCa is not defined, it is the percentile interval. The result
+    depends on nothing but the values, their order and `seed`.
 
-    Special cases: NaN values are left out and counted; no value at all gives NaN throughout; a single value gives the
-    mean and an interval of NaN, because one case says nothing about spread; equal values give an interval of zero
+    Special cases: NaN values are left out and counted. Without any value all numbers are NaN. A single value gives its
+    mean and an interval of NaN, because one case says nothing about spread. Equal values give an interval of zero
     width.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the page of an evaluation says about score maps."""
+"""The section of an evaluation's page on detection by score maps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from base64 import b64encode
 from itertools import pairwise
 from typing import Any
 
-from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML
+from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML, SizeGroup
+from medseg_diffusion.metrics.detection_summary import CaseDetection, Detection
 from medseg_diffusion.metrics.statistics import Interval
 
-from .detection import OPTIMISTIC, CaseDetection, Detection, ratio
+from .detection_text import OPTIMISTIC, lesion_rule
 from .plots import detection_curves
 from .summary import format_number
 
@@ -24,17 +25,14 @@ _SIZES = (
 def detection_page(detection: Detection) -> dict[str, Any]:
     """The values of `detection.html.j2`: numbers as text, and values to sort by."""
     means, pooled, lesions, healthy = detection.means, detection.pooled, detection.lesions, detection.healthy
-    cases = list(detection.cases.values())
-    n_healthy = sum(not case.has_lesion for case in cases)
-    every = (lesions.size_ml.size, int(lesions.detected.sum()))
-    sizes = [*zip(_SIZES, lesions.by_size(), strict=True), ("all", every)]
+    sizes = [*zip(_SIZES, lesions.by_size(), strict=True), ("all", SizeGroup(lesions.n, lesions.n_detected))]
     return {
         "facts": {
             "Mean AUROC": format_number(means["AUROC"].mean),
             "Mean AUPRC": format_number(means["AUPRC"].mean),
-            "Lesions detected": f"{every[1]} of {every[0]}",
-            "Cases with lesions": str(len(cases) - n_healthy),
-            "Cases without": str(n_healthy),
+            "Lesions detected": f"{lesions.n_detected} of {lesions.n}",
+            "Cases with lesions": str(detection.n_with_lesions),
+            "Cases without lesions": str(detection.n_without_lesions),
         },
         "optimistic": OPTIMISTIC,
         "voxels": [
@@ -53,27 +51,26 @@ def detection_page(detection: Detection) -> dict[str, Any]:
         "curves": _curves(detection),
         "scan_auroc": format_number(detection.scan_auroc),
         "n_scan_scores": detection.n_scan_scores if not math.isnan(detection.scan_auroc) else None,
-        "rule": detection.rule,
+        "rule": lesion_rule(detection),
         "sizes": [
-            {"name": name, "n": n, "found": found, "sensitivity": format_number(ratio(found, n))}
-            for name, (n, found) in sizes
+            {"name": name, **group._asdict(), "sensitivity": format_number(group.sensitivity)} for name, group in sizes
         ],
         "lesions": [
             _row("Sensitivity", detection.lesion_means["sensitivity"]),
             _row("Precision", detection.lesion_means["precision"]),
             _row("False positives", detection.lesion_means["false_positives"], digits=2),
         ],
-        "n_parts": lesions.n_predicted,
+        "n_components": lesions.n_predicted,
         "n_false": lesions.n_false,
         "precision": format_number(lesions.precision),
         "healthy": [
-            _row("Connected parts", healthy["components"], digits=2),
+            _row("Connected components", healthy["components"], digits=2),
             _row("Voxels", healthy["voxels"], digits=1),
             _row("Volume, ml", healthy["ml"]),
             _row("Share of the voxels that count, %", healthy["share"], digits=4, scale=100),
         ],
-        "n_healthy": n_healthy,
-        "n_clean": sum(not case.has_lesion and not case.overlap.n_pred for case in cases),
+        "n_healthy": detection.n_without_lesions,
+        "n_true_negatives": detection.n_true_negatives,
         "cases": [{"name": name, "cells": _cells(case)} for name, case in detection.cases.items()],
     }
 
@@ -101,9 +98,9 @@ def _row(
 
 
 def _cells(case: CaseDetection) -> list[dict[str, Any]]:
-    """A case's cells of the table of score maps: the value to sort by, and what is shown."""
+    """A case's cells in the table of score maps: the value to sort by, and its text."""
     scores, optimistic = (case.auroc, case.auprc, case.overlap.dice), (case.shared_dice, case.best_dice)
-    counts = (case.lesions.size_ml.size, int(case.lesions.detected.sum()), case.lesions.n_false)
+    counts = (case.lesions.n, case.lesions.n_detected, case.lesions.n_false)
     return [
         *({"value": value, "text": format_number(value), "optimistic": False} for value in scores),
         *({"value": value, "text": format_number(value), "optimistic": True} for value in optimistic),
@@ -112,7 +109,7 @@ def _cells(case: CaseDetection) -> list[dict[str, Any]]:
 
 
 def _curves(detection: Detection) -> str:
-    """The curves as base64; nothing where a kind of voxel is missing."""
+    """The plot of the curves as base64; empty if a curve does not exist."""
     roc, precision_recall, dice = detection.roc, detection.precision_recall, detection.dice_curve
     if roc is None or precision_recall is None or dice is None:
         return ""
@@ -129,5 +126,5 @@ def _curves(detection: Detection) -> str:
 
 
 def _significant(value: float) -> str:
-    """Three significant digits, for numbers of any size; a dash where there is none."""
+    """A number of any magnitude with three significant digits, or a dash where there is none."""
     return f"{value:.3g}" if math.isfinite(value) else "\u2013"

@@ -1,4 +1,4 @@
-"""Reports as one self-contained HTML file each: style, script and pictures inside, nothing fetched."""
+"""Reports as HTML pages. Each is one file that contains its styles, scripts and pictures and loads nothing else."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import numpy as np
-
 from medseg_diffusion.metrics.calibration import Reliability
+from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
 from medseg_diffusion.metrics.statistics import Interval
 
 from .slices import label_colour
-from .summary import CALIBRATION_REGION, Evaluation, format_number, versions
+from .summary import CALIBRATION_REGION, format_number, versions
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,20 @@ class CasePicture:
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """What the report says about one segmented scan.
+    """The content of the report on one segmented scan.
 
     Attributes:
         name: Name of the scan.
-        preview: PNG, or nothing.
+        preview: PNG; empty without a preview.
         volumes_ml: Class name -> volume in millilitres.
         members_ml: Class name -> smallest and largest volume of the sampled masks.
         intervals_ml: Class name -> ends of the interval that was calibrated on validation cases.
-        level: Share of cases whose interval holds the reference's volume.
-        seconds: Time taken.
+        level: Share of cases whose interval contains the reference's volume.
+        seconds: Time that the segmentation took.
         model: Name of the model, with its version if it has one.
-        options: What the mask was made with, such as sampler and steps.
-        files: Files written.
-        warnings: What the reader should know, one sentence each.
+        options: Options of the segmentation, such as sampler and steps: name -> value.
+        files: The files that were written.
+        warnings: Facts that the reader should know, one sentence each.
     """
 
     name: str
@@ -75,7 +74,7 @@ def evaluation_report(
     Args:
         evaluation: The numbers.
         pictures: Cases to show, in this order.
-        command: What was run, for the footer.
+        command: The command line, for the footer; empty shows none.
         date: Date and time for the footer; None takes the present.
 
     Returns:
@@ -133,10 +132,8 @@ def _calibration(reliability: Reliability | None) -> dict[str, Any] | None:
         return None
     from .plots import reliability_diagram
 
-    with np.errstate(invalid="ignore"):
-        confidence, accuracy = reliability.confidence / reliability.count, reliability.correct / reliability.count
-    diagram = reliability_diagram(confidence, accuracy, reliability.count / reliability.count.sum())
-    return {"ece": reliability.ece, "brier": reliability.brier_score, "diagram": _base64(diagram)}
+    diagram = _base64(reliability_diagram(*reliability.diagram()))
+    return {"ece": reliability.ece, "brier": reliability.brier_score, "diagram": diagram}
 
 
 def segment_report(cases: Sequence[SegmentedCase], *, command: str = "", date: str | None = None) -> str:
@@ -144,7 +141,7 @@ def segment_report(cases: Sequence[SegmentedCase], *, command: str = "", date: s
 
     Args:
         cases: The scans, in this order.
-        command: What was run, for the footer.
+        command: The command line, for the footer; empty shows none.
         date: Date and time for the footer; None takes the present.
     """
     content = [
@@ -176,7 +173,7 @@ def segment_report(cases: Sequence[SegmentedCase], *, command: str = "", date: s
 def _render(template: str, *, date: str | None, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # autoescape=True, not select_autoescape: that goes by the suffix, and would leave *.j2 unescaped.
+    # autoescape=True, not select_autoescape: which decides by the suffix and would leave *.j2 unescaped.
     environment = Environment(
         loader=PackageLoader("medseg_diffusion.reports"),
         undefined=StrictUndefined,

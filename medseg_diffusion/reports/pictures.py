@@ -15,7 +15,7 @@ from medseg_diffusion.files import write_files
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> npt.NDArray[np.uint8]:
-    """Images (N, 1 or 3, H, W) in [-1, 1] side by side, (H', W', 3) uint8, about as many rows as columns."""
+    """Arrange images (N, 1 or 3, H, W) in [-1, 1] in a grid (H', W', 3) uint8, by default about square."""
     levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     count, height, width, _ = levels.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -28,17 +28,17 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> npt.NDArra
 
 
 def as_pictures(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) as they are; volumes (N, C, I, J, K) by their middle slice, anterior up: (N, C, J, I)."""
+    """Images (N, C, H, W) unchanged, or the middle slice of volumes (N, C, I, J, K) with anterior up: (N, C, J, I)."""
     return images if images.ndim == 4 else images[..., images.shape[-1] // 2].rot90(1, (2, 3))
 
 
 def png(picture: npt.NDArray[np.uint8]) -> bytes:
-    """A PNG file of (H, W, 3) or (H, W) uint8."""
+    """Encode (H, W, 3) or (H, W) uint8 as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_png(picture: npt.NDArray[np.uint8], path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Write a PNG file; an error leaves no partial file."""
     write_files(path.parent, {path.name: png(picture)})

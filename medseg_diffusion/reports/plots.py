@@ -1,4 +1,4 @@
-"""Pictures of an evaluation as PNG bytes: box plot of a score, and reference against prediction on three slices."""
+"""Plots of an evaluation as PNG bytes: box plot, curves, reliability diagram, and masks outlined on slices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from .detection import OPTIMISTIC
+from .detection_text import OPTIMISTIC
 from .slices import (
     PALETTE,
     Slice,
@@ -36,7 +36,8 @@ def box_plot(scores: Sequence[tuple[str, Sequence[float]]], *, axis_label: str =
     """Horizontal box plot of a score in [0, 1], one row per class with one point per case.
 
     Boxes span the quartiles with a line at the median, whiskers reach the last point within 1.5 times the box's width
-    (Tukey). NaN values are left out. Drawn from bars and lines: `Axes.boxplot` renamed its orientation argument.
+    (Tukey). NaN values are left out. It is drawn from bars and lines because `Axes.boxplot` renamed its orientation
+    argument between versions of matplotlib.
 
     Args:
         scores: Class name and its values, one per case, for each row from the top.
@@ -59,7 +60,7 @@ def box_plot(scores: Sequence[tuple[str, Sequence[float]]], *, axis_label: str =
         axes.vlines([low, high], row - 0.12, row + 0.12, color=_INK, linewidth=1)
         axes.barh(row, q3 - q1, left=q1, height=0.56, facecolor=to_rgba(colour, 0.25), edgecolor=_INK, linewidth=1)
         axes.vlines(median, row - 0.28, row + 0.28, color=_INK, linewidth=2)
-        # A fixed scatter across the row: the same report from the same numbers.
+        # The scatter across the row is fixed, so that the same numbers give the same report.
         offset = ((np.arange(present.size) * 0.618034) % 1.0 - 0.5) * 0.4
         axes.scatter(present, row + offset, s=14, color=to_rgba(colour, 0.9), edgecolors=_INK, linewidths=0.5, zorder=3)
     axes.set_yticks(range(len(scores)), [plain(shortened(name)) for name, _ in scores])
@@ -80,21 +81,22 @@ def quality_plot(
     *,
     axis_label: str = "Dice",
 ) -> bytes:
-    """A score against the network evaluations that it costs (logarithmic axis); PNG on white.
+    """A score against the number of network evaluations (logarithmic axis); PNG on white.
 
     Args:
-        lines: (model, what is varied) to points (evaluations, score): a colour for each model, and a dash for each
-            thing varied.
-        levels: scores that have no choice of evaluations, by name, as lines across.
-        axis_label: name of the score.
+        lines: (model, varied factor) -> points (evaluations, score). Each model has a colour, and each factor a dash
+            pattern.
+        levels: Name -> score of a model whose number of evaluations is fixed, drawn as a horizontal line.
+        axis_label: Name of the score.
     """
     figure = Figure(figsize=(8.4, 4.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    models, varied = list(dict.fromkeys(model for model, _ in lines)), list(dict.fromkeys(what for _, what in lines))
-    for (model, what), points in lines.items():
+    models = list(dict.fromkeys(model for model, _ in lines))
+    factors = list(dict.fromkeys(factor for _, factor in lines))
+    for (model, factor), points in lines.items():
         evaluations, scores = zip(*sorted(points), strict=True)
-        style = ("-", _DASHES, ":", "-.")[varied.index(what) % 4]
-        colour, name = label_colour(models.index(model)), f"{model}, {what}"
+        style = ("-", _DASHES, ":", "-.")[factors.index(factor) % 4]
+        colour, name = label_colour(models.index(model)), f"{model}, {factor}"
         axes.plot(evaluations, scores, color=colour, linestyle=style, marker="o", markersize=4, label=name)
     for i, (name, score) in enumerate(levels.items()):
         axes.axhline(score, color=_INK, linestyle=("-", _DASHES, ":", "-.")[i % 4], linewidth=1, label=name)
@@ -115,11 +117,11 @@ def quality_plot(
 def reliability_diagram(
     confidence: NDArray[np.floating], accuracy: NDArray[np.floating], share: NDArray[np.floating]
 ) -> bytes:
-    """Accuracy against confidence, one bar per bin, and below it the share of voxels in the bin; PNG on white.
+    """Accuracy against confidence with one bar per bin, and below it the share of voxels in each bin; PNG on white.
 
     Args:
-        confidence: (bins,) mean confidence; NaN in empty bins, as ``accuracy``.
-        accuracy: (bins,) share of correct voxels.
+        confidence: (bins,) mean confidence; NaN in empty bins.
+        accuracy: (bins,) share of correct voxels; NaN in empty bins.
         share: (bins,) share of all voxels.
     """
     figure = Figure(figsize=(4.6, 4.4), layout="constrained", facecolor="white")
@@ -158,11 +160,11 @@ def detection_curves(
 
     Args:
         roc: (m, 2) false positive rate and recall.
-        precision_recall: (m, 2) recall and precision; a precision holds back to the point before.
+        precision_recall: (m, 2) recall and precision; each precision holds from the previous recall to its own.
         dice: (m, 3) threshold, pooled Dice and mean Dice over cases.
         masks: false positive rate, recall, precision and pooled Dice of the predicted masks; NaN is not drawn.
         best: the threshold of the largest pooled Dice, and that Dice.
-        prevalence: share of positive voxels: the precision of random scores.
+        prevalence: share of positive voxels, which is the precision of random scores.
     """
     figure = Figure(figsize=(10.4, 4.0), layout="constrained", facecolor="white")
     left, middle, right = figure.subplots(1, 3)
@@ -214,8 +216,9 @@ def overlay(
 ) -> bytes:
     """Outlines of reference (solid orange) and prediction (dashed blue) on up to three orthogonal slices.
 
-    Each slice is the one with most reference voxels along its axis; without any, with most predicted voxels; without
-    any of these, the middle one. Planes of one voxel's thickness are not drawn, so a 2D image gives a single panel.
+    Along each axis the slice with the most reference voxels is drawn. Without reference voxels it is the slice with the
+    most predicted voxels, and without predicted voxels the middle slice. Planes that are one voxel wide are not drawn,
+    so that a 2D image gives a single panel.
 
     Args:
         reference: Labels, `(I, J, K)`, RAS+; 0 is background.

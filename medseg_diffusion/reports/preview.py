@@ -1,4 +1,4 @@
-"""A segmentation at a glance, as a PNG: the scan with coloured labels on several slices, and the uncertainty."""
+"""Preview of a segmentation as a PNG: the scan with coloured labels on several slices, and the uncertainty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .slices import Slice, display_range, drawable_axes, label_colour, panel_gri
 
 _OPACITY = 0.5
 _LEGEND_COLUMNS = 4
-# Beyond this many classes the legend would outgrow the picture; the labels are still drawn.
+# A legend of more classes would outgrow the picture. Labels that are not in the legend are still drawn.
 _LEGEND_CLASSES = 24
 
 
@@ -37,7 +37,7 @@ def preview_png(
         spacing_mm: Voxel size along I, J, K.
         names: Label value -> class name, for the legend; a label without a name is shown by its value.
         uncertainty: Non-negative map of the same shape, shown below the slices of the first row.
-        map_name: What that map shows.
+        map_name: Title of that map.
         slices_per_plane: Number of slices in each row, at least 1.
 
     Returns:
@@ -90,7 +90,7 @@ def _spread(labels: NDArray[Any], axis: int, spacing_mm: Sequence[float], count:
     """Up to `count` slices spread evenly over the labelled extent, or over the whole axis if nothing is labelled."""
     occupied = np.flatnonzero(labels.any(axis=tuple(a for a in range(3) if a != axis)))
     first, last = (occupied[0], occupied[-1]) if occupied.size else (0, labels.shape[axis] - 1)
-    # Centres of `count` equal parts: never the very first or last slice, which show next to nothing.
+    # Centres of `count` equal parts. The first and the last slice are avoided, as they show next to nothing.
     positions = first + (np.arange(count) + 0.5) / count * (last - first + 1) - 0.5
     indices = np.unique(np.clip(np.rint(positions), first, last).astype(int))
     return [plane(axis, int(index), labels.shape, spacing_mm) for index in indices]

@@ -1,8 +1,8 @@
-"""Planes of volumes as pictures: what the overlay and the preview share.
+"""Slices of volumes as pictures, shared by the overlay and the preview.
 
-Drawn with matplotlib's object interface, without pyplot, so that nothing is shared between calls or threads.
 Volumes are `(I, J, K)` arrays in RAS+ orientation: I grows to the patient's right, J to anterior, K to superior. Slices
-are shown with anterior or superior up and the patient's left on the left.
+are shown with anterior or superior up and the patient's left on the left. The figures use matplotlib's object
+interface, without pyplot, so that calls and threads share no state.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Axis held fixed -> name of the plane.
 PLANES = {2: "Axial", 1: "Coronal", 0: "Sagittal"}
-# Okabe and Ito, "Color Universal Design", 2008: told apart with any common colour vision. Black is left out
-# (invisible on scans); orange and sky blue come first because they are the pair that differs most on grey.
+# Okabe and Ito, "Color Universal Design", 2008: colours that can be told apart with any common colour vision. Black is
+# left out because it is invisible on scans. Orange and sky blue come first as the pair that differs most on grey.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _DPI = 150
 
@@ -54,7 +54,7 @@ def plane(axis: int, index: int, shape: Sequence[int], spacing_mm: Sequence[floa
 
 
 def drawable_axes(shape: Sequence[int]) -> list[int]:
-    """Axes whose planes are pictures, not lines: all three in 3D, one for a 2D image; axial first."""
+    """Axes whose planes are more than one voxel wide, axial first: all three in 3D, one for a 2D image."""
     axes = [axis for axis in PLANES if all(shape[a] > 1 for a in range(3) if a != axis)]
     return axes or [2]
 
@@ -72,19 +72,19 @@ def label_colour(index: int) -> str | tuple[float, float, float, float]:
 
 
 def plain(text: str) -> str:
-    """A user's text for matplotlib, which would read a pair of dollar signs as a formula."""
+    """A user's text with escaped dollar signs, which matplotlib would otherwise read as a formula."""
     return text.replace("$", r"\$")
 
 
 def shortened(text: str, length: int = 32) -> str:
-    """A name that fits beside a picture: the middle of a long one becomes an ellipsis."""
+    """A name that fits beside a picture: an ellipsis replaces the middle of a long one."""
     return text if len(text) <= length else f"{text[: length // 2]}\u2026{text[-(length // 2 - 1) :]}"
 
 
 def display_range(image: NDArray[Any]) -> tuple[float, float]:
-    """Grey values to show as black and white: 1st and 99.5th percentile of what is finite and not background.
+    """Grey values to show as black and white: 1st and 99.5th percentile of the finite values above the background.
 
-    Background is the minimum of the image: scans with much air would otherwise be shown too bright.
+    The background is the minimum of the image. If it counted, scans with much air would be shown too bright.
     """
     values = image[np.isfinite(image)]
     if values.size == 0:
@@ -100,13 +100,13 @@ def display_range(image: NDArray[Any]) -> tuple[float, float]:
 def panel_grid(
     rows: Sequence[Sequence[Slice]], *, header_in: float = 0.0, footer_in: float = 0.0, cell_in: float = 2.4
 ) -> tuple[Figure, list[list[Axes]]]:
-    """An empty black figure with one axes per slice, all to the same scale, with a title above each.
+    """An empty black figure with one axes per slice, all to the same scale and with a title above.
 
     Args:
         rows: The slices of each row.
-        header_in: Free space above the first row, inches.
-        footer_in: Free space below the last row, inches.
-        cell_in: Length of the longest side of any slice, inches.
+        header_in: Free space above the first row in inches.
+        footer_in: Free space below the last row in inches.
+        cell_in: Length of the longest side of all slices in inches.
 
     Returns:
         The figure and its axes, in the structure of `rows`.
@@ -117,7 +117,7 @@ def panel_grid(
     scale = cell_in / max(side for row in rows for s in row for side in (s.width_mm, s.height_mm))
     widths = [sum(s.width_mm * scale + gap for s in row) + gap for row in rows]
     heights = [max(s.height_mm for s in row) * scale for row in rows]
-    # A floor on the width leaves room for titles and legend beside a narrow slice.
+    # A minimum width leaves room for the titles and the legend of a narrow slice.
     width, height = max(*widths, 2.6), header_in + footer_in + sum(h + title + gap for h in heights)
     figure = Figure(figsize=(width, height), facecolor="black")
     panels: list[list[Axes]] = []
@@ -146,7 +146,7 @@ def show(axes: Axes, where: Slice, volume: NDArray[Any], **style: Any) -> Any:
 
 
 def draw_contours(axes: Axes, where: Slice, labels: NDArray[Any], colour: str, style: Any) -> None:
-    """Outline every label of one plane; a mask that touches the border is closed along it."""
+    """Outline every label of one plane. A mask that touches the border is closed along the border."""
     picture = where.take(labels)
     rows, columns = picture.shape
     # Centres of the pixels in millimetres, with one ring of padding around the picture.
@@ -160,7 +160,7 @@ def draw_contours(axes: Axes, where: Slice, labels: NDArray[Any], colour: str, s
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a figure; the bytes hold no date or version, so equal figures give equal files."""
+    """Render a figure as PNG bytes without date and version, so that equal figures give equal files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

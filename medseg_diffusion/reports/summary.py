@@ -1,4 +1,4 @@
-"""Evaluation results as data: `summary.json` in nnU-Net's shape and `cases.csv`."""
+"""The files of an evaluation for programs: `summary.json` in nnU-Net's shape, and `cases.csv`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import io
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS, Reliability
-from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE, ClassOverlap
-from medseg_diffusion.metrics.statistics import Interval, mean_interval
+from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS
+from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation
+from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE
 
-from .detection import Detection
-from .detection_text import CASE_KEYS, case_numbers, detection_json, table_numbers
+from .detection_text import CASE_NUMBERS, case_numbers, detection_json
 
 # nnU-Net's key for each field of `ClassOverlap`, in its order.
 _KEYS = {
@@ -28,186 +27,23 @@ _CSV_COLUMNS = (
     "reference_file",
 )  # fmt: skip
 
-
 CALIBRATION_REGION = f"the reference's foreground and {REGION_VOXELS} voxels around it"
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """One evaluated case.
-
-    Attributes:
-        name: The case's name, without folder, suffix and `_seg`.
-        prediction_file: Path of the prediction as given.
-        reference_file: Path of the reference as given.
-        overlap: Label value -> agreement, for every evaluated label.
-        hd95_mm: Label value -> 95th percentile Hausdorff distance; NaN where either mask is empty.
-        reliability: Of the case's probabilities around the reference's foreground, where there are any.
-        energy_distance: Generalised energy distance of the samples from several raters; NaN without them.
-        matched_iou: Hungarian-matched IoU of the samples with several raters; NaN without them.
-    """
-
-    name: str
-    prediction_file: str
-    reference_file: str
-    overlap: Mapping[int, ClassOverlap]
-    hd95_mm: Mapping[int, float] = field(default_factory=dict)
-    reliability: Reliability | None = None
-    energy_distance: float = math.nan
-    matched_iou: float = math.nan
-
-    @property
-    def mean_dice(self) -> float:
-        """Mean Dice over the classes that occur in the case; NaN if none does."""
-        return _mean(item.dice for item in self.overlap.values())
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A comparison of predictions with references over all cases.
-
-    Attributes:
-        cases: One result per case, sorted by name.
-        labels: Label value -> class name.
-        dice: Label value -> mean Dice with its 95 % interval over cases.
-        iou: Label value -> mean IoU with its 95 % interval over cases.
-        hd95: Label value -> mean of the 95th percentile Hausdorff distance in mm, with its interval.
-        reliability: Of all cases with probabilities together; None without any.
-        energy_distance: Mean over cases with several raters; None without any.
-        matched_iou: The same of the matched IoU.
-        detection: How well score maps find lesions, where there are score maps.
-        seed: Seed of the bootstrap.
-        warnings: Facts that the reader should know, one sentence each, e.g. predictions without a reference.
-    """
-
-    cases: tuple[CaseResult, ...]
-    labels: Mapping[int, str]
-    dice: Mapping[int, Interval]
-    iou: Mapping[int, Interval]
-    hd95: Mapping[int, Interval]
-    reliability: Reliability | None = None
-    energy_distance: Interval | None = None
-    matched_iou: Interval | None = None
-    detection: Detection | None = None
-    seed: int = 0
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def mean_dice(self) -> float:
-        """Mean over the classes of the mean Dice of each; NaN if no class occurs in any case."""
-        return _mean(interval.mean for interval in self.dice.values())
-
-    @property
-    def mean_iou(self) -> float:
-        """Mean over the classes of the mean IoU of each; NaN if no class occurs in any case."""
-        return _mean(interval.mean for interval in self.iou.values())
-
-    def worst_first(self) -> list[CaseResult]:
-        """The cases by ascending mean Dice, then by name; cases without any class come last."""
-
-        def badness(case: CaseResult) -> tuple[float, str]:
-            # NaN has no order.
-            return (math.inf if math.isnan(case.mean_dice) else case.mean_dice, case.name)
-
-        return sorted(self.cases, key=badness)
-
-    def table(self) -> list[dict[str, str | int | float | None]]:
-        """One row per class: name, means with the ends of their 95 % intervals, cases in the mean and left out.
-
-        With score maps also the numbers of `table_numbers`, which are the same in every row. Numbers that do not exist
-        are None.
-        """
-        rows: list[dict[str, str | int | float | None]] = []
-        scored = table_numbers(self.detection) if self.detection is not None else {}
-        for label, name in self.labels.items():
-            dice, iou, hd95 = self.dice[label], self.iou[label], self.hd95[label]
-            numbers = {
-                "dice": dice.mean,
-                "dice_low": dice.low,
-                "dice_high": dice.high,
-                "iou": iou.mean,
-                "iou_low": iou.low,
-                "iou_high": iou.high,
-                "hd95_mm": hd95.mean,
-            }
-            counts = {"n": dice.n, "n_missing": dice.n_missing}
-            rows.append({"class": name, **json_ready(numbers), **counts, **json_ready(scored)})
-        return rows
-
-
-def summarise(
-    cases: Sequence[CaseResult],
-    labels: Mapping[int, str],
-    *,
-    detection: Detection | None = None,
-    seed: int = 0,
-    warnings: Sequence[str] = (),
-) -> Evaluation:
-    """Average the cases' results per class.
-
-    Args:
-        cases: Results that all hold every label of `labels`.
-        labels: Label value -> class name.
-        detection: Passed on to the result, as are `warnings`.
-        seed: Seed of the bootstrap.
-        warnings: Passed on to the result.
-    """
-    ordered = tuple(sorted(cases, key=lambda case: case.name))
-    dice = {label: mean_interval([case.overlap[label].dice for case in ordered], seed=seed) for label in labels}
-    iou = {label: mean_interval([case.overlap[label].iou for case in ordered], seed=seed) for label in labels}
-    hd95 = {
-        label: mean_interval([case.hd95_mm.get(label, math.nan) for case in ordered], seed=seed) for label in labels
-    }
-    known = [case.reliability for case in ordered if case.reliability is not None]
-    rated = [case for case in ordered if not math.isnan(case.energy_distance)]
-    return Evaluation(
-        ordered,
-        dict(labels),
-        dice,
-        iou,
-        hd95,
-        sum(known[1:], known[0]) if known else None,
-        mean_interval([case.energy_distance for case in rated], seed=seed) if rated else None,
-        mean_interval([case.matched_iou for case in rated], seed=seed) if rated else None,
-        detection,
-        seed,
-        tuple(warnings),
-    )
+"""The voxels in which calibration is measured, in words."""
 
 
 def summary_json(evaluation: Evaluation) -> str:
-    """The text of `summary.json`: nnU-Net's three keys, so that existing scripts work, and what they lack.
+    """The text of `summary.json`: nnU-Net's three keys, so that existing scripts work, and further ones.
 
     Two differences from nnU-Net: a number that does not exist is `null`, because NaN is not JSON; and a class that is
     absent from every case is left out of `foreground_mean` instead of turning it into NaN.
 
-    With score maps, `detection` holds what `detection_json` says, and so does each case's `detection` with the keys of
-    `CASE_KEYS`.
+    With score maps, `detection` holds the content of `detection_json`, and each case's `detection` has the keys of
+    `CASE_NUMBERS`.
     """
-    mean = {
-        str(label): {
-            key: _mean(getattr(case.overlap[label], field) for case in evaluation.cases) for key, field in _KEYS.items()
-        }
-        for label in evaluation.labels
-    }
     content = {
-        "foreground_mean": {key: _mean(values[key] for values in mean.values()) for key in _KEYS},
-        "mean": mean,
-        "metric_per_case": [
-            {
-                "metrics": {
-                    str(label): {
-                        **{key: getattr(case.overlap[label], field) for key, field in _KEYS.items()},
-                        "HD95_mm": case.hd95_mm.get(label, math.nan),
-                    }
-                    for label in evaluation.labels
-                },
-                **_scored(evaluation, case),
-                "prediction_file": case.prediction_file,
-                "reference_file": case.reference_file,
-            }
-            for case in evaluation.cases
-        ],
+        "foreground_mean": _with_nnunet_keys(evaluation.foreground_means()),
+        "mean": {str(label): _with_nnunet_keys(means) for label, means in evaluation.class_means().items()},
+        "metric_per_case": [_case_json(evaluation, case) for case in evaluation.cases],
         "confidence_interval_95": {
             str(label): {
                 "Dice": asdict(evaluation.dice[label]),
@@ -216,7 +52,7 @@ def summary_json(evaluation: Evaluation) -> str:
             }
             for label in evaluation.labels
         },
-        **_further(evaluation),
+        **_optional_sections(evaluation),
         "labels": {str(label): name for label, name in evaluation.labels.items()},
         "n_cases": len(evaluation.cases),
         "policy": {**EMPTY_POLICY, "description": EMPTY_RULE},
@@ -227,48 +63,69 @@ def summary_json(evaluation: Evaluation) -> str:
     return json.dumps(json_ready(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _scored(evaluation: Evaluation, case: CaseResult) -> dict[str, Any]:
-    """The numbers of a case's score map, where there are score maps."""
-    return {} if evaluation.detection is None else {"detection": case_numbers(evaluation.detection.cases[case.name])}
+def _with_nnunet_keys(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {key: numbers[name] for key, name in _KEYS.items()}
 
 
-def _further(evaluation: Evaluation) -> dict[str, Any]:
-    """Calibration, agreement with several raters and detection by scores, where they were measured."""
-    found: dict[str, Any] = {}
+def _case_json(evaluation: Evaluation, case: EvaluatedCase) -> dict[str, Any]:
+    metrics = {
+        str(label): {
+            **_with_nnunet_keys(asdict(case.overlap[label])),
+            "HD95_mm": case.hd95_mm.get(label, math.nan),
+        }
+        for label in evaluation.labels
+    }
+    scores = _detection_numbers(evaluation, case)
+    return {
+        "metrics": metrics,
+        **({"detection": scores} if evaluation.detection is not None else {}),
+        "prediction_file": case.prediction_file,
+        "reference_file": case.reference_file,
+    }
+
+
+def _detection_numbers(evaluation: Evaluation, case: EvaluatedCase) -> dict[str, float | int]:
+    """The numbers of a case's score map; empty without score maps."""
+    return {} if evaluation.detection is None else case_numbers(evaluation.detection.cases[case.name])
+
+
+def _optional_sections(evaluation: Evaluation) -> dict[str, Any]:
+    """Calibration, agreement with several raters and detection by score maps, where they were measured."""
+    sections: dict[str, Any] = {}
     if (reliability := evaluation.reliability) is not None:
-        found["calibration"] = {
+        sections["calibration"] = {
             "ECE": reliability.ece,
             "Brier": reliability.brier_score,
             "bins": BINS,
             "region": CALIBRATION_REGION,
-            "n_cases": sum(case.reliability is not None for case in evaluation.cases),
+            "n_cases": evaluation.n_with_probabilities,
         }
     if evaluation.energy_distance is not None and evaluation.matched_iou is not None:
-        found["raters"] = {
+        sections["raters"] = {
             "generalised_energy_distance": asdict(evaluation.energy_distance),
             "matched_IoU": asdict(evaluation.matched_iou),
         }
     if evaluation.detection is not None:
-        found["detection"] = detection_json(evaluation.detection)
-    return found
+        sections["detection"] = detection_json(evaluation.detection)
+    return sections
 
 
 def cases_csv(evaluation: Evaluation) -> str:
     """The text of `cases.csv`: one row per case and class; a number that does not exist is an empty field.
 
-    With score maps the columns of `CASE_KEYS` follow, the same in all rows of a case.
+    With score maps the columns of `CASE_NUMBERS` follow, with the same values in all rows of a case.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*_CSV_COLUMNS, *(CASE_KEYS if evaluation.detection is not None else ())))
+    writer.writerow((*_CSV_COLUMNS, *(CASE_NUMBERS if evaluation.detection is not None else ())))
     for case in evaluation.cases:
-        scored = [_field(number) for number in _scored(evaluation, case).get("detection", {}).values()]
+        scores = [_field(number) for number in _detection_numbers(evaluation, case).values()]
         for label, name in evaluation.labels.items():
             item = case.overlap[label]
             numbers = (item.dice, item.iou, case.hd95_mm.get(label, math.nan))
             counts = [item.tp, item.fp, item.fn, item.tn, item.n_pred, item.n_ref]
             files = [case.prediction_file, case.reference_file]
-            writer.writerow([case.name, label, name, *map(_field, numbers), *counts, *files, *scored])
+            writer.writerow([case.name, label, name, *map(_field, numbers), *counts, *files, *scores])
     return text.getvalue()
 
 
@@ -283,19 +140,13 @@ def format_number(value: float, digits: int = 3) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what computed the numbers; "unknown" for a package that is not installed as a distribution."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in ("medseg-diffusion", "numpy", "scipy"):
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Mean of the values that are not NaN; NaN if there are none."""
-    present = [value for value in values if not math.isnan(value)]
-    return math.fsum(present) / len(present) if present else math.nan
+            numbers[package] = "unknown"
+    return numbers
 
 
 def json_ready(value: Any) -> Any:

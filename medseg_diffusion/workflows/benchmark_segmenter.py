@@ -1,6 +1,6 @@
-"""What sampler, steps and ensemble size buy: the whole of `medseg benchmark-segmenter` as a function.
+"""`medseg benchmark-segmenter` as a function: compare step counts, ensemble sizes and samplers of segmenters.
 
-OUT/benchmark.csv, benchmark.json   one row per model and setting, one factor changed at a time
+OUT/benchmark.csv, benchmark.json   one row per model and setting; one factor varies at a time
 OUT/benchmark.png                   Dice against network evaluations
 OUT/cases.csv                       one row per model, setting, case and class
 """
@@ -38,15 +38,12 @@ from medseg_diffusion.reports.plots import quality_plot
 from medseg_diffusion.reports.summary import json_ready
 from medseg_diffusion.volumes.volume import Volume
 
-STEPS = (1, 2, 5, 10, 20, 50, 100)
-ENSEMBLES = (1, 2, 5, 10)
-SAMPLERS = ("dpm++", "ddim", "ddpm")
 Side = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model samples; ``factor`` is what this row varies."""
+    """How a model samples; ``factor`` is the one that varies in this row."""
 
     factor: Literal["steps", "ensemble", "sampler", "setting", "feed-forward"]
     sampler: str
@@ -55,22 +52,48 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class BenchmarkRow:
-    """One model at one setting.
+class BenchmarkOptions:
+    """The options of `medseg benchmark-segmenter`.
 
     Attributes:
-        model: as it was named.
-        setting: see `Setting`; ``steps`` is the number that was walked.
-        dice: class name to mean Dice over cases.
-        iou: the same of IoU.
-        hd95_mm: the same of the 95th percentile Hausdorff distance.
-        ece: expected calibration error around the reference, all cases together, of what `medseg segment` writes.
-        ece_uncalibrated: the same without the model's temperature, which holds for its own sampler and steps alone.
-        ece_everywhere: as ``ece``, of all voxels: certain background is most of them.
-        evaluations: of the network, per case and window.
-        seconds: per case, median over cases: everything between the read scan and the mask on its grid.
-        cases: their number.
-        by_case: what the means are of, and volumes: one entry per case and class.
+        steps: Numbers of denoising steps to compare, for one sample.
+        ensembles: Ensemble sizes to compare, at the model's own number of steps.
+        samplers: Samplers to compare, at the model's own number of steps.
+        settings: (sampler, steps, ensemble size) to measure instead of varying one factor at a time.
+        cases: Number of cases, the first by name; None for all.
+        side: Held-out cases: "validation" to choose settings, "test" to report.
+        device: auto, cpu, cuda, cuda:N or mps.
+        seed: Seed of the samples, as in `medseg segment`.
+    """
+
+    steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)
+    ensembles: Sequence[int] = (1, 2, 5, 10)
+    samplers: Sequence[str] = ("dpm++", "ddim", "ddpm")
+    settings: Sequence[tuple[str, int, int]] = ()
+    cases: int | None = 10
+    side: Side = "validation"
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """The numbers of one model at one setting.
+
+    Attributes:
+        model: The name as given.
+        setting: See `Setting`; ``steps`` is the number of distinct steps that were taken.
+        dice: Class name -> mean Dice over cases.
+        iou: Class name -> mean IoU over cases.
+        hd95_mm: Class name -> mean 95th percentile Hausdorff distance over cases.
+        ece: Expected calibration error of the probabilities that `medseg segment` writes, over the voxels around the
+            references of all cases.
+        ece_uncalibrated: ``ece`` without the model's temperature, which was fitted to its own sampler and steps.
+        ece_everywhere: ``ece`` over all voxels, most of which are certain background.
+        evaluations: Network evaluations per case and window.
+        seconds: Time per case from the loaded scan to the mask on its grid; median over cases.
+        cases: Number of cases.
+        by_case: The numbers behind the means, and volumes: one entry per case and class.
     """
 
     model: str
@@ -88,11 +111,11 @@ class BenchmarkRow:
 
     @property
     def mean_dice(self) -> float:
-        """Mean over classes."""
+        """Mean over the classes of the mean Dice of each."""
         return float(np.nanmean([interval.mean for interval in self.dice.values()]))
 
     def cells(self) -> dict[str, Any]:
-        """The row as a table shows it."""
+        """The row in the form of a printable table."""
         return {
             **self.key(),
             "evaluations": self.evaluations,
@@ -108,7 +131,7 @@ class BenchmarkRow:
         }
 
     def key(self) -> dict[str, Any]:
-        """What tells this row from others."""
+        """The columns that identify this row."""
         return {"model": self.model, **asdict(self.setting)}
 
 
@@ -116,199 +139,210 @@ def benchmark_segmenter(
     models: Sequence[str],
     data: Path,
     output: Path,
+    options: BenchmarkOptions = BenchmarkOptions(),
     *,
-    steps: Sequence[int] = STEPS,
-    ensembles: Sequence[int] = ENSEMBLES,
-    samplers: Sequence[str] = SAMPLERS,
-    settings: Sequence[tuple[str, int, int]] = (),
-    cases: int | None = 10,
-    side: Side = "validation",
-    device: str = "auto",
-    seed: int = 0,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     on_row: Callable[[BenchmarkRow], None] = lambda row: None,
 ) -> list[BenchmarkRow]:
-    """Segments held-out cases at many settings of every model and scores them on the scans' own grids.
+    """Segment held-out cases at many settings of every model and compare the masks with the references.
 
-    Steps are varied for one sample; the ensemble's size and the sampler at the model's own number of steps. All models,
-    samplers and cases are checked first.
+    The number of steps varies for one sample; the ensemble size and the sampler vary at the model's own number of
+    steps. All models, samplers and cases are checked before the first measurement.
 
     Args:
-        models: names or folders.
-        data: the labelled folder that the models were trained on. A model knows its held-out cases by a `digest` of
-            their names; an older one, that does not, by splitting the folder again.
-        output: folder for the results.
-        steps: numbers of denoiser calls per sample.
-        ensembles: numbers of samples.
-        samplers: update rules.
-        settings: (sampler, steps, ensemble) to measure instead of one factor at a time.
-        cases: how many, the first by name; None for all.
-        side: choose settings on "validation", report on "test".
-        device: auto, cpu, cuda, cuda:N or mps.
-        seed: as that of `medseg segment`.
-        on_progress: called after every case with (setting, cases done, cases).
-        on_row: called after every setting.
+        models: Names or folders.
+        data: The labelled folder that the models were trained on. A model recognises its held-out cases by a `digest`
+            of their names. For an older model without digests the folder is split again.
+        output: Folder for the results.
+        options: The other options.
+        on_progress: Called after every case with (setting, cases done, cases).
+        on_row: Called after every setting.
 
     Raises:
-        UsageError: no case on this side, or an unknown sampler.
-        InputError: unusable data, or a case whose labels are on another grid or of other classes.
-        ModelError: no usable model.
+        UsageError: No case on this side, or an unknown sampler.
+        InputError: Unusable data, or a case whose labels are on another grid or of other classes.
+        ModelError: No usable model.
     """
     keep_freed_memory()  # as `medseg segment` does
-    named = find_cases(data).labels
+    named_labels = find_cases(data).labels
     plan: list[tuple[str, Setting, list[Case]]] = []
     for name in models:
-        model = load_segmenter(name, device)
-        chosen = _cases(model, data, side, cases)
-        for case in chosen:
-            _read(case, model, named)
-        plan += [(name, setting, chosen) for setting in _settings(model, steps, ensembles, samplers, settings)]
+        model = load_segmenter(name, options.device)
+        cases = _held_out_cases(model, data, options)
+        for case in cases:
+            _read(case, model, named_labels)
+        plan += [(name, setting, cases) for setting in _settings(model, options)]
     for _, setting, _ in plan:
         if setting.factor != "feed-forward":
             build.sampler(setting.sampler)
-    known: dict[tuple[str, str, int, int], BenchmarkRow] = {}
+    measured: dict[tuple[str, str, int, int], BenchmarkRow] = {}
     rows: list[BenchmarkRow] = []
-    for name, setting, chosen in plan:
-        same = (name, setting.sampler, setting.steps, setting.ensemble)
-        if same not in known:
-            known[same] = _row(name, setting, chosen, named, device, seed, on_progress)
-        rows.append(replace(known[same], setting=replace(known[same].setting, factor=setting.factor)))
+    for name, setting, cases in plan:
+        # Settings of several factors may coincide; each is measured once.
+        key = (name, setting.sampler, setting.steps, setting.ensemble)
+        if key not in measured:
+            measured[key] = _measure(name, setting, cases, named_labels, options, on_progress)
+        rows.append(replace(measured[key], setting=replace(measured[key].setting, factor=setting.factor)))
         on_row(rows[-1])
         _write(rows, output)
     return rows
 
 
-def _settings(
-    model: SegmentationModel,
-    steps: Sequence[int],
-    ensembles: Sequence[int],
-    samplers: Sequence[str],
-    settings: Sequence[tuple[str, int, int]],
-) -> Iterator[Setting]:
+def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[Setting]:
     own = model.inference
     if not model.samples_masks:
         yield Setting("feed-forward", "", 1, own.ensemble)
         return
-    if settings:
-        yield from (Setting("setting", *setting) for setting in settings)
+    if options.settings:
+        yield from (Setting("setting", *setting) for setting in options.settings)
         return
-    for count in steps:
+    for count in options.steps:
         yield Setting("steps", own.sampler, count, 1)
-    for count in ensembles:
+    for count in options.ensembles:
         yield Setting("ensemble", own.sampler, own.steps, count)
-    for sampler in samplers:
+    for sampler in options.samplers:
         yield Setting("sampler", sampler, own.steps, 1)
 
 
-def _cases(model: SegmentationModel, data: Path, side: Side, count: int | None) -> list[Case]:
+def _held_out_cases(model: SegmentationModel, data: Path, options: BenchmarkOptions) -> list[Case]:
     section = model.config.data
-    known = find_cases(data).cases
+    cases = find_cases(data).cases
     held_out = model.saved.card.get("training", {}).get("held_out")
     if held_out is None:
-        held_out = split_by_hash(known, section.test_cases or 0, section.validation_cases or 0).held_out()
-    chosen = [case for case in known if digest(case.name) in held_out[side]][:count]
+        held_out = split_by_hash(cases, section.test_cases or 0, section.validation_cases or 0).held_out()
+    chosen = [case for case in cases if digest(case.name) in held_out[options.side]][: options.cases]
     if not chosen:
-        raise UsageError(f"{data}: model {model.saved.name} has no {side} cases in it; use the other side")
+        raise UsageError(f"{data}: model {model.saved.name} has no {options.side} cases in it; use the other side")
     return chosen
 
 
-def _read(case: Case, model: SegmentationModel, named: Collection[int]) -> tuple[Volume, Volume]:
-    return read_case(case, model.channels, len(model.labels), model.merge_labels, named)
+def _read(case: Case, model: SegmentationModel, named_labels: Collection[int]) -> tuple[Volume, Volume]:
+    return read_case(case, model.channels, len(model.labels), model.merge_labels, named_labels)
 
 
-def _row(
+@dataclass(frozen=True)
+class _CaseMeasurement:
+    """One segmented case: an entry per class, the three reliabilities of `BenchmarkRow`, and the time it took."""
+
+    classes: list[dict[str, Any]]
+    reliabilities: tuple[Reliability, Reliability, Reliability]
+    seconds: float
+
+
+def _measure(
     name: str,
     setting: Setting,
     cases: Sequence[Case],
-    named: Collection[int],
-    device: str,
-    seed: int,
+    named_labels: Collection[int],
+    options: BenchmarkOptions,
     on_progress: Callable[[str, int, int], None],
 ) -> BenchmarkRow:
+    """Segment the cases with one model at one setting."""
     feed_forward = setting.factor == "feed-forward"
     model = load_segmenter(
         name,
-        device,
+        options.device,
         setting.ensemble,
         None if feed_forward else setting.steps,
         None if feed_forward else setting.sampler,
     )
-    # Probabilities are wanted with and without the temperature.
+    # The temperature is applied here, because the numbers without it are reported, too.
     calibration = model.aggregation.calibration
     model.aggregation = replace(model.aggregation, calibration=None)
     temperature = 1.0 if calibration is None else calibration.temperature(model.ensemble)
-    walked = model.num_steps if model.samples_masks else 1
-    labels = {value: label for value, label in model.labels.items() if value}
-    by_case: list[dict[str, Any]] = []
-    reliability: list[tuple[Reliability, ...]] = []
-    seconds = []
-    what = f"{model.saved.name}: {setting.sampler} {walked} steps, ensemble {setting.ensemble}"
+    steps = model.num_steps if model.samples_masks else 1
+    description = f"{model.saved.name}: {setting.sampler} {steps} steps, ensemble {setting.ensemble}"
+    measurements = []
     for done, case in enumerate(cases, 1):
-        volume, reference = _read(case, model, named)
-        started = time.perf_counter()
-        found = model.segment(volume, derive_seed(seed, case.name))
-        seconds.append(time.perf_counter() - started)
-        predicted, truth = found.labels.numpy(), reference.data[0].numpy()
-        overlap = label_overlap(predicted, truth, labels)
-        voxel_ml = float(np.prod(reference.spacing)) / 1000
-        for value, label in labels.items():
-            by_case.append(
-                {
-                    "case": case.name,
-                    "class": label,
-                    "dice": overlap[value].dice,
-                    "iou": overlap[value].iou,
-                    "hd95_mm": hd95(predicted == value, truth == value, reference.spacing),
-                    "ml": float((predicted == value).sum()) * voxel_ml,
-                    "reference_ml": float((truth == value).sum()) * voxel_ml,
-                }
-            )
-        near = region(truth)
-        raw = found.probabilities.numpy()
-        given = tempered(found.probabilities, temperature).numpy()
-        reliability.append(
-            (Reliability.of(given, truth, near), Reliability.of(raw, truth, near), Reliability.of(given, truth))
-        )
-        on_progress(what, done, len(cases))
-    ece, ece_uncalibrated, ece_everywhere = (
-        functools.reduce(operator.add, parts).ece for parts in zip(*reliability, strict=True)
-    )
-    means = {
-        kind: {
-            label: mean_interval([row[kind] for row in by_case if row["class"] == label]) for label in labels.values()
+        volume, reference = _read(case, model, named_labels)
+        seed = derive_seed(options.seed, case.name)
+        measurements.append(_measure_case(case.name, model, volume, reference, temperature, seed))
+        on_progress(description, done, len(cases))
+    return _row(name, replace(setting, steps=steps), [label for _, label in _classes(model)], measurements)
+
+
+def _classes(model: SegmentationModel) -> list[tuple[int, str]]:
+    """Label value and name of every class but the background."""
+    return [(value, label) for value, label in model.labels.items() if value]
+
+
+def _measure_case(
+    name: str, model: SegmentationModel, volume: Volume, reference: Volume, temperature: float, seed: int
+) -> _CaseMeasurement:
+    started = time.perf_counter()
+    segmentation = model.segment(volume, seed)
+    seconds = time.perf_counter() - started
+    predicted, truth = segmentation.labels.numpy(), reference.data[0].numpy()
+    overlap = label_overlap(predicted, truth, [value for value, _ in _classes(model)])
+    voxel_ml = float(np.prod(reference.spacing)) / 1000
+    classes = [
+        {
+            "case": name,
+            "class": label,
+            "dice": overlap[value].dice,
+            "iou": overlap[value].iou,
+            "hd95_mm": hd95(predicted == value, truth == value, reference.spacing),
+            "ml": float((predicted == value).sum()) * voxel_ml,
+            "reference_ml": float((truth == value).sum()) * voxel_ml,
         }
-        for kind in ("dice", "iou", "hd95_mm")
-    }
+        for value, label in _classes(model)
+    ]
+    uncalibrated = segmentation.probabilities.numpy()
+    calibrated = tempered(segmentation.probabilities, temperature).numpy()
+    around = region(truth)
+    reliabilities = (
+        Reliability.of(calibrated, truth, around),
+        Reliability.of(uncalibrated, truth, around),
+        Reliability.of(calibrated, truth),
+    )
+    return _CaseMeasurement(classes, reliabilities, seconds)
+
+
+def _row(
+    model: str, setting: Setting, classes: Sequence[str], measurements: Sequence[_CaseMeasurement]
+) -> BenchmarkRow:
+    """Average the cases of one model and setting."""
+    by_case = [entry for measurement in measurements for entry in measurement.classes]
+
+    def means(kind: str) -> dict[str, Interval]:
+        return {
+            label: mean_interval([entry[kind] for entry in by_case if entry["class"] == label]) for label in classes
+        }
+
+    ece, ece_uncalibrated, ece_everywhere = (
+        functools.reduce(operator.add, parts).ece
+        for parts in zip(*(measurement.reliabilities for measurement in measurements), strict=True)
+    )
     return BenchmarkRow(
-        name,
-        Setting(setting.factor, setting.sampler, walked, setting.ensemble),
-        means["dice"],
-        means["iou"],
-        means["hd95_mm"],
-        ece,
-        ece_uncalibrated,
-        ece_everywhere,
-        walked * setting.ensemble,
-        float(np.median(seconds)),
-        len(cases),
-        by_case,
+        model=model,
+        setting=setting,
+        dice=means("dice"),
+        iou=means("iou"),
+        hd95_mm=means("hd95_mm"),
+        ece=ece,
+        ece_uncalibrated=ece_uncalibrated,
+        ece_everywhere=ece_everywhere,
+        evaluations=setting.steps * setting.ensemble,
+        seconds=float(np.median([measurement.seconds for measurement in measurements])),
+        cases=len(measurements),
+        by_case=by_case,
     )
 
 
 def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
-    short = {row.model: Path(row.model).name for row in rows}
-    if len(set(short.values())) < len(short):
-        short = {name: name for name in short}
+    short_names = {row.model: Path(row.model).name for row in rows}
+    if len(set(short_names.values())) < len(short_names):
+        short_names = {name: name for name in short_names}
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     levels: dict[str, float] = {}
     for row in rows:
         setting = row.setting
         if setting.factor == "feed-forward":
-            levels[f"{short[row.model]}, feed-forward"] = row.mean_dice
+            levels[f"{short_names[row.model]}, feed-forward"] = row.mean_dice
         elif setting.factor != "sampler":
-            chosen = f"{setting.sampler}, {setting.ensemble} sample{'s' * (setting.ensemble > 1)}"
-            varied = chosen if setting.factor == "setting" else setting.factor
-            lines.setdefault((short[row.model], varied), []).append((row.evaluations, row.mean_dice))
+            description = f"{setting.sampler}, {setting.ensemble} sample{'s' * (setting.ensemble > 1)}"
+            factor = description if setting.factor == "setting" else setting.factor
+            lines.setdefault((short_names[row.model], factor), []).append((row.evaluations, row.mean_dice))
     write_files(
         output,
         {

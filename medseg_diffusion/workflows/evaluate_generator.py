@@ -1,8 +1,8 @@
-"""Generators to a table of scores: the whole of `medseg evaluate-generator` as a function.
+"""`medseg evaluate-generator` as a function: sample from generators and score the samples against real images.
 
 OUT/scores.json, scores.csv     one row per model and sampler, and the floor: real images against other real ones
-OUT/samples/<row>/<i>.npy       the samples, 64 a file; they are not made again
-OUT/<row>.png                   the first 64 of them
+OUT/samples/<row>/<i>.npy       the samples, 64 in a file; a repeated call reads them instead of sampling again
+OUT/<row>.png                   the first 64 samples
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,49 @@ from medseg_diffusion.models.store import home
 from medseg_diffusion.networks.extractors import Extractor, extractor
 from medseg_diffusion.reports.pictures import grid, png
 
+Images = np.ndarray | np.memmap
+"""(N, H, W, C) uint8."""
 CHUNK = 64
-DEFAULTS = SampleOptions(count=10_000)
+"""Images in a file of samples, and images whose features are computed at a time."""
 FLOOR = "real images (floor)"
-FAST_IS_BAD = 2.0
-"""A fast sampler whose FID is so many times that of the slowest one does not sample what the model has learned."""
+_NEUTRAL_OPTIONS = ("count", "batch_size", "device")
+"""Options that do not change the samples."""
+_DEFAULT_SAMPLING = SampleOptions(count=10_000)
+MAX_FID_FACTOR = 2.0
+"""A warning is given if a sampler's FID is more than this many times that of the sampler with the most steps."""
+
+
+@dataclass(frozen=True)
+class GeneratorEvaluationOptions:
+    """The options of `medseg evaluate-generator`.
+
+    Attributes:
+        samplers: Pairs of a sampler and its number of steps; each gives a row of every model.
+        sampling: The other options of the sampling. Its ``sampler`` and ``steps`` are not used.
+        extractor: Name or file of the feature extractor, see `medseg_diffusion.networks.extractors`.
+        inception: Inception's weight file.
+        download: Download Inception's weights if they are missing; nothing is downloaded otherwise.
+        skip_broken: Skip files of the reference that cannot be read, instead of stopping.
+    """
+
+    samplers: Sequence[tuple[str, int]] = (("ddim", 50), ("ddim", 200), ("ddpm", 1000))
+    sampling: SampleOptions = _DEFAULT_SAMPLING
+    extractor: str = "auto"
+    inception: Path | None = None
+    download: bool = False
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table; ``model`` is what was named, ``sampler`` is empty for folders of samples and the floor."""
+    """A row of the table.
+
+    Attributes:
+        model: The name as given.
+        sampler: Name of the sampler; empty for folders of samples and the floor.
+        steps: Its number of steps; 0 without a sampler.
+        scores: The scores.
+    """
 
     model: str
     sampler: str
@@ -52,7 +85,7 @@ class Row:
     scores: Scores
 
     def cells(self) -> dict[str, Any]:
-        """The row as the table shows it, in the order of the published ones."""
+        """The row in the form of a printable table, with the columns in the order of published tables."""
         s = self.scores
         return {
             "model": self.model,
@@ -69,7 +102,17 @@ class Row:
 
 @dataclass
 class GeneratorEvaluation:
-    """The table, what the scores are scores of, and what the reader must know."""
+    """The table of scores, with what is needed to interpret it.
+
+    Attributes:
+        extractor: Name of the feature extractor.
+        maps: Name of the extractor's spatial features, which sFID compares.
+        reference: Path of the real images.
+        reference_count: Number of real images.
+        upsampler: Model that enlarged the samples, or None.
+        rows: The rows of the table.
+        warnings: Facts that the reader should know, one sentence each.
+    """
 
     extractor: str
     maps: str
@@ -88,140 +131,124 @@ def evaluate_generator(
     models: Sequence[str],
     reference: Path,
     output: Path,
-    samplers: Sequence[tuple[str, int]] = (("ddim", 50), ("ddim", 200), ("ddpm", 1000)),
-    options: SampleOptions = DEFAULTS,
-    extractor_name: str = "auto",
-    inception: Path | None = None,
-    download: bool = False,
-    skip_broken: bool = False,
+    options: GeneratorEvaluationOptions = GeneratorEvaluationOptions(),
+    *,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> GeneratorEvaluation:
-    """Samples ``options.count`` images of every model with every sampler and scores them against real ones.
+    """Sample images of every model with every sampler and score them against real images.
 
-    An interrupted call can be repeated: samples that are there are not made again.
+    An interrupted call can be repeated: existing samples are not made again.
 
     Args:
-        models: generators (folder or installed name), or folders of sampled images, which need no sampler.
-        reference: real images (`medseg_diffusion.data.images`); their test side if they have one, else all.
-        output: folder for the results.
-        samplers: pairs of a sampler and its number of steps.
-        options: of the sampling.
-        extractor_name: see `medseg_diffusion.networks.extractors`.
-        inception: Inception's weight file.
-        download: fetch Inception's weights if they are missing; nothing is downloaded otherwise.
-        skip_broken: leave broken files of the reference out instead of stopping.
-        on_progress: called with (what, images done, all).
-        on_row: called after every row.
+        models: Generators (folder or installed name), or folders of sampled images, which need no sampler.
+        reference: Real images (`medseg_diffusion.data.images`); their test side if they have one, else all.
+        output: Folder for the results.
+        options: The other options.
+        on_progress: Called with (what, images done, all).
+        on_row: Called after every row.
 
     Raises:
-        UsageError: an unknown sampler or extractor, or too few images for the scores.
-        InputError: an unusable reference.
-        ModelError: no usable model or extractor, or one that a model was trained with.
+        UsageError: An unknown sampler or extractor, or too few images for the scores.
+        InputError: An unusable reference.
+        ModelError: No usable model or extractor, or an extractor that a model was trained with.
     """
-    device = choose_device(options.device)
-    extract = extractor(extractor_name, device, inception, download=download)
-    _check(models, samplers, options, extract)
-    real, size, seen = _reference(reference, models, options.upsampler, device, skip_broken, on_progress)
-    # Half of the real images are scored against the other half, for comparison.
-    if options.count < NEIGHBOUR + 2 or len(real) < 2 * (NEIGHBOUR + 2):
-        raise UsageError(
-            f"{options.count} samples against {len(real)} real images are too few: the scores need {NEIGHBOUR + 2} and "
-            f"{2 * (NEIGHBOUR + 2)}"
-        )
-    for model in filter(_is_samples, models):
-        if (count := len(_sampled(model, size))) < NEIGHBOUR + 2:
-            raise UsageError(f"{model}: {count} images are too few: the scores need {NEIGHBOUR + 2}")
-    known = _features(real, extract, partial(on_progress, "real images"))
-    result = GeneratorEvaluation(extract.name, extract.maps, str(reference), len(real), options.upsampler)
-    fewest, features = min(options.count, len(real)), known.pooled.shape[1]
-    if fewest <= features:
+    device = choose_device(options.sampling.device)
+    extract = extractor(options.extractor, device, options.inception, download=options.download)
+    _check_models(models, options, extract)
+    real = _real_images(reference, models, options, device, on_progress)
+    _check_counts(models, real, options.sampling.count)
+    real_features = _features(real.images, extract, partial(on_progress, "real images"))
+    count = len(real.images)
+    result = GeneratorEvaluation(extract.name, extract.maps, str(reference), count, options.sampling.upsampler)
+    fewest, n_features = min(options.sampling.count, count), real_features.pooled.shape[1]
+    if fewest <= n_features:
         result.warnings.append(
-            f"FID is biased upwards ({fewest} images for {features} features): compare rows of this table only"
+            f"FID is biased upwards ({fewest} images for {n_features} features): compare rows of this table only"
         )
-
-    if seen:
+    if not real.held_out:
         result.warnings.append("the reference is what generators train on: no images of it are held out")
 
     def add(row: Row) -> None:
         result.rows.append(row)
         on_row(row)
 
-    add(Row(FLOOR, "", 0, _floor(known, options.count)))
+    add(Row(FLOOR, "", 0, _floor(real_features, options.sampling.count)))
     for model in models:
-        for name, sampler, steps, images in _rows(model, samplers, options, output, size, extract, on_progress):
-            found = _features(images, extract, partial(on_progress, f"{name}: features"))
+        for name, sampler, steps, images in _samples_of(model, options, output, real.size, on_progress):
+            features = _features(images, extract, partial(on_progress, f"{name}: features"))
             write_files(output, {f"{name}.png": _picture(images)})
-            add(Row(model, sampler, steps, scores(found, known)))
+            add(Row(model, sampler, steps, scores(features, real_features)))
             _write(result, output)
     result.warnings += _suspicious(result.rows)
     _write(result, output)
     return result
 
 
-def _check(
-    models: Sequence[str], samplers: Sequence[tuple[str, int]], options: SampleOptions, extract: Extractor
-) -> None:
-    """What would fail at a later row fails now: sampling may take hours."""
+def _check_models(models: Sequence[str], options: GeneratorEvaluationOptions, extract: Extractor) -> None:
+    """Check all models first: sampling may take hours, and a later row should not fail then."""
     names = [_name(model) for model in models]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"{twice[0]}: the name of two models or folders; rename one")
-    if options.upsampler and all(map(_is_samples, models)):
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{repeated[0]}: the name of two models or folders; rename one")
+    if options.sampling.upsampler and all(map(_is_samples, models)):
         raise UsageError("--upsampler enlarges what a model samples, but only folders of samples are given")
     for model in models:
         if _is_samples(model):
             continue
-        for sampler, steps in samplers:
-            source = ImageSource(model, _with(options, sampler, steps))
+        for sampler, steps in options.samplers:
+            source = ImageSource(model, replace(options.sampling, sampler=sampler, steps=steps))
             if extract.fingerprints & source.loss_extractors:
                 raise ModelError(
                     f"{model}: was trained with {extract.name}, which cannot score it; use another --extractor"
                 )
 
 
-def _with(options: SampleOptions, sampler: str, steps: int) -> SampleOptions:
-    return SampleOptions(**{**asdict(options), "sampler": sampler, "steps": steps})
+def _check_counts(models: Sequence[str], real: _RealImages, count: int) -> None:
+    # Half of the real images are scored against the other half, for comparison.
+    if count < NEIGHBOUR + 2 or len(real.images) < 2 * (NEIGHBOUR + 2):
+        raise UsageError(
+            f"{count} samples against {len(real.images)} real images are too few: the scores need {NEIGHBOUR + 2} and "
+            f"{2 * (NEIGHBOUR + 2)}"
+        )
+    for model in filter(_is_samples, models):
+        if (n_images := len(_sampled(model, real.size))) < NEIGHBOUR + 2:
+            raise UsageError(f"{model}: {n_images} images are too few: the scores need {NEIGHBOUR + 2}")
 
 
-Images = np.ndarray | np.memmap
-"""(N, H, W, C) uint8."""
-
-
-def _rows(
+def _samples_of(
     model: str,
-    samplers: Sequence[tuple[str, int]],
-    options: SampleOptions,
+    options: GeneratorEvaluationOptions,
     output: Path,
     size: tuple[int, int],
-    extract: Extractor,
     on_progress: Callable[[str, int, int], None],
 ) -> Iterator[tuple[str, str, int, Images]]:
+    """Name of the row, sampler, steps and samples, for every row of a model or folder of samples."""
     if _is_samples(model):
-        yield _name(model), "", 0, _sampled(model, size)[: options.count]
+        yield _name(model), "", 0, _sampled(model, size)[: options.sampling.count]
         return
-    for sampler, steps in samplers:
-        name, own = f"{_name(model)}-{sampler}-{steps}", _with(options, sampler, steps)
-        source = ImageSource(model, own)
-        yield name, sampler, steps, _samples(source, own, output / "samples" / name, name, on_progress)
+    for sampler, steps in options.samplers:
+        name, sampling = f"{_name(model)}-{sampler}-{steps}", replace(options.sampling, sampler=sampler, steps=steps)
+        source = ImageSource(model, sampling)
+        yield name, sampler, steps, _samples(source, sampling, output / "samples" / name, name, on_progress)
 
 
 def _samples(
     source: ImageSource, options: SampleOptions, folder: Path, name: str, on_progress: Callable[[str, int, int], None]
 ) -> Images:
-    """The samples, from their files where they exist."""
-    about = {**source.sha256, **{k: v for k, v in asdict(options).items() if k not in _FREE}}
-    note = folder / "samples.json"
-    if note.is_file() and json.loads(note.read_text()) != about:
+    """The samples, read from their files as far as they exist."""
+    identity = {**source.sha256, **{k: v for k, v in asdict(options).items() if k not in _NEUTRAL_OPTIONS}}
+    record = folder / "samples.json"
+    if record.is_file() and json.loads(record.read_text()) != identity:
         raise UsageError(f"{folder}: holds samples of another model or of other options; choose another output folder")
-    write_files(folder, {"samples.json": json.dumps(about, indent=2) + "\n"})
+    write_files(folder, {"samples.json": json.dumps(identity, indent=2) + "\n"})
     parts = []
     for first in range(0, options.count, CHUNK):
         end = min(first + CHUNK, options.count)
         file = folder / f"{first // CHUNK:05d}.npy"
-        known = [np.load(file)[: end - first]] if file.is_file() else []
-        starts = range(first + sum(map(len, known)), end, options.batch_size)
+        existing = [np.load(file)[: end - first]] if file.is_file() else []
+        starts = range(first + sum(map(len, existing)), end, options.batch_size)
         drawn = [source.draw(range(start, min(start + options.batch_size, end))).numpy() for start in starts]
-        part = np.concatenate([*known, *drawn])
+        part = np.concatenate([*existing, *drawn])
         if drawn:
             buffer = io.BytesIO()
             np.save(buffer, part)
@@ -229,10 +256,6 @@ def _samples(
         parts.append(part)
         on_progress(f"{name}: samples", end, options.count)
     return np.concatenate(parts)
-
-
-_FREE = ("count", "batch_size", "device")
-"""Options that do not change the samples."""
 
 
 def _features(images: Images, extract: Extractor, on_progress: Callable[[int, int], None]) -> Features:
@@ -245,87 +268,129 @@ def _features(images: Images, extract: Extractor, on_progress: Callable[[int, in
 
 
 def _floor(real: Features, count: int) -> Scores:
-    """Scores of real images against other real ones: ``count`` of them against the rest, or halves."""
+    """Scores of real images against other real images: ``count``, at most half of them, against the rest."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     count = min(count, len(real) // 2)
     return scores(real[order[:count]], real[order[count:]])
 
 
-def _reference(
-    reference: Path,
-    models: Sequence[str],
-    upsampler: str | None,
-    device: torch.device,
-    skip_broken: bool,
-    on_progress: Callable[[str, int, int], None],
-) -> tuple[Images, tuple[int, int], bool]:
-    """Real images at the size of the models, or of the first sample where there are no models.
+@dataclass(frozen=True, eq=False)
+class _RealImages:
+    """Real images at the size of the models.
 
-    The last value says that no side of the reference is held out of training.
+    Attributes:
+        images: The images.
+        size: Side length and channels.
+        held_out: Whether they were held out of the training.
     """
-    sizes, held_out, prepared = set(), set(), set()
+
+    images: Images
+    size: tuple[int, int]
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class _ModelImages:
+    """How the models' images were prepared, the same for all models: size, preprocessing and sides of the split.
+
+    Attributes:
+        section: Configuration of the images.
+        preprocessing: Configuration of the preprocessing of scans.
+        size: Side length and channels; None without a model.
+        test_images: The numbers of test images of the models.
+        bounds: The held-out sides of the models.
+    """
+
+    section: ImageDataSection
+    preprocessing: PreprocessingSection
+    size: tuple[int, int] | None
+    test_images: set[int]
+    bounds: set[Bounds]
+
+
+def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages:
+    """Read the configurations of all models.
+
+    Raises:
+        UsageError: A model of volumes, or models whose images differ in size or preprocessing.
+    """
+    sizes, preprocessings, test_images = set(), set(), set()
     bounds: set[Bounds] = set()
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
-        if not _is_samples(model):
-            source = ImageSource(model, SampleOptions(upsampler=upsampler, device=str(device)))
-            config = source.last.config
-            held_out |= {source.generator.config.data.test_images, config.data.test_images}
-            bounds |= {one.held_out for one in (source.generator, source.last) if one.held_out is not None}
-            prepared.add(config.preprocessing.model_dump_json())
-            section, preprocessing = config.data, config.preprocessing
-            if not isinstance(section.size, int):
-                raise UsageError(f"{model}: makes volumes, and the scores are of images")
-            sizes.add((section.size, section.channels))
+        if _is_samples(model):
+            continue
+        source = ImageSource(model, options)
+        config = source.last.config
+        test_images |= {source.generator.config.data.test_images, config.data.test_images}
+        bounds |= {one.held_out for one in (source.generator, source.last) if one.held_out is not None}
+        preprocessings.add(config.preprocessing.model_dump_json())
+        section, preprocessing = config.data, config.preprocessing
+        if not isinstance(section.size, int):
+            raise UsageError(f"{model}: makes volumes, and the scores are of images")
+        sizes.add((section.size, section.channels))
     if len(sizes) > 1:
         raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
-    if len(prepared) > 1:
+    if len(preprocessings) > 1:
         raise UsageError("the models see scans after different preprocessing; evaluate them separately")
+    return _ModelImages(section, preprocessing, next(iter(sizes), None), test_images, bounds)
+
+
+def _real_images(
+    reference: Path,
+    models: Sequence[str],
+    options: GeneratorEvaluationOptions,
+    device: torch.device,
+    on_progress: Callable[[str, int, int], None],
+) -> _RealImages:
+    """The held-out real images, or all of them, at the size of the models or else of the first sample."""
+    expected = _model_images(models, SampleOptions(upsampler=options.sampling.upsampler, device=str(device)))
     entries = find_images(reference).entries
     official = all(entry.part for entry in entries)
-    if (len(held_out) > 1 or len(bounds) > 1) and not official:
+    if (len(expected.test_images) > 1 or len(expected.bounds) > 1) and not official:
         raise UsageError(
-            f"the models hold out different images (data.test_images: {sorted(held_out)}), so that some were trained "
-            "on what others are tested with; evaluate models of the same images and data.test_images"
+            f"the models hold out different images (data.test_images: {sorted(expected.test_images)}), so that some "
+            "were trained on what others are tested with; evaluate models of the same images and data.test_images"
         )
-    numbers = (section.test_images, section.validation_images if section.test_images else 0)
-    known = next(iter(bounds), None)
-    if known is not None and not official:  # the sides are those of the training, whatever else lies in the folder
-        numbers = known.count(entry.group for entry in entries)
-        numbers = numbers if numbers[0] else (0, 0)
-    size = next(iter(sizes), None) or _sample_size(models)
+    section = expected.section
+    n_held_out = (section.test_images, section.validation_images if section.test_images else 0)
+    bounds = next(iter(expected.bounds), None)
+    if bounds is not None and not official:  # the sides of the training hold for any folder
+        n_held_out = bounds.count(entry.group for entry in entries)
+        n_held_out = n_held_out if n_held_out[0] else (0, 0)
+    size = expected.size or _sample_size(models)
     collection: PackedImages = packed(
         reference,
         home() / "images",
         *size,
-        preprocessing=build.image_preprocessing(preprocessing, (size[0], size[0])),
-        held_out=numbers,
-        skip_broken=skip_broken,
+        preprocessing=build.image_preprocessing(expected.preprocessing, (size[0], size[0])),
+        held_out=n_held_out,
+        skip_broken=options.skip_broken,
         on_file=partial(on_progress, "packing real images"),
     )
     test = collection.part("test")
     positions = test if len(test) else collection.part("train")
     if not len(positions):
         raise InputError(reference, "no image", "real images", "check --reference")
-    return collection.images[positions], size, not len(test)
+    return _RealImages(collection.images[positions], size, held_out=bool(len(test)))
 
 
 def _sampled(model: str, size: tuple[int, int]) -> Images:
-    """The images of a folder of samples, without the overview that `medseg sample` puts beside them."""
+    """The images of a folder of samples, without the overview grid that `medseg sample` writes beside them."""
     collection = packed(Path(model), home() / "images", *size)
-    own = (Path(model) / "samples.json").is_file()
-    return collection.images[[i for i, name in enumerate(collection.names) if not (own and name == "grid.png")]]
+    by_medseg = (Path(model) / "samples.json").is_file()
+    return collection.images[[i for i, name in enumerate(collection.names) if not (by_medseg and name == "grid.png")]]
 
 
 def _sample_size(models: Sequence[str]) -> tuple[int, int]:
-    """Side of the first image, and three channels."""
-    found = find_images(Path(models[0]))
-    with Image.open(io.BytesIO(found.read(found.entries[0].name))) as image:
+    """Side length of the first image, and three channels."""
+    source = find_images(Path(models[0]))
+    with Image.open(io.BytesIO(source.read(source.entries[0].name))) as image:
         return min(image.size), 3
 
 
 def _is_samples(model: str) -> bool:
-    """Whether a folder holds images; a run without a finished model is none, but pictures of its progress."""
+    """Whether this is a folder of sampled images. A run folder holds images of its progress, and is not."""
     folder = Path(model)
     places = (folder / "model.json", folder / "model" / "model.json", folder / "config.yaml", folder / "autoencoder")
     return folder.is_dir() and not any(place.exists() for place in places)
@@ -341,18 +406,18 @@ def _picture(images: Images) -> bytes:
 
 
 def _suspicious(rows: Sequence[Row]) -> list[str]:
-    """Fast samplers that do much worse than the slowest one of the same model."""
-    found = []
+    """Warnings about samplers that do much worse than the one with the most steps of the same model."""
+    warnings = []
     for model in dict.fromkeys(row.model for row in rows if row.sampler):
-        own = sorted((row for row in rows if row.model == model), key=lambda row: row.steps)
-        full = own[-1]
-        found += [
-            f"{model}: FID {row.scores.fid:.1f} with {row.sampler}-{row.steps} is more than {FAST_IS_BAD:g} times the "
-            f"{full.scores.fid:.1f} of {full.sampler}-{full.steps}: the fast sampler does not fit this model"
-            for row in own[:-1]
-            if row.scores.fid > FAST_IS_BAD * full.scores.fid
+        *fast, slowest = sorted((row for row in rows if row.model == model), key=lambda row: row.steps)
+        warnings += [
+            f"{model}: FID {row.scores.fid:.1f} with {row.sampler}-{row.steps} is more than {MAX_FID_FACTOR:g} times "
+            f"the {slowest.scores.fid:.1f} of {slowest.sampler}-{slowest.steps}: the fast sampler does not fit this "
+            "model"
+            for row in fast
+            if row.scores.fid > MAX_FID_FACTOR * slowest.scores.fid
         ]
-    return found
+    return warnings
 
 
 def _write(result: GeneratorEvaluation, output: Path) -> None:
@@ -364,20 +429,20 @@ def _write(result: GeneratorEvaluation, output: Path) -> None:
     writer.writeheader()
     writer.writerows(table)
     content = {**{k: v for k, v in vars(result).items() if k != "rows"}, "rows": [asdict(row) for row in result.rows]}
-    whole = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_files(output, {"scores.json": whole, "scores.csv": text.getvalue()})
+    scores_json = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_files(output, {"scores.json": scores_json, "scores.csv": text.getvalue()})
 
 
 def parse_samplers(text: str) -> list[tuple[str, int]]:
-    """Text such as ddim:50,ddpm:1000 to pairs.
+    """Parse text such as ddim:50,ddpm:1000 into pairs of a sampler and its number of steps.
 
     Raises:
-        UsageError: anything else.
+        UsageError: The text has another form, or names an unknown sampler.
     """
-    found = []
+    samplers = []
     for part in text.split(","):
         name, _, steps = part.strip().partition(":")
         if name not in ("ddpm", "ddim", "dpm++") or not steps.isdecimal() or int(steps) < 1:
             raise UsageError(f"--samplers {part!r}: expected NAME:STEPS with ddpm, ddim or dpm++, for instance ddim:50")
-        found.append((name, int(steps)))
-    return found
+        samplers.append((name, int(steps)))
+    return samplers

@@ -1,4 +1,4 @@
-"""Score maps against reference masks: what `medseg evaluate --scores` adds."""
+"""Score maps compared with reference masks, for `medseg evaluate --scores`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.metrics.detection import Curve, Lesions, ScoredVoxels
+from medseg_diffusion.metrics.detection_summary import CaseDetection, Detection, summarise_detection
 from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
-from medseg_diffusion.reports.detection import CaseDetection, Detection, summarise_detection
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.paths import is_image, scan_name
 from medseg_diffusion.volumes.scores import read_scores
 from medseg_diffusion.volumes.volume import Volume
 
 MAP_ENDINGS = ("_anomaly", "_scores", "")
-"""Endings of the names of score maps; the first that is there is taken."""
+"""Endings of the names of score maps; the first that exists is used."""
 
 
 def evaluate_scores(
@@ -33,41 +33,41 @@ def evaluate_scores(
     min_overlap: float,
     seed: int = 0,
 ) -> tuple[Detection, list[str]]:
-    """Measure every score map, one after another.
+    """Compare the score map of every case with its masks.
 
-    Numbers over all voxels are exact, too: the scores of the voxels that count stay in memory, and are sorted once more
-    all together. 100 million take 1 GB, or 2.5 GB where half of them are lesion (measured).
+    The numbers over the voxels of all cases are exact. For them the scores of all voxels that count stay in memory and
+    are sorted again as a whole: 100 million voxels take 1 GB, or 2.5 GB if half of them are lesions (measured).
 
     Args:
         maps: case name -> score map.
-        foregrounds: case name -> mask of the voxels that count; None: all with a score.
-        masks: gives prediction and reference of a case.
-        labels: what counts as lesion, in both.
-        overlaps: case name -> overlap of the masks, for the cases where it is known already.
+        foregrounds: case name -> mask of the voxels that count; None counts all voxels with a score.
+        masks: returns prediction and reference of a case.
+        labels: labels of lesions, in prediction and reference.
+        overlaps: case name -> overlap of the masks, for cases where it is already computed.
         min_overlap: share of a lesion's voxels that must be predicted for it to be detected.
         seed: seed of the bootstrap.
 
     Returns:
-        The numbers, and what the reader should know, one sentence each.
+        The numbers, and facts that the reader should know, one sentence each.
 
     Raises:
         InputError: a map or mask that cannot be read, is on another grid or leaves no voxel that counts.
     """
-    measured, undefined, sizeless = {}, False, False
+    measured, has_nan, without_voxel_size = {}, False, False
     for name, path in maps.items():
         prediction, reference = masks(name)
         scores = read_scores(path)
         reference.require_same_grid(scores)
         values = scores.data[0].numpy()
         counted = ~np.isnan(values)
-        undefined |= not counted.all()
+        has_nan |= not counted.all()
         if foregrounds is not None:
             counted &= _foreground(foregrounds[name], reference)
             if not counted.any():
                 raise InputError(
                     foregrounds[name], f"no voxel with a score in {path}", "the voxels that count", "check both"
                 )
-        sizeless |= is_image(reference.source or "")
+        without_voxel_size |= is_image(reference.source or "")
         predicted, lesion = (np.isin(volume.data[0].numpy(), list(labels)) for volume in (prediction, reference))
         measured[name] = _measure(
             predicted,
@@ -79,15 +79,15 @@ def evaluate_scores(
             voxel_ml=math.prod(reference.spacing) / 1000,
             scan_score=_scan_score(path),
         )
-    inside = "all of the score maps" if foregrounds is None else "those inside the foreground masks"
+    region = "all of the score maps" if foregrounds is None else "those inside the foreground masks"
     detection = summarise_detection(
         measured,
-        region=inside + (" but where the score is NaN" if undefined else ""),
+        region=region + (" except where the score is NaN" if has_nan else ""),
         min_overlap=min_overlap,
         seed=seed,
     )
     remarks = ["Score maps are compared with all evaluated labels together."] if len(labels) > 1 else []
-    return detection, remarks + _remarks(detection, sizeless)
+    return detection, remarks + _remarks(detection, without_voxel_size)
 
 
 def _foreground(path: Path, reference: Volume) -> NDArray[np.bool_]:
@@ -131,13 +131,13 @@ def _measure(
 
 
 def _scan_score(path: Path) -> float:
-    """The score of the whole scan from `NAME_anomaly.json` beside a map, if it is there; else NaN."""
+    """The score of the whole scan in `NAME_anomaly.json` beside a map; NaN if there is no such file or no score."""
     name = scan_name(path)
     stem = next(name.removesuffix(ending) for ending in MAP_ENDINGS if name.endswith(ending))
     file = path.with_name(f"{stem}_anomaly.json")
     if not file.is_file():
         return math.nan
-    expected, remedy = 'a JSON object whose "score" is a number', "write it again, or take it away"
+    expected, remedy = 'a JSON object whose "score" is a number', "write it again, or remove it"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -150,20 +150,19 @@ def _scan_score(path: Path) -> float:
     return float(score)
 
 
-def _remarks(detection: Detection, sizeless: bool) -> list[str]:
-    cases = detection.cases.values()
+def _remarks(detection: Detection, without_voxel_size: bool) -> list[str]:
     remarks = []
-    if not any(case.has_lesion for case in cases):
+    if not detection.n_with_lesions:
         remarks.append("No reference holds a lesion: AUROC, AUPRC, best Dice and lesion detection do not exist.")
-    if outside := [case for case in cases if case.n_positive < case.overlap.n_ref]:
+    if outside := [case for case in detection.cases.values() if case.n_positive < case.overlap.n_ref]:
         count = sum(case.overlap.n_ref - case.n_positive for case in outside)
         remarks.append(
-            f"Lesion voxels that do not count for AUROC and AUPRC, and that no threshold finds: {count} in "
+            f"Lesion voxels that do not count for AUROC and AUPRC, and that no threshold can detect: {count} in "
             f"{len(outside)} {'case' if len(outside) == 1 else 'cases'}."
         )
-    known = sum(detection.n_scan_scores)
-    if 0 < known < len(detection.cases):
-        remarks.append(f"Scores of whole scans are known for {known} of {len(detection.cases)} cases only.")
-    if sizeless:
-        remarks.append("Images without a voxel size: sizes in ml take each pixel for 1 mm x 1 mm x 1 mm.")
+    n_scan_scores = sum(detection.n_scan_scores)
+    if 0 < n_scan_scores < len(detection.cases):
+        remarks.append(f"Only {n_scan_scores} of {len(detection.cases)} cases have a score of the whole scan.")
+    if without_voxel_size:
+        remarks.append("Images without a voxel size: sizes in ml assume pixels of 1 mm x 1 mm x 1 mm.")
     return remarks

@@ -28,6 +28,7 @@ from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_json
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers, labelled_pixels
+from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.generator import Generator, restore_generator
 from medseg_diffusion.models.load import load_segmenter
@@ -36,7 +37,7 @@ from medseg_diffusion.models.store import SavedModel, load_model_files, parts_of
 from medseg_diffusion.training.job import Job
 from medseg_diffusion.volumes.io import read_labels, read_volume, write_labels
 
-from .evaluate import Evaluation, evaluate
+from .evaluate import EvaluateOptions, evaluate
 from .labelled_units import LabelledData, Labelling, Select, Unit, labelled_units
 
 
@@ -240,4 +241,4 @@ def _score(job: Job, cases: Sequence[Case], labels: dict[int, str], device: str)
         write_labels(reference.data[0], reference, references / f"{name}.nii.gz")
         job.on_prepare("held-out cases", done, len(cases))
     foreground = {value: name for value, name in labels.items() if value}
-    return evaluate(masks, references, folder, labels=foreground, seed=job.seed)
+    return evaluate(masks, references, folder, EvaluateOptions(labels=foreground, seed=job.seed))

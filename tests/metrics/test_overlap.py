@@ -33,9 +33,9 @@ def test_one_class_mistaken_for_another_in_3d() -> None:
     reference[0], reference[1, 0] = 1, 2  # 12 voxels and 4
     prediction = reference.copy()
     prediction[0, 0] = 2  # 4 voxels of class 1 called class 2
-    found = label_overlap(prediction, reference, [1, 2])
-    assert found[1] == ClassOverlap(8, 0, 4, 12, 8, 12, 2 * 8 / 20, 8 / 12)
-    assert found[2] == ClassOverlap(4, 4, 0, 16, 8, 4, 2 * 4 / 12, 4 / 8)
+    overlaps = label_overlap(prediction, reference, [1, 2])
+    assert overlaps[1] == ClassOverlap(8, 0, 4, 12, 8, 12, 2 * 8 / 20, 8 / 12)
+    assert overlaps[2] == ClassOverlap(4, 4, 0, 16, 8, 4, 2 * 4 / 12, 4 / 8)
 
 
 def test_swapping_the_sides_swaps_the_errors() -> None:
@@ -61,10 +61,10 @@ def test_empty_masks(prediction: list[list[int]], reference: list[list[int]], ru
 
 def test_labels_that_are_not_asked_for_are_another_class() -> None:
     # 7 is in neither list of results, and must not be taken for its neighbours 5 and 9 in the sorted list.
-    found = label_overlap(np.array([[7, 5, 9]]), np.array([[5, 5, 7]]), [9, 5])
-    assert list(found) == [5, 9]
-    assert (found[5].tp, found[5].fp, found[5].fn, found[5].tn) == (1, 0, 1, 1)
-    assert (found[9].tp, found[9].fp, found[9].fn, found[9].tn) == (0, 1, 0, 2)
+    overlaps = label_overlap(np.array([[7, 5, 9]]), np.array([[5, 5, 7]]), [9, 5])
+    assert list(overlaps) == [5, 9]
+    assert (overlaps[5].tp, overlaps[5].fp, overlaps[5].fn, overlaps[5].tn) == (1, 0, 1, 1)
+    assert (overlaps[9].tp, overlaps[9].fp, overlaps[9].fn, overlaps[9].tn) == (0, 1, 0, 2)
     assert label_overlap(np.array([[7]]), np.array([[7]]), []) == {}
 
 
@@ -104,9 +104,9 @@ def label_pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 @settings(max_examples=60, deadline=None)
 @given(label_pairs(), st.sets(st.sampled_from([0, 1, 2, 3, 100])))
 def test_equals_counting_voxel_by_voxel(pair: tuple[np.ndarray, np.ndarray], labels: set[int]) -> None:
-    found = label_overlap(*pair, labels)
-    assert set(found) == labels
-    for label, item in found.items():
+    overlaps = label_overlap(*pair, labels)
+    assert set(overlaps) == labels
+    for label, item in overlaps.items():
         assert (item.tp, item.fp, item.fn, item.tn) == brute_force(*pair, label)
         assert (item.n_pred, item.n_ref) == (item.tp + item.fp, item.tp + item.fn)
 
@@ -119,6 +119,6 @@ def test_equals_monai(shape: tuple[int, ...]) -> None:
     ]
     dice = DiceMetric(reduction="none")(*one_hot)[0].tolist()
     iou = MeanIoU(reduction="none")(*one_hot)[0].tolist()
-    found = label_overlap(prediction, reference, range(3))
-    assert [found[k].dice for k in range(3)] == pytest.approx(dice, rel=1e-6)
-    assert [found[k].iou for k in range(3)] == pytest.approx(iou, rel=1e-6)
+    overlaps = label_overlap(prediction, reference, range(3))
+    assert [overlaps[k].dice for k in range(3)] == pytest.approx(dice, rel=1e-6)
+    assert [overlaps[k].iou for k in range(3)] == pytest.approx(iou, rel=1e-6)

@@ -36,15 +36,15 @@ def test_perfect_inverted_and_constant_scores() -> None:
 
 def test_equal_scores_count_half_in_auroc_and_fully_in_precision() -> None:
     # Positive 3 2 1, negative 2 0: of 6 pairs 4 are in the right order and one is a tie.
-    found = curve([3, 2, 1, 2, 0], [1, 1, 1, 0, 0])
-    assert found.auroc == pytest.approx(4.5 / 6)
-    assert found.average_precision == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
-    assert found.best_dice()[0] == pytest.approx(2 * 3 / (3 + 4))
+    result = curve([3, 2, 1, 2, 0], [1, 1, 1, 0, 0])
+    assert result.auroc == pytest.approx(4.5 / 6)
+    assert result.average_precision == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert result.best_dice()[0] == pytest.approx(2 * 3 / (3 + 4))
     third, half = 1 / 3, 1 / 2
     roc = [[0, 0], [0, 0], [0, third], [0, third], [half, 2 * third], [half, 2 * third], [half, 1], [1, 1]]
-    np.testing.assert_allclose(found.roc_points(), np.array(roc))
+    np.testing.assert_allclose(result.roc_points(), np.array(roc))
     steps = [[0, 1], [third, 1], [2 * third, 2 / 3], [1, 3 / 4]]
-    np.testing.assert_allclose(found.precision_recall_points(), np.array(steps))
+    np.testing.assert_allclose(result.precision_recall_points(), np.array(steps))
 
 
 @st.composite
@@ -65,15 +65,15 @@ def dice_of(mask: np.ndarray, reference: np.ndarray) -> float:
 @given(case=cases())
 def test_equals_counting_pairs_and_trying_every_threshold(case: tuple[np.ndarray, np.ndarray]) -> None:
     scores, reference = case
-    found = curve(scores, reference)
+    result = curve(scores, reference)
     positive, negative = scores[reference], scores[~reference]
     if reference.all() or not reference.any():
-        assert math.isnan(found.auroc)
+        assert math.isnan(result.auroc)
     else:
         pairs = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
-        assert found.auroc == pytest.approx(pairs.mean(), abs=1e-12)
+        assert result.auroc == pytest.approx(pairs.mean(), abs=1e-12)
     if not reference.any():
-        assert all(math.isnan(value) for value in (found.average_precision, *found.best_dice()))
+        assert all(math.isnan(value) for value in (result.average_precision, *result.best_dice()))
         return
     precision, recall, before = 0.0, 0.0, 0.0
     for value in sorted(set(scores.tolist()), reverse=True):
@@ -81,9 +81,9 @@ def test_equals_counting_pairs_and_trying_every_threshold(case: tuple[np.ndarray
         recall = (mask & reference).sum() / reference.sum()
         precision += (recall - before) * (mask & reference).sum() / mask.sum()
         before = recall
-    assert found.average_precision == pytest.approx(precision, abs=1e-12)
+    assert result.average_precision == pytest.approx(precision, abs=1e-12)
     below = np.nextafter(scores.min(), np.float32(-np.inf))
-    best, threshold = found.best_dice()
+    best, threshold = result.best_dice()
     assert best == pytest.approx(max(dice_of(scores > t, reference) for t in [below, *scores]), abs=1e-12)
     assert best == pytest.approx(dice_of(scores > np.float32(threshold), reference), abs=1e-12), "strictly above"
 
@@ -95,9 +95,9 @@ def test_agrees_with_torchmetrics(seed: int, levels: int, share: float) -> None:
     scores = (rng.integers(0, levels, 300) / levels).astype(np.float32)
     reference = rng.uniform(size=300) < share
     reference[:2] = [True, False]
-    found, tensors = curve(scores, reference), (torch.from_numpy(scores), torch.from_numpy(reference).long())
-    assert found.auroc == pytest.approx(float(binary_auroc(*tensors)), abs=1e-5)
-    assert found.average_precision == pytest.approx(float(binary_average_precision(*tensors)), abs=1e-5)
+    result, tensors = curve(scores, reference), (torch.from_numpy(scores), torch.from_numpy(reference).long())
+    assert result.auroc == pytest.approx(float(binary_auroc(*tensors)), abs=1e-5)
+    assert result.average_precision == pytest.approx(float(binary_average_precision(*tensors)), abs=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
@@ -128,10 +128,10 @@ def test_voxels_that_do_not_count_are_missed_and_nothing_else() -> None:
     counted = np.array([1, 1, 1, 0, 1], bool)
     voxels = ScoredVoxels.of(scores, reference, counted)
     assert (voxels.positive.size, voxels.negative.size, voxels.n_outside) == (1, 2, 2)
-    found = Curve.of(voxels)
-    assert (found.auroc, found.average_precision) == (1, 1)
-    assert found.best_dice()[0] == pytest.approx(2 * 1 / (3 + 1)), "as of a mask, with all three voxels of the lesion"
-    assert float(voxels.dice(0.85)) == found.best_dice()[0]
+    result = Curve.of(voxels)
+    assert (result.auroc, result.average_precision) == (1, 1)
+    assert result.best_dice()[0] == pytest.approx(2 * 1 / (3 + 1)), "as of a mask, with all three voxels of the lesion"
+    assert float(voxels.dice(0.85)) == result.best_dice()[0]
     nothing = Curve.of(ScoredVoxels.of(scores, reference, np.zeros(5, bool)))
     assert nothing.best_dice()[0] == 0 and math.isnan(nothing.best_dice()[1]) and math.isnan(nothing.auroc)
 
@@ -139,13 +139,13 @@ def test_voxels_that_do_not_count_are_missed_and_nothing_else() -> None:
 def test_drawn_points_are_few_and_lie_on_the_curve() -> None:
     rng = np.random.default_rng(0)
     reference = rng.uniform(size=50_000) < 0.1
-    found = curve(rng.normal(size=50_000) + reference, reference)
-    roc, recall_precision = found.roc_points(100), found.precision_recall_points(100)
+    result = curve(rng.normal(size=50_000) + reference, reference)
+    roc, recall_precision = result.roc_points(100), result.precision_recall_points(100)
     assert len(roc) <= 402 and len(recall_precision) <= 201
     assert (np.diff(roc, axis=0) >= 0).all() and (np.diff(recall_precision[:, 0]) >= 0).all()
-    assert np.trapezoid(roc[:, 1], roc[:, 0]) == pytest.approx(found.auroc, abs=1e-3)
+    assert np.trapezoid(roc[:, 1], roc[:, 0]) == pytest.approx(result.auroc, abs=1e-3)
     steps = np.diff(recall_precision[:, 0]) @ recall_precision[1:, 1]
-    assert steps == pytest.approx(found.average_precision, abs=5e-3)
+    assert steps == pytest.approx(result.average_precision, abs=5e-3)
     with pytest.raises(ValueError, match="no ROC curve of 2 positive and 0 negative"):
         curve([1, 2], [1, 1]).roc_points()
     with pytest.raises(ValueError, match="without a positive voxel"):
@@ -168,8 +168,8 @@ def mask(text: str) -> np.ndarray:
 
 def test_parts_that_touch_at_a_corner_are_one() -> None:
     reference = mask("##... ##... ..##. ....# .....")
-    found = Lesions.of(np.zeros_like(reference), reference, (1, 1))
-    assert found.size_ml.size == 1 and found.sensitivity == 0
+    lesions = Lesions.of(np.zeros_like(reference), reference, (1, 1))
+    assert lesions.size_ml.size == 1 and lesions.sensitivity == 0
     cube = np.zeros((4, 4, 4), bool)
     cube[0, 0, 0] = cube[1, 1, 1] = True  # corner
     cube[3, 3, 3] = True  # alone
@@ -181,10 +181,10 @@ def test_hits_misses_and_false_positives() -> None:
     #                  lesion of 4   of 2   | hit by one voxel, missed, and two parts elsewhere
     reference = mask("####... ....... ..##... .......")
     prediction = mask("#...... ......# ....... #.#....")
-    found = Lesions.of(prediction, reference, (1, 1))
-    assert found.detected.tolist() == [True, False]
-    assert (found.n_predicted, found.n_false) == (4, 3)
-    assert found.sensitivity == 0.5 and found.precision == 0.25
+    lesions = Lesions.of(prediction, reference, (1, 1))
+    assert lesions.detected.tolist() == [True, False]
+    assert (lesions.n_predicted, lesions.n_false) == (4, 3)
+    assert lesions.sensitivity == 0.5 and lesions.precision == 0.25
     # One large part over both lesions is one true part.
     both = Lesions.of(np.ones_like(reference), reference, (1, 1))
     assert both.sensitivity == both.precision == 1
@@ -203,22 +203,24 @@ def test_sizes_are_in_millilitres_and_a_bound_belongs_to_the_larger() -> None:
     reference[2, 0, :50] = True  # 0.1
     reference[4, :5] = True  # 1
     reference[6] = True  # 10
-    found = Lesions.of(reference, reference, (1.25, 1.25, 1.28))
-    np.testing.assert_allclose(found.size_ml, [0.098, 0.1, 1, 10])
+    lesions = Lesions.of(reference, reference, (1.25, 1.25, 1.28))
+    np.testing.assert_allclose(lesions.size_ml, [0.098, 0.1, 1, 10])
     assert SIZE_BOUNDS_ML == (0.1, 1, 10)
-    assert found.by_size() == [(1, 1)] * 4
+    assert lesions.by_size() == [(1, 1)] * 4
     from_file = Lesions.of(reference, reference, (1.25, 1.25, float(np.float32(1.28))))
-    assert from_file.size_ml[1] < 0.1 and from_file.by_size() == found.by_size(), "float32(1.28) is below 1.28"
+    assert from_file.size_ml[1] < 0.1 and from_file.by_size() == lesions.by_size(), "float32(1.28) is below 1.28"
     assert Lesions.of(~reference, reference, (1.25, 1.25, 1.28)).by_size([1]) == [(2, 0), (2, 0)]
 
 
 def test_no_lesion_has_no_sensitivity_and_no_prediction_no_precision() -> None:
     empty, full = np.zeros((3, 3), bool), np.ones((3, 3), bool)
-    found = Lesions.of(full, empty, (1, 1))
-    assert math.isnan(found.sensitivity) and found.precision == 0 and (found.n_predicted, found.n_false) == (1, 1)
+    lesions = Lesions.of(full, empty, (1, 1))
+    assert (
+        math.isnan(lesions.sensitivity) and lesions.precision == 0 and (lesions.n_predicted, lesions.n_false) == (1, 1)
+    )
     missed = Lesions.of(empty, full, (1, 1))
     assert missed.sensitivity == 0 and math.isnan(missed.precision)
-    together = Lesions.pooled([found, missed])
+    together = Lesions.pooled([lesions, missed])
     assert (together.sensitivity, together.precision, together.n_predicted) == (0, 0, 1)
 
 

@@ -29,18 +29,18 @@ def test_missing_values_are_left_out_and_counted() -> None:
     ],
 )
 def test_too_little_to_resample(values: list[float], expected: Interval) -> None:
-    found = mean_interval(values)
+    interval = mean_interval(values)
     np.testing.assert_equal(
-        (found.mean, found.low, found.high, found.n, found.n_missing),
+        (interval.mean, interval.low, interval.high, interval.n, interval.n_missing),
         (expected.mean, expected.low, expected.high, expected.n, expected.n_missing),
     )
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.9], [0.0] * 9 + [1.0], [0.9] * 50 + [0.9 + 1e-9]])
 def test_awkward_values_still_give_an_interval(values: list[float]) -> None:
-    found = mean_interval(values)
-    assert min(values) - 1e-12 <= found.low <= found.mean + 1e-12
-    assert found.mean - 1e-12 <= found.high <= max(values) + 1e-12
+    interval = mean_interval(values)
+    assert min(values) - 1e-12 <= interval.low <= interval.mean + 1e-12
+    assert interval.mean - 1e-12 <= interval.high <= max(values) + 1e-12
 
 
 def test_the_seed_decides() -> None:
@@ -52,9 +52,9 @@ def test_the_seed_decides() -> None:
 def test_agrees_with_the_normal_interval_where_that_holds() -> None:
     values = np.random.default_rng(5).normal(0.7, 0.05, 400)
     half = 1.96 * values.std(ddof=1) / math.sqrt(400)
-    found = mean_interval(values)
-    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    interval = mean_interval(values)
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
 def test_covers_the_true_mean_of_skewed_scores() -> None:
@@ -62,8 +62,8 @@ def test_covers_the_true_mean_of_skewed_scores() -> None:
     rng = np.random.default_rng(7)
     hits = 0
     for trial in range(150):
-        found = mean_interval(rng.beta(12, 2, 25), confidence=0.9, seed=trial)
-        hits += found.low <= 12 / 14 <= found.high
+        interval = mean_interval(rng.beta(12, 2, 25), confidence=0.9, seed=trial)
+        hits += interval.low <= 12 / 14 <= interval.high
     assert 0.80 <= hits / 150 <= 0.98  # an interval that is always wide would cover all
 
 
@@ -80,15 +80,15 @@ def test_refusals() -> None:
 
 def test_wilcoxon_by_hand() -> None:
     # Differences 1, 2, 3, 4, 5, all positive: the smaller rank sum is 0, and 2 of the 2^5 sign patterns are as extreme.
-    found = paired_wilcoxon([2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (found.statistic, found.p_value, found.median_difference) == (0.0, 2 / 2**5, 3.0)
+    result = paired_wilcoxon([2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (result.statistic, result.p_value, result.median_difference) == (0.0, 2 / 2**5, 3.0)
 
 
 def test_wilcoxon_leaves_incomplete_pairs_out() -> None:
     a, b = [0.9, 0.8, NAN, 0.7, 0.6], [0.7, 0.85, 0.5, NAN, 0.2]
-    found = paired_wilcoxon(a, b)
-    assert (found.n, found.n_missing) == (3, 2)
-    assert found.p_value == stats.wilcoxon([0.2, -0.05, 0.4]).pvalue
+    result = paired_wilcoxon(a, b)
+    assert (result.n, result.n_missing) == (3, 2)
+    assert result.p_value == stats.wilcoxon([0.2, -0.05, 0.4]).pvalue
 
 
 def test_wilcoxon_without_differences_or_pairs() -> None:

@@ -18,7 +18,7 @@ from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files
-from medseg_diffusion.workflows.benchmark_segmenter import benchmark_segmenter
+from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 
@@ -74,10 +74,7 @@ def test_one_factor_changes_at_a_time(models, data, tmp_path: Path) -> None:
         [str(models["ensemdiff"]), str(models["baseline"])],
         data,
         tmp_path,
-        steps=[1, 3],
-        ensembles=[1, 2],
-        samplers=["ddim"],
-        device="cpu",
+        BenchmarkOptions(steps=[1, 3], ensembles=[1, 2], samplers=["ddim"], device="cpu"),
         on_progress=lambda what, done, total: seen.append((done, total)),
     )
     settings = [(row.setting.factor, row.setting.sampler, row.setting.steps, row.setting.ensemble) for row in rows]
@@ -109,10 +106,7 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
         [str(models["ensemdiff"])],
         data,
         tmp_path,
-        steps=[2],
-        ensembles=[1],
-        samplers=["dpm++"],
-        device="cpu",
+        BenchmarkOptions(steps=[2], ensembles=[1], samplers=["dpm++"], device="cpu"),
         on_progress=lambda what, done, total: seen.append(what),
     )
     assert [row.setting.factor for row in rows] == ["steps", "ensemble", "sampler"] and len(seen) == 3
@@ -129,8 +123,7 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
             [str(models["ensemdiff"])],
             data,
             tmp_path,
-            samplers=["euler"],
-            device="cpu",
+            BenchmarkOptions(samplers=["euler"], device="cpu"),
             on_progress=lambda what, done, total: seen.append(what),
         )
     assert not seen, "found before anything is measured"
@@ -142,8 +135,7 @@ def test_both_calibration_errors_are_reported(models, data, tmp_path: Path) -> N
         [str(models["ensemdiff"])],
         data,
         tmp_path,
-        settings=[("dpm++", 2, 1), ("dpm++", 3, 1)],
-        device="cpu",
+        BenchmarkOptions(settings=[("dpm++", 2, 1), ("dpm++", 3, 1)], device="cpu"),
     )
     assert own.ece != own.ece_uncalibrated and other.ece == other.ece_uncalibrated
     temperatures = load_model_files(models["ensemdiff"]).card["calibration"]["temperatures"]
@@ -172,7 +164,9 @@ def test_a_bad_case_is_named_before_anything_is_measured(kind, models, data, tmp
     nib.save(nib.Nifti1Image(changed, np.eye(4)), file)
     message = r"found a grid of \(8, 8, 8\)" if kind == "grid" else "found the values 0 and 3"
     with pytest.raises(InputError, match=message):
-        benchmark_segmenter([str(models["baseline"])], copy, tmp_path / "out", side="test", device="cpu")
+        benchmark_segmenter(
+            [str(models["baseline"])], copy, tmp_path / "out", BenchmarkOptions(side="test", device="cpu")
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -186,10 +180,10 @@ def test_held_out_cases_are_those_of_the_model_in_any_folder(models, data, tmp_p
         for name in (*split["validation"], split["test"][0]):
             (copy / part / f"{name}.nii.gz").unlink()
     arguments = ([str(models["baseline"])], copy, tmp_path / "out")
-    (row,) = benchmark_segmenter(*arguments, side="test", device="cpu")
+    (row,) = benchmark_segmenter(*arguments, BenchmarkOptions(side="test", device="cpu"))
     assert [case["case"] for case in row.by_case] == list(split["test"][1:])
     with pytest.raises(UsageError, match="has no validation cases in it"):
-        benchmark_segmenter(*arguments, device="cpu")
+        benchmark_segmenter(*arguments, BenchmarkOptions(device="cpu"))
 
 
 def test_the_command_reports_the_test_side(models, data, tmp_path: Path) -> None:
@@ -205,7 +199,7 @@ def test_the_command_reports_the_test_side(models, data, tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_split_as_the_model_was_is_refused(models, tmp_path: Path) -> None:
     """Its cases are none of those that the model held out: it is not this model's data."""
     with pytest.raises(UsageError, match="has no validation cases in it"):
-        benchmark_segmenter([str(models["baseline"])], few(tmp_path), tmp_path / "out", device="cpu")
+        benchmark_segmenter([str(models["baseline"])], few(tmp_path), tmp_path / "out", BenchmarkOptions(device="cpu"))
 
 
 def few(folder: Path) -> Path:

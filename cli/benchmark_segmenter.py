@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Device, Quiet, Seed
+from ._options import AsJson, Device, Quiet, Seed, existing, existing_models
 from ._shared import print_json, print_table, progress
 
 
 class Side(StrEnum):
-    """Sides of a split."""
+    """Held-out sides of a split."""
 
     VALIDATION = "validation"
     TEST = "test"
@@ -35,41 +35,66 @@ def _setting(text: str) -> tuple[str, int, int]:
 
 
 def benchmark_segmenter(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names or folders of segmenters.")],
-    data: Annotated[Path, typer.Option("--data", help="The labelled folder that they were trained on.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Names or folders of segmenters.", callback=existing_models)
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="The labelled folder that the models were trained on.",
+            callback=existing("a folder of labelled scans"),
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table and plot.")],
-    steps: Annotated[str, typer.Option(help="Numbers of denoising steps, for one sample.")] = "1,2,5,10,20,50,100",
-    ensembles: Annotated[str, typer.Option(help="Sizes of the ensemble, at the model's steps.")] = "1,2,5,10",
-    samplers: Annotated[str, typer.Option(help="Samplers, at the model's steps.")] = "dpm++,ddim,ddpm",
+    steps: Annotated[
+        str, typer.Option(help="Numbers of denoising steps to compare, for one sample.")
+    ] = "1,2,5,10,20,50,100",
+    ensembles: Annotated[
+        str, typer.Option(help="Ensemble sizes to compare, at the model's number of steps.")
+    ] = "1,2,5,10",
+    samplers: Annotated[
+        str, typer.Option(help="Samplers to compare, at the model's number of steps.")
+    ] = "dpm++,ddim,ddpm",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--setting", metavar="SAMPLER:STEPS:N", help="Measure these instead of one factor at a time."),
+        typer.Option(
+            "--setting",
+            metavar="SAMPLER:STEPS:N",
+            help="Measure this setting, N samples, instead of varying one factor at a time; repeatable.",
+        ),
     ] = None,
     cases: Annotated[int, typer.Option("-n", min=0, help="Number of cases; 0 for all.")] = 10,
-    side: Annotated[Side, typer.Option(help="Choose settings on validation cases.")] = Side.VALIDATION,
+    side: Annotated[
+        Side, typer.Option(help="Held-out cases: validation to choose settings, test to report.")
+    ] = Side.VALIDATION,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure Dice, IoU, HD95, ECE and seconds of segmenters against sampler, steps and ensemble size."""
-    step_counts, sizes = _numbers(steps, "--steps"), _numbers(ensembles, "--ensembles")
-    chosen = [_setting(text) for text in settings or []]
+    """Compare step counts, ensemble sizes and samplers of segmenters: Dice, IoU, HD95, ECE and seconds per case."""
+    step_counts, ensemble_sizes = _numbers(steps, "--steps"), _numbers(ensembles, "--ensembles")
+    chosen_settings = [_setting(text) for text in settings or []]
+    from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions
     from medseg_diffusion.workflows.benchmark_segmenter import benchmark_segmenter as run
 
+    options = BenchmarkOptions(
+        steps=step_counts,
+        ensembles=ensemble_sizes,
+        samplers=[name.strip() for name in samplers.split(",")],
+        settings=chosen_settings,
+        cases=cases or None,
+        side=side.value,
+        device=device,
+        seed=seed,
+    )
     with progress(quiet) as show:
         rows = run(
             models,
             data,
             output,
-            steps=step_counts,
-            ensembles=sizes,
-            samplers=[name.strip() for name in samplers.split(",")],
-            settings=chosen,
-            cases=cases or None,
-            side=side.value,
-            device=device,
-            seed=seed,
+            options,
             on_progress=lambda what, done, total: show(f"{what}: case {done} of {total}", done / total),
         )
     if as_json:

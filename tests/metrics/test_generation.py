@@ -77,31 +77,31 @@ def test_precision_and_recall_as_defined() -> None:
         radius = np.sort(cdist(centres, centres), axis=1)[:, 3]
         return float((cdist(points, centres) <= radius).any(1).mean())
 
-    found = precision_recall(samples, real)
-    assert found == (inside(samples.numpy(), real.numpy()), inside(real.numpy(), samples.numpy()))
-    assert 0 < found[0] < 1
+    result = precision_recall(samples, real)
+    assert result == (inside(samples.numpy(), real.numpy()), inside(real.numpy(), samples.numpy()))
+    assert 0 < result[0] < 1
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_inception_score_as_torch_fidelity(splits) -> None:
     logits = 3 * normal(120, 20, 7)
-    wanted = isc_features_to_metric(logits, splits, shuffle=False)["inception_score_mean"]
-    assert inception_score(logits, split=120 // splits) == pytest.approx(wanted, rel=1e-3)
+    expected = isc_features_to_metric(logits, splits, shuffle=False)["inception_score_mean"]
+    assert inception_score(logits, split=120 // splits) == pytest.approx(expected, rel=1e-3)
 
 
 def test_precision_and_recall_as_torch_fidelity() -> None:
     """As of 0.4, where the first features are the samples'."""
     samples, real = normal(150, 6, 8, 0.4, 0.8), normal(200, 6, 9)
     options = {"prc_neighborhood": 3, "prc_batch_size": 64, "save_cpu_ram": True, "verbose": False}
-    wanted = prc_features_to_metric(samples, real, **options)
-    found = precision_recall(samples, real)
-    assert found == pytest.approx((wanted["precision"], wanted["recall"]), rel=1e-3)
-    assert found[0] != found[1]
+    expected = prc_features_to_metric(samples, real, **options)
+    result = precision_recall(samples, real)
+    assert result == pytest.approx((expected["precision"], expected["recall"]), rel=1e-3)
+    assert result[0] != result[1]
 
 
 def test_precision_and_recall_hold_some_rows_of_distances_at_a_time(monkeypatch) -> None:
     samples, real = normal(80, 5, 3, 0.5), normal(120, 5, 4)
-    wanted, rows, distances = precision_recall(samples, real), [], generation._distances
+    expected, rows, distances = precision_recall(samples, real), [], generation._distances
 
     def noted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         rows.append(len(a))
@@ -109,7 +109,7 @@ def test_precision_and_recall_hold_some_rows_of_distances_at_a_time(monkeypatch)
 
     monkeypatch.setattr(generation, "_distances", noted)
     monkeypatch.setattr(generation, "ROWS", 7)
-    assert precision_recall(samples, real) == wanted
+    assert precision_recall(samples, real) == expected
     assert max(rows) == 7
 
 

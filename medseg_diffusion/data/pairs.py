@@ -1,0 +1,217 @@
+"""Files of an evaluation paired by case: predictions with references, and what belongs to each case beside them.
+
+Two files are one pair, whatever their names. Files in folders are paired by name: `case_seg.nii.gz` (or
+`case_anomaly_mask.nii.gz`), else `case.nii.gz`, is the mask of `case`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.volumes.paths import SUFFIXES, scan_files, scan_name
+from medseg_diffusion.volumes.volume import Volume
+
+# `medseg segment` and `medseg anomaly` write these beside their masks. They are not predictions to be compared.
+_COMPANIONS = ("_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_foreground")
+# Endings of the names of masks, as `medseg segment` and `medseg anomaly` write them.
+_MASKS = ("_seg", "_anomaly_mask")
+
+
+@dataclass(frozen=True)
+class MaskPair:
+    """The predicted and the reference mask of one case.
+
+    Attributes:
+        name: The case's name, without folder, suffix and the ending of a mask.
+        prediction: The predicted label map.
+        reference: The reference label map.
+        merged: All labels above 0 are read as label 1.
+    """
+
+    name: str
+    prediction: Path
+    reference: Path
+    merged: bool = False
+
+    def read(self) -> tuple[Volume, Volume]:
+        """Prediction and reference.
+
+        Raises:
+            InputError: A file that cannot be used, or two different grids.
+        """
+        prediction, reference = self.read_labels(self.prediction), self.read_labels(self.reference)
+        reference.require_same_grid(prediction)
+        return prediction, reference
+
+    def read_labels(self, path: Path) -> Volume:
+        """Any label map of this case, merged if the pair's masks are.
+
+        Raises:
+            InputError: A file that cannot be used.
+        """
+        volume = read_labels(path)
+        return volume.like(volume.data.clamp(max=1)) if self.merged else volume
+
+    def companion(self, ending: str) -> Path | None:
+        """The file `NAME` + `ending` that `medseg segment` wrote beside the prediction; None if there is none."""
+        for suffix in SUFFIXES:
+            path = self.prediction.with_name(_case_name(scan_name(self.prediction)) + ending + suffix)
+            if path.is_file():
+                return path
+        return None
+
+
+def find_pairs(prediction: Path, reference: Path, *, merged: bool = False) -> tuple[list[MaskPair], list[str]]:
+    """Pair predictions with references.
+
+    Args:
+        prediction: A label map or a folder of them. A single one takes its own reference from a folder.
+        reference: A label map or a folder of them.
+        merged: All labels above 0 are read as label 1.
+
+    Returns:
+        The pairs, sorted by case name, and a sentence on predictions without a reference, if there are any.
+
+    Raises:
+        InputError: A path that does not exist, a folder without masks, two files for one case, or a reference without a
+            prediction.
+    """
+    predictions, references = find_masks(prediction), find_masks(reference)
+    if not prediction.is_dir() and not reference.is_dir():
+        (name,) = references
+        return [MaskPair(name, prediction, reference, merged)], []
+    if not prediction.is_dir():
+        references = {name: path for name, path in references.items() if name in predictions}
+        if not references:
+            raise InputError(
+                reference,
+                f"no reference for {', '.join(predictions)}",
+                "a file of that name",
+                "pass the reference itself",
+            )
+    if missing := [name for name in references if name not in predictions]:
+        raise InputError(
+            prediction,
+            f"no prediction for {listed(missing)} ({len(missing)} of {len(references)} references)",
+            "one prediction for each reference",
+            "segment these cases too, or take their references out",
+        )
+    extra = [name for name in predictions if name not in references]
+    remarks = [f"Predictions without a reference, not evaluated: {listed(extra)}."] if extra else []
+    return [MaskPair(name, predictions[name], path, merged) for name, path in sorted(references.items())], remarks
+
+
+def find_masks(path: Path) -> dict[str, Path]:
+    """Case name -> label map, for a file or a folder.
+
+    If `case_seg` or `case_anomaly_mask` lies beside `case`, then `case` is the scan.
+
+    Raises:
+        InputError: A path that does not exist, a folder without masks, or two files for one case.
+    """
+    if not path.exists():
+        raise InputError(path, "no such file or folder", "a label map or a folder of them", "check the path")
+    if not path.is_dir():
+        return {_case_name(scan_name(path)): path}
+    candidates = {name: file for name, file in _files(path).items() if not name.endswith(_COMPANIONS)}
+    masks = {
+        _case_name(name): file
+        for name, file in candidates.items()
+        if name.endswith(_MASKS) or not any(name + ending in candidates for ending in _MASKS)
+    }
+    if not masks:
+        raise InputError(path, "a folder without label maps", f"files that end with {', '.join(SUFFIXES)}", "check it")
+    return masks
+
+
+def find_rater(path: Path, pairs: Sequence[MaskPair]) -> dict[str, Path]:
+    """Case name -> label map of a further rater. A single case takes a file of any name.
+
+    Raises:
+        InputError: As `find_masks`.
+    """
+    if path.is_file() and len(pairs) == 1:
+        return {pairs[0].name: path}
+    return find_masks(path)
+
+
+def find_backgrounds(path: Path, pairs: Sequence[MaskPair]) -> dict[str, Path]:
+    """Case name -> scan, for the cases that have one. nnU-Net's first channel, `case_0000`, also counts as the scan.
+
+    Args:
+        path: A scan or a folder of scans. A single case takes a file of any name.
+        pairs: The cases.
+
+    Raises:
+        InputError: A path that does not exist, or two files of one name.
+    """
+    if not path.exists():
+        raise InputError(path, "no such file or folder", "a scan or a folder of scans", "check the path")
+    if not path.is_dir():
+        return {pairs[0].name: path} if len(pairs) == 1 else {scan_name(path): path}
+    files = _files(path)
+    scans = {pair.name: files.get(pair.name) or files.get(f"{pair.name}_0000") for pair in pairs}
+    return {name: file for name, file in scans.items() if file is not None}
+
+
+def find_for_each(path: Path, pairs: Sequence[MaskPair], endings: Sequence[str], kind: str) -> dict[str, Path]:
+    """Case name -> file, for every case.
+
+    Args:
+        path: A file or a folder. A single case takes a file of any name.
+        pairs: The cases.
+        endings: Endings of the names; the file of a case is the first `NAME` + ending that exists.
+        kind: What the files are, for messages.
+
+    Raises:
+        InputError: A path that does not exist, two files of one name, or a case without a file.
+    """
+    if not path.exists():
+        raise InputError(path, "no such file or folder", f"a {kind} or a folder of them", "check the path")
+    if not path.is_dir() and len(pairs) == 1:
+        return {pairs[0].name: path}
+    files = _files(path) if path.is_dir() else {scan_name(path): path}
+    matches = {
+        pair.name: next((files[pair.name + end] for end in endings if pair.name + end in files), None) for pair in pairs
+    }
+    if missing := [name for name, file in matches.items() if file is None]:
+        raise InputError(
+            path,
+            f"no {kind} for {listed(missing)} ({len(missing)} of {len(pairs)} cases)",
+            f"one {kind} for each case: {', '.join(f'NAME{ending}' for ending in endings)}",
+            "make these too, or take the cases out",
+        )
+    return {name: file for name, file in matches.items() if file is not None}
+
+
+def find_foregrounds_beside(maps: Mapping[str, Path]) -> dict[str, Path] | None:
+    """Case name -> foreground mask that `medseg anomaly` wrote beside the score map; None unless every case has one."""
+    foregrounds = {name: path.with_name(f"{name}_anomaly_foreground.nii.gz") for name, path in maps.items()}
+    return foregrounds if all(path.is_file() for path in foregrounds.values()) else None
+
+
+def listed(items: Sequence[object], limit: int = 20) -> str:
+    """The items separated by commas; of a long list the first items and the number of the others."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
+
+
+def _case_name(name: str) -> str:
+    for ending in _MASKS:
+        name = name.removesuffix(ending)
+    return name
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Name without suffix -> file, for the visible images directly in a folder."""
+    files: dict[str, Path] = {}
+    for path in scan_files(folder):
+        name = scan_name(path)
+        if name in files:
+            raise InputError(path, f"the same name as {files[name].name}", "one file per case", "take one of them out")
+        files[name] = path
+    return files

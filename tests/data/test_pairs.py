@@ -1,0 +1,143 @@
+"""Which file belongs to which case: predictions, references, further raters, scans and score maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medseg_diffusion.data.pairs import (
+    MaskPair,
+    find_backgrounds,
+    find_for_each,
+    find_foregrounds_beside,
+    find_masks,
+    find_pairs,
+    find_rater,
+    listed,
+)
+from medseg_diffusion.errors import InputError
+from tests.helpers import box, save
+
+
+def touch(folder: Path, *names: str) -> Path:
+    """Empty files: pairing looks at names alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Predictions and references of the cases a, b and c."""
+    pred = touch(tmp_path / "pred", "a_seg.nii.gz", "b.nii.gz", "c_anomaly_mask.nii.gz")
+    return pred, touch(tmp_path / "ref", "a.nii.gz", "b_seg.nii.gz", "c.nii.gz")
+
+
+def pairs_of(*names: str) -> list[MaskPair]:
+    return [MaskPair(name, Path(f"{name}_seg.nii.gz"), Path(f"{name}.nii.gz")) for name in names]
+
+
+def test_folders_are_paired_by_name(folders: tuple[Path, Path]) -> None:
+    pred, ref = folders
+    pairs, remarks = find_pairs(pred, ref)
+    assert pairs == [
+        MaskPair("a", pred / "a_seg.nii.gz", ref / "a.nii.gz"),
+        MaskPair("b", pred / "b.nii.gz", ref / "b_seg.nii.gz"),
+        MaskPair("c", pred / "c_anomaly_mask.nii.gz", ref / "c.nii.gz"),
+    ]
+    assert remarks == []
+    touch(pred, "z_seg.nii.gz")
+    assert find_pairs(pred, ref) == (pairs, ["Predictions without a reference, not evaluated: z."])
+
+
+def test_two_files_are_a_pair_named_by_the_reference(tmp_path: Path) -> None:
+    touch(tmp_path, "mine.nii.gz", "truth_seg.nii.gz")
+    (pair,), _ = find_pairs(tmp_path / "mine.nii.gz", tmp_path / "truth_seg.nii.gz", merged=True)
+    assert pair == MaskPair("truth", tmp_path / "mine.nii.gz", tmp_path / "truth_seg.nii.gz", merged=True)
+
+
+def test_one_prediction_meets_its_own_reference(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    assert [pair.name for pair in find_pairs(pred / "a_seg.nii.gz", ref)[0]] == ["a"]
+    assert [pair.name for pair in find_pairs(pred, ref / "b_seg.nii.gz")[0]] == ["b"]
+    with pytest.raises(InputError, match="no reference for z"):
+        find_pairs(touch(tmp_path, "z.nii.gz") / "z.nii.gz", ref)
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    ref = touch(tmp_path / "ref", "a.nii.gz")
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_pairs(tmp_path / "nowhere", ref)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="without label maps"):
+        find_pairs(tmp_path / "empty", ref)
+    touch(ref, "a.nii")
+    with pytest.raises(InputError, match=r"the same name as a\.nii"):
+        find_pairs(ref, ref)
+
+
+def test_scans_maps_and_hidden_files_are_not_masks(tmp_path: Path) -> None:
+    results = ("a_prob.nii.gz", "a_members.nii.gz", "a_anomaly.nii.gz", "a_anomaly_foreground.nii.gz", "notes.txt")
+    touch(tmp_path, "a.nii.gz", "a_seg.nii.gz", "b.nii.gz", ".hidden.nii.gz", *results)
+    assert find_masks(tmp_path) == {"a": tmp_path / "a_seg.nii.gz", "b": tmp_path / "b.nii.gz"}
+
+
+def test_a_rater_of_a_single_case_has_any_name(tmp_path: Path) -> None:
+    file = touch(tmp_path, "second.nii.gz") / "second.nii.gz"
+    assert find_rater(file, pairs_of("a")) == {"a": file}
+    assert find_rater(file, pairs_of("a", "b")) == {"second": file}
+
+
+def test_backgrounds_are_those_that_exist(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "images", "a.nii.gz", "b_0000.nii.gz", "other.nii.gz")
+    scans = find_backgrounds(folder, pairs_of("a", "b", "c"))
+    assert scans == {"a": folder / "a.nii.gz", "b": folder / "b_0000.nii.gz"}
+    other = folder / "other.nii.gz"
+    assert find_backgrounds(other, pairs_of("a")) == {"a": other}
+    assert find_backgrounds(other, pairs_of("a", "b")) == {"other": other}
+    with pytest.raises(InputError, match="expected a scan or a folder of scans"):
+        find_backgrounds(tmp_path / "nowhere", pairs_of("a"))
+
+
+def test_the_first_ending_that_exists_is_taken_for_each_case(tmp_path: Path) -> None:
+    endings = ("_anomaly", "_scores", "")
+    folder = touch(tmp_path / "maps", "a.nii.gz", "b_scores.nii.gz", "b.nii.gz")
+    maps = find_for_each(folder, pairs_of("a", "b"), endings, "score map")
+    assert maps == {"a": folder / "a.nii.gz", "b": folder / "b_scores.nii.gz"}
+    with pytest.raises(InputError, match=r"no score map for c \(1 of 2 cases\).*NAME_anomaly, NAME_scores, NAME"):
+        find_for_each(folder, pairs_of("a", "c"), endings, "score map")
+    with pytest.raises(InputError, match="expected a score map or a folder of them"):
+        find_for_each(tmp_path / "nowhere", pairs_of("a"), endings, "score map")
+
+
+def test_foregrounds_beside_the_maps_are_used_if_every_case_has_one(tmp_path: Path) -> None:
+    maps = {name: tmp_path / f"{name}_anomaly.nii.gz" for name in "ab"}
+    touch(tmp_path, "a_anomaly_foreground.nii.gz")
+    assert find_foregrounds_beside(maps) is None
+    touch(tmp_path, "b_anomaly_foreground.nii.gz")
+    assert find_foregrounds_beside(maps) == {name: tmp_path / f"{name}_anomaly_foreground.nii.gz" for name in "ab"}
+
+
+def test_companions_lie_beside_the_prediction(tmp_path: Path) -> None:
+    pair = MaskPair("truth", tmp_path / "a_seg.nii.gz", tmp_path / "truth.nii.gz")
+    assert pair.companion("_prob") is None
+    touch(tmp_path, "a_prob.nii.gz", "truth_members.nii.gz")
+    assert pair.companion("_prob") == tmp_path / "a_prob.nii.gz" and pair.companion("_members") is None
+
+
+def test_labels_are_merged_in_both_masks(tmp_path: Path) -> None:
+    files = save(tmp_path / "a_seg.nii.gz", box(4)), save(tmp_path / "a.nii.gz", box(6, 255))
+    for merged, largest in ((False, 255), (True, 1)):
+        prediction, reference = MaskPair("a", *files, merged).read()
+        assert (prediction.data.max(), reference.data.max()) == (1, largest)
+    save(tmp_path / "a.nii.gz", np.zeros((3, 3, 3), np.uint8))
+    with pytest.raises(InputError, match="10 x 9 x 8 voxels; expected 3 x 3 x 3"):
+        MaskPair("a", *files).read()
+
+
+def test_a_long_list_is_cut() -> None:
+    assert listed([1, 2, 3]) == "1, 2, 3"
+    assert listed(range(23)).endswith("18, 19 and 3 more")

@@ -1,0 +1,33 @@
+"""Results of cases averaged per class."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, summarise
+from medseg_diffusion.metrics.overlap import label_overlap
+from tests.helpers import evaluation
+
+
+def test_table_has_numbers_or_none() -> None:
+    one, _, three = evaluation().table()
+    assert one["class"] == "one" and one["dice"] == pytest.approx(5 / 6) and one["n"] == 2
+    assert three["dice"] is three["iou_low"] is None and three["n_missing"] == 2
+
+
+def test_worst_first_puts_cases_without_classes_last() -> None:
+    nothing = label_overlap(np.array([[0]]), np.array([[0]]), [1])
+    half = label_overlap(np.array([[1, 1]]), np.array([[0, 1]]), [1])
+    full = label_overlap(np.array([[1, 1]]), np.array([[1, 1]]), [1])
+    cases = [EvaluatedCase(name, "", "", item) for name, item in (("a", nothing), ("b", full), ("c", half))]
+    assert [case.name for case in summarise(cases, {1: "x"}).worst_first()] == ["c", "b", "a"]
+
+
+def test_class_means_leave_out_what_does_not_exist() -> None:
+    result = evaluation()
+    means = result.class_means()
+    assert means[1]["dice"] == pytest.approx((2 / 3 + 1) / 2) and means[1]["n_pred"] == 1.5
+    assert np.isnan(means[3]["dice"]) and means[3]["tn"] == 4
+    assert result.foreground_means()["dice"] == pytest.approx((5 / 6 + 1) / 2)
+    assert result.n_with_probabilities == 0

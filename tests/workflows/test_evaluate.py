@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import csv
+import html
+import json
+import os
+import re
+import shlex
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.workflows.evaluate import EvaluateOptions, evaluate
+from tests.helpers import AFFINE, box, save
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Case a: 2 of 4 layers found (Dice 2/3). Case b: exact, label 2. Case c: empty reference, label 3 predicted."""
+    pred, ref = tmp_path / "pred", tmp_path / "ref"
+    save(pred / "a_seg.nii.gz", box(4))
+    save(ref / "a.nii.gz", box(6))
+    save(pred / "b.nii.gz", box(6, 2))
+    save(ref / "b_seg.nii.gz", box(6, 2))
+    save(pred / "c_seg.nii.gz", box(6, 3))
+    save(ref / "c.nii.gz", box(2))
+    return pred, ref
+
+
+def test_folders_end_to_end(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    result = evaluate(*folders, out)
+    assert sorted(os.listdir(out)) == ["cases.csv", "report.html", "summary.json"]
+    assert [case.name for case in result.cases] == ["a", "b", "c"]
+    assert result.labels == {1: "label 1", 2: "label 2", 3: "label 3"}
+    assert result.dice[1].mean == pytest.approx(2 * 2 / (2 + 4)) and result.dice[1].n == 1
+    assert result.dice[2].mean == 1.0 and result.dice[2].n_missing == 2
+    assert result.dice[3].mean == 0.0 and result.dice[3].n == 1  # predicted where no reference has it
+    assert result.warnings == ()
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["metric_per_case"][0]["metrics"]["1"]["TP"] == 4 * 4 * 2
+    assert summary["metric_per_case"][1]["prediction_file"].endswith("b.nii.gz")
+    assert summary["mean"]["3"]["FP"] == pytest.approx(4 * 4 * 4 / 3)
+    voxels = {sum(float(case["metrics"][k][key]) for key in ("TP", "FP", "FN", "TN"))
+              for case in summary["metric_per_case"] for k in "123"}  # fmt: skip
+    assert voxels == {10 * 9 * 8}, "also for a class that a case does not have"
+    with (out / "cases.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 3 * 3
+    page = (out / "report.html").read_text()
+    assert re.findall(r"<h2>(\w+) case: (\w)", page) == [("Best", "b"), ("Median", "a"), ("Worst", "c")]
+    assert "<code>medseg" not in page, "a call of the library has no command line"
+
+
+def test_two_files_need_no_common_name(tmp_path: Path) -> None:
+    pred, ref = save(tmp_path / "mine.nii.gz", box(5)), save(tmp_path / "truth.nii", box(5))
+    result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(labels={1: "liver"}))
+    assert result.cases[0].name == "truth" and result.table()[0]["class"] == "liver"
+    assert result.dice[1].mean == 1.0
+
+
+def test_the_command_line_stands_in_the_page(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluate", *map(str, folders), "-o", str(tmp_path / "my out"), "--label", "1=the liver", "--merge-labels"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/medseg", *words])
+    (script,) = entry_points(group="console_scripts", name="medseg")
+    result = CliRunner().invoke(script.load(), words)
+    assert result.exit_code == 0, result.output
+    page = html.unescape((tmp_path / "my out" / "report.html").read_text())
+    assert f"<code>{shlex.join(['medseg', *words])}</code>" in page
+
+
+def test_scans_and_maps_beside_the_masks_are_not_predictions(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    noise = np.random.default_rng(0).random((10, 9, 8)).astype(np.float32)
+    for name in ("a.nii.gz", "a_prob.nii.gz", "a_uncertainty.nii.gz", ".hidden.nii.gz"):
+        save(pred / name, noise)
+    save(pred / "more_seg.nii.gz", box(3))
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert result.cases[0].prediction_file.endswith("a_seg.nii.gz")
+    assert result.warnings == (
+        "Predictions without a reference, not evaluated: more.",
+        "Not used for calibration: a_prob.nii.gz holds no class probabilities on the grid of its reference.",
+    )
+    assert result.reliability is None
+    assert "not evaluated: more" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("labels", [[2, 1, 7], {7: "absent", 2: "two", 1: "one"}])
+def test_asked_labels_only(folders: tuple[Path, Path], tmp_path: Path, labels: dict[int, str] | list[int]) -> None:
+    result = evaluate(*folders, tmp_path / "out", EvaluateOptions(labels=labels))
+    assert list(result.labels) == [1, 2, 7]
+    assert result.warnings == ("Labels not evaluated: 3.", "Labels in no reference and no prediction: 7.")
+    assert result.dice[7].n == 0 and result.dice[7].n_missing == 3
+
+
+def test_missing_prediction_is_named_and_nothing_is_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    (pred / "b.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"no prediction for b \(1 of 3"):
+        evaluate(pred, ref, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "affine", "message"),
+    [
+        (np.zeros((10, 9, 7), np.uint8), AFFINE, "10 x 9 x 7 voxels; expected 10 x 9 x 8"),
+        (box(4), np.diag([-1.0, 1.0, 2.0, 1.0]), "mm away"),
+        (box(4) * np.float32(0.5), AFFINE, "label 0.5"),
+    ],
+)
+def test_a_bad_file_leaves_the_earlier_result(
+    folders: tuple[Path, Path], tmp_path: Path, array: np.ndarray, affine: np.ndarray, message: str
+) -> None:
+    pred, ref = folders
+    out = tmp_path / "out"
+    evaluate(pred, ref, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    save(pred / "c_seg.nii.gz", array, affine)
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate(pred, ref, out)
+    assert "c_seg.nii.gz" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_no_label_at_all(tmp_path: Path) -> None:
+    empty = save(tmp_path / "a.nii.gz", box(2))
+    with pytest.raises(InputError, match="no label above 0"):
+        evaluate(empty, empty, tmp_path / "out")
+    result = evaluate(empty, empty, tmp_path / "out", EvaluateOptions(labels=[1]))  # asked for: absent, and said so
+    assert result.dice[1].n_missing == 1
+
+
+def test_a_scan_is_not_taken_for_a_label_map(tmp_path: Path) -> None:
+    scan = save(tmp_path / "a.nii.gz", np.arange(12 * 12 * 12, dtype=np.int16).reshape(12, 12, 12))
+    with pytest.raises(InputError, match="1728 different labels"):
+        evaluate(scan, scan, tmp_path / "out")
+
+
+def test_images_are_the_background(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    evaluate(pred, ref, tmp_path / "plain")
+    noise = np.random.default_rng(0).random((10, 9, 8)).astype(np.float32)
+    save(tmp_path / "images" / "a.nii.gz", noise)
+    save(tmp_path / "images" / "b_0000.nii.gz", noise)
+    evaluate(pred, ref, tmp_path / "pictured", EvaluateOptions(images=tmp_path / "images"))
+
+    def pictures(folder: str) -> list[str]:
+        page = (tmp_path / folder / "report.html").read_text()
+        return re.findall(r'figure class="scan"><img src="([^"]+)"', page)
+
+    same = [a == b for a, b in zip(pictures("plain"), pictures("pictured"), strict=True)]
+    assert same == [False, False, True]  # best b and median a have a scan, worst c has none
+    save(tmp_path / "images" / "a.nii.gz", noise[1:])
+    with pytest.raises(InputError, match="9 x 9 x 8 voxels"):
+        evaluate(pred, ref, tmp_path / "never", EvaluateOptions(images=tmp_path / "images"))
+    assert not (tmp_path / "never").exists()
+
+
+def test_pictures_are_the_same_whatever_the_storage_order(tmp_path: Path) -> None:
+    pages = []
+    for flip in (False, True):
+        folder = tmp_path / str(flip)
+        for name, stop in (("p", 4), ("r", 6)):
+            array, affine = box(stop), AFFINE.copy()
+            if flip:  # the same anatomy, stored from right to left
+                array, affine[0, 0], affine[0, 3] = array[::-1].copy(), -1.0, 9.0
+            save(folder / f"{name}.nii.gz", array, affine)
+        evaluate(folder / "p.nii.gz", folder / "r.nii.gz", folder / "out")
+        pages.append(re.findall(r"base64,([^\"]+)", (folder / "out" / "report.html").read_text()))
+    assert pages[0] == pages[1]
+
+
+def test_a_case_without_the_class_is_left_out_of_its_mean(tmp_path: Path) -> None:
+    pred, ref = tmp_path / "pred", tmp_path / "ref"
+    for name, predicted, expected in (("a", 4, 6), ("b", 6, 6), ("c", 2, 2)):  # half of it, exact, empty on both sides
+        save(pred / f"{name}_seg.nii.gz", box(predicted))
+        save(ref / f"{name}.nii.gz", box(expected))
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert result.dice[1].mean == pytest.approx((2 / 3 + 1) / 2) and result.iou[1].mean == pytest.approx(
+        (1 / 2 + 1) / 2
+    )
+    assert (result.dice[1].n, result.dice[1].n_missing) == (2, 1)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [case["metrics"]["1"]["Dice"] for case in summary["metric_per_case"]] == [pytest.approx(2 / 3), 1.0, None]
+
+
+def test_file_names_are_escaped(tmp_path: Path) -> None:
+    name = "<img onerror=x>"
+    save(tmp_path / "pred" / f"{name}_seg.nii.gz", box(4))
+    save(tmp_path / "ref" / f"{name}.nii.gz", box(4))
+    evaluate(tmp_path / "pred", tmp_path / "ref", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert name not in page and "&lt;img onerror" in page
+
+
+# ---- surfaces, calibration, several raters ---------------------------------------------------------------------------
+
+
+def test_distances_are_in_millimetres_and_missing_masks_have_none(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    result = evaluate(*folders, tmp_path / "out")
+    assert result.hd95[1].mean == pytest.approx(2 * 2.0)  # two layers of 2 mm are missing
+    assert result.hd95[2].mean == 0 and (result.hd95[2].n, result.hd95[2].n_missing) == (1, 2)
+    assert result.hd95[3].n == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["metric_per_case"][0]["metrics"]["1"]["HD95_mm"] == pytest.approx(4.0)
+    assert summary["metric_per_case"][2]["metrics"]["3"]["HD95_mm"] is None
+
+
+def test_probabilities_beside_the_masks_are_judged(tmp_path: Path) -> None:
+    pred, ref = tmp_path / "pred", tmp_path / "ref"
+    truth = box(6)
+    for name, certainty in (("a", 0.9), ("b", 0.7)):
+        p = np.where(truth == 1, certainty, 1 - certainty).astype(np.float32)
+        save(pred / f"{name}_seg.nii.gz", truth)
+        save(pred / f"{name}_prob.nii.gz", np.stack([1 - p, p], axis=-1))
+        save(ref / f"{name}.nii.gz", truth)
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert result.reliability is not None
+    assert result.reliability.ece == pytest.approx(0.2, abs=1e-6)  # always right, 0.8 sure on average
+    assert result.reliability.brier_score == pytest.approx(2 * (0.1**2 + 0.3**2) / 2, abs=1e-6)
+    calibration = json.loads((tmp_path / "out" / "summary.json").read_text())["calibration"]
+    assert calibration["n_cases"] == 2 and calibration["ECE"] == pytest.approx(0.2, abs=1e-6)
+    assert "<h2>Calibration</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_label_without_probability_is_no_calibration(tmp_path: Path) -> None:
+    pred, ref = save(tmp_path / "pred" / "a_seg.nii.gz", box(5)), save(tmp_path / "ref" / "a.nii.gz", box(5, 2))
+    save(tmp_path / "pred" / "a_prob.nii.gz", np.full((10, 9, 8, 2), 0.5, np.float32))
+    result = evaluate(pred, ref, tmp_path / "out")
+    assert "Not used for calibration: a_prob.nii.gz has no probability of label 2." in result.warnings
+
+
+def test_labels_may_be_one_whatever_their_values(tmp_path: Path) -> None:
+    """A model that was trained on merged labels writes 1 where references hold 255, or several classes."""
+    pred, ref, other = tmp_path / "pred", tmp_path / "ref", tmp_path / "other"
+    save(pred / "a_seg.nii.gz", box(4))
+    save(ref / "a.nii.gz", box(4, 255))
+    save(other / "a.nii.gz", box(6, 7))
+    p = np.where(box(4) == 1, 0.9, 0.1).astype(np.float32)
+    save(pred / "a_prob.nii.gz", np.stack([1 - p, p], axis=-1))
+    apart = evaluate(pred, ref, tmp_path / "apart")
+    assert [apart.dice[label].mean for label in (1, 255)] == [0, 0]
+    assert any("none in common. Add --merge-labels" in warning for warning in apart.warnings)
+    result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(merge_labels=True, raters=[other]))
+    assert list(result.labels) == [1] and result.dice[1].mean == 1 and result.reliability is not None
+    assert result.energy_distance is not None and result.energy_distance.mean == pytest.approx(0.25)
+
+
+def test_a_single_case_takes_a_rater_of_any_name_and_strangers_are_named(tmp_path: Path) -> None:
+    pred, ref = save(tmp_path / "a_seg.nii.gz", box(4)), save(tmp_path / "ref" / "a.nii.gz", box(4))
+    rater = save(tmp_path / "second.nii.gz", box(6))
+    result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(raters=[rater]))
+    assert result.energy_distance is not None and result.energy_distance.mean == pytest.approx(0.25)
+    strangers = save(tmp_path / "others" / "b.nii.gz", box(6)).parent
+    unrated = evaluate(pred, ref, tmp_path / "again", EvaluateOptions(raters=[strangers]))
+    assert unrated.energy_distance is None and f"No case of this rater is evaluated: {strangers}." in unrated.warnings
+
+
+def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:
+    pred, one, two = tmp_path / "pred", tmp_path / "one", tmp_path / "two"
+    for name in ("a", "b"):
+        save(one / f"{name}.nii.gz", box(4))
+        save(pred / f"{name}_seg.nii.gz", box(4))
+    save(two / "a.nii.gz", box(6))
+    alone = evaluate(pred, one, tmp_path / "alone")
+    assert alone.energy_distance is None
+    single = evaluate(pred, one, tmp_path / "single", EvaluateOptions(raters=[two]))
+    assert single.energy_distance is not None and single.energy_distance.n == 1, "only case a has a second rater"
+    assert single.energy_distance.mean == pytest.approx(0.25)  # 2 (0 + 1/2) / 2 - (1/2 + 1/2) / 4
+    save(pred / "a_members.nii.gz", np.stack([box(6), box(4)], axis=-1))
+    both = evaluate(pred, one, tmp_path / "both", EvaluateOptions(raters=[two]))
+    assert both.energy_distance is not None and both.energy_distance.mean == pytest.approx(0, abs=1e-9)
+    assert both.matched_iou is not None and both.matched_iou.mean == pytest.approx(1)
+    assert "Several raters" in (tmp_path / "both" / "report.html").read_text()
+
+    save(two / "a.nii.gz", np.zeros((3, 3, 3), np.uint8))
+    with pytest.raises(InputError, match="3 x 3 x 3 voxels; expected 10 x 9 x 8"):
+        evaluate(pred, one, tmp_path / "bad", EvaluateOptions(raters=[two]))
