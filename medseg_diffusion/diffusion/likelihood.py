@@ -67,6 +67,9 @@ def variational_bound(
 ) -> VariationalBound:
     """The variational bound of each element of ``x0`` (B, C, *S). Terms are in float32 or wider, sums in float64.
 
+    No command computes it: it is for those who compare models by likelihood, and an oracle for the bound that models
+    with a learned variance are trained with (`medseg_diffusion.diffusion.objective.Bound`).
+
     Args:
         denoiser: the model, neither guided nor clipped.
         x0: the clean tensors.

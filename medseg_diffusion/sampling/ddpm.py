@@ -23,7 +23,9 @@ class DDPM:
     (t, s). If the model learned none, ``variance`` chooses the posterior's or the largest.
 
     ``gradient`` is for classifier guidance: its value g at (x_t, t) shifts the mean by variance times g (Dhariwal &
-    Nichol 2021, algorithm 1). The denoiser must then not be guided itself, and may be clipped.
+    Nichol 2021, algorithm 1). The denoiser must then not be guided itself, and may be clipped. This is the published
+    form, an oracle for `medseg_diffusion.diffusion.guidance.ClassifierGuided`, which the commands use because it fits
+    every sampler.
     """
 
     variance: FixedVariance = "posterior"
