@@ -19,36 +19,37 @@ def known_device(value: str) -> str:
     return value
 
 
-def existing_scans(paths: list[Path]) -> list[Path]:
-    """Refuse paths that do not exist, and folders without scans."""
-    from medseg_diffusion.volumes.paths import find_scans
+def existing_scans(context: typer.Context, paths: list[Path]) -> list[Path]:
+    """Refuse paths that do not exist, and files that are no scans."""
+    from medseg_diffusion.volumes.paths import require_file
 
-    for path in paths:
-        find_scans(path)
+    for path in paths if not context.resilient_parsing else ():
+        if not path.is_dir():
+            require_file(path)
     return paths
 
 
-def existing_model(name: str | None) -> str | None:
+def existing_model(context: typer.Context, name: str | None) -> str | None:
     """Refuse a model that is neither a folder nor installed."""
     from medseg_diffusion.models.store import find_model
 
-    if name is not None:
+    if name is not None and not context.resilient_parsing:
         find_model(name)
     return name
 
 
-def existing_models(names: list[str]) -> list[str]:
+def existing_models(context: typer.Context, names: list[str]) -> list[str]:
     """Refuse models that are neither folders nor installed."""
     for name in names:
-        existing_model(name)
+        existing_model(context, name)
     return names
 
 
-def existing(expected: str) -> Callable[[Path | None], Path | None]:
+def existing(expected: str) -> Callable[[typer.Context, Path | None], Path | None]:
     """A callback that refuses a path that does not exist; ``expected`` says what belongs there."""
 
-    def check(path: Path | None) -> Path | None:
-        if path is not None and not path.exists():
+    def check(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None and not context.resilient_parsing and not path.exists():
             raise InputError(path, "no such file or folder", expected, "check the path")
         return path
 

@@ -117,11 +117,11 @@ def count_of(show: ProgressCallback) -> Callable[[str, int, int], None]:
     return update
 
 
-def step_of(show: ProgressCallback) -> Callable[[Progress], None]:
-    """The progress of a training: a callback that shows step, loss, last score and the time left."""
+def step_of(show: ProgressCallback, with_score: bool = False) -> Callable[[Progress], None]:
+    """The progress of a training: a callback that shows step, loss, the last score if asked for, and the time left."""
 
     def update(state: Progress) -> None:
-        score = "" if state.score is None else f", score {state.score:.3f}"
+        score = f", score {state.score:.3f}" if with_score and state.score is not None else ""
         left = f", {state.seconds_left / 60:.0f} min left"
         message = f"step {state.step} of {state.max_steps}, loss {state.loss:.4f}{score}{left}"
         show(message, state.step / max(state.max_steps, 1))

@@ -65,7 +65,7 @@ def train_segmenter(
             time_limit_min=time_limit,
             device=device,
             seed=seed,
-            on_progress=step_of(show),
+            on_progress=step_of(show, with_score=True),
             on_prepare=count_of(show),
         )
     print_model(model, quiet, as_json)

@@ -10,23 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from uuid import uuid4
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends without an error, and is removed otherwise.
 
-    What was written is on the disk before the name changes, so that a crash leaves the old file or the new one.
+    Args:
+        path: the file.
+        durable: put the content on the disk before the name changes, so that a crash of the machine, too, leaves the
+            old file or the new one.
 
     Raises:
         OSError: the file cannot be written.
     """
-    # The process id keeps two processes that write the same file apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,6 +39,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """An empty folder beside ``path`` that takes its name when the block ends without an error.
+
+    It is readable by its owner alone, unless the block changes that.
 
     Args:
         path: the folder; its parents are made.
@@ -49,7 +55,6 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.old")
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes folders for the owner alone
         if path.exists() and not replace:
             return
         shutil.rmtree(old, ignore_errors=True)
@@ -80,7 +85,7 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
         OSError: the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    temporary = {name: folder / _temporary_name(name) for name in contents}
     try:
         for name, content in contents.items():
             temporary[name].write_bytes(content.encode() if isinstance(content, str) else content)
@@ -95,3 +100,8 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
 def write_json(path: Path, content: Any) -> None:
     """Writes strict, indented JSON; ValueError for a number that is not finite."""
     write_files(path.parent, {path.name: json.dumps(content, indent=2, allow_nan=False) + "\n"})
+
+
+def _temporary_name(name: str) -> str:
+    """A name of its own for each process and call."""
+    return f".{name}.{os.getpid()}-{uuid4().hex[:8]}.tmp"

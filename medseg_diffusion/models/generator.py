@@ -116,11 +116,12 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
         if config.autoencoder is not None:
             stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
             codec = build.autoencoder(stage)
-            ready(with_memory_format(codec, stage.training.channels_last), saved.weights_under("codec")).to(device)
+            ready(codec.requires_grad_(False), saved.weights_under("codec")).to(device)
+            with_memory_format(codec, stage.training.channels_last)
         task = build.generator(config, len(classes), None if codec is None else shape[0])
         ready(task, {name: value for name, value in saved.weights.items() if not name.startswith("codec.")})
     with_memory_format(task.denoiser.network, config.training.channels_last)
-    return Generator(task.to(device), config, shape, codec, classes, held_out)
+    return Generator(task.requires_grad_(False).to(device), config, shape, codec, classes, held_out)
 
 
 def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
@@ -169,7 +170,7 @@ def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencode
         codec = build.autoencoder(config)
         ready(codec, saved.weights)
     with_memory_format(codec, config.training.channels_last)
-    return codec, config
+    return codec.requires_grad_(False), config
 
 
 def restore_classifier(
@@ -182,4 +183,4 @@ def restore_classifier(
         network = build.noisy_classifier(config, classes).network
         ready(network, saved.weights)
     with_memory_format(network, config.training.channels_last)
-    return network.to(device), classes, config
+    return network.requires_grad_(False).to(device), classes, config

@@ -81,7 +81,7 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
         module = _built(config)
         # Only the network of a denoiser is stored.
         ready(module.network if isinstance(module, NetworkDenoiser) else module, saved.weights)
-    return LoadedModel(saved, module.requires_grad_(False).to(device).eval())
+    return LoadedModel(saved, module.to(device).eval())
 
 
 def _built(config: Section) -> nn.Module:

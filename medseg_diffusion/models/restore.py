@@ -58,7 +58,8 @@ def usable(saved: SavedModel, kind: type[BaseModel]) -> Iterator[None]:
     what, command = KINDS[kind]
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:  # pydantic's errors are ValueErrors
+    # Pydantic's errors are ValueErrors.
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"{saved.path}: not {what} of this version ({reason}); use a model made by {command}"
@@ -66,10 +67,10 @@ def usable(saved: SavedModel, kind: type[BaseModel]) -> Iterator[None]:
 
 
 def ready(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """``module`` with these weights, in evaluation mode, without gradients.
+    """``module`` itself, with these weights and in evaluation mode.
 
     Raises:
         RuntimeError: the weights do not fit.
     """
     module.load_state_dict(cast("dict[str, Tensor]", weights))
-    return module.requires_grad_(False).eval()
+    return module.eval()

@@ -112,6 +112,7 @@ def save_model(
         (folder / "SHA256SUMS").write_text(sums)
         for file in folder.iterdir():  # safetensors writes for the owner alone
             file.chmod(0o644)
+        folder.chmod(0o755)
 
 
 def load_model_files(name_or_path: str | Path) -> SavedModel:

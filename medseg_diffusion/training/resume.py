@@ -48,8 +48,10 @@ def save_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
         "optimizer": state.optimizer.state_dict(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it saved
+        left_over.unlink(missing_ok=True)
+    with whole_file(path, durable=True) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_state(path: Path, state: TrainingState, runtime: Runtime) -> None:

@@ -24,7 +24,7 @@ class ScanResult:
         scan: the file, or the folder of a DICOM series.
         status: "skipped" where the result was there already.
         outputs: kind (segmentation, preview, ...) to the file written.
-        seconds: time taken.
+        seconds: time taken, without reading the scan and loading the model.
         volumes_ml: name of what was found to its volume.
         members_ml: class name to the smallest and largest volume of the members.
         intervals_ml: class name to the calibrated interval of its volume.
@@ -58,7 +58,7 @@ class Scan:
         volume: what was read of it.
         outputs: kind to the file to write.
         on_progress: to be called with the share done.
-        started: `time.monotonic` when its turn came.
+        started: `time.monotonic` when it had been read.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Scan:
 
     @property
     def seconds(self) -> float:
-        """Time taken so far."""
+        """Time taken so far, without reading."""
         return time.monotonic() - self.started
 
 
@@ -124,10 +124,9 @@ def each_scan(
             report = _share_of(path, on_progress)
             try:
                 # The scan is read before the model is loaded: a mistyped path is answered at once.
-                started = time.monotonic()
-                scan = Scan(path, work.read(path), files, report, started)
+                volume = work.read(path)
                 model = work.load() if model is None else model
-                result = work.run(model, scan)
+                result = work.run(model, Scan(path, volume, files, report, started=time.monotonic()))
             except MedsegError as error:
                 if model is None and error.exit_code != 3:
                     raise
