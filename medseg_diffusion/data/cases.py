@@ -150,7 +150,7 @@ class Bounds:
 
     @classmethod
     def of(cls, sides: Mapping[str, Side]) -> Bounds:
-        """Those of sides by hash (`sides_by_hash`)."""
+        """Those of sides by hash (`split_of_patients`)."""
         last = {part: max((_rank(name) for name, side in sides.items() if side == part), default="") for part in _HELD}
         return cls(last["test"], max(last.values()))
 
@@ -182,14 +182,14 @@ def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
     Raises:
         InputError: no patient would be left to train on.
     """
-    sides = sides_by_hash([case.patient for case in cases], test, validation)
+    sides = split_of_patients([case.patient for case in cases], test, validation)
     parts = (
         tuple(case.name for case in cases if sides[case.patient] == side) for side in ("train", "validation", "test")
     )
     return Split(*parts)
 
 
-def sides_by_hash(patients: Sequence[str], test: int, validation: int) -> dict[str, Side]:
+def split_of_patients(patients: Sequence[str], test: int, validation: int) -> dict[str, Side]:
     """The side of every patient, as `split_by_hash` chooses it.
 
     Raises:

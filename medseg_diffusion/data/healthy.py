@@ -15,13 +15,13 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_folder
-from medseg_diffusion.volumes.fitting import fitted
+from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.paths import find_scans, is_image, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
-from .cases import Bounds, find_cases, sides_by_hash
+from .cases import Bounds, find_cases, split_of_patients
 from .image_cache import VERSION, PackedImages, Row, open_packed, write_packed
 from .images import Part
 
@@ -93,7 +93,7 @@ def healthy_source(
         InputError: no scans, or too few to hold any out.
     """
     scans = find_healthy(healthy)
-    sides = sides_by_hash([scan.patient for scan in scans], *held_out)
+    sides = split_of_patients([scan.patient for scan in scans], *held_out)
     others = find_healthy(unhealthy) if unhealthy is not None else []
     # Patients of the healthy folder keep their side; others are for training alone.
     return HealthySource(tuple(scans), exclude_labelled, tuple(others), sides)
@@ -202,7 +202,7 @@ def packed_healthy(
             first += len(images)
             if wanted == HEALTHY:
                 missing[side] += int((visible & ~chosen).sum()) if len(size) == 2 else 1 - len(images)
-            levels = ((fitted(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
+            levels = ((to_generator_grid(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
             pixels = levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
             yield Row(scan.name, wanted, side, pixels)
             on_scan(done, len(everything))

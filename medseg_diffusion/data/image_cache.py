@@ -22,7 +22,7 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
-from .cases import Bounds, Side, sides_by_hash
+from .cases import Bounds, Side, split_of_patients
 from .images import PLAIN, ImageCollection, Part, Pixels, find_images
 
 VERSION = 4
@@ -212,7 +212,7 @@ def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, 
             f"more than {held_out[0]} for testing and {held_out[1]} for validation",
             "lower data.test_images or data.validation_images",
         )
-    return sides_by_hash(sorted(groups), *held_out) if groups else {}
+    return split_of_patients(sorted(groups), *held_out) if groups else {}
 
 
 def _state(source: Path) -> list[object]:

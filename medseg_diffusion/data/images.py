@@ -29,7 +29,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.fitting import fitted
+from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.paths import RESULTS, SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
@@ -316,7 +316,7 @@ def _scan(file: Path, size: Sequence[int], channels: int, preprocessing: Preproc
     if len(size) == 2:
         shown = (images > -0.9).flatten(1).float().mean(1) >= FOREGROUND_SHARE
         images = images[shown]
-    levels = ((fitted(images, size) + 1) * 127.5).round().to(torch.uint8)
+    levels = ((to_generator_grid(images, size) + 1) * 127.5).round().to(torch.uint8)
     return levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
 
 

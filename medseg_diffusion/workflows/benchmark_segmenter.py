@@ -27,7 +27,7 @@ from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_files
-from medseg_diffusion.methods.ensemble import tempered
+from medseg_diffusion.methods.ensemble import temperature_scaled
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
@@ -288,7 +288,7 @@ def _measure_case(
         for value, label in _classes(model)
     ]
     uncalibrated = segmentation.probabilities.numpy()
-    calibrated = tempered(segmentation.probabilities, temperature).numpy()
+    calibrated = temperature_scaled(segmentation.probabilities, temperature).numpy()
     around = region(truth)
     reliabilities = (
         Reliability.of(calibrated, truth, around),
