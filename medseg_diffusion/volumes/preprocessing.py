@@ -167,7 +167,7 @@ class Preprocessing:
         x, y, _ = spacing_of(affine)
         body = None
         if self.intensity == "median":
-            # Imported here, as in `foreground_box`: scipy and skimage take 0.3 s to import, and most models need neither.
+            # Imported here, as in `foreground_box`: scipy and skimage take 0.3 s to import; few models need them.
             from .foreground import foreground
 
             body = foreground(data[0], (x, y))[None]

@@ -22,7 +22,7 @@ import numpy as np
 
 from medseg_diffusion import build
 from medseg_diffusion.data.cases import Case, digest, find_cases, split_by_hash
-from medseg_diffusion.data.mask_examples import read_case
+from medseg_diffusion.data.mask_examples import CaseFormat, read_case
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
@@ -217,7 +217,7 @@ def _held_out_cases(model: SegmentationModel, data: Path, options: BenchmarkOpti
 
 
 def _read(case: Case, model: SegmentationModel, named_labels: Collection[int]) -> tuple[Volume, Volume]:
-    return read_case(case, model.channels, len(model.labels), model.merge_labels, named_labels)
+    return read_case(case, CaseFormat(model.channels, len(model.labels), model.merge_labels, named_labels))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.segmenter import DataSection
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
-from medseg_diffusion.data.mask_examples import PreparedCase, prepare
+from medseg_diffusion.data.mask_examples import CaseFormat, PreparedCase, prepare
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.activations import Activations
@@ -110,8 +110,7 @@ def labelled_units(
     cases = prepare(
         pool if all_are_read else pool[: labelling.count],
         pixel_preprocessing(generator),
-        channels,
-        len(labels),
+        CaseFormat(channels, len(labels)),
         cache,
         lambda done, total: on_progress("cases", done, total),
         slices=len(generator.config.data.shape) == 2,
