@@ -65,7 +65,7 @@ from medseg_diffusion.tasks.mask import FeedForward, MaskEncoding
 from medseg_diffusion.training.run import start_run
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, TrainingRun, fit
-from medseg_diffusion.volumes.fitting import fitted, unfitted
+from medseg_diffusion.volumes.fitting import from_generator_grid, to_generator_grid
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.workflows.labelled_units import LabelledData, Labelling, labelled_units
@@ -104,8 +104,8 @@ class Fitted(nn.Module):
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
-        found = self.model.probabilities(fitted(image.clamp(-1, 1), self.size), seeds, sampler, times)
-        return unfitted(found.flatten(1, 2), image.shape[2:]).unflatten(1, found.shape[1:3])
+        found = self.model.probabilities(to_generator_grid(image.clamp(-1, 1), self.size), seeds, sampler, times)
+        return from_generator_grid(found.flatten(1, 2), image.shape[2:]).unflatten(1, found.shape[1:3])
 
 
 class Units:

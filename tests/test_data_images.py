@@ -14,7 +14,8 @@ from PIL import Image
 
 from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.data.image_cache import ImageExamples, packed, to_levels, to_unit
-from medseg_diffusion.data.images import check_images, find_images
+from medseg_diffusion.data.image_check import check_images
+from medseg_diffusion.data.images import find_images
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.paths import scan_name
 

@@ -50,7 +50,7 @@ from medseg_diffusion.networks.pixel_classifier import upsampled
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.tasks.image import ImageDiffusion
-from medseg_diffusion.volumes.fitting import fitted, fitted_labels
+from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.workflows import train_pixel_classifier as train_module
 from medseg_diffusion.workflows.labelled_units import Labelling, _diverse, labelled_units
@@ -332,7 +332,7 @@ def test_the_search_finds_the_blocks_that_show_the_label(monkeypatch) -> None:
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_easy_image_is_learned_and_its_members_agree(dims) -> None:
     net, (image, label) = activations(dims), two_halves(dims)
-    there, known = fitted(image[None], label.shape), fitted_labels(label[None], label.shape)
+    there, known = to_generator_grid(image[None], label.shape), labels_to_generator_grid(label[None], label.shape)
     pixels = labelled_pixels(net, [there], [known], HALVES, 128, 0)
     options = ClassifierOptions(members=3, hidden=(16, 8), min_epochs=20, min_steps=0)
     model = PixelSegmentation(net, fit_classifiers(pixels, options), label.shape)
@@ -714,7 +714,7 @@ def test_pictures_of_any_depth_are_what_the_generator_saw(mode, white, generator
     image, _ = pixel_preprocessing(generator).apply(read_volume(tmp_path / "ramp.png"))
     found = find_images(tmp_path)
     seen = found.pixels(found.entries[0], (16, 16), 1)[0, ..., 0].astype(np.float32) / 127.5 - 1
-    given = fitted(image[..., 0][None], (16, 16))[0, 0].numpy()
+    given = to_generator_grid(image[..., 0][None], (16, 16))[0, 0].numpy()
     np.testing.assert_allclose(given, seen, atol=1e-6)
     assert given.min() == -1 and given.max() == 1
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medseg_diffusion.methods.calibration import Calibration, TemperatureFit, fit_temperature, not_exceeded
-from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, tempered
+from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, temperature_scaled
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -189,13 +189,13 @@ def test_outside_a_mask_there_is_certain_background() -> None:
 @given(seed=st.integers(0, 99), temperature=st.floats(0.2, 5), num_classes=st.integers(2, 5))
 def test_a_temperature_changes_certainty_but_no_label(seed, temperature, num_classes) -> None:
     p = (2 * normal(seed, num_classes, 50)).softmax(0)
-    found = tempered(p, temperature)
+    found = temperature_scaled(p, temperature)
     torch.testing.assert_close(found.sum(0), torch.ones(50))
     assert torch.equal(found.argmax(0), p.argmax(0))
     softer = entropy(found) - entropy(p)
     assert bool((softer >= -1e-5).all()) if temperature >= 1 else bool((softer <= 1e-5).all())
     if temperature > 0.5:
-        torch.testing.assert_close(tempered(found, 1 / temperature), p, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(temperature_scaled(found, 1 / temperature), p, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -203,7 +203,7 @@ def test_the_temperature_of_overconfident_probabilities_is_found(temperature) ->
     """Labels drawn from p; the model says p^T: the fit must return T."""
     p = (1.5 * normal(0, 3, 40_000)).softmax(0)
     labels = torch.multinomial(p.T, 1, generator=torch.Generator().manual_seed(1))[:, 0]
-    claimed = tempered(p, 1 / temperature)
+    claimed = temperature_scaled(p, 1 / temperature)
     assert fit_temperature((claimed.numpy(), labels.numpy())) == pytest.approx(temperature, rel=0.05)
 
 
@@ -211,12 +211,12 @@ def test_honest_borders_do_not_make_empty_background_uncertain() -> None:
     """Borders alone would ask for a temperature of 3; far background is certain, right, and stays so."""
     border = (1.5 * normal(0, 2, 20_000)).softmax(0)
     labels = torch.multinomial(border.T, 1, generator=torch.Generator().manual_seed(1))[:, 0]
-    claimed = tempered(border, 1 / 3)
+    claimed = temperature_scaled(border, 1 / 3)
     certain = torch.tensor([[1 - 1e-4], [1e-4]]).expand(2, 20_000).contiguous()
     near, far = (claimed.numpy(), labels.numpy()), (certain.numpy(), np.zeros(20_000, np.int64))
     found = fit_temperature(near, far)
     assert 1 < found < 3
-    assert float(tempered(certain, found)[1, 0]) < 0.03 < float(tempered(certain, 3)[1, 0])
+    assert float(temperature_scaled(certain, found)[1, 0]) < 0.03 < float(temperature_scaled(certain, 3)[1, 0])
     assert fit_temperature(near, (np.zeros((2, 0), np.float32), np.zeros(0, np.int64))) == pytest.approx(3, rel=0.05)
     assert fit_temperature() == 1
 

@@ -21,7 +21,7 @@ from medseg_diffusion.config.load import load_segmenter_config, parse_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.methods.ensemble import Ensemble, tempered
+from medseg_diffusion.methods.ensemble import Ensemble, temperature_scaled
 from medseg_diffusion.models import segmenter
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files, save_model
@@ -340,7 +340,7 @@ def test_a_calibrated_model_is_less_sure_of_the_same_labels(tmp_path: Path, mode
         raw = load_segmenter(model, "cpu", ensemble=ensemble).segment(volume)
         soft = load_segmenter(other, "cpu", ensemble=ensemble).segment(volume)
         assert torch.equal(raw.labels, soft.labels)
-        torch.testing.assert_close(soft.probabilities, tempered(raw.probabilities, temperature))
+        torch.testing.assert_close(soft.probabilities, temperature_scaled(raw.probabilities, temperature))
         assert float(soft.uncertainty.mean()) > float(raw.uncertainty.mean())
 
 

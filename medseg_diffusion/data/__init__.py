@@ -1,1 +1,1 @@
-"""Folders of cases to training examples."""
+"""Turns folders of scans and images into training examples."""

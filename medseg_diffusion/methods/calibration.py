@@ -22,7 +22,7 @@ from torch import Tensor
 
 from medseg_diffusion.metrics.calibration import Reliability, region
 
-from .ensemble import FAINTEST, Ensemble, tempered
+from .ensemble import FAINTEST, Ensemble, temperature_scaled
 
 LEVEL = 0.95
 """Of intervals of volumes."""
@@ -114,7 +114,7 @@ class TemperatureFit:
         ]
         p, truth = _joined(known[-1])
         ece = [Reliability.of(p, truth).ece]
-        ece.append(Reliability.of(tempered(torch.from_numpy(p), temperatures[-1]).numpy(), truth).ece)
+        ece.append(Reliability.of(temperature_scaled(torch.from_numpy(p), temperatures[-1]).numpy(), truth).ece)
         errors, level = not_exceeded(np.stack(self.volumes), LEVEL)
         return Calibration(
             self.sampler,

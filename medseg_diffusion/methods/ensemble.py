@@ -166,7 +166,7 @@ def staple(labels: Tensor, classes: int) -> Tensor:
     return result
 
 
-def tempered(probabilities: Tensor, temperature: float) -> Tensor:
+def temperature_scaled(probabilities: Tensor, temperature: float) -> Tensor:
     """Probabilities (K, *S) of a softmax at another temperature, p^(1/T) normalised; the largest class stays."""
     if temperature == 1:
         return probabilities

@@ -24,7 +24,7 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
 from medseg_diffusion.networks.pixel_classifier import PixelClassifiers, gathered
 from medseg_diffusion.sampling.loop import Sampler
-from medseg_diffusion.volumes.fitting import fitted, unfitted
+from medseg_diffusion.volumes.fitting import from_generator_grid, to_generator_grid
 
 from .activations import PUBLISHED_BLOCKS, Activations
 
@@ -74,10 +74,10 @@ class PixelSegmentation(nn.Module):
         members, known = len(seeds[0]), len(self.classifiers.members)
         if members > known:
             raise UsageError(f"an ensemble of {members} was asked for, but the model has {known} members")
-        there = fitted(image.clamp(-1, 1), self.size)
+        there = to_generator_grid(image.clamp(-1, 1), self.size)
         blocks = self.activations(there.expand(-1, self.channels, *self.size))
         found = self.classifiers.maps(blocks, self.size, members).float().softmax(2)
-        return unfitted(found.flatten(1, 2), image.shape[2:]).unflatten(1, found.shape[1:3])
+        return from_generator_grid(found.flatten(1, 2), image.shape[2:]).unflatten(1, found.shape[1:3])
 
 
 @dataclass(frozen=True, eq=False)

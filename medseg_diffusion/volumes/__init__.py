@@ -1,1 +1,1 @@
-"""Files to tensors and back, with geometry."""
+"""Reads scans, label maps and score maps from files, and writes them, with their geometry."""
