@@ -6,13 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_map
 from medseg_diffusion.volumes.paths import is_image, scan_files, scan_name
+
+from .patients import patients_of
 
 COLOURS = ("red", "green", "blue")
 
@@ -21,12 +23,21 @@ SplitName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled scan. All cases of one ``patient`` are in the same split."""
+    """One labelled scan. All cases of one ``patient`` are in the same split.
+
+    ``label`` is the first reader's; ``further_labels`` are those of other readers of the same image.
+    """
 
     name: str
     image: Path
     label: Path
     patient: str
+    further_labels: tuple[Path, ...] = ()
+
+    @property
+    def labels(self) -> tuple[Path, ...]:
+        """The label files of all readers."""
+        return (self.label, *self.further_labels)
 
 
 @dataclass(frozen=True)
@@ -48,21 +59,37 @@ def find_cases(folder: Path) -> CaseFolder:
     """Find the cases of a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
 
     In an image-mask folder, a mask has the name of its image, with or without "_seg" or "_segmentation". The suffixes
-    may differ (image.jpg, image.png). The name of a subfolder of images/ is the patient.
+    may differ (image.jpg, image.png). Several readers have folders raters/1, raters/2, ... instead; a reader's file may
+    be missing, and an empty mask is an answer.
+
+    patients.csv (`medseg_diffusion.data.patients`) says which cases are of one patient. Without it the name of a
+    subfolder of images/ is the patient, else every case has a patient of its own.
 
     Raises:
-        InputError: a missing folder, another layout, an image without a label, or no case at all.
+        InputError: a missing folder, another layout, an image without a label, a reader's mask without an image, no
+            case at all, or a patients.csv that lacks a case.
     """
     if not folder.is_dir():
         raise InputError(folder, "no such folder", "a data folder", "check the path given with --data")
+    found = _cases(folder)
+    patients = patients_of(folder, [case.name for case in found.cases])
+    return replace(
+        found, cases=tuple(replace(case, patient=patients.get(case.name, case.patient)) for case in found.cases)
+    )
+
+
+def _cases(folder: Path) -> CaseFolder:
+    """The cases by the layout of the folder alone."""
     if (folder / "dataset.json").is_file():
         return _decathlon(folder)
+    if (folder / "images").is_dir() and (folder / "raters").is_dir():
+        return _several_readers(folder / "images", folder / "raters")
     for images, labels in (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr")):
         if (folder / images).is_dir() and (folder / labels).is_dir():
             return _image_mask(folder / images, folder / labels)
     raise InputError(
         folder,
-        "neither dataset.json nor images/ with labels/ or masks/",
+        "neither dataset.json nor images/ with labels/, masks/ or raters/",
         "a Decathlon folder or an image-mask folder",
         "arrange the scans in one of these layouts",
     )
@@ -99,16 +126,42 @@ def _image_mask(images: Path, labels: Path) -> CaseFolder:
             patient = name if group == images else group.name
             cases.append(Case(name if group == images else f"{group.name}/{name}", image, label, patient))
     checked = _checked(images.parent, cases)
-    first = checked[0].image
-    colour = is_image(first) and len(read_map(first).data) == len(COLOURS)
-    return CaseFolder(checked, {}, COLOURS if colour else ("image",))
+    return CaseFolder(checked, {}, _channels(checked))
+
+
+def _several_readers(images: Path, raters: Path) -> CaseFolder:
+    """Cases whose readers have a folder each."""
+    folders = sorted((path for path in raters.iterdir() if path.is_dir()), key=lambda path: (len(path.name), path.name))
+    masks = [{re.sub("_seg(mentation)?$", "", scan_name(path)): path for path in scan_files(one)} for one in folders]
+    cases = []
+    for image in scan_files(images):
+        name = scan_name(image)
+        labels = [reader[name] for reader in masks if name in reader]
+        if not labels:
+            raise InputError(
+                image, f"no mask in any of the {len(folders)} folders of {raters}", "the mask of at least one reader",
+                "add it (an empty one where the reader found nothing), or drop the image",
+            )  # fmt: skip
+        cases.append(Case(name, image, labels[0], name, tuple(labels[1:])))
+    names = {case.name for case in cases}
+    for reader in masks:
+        if alone := sorted(set(reader) - names):
+            raise InputError(reader[alone[0]], "a mask without an image", f"an image {alone[0]} in {images}", "add it")
+    return CaseFolder(_checked(images.parent, cases), {}, _channels(cases))
+
+
+def _channels(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Names of the channels of the first image."""
+    first = cases[0].image if cases else None
+    colour = first is not None and is_image(first) and len(read_map(first).data) == len(COLOURS)
+    return COLOURS if colour else ("image",)
 
 
 def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
     if not cases:
         raise InputError(folder, "no labelled case", "at least one image with its label", "check the folder's layout")
     for case in cases:
-        for path in (case.image, case.label):
+        for path in (case.image, *case.labels):
             if not path.is_file():
                 raise InputError(
                     path,

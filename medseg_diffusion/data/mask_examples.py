@@ -45,32 +45,51 @@ class CaseFormat:
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped."""
+    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped.
+
+    ``further_labels`` are those of other readers.
+    """
 
     name: str
     image: Tensor
     label: Tensor
+    further_labels: tuple[Tensor, ...] = ()
+
+    @property
+    def labels(self) -> tuple[Tensor, ...]:
+        """The labels of all readers."""
+        return (self.label, *self.further_labels)
 
 
 def read_case(case: Case, expected: CaseFormat) -> tuple[Volume, Volume]:
-    """Read a case's image and labels and check them.
+    """Read a case's image and the labels of its first reader and check them.
 
     Raises:
         InputError: an unusable file, labels on another grid than their image, or an unexpected label value.
     """
-    volume, labels = read_volume(case.image, channels=expected.channels), read_labels(case.label)
+    volume = read_volume(case.image, channels=expected.channels)
+    return volume, read_case_labels(case.label, volume, expected)
+
+
+def read_case_labels(path: Path, volume: Volume, expected: CaseFormat) -> Volume:
+    """Read one reader's labels of the image ``volume`` and check them.
+
+    Raises:
+        InputError: an unusable file, labels on another grid than their image, or an unexpected label value.
+    """
+    labels = read_labels(path)
     if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
         raise InputError(
-            case.label,
+            path,
             f"a grid of {labels.shape}",
-            f"that of its image {case.image.name}, {volume.shape}, with the same affine",
+            f"that of its image {Path(volume.source or '').name}, {volume.shape}, with the same affine",
             "resample the label onto its image",
         )
     if expected.merge_labels:
-        _check_merged(labels, case.label, expected.named_labels)
+        _check_merged(labels, path, expected.named_labels)
         labels = labels.like(labels.data.clamp(max=1))
-    _check_values(labels, case.label, expected.num_classes)
-    return volume, labels
+    _check_values(labels, path, expected.num_classes)
+    return labels
 
 
 def require_slices(volume: Volume, orientation: str | None) -> None:
@@ -111,25 +130,29 @@ def prepare(
     prepared = []
     for i, case in enumerate(cases):
         stem = case.name.replace("/", "__")
-        image_file, label_file = cache / f"{stem}.image.npy", cache / f"{stem}.label.npy"
+        image_file = cache / f"{stem}.image.npy"
+        endings = ["", *(f"-{reader}" for reader in range(2, len(case.labels) + 1))]
+        label_files = [cache / f"{stem}.label{ending}.npy" for ending in endings]
         # A case is read again if one of its files or the way of reading it has changed.
-        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (case.image, case.label)]
+        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (case.image, *case.labels)]
         reading = [expected.channels, expected.num_classes, expected.merge_labels, sorted(expected.named_labels)]
         state = json.dumps([*files, repr(preprocessing), *reading, slices])
         state_file = cache / f"{stem}.json"
         cached_state = state_file.read_text() if state_file.exists() else ""
-        if not (image_file.exists() and label_file.exists() and cached_state == state):
+        if cached_state != state or not all(file.exists() for file in (image_file, *label_files)):
             state_file.unlink(missing_ok=True)
-            volume, labels = read_case(case, expected)
+            volume = read_volume(case.image, channels=expected.channels)
             if slices:
                 require_slices(volume, preprocessing.orientation)
             image, placement = preprocessing.apply(volume)
-            label = apply_labels(labels, placement)[0]
+            kind = np.uint8 if expected.num_classes <= 256 else np.int32
+            for path, label_file in zip(case.labels, label_files, strict=True):
+                label = apply_labels(read_case_labels(path, volume, expected), placement)[0]
+                _save(label_file, label.numpy().astype(kind))
             _save(image_file, image.numpy().astype(np.float32))
-            _save(label_file, label.numpy().astype(np.uint8 if expected.num_classes <= 256 else np.int32))
             state_file.write_text(state)
-        image_map, label_map = np.load(image_file, mmap_mode="c"), np.load(label_file, mmap_mode="c")
-        prepared.append(PreparedCase(case.name, torch.from_numpy(image_map), torch.from_numpy(label_map)))
+        first, *others = (_mapped(file) for file in label_files)
+        prepared.append(PreparedCase(case.name, _mapped(image_file), first, tuple(others)))
         on_case(i + 1, len(cases))
     return prepared
 
@@ -138,7 +161,8 @@ def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str]
     """InputError if a class of ``labels`` (value -> name) has no voxel in any of the training cases."""
     values = set()
     for case in cases:
-        values.update(torch.unique(case.label).tolist())
+        for label in case.labels:
+            values.update(torch.unique(label).tolist())
         if len(values) == len(labels):
             return
     empty = [f"{value} ({labels[value]})" for value in sorted(set(labels) - values) if value]
@@ -182,6 +206,10 @@ def _check_values(labels: Volume, path: Path, num_classes: int) -> None:
     raise InputError(path, found, f"labels 0 to {num_classes - 1}", remedy)
 
 
+def _mapped(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
 def _save(path: Path, array: np.ndarray) -> None:
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
@@ -215,7 +243,7 @@ class MaskExamples:
             if len(self.window) == 3 and 1 in case.label.shape:
                 size = " x ".join(str(n) for n in case.label.shape if n > 1)
                 raise InputError(case.name, f"a 2D image ({size})", "volumes for a 3D model", "set network.dims to 2")
-        self.foreground = [torch.nonzero(case.label)[::7] for case in self.cases]
+        self.foreground = [[torch.nonzero(label)[::7] for label in case.labels] for case in self.cases]
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -223,7 +251,10 @@ class MaskExamples:
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
         """The "image" (C, *window) float32 and "label" (*window) int64."""
         case, window = self.cases[index], (*self.window, 1)[:3]
-        positions = self.foreground[index]
+        # With one reader nothing is drawn.
+        reader = int(torch.randint(len(case.labels), (), generator=generator)) if case.further_labels else 0
+        labels = case.labels[reader]
+        positions = self.foreground[index][reader]
         labelled = len(positions) > 0 and float(torch.rand((), generator=generator)) < self.foreground_share
         centre = positions[int(torch.randint(len(positions), (), generator=generator))].tolist() if labelled else None
         corner = [
@@ -231,7 +262,7 @@ class MaskExamples:
             for axis, (size, width) in enumerate(zip(case.label.shape, window, strict=True))
         ]
         cut = tuple(slice(start, start + width) for start, width in zip(corner, window, strict=True))
-        image, label = case.image[(slice(None), *cut)].float(), case.label[cut].long()
+        image, label = case.image[(slice(None), *cut)].float(), labels[cut].long()
         missing = [width - size for size, width in zip(label.shape, window, strict=True)]
         if any(missing):
             pad = [n for m in reversed(missing) for n in (m // 2, m - m // 2)]

@@ -1,0 +1,57 @@
+"""patients.csv: which cases of a data folder are of one patient and must stay together."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+from medseg_diffusion.errors import InputError
+
+FILE = "patients.csv"
+COLUMNS = ("case", "patient")
+
+
+def read_patients(file: Path, cases: Collection[str]) -> dict[str, str]:
+    """Case -> patient, for every one of ``cases``.
+
+    Rows of other cases are left out, with a warning that counts them.
+
+    Args:
+        file: CSV with the columns case and patient.
+        cases: names of the cases, without suffix.
+
+    Raises:
+        InputError: an unreadable file, a case that it names twice, or one of ``cases`` that it lacks.
+    """
+    expected, remedy = f"a CSV file with the columns {' and '.join(COLUMNS)}", "correct the file, or remove it"
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            if not set(COLUMNS) <= set(reader.fieldnames or ()):
+                raise InputError(file, f"the columns {', '.join(reader.fieldnames or ()) or 'none'}", expected, remedy)
+            rows = [tuple((row[column] or "").strip() for column in COLUMNS) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(file, f"an unreadable file ({error})", expected, remedy) from error
+    patients: dict[str, str] = {}
+    for case, patient in rows:
+        if not case or not patient:
+            raise InputError(file, f"a row without {'patient' if case else 'case'}", "both in every row", remedy)
+        if case in patients:
+            raise InputError(file, f"case {case} twice", "one row for each case", "remove one of the rows")
+        patients[case] = patient
+    if missing := sorted(set(cases) - set(patients)):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            file, f"no row for case {missing[0]}{more}", "one row for each case", "add its patient, or drop the case"
+        )
+    if extra := len(set(patients) - set(cases)):
+        warnings.warn(f"{file}: {extra} of {len(patients)} rows are of cases that are not there", stacklevel=2)
+    return {case: patients[case] for case in cases}
+
+
+def patients_of(folder: Path, cases: Collection[str]) -> dict[str, str]:
+    """`read_patients` of the file in a data folder; empty where there is none."""
+    file = folder / FILE
+    return read_patients(file, cases) if file.is_file() else {}
