@@ -19,7 +19,7 @@ from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels, 
 from medseg_diffusion.volumes.resample import resample
 from medseg_diffusion.volumes.volume import Volume
 
-DATA = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[1] / "../shared/data"))
+DATA = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
 def affine_of(spacing=(1.0, 1.0, 1.0), angles=(0.0, 0.0, 0.0), origin=(10.0, -20.0, 30.0)) -> np.ndarray:

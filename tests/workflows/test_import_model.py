@@ -22,7 +22,7 @@ from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import sample, spaced
 from medseg_diffusion.workflows.import_model import import_model
 
-_SPEC = importlib.util.spec_from_file_location("published", Path(__file__).parent / "networks" / "published.py")
+_SPEC = importlib.util.spec_from_file_location("published", Path(__file__).parents[1] / "networks" / "published.py")
 assert _SPEC is not None and _SPEC.loader is not None
 published = importlib.util.module_from_spec(_SPEC)
 sys.modules["published"] = published

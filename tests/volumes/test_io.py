@@ -19,7 +19,7 @@ from medseg_diffusion.volumes.itk import affine_of
 from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES, find_scans, scan_name
 from medseg_diffusion.volumes.volume import Header, Volume
 
-DATA = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[1] / "../shared/data"))
+DATA = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[2] / "../shared/data"))
 SHAPE = (4, 5, 6)
 
 

@@ -356,7 +356,7 @@ def test_an_unusable_resume_file_is_refused(whole: Path, tmp_path: Path, damage)
 
 def start(call: str, **environment: str) -> subprocess.Popen[str]:
     """A Python process that runs ``call`` with this file imported."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_training as T; T.{call}"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_trainer as T; T.{call}"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stderr=subprocess.PIPE,
@@ -681,7 +681,7 @@ def test_latent_mask_diffusion_trains_its_autoencoder_first_and_states_its_ceili
 @pytest.mark.parametrize("method", ["latent-mask", "baseline"])
 def test_steps_that_fit_into_a_time_are_found(method, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validations and calibration count: what a step alone would leave room for is too much."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     equal_time: Any = importlib.import_module("equal_time")
     for name, value in (("WARM", 1), ("TIMED", 4), ("TIMED_AUTOENCODER", 5)):
         monkeypatch.setattr(equal_time, name, value)
