@@ -1,7 +1,7 @@
-"""Nothing stays on the CPU: networks, losses and samplers on fake CUDA tensors, and on a real GPU where there is one.
+"""Devices and precision are those asked for, and nothing stays on the CPU.
 
-Fake tensors have a device and no values, and mixing devices raises; no driver is needed. What they cannot see is left
-to the tests marked `cuda`: backward passes, generators on the wrong device, CPU tables indexed by CUDA times.
+Fake CUDA tensors have a device and no values, and mixing devices raises; no driver is needed. What they cannot see is
+left to the tests marked `cuda`: backward passes, generators on the wrong device, CPU tables indexed by CUDA times.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from medseg_diffusion.device import autocast_dtype, choose_device
 from medseg_diffusion.diffusion.denoiser import Clipped, NetworkDenoiser
 from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGuided
 from medseg_diffusion.diffusion.noise import Noised, generators
 from medseg_diffusion.diffusion.objective import Hybrid, Simple
 from medseg_diffusion.diffusion.schedule import linear
+from medseg_diffusion.errors import UsageError
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.medsegdiff import MedSegDiff
 from medseg_diffusion.networks.medsegdiff_v2 import MedSegDiffV2
@@ -50,6 +52,18 @@ def condition(name: str, batch: int) -> dict[str, Tensor]:
     if name == "classes":
         return {"label": torch.zeros(batch, dtype=torch.int64)}
     return {"context": torch.zeros(batch, 2, 8)} if name == "context" else {}
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "xpu"])
+def test_a_device_that_is_not_there_is_refused(name) -> None:
+    with pytest.raises(UsageError, match=name):
+        choose_device(name)
+
+
+def test_precision_is_that_asked_for() -> None:
+    cpu = choose_device("cpu")
+    assert autocast_dtype(cpu, "fp32") is None
+    assert autocast_dtype(cpu, "bf16") is torch.bfloat16
 
 
 @BOTH

@@ -1,4 +1,4 @@
-"""Collections of images: the official Tiny ImageNet layout, plain folders, scans; packing; broken files."""
+"""Collections of images: the official Tiny ImageNet layout, plain folders, scans and broken files."""
 
 from __future__ import annotations
 
@@ -9,49 +9,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from medseg_diffusion.data.cases import find_cases, split_by_hash
-from medseg_diffusion.data.image_cache import ImageExamples, packed, to_levels, to_unit
+from medseg_diffusion.data.image_cache import packed
 from medseg_diffusion.data.images import check_images, find_images
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.paths import scan_name
-
-WNIDS = ("n02", "n01")  # unsorted on purpose, as a file may be
-
-
-def jpeg(value: int, size: int = 64, mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    ramp = np.broadcast_to(2 * np.arange(size, dtype=np.uint8), (size, size))
-    pixels = ramp if mode == "L" else np.stack([ramp, np.full_like(ramp, value), ramp.T], axis=2)
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
-def tiny_imagenet(root: Path, per_class: int = 3) -> Path:
-    """Tiny ImageNet in its official layout, with two classes."""
-    folder = root / "tiny-imagenet-200"
-    (folder / "val" / "images").mkdir(parents=True)
-    (folder / "test" / "images").mkdir(parents=True)
-    (folder / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
-    (folder / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tbullfrog\nn03\tunused\n")
-    for c, wnid in enumerate(sorted(WNIDS)):
-        images = folder / "train" / wnid / "images"
-        images.mkdir(parents=True)
-        boxes = []
-        for i in range(per_class):
-            images.joinpath(f"{wnid}_{i}.JPEG").write_bytes(jpeg(100 * c + i, mode="L" if i == 0 else "RGB"))
-            boxes.append(f"{wnid}_{i}.JPEG\t{i}\t1\t60\t61\n")
-        (images.parent / f"{wnid}_boxes.txt").write_text("".join(boxes))
-    notes = []
-    for i in range(4):
-        (folder / "val" / "images" / f"val_{i}.JPEG").write_bytes(jpeg(30 + i))
-        notes.append(f"val_{i}.JPEG\t{WNIDS[i % 2]}\t0\t0\t10\t10\n")
-    (folder / "val" / "val_annotations.txt").write_text("".join(notes))
-    for i in range(5):
-        (folder / "test" / "images" / f"test_{i}.JPEG").write_bytes(jpeg(200 + i))
-    return folder
+from tests.helpers.tiny_imagenet import tiny_imagenet
 
 
 def zipped(folder: Path) -> Path:
@@ -79,46 +44,6 @@ def test_tiny_imagenet_is_read_from_folder_and_zip(tmp_path: Path, as_zip) -> No
     assert np.ptp(grey, axis=3).max() == 0
 
 
-def test_the_cache_holds_every_image_in_its_place(tmp_path: Path) -> None:
-    folder = tiny_imagenet(tmp_path)
-    images = packed(folder, tmp_path / "store", 64)
-    assert images.images.shape == (15, 64, 64, 3)
-    assert {part: len(found) for part, found in images.parts.items()} == {"train": 6, "validation": 4, "test": 5}
-    for part in ("train", "validation", "test"):
-        for position in images.part(part):
-            with Image.open(folder / images.names[position].removeprefix("tiny-imagenet-200/")) as image:
-                assert np.array_equal(images.images[position], np.asarray(image.convert("RGB")))
-
-
-def test_the_cache_is_made_once_and_again_when_the_source_changes(tmp_path: Path) -> None:
-    folder, store, calls = tiny_imagenet(tmp_path), tmp_path / "store", []
-    for _ in range(2):
-        packed(folder, store, 64, on_file=lambda done, total: calls.append(done))
-    assert calls == list(range(1, 16))
-    (folder / "test" / "images" / "test_9.JPEG").write_bytes(jpeg(9))
-    assert len(packed(folder, store, 64).part("test")) == 6
-    assert len(packed(folder, store, 32).images[0]) == 32
-
-
-def test_examples_are_exact_and_mirrored_half_of_the_time(tmp_path: Path) -> None:
-    images = packed(tiny_imagenet(tmp_path), tmp_path / "store", 64)
-    plain = ImageExamples(images, images.part("train"), flip=False)
-    example = plain.example(1, torch.Generator())
-    assert torch.equal(to_levels(example["image"]).permute(1, 2, 0), torch.from_numpy(images.images[1].copy()))
-    assert int(example["label"]) == images.labels[1]
-    mirrored = ImageExamples(images, images.part("train"))
-    draws = [mirrored.example(1, torch.Generator().manual_seed(i))["image"] for i in range(40)]
-    kept = sum(torch.equal(draw, example["image"]) for draw in draws)
-    flipped = sum(torch.equal(draw, example["image"].flip(-1)) for draw in draws)
-    assert kept + flipped == 40 and 8 < flipped < 32
-
-
-def test_levels_survive_the_way_to_the_unit_range_and_back() -> None:
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_levels(to_unit(levels)), levels)
-    assert float(to_unit(levels).min()) == -1 and float(to_unit(levels).max()) == 1
-
-
 def test_a_folder_of_images_has_its_subfolders_as_classes_and_sides_by_hash(tmp_path: Path) -> None:
     for i in range(12):
         path = tmp_path / "data" / ("cats" if i % 2 else "dogs") / f"{i}.png"
@@ -143,31 +68,6 @@ def test_a_folder_of_scans_gives_the_slices_that_show_something_and_splits_by_sc
         assert len({images.names[i] for i in images.part(part)}) == count
     # The unit of the intensities does not matter.
     assert np.abs(images.images[:6].astype(int) - images.images[6:12].astype(int)).max() <= 1
-
-
-def test_scans_as_whole_volumes(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    whole = np.random.default_rng(0).integers(1, 200, (5, 6, 7)).astype(np.float32)
-    for name in ("a", "b"):
-        nib.save(nib.Nifti1Image(whole, np.eye(4)), tmp_path / "data" / f"{name}.nii.gz")
-    images = packed(tmp_path / "data", tmp_path / "store", (8, 8, 8), 1, held_out=(0, 1))
-    assert images.images.shape == (2, 8, 8, 8, 1)
-    inside = images.images[0, 1:6, 1:7, 0:7, 0].astype(float)
-    assert np.corrcoef(inside.ravel(), whole.ravel())[0, 1] > 0.99
-    assert int(images.images[0, 0].max()) == 0  # what was added is air
-    pair = [ImageExamples(images, images.part("train"), flip).example(0, generator)["image"]
-            for flip, generator in ((False, one_that_draws(0.1)), (True, one_that_draws(0.1)))]  # fmt: skip
-    assert pair[0].shape == (1, 8, 8, 8) and torch.equal(pair[0].flip(1), pair[1])  # left and right change places
-    with pytest.raises(InputError, match=r"scans, for data\.size of three sides"):
-        packed(tiny_imagenet(tmp_path), tmp_path / "store", (8, 8, 8))
-
-
-def one_that_draws(value: float) -> torch.Generator:
-    """A generator whose first uniform number is below ``value``."""
-    for seed in range(1000):
-        if float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < value:
-            return torch.Generator().manual_seed(seed)
-    raise AssertionError
 
 
 @pytest.mark.parametrize("layout", [("imagesTr", "labelsTr"), ("images", "masks")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from medseg_diffusion.volumes.itk import affine_of
 from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES, find_scans, scan_name
 from medseg_diffusion.volumes.volume import Header, Volume
 
-DATA = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[2] / "../shared/data"))
 SHAPE = (4, 5, 6)
 
 
@@ -369,11 +367,11 @@ def test_find_scans(tmp_path) -> None:
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA} (set MEDSEG_DATA)")
-def test_real_scans_are_read_and_their_geometry_is_written_back(tmp_path) -> None:
-    scans = sorted((DATA / "Task04_Hippocampus/imagesTr").glob("[!.]*.nii.gz"))[:5]
+def test_real_scans_are_read_and_their_geometry_is_written_back(data_folder: Path, tmp_path) -> None:
+    scans = sorted((data_folder / "Task04_Hippocampus/imagesTr").glob("[!.]*.nii.gz"))[:5]
     scans += (
-        sorted((DATA / "whole_head").rglob("[!.]*.nii.gz"))[:3] + sorted((DATA / "ms_lesions").rglob("*.nii.gz"))[:4]
+        sorted((data_folder / "whole_head").rglob("[!.]*.nii.gz"))[:3]
+        + sorted((data_folder / "ms_lesions").rglob("*.nii.gz"))[:4]
     )
     assert len(scans) > 5
     for path in scans:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import nibabel as nib
@@ -18,8 +17,6 @@ from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels, foreground_box
 from medseg_diffusion.volumes.resample import resample
 from medseg_diffusion.volumes.volume import Volume
-
-DATA = Path(os.environ.get("MEDSEG_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
 def affine_of(spacing=(1.0, 1.0, 1.0), angles=(0.0, 0.0, 0.0), origin=(10.0, -20.0, 30.0)) -> np.ndarray:
@@ -279,10 +276,9 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA} (set MEDSEG_DATA)")
-def test_no_head_is_cut_off_in_real_scans() -> None:
-    images = sorted((DATA / "whole_head/elderly_t1/images").rglob("[!.]*.nii.gz"))
-    brains = sorted((DATA / "whole_head/elderly_t1/dlmuse_automatic").rglob("[!.]*.nii.gz"))
+def test_no_head_is_cut_off_in_real_scans(data_folder: Path) -> None:
+    images = sorted((data_folder / "whole_head/elderly_t1/images").rglob("[!.]*.nii.gz"))
+    brains = sorted((data_folder / "whole_head/elderly_t1/dlmuse_automatic").rglob("[!.]*.nii.gz"))
     assert len(images) == len(brains) > 0
     for image, brain_path in zip(images, brains, strict=True):
         volume, mask = read_volume(image), read_volume(brain_path)

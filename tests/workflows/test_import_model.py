@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +19,14 @@ from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import sample, spaced
 from medseg_diffusion.workflows.import_model import import_model
-
-_SPEC = importlib.util.spec_from_file_location("published", Path(__file__).parents[1] / "networks" / "published.py")
-assert _SPEC is not None and _SPEC.loader is not None
-published = importlib.util.module_from_spec(_SPEC)
-sys.modules["published"] = published
-_SPEC.loader.exec_module(published)
+from tests.helpers import published
+from tests.helpers.published import saved
 
 TIMES = torch.tensor([0, 999])
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def saved(path: Path, state: object) -> Path:
-    torch.save(state, path)
-    return path
 
 
 def test_from_the_command_line_to_the_originals_output(tmp_path: Path) -> None:
@@ -181,8 +170,3 @@ def test_a_bad_file_is_one_line_with_its_exit_code(tmp_path: Path) -> None:
     assert "a.pt: not a guided-diffusion network" in result.stderr and "no known architecture" in result.stderr
     assert result.stderr.count("\n") == 1
     assert CliRunner().invoke(app, [*command[:3], "elsewhere", *command[4:]]).exit_code == 2
-
-
-def test_a_segmenter_is_not_loaded_as_a_generator() -> None:
-    with pytest.raises(ModelError, match=r"hippocampus-t1: a model for 'mask', expected denoiser"):
-        load_model("hippocampus-t1")

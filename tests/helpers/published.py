@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -394,3 +395,8 @@ class LatentAutoencoder:
         weights = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(dim=-1)
         mixed = (v @ weights.transpose(1, 2)).reshape(h.shape)
         return h + conv(s, f"{name}.proj_out", mixed, padding=0)
+
+
+def saved(path: Path, state: object) -> Path:
+    torch.save(state, path)
+    return path

@@ -1,14 +1,11 @@
-"""Helpers of several test modules: small masks as files, an evaluation, and the pixels of a picture."""
+"""Small masks as files, and the evaluation of two cases."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from matplotlib.image import imread
-from scipy.ndimage import label
 
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
 from medseg_diffusion.metrics.overlap import label_overlap
@@ -38,15 +35,3 @@ def evaluation(name: str = "case_a") -> Evaluation:
         for key, (p, r) in pairs.items()
     ]
     return summarise(cases, {1: "one", 2: name, 3: "three"}, warnings=[f"about {name}"])
-
-
-def pixels(png: bytes) -> np.ndarray:
-    """A PNG as (H, W, 3) in [0, 1]."""
-    return imread(io.BytesIO(png), format="png")[..., :3]
-
-
-def extent(mask: np.ndarray) -> tuple[int, int]:
-    """Height and width in pixels of the largest connected part: not of the letters, which hold any shade."""
-    parts, _ = label(mask)
-    rows, columns = np.nonzero(parts == np.bincount(parts[mask]).argmax())
-    return int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
