@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed, draw_noised, gaussian, generators, uniform_times
+from medseg_diffusion.diffusion.noise import (
+    NoiseSource,
+    derive_seed,
+    draw_noised,
+    gaussian,
+    generators,
+    uniform_times,
+)
 from medseg_diffusion.diffusion.schedule import cosine
 from medseg_diffusion.diffusion.simplex import simplex
 
@@ -83,3 +90,14 @@ def test_times_that_are_drawn_already_are_kept() -> None:
     drawn = draw_noised(SCHEDULE, clean(5, 6), generators(SEEDS))
     assert torch.equal(given.t, t)
     assert torch.equal(given.x_t, drawn.x_t)
+
+
+def test_training_times_cover_all_noise_levels_evenly_and_depend_on_their_own_seed() -> None:
+    own = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    t = uniform_times(10, own)
+    assert t.dtype == torch.int64
+    counts = torch.bincount(t, minlength=11)
+    assert counts[0] == 0
+    assert counts[1:].min() > 300 and counts[1:].max() < 500  # 400 expected, 5 standard deviations are 95
+    again = uniform_times(10, [torch.Generator().manual_seed(seed) for seed in (7, 3)])
+    assert again.tolist() == [int(t[7]), int(t[3])]

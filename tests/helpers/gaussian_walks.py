@@ -11,19 +11,15 @@ from torch import Tensor
 
 from medseg_diffusion.diffusion.denoiser import Denoiser, GaussianDenoiser
 from medseg_diffusion.diffusion.prediction import Prediction
-from medseg_diffusion.diffusion.schedule import NoiseSchedule, linear
+from medseg_diffusion.diffusion.schedule import NoiseSchedule
+from tests.helpers.diffusion import LINEAR
 
-LINEAR = linear(1000)
 MEAN, STD = 0.1, 0.2
 HEALTHY, LESION = -0.4, 0.4
 """Means of two classes, both of standard deviation `STD`."""
 SHAPES = [(1, 6, 8), (2, 4, 6, 4)]
 NORMAL = GaussianDenoiser(LINEAR, MEAN, STD)
 LABEL, NULL = {"label": torch.tensor([0])}, {"label": torch.tensor([2])}
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def no_noise(shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None) -> Tensor:

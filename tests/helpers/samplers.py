@@ -30,8 +30,6 @@ SAMPLERS: dict[str, Sampler] = {
 SPACINGS = ["log-snr", "trailing", "leading", "linspace"]
 
 
-# ---- an independent implementation -----------------------------------------------------------------------------------
-
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 GRIDS = {
     "leading": spaced(SCHEDULES["linear"], 20, "leading"),

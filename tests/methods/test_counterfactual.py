@@ -13,11 +13,11 @@ from torch import Tensor
 from medseg_diffusion.diffusion.denoiser import Denoiser, GaussianDenoiser
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.methods.counterfactual import ClassifierCounterfactual, FreeCounterfactual
+from tests.helpers.diffusion import LINEAR, normal
 from tests.helpers.gaussian_walks import (
     HEALTHY,
     LABEL,
     LESION,
-    LINEAR,
     MEAN,
     NORMAL,
     NULL,
@@ -26,7 +26,6 @@ from tests.helpers.gaussian_walks import (
     Spy,
     classifier,
     kept_share,
-    normal,
     walked,
 )
 

@@ -16,19 +16,8 @@ from medseg_diffusion.methods.partial_noise import PartialNoise
 from medseg_diffusion.methods.patched import Patched
 from medseg_diffusion.sampling.loop import spread
 from medseg_diffusion.tasks.patched import PatchedDiffusion
-from tests.helpers.gaussian_walks import (
-    LABEL,
-    LINEAR,
-    MEAN,
-    NORMAL,
-    NULL,
-    SHAPES,
-    STD,
-    Spy,
-    classifier,
-    no_noise,
-    normal,
-)
+from tests.helpers.diffusion import LINEAR, normal
+from tests.helpers.gaussian_walks import LABEL, MEAN, NORMAL, NULL, SHAPES, STD, Spy, classifier, no_noise
 
 
 class Small(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from medseg_diffusion.diffusion.noise import gaussian
 from medseg_diffusion.methods.partial_noise import PartialNoise
-from tests.helpers.gaussian_walks import LINEAR, MEAN, NORMAL, STD, kept_share, no_noise, normal, walked
+from tests.helpers.diffusion import LINEAR, normal
+from tests.helpers.gaussian_walks import MEAN, NORMAL, STD, kept_share, no_noise, walked
 
 
 @pytest.mark.parametrize("start", [100, 250, 500])

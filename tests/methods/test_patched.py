@@ -11,7 +11,8 @@ from torch import Tensor
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.methods.patched import Patched
 from medseg_diffusion.tasks.patched import boxes
-from tests.helpers.gaussian_walks import LINEAR, MEAN, NORMAL, SHAPES, STD, Spy, no_noise, normal
+from tests.helpers.diffusion import LINEAR, normal
+from tests.helpers.gaussian_walks import MEAN, NORMAL, SHAPES, STD, Spy, no_noise
 
 
 @settings(deadline=None, max_examples=40)

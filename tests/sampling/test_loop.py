@@ -20,7 +20,7 @@ from medseg_diffusion.diffusion.schedule import cosine, linear, sigmoid
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import sample, spaced, spread
-from tests.helpers.gaussian_walks import LINEAR
+from tests.helpers.diffusion import LINEAR
 from tests.helpers.samplers import SAMPLERS, SCHEDULES, SPACINGS, Wave
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.noise import gaussian
 from medseg_diffusion.tasks.patched import Box, PatchedDiffusion, boxes
-from tests.helpers.gaussian_walks import LINEAR, normal
+from tests.helpers.diffusion import LINEAR, normal
 
 
 def extent(box: Box) -> list[tuple[int, int]]:

@@ -14,76 +14,11 @@ import torch
 
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
 from medseg_diffusion.volumes.io import format_of, read_labels, read_volume, write_labels, write_map
-from medseg_diffusion.volumes.itk import affine_of
-from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES, find_scans, scan_name
+from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES
 from medseg_diffusion.volumes.volume import Header, Volume
-
-SHAPE = (4, 5, 6)
-
-
-def oblique(angles=(0.2, -0.1, 0.4), spacing=(0.9, 1.1, 2.5)) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = nib.eulerangles.euler2mat(*angles) * spacing
-    affine[:3, 3] = -50.5, 20.25, 3
-    return affine
-
-
-SHEARED = oblique() @ np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0.1, 1, 0], [0, 0, 0, 1]])
-
-
-def values(shape=SHAPE, dtype=np.float32) -> np.ndarray:
-    return (np.random.default_rng(0).random(shape) * 200).astype(dtype)
-
-
-def save(path: Path, array=None, affine=None, codes=(1, 1), units=2, qform=None) -> Path:
-    image = nib.Nifti1Image(values() if array is None else array, oblique() if affine is None else affine)
-    image.set_qform(image.affine if qform is None else qform, codes[0])
-    image.set_sform(image.affine, codes[1])
-    image.header["xyzt_units"] = units
-    nib.save(image, path)
-    return path
-
+from tests.helpers.volumes import SHAPE, SHEARED, oblique, save, values
 
 # ---- round trips ----
-
-
-@pytest.mark.parametrize("codes", [(1, 1), (1, 0), (0, 2), (2, 4), (0, 0)])
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_nifti_keeps_geometry_codes_and_units(tmp_path, suffix, codes) -> None:
-    scan = read_volume(save(tmp_path / f"in{suffix}", codes=codes, units=10))
-    labels = torch.randint(0, 4, SHAPE)
-    write_labels(labels, scan, tmp_path / f"out{suffix}")
-    before, after = (nib.load(tmp_path / f"{name}{suffix}") for name in ("in", "out"))
-    np.testing.assert_allclose(after.affine, before.affine, atol=1e-4)
-    for field in ("qform_code", "sform_code", "xyzt_units"):
-        assert after.header[field] == before.header[field]
-    np.testing.assert_allclose(after.header["pixdim"][1:4], before.header["pixdim"][1:4], rtol=1e-5)
-    np.testing.assert_array_equal(np.asarray(after.dataobj), labels.numpy())
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"in{suffix}", f"out{suffix}"]
-
-
-def test_nifti_keeps_a_qform_that_differs(tmp_path) -> None:
-    scan = read_volume(save(tmp_path / "in.nii", qform=oblique((0.3, 0.2, 0.1)), codes=(1, 2)))
-    assert scan.header.qform is not None
-    write_labels(torch.zeros(SHAPE, dtype=torch.uint8), scan, tmp_path / "out.nii")
-    before, after = (nib.load(tmp_path / name) for name in ("in.nii", "out.nii"))
-    np.testing.assert_allclose(after.get_qform(), before.get_qform(), atol=1e-4)
-    np.testing.assert_allclose(after.get_sform(), before.get_sform(), atol=1e-6)
-
-
-@pytest.mark.parametrize(("units", "factor"), [(0, 1), (1, 1000), (2, 1), (3, 0.001)])
-def test_units_become_millimetres_and_return(tmp_path, units, factor) -> None:
-    scan = read_volume(save(tmp_path / "in.nii", units=units, codes=(1, 2)))
-    np.testing.assert_allclose(scan.affine[:3], oblique()[:3] * factor, rtol=1e-4)
-    write_map(scan.data, scan, tmp_path / "out.nii")
-    np.testing.assert_allclose(nib.load(tmp_path / "out.nii").affine, oblique(), atol=1e-4)
-
-
-@pytest.mark.parametrize("turn", [(np.pi, 0, 0), (np.pi - 1e-4, 0, 0), (np.pi, 1e-4, 2e-4), (0, np.pi, 0.1)])
-def test_half_turns_survive_a_quaternion(tmp_path, turn) -> None:
-    scan = read_volume(save(tmp_path / "in.nii", affine=oblique(turn), codes=(1, 0)))
-    write_map(scan.data, scan, tmp_path / "out.nii")
-    np.testing.assert_allclose(nib.load(tmp_path / "out.nii").affine, scan.affine, atol=1e-2)
 
 
 @pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
@@ -112,52 +47,11 @@ def test_labels_return_in_every_format(tmp_path, suffix) -> None:
         assert format_of(suffix).open_image(tmp_path / f"seg{suffix}").dtype == stored
 
 
-def test_labels_are_stored_unscaled(tmp_path) -> None:
-    write_labels(torch.ones(SHAPE, dtype=torch.bool), Volume(torch.zeros(1, *SHAPE), oblique()), tmp_path / "a.nii")
-    assert struct.unpack("<2f", (tmp_path / "a.nii").read_bytes()[112:120]) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd"])
-def test_itk_formats_place_voxels_where_simpleitk_does(tmp_path, suffix) -> None:
-    image = sitk.GetImageFromArray(values().transpose(2, 1, 0))
-    image.SetSpacing((0.7, 1.3, 2.9))
-    image.SetOrigin((11.0, -22.0, 33.5))
-    image.SetDirection(nib.eulerangles.euler2mat(0.3, 0.5, -2.0).ravel().tolist())
-    sitk.WriteImage(image, str(tmp_path / f"a{suffix}"))
-    scan = read_volume(tmp_path / f"a{suffix}")
-    np.testing.assert_array_equal(scan.data[0].numpy(), values())
-    for index in ((0, 0, 0), (3, 1, 5), (2, 4, 0)):
-        left_posterior_superior = image.TransformIndexToPhysicalPoint(index)
-        ours = nib.affines.apply_affine(scan.affine, index)
-        np.testing.assert_allclose(ours * [-1, -1, 1], left_posterior_superior, atol=1e-6)
-    np.testing.assert_allclose(affine_of(image), scan.affine, atol=1e-9)
-    write_labels(torch.ones(SHAPE, dtype=torch.int16), scan, tmp_path / f"b{suffix}")
-    again = sitk.ReadImage(str(tmp_path / f"b{suffix}"))
-    np.testing.assert_allclose(again.GetDirection(), image.GetDirection(), atol=1e-9)
-    np.testing.assert_allclose(again.GetOrigin(), image.GetOrigin(), atol=1e-9)
-
-
-def test_nifti_and_itk_agree_on_the_same_scan(tmp_path) -> None:
-    image = sitk.ReadImage(str(save(tmp_path / "a.nii.gz")))
-    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
-    one, other = read_volume(tmp_path / "a.nii.gz"), read_volume(tmp_path / "a.nrrd")
-    np.testing.assert_allclose(one.affine, other.affine, atol=1e-4)
-    assert torch.equal(one.data, other.data)
-
-
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
 def test_sheared_axes_survive(tmp_path, suffix) -> None:
     scan = Volume(torch.from_numpy(values()[None]), SHEARED)
     write_map(scan.data, scan, tmp_path / f"a{suffix}")
     np.testing.assert_allclose(read_volume(tmp_path / f"a{suffix}").affine, SHEARED, atol=1e-5)
-
-
-def test_slope_and_intercept_are_applied(tmp_path) -> None:
-    image = nib.Nifti1Image(values(dtype=np.int16), oblique())
-    image.header.set_slope_inter(0.5, -1000)
-    nib.save(image, tmp_path / "a.nii")
-    raw = values(dtype=np.int16)
-    np.testing.assert_allclose(read_volume(tmp_path / "a.nii").data[0].numpy(), raw * 0.5 - 1000)
 
 
 def test_channels_and_singleton_axes(tmp_path) -> None:
@@ -335,32 +229,6 @@ def test_wrong_arguments_write_nothing(tmp_path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         write_map(torch.zeros(SHAPE), scan, tmp_path / "missing" / "a.nii")
     assert not list(tmp_path.iterdir())
-
-
-# ---- names ----
-
-
-def test_scan_names() -> None:
-    assert [scan_name(p) for p in ("x/a.nii.gz", "a.b.nii", "A.NII.GZ", "a.nrrd")] == ["a", "a.b", "A", "a"]
-    with pytest.raises(InputError, match="suffix"):
-        scan_name("a.docx")
-
-
-def test_find_scans(tmp_path) -> None:
-    for name in ("b.nii.gz", "a.nrrd", "c_seg.nii", "c_prob.mha", "d_uncertainty.nii.gz", "e_anomaly.nii.gz"):
-        (tmp_path / name).touch()
-    for name in ("e_anomaly_mask.nii.gz", ".hidden.nii", "notes.txt", "segment.mhd"):
-        (tmp_path / name).touch()
-    assert [p.name for p in find_scans(tmp_path)] == ["a.nrrd", "b.nii.gz", "segment.mhd"]
-    assert find_scans(tmp_path / "c_seg.nii") == [tmp_path / "c_seg.nii"]
-    (tmp_path / "results").mkdir()
-    with pytest.raises(InputError, match="a folder without scans"):
-        find_scans(tmp_path / "results")
-    (tmp_path / "results" / "a_seg.nii").touch()
-    with pytest.raises(InputError, match="only results"):
-        find_scans(tmp_path / "results")
-    with pytest.raises(InputError, match="no such file"):
-        find_scans(tmp_path / "missing")
 
 
 # ---- real scans ----
