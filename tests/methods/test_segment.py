@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from medseg_diffusion import device
 from medseg_diffusion.methods.segment import segment
 from medseg_diffusion.methods.windows import WHOLE, Windows, count_batches
-from medseg_diffusion.sampling import loop
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import Sampler
 
@@ -140,7 +140,7 @@ def test_all_slices_of_a_member_have_the_noise_of_a_place_within_them(size, plac
 
 @pytest.mark.parametrize(("members", "batches"), [(1, [4, 1]), (2, [2, 2, 1]), (9, [1] * 5)])
 def test_slices_share_a_batch_as_far_as_memory_goes(members, batches, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loop.POSITIONS_AT_ONCE, "cpu", 4 * 11 * 9)
+    monkeypatch.setitem(device.POSITIONS_AT_ONCE, "cpu", 4 * 11 * 9)
     model, image, windows = Pointwise(seeded=True), normal(6, 1, 11, 9, 5), Windows()
     seeds = list(range(members))
     found = run(model, image, seeds, windows, dims=2)

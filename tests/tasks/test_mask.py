@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from medseg_diffusion import build
+from medseg_diffusion import build, device
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
-from medseg_diffusion.sampling import loop
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
@@ -294,7 +293,7 @@ def test_a_sample_depends_on_its_image_and_seed_alone(method, monkeypatch: pytes
     assert together.shape == (2, 3, 3, 12, 12)
     swapped = model.probabilities(image.flip(0), [[6, 4, 5], [3, 1, 2]], sampler, times)
     torch.testing.assert_close(swapped.flip(0)[:, [1, 2, 0]], together, rtol=0, atol=1e-4)
-    monkeypatch.setitem(loop.POSITIONS_AT_ONCE, "cpu", 2 * 12 * 12)
+    monkeypatch.setitem(device.POSITIONS_AT_ONCE, "cpu", 2 * 12 * 12)
     torch.testing.assert_close(
         model.probabilities(image, [[1, 2, 3], [4, 5, 6]], sampler, times), together, rtol=0, atol=1e-4
     )
@@ -327,7 +326,7 @@ def test_the_image_is_encoded_once_for_all_steps_and_samples(method, monkeypatch
             block.register_forward_pre_hook(count(f"{id(block)}"))
             calls[f"{id(block)}"] = 0
     positions = 36 if method == "latent-mask" else 144
-    monkeypatch.setitem(loop.POSITIONS_AT_ONCE, "cpu", 4 * positions)
+    monkeypatch.setitem(device.POSITIONS_AT_ONCE, "cpu", 4 * positions)
     model.probabilities(problem(2)["image"], [[1, 2, 3], [4, 5, 6]], DDIM(), [100, 50, 20, 0])
     assert calls.pop("mask") == 2 * 3
     assert set(calls.values()) == {1}

@@ -70,9 +70,11 @@ def test_ctrl_c_reaches_every_process_and_waits_for_what_they_save(tmp_path: Pat
 
 
 def test_a_failure_is_told_once_and_its_exit_code_kept(tmp_path: Path) -> None:
+    """The folder is there, so that it is the processes that find nothing in it."""
     medseg = Path(sys.executable).with_name("medseg")
+    (tmp_path / "none").mkdir()
     command = [medseg, "train-segmenter", "baseline-hippocampus-small", "-o", tmp_path / "run", "--device", "cpu"]
     found = subprocess.run([*command, "--data", tmp_path / "none", "--gpus", "2"], capture_output=True, text=True)
     assert found.returncode == 3, found.stderr
-    assert "found no such folder" in found.stderr and "Traceback" not in found.stderr
+    assert found.stderr.count("found neither dataset.json nor images/") == 1 and "Traceback" not in found.stderr
     assert not (tmp_path / "run").exists(), "the call can be corrected and given again"

@@ -11,7 +11,7 @@ from medseg_diffusion.workflows.anomaly_calibration import healthy_voxels
 from tests.helpers.anomaly import head, small_config
 
 
-def test_calibration_sees_no_voxel_of_a_slice_that_was_not_scored(anomaly_models) -> None:
+def test_calibration_sees_no_voxel_of_a_slice_that_was_not_scored() -> None:
     """Slices of 1 mm on a grid of 3 mm: between a scored slice and another one lie mixtures with its zeros."""
     config = small_config("pixel")
     section = config.generator.preprocessing.model_copy(update={"spacing_mm": (1.0, 1.0, 3.0)})
