@@ -18,7 +18,7 @@ from medseg_diffusion.data.pairs import (
     listed,
 )
 from medseg_diffusion.errors import InputError
-from tests.helpers import box, save
+from tests.helpers.masks import box, save
 
 
 def touch(folder: Path, *names: str) -> Path:
