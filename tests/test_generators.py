@@ -286,7 +286,7 @@ def test_a_low_resolution_image_is_brought_to_the_size_of_any_latent() -> None:
     [
         ({"method": "upsampler", "factor": 3, "data": {"size": 64}}, "no multiple of factor 3"),
         ({"method": "pixel", "autoencoder": "autoencoder-tiny-imagenet-small"}, "method pixel has no autoencoder"),
-        ({"method": "latent"}, "method latent names its autoencoder"),
+        ({"method": "latent"}, "method latent needs an autoencoder"),
         ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
         ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
     ],
