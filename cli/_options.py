@@ -29,7 +29,7 @@ def existing_scans(paths: list[Path]) -> list[Path]:
 
 
 def existing_model(name: str | None) -> str | None:
-    """Refuse a model that is neither a folder nor installed."""
+    """Refuse a name that is neither a model folder nor an installed model."""
     from medseg_diffusion.models.store import find_model
 
     if name is not None:
@@ -38,14 +38,14 @@ def existing_model(name: str | None) -> str | None:
 
 
 def existing_models(names: list[str]) -> list[str]:
-    """Refuse models that are neither folders nor installed."""
+    """Refuse names that are neither model folders nor installed models."""
     for name in names:
         existing_model(name)
     return names
 
 
 def existing(expected: str) -> Callable[[Path | None], Path | None]:
-    """A callback that refuses a path that does not exist; ``expected`` says what belongs there."""
+    """A callback that refuses a path that does not exist; ``expected`` says what the path should be."""
 
     def check(path: Path | None) -> Path | None:
         if path is not None and not path.exists():
@@ -63,17 +63,22 @@ class Sampler(StrEnum):
     DPM_SOLVER = "dpm++"
 
 
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=known_device)]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+Device = Annotated[
+    str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", callback=known_device)
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed; the same seed gives the same result.")]
 Quiet = Annotated[
     bool | None,
-    typer.Option("--quiet/--verbose", help="Errors only; or details, and progress as lines.", show_default=False),
+    typer.Option(
+        "--quiet/--verbose", help="Print only errors, or details and progress line by line.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`medseg configs list`) or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3; repeatable."),
 ]
 RunFolder = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")]
 LabelledScans = Annotated[
@@ -86,29 +91,36 @@ Images = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop each network after this many training steps.")]
 TimeLimit = Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")]
-Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one a device.")]
+Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
 
 Scans = Annotated[
     list[Path],
     typer.Argument(
         metavar="SCAN...",
-        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, BMP, DICOM; or folders.",
+        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files, DICOM folders, or folders of them.",
         callback=existing_scans,
     ),
 ]
 Volumes = Annotated[
     list[Path],
     typer.Argument(
-        metavar="SCAN...", help="NIfTI, NRRD, MetaImage, DICOM folders, or folders of them.", callback=existing_scans
+        metavar="SCAN...",
+        help="NIfTI, NRRD or MetaImage files, DICOM folders, or folders of them.",
+        callback=existing_scans,
     ),
 ]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="File (for one scan) or folder to write; default: next to each scan."),
+]
 Model = Annotated[
     str | None,
-    typer.Option("-m", "--model", help="Name or folder; default: the built-in model.", callback=existing_model),
+    typer.Option(
+        "-m", "--model", help="Name or folder of a model; default: the built-in model.", callback=existing_model
+    ),
 ]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name or folder of a model.", callback=existing_model)
 ]
 Preview = Annotated[bool, typer.Option("--preview", help="Write a preview as PNG.")]
-SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans whose result exists.")]
+SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans that already have a result.")]

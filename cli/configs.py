@@ -30,7 +30,7 @@ def list_presets(as_json: AsJson = False) -> None:
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a preset.")]) -> None:
-    """Print a preset as YAML, ready to be saved and changed."""
+    """Print a preset as YAML, to save and change it."""
     from medseg_diffusion.config.load import presets
 
     known = presets()

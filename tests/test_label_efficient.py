@@ -833,7 +833,7 @@ def test_without_a_held_out_case_there_are_no_scores_and_it_says_so(scans, gener
     command = ["train-pixel-classifier", str(config), "--generator", str(generators[2]), "--data", str(data)]
     result = CliRunner().invoke(app, [*command, "--labelled", "1", "-o", str(tmp_path / "run"), "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert "no scores: no case is on the side that the generator held out" in result.output
+    assert "no scores: the generator held out none of these cases" in result.output
 
 
 def test_held_out_references_of_two_files_are_scored(scans, generators, tmp_path: Path) -> None:
