@@ -13,7 +13,7 @@ import typer
 from medseg_diffusion.errors import InputError
 
 
-def known_device(value: str) -> str:
+def valid_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N, mps")
     return value
@@ -64,7 +64,7 @@ class Sampler(StrEnum):
 
 
 Device = Annotated[
-    str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", callback=known_device)
+    str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", callback=valid_device)
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed; the same seed gives the same result.")]
 Quiet = Annotated[

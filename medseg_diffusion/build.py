@@ -65,8 +65,8 @@ def noise_schedule(section: ScheduleSection) -> NoiseSchedule:
     """The noise schedule of a configuration; UsageError if its betas are impossible."""
     try:
         ends = {name: getattr(section, name) for name in ("beta_start", "beta_end")}
-        given = {name: value for name, value in ends.items() if value is not None}
-        return SCHEDULES[section.name](section.num_steps, **given)
+        ends = {name: value for name, value in ends.items() if value is not None}
+        return SCHEDULES[section.name](section.num_steps, **ends)
     except ValueError as error:
         raise UsageError(f"schedule: {error}") from error
 

@@ -644,7 +644,7 @@ def test_one_bad_scan_stops_no_other(scans, models, tmp_path: Path) -> None:
 
 
 def test_what_the_model_cannot_do_is_said(scans, models) -> None:
-    with pytest.raises(UsageError, match="--method patched: this model's generator serves partial-noise"):
+    with pytest.raises(UsageError, match="--method patched: this model has partial-noise"):
         AnomalyModel(models["pixel"], DetectionOptions("patched"), "cpu")
     with pytest.raises(ModelError, match="not an anomaly model"):
         AnomalyModel("brain-tissue-t1", device="cpu")

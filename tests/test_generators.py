@@ -313,8 +313,8 @@ def test_the_low_resolution_image_is_that_of_the_latent_be_it_mirrored_or_not(pi
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("pixel", {"label": 0}, "knows no classes"),
-        ("class", {"label": 2}, "--class 2: the model knows classes 0 to 1"),
+        ("pixel", {"label": 0}, "has no classes"),
+        ("class", {"label": 2}, "--class 2: the model has classes 0 to 1"),
         ("pixel", {"guidance": 2.0}, "--guidance needs a model whose training dropped its classes"),
         ("latent", {"classifier": "classifier"}, "--classifier sees pixels"),
         ("upsampler", {}, "give it with --upsampler"),
