@@ -310,7 +310,7 @@ def test_calibration_sees_no_voxel_of_a_slice_that_was_not_scored(models) -> Non
 def test_detectors_that_need_unhealthy_scans_say_so(scans, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"scans with lesions too, for classifier-guided and .* --unhealthy"):
         train_anomaly(small("classes"), scans, tmp_path / "run", exclude_labelled=1, device="cpu")
-    with pytest.raises(UsageError, match="learns from healthy scans alone"):
+    with pytest.raises(UsageError, match="uses only healthy scans"):
         train_anomaly(small("pixel"), scans, tmp_path / "run", exclude_labelled=1, unhealthy=scans, device="cpu")
 
 
@@ -328,7 +328,9 @@ def test_a_scan_without_a_healthy_slice_is_left_out_of_the_calibration(scans, mo
 def test_a_time_that_is_too_short_for_all_networks_says_so(scans, autoencoder, tmp_path: Path) -> None:
     config = small("latent", autoencoder=autoencoder)
     options: dict[str, Any] = {"exclude_labelled": 2, "device": "cpu"}
-    with pytest.raises(UsageError, match=r"went into the autoencoder of .*generator; go on with --resume"):
+    with pytest.raises(
+        UsageError, match=r"ended in the training of the autoencoder in .*generator; continue with --resume"
+    ):
         train_anomaly(config, scans, tmp_path / "run", time_limit_min=1e-5, **options)
     assert train_anomaly(config, scans, tmp_path / "run", resume=True, **options).model.is_dir()
 

@@ -68,12 +68,12 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyC
     """
     path = Path(name_or_path)
     if not path.is_file():
-        known = presets()
-        if str(name_or_path) not in known:
+        available = presets()
+        if str(name_or_path) not in available:
             raise UsageError(
-                f"{name_or_path}: no such file and no preset of that name{_nearest(str(name_or_path), known)}"
+                f"{name_or_path}: no such file and no preset of that name{_nearest(str(name_or_path), available)}"
             )
-        path = known[str(name_or_path)]
+        path = available[str(name_or_path)]
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -161,6 +161,6 @@ def _fields(section: Any, location: Sequence[int | str]) -> Sequence[str]:
     return list(section.model_fields)
 
 
-def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+def _nearest(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
