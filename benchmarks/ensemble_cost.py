@@ -79,10 +79,10 @@ def main() -> None:
                 took = seconds(runs[which], device)
                 if i >= 2:
                     timings[which].append(took)
-        together, apart = (statistics.median(values) for values in timings)
+        batched, single = (statistics.median(values) for values in timings)
         print(
-            f"{name}: {options.members} samples of {len(times) - 1} steps {together:.3f} s, "
-            f"one encoding and {options.members * (len(times) - 1)} evaluations {apart:.3f} s: {together / apart:.2f}"
+            f"{name}: {options.members} samples of {len(times) - 1} steps {batched:.3f} s, "
+            f"one encoding and {options.members * (len(times) - 1)} evaluations {single:.3f} s: {batched / single:.2f}"
         )
 
 

@@ -153,7 +153,7 @@ def comparison(folder: Path, images: int, side: int) -> dict[str, float]:
 PARTS = {"training": training, "inference": inference, "network": network, "comparison": comparison}
 
 
-def alone(what: str, folder: Path, images: int, side: int) -> dict[str, float]:
+def in_fresh_process(what: str, folder: Path, images: int, side: int) -> dict[str, float]:
     """Run one part in a fresh process."""
     command = [sys.executable, __file__, "--part", what, "--folder", str(folder)]
     command += ["--images", str(images), "--side", str(side)]
@@ -188,7 +188,7 @@ def main() -> None:
             f"published way: {naive:.2f} GB of features an image, {options.images * naive:.1f} GB for all in training"
         )
         for what in PARTS:
-            numbers = alone(what, Path(folder), options.images, options.side)
+            numbers = in_fresh_process(what, Path(folder), options.images, options.side)
             print(f"{what}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()))
 
 

@@ -89,8 +89,13 @@ Images = Annotated[
     typer.Option("--data", help="Folder or zip of images, or folder of scans.", callback=existing("images or scans")),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop each network after this many training steps.")]
-TimeLimit = Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop each network after this many training steps; default: the configuration's."),
+]
+TimeLimit = Annotated[
+    float | None, typer.Option(min=0.0, metavar="MIN", help="Stop training after MIN minutes; default: no limit.")
+]
 Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
 
 Scans = Annotated[

@@ -27,7 +27,10 @@ def anomaly(
     scans: Volumes,
     model: Model = None,
     threshold: Annotated[
-        str, typer.Option(help="auto (the calibrated one), a quantile of healthy scans such as q0.99, or a number.")
+        str,
+        typer.Option(
+            help="Threshold of the mask: auto (calibrated), a quantile of healthy scans such as q0.99, or a number."
+        ),
     ] = "auto",
     method: Annotated[Method | None, typer.Option(help="Detector; default: the model's.")] = None,
     latent_quantile: LatentQuantile = None,

@@ -28,10 +28,12 @@ def evaluate_generator(
     samplers: Annotated[
         str, typer.Option(metavar="NAME:STEPS,...", help="Samplers to compare, with their numbers of steps.")
     ] = "ddim:50,ddim:200,ddpm:1000",
-    count: Annotated[int, typer.Option("-n", min=1, help="Samples for each row of the table.")] = 10_000,
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of samples for each row of the table.")] = 10_000,
     extractor: Annotated[
         str,
-        typer.Option(help="inception, efficientnet-lite0, or a .pt or .onnx file; auto takes the first available one."),
+        typer.Option(
+            help="Feature extractor: inception, efficientnet-lite0, a .pt or .onnx file, or auto (the first available)."
+        ),
     ] = "auto",
     inception: Annotated[Path | None, typer.Option(metavar="FILE", help="File with the weights of Inception.")] = None,
     download: Annotated[

@@ -48,7 +48,7 @@ def export_model(
     command: Annotated[str, typer.Option(help="Command that trained the model, for the card.")] = "",
     data: Annotated[str, typer.Option(help="Credit and terms of the training data, for the card.")] = "",
     notes: Annotated[str, typer.Option(help="Intended use and limits of the model, for the card.")] = "",
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the weights; default: that of the model.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Copy a model for others, with a complete card and optionally at half the size."""

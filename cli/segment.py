@@ -67,7 +67,7 @@ def segment(
     ] = False,
     max_disagreement: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Pseudo-labels: largest mutual information of the members, else 255."),
+        typer.Option(min=0.0, max=1.0, help="Mutual information of the members above which a pseudo-label is 255."),
     ] = 0.1,
     statistics: Annotated[bool, typer.Option("--statistics", help="Write *_statistics.json: volumes in ml.")] = False,
     preview: Preview = False,
