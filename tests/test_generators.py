@@ -287,8 +287,8 @@ def test_a_low_resolution_image_is_brought_to_the_size_of_any_latent() -> None:
         ({"method": "upsampler", "factor": 3, "data": {"size": 64}}, "no multiple of factor 3"),
         ({"method": "pixel", "autoencoder": "autoencoder-tiny-imagenet-small"}, "method pixel has no autoencoder"),
         ({"method": "latent"}, "method latent needs an autoencoder"),
-        ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
-        ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
+        ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
+        ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
     ],
 )
 def test_contradictions_of_a_configuration_are_named(content, message) -> None:
@@ -315,7 +315,7 @@ def test_the_low_resolution_image_is_that_of_the_latent_be_it_mirrored_or_not(pi
     [
         ("pixel", {"label": 0}, "has no classes"),
         ("class", {"label": 2}, "--class 2: the model has classes 0 to 1"),
-        ("pixel", {"guidance": 2.0}, "--guidance needs a model whose training dropped its classes"),
+        ("pixel", {"guidance": 2.0}, "--guidance needs a model that was trained with condition.drop"),
         ("latent", {"classifier": "classifier"}, "--classifier sees pixels"),
         ("upsampler", {}, "give it with --upsampler"),
         ("pixel", {"upsampler": "upsampler"}, "does not enlarge images of 16 x 16"),

@@ -580,7 +580,7 @@ def test_diverse_units_are_one_of_each_cluster() -> None:
             InputError,
             "found 0 labelled slices that show every class",
         ),
-        ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: of the 8 patients in"),
+        ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: the generator held out only"),
         ({}, {"flip_axes": [2]}, UsageError, "augmentation.flip_axes: no axis 2 in the generator's 2D"),
         ({}, {"unit": "slice", "generator": 3}, UsageError, "the generator makes volumes, so cases are labelled"),
     ],
@@ -701,7 +701,9 @@ def test_a_part_of_the_generators_scans_and_others_are_split_as_it_was(scans, ge
     found = labelled_units(quick(), generator, part, Labelling(1), tmp_path / "cache2").split
     assert set(found.test) - {"another"} == set(every.test[1:])
     assert set(found.train) - {"another"} == set(every.train)
-    with pytest.raises(UsageError, match=r"data.test_cases=3: of the 8 patients in .*part \d are on the side"):
+    with pytest.raises(
+        UsageError, match=r"data.test_cases=3: the generator held out only \d of the 8 patients in .*part"
+    ):
         labelled_units(quick(test_cases=3), generator, part, Labelling(1), tmp_path / "cache3")
 
 
@@ -846,7 +848,7 @@ def test_held_out_references_of_two_files_are_scored(scans, generators, tmp_path
     assert found.test is not None and found.test.dice[1].n == 2
 
 
-@pytest.mark.parametrize(("names", "message"), [([], "classes are 0 to 2"), (["box"], "data.labels 0 to 1")])
+@pytest.mark.parametrize(("names", "message"), [([], "classes are 0 to 2"), (["box"], "data.labels names 0 to 1")])
 def test_labels_with_gaps_are_refused(names, message, scans, generators, tmp_path: Path) -> None:
     """Numbered anew, label 3 would be none of the classes."""
     cases = [{"image": f"images/s{i}.nii.gz", "label": f"labels/s{i}.nii.gz"} for i in range(8)]

@@ -59,7 +59,7 @@ _SCHEMAS: dict[str, type[AnyConfig]] = {
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Reads a preset or a YAML file, and applies overrides "a.b=value" (value in YAML). ``method`` decides the type.
+    """Read a preset or a YAML file, and apply overrides "a.b=value" (value in YAML). ``method`` decides the type.
 
     In the config.yaml of a run folder, the keys `NOTES` are ignored.
 

@@ -52,7 +52,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.task.parameters()).device
 
     @torch.no_grad()

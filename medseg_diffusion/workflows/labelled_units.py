@@ -134,8 +134,8 @@ def _class_names(config: PixelClassifierConfig, folder: CaseFolder, data: Path) 
     if folder.labels and set(folder.labels) != set(labels):
         raise UsageError(
             f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but "
-            f"{'data.labels' if config.data.labels else 'classes are'} 0 to {len(names)}; number them without gaps, "
-            "and name all of them"
+            f"{'data.labels names' if config.data.labels else 'classes are'} 0 to {len(names)}; number them without "
+            "gaps, and name all of them"
         )
     return labels
 
@@ -194,9 +194,8 @@ def _held_out(
         test, validation = generator.held_out.count(patients)
         if section.test_cases is not None and section.test_cases > test:
             raise UsageError(
-                f"data.test_cases={section.test_cases}: of the {len(set(patients))} patients in {data} {test} are on "
-                "the side that the generator held out for testing; leave it out, or train the generator with more "
-                "data.test_images"
+                f"data.test_cases={section.test_cases}: the generator held out only {test} of the {len(set(patients))} "
+                f"patients in {data} for testing; leave the key out, or train the generator with more data.test_images"
             )
     return (
         test if section.test_cases is None else section.test_cases,

@@ -108,8 +108,8 @@ def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dic
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
     if folder.labels and not config.data.merge_labels and set(folder.labels) != set(labels):
         raise UsageError(
-            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels of the "
-            f"configuration 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
+            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels names "
+            f"labels 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
         )
     return labels
 
