@@ -1,1 +1,1 @@
-"""Folders of cases to training examples."""
+"""Folders of scans and images as training examples, and the synthesis of scans."""

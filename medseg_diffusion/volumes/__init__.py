@@ -1,1 +1,1 @@
-"""Files to tensors and back, with geometry."""
+"""Scans between files and tensors, with their geometry."""

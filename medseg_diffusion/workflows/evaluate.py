@@ -1,4 +1,4 @@
-"""`medseg evaluate` as a function: pair the masks, compare them, summarise the numbers and write the report."""
+"""`medseg evaluate`: pair the masks, compare them, summarise the numbers and write the report."""
 
 from __future__ import annotations
 

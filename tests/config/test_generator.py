@@ -19,9 +19,9 @@ def test_a_class_that_nothing_attends_to_is_refused() -> None:
     [
         ({"method": "upsampler", "factor": 3, "data": {"size": 64}}, "no multiple of factor 3"),
         ({"method": "pixel", "autoencoder": "autoencoder-tiny-imagenet-small"}, "method pixel has no autoencoder"),
-        ({"method": "latent"}, "method latent names its autoencoder"),
-        ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
-        ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "data.size is what images are made"),
+        ({"method": "latent"}, "method latent needs an autoencoder"),
+        ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
+        ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
     ],
 )
 def test_contradictions_of_a_configuration_are_named(content, message) -> None:

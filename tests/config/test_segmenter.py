@@ -39,7 +39,7 @@ def test_the_presets_for_nuclei_and_flair_differ_in_their_method_alone() -> None
         ({"network": 3}, r"network: .*got 3"),
         ({"diffusion": {"dice_ce_weight": 1}}, "dice_ce_weight needs head: logits"),
         ({"diffusion": {"head": "logits", "target": "eps"}}, "head: logits needs target: x0"),
-        ({"preprocessing": {"size": [64, 64]}}, r"preprocessing\.size resizes pictures, but network\.dims is 3"),
+        ({"preprocessing": {"size": [64, 64]}}, r"preprocessing\.size resizes 2D images, but network\.dims is 3"),
         ({"preprocessing": {"size": [64, 64], "spacing_mm": [1, 1, 1]}}, "size and spacing_mm exclude each other"),
         ({"preprocessing": {"size": [64, 0]}}, r"preprocessing\.size\.1: .*greater than 0"),
         ({"preprocessing": {"orientation": "RAX"}}, "orientation: names one of R/L, A/P and S/I each, such as RAS"),

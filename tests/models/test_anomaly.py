@@ -69,7 +69,7 @@ def test_divergences_hardly_depend_on_the_precision_of_the_networks(anomaly_mode
 
 
 def test_what_the_model_cannot_do_is_said(anomaly_scans, anomaly_models) -> None:
-    with pytest.raises(UsageError, match="--method patched: this model's generator serves partial-noise"):
+    with pytest.raises(UsageError, match="--method patched: this model has partial-noise"):
         AnomalyModel(anomaly_models["pixel"], DetectionOptions("patched"), "cpu")
     with pytest.raises(ModelError, match="not an anomaly model"):
         AnomalyModel("brain-tissue-t1", device="cpu")

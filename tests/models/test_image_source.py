@@ -59,9 +59,9 @@ def test_an_upsampler_doubles_what_is_sampled(name, image_models) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("pixel", {"label": 0}, "knows no classes"),
-        ("class", {"label": 2}, "--class 2: the model knows classes 0 to 1"),
-        ("pixel", {"guidance": 2.0}, "--guidance needs a model whose training dropped its classes"),
+        ("pixel", {"label": 0}, "has no classes"),
+        ("class", {"label": 2}, "--class 2: the model has classes 0 to 1"),
+        ("pixel", {"guidance": 2.0}, "--guidance needs a model that was trained with condition.drop"),
         ("latent", {"classifier": "classifier"}, "--classifier sees pixels"),
         ("upsampler", {}, "give it with --upsampler"),
         ("pixel", {"upsampler": "upsampler"}, "does not enlarge images of 16 x 16"),

@@ -37,10 +37,10 @@ def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
     plain = make_model(tmp_path / "plain", tiny_config(method="baseline"))
     path = calibrated(plain, tmp_path / "model", sampler="ddim", steps=7, volume_errors=[0.1], level=0.95)
     for options in ({"steps": 3}, {"sampler": "ddim"}):
-        with pytest.raises(UsageError, match="is feed-forward: leave --steps and --sampler out"):
+        with pytest.raises(UsageError, match="this model is feed-forward; leave --steps and --sampler out"):
             load_segmenter(path, "cpu", **options)  # type: ignore[arg-type]
     several = load_segmenter(path, "cpu", ensemble=5)
-    assert several.notes == ["a feed-forward model has one mask, whatever the ensemble"]
+    assert several.notes == ["a feed-forward model has one mask; the ensemble size has no effect"]
     found = several.segment(read_volume(save(tmp_path / "scan.nii.gz")))
     assert (
         several.aggregation.calibration is not None

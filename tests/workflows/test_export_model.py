@@ -1,4 +1,4 @@
-"""Models made ready to hand on."""
+"""Exported models."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def test_a_copy_is_half_as_large_says_where_it_comes_from_and_works(tmp_path: Pa
 
 def test_an_imported_model_is_not_ours_to_hand_on(tmp_path: Path) -> None:
     save_model(tmp_path / "theirs", {"task": "denoiser", "method": "pixel"}, {"a": torch.zeros(1)}, "")
-    with pytest.raises(ModelError, match="a denoiser that was imported"):
+    with pytest.raises(ModelError, match="an imported denoiser"):
         export_model(tmp_path / "theirs", tmp_path / "out")

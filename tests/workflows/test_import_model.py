@@ -62,7 +62,7 @@ def test_an_imported_model_draws_images_once_its_size_is_known(tmp_path: Path) -
     import_model(file, "guided-diffusion", tmp_path / "m", {"num_heads": 2, "size": 8})
     source = ImageSource(tmp_path / "m", SampleOptions(steps=3, device="cpu", label=4))
     assert source.draw([0, 1]).shape == (2, 8, 8, 3)
-    with pytest.raises(UsageError, match="--class 5: the model knows classes 0 to 4"):
+    with pytest.raises(UsageError, match="--class 5: the model has classes 0 to 4"):
         ImageSource(tmp_path / "m", SampleOptions(device="cpu", label=5))
     with pytest.raises(UsageError, match="--guidance needs"):
         ImageSource(tmp_path / "m", SampleOptions(device="cpu", guidance=2.0))
@@ -117,7 +117,7 @@ def test_latents_are_never_drawn_as_colours(tmp_path: Path) -> None:
     """A first stage of three channels: only the source tells its latents from pixels."""
     state = published.OpenAI(in_channels=3, out_channels=3, scale_shift=False).state
     import_model(saved(tmp_path / "a.pt", state), "latent-diffusion", tmp_path / "m", {"num_heads": 2, "size": 8})
-    with pytest.raises(ModelError, match="an imported model that needs an autoencoder, which is not with it"):
+    with pytest.raises(ModelError, match="an imported model that needs an autoencoder, which is not part of it"):
         ImageSource(tmp_path / "m", SampleOptions(device="cpu"))
 
 

@@ -69,7 +69,9 @@ def test_a_part_of_the_generators_scans_and_others_are_split_as_it_was(
     found = labelled_units(quick(), generator, part, Labelling(1), tmp_path / "cache2").split
     assert set(found.test) - {"another"} == set(every.test[1:])
     assert set(found.train) - {"another"} == set(every.train)
-    with pytest.raises(UsageError, match=r"data.test_cases=3: of the 8 patients in .*part \d are on the side"):
+    with pytest.raises(
+        UsageError, match=r"data.test_cases=3: the generator held out only \d of the 8 patients in .*part"
+    ):
         labelled_units(quick(test_cases=3), generator, part, Labelling(1), tmp_path / "cache3")
 
 
@@ -110,7 +112,7 @@ def test_a_volume_beyond_the_generators_is_refused(box_scans, box_generators, tm
         labelled_units(quick(), narrow, box_scans, Labelling(1), tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("names", "message"), [([], "classes are 0 to 2"), (["box"], "data.labels 0 to 1")])
+@pytest.mark.parametrize(("names", "message"), [([], "classes are 0 to 2"), (["box"], "data.labels names 0 to 1")])
 def test_labels_with_gaps_are_refused(names, message, box_scans, box_generators, tmp_path: Path) -> None:
     """Numbered anew, label 3 would be none of the classes."""
     cases = [{"image": f"images/s{i}.nii.gz", "label": f"labels/s{i}.nii.gz"} for i in range(8)]

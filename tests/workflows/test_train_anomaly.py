@@ -91,7 +91,7 @@ def test_what_cannot_be_scored_is_refused_before_the_training(tmp_path: Path) ->
 def test_detectors_that_need_unhealthy_scans_say_so(anomaly_scans, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"scans with lesions too, for classifier-guided and .* --unhealthy"):
         train_anomaly(small_config("classes"), anomaly_scans, tmp_path / "run", exclude_labelled=1, device="cpu")
-    with pytest.raises(UsageError, match="learns from healthy scans alone"):
+    with pytest.raises(UsageError, match="uses only healthy scans"):
         train_anomaly(
             small_config("pixel"),
             anomaly_scans,
@@ -105,7 +105,9 @@ def test_detectors_that_need_unhealthy_scans_say_so(anomaly_scans, tmp_path: Pat
 def test_a_time_that_is_too_short_for_all_networks_says_so(anomaly_scans, anomaly_autoencoder, tmp_path: Path) -> None:
     config = small_config("latent", autoencoder=anomaly_autoencoder)
     options: dict[str, Any] = {"exclude_labelled": 2, "device": "cpu"}
-    with pytest.raises(UsageError, match=r"went into the autoencoder of .*generator; go on with --resume"):
+    with pytest.raises(
+        UsageError, match=r"ended in the training of the autoencoder in .*generator; continue with --resume"
+    ):
         train_anomaly(config, anomaly_scans, tmp_path / "run", time_limit_min=1e-5, **options)
     assert train_anomaly(config, anomaly_scans, tmp_path / "run", resume=True, **options).model.is_dir()
 

@@ -96,7 +96,7 @@ def test_from_a_generator_to_scored_masks(dims, unit, device, box_scans, box_gen
             InputError,
             "found 0 labelled slices that show every class",
         ),
-        ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: of the 8 patients in"),
+        ({"test_cases": 3}, {}, UsageError, "data.test_cases=3: the generator held out only"),
         ({}, {"flip_axes": [2]}, UsageError, "augmentation.flip_axes: no axis 2 in the generator's 2D"),
         ({}, {"unit": "slice", "generator": 3}, UsageError, "the generator makes volumes, so cases are labelled"),
     ],
@@ -241,7 +241,7 @@ def test_without_a_held_out_case_there_are_no_scores_and_it_says_so(box_scans, b
     command = ["train-pixel-classifier", str(config), "--generator", str(box_generators[2]), "--data", str(data)]
     result = CliRunner().invoke(app, [*command, "--labelled", "1", "-o", str(tmp_path / "run"), "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert "no scores: no case is on the side that the generator held out" in result.output
+    assert "no scores: the generator held out none of these cases" in result.output
 
 
 def test_held_out_references_of_two_files_are_scored(box_scans, box_generators, tmp_path: Path) -> None:
