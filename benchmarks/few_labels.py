@@ -46,12 +46,8 @@ from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.device import autocast, with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.methods.label_efficient import (
-    ClassifierOptions,
-    PixelSegmentation,
-    fit_classifiers,
-    labelled_pixels,
-)
+from medseg_diffusion.methods.label_efficient import ClassifierOptions, PixelSegmentation, fit_classifiers
+from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.overlap import label_overlap
@@ -208,10 +204,8 @@ def raw_pixels(
 ) -> Segmenter:
     images, masks = [unit.images for unit in found.units], [unit.labels for unit in found.units]
     raw, classes = RawPixels(), list(found.labels.values())
-    pixels = labelled_pixels(
-        raw, images, masks, classes, config.data.pixels_per_class, seed,  # type: ignore[arg-type]
-        copies=config.data.copies, change=augmenter,
-    )  # fmt: skip
+    sampling = PixelSampling(config.data.pixels_per_class, seed, config.data.copies, augmenter)
+    pixels = labelled_pixels(raw, images, masks, classes, sampling)  # type: ignore[arg-type]
     options = ClassifierOptions(**config.classifier.model_dump())
     epochs = -(-RAW_STEPS * options.batch_size // len(pixels.labels))
     options = replace(options, min_steps=RAW_STEPS, max_epochs=epochs + options.max_epochs)

@@ -1,1 +1,1 @@
-"""What one does with a trained denoiser."""
+"""Methods that apply a trained denoiser: segmentation, anomaly detection, and what they need."""

@@ -18,7 +18,7 @@ from medseg_diffusion.data.mask_examples import CaseFormat, PreparedCase, prepar
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.activations import Activations
-from medseg_diffusion.methods.label_efficient import FEWEST_PIXELS
+from medseg_diffusion.methods.labelled_pixels import FEWEST_PIXELS
 from medseg_diffusion.models.generator import Generator
 from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
 from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
