@@ -92,7 +92,7 @@ class BandPass(nn.Module):
         nn.init.constant_(self.last.bias, 2.0)  # nearly open at the start
 
     def forward(self, size: Sequence[int], emb: Tensor) -> Tensor:
-        """Gates (B, channels, *F), in the order of `torch.fft.rfftn`, for a signal of ``size``; emb (B, emb_channels)."""
+        """Gates (B, channels, *F) in the order of `torch.fft.rfftn`, of a signal of ``size``; emb (B, emb_channels)."""
         axes = [torch.fft.fftfreq(n, device=emb.device).abs() for n in size[:-1]]
         axes.append(torch.fft.rfftfreq(size[-1], device=emb.device))
         frequency = 4 * torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) - 1
@@ -114,7 +114,7 @@ class SpectralAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, query: Tensor, key: Tensor, size: Sequence[int], emb: Tensor) -> Tensor:
-        """Attention (B, L, C) of query tokens to key tokens, each (B, L, C) at the L positions of a grid of ``size``."""
+        """Attention (B, L, C) of query tokens to key tokens, each (B, L, C) on the L positions of a ``size`` grid."""
         gate = self.band_pass(size, emb).repeat_interleave(query.shape[2] // self.heads, dim=1)
         q, k = (filtered(tokens, gate, size) for tokens in (self.q(query), self.k(key)))
         return cast(Tensor, self.proj(attend(q, k, self.v(key), self.heads)))

@@ -45,25 +45,25 @@ def convert(state: State, source: Source, settings: Mapping[str, Any] | None = N
         ModelError: names or shapes that the source's networks do not have. It names the nearest known architecture.
         UsageError: an unknown, invalid or missing setting.
     """
-    given = dict(settings or {})
+    settings = dict(settings or {})
     allowed = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
-    if unknown := sorted(set(given) - allowed):
+    if unknown := sorted(set(settings) - allowed):
         raise UsageError(f"--set {unknown[0]}: unknown here; known: {', '.join(sorted(allowed))}")
-    if given.get("qkv_order", "legacy") not in ("legacy", "new"):
-        raise UsageError(f"--set qkv_order={given['qkv_order']}: use legacy or new")
+    if settings.get("qkv_order", "legacy") not in ("legacy", "new"):
+        raise UsageError(f"--set qkv_order={settings['qkv_order']}: use legacy or new")
     for name in ("head_channels", "num_heads"):
-        if name in given and not (isinstance(given[name], int) and given[name] > 0):
-            raise UsageError(f"--set {name}={given[name]}: expected a whole number above 0")
-    if not isinstance(given.get("norm_eps", 1e-5), float):
-        raise UsageError(f"--set norm_eps={given['norm_eps']}: expected a number such as 1e-6")
+        if name in settings and not (isinstance(settings[name], int) and settings[name] > 0):
+            raise UsageError(f"--set {name}={settings[name]}: expected a whole number above 0")
+    if not isinstance(settings.get("norm_eps", 1e-5), float):
+        raise UsageError(f"--set norm_eps={settings['norm_eps']}: expected a number such as 1e-6")
     try:
         if source == "monai":
-            return monai_autoencoder(state) if "encoder.blocks.0.conv.weight" in state else monai_unet(state, given)
+            return monai_autoencoder(state) if "encoder.blocks.0.conv.weight" in state else monai_unet(state, settings)
         if source == "latent-diffusion":
-            return latent_diffusion(state, given)
+            return latent_diffusion(state, settings)
         if any(name.startswith("out.2.positional") for name in state):
-            return openai_classifier(state, given)
-        return openai_unet(state, given)
+            return openai_classifier(state, settings)
+        return openai_unet(state, settings)
     except KeyError as error:
         raise ModelError(
             f"not a {source} network: it has no {error.args[0]}, but {few(state)}; {nearest(state)}"

@@ -15,10 +15,10 @@ from .openai import openai_unet
 from .rules import Foreign, Rule, State, apply, pointwise, same
 
 
-def latent_diffusion(state: State, given: Mapping[str, Any]) -> Foreign:
+def latent_diffusion(state: State, settings: Mapping[str, Any]) -> Foreign:
     """The denoiser or the autoencoder, from a checkpoint of both or a state dict of one."""
     unet, first = (_below(state, prefix) for prefix in ("model.diffusion_model.", "first_stage_model."))
-    part = given.get("part", "denoiser" if unet or "input_blocks.0.0.weight" in state else "autoencoder")
+    part = settings.get("part", "denoiser" if unet or "input_blocks.0.0.weight" in state else "autoencoder")
     if part not in ("denoiser", "autoencoder"):
         raise UsageError(f"--set part={part}: use denoiser or autoencoder")
     if part == "autoencoder":
@@ -27,7 +27,7 @@ def latent_diffusion(state: State, given: Mapping[str, Any]) -> Foreign:
             scale = autoencoder.weights["scale"]
             autoencoder.weights["scale"] = torch.full_like(scale, float(state["scale_factor"]))
         return autoencoder
-    denoiser = openai_unet(unet or state, given)
+    denoiser = openai_unet(unet or state, settings)
     denoiser.betas = state.get("betas")
     if first:
         denoiser.assumed.append("the autoencoder is left out (--set part=autoencoder imports it)")

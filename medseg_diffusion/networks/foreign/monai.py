@@ -17,9 +17,9 @@ from medseg_diffusion.networks.unet import UNet
 from .rules import Foreign, Rule, State, add_heads, apply, blocks_of, joined, same, transformer_rules
 
 
-def monai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
+def monai_unet(state: State, settings: Mapping[str, Any]) -> Foreign:
     """MONAI's DiffusionModelUNet, with self-attention or spatial transformers."""
-    network = _monai_architecture(state, given)
+    network = _monai_architecture(state, settings)
     with torch.device("meta"):
         ours = UNet(**network)
     rules = [*same("time_embed.0", "time_embed.0"), *same("time_embed.2", "time_embed.2")]
@@ -27,11 +27,11 @@ def monai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
     if "num_classes" in network:
         rules += same("label_embed", "class_embedding", "weight")
     rules += [*_monai_encoder(ours), *_monai_middle(ours), *_monai_decoder(ours)]
-    assumed = [] if "norm_eps" in given else ["an eps of 1e-6 in the normalisations (--set norm_eps=...)"]
+    assumed = [] if "norm_eps" in settings else ["an eps of 1e-6 in the normalisations (--set norm_eps=...)"]
     return Foreign("denoiser", network, apply(rules, state, ours, "MONAI DiffusionModelUNet"), assumed=assumed)
 
 
-def _monai_architecture(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
+def _monai_architecture(state: State, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of our `UNet` with the architecture of a state dict."""
     stem = state["conv_in.conv.weight"]
     channels = stem.shape[0]
@@ -57,7 +57,7 @@ def _monai_architecture(state: State, given: Mapping[str, Any]) -> dict[str, Any
         "attention_factors": [2**i for i, attends in enumerate(attention) if attends],
         "resampling": "resblock" if "down_blocks.0.downsampler.norm1.weight" in state else "conv",
         "scale_shift": False,
-        "norm_eps": float(given.get("norm_eps", 1e-6)),
+        "norm_eps": float(settings.get("norm_eps", 1e-6)),
         "middle_attention": True,
     }
     if "class_embedding.weight" in state:
@@ -66,7 +66,7 @@ def _monai_architecture(state: State, given: Mapping[str, Any]) -> dict[str, Any
         network["context_channels"] = state[contexts[0]].shape[1]
         layers = {int(match.group(1)) for name in state if (match := re.search(r"transformer_blocks\.(\d+)", name))}
         network["transformer_depth"] = max(layers) + 1
-    add_heads(given, network, attention=True)
+    add_heads(settings, network, attention=True)
     return network
 
 

@@ -102,7 +102,7 @@ def _widens_inside(state: State, ends: set[int], count: int) -> bool:
     return any(f"input_blocks.{i}.0.skip_connection.weight" in state and i not in firsts for i in range(1, count))
 
 
-def openai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
+def openai_unet(state: State, settings: Mapping[str, Any]) -> Foreign:
     """The U-Net, unconditional or conditioned by classes, a low-resolution image or a context."""
     network, attention = _openai_layout(state)
     network["out_channels"] = state["out.2.weight"].shape[0]
@@ -114,12 +114,12 @@ def openai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
         network["context_channels"] = state[contexts[0]].shape[1]
         layers = {int(match.group(1)) for name in state if (match := re.search(r"transformer_blocks\.(\d+)", name))}
         network["transformer_depth"] = max(layers) + 1
-    if "norm_eps" in given:
-        network["norm_eps"] = float(given["norm_eps"])
-    add_heads(given, network, attention)
+    if "norm_eps" in settings:
+        network["norm_eps"] = float(settings["norm_eps"])
+    add_heads(settings, network, attention)
     assumed = []
-    legacy = given.get("qkv_order", "legacy") == "legacy"
-    if attention and not contexts and "qkv_order" not in given:
+    legacy = settings.get("qkv_order", "legacy") == "legacy"
+    if attention and not contexts and "qkv_order" not in settings:
         assumed.append("queries, keys and values in the legacy order (--set qkv_order=new for the other)")
     with torch.device("meta"):
         ours = UNet(**network)
@@ -140,7 +140,7 @@ def openai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
     return Foreign("denoiser", network, apply(rules, state, ours, "U-Net"), assumed=assumed)
 
 
-def openai_classifier(state: State, given: Mapping[str, Any]) -> Foreign:
+def openai_classifier(state: State, settings: Mapping[str, Any]) -> Foreign:
     """The noisy classifier with attention pooling."""
     network, attention = _openai_layout(state)
     depths = network.pop("num_res_blocks")
@@ -151,10 +151,10 @@ def openai_classifier(state: State, given: Mapping[str, Any]) -> Foreign:
     positions = state["out.2.positional_embedding"].shape[1] - 1
     side = round(positions ** (1 / network["dims"]))
     network["size"] = [side * 2 ** (len(network["channel_mult"]) - 1)] * network["dims"]
-    add_heads(given, network, attention)
+    add_heads(settings, network, attention)
     if "num_heads" in network:
         raise UsageError("a noisy classifier pools by heads of equal width: give --set head_channels=N")
-    legacy = given.get("qkv_order", "legacy") == "legacy"
+    legacy = settings.get("qkv_order", "legacy") == "legacy"
     with torch.device("meta"):
         ours = NoisyClassifier(**network)
     rules = [*same("time_embed.0", "time_embed.0"), *same("time_embed.2", "time_embed.2")]

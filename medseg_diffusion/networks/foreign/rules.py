@@ -115,7 +115,7 @@ def joined(ours: str, theirs: Iterable[str], parts: Iterable[str]) -> Iterator[R
         yield Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), lambda *w: torch.cat(w).squeeze())
 
 
-def add_heads(given: Mapping[str, Any], network: dict[str, Any], attention: bool) -> None:
+def add_heads(settings: Mapping[str, Any], network: dict[str, Any], attention: bool) -> None:
     """Add the user's number of attention heads, which shapes do not show.
 
     Raises:
@@ -123,11 +123,11 @@ def add_heads(given: Mapping[str, Any], network: dict[str, Any], attention: bool
     """
     if not attention:
         return
-    if "num_heads" not in given and "head_channels" not in given:
+    if "num_heads" not in settings and "head_channels" not in settings:
         raise UsageError(
             "this network has attention, and shapes do not tell its heads: add --set head_channels=N or num_heads=N"
         )
-    network.update({name: int(given[name]) for name in ("num_heads", "head_channels") if name in given})
+    network.update({name: int(settings[name]) for name in ("num_heads", "head_channels") if name in settings})
 
 
 def blocks_of(modules: nn.Module) -> list[Block]:
