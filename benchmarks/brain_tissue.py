@@ -23,13 +23,8 @@ import torch
 
 from medseg_diffusion.build import noise_schedule
 from medseg_diffusion.data.cases import Case, split_by_hash
-from medseg_diffusion.data.synthetic_brains import (
-    LabelMap,
-    SynthesisConfig,
-    SyntheticBrains,
-    load_label_map,
-    synthetic_scan,
-)
+from medseg_diffusion.data.label_maps import LabelMap, load_label_map
+from medseg_diffusion.data.synthetic_brains import SynthesisConfig, SyntheticBrains, synthetic_scan
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.segment import segment

@@ -46,12 +46,8 @@ from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.device import autocast, with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.methods.label_efficient import (
-    ClassifierOptions,
-    PixelSegmentation,
-    fit_classifiers,
-    labelled_pixels,
-)
+from medseg_diffusion.methods.label_efficient import ClassifierOptions, PixelSegmentation, fit_classifiers
+from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.overlap import label_overlap
@@ -65,7 +61,7 @@ from medseg_diffusion.tasks.mask import FeedForward, MaskEncoding
 from medseg_diffusion.training.run import start_run
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, TrainingRun, fit
-from medseg_diffusion.volumes.fitting import fitted, unfitted
+from medseg_diffusion.volumes.fitting import from_generator_grid, to_generator_grid
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.workflows.labelled_units import LabelledData, Labelling, labelled_units
@@ -104,8 +100,10 @@ class Fitted(nn.Module):
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
-        probabilities = self.model.probabilities(fitted(image.clamp(-1, 1), self.size), seeds, sampler, times)
-        return unfitted(probabilities.flatten(1, 2), image.shape[2:]).unflatten(1, probabilities.shape[1:3])
+        probabilities = self.model.probabilities(
+            to_generator_grid(image.clamp(-1, 1), self.size), seeds, sampler, times
+        )
+        return from_generator_grid(probabilities.flatten(1, 2), image.shape[2:]).unflatten(1, probabilities.shape[1:3])
 
 
 class Units:
@@ -208,10 +206,8 @@ def raw_pixels(
 ) -> Segmenter:
     images, masks = [unit.images for unit in data.units], [unit.labels for unit in data.units]
     raw, classes = RawPixels(), list(data.labels.values())
-    pixels = labelled_pixels(
-        raw, images, masks, classes, config.data.pixels_per_class, seed,  # type: ignore[arg-type]
-        copies=config.data.copies, change=augmenter,
-    )  # fmt: skip
+    sampling = PixelSampling(config.data.pixels_per_class, seed, config.data.copies, augmenter)
+    pixels = labelled_pixels(raw, images, masks, classes, sampling)  # type: ignore[arg-type]
     options = ClassifierOptions(**config.classifier.model_dump())
     epochs = -(-RAW_STEPS * options.batch_size // len(pixels.labels))
     options = replace(options, min_steps=RAW_STEPS, max_epochs=epochs + options.max_epochs)

@@ -65,17 +65,17 @@ def training(folder: Path, images: int, side: int) -> dict[str, float]:
     from medseg_diffusion.config.load import load_config
     from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
     from medseg_diffusion.data.augmentation import Augmenter
-    from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers, labelled_pixels
+    from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers
+    from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 
     started = time.monotonic()
     pictures, labels = labelled(images, side)
     classes = [f"class {i}" for i in range(CLASSES)]
     config = load_config("label-efficient")
     assert isinstance(config, PixelClassifierConfig)
-    pixels = labelled_pixels(
-        activations(side), pictures, labels, classes, config.data.pixels_per_class, 0, folder / "features.npy",
-        copies=config.data.copies, change=Augmenter(build.augmentation(config.augmentation), 2),
-    )  # fmt: skip
+    change = Augmenter(build.augmentation(config.augmentation), 2)
+    sampling = PixelSampling(config.data.pixels_per_class, 0, config.data.copies, change)
+    pixels = labelled_pixels(activations(side), pictures, labels, classes, sampling, folder / "features.npy")
     gathered = time.monotonic() - started
     model = fit_classifiers(pixels, ClassifierOptions(**config.classifier.model_dump()))
     torch.save(model.state_dict(), folder / "classifiers.pt")

@@ -1,4 +1,4 @@
-"""Random changes of a training example that leave its labels true."""
+"""Random changes of training examples that keep their labels valid."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of the augmentation; images are expected in about [-1, 1].
+    """Ranges of the augmentation, for images in about [-1, 1].
 
     Attributes:
-        probability: of each kind of change, 0 switches augmentation off.
-        rotate_degrees: rotations about every axis, uniform in +- this.
-        scale: zoom, uniform in 1 +- this.
-        flip_axes: spatial axes that may be mirrored; only those along which anatomy is symmetric.
-        noise_std: largest standard deviation of added noise.
-        blur_sigma: largest sigma of Gaussian smoothing, in voxels.
+        probability: probability of each kind of change; 0 switches augmentation off.
+        rotate_degrees: rotation about every axis, uniform in +- this value.
+        scale: zoom, uniform in 1 +- this value.
+        flip_axes: spatial axes that may be mirrored. The anatomy must be symmetric along them.
+        noise_std: largest standard deviation of the added noise.
+        blur_sigma: largest standard deviation of the Gaussian smoothing, in voxels.
         gamma: range of the exponent of the intensities.
-        intensity: intensities are scaled by 1 +- this and shifted by +- this.
+        intensity: intensities are scaled by 1 +- this value and shifted by +- this value.
     """
 
     probability: float = 0.3
@@ -36,10 +36,10 @@ class Augmentation:
 
 
 class Augmenter:
-    """Applies an `Augmentation` to an image (C, *S) and its labels (*S), 2D or 3D, from an explicit generator."""
+    """Applies an `Augmentation` to an image (C, *S) and its labels (*S), in 2D or 3D."""
 
     def __init__(self, config: Augmentation, dims: int) -> None:
-        # Imported where used: MONAI takes seconds, which segmenting does not need.
+        # Imported here: importing MONAI takes seconds, and segmenting does not need it.
         from monai.transforms import (
             Compose,
             RandAdjustContrastd,
@@ -73,8 +73,8 @@ class Augmenter:
         )
 
     def __call__(self, image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns the changed (image, label), same shapes and dtypes."""
+        """The changed (image, label), of the same shapes and types. All draws come from ``generator``."""
         self.transform.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
         out = self.transform({"image": image, "label": label[None]})
-        # Plain tensors: MONAI's MetaTensor would slow every operation of the network that follows.
+        # Plain tensors, because MONAI's MetaTensor slows down every operation of the network.
         return out["image"].as_tensor().float(), out["label"].as_tensor()[0].to(label.dtype)

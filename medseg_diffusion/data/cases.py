@@ -1,4 +1,4 @@
-"""Folders on disk to lists of labelled cases, and their split by patient."""
+"""Finds the labelled cases of a folder and splits them by patient."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from medseg_diffusion.volumes.paths import is_image, scan_files, scan_name
 
 COLOURS = ("red", "green", "blue")
 
-
-Side = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled scan. ``patient`` groups the cases that must stay on one side of a split."""
+    """One labelled scan. All cases of one ``patient`` are in the same split."""
 
     name: str
     image: Path
@@ -36,7 +35,7 @@ class CaseFolder:
 
     Attributes:
         cases: sorted by name.
-        labels: label value to name, background 0 included; empty where the folder does not say.
+        labels: label value -> name, background 0 included; empty if the folder does not name its labels.
         channels: names of the image channels, one per channel.
     """
 
@@ -46,13 +45,13 @@ class CaseFolder:
 
 
 def find_cases(folder: Path) -> CaseFolder:
-    """Reads a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
+    """Find the cases of a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
 
-    In an image-mask folder a mask has its image's name, with or without "_seg" or "_segmentation", and any suffix
-    (image.jpg, image.png); a subfolder of images/ names the patient.
+    In an image-mask folder, a mask has the name of its image, with or without "_seg" or "_segmentation". The suffixes
+    may differ (image.jpg, image.png). The name of a subfolder of images/ is the patient.
 
     Raises:
-        InputError: no such folder, neither layout, an image without its label, or no case at all.
+        InputError: a missing folder, another layout, an image without a label, or no case at all.
     """
     if not folder.is_dir():
         raise InputError(folder, "no such folder", "a data folder", "check the path given with --data")
@@ -127,75 +126,86 @@ def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
 
 @dataclass(frozen=True)
 class Split:
-    """Names of the cases on each side; no patient is on two sides."""
+    """Names of the cases of each split. No patient is in two splits."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
     def held_out(self) -> dict[str, list[str]]:
-        """The `digest` of every case of both held-out sides, sorted."""
-        return {side: sorted(map(digest, getattr(self, side))) for side in ("validation", "test")}
+        """The `digest` of every case of the validation and test splits, sorted."""
+        return {split: sorted(map(digest, getattr(self, split))) for split in ("validation", "test")}
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The largest SHA-256 of a name on the test and on the validation side; empty where nothing is.
+    """The largest SHA-256 of a patient's name in the test and in the validation split; empty if neither has one.
 
-    A model that holds them tells a name that it was trained on from one that it never saw, in whatever folder.
+    A model stores these bounds. They tell for any name, in any folder, whether the patient was held out.
     """
 
     test: str
     validation: str
 
     @classmethod
-    def of(cls, sides: Mapping[str, Side]) -> Bounds:
-        """Those of sides by hash (`sides_by_hash`)."""
-        last = {part: max((_rank(name) for name, side in sides.items() if side == part), default="") for part in _HELD}
+    def of(cls, splits: Mapping[str, SplitName]) -> Bounds:
+        """The bounds of the splits by patient that `split_of_patients` makes."""
+        last = {
+            held_out: max((_sha256(name) for name, split in splits.items() if split == held_out), default="")
+            for held_out in _HELD_OUT
+        }
         return cls(last["test"], max(last.values()))
 
     def count(self, names: Iterable[str]) -> tuple[int, int]:
-        """How many different ones of ``names`` are on the test and on the validation side."""
-        ranks = {_rank(name) for name in names}
-        test = sum(rank <= self.test for rank in ranks)
-        return test, sum(rank <= self.validation for rank in ranks) - test
+        """The number of distinct ``names`` in the test and in the validation split."""
+        hashes = {_sha256(name) for name in names}
+        test = sum(value <= self.test for value in hashes)
+        return test, sum(value <= self.validation for value in hashes) - test
 
 
-_HELD: tuple[Side, ...] = ("test", "validation")
+_HELD_OUT: tuple[SplitName, ...] = ("test", "validation")
 
 
-def _rank(name: str) -> str:
+def _sha256(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
 def digest(name: str) -> str:
-    """What a model may hold of a case's name, which could tell the patient: 16 hexadecimal digits of its SHA-256."""
-    return _rank(name)[:16]
+    """The first 16 hexadecimal digits of the SHA-256 of a case's name.
+
+    A model stores this instead of the name, which could identify the patient.
+    """
+    return _sha256(name)[:16]
 
 
 def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
-    """Splits by the rank of the SHA-256 of the patients' names: the smallest test, then validation, then training.
+    """Split cases by the SHA-256 of their patients' names.
 
-    The side of a patient depends on the names alone, never on the order of files or on a seed. ``test`` and
-    ``validation`` count patients.
+    The patients with the smallest values are the test split, the next ones the validation split, and the rest the
+    training split. A patient's split depends on the names alone, not on the order of files or on a seed.
+
+    Args:
+        cases: the cases.
+        test: number of patients in the test split.
+        validation: number of patients in the validation split.
 
     Raises:
         InputError: no patient would be left to train on.
     """
-    sides = sides_by_hash([case.patient for case in cases], test, validation)
-    parts = (
-        tuple(case.name for case in cases if sides[case.patient] == side) for side in ("train", "validation", "test")
+    splits = split_of_patients([case.patient for case in cases], test, validation)
+    train, validating, testing = (
+        tuple(case.name for case in cases if splits[case.patient] == name) for name in ("train", "validation", "test")
     )
-    return Split(*parts)
+    return Split(train, validating, testing)
 
 
-def sides_by_hash(patients: Sequence[str], test: int, validation: int) -> dict[str, Side]:
-    """The side of every patient, as `split_by_hash` chooses it.
+def split_of_patients(patients: Sequence[str], test: int, validation: int) -> dict[str, SplitName]:
+    """Patient -> split, as `split_by_hash` assigns it.
 
     Raises:
         InputError: no patient would be left to train on.
     """
-    ordered = sorted(set(patients), key=_rank)
+    ordered = sorted(set(patients), key=_sha256)
     if test < 0 or validation < 0 or len(ordered) <= test + validation:
         raise InputError(
             None,

@@ -1,7 +1,7 @@
-"""Training examples by number: what the n-th draw is depends on (seed, epoch, example index) alone.
+"""Numbered training examples: the n-th draw depends only on (seed, epoch, example index).
 
-Workers, ranks and interruptions only decide who computes a draw and when, so a resumed run sees exactly what an
-uninterrupted one would have seen.
+Workers, ranks and interruptions change only where and when a draw is computed. A resumed run therefore sees exactly the
+examples of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from medseg_diffusion.diffusion.noise import derive_seed
 
 
 class Examples(Protocol):
-    """A finite collection whose examples may be randomised (augmented, synthesised) by a generator."""
+    """A finite collection of examples. The generator may augment or synthesise them."""
 
     def __len__(self) -> int: ...
 
@@ -26,9 +26,9 @@ class Examples(Protocol):
 
 
 class Draws(Dataset[dict[str, Tensor]]):
-    """The endless sequence of draws from ``examples``: epochs of shuffled indices, one after the other.
+    """The endless sequence of draws from ``examples``: epochs of shuffled indices, one after another.
 
-    Each draw carries its own "seed" () int64 for whatever the training step draws for it (time, noise).
+    Each draw has its own "seed" () int64, from which the training step draws time and noise.
     """
 
     def __init__(self, examples: Examples, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Healthy scans, or the healthy part of scans with known lesions, as training images of anomaly detection."""
+"""Training images for anomaly detection: healthy scans, or the healthy slices of scans with labelled lesions."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_folder
-from medseg_diffusion.volumes.fitting import fitted
+from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.paths import find_scans, is_image, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
-from .cases import Bounds, find_cases, sides_by_hash
+from .cases import Bounds, SplitName, find_cases, split_of_patients
 from .image_cache import VERSION, PackedImages, Row, open_packed, write_packed
-from .images import Part
 
 HEALTHY, UNHEALTHY = 0, 1
-SHOWN = 0.01
-"""Slices of which less is brighter than the scan's darkest level are not learned from: they show next to nothing."""
+LEAST_FOREGROUND = 0.01
+"""Smallest share of a slice that must be brighter than the scan's darkest level. Emptier slices are left out."""
 CLASSES = ("healthy", "unhealthy")
 HEIGHTS = 10
-"""Bands of relative height from the lowest slice to the highest."""
-_TOUCHED = 1e-4  # share of a voxel
+"""Number of bands of relative height, from the lowest slice to the highest."""
+_TOUCHED = 1e-4  # smallest share of a voxel that a lesion must cover to touch it
 MOST_REPEATS = 8
-"""Of a slice in one epoch."""
+"""How often a slice is drawn in one epoch at most."""
 
 
 @dataclass(frozen=True)
 class HealthyScan:
-    """A scan to learn from. ``label`` marks lesions, None where there are none at all."""
+    """A scan for training. ``label`` marks its lesions; None if it has none."""
 
     name: str
     image: Path
@@ -47,10 +46,10 @@ class HealthyScan:
 
 
 def find_healthy(folder: Path) -> list[HealthyScan]:
-    """The scans of a labelled folder (`find_cases`), or of a plain one, which are then healthy altogether.
+    """The scans of a labelled folder (`find_cases`), or of a plain folder, whose scans are entirely healthy.
 
     Raises:
-        InputError: neither.
+        InputError: a missing folder, no scan, or an image file instead of a volume.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names & {"dataset.json", "labels", "masks", "labelsTr"}:
@@ -62,50 +61,58 @@ def find_healthy(folder: Path) -> list[HealthyScan]:
 
 
 def require_volume(scan: Path) -> None:
-    """InputError for a picture: anomalies are found in volumes."""
+    """InputError for an image file: anomaly detection needs volumes."""
     if is_image(scan):
         raise InputError(scan, "a 2D picture", "a volume", "give NIfTI, NRRD or MetaImage files, or DICOM series")
 
 
 @dataclass(frozen=True)
 class HealthySource:
-    """What `medseg train-anomaly` learns from.
+    """The scans that `medseg train-anomaly` learns from.
 
     Attributes:
-        scans: the healthy ones.
-        exclude_labelled: slices closer than this to a labelled one are left out; None where nothing may be labelled.
-        unhealthy: scans whose labelled slices (all slices, where nothing is labelled) are the class "unhealthy".
-        sides: of every patient.
+        scans: scans that give healthy slices.
+        exclude_labelled: slices closer than this to a labelled slice are left out; None if no voxel may be labelled.
+        unhealthy: scans whose labelled slices are the class "unhealthy"; all slices of scans without labels.
+        splits: patient -> split.
     """
 
     scans: tuple[HealthyScan, ...]
     exclude_labelled: int | None
     unhealthy: tuple[HealthyScan, ...]
-    sides: dict[str, Part]
+    splits: dict[str, SplitName]
 
 
 def healthy_source(
     healthy: Path, exclude_labelled: int | None, unhealthy: Path | None, held_out: tuple[int, int]
 ) -> HealthySource:
-    """Finds the scans and the side of every patient, that of `split_by_hash` for ``held_out`` (test, validation).
+    """Find the scans and split their patients as `split_by_hash` does.
+
+    Args:
+        healthy: folder of healthy scans, or of scans with labelled lesions.
+        exclude_labelled: see `HealthySource`.
+        unhealthy: folder of the scans for the class "unhealthy", or None.
+        held_out: number of patients in the test and in the validation split.
 
     Raises:
-        InputError: no scans, or too few to hold any out.
+        InputError: no scans, or too few to hold out this many.
     """
     scans = find_healthy(healthy)
-    sides = sides_by_hash([scan.patient for scan in scans], *held_out)
+    splits = split_of_patients([scan.patient for scan in scans], *held_out)
     others = find_healthy(unhealthy) if unhealthy is not None else []
-    # Patients of the healthy folder keep their side; others are for training alone.
-    return HealthySource(tuple(scans), exclude_labelled, tuple(others), sides)
+    # Patients of the healthy folder keep their split. All other patients are for training.
+    return HealthySource(tuple(scans), exclude_labelled, tuple(others), splits)
 
 
 def healthy_slices(label: Tensor | None, count: int, exclude_labelled: int | None) -> Tensor:
-    """Which of ``count`` slices are healthy, bool (count,): no slice closer than ``exclude_labelled`` is labelled.
+    """Which of ``count`` slices are healthy, bool (count,).
+
+    A slice is healthy if no slice closer than ``exclude_labelled`` is labelled.
 
     Args:
-        label: (I, J, K) on the model's grid, above 0 where there is a lesion, or None.
-        count: K.
-        exclude_labelled: 1 leaves out the labelled slices alone.
+        label: (I, J, K) on the model's grid, above 0 in lesions, or None.
+        count: number of slices, K.
+        exclude_labelled: distance in slices; 1 leaves out only the labelled slices. None leaves out nothing.
     """
     healthy = torch.ones(count, dtype=torch.bool)
     if label is None or exclude_labelled is None:
@@ -125,29 +132,29 @@ def lesion_map(scan: HealthyScan, placement: Placement) -> Tensor | None:
 
 
 def require_usable(volume: Volume, shape: Sequence[int], size: Sequence[int], modality: str | None) -> None:
-    """InputError for a scan of another modality, or one that images of ``size`` cannot show.
+    """InputError for a scan of another modality, or of a shape that does not suit images of ``size``.
 
     Args:
         volume: the scan.
         shape: (I, J, K) on the model's grid.
-        size: two sides for slices, three for volumes, which may fill a quarter of each side at least.
-        modality: DICOM's; None for any.
+        size: two sides for slices, three for volumes. A volume must fill at least a quarter of each side.
+        modality: DICOM modality of the model; None accepts any.
     """
-    known = volume.header.modality
-    if known and modality and known != modality:
-        raise InputError(volume.source, f"modality {known}", modality, "use a model that was made for it")
+    scan_modality = volume.header.modality
+    if scan_modality and modality and scan_modality != modality:
+        raise InputError(volume.source, f"modality {scan_modality}", modality, "use a model that was made for it")
     if len(size) == 3:
-        fewest = [-(-m // 4) for m in size]  # thinner ones would be padding for the most part
+        fewest = [-(-m // 4) for m in size]  # a thinner volume would be mostly padding
         fits = all(low <= n <= m for n, m, low in zip(shape, size, fewest, strict=True))
-        wanted = f"{' x '.join(map(str, fewest))} to {' x '.join(map(str, size))}"
+        expected = f"{' x '.join(map(str, fewest))} to {' x '.join(map(str, size))}"
         remedy = "cut it to the region that the model was trained on, or use a model of slices"
     else:
         shape = shape[:2]
         fits = 4 * min(shape) >= max(shape)
-        wanted = "axial slices of which no side is less than a quarter of the other"
+        expected = "axial slices of which no side is less than a quarter of the other"
         remedy = "give the whole volume, not a single sagittal or coronal slice"
     if not fits:
-        raise InputError(volume.source, f"{' x '.join(map(str, shape))} voxels on the model's grid", wanted, remedy)
+        raise InputError(volume.source, f"{' x '.join(map(str, shape))} voxels on the model's grid", expected, remedy)
 
 
 def packed_healthy(
@@ -159,20 +166,20 @@ def packed_healthy(
     modality: str | None = None,
     on_scan: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackedImages:
-    """The healthy slices (or whole healthy volumes) of the scans, packed; class 1 are the unhealthy ones, if any.
+    """The healthy slices (or whole healthy volumes) of the scans as packed images, and the unhealthy ones as class 1.
 
-    Slices without a lesion are frequent where lesions are rare, at the top and the bottom, so that a model would know
-    little of the middle, and a classifier would take the height for the disease. Hence they are drawn so often that
-    every height is met about as often as in the scans, as far as `MOST_REPEATS` allows.
+    Slices without lesions are mostly at the top and the bottom of the scans. A model would learn little of the middle
+    from them, and a classifier would mistake the height for the disease. Slices are therefore repeated, at most
+    `MOST_REPEATS` times, so that each height is drawn about as often as it occurs in the scans.
 
     Raises:
-        InputError: an unusable scan, one of another modality, lesions among scans that should have none, or nothing
-            left to train on.
+        InputError: an unusable scan, another modality, labelled voxels although ``source.exclude_labelled`` is None,
+            or no image to train on.
     """
     everything = [*source.scans, *source.unhealthy]
     files = [path for scan in everything for path in (scan.image, scan.label) if path is not None]
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = [state, source.exclude_labelled, source.sides, len(source.scans), list(size), channels, VERSION]
+    about = [state, source.exclude_labelled, source.splits, len(source.scans), list(size), channels, VERSION]
     about += [HEIGHTS, MOST_REPEATS]
     key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
     folder = store / f"healthy-{'x'.join(map(str, size))}-{key}"
@@ -183,35 +190,35 @@ def packed_healthy(
     def rows() -> Iterator[Row]:
         first, heights = 0, _Heights()
         for done, scan in enumerate(everything, 1):
-            wanted = HEALTHY if done <= len(source.scans) else UNHEALTHY
-            side: Part = source.sides.get(scan.patient, "train")
+            label = HEALTHY if done <= len(source.scans) else UNHEALTHY
+            split: SplitName = source.splits.get(scan.patient, "train")
             volume = read_volume(scan.image)
             image, placement = preprocessing.apply(volume)
             require_usable(volume, placement.shape, size, modality)
             lesions = lesion_map(scan, placement)
-            if wanted == HEALTHY:
+            if label == HEALTHY:
                 refuse_lesions(scan, source.exclude_labelled)
             if len(size) == 2:
-                visible, chosen = _slices(image, lesions, wanted, source.exclude_labelled)
-                images = image.movedim(-1, 0)[visible & chosen]
-                if side == "train":
-                    heights.add(first, wanted, visible, chosen)
+                visible, of_class = _slices(image, lesions, label, source.exclude_labelled)
+                images = image.movedim(-1, 0)[visible & of_class]
+                if split == "train":
+                    heights.add(first, label, visible, of_class)
             else:
                 marked = lesions is not None and bool(lesions.any())
-                images = image[None] if wanted == UNHEALTHY or not marked else image[None][:0]
+                images = image[None] if label == UNHEALTHY or not marked else image[None][:0]
             first += len(images)
-            if wanted == HEALTHY:
-                missing[side] += int((visible & ~chosen).sum()) if len(size) == 2 else 1 - len(images)
-            levels = ((fitted(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
+            if label == HEALTHY:
+                missing[split] += int((visible & ~of_class).sum()) if len(size) == 2 else 1 - len(images)
+            levels = ((to_generator_grid(images.clamp(-1, 1), size) + 1) * 127.5).round().to(torch.uint8)
             pixels = levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
-            yield Row(scan.name, wanted, side, pixels)
+            yield Row(scan.name, label, split, pixels)
             on_scan(done, len(everything))
         draws.extend(heights.draws())
 
     if not (folder / "index.json").is_file():
         with whole_folder(folder) as temporary:
             classes = CLASSES if source.unhealthy else ()
-            near, shape, held_out = source.scans[0].image.parent, (*size, channels), Bounds.of(source.sides)
+            near, shape, held_out = source.scans[0].image.parent, (*size, channels), Bounds.of(source.splits)
             write_packed(temporary, rows(), near, shape, classes, draws=draws, held_out=held_out)
             (temporary / LEFT_OUT).write_text(json.dumps(missing))
     return open_packed(folder)
@@ -220,45 +227,45 @@ def packed_healthy(
 LEFT_OUT = "left_out.json"
 
 
-def left_out(images: PackedImages) -> Counter[Part]:
-    """How many slices (or volumes) of each side's healthy scans were not packed, for a lesion in or near them."""
+def left_out(images: PackedImages) -> Counter[SplitName]:
+    """Split -> number of slices (or volumes) that were not packed because a lesion is in or near them."""
     return Counter(json.loads((images.folder / LEFT_OUT).read_text()))
 
 
-def _slices(image: Tensor, lesions: Tensor | None, wanted: int, exclude_labelled: int | None) -> tuple[Tensor, Tensor]:
-    """Which slices show anything, and which are of the wanted class; bool (K,) both."""
+def _slices(image: Tensor, lesions: Tensor | None, label: int, exclude_labelled: int | None) -> tuple[Tensor, Tensor]:
+    """Which slices are not empty, and which are of the class ``label``; both bool (K,)."""
     count = image.shape[-1]
-    if wanted == HEALTHY:
-        chosen = healthy_slices(lesions, count, exclude_labelled)
+    if label == HEALTHY:
+        of_class = healthy_slices(lesions, count, exclude_labelled)
     else:
-        chosen = torch.ones(count, dtype=torch.bool) if lesions is None else lesions.flatten(0, 1).any(0)
-    return (image > -0.9).flatten(0, 2).float().mean(0) >= SHOWN, chosen
+        of_class = torch.ones(count, dtype=torch.bool) if lesions is None else lesions.flatten(0, 1).any(0)
+    return (image > -0.9).flatten(0, 2).float().mean(0) >= LEAST_FOREGROUND, of_class
 
 
 class _Heights:
-    """Where the slices of training scans lie, and how often each that is learned from stands for one that is not."""
+    """Counts the slices of training scans at each height, to repeat slices where many were left out."""
 
     def __init__(self) -> None:
-        self.shown = np.zeros((2, HEIGHTS), int)  # slices of the scans of either class
-        self.kept = np.zeros((2, HEIGHTS), int)  # of these, what is learned from
-        self.places: list[tuple[int, int, int]] = []  # position, class, band
+        self.visible = np.zeros((2, HEIGHTS), int)  # non-empty slices of the scans, by class and band
+        self.packed = np.zeros((2, HEIGHTS), int)  # those of them that are packed
+        self.positions: list[tuple[int, int, int]] = []  # position among the packed images, class, band
 
-    def add(self, first: int, label: int, shown: Tensor, chosen: Tensor) -> None:
-        """A scan of class ``label``; the slices that are ``shown`` and ``chosen`` have the positions from ``first``."""
-        bands = (torch.arange(len(shown)) * HEIGHTS // len(shown)).numpy()
-        kept = bands[(shown & chosen).numpy()]
-        np.add.at(self.shown[label], bands[shown.numpy()], 1)
-        np.add.at(self.kept[label], kept, 1)
-        self.places += [(first + i, label, int(band)) for i, band in enumerate(kept)]
+    def add(self, first: int, label: int, visible: Tensor, of_class: Tensor) -> None:
+        """Count a scan of class ``label``. Its visible slices of the class are packed from position ``first`` on."""
+        bands = (torch.arange(len(visible)) * HEIGHTS // len(visible)).numpy()
+        packed = bands[(visible & of_class).numpy()]
+        np.add.at(self.visible[label], bands[visible.numpy()], 1)
+        np.add.at(self.packed[label], packed, 1)
+        self.positions += [(first + i, label, int(band)) for i, band in enumerate(packed)]
 
     def draws(self) -> list[int]:
-        """Positions, each 1 to `MOST_REPEATS` times."""
-        times = np.clip(np.rint(self.shown / np.maximum(self.kept, 1)), 1, MOST_REPEATS).astype(int)
-        return [position for position, label, band in self.places for _ in range(times[label, band])]
+        """The positions of the packed slices, each 1 to `MOST_REPEATS` times."""
+        times = np.clip(np.rint(self.visible / np.maximum(self.packed, 1)), 1, MOST_REPEATS).astype(int)
+        return [position for position, label, band in self.positions for _ in range(times[label, band])]
 
 
 def refuse_lesions(scan: HealthyScan, exclude_labelled: int | None) -> None:
-    """InputError for a scan with lesions, unless ``exclude_labelled`` says what to do with them."""
+    """InputError for a scan with labelled voxels if ``exclude_labelled`` is None."""
     if scan.label is None or exclude_labelled is not None:
         return
     marked = int((read_labels(scan.label).data > 0).sum())

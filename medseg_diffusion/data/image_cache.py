@@ -1,7 +1,9 @@
-"""Images decoded once into one memory-mapped uint8 array: any image in microseconds, no copy of the collection in RAM.
+"""Packed images: a collection decoded once into one memory-mapped uint8 array.
 
-images.u8     all images, (N, *size, channels) uint8, nothing else
-index.json    shape, class names, labels, sides, names, what was skipped
+Any image is read in microseconds, and the collection takes no RAM. A packed collection is a folder with two files:
+
+images.u8     all images, (N, *size, channels) uint8, without a header
+index.json    shape, class names, labels, splits, names, skipped files
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
-from .cases import Bounds, Side, sides_by_hash
-from .images import PLAIN, ImageCollection, Part, Pixels, find_images
+from .cases import Bounds, SplitName, split_of_patients
+from .images import PLAIN, ImageCollection, Pixels, find_images
 
 VERSION = 4
-"""Of what files become; a higher one packs them again."""
+"""Version of the packed content. After a change of it, collections are packed again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,21 +36,21 @@ class PackedImages:
     """A packed collection.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder of the packed collection.
         images: (N, *size, channels) uint8, memory-mapped and read-only.
         labels: (N,) int64, -1 without a class.
-        parts: side to the positions of its images.
-        classes: names by label.
-        names: of the files, one an image.
+        parts: split -> positions of its images.
+        classes: class names by label.
+        names: name of the file of each image.
         skipped: broken files that were left out.
-        draws: positions that an epoch of training passes through, some of them repeatedly; empty for the training side.
-        held_out: where the sides by hash end; None where the collection names its sides itself.
+        draws: positions of the images of one training epoch, with repetitions; empty if an epoch is the training split.
+        held_out: bounds of the splits by hash; None if the collection has official splits.
     """
 
     folder: Path
     images: Pixels
     labels: npt.NDArray[np.int64]
-    parts: Mapping[Part, npt.NDArray[np.int64]]
+    parts: Mapping[SplitName, npt.NDArray[np.int64]]
     classes: tuple[str, ...]
     names: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -56,16 +58,16 @@ class PackedImages:
     held_out: Bounds | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For worker processes: a memory map would travel as a copy of the whole file."""
+        """Pickles the folder's name alone. A memory map would be sent to worker processes as a copy of the file."""
         return open_packed, (self.folder,)
 
-    def part(self, name: Part) -> npt.NDArray[np.int64]:
-        """Positions of the images of one side; empty where there are none."""
+    def part(self, name: SplitName) -> npt.NDArray[np.int64]:
+        """Positions of the images of one split; may be empty."""
         return self.parts.get(name, np.zeros(0, np.int64))
 
     @property
     def epoch(self) -> npt.NDArray[np.int64]:
-        """Positions of the images that training draws from."""
+        """Positions of the images of one training epoch."""
         return self.draws if len(self.draws) else self.part("train")
 
 
@@ -80,40 +82,40 @@ def packed(
     skip_broken: bool = False,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackedImages:
-    """The images of a folder or zip, packed into ``store`` at the first call and opened from there ever after.
+    """The images of a folder or zip. The first call packs them into ``store``; later calls open them there.
 
     Args:
-        source: what `find_images` reads.
-        store: folder of packed collections; a changed source gets a new one.
-        size: side of the images, or three sides of whole volumes.
+        source: a folder or zip that `find_images` reads.
+        store: folder of packed collections. A changed source is packed into a new one.
+        size: side of the images, or the sides of slices (2) or whole volumes (3).
         channels: 1 or 3.
-        preprocessing: of scans.
-        held_out: numbers of groups (scans or images) for the test and validation sides where the collection itself
-            names none; those of smallest SHA-256 of the name.
+        preprocessing: preprocessing of scans.
+        held_out: number of groups (scans or images) in the test and validation splits, chosen by the SHA-256 of their
+            names (`split_of_patients`). It is ignored if the collection has official splits.
         skip_broken: leave broken files out instead of stopping.
         on_file: called with (files done, files in all) while packing.
 
     Raises:
-        InputError: nothing to read, a broken file, or too few images to hold any out.
+        InputError: no image, a broken file, or too few groups to hold out this many.
     """
     if not source.exists():
         raise InputError(source, "no such file or folder", "a zip or folder of images", "check the path")
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    found = find_images(source)
-    # A collection that names its sides itself is packed once, however many are asked to be held out.
-    held_out = (0, 0) if all(entry.part for entry in found.entries) else held_out
+    collection = find_images(source)
+    # A collection with official splits is packed once for all values of held_out.
+    held_out = (0, 0) if all(entry.part for entry in collection.entries) else held_out
     about = [str(source.resolve()), _state(source), sides, channels, asdict(preprocessing), held_out, skip_broken]
     about.append(VERSION)
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     folder = store / f"{source.stem}-{'x'.join(map(str, sides))}-{key}"
     if not (folder / "index.json").is_file():
         with whole_folder(folder) as temporary:
-            _pack(found, temporary, sides, channels, preprocessing, held_out, skip_broken, on_file)
+            _pack(collection, temporary, sides, channels, preprocessing, held_out, skip_broken, on_file)
     return open_packed(folder)
 
 
 def open_packed(folder: Path) -> PackedImages:
-    """Opens a packed collection without reading its images."""
+    """Open a packed collection without reading its images."""
     index = json.loads((folder / "index.json").read_text())
     images = np.memmap(folder / "images.u8", np.uint8, "r", shape=tuple(index["shape"]))
     parts = {part: np.asarray(positions, np.int64) for part, positions in index["parts"].items()}
@@ -133,7 +135,7 @@ def _pack(
     skip_broken: bool,
     on_file: Callable[[int, int], None],
 ) -> None:
-    sides = _sides(collection, held_out)
+    splits = _splits(collection, held_out)
     skipped: list[str] = []
 
     def rows() -> Iterator[Row]:
@@ -145,20 +147,20 @@ def _pack(
                     raise
                 skipped.append(entry.name)
                 continue
-            yield Row(entry.name, entry.label, entry.part or sides[entry.group], images)
+            yield Row(entry.name, entry.label, entry.part or splits[entry.group], images)
             on_file(i + 1, len(collection.entries))
 
-    bounds = Bounds.of(sides) if sides else None
+    bounds = Bounds.of(splits) if splits else None
     write_packed(folder, rows(), collection.source, (*size, channels), collection.classes, skipped, held_out=bounds)
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Images (n, *size, channels) of one file, of one class and side."""
+    """The images (n, *size, channels) of one file, all of one class and split."""
 
     name: str
     label: int
-    part: Part
+    part: SplitName
     images: Pixels
 
 
@@ -172,10 +174,20 @@ def write_packed(
     draws: Sequence[int] = (),
     held_out: Bounds | None = None,
 ) -> None:
-    """Writes a packed collection into an empty folder; ``skipped`` and ``draws`` may still grow as ``rows`` are taken.
+    """Write a packed collection into an empty folder.
+
+    Args:
+        folder: the empty folder.
+        rows: the images, file by file.
+        source: the collection, for messages.
+        shape: (*size, channels) of an image.
+        classes: class names by label.
+        skipped: names of broken files. It may grow while ``rows`` is consumed.
+        draws: see `PackedImages`. It may grow while ``rows`` is consumed.
+        held_out: see `PackedImages`.
 
     Raises:
-        InputError: nothing to train on.
+        InputError: no image to train on.
     """
     labels: list[int] = []
     names: list[str] = []
@@ -202,8 +214,8 @@ def write_packed(
     (folder / "index.json").write_text(json.dumps(index))
 
 
-def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, Side]:
-    """Side of every group that has no official one."""
+def _splits(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, SplitName]:
+    """Group -> split, for the groups without an official split."""
     groups = {entry.group for entry in collection.entries if entry.part is None}
     if groups and len(groups) <= sum(held_out):
         raise InputError(
@@ -212,18 +224,18 @@ def _sides(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str, 
             f"more than {held_out[0]} for testing and {held_out[1]} for validation",
             "lower data.test_images or data.validation_images",
         )
-    return sides_by_hash(sorted(groups), *held_out) if groups else {}
+    return split_of_patients(sorted(groups), *held_out) if groups else {}
 
 
 def _state(source: Path) -> list[object]:
-    """What changes when the source does: sizes and times of all files."""
+    """Sizes and modification times of all files: they change when the source does."""
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     stats = [(str(file.relative_to(source)), file.stat()) for file in files]
     return [len(files), hashlib.sha256(str([(n, s.st_size, s.st_mtime_ns) for n, s in stats]).encode()).hexdigest()]
 
 
 def mirrored_axis(ndim: int) -> int:
-    """The axis from left to right of a picture (H, W) or a RAS volume (I, J, K), counted from the last: -1 or -3."""
+    """The left-right axis of a picture (H, W) or a RAS volume (I, J, K), counted from the last axis: -1 or -3."""
     return -1 if ndim == 2 else -3
 
 
@@ -249,10 +261,10 @@ class ImageExamples:
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 levels 0..255 to float32 in [-1, 1]."""
+    """Converts uint8 levels 0..255 to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def to_levels(image: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8 levels, values outside clipped: the inverse of `to_unit` on its range."""
+    """The inverse of `to_unit`: float images in [-1, 1] to uint8 levels. Values beyond that range are clipped."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

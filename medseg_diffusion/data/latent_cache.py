@@ -1,4 +1,4 @@
-"""Latents of packed images, computed once: training a latent generator never touches the autoencoder again."""
+"""Latents of packed images, computed once, so that training a latent generator does not need the autoencoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH = 64
 
 
 class Encoder(Protocol):
-    """The half of a codec that is needed here: images (B, C, H, W) to latents."""
+    """The encoder of a codec: images (B, C, *S) to latents (B, C', *s)."""
 
     def encode(self, image: Tensor) -> Tensor: ...
 
@@ -31,18 +31,17 @@ def cached_latents(
     device: torch.device,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.memmap[Any, np.dtype[np.float16]]:
-    """Latents (N, 2, C', *s) float16 of the images of the training and validation sides, and of their mirror images.
+    """Latents (N, 2, C', *s) float16 of the training and validation images and of their mirror images.
 
-    Memory-mapped; those of the test side are zeros that take no space.
-
-    The latent of a mirror image is not the mirror image of the latent, so both are kept. Latents are the mean of the
-    encoder: the noise of its variance is far below what the diffusion adds.
+    They are memory-mapped. Latents of test images are zeros, which take no space on disk. Both latents are stored
+    because the latent of a mirror image is not the mirror image of the latent. Latents are the encoder's mean: the
+    noise of its variance is far smaller than the noise of the diffusion.
 
     Args:
         images: the packed images.
         codec: the trained autoencoder, on ``device``.
-        key: what tells this autoencoder's latents from another's, e.g. the SHA-256 of its weights.
-        device: where to compute.
+        key: identifies the autoencoder, for example the SHA-256 of its weights.
+        device: device of the computation.
         on_image: called with (images done, all).
     """
     count, *size, channels = images.images.shape
@@ -51,22 +50,28 @@ def cached_latents(
     file = images.folder / f"latents-{key[:16]}.f16"
     if not file.is_file():
         with whole_file(file) as temporary:
-            made = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
-            wanted = np.sort(np.concatenate([images.part("train"), images.part("validation")]))
-            for first in range(0, len(wanted), BATCH):
-                chosen = wanted[first : first + BATCH]
-                batch = to_unit(torch.from_numpy(np.array(images.images[chosen])).movedim(-1, 1)).to(device)
-                for side, image in enumerate((batch, batch.flip(mirror))):
-                    made[chosen, side] = codec.encode(image).float().cpu().numpy()
-                on_image(min(first + BATCH, len(wanted)), len(wanted))
-            made.flush()
+            latents = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
+            positions = np.sort(np.concatenate([images.part("train"), images.part("validation")]))
+            for first in range(0, len(positions), BATCH):
+                part = positions[first : first + BATCH]
+                batch = to_unit(torch.from_numpy(np.array(images.images[part])).movedim(-1, 1)).to(device)
+                for mirrored, image in enumerate((batch, batch.flip(mirror))):
+                    latents[part, mirrored] = codec.encode(image).float().cpu().numpy()
+                on_image(min(first + BATCH, len(positions)), len(positions))
+            latents.flush()
     return np.memmap(file, np.float16, "r", shape=(count, 2, *shape))
 
 
 class LatentExamples:
-    """Latents as training examples, with probability 1/2 those of the mirror image if ``flip``.
+    """Latents as training examples.
 
-    ``low`` makes the low-resolution image (1, C, *s) that conditions an upsampler from the image (1, C, *S) in [-1, 1].
+    Args:
+        latents: from `cached_latents`.
+        images: the packed images.
+        positions: positions of the examples among the images.
+        flip: use the latent of the mirror image with probability 1/2.
+        low: for an upsampler, makes its condition: the image (1, C, *S) in [-1, 1] to the low-resolution image
+            (1, C, *s).
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class LatentExamples:
         self.low = low
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: a memory map would travel as a copy of the whole file."""
+        """Pickles the file's name alone. A memory map would be sent to worker processes as a copy of the file."""
         return {**self.__dict__, "latents": (self.latents.filename, self.latents.shape)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,12 +100,15 @@ class LatentExamples:
         return len(self.positions)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (C', *s) float32, a standardised latent, "label" () int64, and "low" where it is wanted."""
+        """The "image" (C', *s) float32, which is a standardised latent, the "label" () int64, and "low" for upsamplers.
+
+        The draw of the mirror image comes from ``generator``.
+        """
         position = self.positions[index]
-        side = int(self.flip and float(torch.rand((), generator=generator)) < 0.5)
-        latent = torch.from_numpy(self.latents[position, side].astype(np.float32))
-        found = {"image": latent, "label": torch.tensor(int(self.images.labels[position]))}
+        mirrored = int(self.flip and float(torch.rand((), generator=generator)) < 0.5)
+        latent = torch.from_numpy(self.latents[position, mirrored].astype(np.float32))
+        example = {"image": latent, "label": torch.tensor(int(self.images.labels[position]))}
         if self.low is not None:
             image = to_unit(torch.from_numpy(np.array(self.images.images[position])).movedim(-1, 0))[None]
-            found["low"] = self.low(image.flip(mirrored_axis(image.ndim - 2)) if side else image)[0]
-        return found
+            example["low"] = self.low(image.flip(mirrored_axis(image.ndim - 2)) if mirrored else image)[0]
+        return example

@@ -1,4 +1,4 @@
-"""Labelled scans as training examples: preprocessed once, cut into windows, augmented."""
+"""Labelled scans as training examples: preprocessed once, cropped to windows and augmented."""
 
 from __future__ import annotations
 
@@ -22,7 +22,25 @@ from .augmentation import Augmenter
 from .cases import Case
 
 _CLASS_NUMBERS = 16
-"""Labels without names are expected to be smaller, and fewer."""
+"""Labels without names are expected to be below this number, and there are at most this many."""
+
+
+@dataclass(frozen=True)
+class CaseFormat:
+    """What the images and labels of a model's cases must look like.
+
+    Attributes:
+        channels: channels of the image.
+        num_classes: labels are 0 to ``num_classes`` - 1.
+        merge_labels: read every label above 0 as 1. ``num_classes`` is 2 then.
+        named_labels: the label values that have a name. With ``merge_labels`` only these are accepted; if no label has
+            a name, values that look like class numbers, or a single value beside 0, are accepted.
+    """
+
+    channels: int
+    num_classes: int
+    merge_labels: bool = False
+    named_labels: Collection[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,22 +52,13 @@ class PreparedCase:
     label: Tensor
 
 
-def read_case(
-    case: Case, channels: int, num_classes: int, merge_labels: bool = False, named: Collection[int] = ()
-) -> tuple[Volume, Volume]:
-    """A case's image and labels, checked.
-
-    Args:
-        case: the case.
-        channels: of the image.
-        num_classes: labels are 0 to one less.
-        merge_labels: make every label above background 1. ``num_classes`` is 2 then.
-        named: the values that may be merged; where there are none, what looks like a mask's values may.
+def read_case(case: Case, expected: CaseFormat) -> tuple[Volume, Volume]:
+    """Read a case's image and labels and check them.
 
     Raises:
-        InputError: an unusable file, labels on another grid than their image, or a value that is no label.
+        InputError: an unusable file, labels on another grid than their image, or an unexpected label value.
     """
-    volume, labels = read_volume(case.image, channels=channels), read_labels(case.label)
+    volume, labels = read_volume(case.image, channels=expected.channels), read_labels(case.label)
     if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
         raise InputError(
             case.label,
@@ -57,15 +66,15 @@ def read_case(
             f"that of its image {case.image.name}, {volume.shape}, with the same affine",
             "resample the label onto its image",
         )
-    if merge_labels:
-        _check_merged(labels, case.label, named)
+    if expected.merge_labels:
+        _check_merged(labels, case.label, expected.named_labels)
         labels = labels.like(labels.data.clamp(max=1))
-    _check_values(labels, case.label, num_classes)
+    _check_values(labels, case.label, expected.num_classes)
     return volume, labels
 
 
 def require_slices(volume: Volume, orientation: str | None) -> None:
-    """InputError for a volume whose slices across the third axis of ``orientation`` are lines."""
+    """InputError for a volume whose slices across the third axis of ``orientation`` are only one voxel wide."""
     transform = orientation_transform(volume.affine, orientation or volume.axcodes)
     shape = [volume.shape[axis] for axis in np.argsort(transform[:, 0])]
     if 1 in shape[:2] and shape[2] > 1:
@@ -80,40 +89,44 @@ def require_slices(volume: Volume, orientation: str | None) -> None:
 def prepare(
     cases: Sequence[Case],
     preprocessing: Preprocessing,
-    channels: int,
-    num_classes: int,
+    expected: CaseFormat,
     cache: Path,
     on_case: Callable[[int, int], None] = lambda done, total: None,
-    merge_labels: bool = False,
-    named: Collection[int] = (),
     slices: bool = False,
 ) -> list[PreparedCase]:
-    """Preprocesses every case once into ``cache`` (.npy pairs) and maps the results into memory.
+    """Preprocess every case once and memory-map the results.
 
-    ``slices`` refuses volumes that a 2D model would see as lines (`require_slices`).
+    Args:
+        cases: the cases.
+        preprocessing: the model's preprocessing.
+        expected: format of the cases.
+        cache: folder of the preprocessed cases, a pair of .npy files for each.
+        on_case: called with (cases done, cases in all).
+        slices: the model is 2D: `require_slices`.
 
     Raises:
-        InputError: as `read_case`.
+        InputError: as `read_case`, and `require_slices` if ``slices`` is set.
     """
     cache.mkdir(parents=True, exist_ok=True)
     prepared = []
     for i, case in enumerate(cases):
         stem = case.name.replace("/", "__")
         image_file, label_file = cache / f"{stem}.image.npy", cache / f"{stem}.label.npy"
-        # What was corrected after it had been cached is read again, and so is what is now to be read in another way.
+        # A case is read again if one of its files or the way of reading it has changed.
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (case.image, case.label)]
-        state = json.dumps([*files, repr(preprocessing), channels, num_classes, merge_labels, sorted(named), slices])
+        reading = [expected.channels, expected.num_classes, expected.merge_labels, sorted(expected.named_labels)]
+        state = json.dumps([*files, repr(preprocessing), *reading, slices])
         state_file = cache / f"{stem}.json"
-        known = state_file.read_text() if state_file.exists() else ""
-        if not (image_file.exists() and label_file.exists() and known == state):
+        cached_state = state_file.read_text() if state_file.exists() else ""
+        if not (image_file.exists() and label_file.exists() and cached_state == state):
             state_file.unlink(missing_ok=True)
-            volume, labels = read_case(case, channels, num_classes, merge_labels, named)
+            volume, labels = read_case(case, expected)
             if slices:
                 require_slices(volume, preprocessing.orientation)
             image, placement = preprocessing.apply(volume)
             label = apply_labels(labels, placement)[0]
             _save(image_file, image.numpy().astype(np.float32))
-            _save(label_file, label.numpy().astype(np.uint8 if num_classes <= 256 else np.int32))
+            _save(label_file, label.numpy().astype(np.uint8 if expected.num_classes <= 256 else np.int32))
             state_file.write_text(state)
         image_map, label_map = np.load(image_file, mmap_mode="c"), np.load(label_file, mmap_mode="c")
         prepared.append(PreparedCase(case.name, torch.from_numpy(image_map), torch.from_numpy(label_map)))
@@ -122,13 +135,13 @@ def prepare(
 
 
 def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str], folder: Path) -> None:
-    """Refuses training cases none of which has a voxel of some class of ``labels`` (value to name)."""
-    found = set()
+    """InputError if a class of ``labels`` (value -> name) has no voxel in any of the training cases."""
+    values = set()
     for case in cases:
-        found.update(torch.unique(case.label).tolist())
-        if len(found) == len(labels):
+        values.update(torch.unique(case.label).tolist())
+        if len(values) == len(labels):
             return
-    empty = [f"{value} ({labels[value]})" for value in sorted(set(labels) - found) if value]
+    empty = [f"{value} ({labels[value]})" for value in sorted(set(labels) - values) if value]
     if empty:
         raise InputError(
             folder,
@@ -139,7 +152,7 @@ def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str]
 
 
 def _check_merged(labels: Volume, path: Path, named: Collection[int]) -> None:
-    """Values that are merged are those with a name, else class numbers or one value beside 0: no levels of grey."""
+    """InputError for values that are not to be merged: see `CaseFormat`. Levels of grey are refused."""
     values = torch.unique(labels.data).tolist()
     unnamed = [value for value in values if value and value not in named]
     if named and unnamed:
@@ -175,12 +188,12 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 class MaskExamples:
-    """Windows of labelled scans.
+    """Random windows of labelled scans, one per scan and epoch.
 
     Args:
         cases: the prepared cases.
         window: size in voxels, 3 numbers, or 2 for slices across the third axis. Smaller cases are padded.
-        foreground_share: share of the windows that are centred near a labelled voxel (for slices: that show one).
+        foreground_share: share of the windows that are centred near a labelled voxel. Such a slice contains one.
         augmenter: changes each window, or None.
 
     Raises:
@@ -211,15 +224,15 @@ class MaskExamples:
         """The "image" (C, *window) float32 and "label" (*window) int64."""
         case, window = self.cases[index], (*self.window, 1)[:3]
         positions = self.foreground[index]
-        aimed = len(positions) > 0 and float(torch.rand((), generator=generator)) < self.foreground_share
-        centre = positions[int(torch.randint(len(positions), (), generator=generator))].tolist() if aimed else None
+        labelled = len(positions) > 0 and float(torch.rand((), generator=generator)) < self.foreground_share
+        centre = positions[int(torch.randint(len(positions), (), generator=generator))].tolist() if labelled else None
         corner = [
-            self._start(size, want, None if centre is None else centre[axis], generator)
-            for axis, (size, want) in enumerate(zip(case.label.shape, window, strict=True))
+            self._start(size, width, None if centre is None else centre[axis], generator)
+            for axis, (size, width) in enumerate(zip(case.label.shape, window, strict=True))
         ]
-        cut = tuple(slice(start, start + want) for start, want in zip(corner, window, strict=True))
+        cut = tuple(slice(start, start + width) for start, width in zip(corner, window, strict=True))
         image, label = case.image[(slice(None), *cut)].float(), case.label[cut].long()
-        missing = [want - size for size, want in zip(label.shape, window, strict=True)]
+        missing = [width - size for size, width in zip(label.shape, window, strict=True)]
         if any(missing):
             pad = [n for m in reversed(missing) for n in (m // 2, m - m // 2)]
             image, label = F.pad(image[None], pad, mode="replicate")[0], F.pad(label, pad)
@@ -230,11 +243,12 @@ class MaskExamples:
         return {"image": image.contiguous(), "label": label.contiguous()}
 
     @staticmethod
-    def _start(size: int, want: int, centre: int | None, generator: torch.Generator) -> int:
-        room = size - want
+    def _start(size: int, width: int, centre: int | None, generator: torch.Generator) -> int:
+        """First voxel of a window of ``width`` along an axis of ``size``: near ``centre``, or anywhere if None."""
+        room = size - width
         if room <= 0:
             return 0
         if centre is None:
             return int(torch.randint(room + 1, (), generator=generator))
-        jitter = int(torch.randint(-(want // 4), want // 4 + 1, (), generator=generator)) if want > 3 else 0
-        return min(max(centre - want // 2 + jitter, 0), room)
+        jitter = int(torch.randint(-(width // 4), width // 4 + 1, (), generator=generator)) if width > 3 else 0
+        return min(max(centre - width // 2 + jitter, 0), room)

@@ -1,4 +1,4 @@
-"""Files of an evaluation paired by case: predictions with references, and what belongs to each case beside them.
+"""Pairs the files of an evaluation by case: predictions with references, and the further files of each case.
 
 Two files are one pair, whatever their names. Files in folders are paired by name: `case_seg.nii.gz` (or
 `case_anomaly_mask.nii.gz`), else `case.nii.gz`, is the mask of `case`.

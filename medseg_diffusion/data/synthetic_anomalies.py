@@ -1,7 +1,7 @@
 """Synthetic anomalies in a scan: brighter or darker blobs, and local deformations, each with its exact mask.
 
-They measure an anomaly detector where nobody has drawn lesions. A blob is a ball whose radius varies smoothly with the
-direction; its shape is drawn in millimetres, so that it is the same on any grid.
+They measure an anomaly detector on scans without annotated lesions. A blob is a ball whose radius varies smoothly with
+direction. Its shape is defined in millimetres, so it is the same on any grid.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ AnomalyKind = Literal["hyper", "hypo", "deformation"]
 Mask = npt.NDArray[np.bool_]
 
 STRONGEST_DEFORMATION = 0.33
-"""Largest displacement relative to the radius: beyond about this, voxels would change places along a ray."""
+"""Largest displacement relative to the radius. A larger one would fold the image along a ray."""
 FINEST_RADIUS = 1.5
-"""Smallest sensible radius in voxels, along the finest axis."""
+"""Smallest useful radius, in voxels of the finest axis."""
 
-_CORE = 0.7  # share of a blob's radius that lies in the foreground; the rest follows the foreground's border
-_REACH = 1.2  # where a displacement ends: a sine over this, in radii, is above its half from 0.2 to 1
+_CORE = 0.7  # share of a blob's radius that must fit into the foreground; the rest may be cut off by its border
+_REACH = 1.2  # radii at which a displacement ends; a half sine of this length exceeds 1/2 between 0.2 and 1 radii
 _BLOB_ROUGHNESS, _DEFORMATION_ROUGHNESS = 0.18, 0.06  # standard deviation of the radius over directions
-_STEP = 0.1  # of the lattice on which the radius is drawn, in units of the sphere of directions
-_SMOOTH = 0.3  # standard deviation of the filter there: bumps are about half a radian wide
+_STEP = 0.1  # spacing of the lattice of radii, in units of the sphere of directions
+_SMOOTH = 0.3  # standard deviation of the smoothing on it: bumps are about half a radian wide
 
 
 @dataclass(frozen=True)
 class AnomalyRecipe:
-    """What kind of anomaly is drawn.
+    """The kind of anomaly that is inserted.
 
     Attributes:
-        kind: "hyper" is brighter, "hypo" darker, "deformation" displaced away from a centre (bulge) or towards it
-            (shrink), as a coin decides.
-        contrast: above 0. Of a blob, the change of intensity relative to `robust_spread`; of a deformation, the largest
-            displacement relative to the radius, at most `STRONGEST_DEFORMATION`.
-        radius_mm: lowest and highest radius, uniform between them, or up to what the foreground has room for. It is the
-            radius of the ball of the same volume (of the mask, but for what the edge of the foreground cuts off).
+        kind: "hyper" is brighter and "hypo" darker. "deformation" displaces tissue away from a centre (bulge) or
+            towards it (shrink), with equal probability.
+        contrast: above 0. For a blob, the change of intensity relative to `robust_spread`. For a deformation, the
+            largest displacement relative to the radius, at most `STRONGEST_DEFORMATION`.
+        radius_mm: smallest and largest radius. The radius is uniform between them, but no larger than the foreground
+            has room for. It is the radius of a ball with the volume of the mask (before the foreground's border cuts
+            off a part of it).
 
     Raises:
         ValueError: numbers beyond these limits.
@@ -68,16 +69,16 @@ class AnomalyRecipe:
 
 @dataclass(frozen=True, eq=False)
 class Anomaly:
-    """One anomaly and the image that holds it.
+    """One anomaly and the image that contains it.
 
     Attributes:
         image: (I, J, K) float32.
-        mask: bool (I, J, K): where the weight of a blob is above one half, or where the displacement is above half of
-            its maximum. Next to the centre of a deformation nothing moves: the mask has a small hole there.
-        touched: bool (I, J, K): where the image may have changed; a soft edge wider than the mask.
+        mask: bool (I, J, K), where the weight of a blob is above one half, or the displacement above half of its
+            maximum. A deformation does not move its centre: the mask has a small hole there.
+        touched: bool (I, J, K), where the image may have changed: the mask and its soft edge.
         centre: voxel of the centre.
-        radius_mm: of the ball of the same volume, see `AnomalyRecipe`.
-        displacement_mm: largest displacement, negative towards the centre; 0 of a blob.
+        radius_mm: see `AnomalyRecipe`.
+        displacement_mm: largest displacement, negative towards the centre; 0 for a blob.
     """
 
     image: Tensor
@@ -89,7 +90,7 @@ class Anomaly:
 
 
 def robust_spread(image: Tensor, foreground: Tensor) -> float:
-    """The 95th less the 5th percentile of the intensities (I, J, K) in the foreground (bool); 0 where it is empty."""
+    """The 95th minus the 5th percentile of the intensities (I, J, K) in the foreground (bool); 0 if it is empty."""
     values = image[foreground].double().numpy()
     if not values.size:
         return 0.0
@@ -105,32 +106,32 @@ def insert_anomaly(
     spread: float,
     generator: torch.Generator,
 ) -> Anomaly | None:
-    """Draws one anomaly into a copy of an image.
+    """Insert one anomaly into a copy of an image.
 
-    Nothing changes outside ``free``. The centre is uniform over the voxels around which there is room: for seven tenths
-    of a blob's radius (what is left of it ends softly at the border of ``free``, as a lesion of the cortex does), for
-    all of a deformation. Room ends at the edge of the grid, too, but not across a single slice.
+    Nothing changes outside ``free``. The centre is uniform over the voxels with enough room around them. A deformation
+    must fit completely. A blob needs room for 0.7 of its radius: the rest ends softly at the border of ``free``, like a
+    lesion in the cortex. The edge of the grid limits the room, too, except along an axis of one voxel.
 
     A blob adds or subtracts ``recipe.contrast * spread`` times a weight that is 1 inside and falls to 0 over two voxels
-    of the finest axis; nothing gets darker than the darkest voxel was, for most modalities know no negative values. A
-    deformation displaces along the rays from its centre by a sine that ends 1.2 radii away, and interpolates by cubic
-    splines, kept in the image's range.
+    of the finest axis. No voxel becomes darker than the darkest voxel of the image, because most modalities have no
+    negative values. A deformation displaces voxels along rays from its centre, by a half sine that ends at 1.2 radii.
+    It interpolates by cubic splines, clipped to the image's range.
 
     Args:
         image: (I, J, K) float32.
-        free: bool (I, J, K): the foreground without other anomalies (their ``touched``).
+        free: bool (I, J, K), the foreground without the ``touched`` voxels of other anomalies.
         spacing_mm: voxel size along the three axes.
         recipe: kind, contrast and radii.
         spread: unit of the contrast, from `robust_spread`.
-        generator: decides the radius, the shape, the place and the direction.
+        generator: source of the radius, the shape, the position and the direction.
 
     Returns:
-        The anomaly, or None where there is no room for the lowest radius.
+        The anomaly, or None if there is no room for the smallest radius.
     """
     deformation = recipe.kind == "deformation"
     roughness = _DEFORMATION_ROUGHNESS if deformation else _BLOB_ROUGHNESS
     edge = min(spacing_mm)
-    farthest = 1 + 2.5 * roughness  # of the surface, in radii
+    farthest = 1 + 2.5 * roughness  # largest distance of the surface from the centre, in radii
     share, margin = (_REACH * farthest, 0.0) if deformation else (_CORE, edge)
 
     room = _room(free.numpy(), spacing_mm)
@@ -141,11 +142,11 @@ def insert_anomaly(
     radius = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
     outwards = bool(torch.randint(2, (), generator=generator))
     lattice = _radius_lattice(roughness, generator)
-    places = np.flatnonzero(room >= share * radius + margin - 1e-6)
-    place = places[int(torch.randint(len(places), (), generator=generator))]
-    i, j, k = (int(index) for index in np.unravel_index(place, room.shape))
+    candidates = np.flatnonzero(room >= share * radius + margin - 1e-6)
+    position = candidates[int(torch.randint(len(candidates), (), generator=generator))]
+    i, j, k = (int(index) for index in np.unravel_index(position, room.shape))
 
-    # All that follows happens in a box that holds the anomaly and what may border on it.
+    # The rest works in a box around the anomaly.
     half_mm = _REACH * farthest * radius + 3 * edge
     widths = [int(np.ceil(half_mm / size)) for size in spacing_mm]
     box = tuple(slice(max(0, c - w), min(n, c + w + 1)) for c, w, n in zip((i, j, k), widths, image.shape, strict=True))
@@ -180,9 +181,10 @@ def insert_anomaly(
 
 
 def _radius_lattice(roughness: float, generator: torch.Generator) -> FloatArray:
-    """Radius by direction, on a cubic lattice around the unit sphere; the volume inside is that of the unit ball.
+    """Radius by direction, on a cubic lattice around the unit sphere.
 
-    At most 2 standard deviations (``roughness``) from the mean.
+    The enclosed volume is that of the unit ball. The radius varies with the standard deviation ``roughness`` and
+    differs from its mean by at most two of them.
     """
     count = round(1.2 / _STEP)
     lines = np.arange(-count, count + 1) * _STEP
@@ -191,25 +193,25 @@ def _radius_lattice(roughness: float, generator: torch.Generator) -> FloatArray:
         torch.randn(shape, generator=generator, dtype=torch.float64).numpy(), _SMOOTH / _STEP
     )
     length = np.sqrt(sum(axis**2 for axis in np.meshgrid(lines, lines, lines, indexing="ij")))
-    shell = np.abs(length - 1) < _STEP  # directions, evenly
+    shell = np.abs(length - 1) < _STEP  # lattice points near the sphere sample all directions evenly
     radius = 1 + roughness * np.clip((noise - noise[shell].mean()) / noise[shell].std(), -2, 2)
     scaled: FloatArray = radius / np.cbrt((radius[shell] ** 3).mean())
     return scaled
 
 
 def _room(free: Mask, spacing_mm: Sequence[float]) -> FloatArray:
-    """Distance in mm of every voxel from the next that is not free or lies beyond the grid; 0 where not free."""
+    """Distance in mm from every voxel to the nearest one that is not free or is beyond the grid; 0 if not free."""
     padding = [(1, 1) if n > 1 else (0, 0) for n in free.shape]
     inner = tuple(slice(before, before + n) for (before, _), n in zip(padding, free.shape, strict=True))
     return _depth(np.pad(free, padding), spacing_mm)[inner]
 
 
 def _depth(free: Mask, spacing_mm: Sequence[float]) -> FloatArray:
-    """Distance in mm of every voxel from the next that is not free, infinite where all are."""
+    """Distance in mm from every voxel to the nearest one that is not free; infinite if all are free."""
     if free.all():
         return np.full(free.shape, np.inf)
-    found: FloatArray = ndimage.distance_transform_edt(free, sampling=spacing_mm)
-    return found
+    distance: FloatArray = ndimage.distance_transform_edt(free, sampling=spacing_mm)
+    return distance
 
 
 def _whole(part: Mask, box: tuple[slice, ...], like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Which tissue each anatomical label is: the table behind the brain-tissue models.
+"""The tissue of each anatomical label, for the brain-tissue models.
 
-Labels are FreeSurfer's; those from 500 on are extra-cerebral structures of the label maps of Billot et al. 2023
+Labels are FreeSurfer's. Labels from 500 on are extra-cerebral structures in the label maps of Billot et al. 2023
 (SynthSeg, Medical Image Analysis 86).
 """
 
@@ -26,15 +26,17 @@ TISSUE_OF: dict[int, int] = {label: tissue for tissue, labels in _LABELS.items()
 
 
 def to_tissue(labels: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
-    """Anatomical labels of any shape to tissue values 0 to 3.
+    """Convert anatomical labels of any shape to tissue values 0 to 3 (indices of `TISSUES`).
+
+    It is meant for references: FreeSurfer segmentations of real scans, against which a brain-tissue model is evaluated.
 
     Raises:
-        ValueError: a label that the table does not have.
+        ValueError: a label without a tissue.
     """
-    found = np.unique(labels)
-    if unknown := [int(value) for value in found if int(value) not in TISSUE_OF]:
+    values = np.unique(labels)
+    if unknown := [int(value) for value in values if int(value) not in TISSUE_OF]:
         raise ValueError(f"labels {unknown} have no tissue; add them to medseg_diffusion.data.tissue")
-    table = np.zeros(int(found.max()) + 1, dtype=np.uint8)
-    for value in found:
+    table = np.zeros(int(values.max()) + 1, dtype=np.uint8)
+    for value in values:
         table[value] = TISSUE_OF[int(value)]
     return table[labels]

@@ -21,7 +21,7 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.methods.detector import Detector
 from medseg_diffusion.methods.healthy_scores import scan_score
-from medseg_diffusion.volumes.fitting import fitted, unfitted
+from medseg_diffusion.volumes.fitting import from_generator_grid, to_generator_grid
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.volume import Volume
@@ -94,8 +94,8 @@ def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
         raise InputError(volume.source, "no foreground", "a scan that shows something", "check the scan")
     stack = image[None] if len(size) == 3 else image.movedim(-1, 0)
     inside = head[None, None].float() if len(size) == 3 else head.movedim(-1, 0)[:, None].float()
-    images = fitted(stack.clamp(-1, 1), size).expand(-1, config.generator.data.channels, *[-1] * len(size))
-    return OnGrid(images, fitted(inside, size, fill=0.0), image, head, native, placement)
+    images = to_generator_grid(stack.clamp(-1, 1), size).expand(-1, config.generator.data.channels, *[-1] * len(size))
+    return OnGrid(images, to_generator_grid(inside, size, fill=0.0), image, head, native, placement)
 
 
 def scored(
@@ -129,7 +129,7 @@ def scored(
             with autocast(device, config.generator.training.precision):
                 maps[part] = detector.score(grid.images[part].to(device), seeds).float().cpu()
             on_progress(float(part[-1] + 1) / len(maps))
-    back = unfitted(maps, _plane(grid.image, len(config.generator.data.shape)))
+    back = from_generator_grid(maps, _plane(grid.image, len(config.generator.data.shape)))
     score = back[0, 0] if len(config.generator.data.shape) == 3 else back[:, 0].movedim(0, -1)
     score = filtered(score, config)
     native = grid.placement.restore((score * grid.foreground)[None])[0].clamp(min=0) * grid.native

@@ -18,7 +18,7 @@ from medseg_diffusion.config.shared import InferenceSection
 from medseg_diffusion.device import Precision, autocast_dtype
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.methods.calibration import Calibration
-from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, tempered
+from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, temperature_scaled
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.methods.windows import Windows
@@ -194,7 +194,7 @@ class Aggregation:
         position_ml = _voxel_ml(placement.affine)
         intervals = self._intervals(volumes, position_ml)
         if self.calibration is not None:  # changes no label, so it may follow the choice of the largest class
-            mean = tempered(mean, self.calibration.temperature(len(ensemble)))
+            mean = temperature_scaled(mean, self.calibration.temperature(len(ensemble)))
         kind, several = self.uncertainty, len(ensemble) > 1
         uncertain = entropy(mean) if kind == "entropy" else placement.restore(ensemble.uncertainty(kind)[None])[0]
         agreement = self._agreement(ensemble) if several else {}

@@ -1,4 +1,4 @@
-"""DICOM series: a folder of slices as one volume. SimpleITK reads the voxels, pydicom what they mean."""
+"""DICOM series: a folder of slices as one volume. SimpleITK reads the voxels, pydicom reads the headers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from .itk import affine_of
 from .volume import FileImage, Header
 
 _TAGS = ["Modality", "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames"]
-_UNEVEN = 0.05  # by what share of the distance between slices it may vary: positions are rounded in many files
-_TILTED = 0.05  # by what share of it slices may be shifted against each other
+# Both as a share of the distance between slices.
+_UNEVEN = 0.05  # largest variation of the distance: many files round the positions
+_TILTED = 0.05  # largest shift of a slice against its neighbour
 
 
 def open_image(folder: Path) -> FileImage:
     """Read the headers of the one series in a folder: slices in order of their position, or one multi-frame file.
 
     Raises:
-        InputError: several series, slices that are missing, repeated, uneven or sheared, a single slice, or damage.
+        InputError: several series; missing, repeated, unevenly spaced or sheared slices; a single slice; or a damaged
+            file.
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
@@ -58,15 +60,15 @@ def open_image(folder: Path) -> FileImage:
 def _require_even(folder: Path, headers: Sequence[Dataset]) -> None:
     """InputError unless the slices are stacked evenly along their normal."""
     axes = headers[0].get("ImageOrientationPatient")
-    places = [header.get("ImagePositionPatient") for header in headers]
-    if not axes or not all(places):
+    positions = [header.get("ImagePositionPatient") for header in headers]
+    if not axes or not all(positions):
         raise InputError(
             folder, "slices without position or orientation", "both in every file", "export the series again"
         )
     if len(headers) == 1:
         raise InputError(folder, "a series of one slice", "a volume of several", "export the whole series")
     normal = np.cross(*np.array(axes, float).reshape(2, 3))
-    steps = np.diff(np.array(places, float), axis=0)
+    steps = np.diff(np.array(positions, float), axis=0)
     gaps = steps @ normal
     typical = float(np.median(gaps))
     if abs(gaps).min() < 1e-3:

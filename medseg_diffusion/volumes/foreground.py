@@ -1,4 +1,4 @@
-"""Where a scan shows something: the head, the brain of a skull-stripped scan, or all of a crop from inside a body."""
+"""The foreground of a scan: the head, the brain of a skull-stripped scan, or all of a crop from inside the body."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ from .volume import Volume, inverse_reorientation, orientation_transform, reorie
 
 Mask = npt.NDArray[np.bool_]
 
-_DARK = 0.2  # what is so much of the way from the mean of air to that of the body is body
-_BLANK = 0.1  # share of voxels that have one and the same value where a background was cut out
-_FEW = 100_000  # voxels, evenly spread, among which that value is looked for
-_SOLID = 0.95  # share of the outline's inside that has another one then; noise in air is full of holes
-_TISSUE = 0.5  # share of the outline's rim that is no air then
-_AIRLESS = 0.5  # share of the sides' voxels that are above air in a crop from inside a body
-_CLOSED = 3  # pixels: gaps in the outline up to twice as wide are bridged
-_SCALP = 0.05  # of the head's width: skin, fat and skull, a centimetre of twenty
+_DARK = 0.2  # threshold of the body, as a fraction of the way from the mean of air to the mean of the body
+# A background was set to one value (skull-stripping) if all three hold:
+_BLANK = 0.1  # more than this share of the voxels has that value,
+_SOLID = 0.95  # more than this share of the voxels inside the outline has another value (noise in air leaves holes),
+_TISSUE = 0.5  # and more than this share of the outline's rim is brighter than air
+_FEW = 100_000  # number of evenly spread voxels that are searched for that value
+_AIRLESS = 0.5  # a crop from inside a body has more than this share of its side faces above air
+_CLOSED = 3  # pixels: gaps in the outline up to twice as wide are closed
+_SCALP = 0.05  # thickness of skin, fat and skull as a share of the head's width: 1 cm of 20 cm
 
 
 def scan_foreground(volume: Volume, orientation: str | None = "RAS") -> Tensor:
-    """`foreground` of a scan's first channel, bool (I, J, K) on its own grid.
+    """`foreground` of a scan's first channel, bool (I, J, K) on the scan's grid.
 
-    Slices are across the third axis of ``orientation`` (None: of the scan). It depends on the scan alone, not on what a
-    model makes of it: scores of different models count in the same voxels.
+    Slices are across the third axis of ``orientation`` (None: of the scan). The foreground depends on the scan alone,
+    not on a model's preprocessing, so scores of different models are compared in the same voxels.
     """
     transform = orientation_transform(volume.affine, orientation or volume.axcodes)
     x, y, _ = (volume.spacing[axis] for axis in np.argsort(transform[:, 0]))
-    found = foreground(reorient(volume.data[:1], transform)[0], (x, y))
-    return reorient(found[None], inverse_reorientation(transform))[0]
+    mask = foreground(reorient(volume.data[:1], transform)[0], (x, y))
+    return reorient(mask[None], inverse_reorientation(transform))[0]
 
 
 def foreground(image: Tensor, pixel: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Bool (I, J, K) of a scan (I, J, K) in any unit; slices are across the third axis, of pixels of size ``pixel``.
+    """Foreground mask, bool (I, J, K), of a scan (I, J, K) in any unit.
 
-    Three cases are told apart. A background of one value around something solid was cut out: what is left is the
-    foreground. Where most of the sides is no air, the scan is a crop, and all of it counts. Else the head is what
-    stands out from air: brighter than air by a fifth of what Otsu's two classes differ, the largest part, filled slice
-    by slice, less what lies within a twentieth of the head's width of its outline in the slices: skin, fat and skull,
-    which are often brighter than lesions. pDDPM erodes its brain masks similarly (Behrendt et al. 2023,
-    arXiv 2303.03758).
+    Slices are across the third axis. Their pixels have the size ``pixel``. There are three cases:
+
+    1. A background of one value surrounds something solid, as after skull-stripping. The rest is the foreground.
+    2. Most voxels on the side faces are brighter than air. The scan is a crop from inside a body, and all of it is
+       foreground.
+    3. Otherwise the foreground is the head without its outer layer. The head is the largest connected part that is
+       brighter than air by a fifth of the difference between Otsu's two classes, with its holes filled slice by slice.
+       In each slice, a layer of a twentieth of the head's width is removed: skin, fat and skull, which are often
+       brighter than lesions. pDDPM erodes its brain masks similarly (Behrendt et al. 2023, arXiv 2303.03758).
     """
     plane = ndimage.generate_binary_structure(2, 1)[..., None]
     values = image.detach().cpu().double().numpy()
@@ -54,8 +58,8 @@ def foreground(image: Tensor, pixel: tuple[float, float] = (1.0, 1.0)) -> Tensor
     split = threshold_otsu(scaled.ravel())
     air, body = scaled[scaled <= split].mean(), scaled[scaled > split].mean()
     bright: Mask = scaled > air + _DARK * (body - air)
-    # The value of a background that was cut out need not be the lowest: interpolation overshoots. What a tenth of the
-    # voxels have is what most of every few share.
+    # The background's value need not be the lowest: interpolation overshoots. A sample of the voxels is enough to find
+    # a value that a tenth of all voxels share.
     levels, counts = np.unique(values.ravel()[:: max(1, values.size // _FEW)], return_counts=True)
     other: Mask = values != levels[counts.argmax()]
     if np.count_nonzero(~other) > _BLANK * values.size:
@@ -67,32 +71,32 @@ def foreground(image: Tensor, pixel: tuple[float, float] = (1.0, 1.0)) -> Tensor
     if sides.mean() > _AIRLESS:
         return torch.ones(image.shape, dtype=torch.bool)
     opened = ndimage.binary_dilation(ndimage.binary_erosion(bright, plane, border_value=1), plane)
-    # With room around it: a head that reaches the border would lose what the erosion takes from there.
+    # Padded first: otherwise the erosion would cut into a head that reaches the border.
     room = ((_CLOSED, _CLOSED), (_CLOSED, _CLOSED), (0, 0))
     closed = ndimage.binary_closing(np.pad(_largest(opened), room), plane, iterations=_CLOSED)
     return torch.from_numpy(_inner(_filled(closed[_CLOSED:-_CLOSED, _CLOSED:-_CLOSED]), pixel))
 
 
 def _largest(mask: Mask) -> Mask:
-    """The largest part connected by faces."""
+    """The largest part of the mask that is connected by faces."""
     parts, count = ndimage.label(mask)
     if count < 2:
         return mask
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    found: Mask = parts == sizes.argmax()
-    return found
+    largest: Mask = parts == sizes.argmax()
+    return largest
 
 
 def _inner(head: Mask, pixel: tuple[float, float]) -> Mask:
-    """What lies deeper than the scalp in each slice; the image's border is no outline."""
+    """The head without its outer layer, slice by slice. The image's border does not count as an outline."""
     x, y = (side / min(pixel) for side in pixel)
     i, j, _ = np.nonzero(head)
     width = (np.ptp(i) * x + np.ptp(j) * y) / 2 + 1 if len(i) else 0.0
-    apart = head.shape[0] * x + head.shape[1] * y  # between slices: further than anything within one
+    apart = head.shape[0] * x + head.shape[1] * y  # distance of slices: larger than any distance within a slice
     depth = ndimage.distance_transform_edt(head, sampling=(x, y, apart))
-    found: Mask = depth > max(1.0, _SCALP * width)
-    return found
+    inner: Mask = depth > max(1.0, _SCALP * width)
+    return inner
 
 
 def _filled(mask: Mask) -> Mask:

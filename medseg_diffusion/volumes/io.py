@@ -1,4 +1,4 @@
-"""Scans and label maps in and out of files, refused with one clear line where they cannot be used."""
+"""Reads and writes scans and label maps. A file that cannot be used is refused with a message of one line."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
 
     Args:
         path: a file with one of `SUFFIXES`, or the folder of a DICOM series.
-        channels: how many channels it must have (last axis in the file; colours are three); None takes any number.
+        channels: number of channels that it must have (last axis in the file; a colour image has three). None accepts
+            any number.
 
     Returns:
         (C, I, J, K) float32, slope and intercept applied.
 
     Raises:
         InputError: a file that is missing, damaged or of another kind; another number of axes or channels; voxels
-            that are NaN, infinite or beyond float32; a constant channel; a geometry that cannot place voxels.
+            that are NaN, infinite or beyond float32; a constant channel; an unusable affine (`check_affine`).
     """
     volume = read_map(path, channels)
     flat = [index for index, channel in enumerate(volume.data) if channel.min() == channel.max()]
-    # Of colours one or two may be constant: a stain that only shines in blue leaves red and green black.
+    # One or two channels of a colour image may be constant: a blue stain leaves red and green black.
     if flat and not (is_image(path) and len(flat) < len(volume.data)):
         which = f" in channel {flat[0]}" if len(volume.data) > 1 else ""
         found = f"the constant value {float(volume.data[flat[0]].flatten()[0]):g}{which}"
@@ -58,7 +59,7 @@ def read_map(path: Path | str, channels: int | None = None) -> Volume:
 
 
 def read_labels(path: Path | str) -> Volume:
-    """Read a label map; of an image with a palette the indices, not the colours.
+    """Read a label map. From an image with a palette, the indices are read, not the colours.
 
     Returns:
         (1, I, J, K) int32 of values 0 to 65535.
@@ -83,17 +84,17 @@ def read_labels(path: Path | str) -> Volume:
 
 
 def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
-    """Write a label map with the geometry of a scan: uint8, or uint16 if a label is above 255; unscaled.
+    """Write a label map with the geometry of a scan, without slope: as uint8, or as uint16 if a label is above 255.
 
     Args:
         labels: (I, J, K), or (N, I, J, K) for N maps along the file's last axis, integers or bool, 0 to 65535.
         like: the scan; its header codes and units go into the file too.
-        path: the file; it appears complete or not at all.
+        path: the file. It is renamed into place when it is complete.
 
     Raises:
         ValueError: another shape, type or range.
         InputError: an unknown suffix.
-        UsageError: a folder that is missing, or an image file for anything but one slice, as .png.
+        UsageError: a missing folder, or an image file that is no .png or is given more than one slice.
     """
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
@@ -110,14 +111,14 @@ def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
     """Write a map as float32 with the geometry of a scan; channels are the last axis in the file.
 
     Args:
-        data: (C, I, J, K) or (I, J, K), of any real values.
+        data: (C, I, J, K) or (I, J, K), any real values.
         like: the scan; its header codes and units go into the file too.
-        path: the file; it appears complete or not at all.
+        path: the file. It is renamed into place when it is complete.
 
     Raises:
         ValueError: another shape.
         InputError: an unknown suffix.
-        UsageError: a folder that is missing, or an image file.
+        UsageError: a missing folder, or an image file.
     """
     array = data.detach().cpu().to(torch.float32).numpy()
     if array.ndim == 4:
@@ -126,14 +127,15 @@ def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
 
 
 def upright(volume: Volume, scan: Path | str) -> Volume:
-    """One channel of a volume as pictures show it: the first of a scan, in RAS; the mean of the colours of an image.
+    """One channel of a volume, oriented for pictures.
 
-    A scan is drawn with the patient's left on the left. What is left in an image stays there: by the axes of ITK, which
-    it is given, that is the patient's right.
+    A volume on the grid of a scan gives its first channel in RAS: the patient's left is drawn on the left. A volume on
+    the grid of an image file gives the mean of its channels, drawn as in the file. Image files are read with ITK's
+    axes, so their left side is called the patient's right: hence LAS.
 
     Args:
         volume: anything on the grid of the scan.
-        scan: its file, whose kind decides.
+        scan: the scan's file; its suffix tells the two cases apart.
     """
     if not is_image(scan):
         return volume.like(volume.data[:1]).oriented("RAS")
@@ -142,12 +144,12 @@ def upright(volume: Volume, scan: Path | str) -> Volume:
 
 
 def format_of(path: Path | str) -> ModuleType:
-    """The module that reads and writes files of a name's suffix: its ``open_image`` and ``write``.
+    """The module whose ``open_image`` and ``write`` handle files with this suffix.
 
     Raises:
         InputError: an unknown suffix.
     """
-    # Imported where used: a NIfTI file needs neither SimpleITK nor Pillow.
+    # Imported here, because a NIfTI file needs neither SimpleITK nor Pillow.
     if suffix_of(path) in (".nii.gz", ".nii"):
         return nifti
     if is_image(path):
@@ -160,7 +162,7 @@ def format_of(path: Path | str) -> ModuleType:
 
 
 def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.NDArray[Any], FileImage]:
-    """Open, check the header, then the voxels: (C, I, J, K) of finite numbers in the file's own type."""
+    """Open a file and check its header, then its voxels: (C, I, J, K) of finite numbers in the file's own type."""
     require_file(path)
     opened: FileImage
     if is_image(path):
@@ -231,7 +233,7 @@ def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
         from . import raster
 
         raster.require_mask(path, array)
-    # A folder, not a file name: .mhd comes with a data file whose name it holds.
+    # A temporary folder, not a temporary name: an .mhd file stores the name of its data file.
     with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         module.write(temporary, array, like)
@@ -242,10 +244,10 @@ def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
 
 
 def _verify(written: FileImage, array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
-    # Where only a quaternion in float32 holds the axes, the format itself is no more exact than this.
+    # A file without an sform stores the axes as a float32 quaternion, which is less exact.
     only_quaternion = written.header.sform_code == 0
     tolerance = (0.1 if only_quaternion else 1e-3) * min(like.spacing)
-    kept, asked = written.header, like.header
+    header, expected = written.header, like.header
     wrong = [
         (written.shape != array.shape, "shape"),
         (written.dtype != array.dtype, "voxel type"),
@@ -253,8 +255,11 @@ def _verify(written: FileImage, array: npt.NDArray[np.generic], like: Volume, pa
     ]
     if suffix_of(path) in (".nii", ".nii.gz"):
         wrong += [
-            ((kept.qform_code, kept.sform_code) != (asked.qform_code, asked.sform_code), "qform or sform code"),
-            (kept.xyzt_units != asked.xyzt_units, "units"),
+            (
+                (header.qform_code, header.sform_code) != (expected.qform_code, expected.sform_code),
+                "qform or sform code",
+            ),
+            (header.xyzt_units != expected.xyzt_units, "units"),
         ]
     if lost := [what for failed, what in wrong if failed]:
         raise MedsegError(f"{path}: the format cannot keep the scan's {', '.join(lost)}; nothing was written")

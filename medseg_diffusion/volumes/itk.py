@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files through SimpleITK. The only place where its LPS coordinates meet our RAS."""
+"""NRRD and MetaImage files through SimpleITK. Only this module converts between its LPS coordinates and our RAS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_image(path: Path) -> FileImage:
     """Read the header of a .nrrd, .mha or .mhd file.
 
     Raises:
-        InputError: not such a file, or one that is damaged.
+        InputError: a file of another format, or a damaged one.
     """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))

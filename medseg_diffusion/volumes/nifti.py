@@ -1,4 +1,4 @@
-"""NIfTI files: geometry kept as codes and matrices, voxels through slope and intercept."""
+"""NIfTI files: the geometry's codes and matrices are preserved; slope and intercept are applied to the voxels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from medseg_diffusion.errors import InputError
 
 from .volume import FileImage, FloatArray, Header, Volume, grid_distance
 
-# What nibabel, gzip and numpy raise on files that are cut off, damaged or something else.
+# What nibabel, gzip and numpy raise for files that are truncated, damaged or of another format.
 _BROKEN = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError)
 _BROKEN_HEADER = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
-_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI unit codes: metres, micrometres; all else is taken as millimetres
+_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI unit codes of metres and micrometres; all others count as millimetres
 
 
 def open_image(path: Path) -> FileImage:
     """Read the header of a .nii or .nii.gz file.
 
     Raises:
-        InputError: no NIfTI file, or one that is damaged.
+        InputError: a file of another format, or a damaged one.
     """
     try:
         image = nib.load(path)
@@ -73,6 +73,6 @@ def _geometry(image: nib.Nifti1Image) -> tuple[FloatArray, Header]:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    # Of nibabel's own texts, some run over several lines: ours is one.
+    # Some of nibabel's messages have several lines; ours have one.
     reason = " ".join(str(error).split())[:120].rstrip(".") or type(error).__name__
     return InputError(path, f"an unreadable file ({reason})", "a complete NIfTI file", "copy or convert the scan again")

@@ -1,4 +1,4 @@
-"""What the commands write for a scan: one table of file endings, the paths they give, and what must not collide."""
+"""The files that the commands write for a scan: their endings, their paths, and the check that none collide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from medseg_diffusion.errors import UsageError
 from .paths import SUFFIXES, is_image, scan_name, suffix_of
 
 Outputs = dict[str, Path]
-"""Kind of an output to its file."""
+"""Kind of output -> its file."""
 
 SEGMENTATION = {
     "segmentation": "_seg.nii.gz",
@@ -21,7 +21,7 @@ SEGMENTATION = {
     "preview": "_preview.png",
     "statistics": "_statistics.json",
 }
-"""Of `medseg segment`; the segmentation of an image file is a PNG."""
+"""File endings of `medseg segment`. The segmentation of an image file is a PNG instead."""
 ANOMALY = {
     "mask": "_anomaly_mask.nii.gz",
     "map": "_anomaly.nii.gz",
@@ -29,19 +29,19 @@ ANOMALY = {
     "scores": "_anomaly.json",
     "preview": "_anomaly_preview.png",
 }
-"""Of `medseg anomaly`."""
+"""File endings of `medseg anomaly`."""
 
 
 def segmentation_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
-    """The files of a segmented scan, beside it, in the folder ``output``, or beside the file ``output``.
+    """The output files of a segmented scan.
 
     Args:
         scan: the scan.
-        output: file of the mask, a folder, or None for the scan's own folder.
+        output: file of the mask, a folder, or None for the scan's own folder. The other outputs lie beside the mask.
         count: number of scans in the call.
 
     Raises:
-        UsageError: a file for several scans, or one of a format in which the mask is not written.
+        UsageError: a file for several scans, or a file format that cannot hold the mask.
     """
     if not _is_file(output, count):
         ending = "_seg.png" if is_image(scan) else SEGMENTATION["segmentation"]
@@ -55,7 +55,7 @@ def segmentation_outputs(scan: Path, output: Path | None, count: int) -> Outputs
 
 
 def anomaly_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
-    """The files of a scored scan; ``output`` is the file of the map, a folder, or None for the scan's own folder.
+    """The output files of a scored scan; ``output`` is the file of the map, a folder, or None for the scan's folder.
 
     Raises:
         UsageError: a file for several scans.
@@ -79,7 +79,7 @@ def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
         targets = [path.absolute() for path in files.values()]
         if scan.absolute() in targets:
             raise UsageError(f"{scan}: the result would overwrite the scan; give -o another name")
-        # Of an image and a volume of one name the masks differ in suffix; the maps do not.
+        # An image and a volume of the same name have masks with different suffixes, but the same map files.
         for target in targets:
             if target in owners:
                 raise UsageError(f"{owners[target]} and {scan} would both be written to {target}; segment them apart")
@@ -87,7 +87,7 @@ def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
 
 
 def _is_file(output: Path | None, count: int) -> bool:
-    """Whether ``output`` names a file, which can only be that of a single scan."""
+    """Whether ``output`` names a file; UsageError if it does and there are several scans."""
     if output is None or not output.name.lower().endswith(SUFFIXES):
         return False
     if count > 1:

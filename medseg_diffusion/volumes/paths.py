@@ -1,4 +1,4 @@
-"""Which files are scans, and what they are called: from names and first bytes alone, without torch."""
+"""Finds scans and tells their names, from file names and the first bytes alone, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from medseg_diffusion.errors import InputError
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-"""Of images without geometry: volumes of one slice, whose voxel size of 1 mm is a placeholder."""
+"""Images without geometry. They are read as volumes of one slice, with a voxel size of 1 mm as a placeholder."""
 SUFFIXES = VOLUME_SUFFIXES + IMAGE_SUFFIXES
 RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_mask", "_anomaly_foreground")
-"""Endings of the files that we write."""
+"""Endings of the names of files that the commands write."""
 _DICOM = b"DICM"  # bytes 128 to 131 of a DICOM file
 
 
 def suffix_of(path: Path | str) -> str:
-    """The suffix out of `SUFFIXES` that a name ends with, in lower case.
+    """The entry of `SUFFIXES` with which a name ends, in lower case.
 
     Raises:
-        InputError: none of them.
+        InputError: another suffix.
     """
     name = Path(path).name.lower()
     for suffix in SUFFIXES:
@@ -33,26 +33,27 @@ def suffix_of(path: Path | str) -> str:
 
 
 def scan_name(path: Path | str) -> str:
-    """The file's name without its suffix: "a/scan.1.nii.gz" -> "scan.1"; that of a DICOM series' folder."""
+    """The file's name without its suffix: "a/scan.1.nii.gz" -> "scan.1". For a DICOM series, the folder's name."""
     if Path(path).is_dir():
         return Path(path).resolve().name
     return Path(path).name[: -len(suffix_of(path))]
 
 
 def is_image(path: Path | str) -> bool:
-    """Whether a name is that of an image without geometry, PNG or the like."""
+    """Whether a name ends with the suffix of an image without geometry, such as PNG."""
     return Path(path).name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_series(folder: Path) -> bool:
-    """Whether a folder directly holds DICOM files, whatever their names."""
+    """Whether DICOM files, of any name, lie directly in a folder."""
     return folder.is_dir() and any(_is_dicom(path) for path in sorted(folder.iterdir()) if path.is_file())
 
 
 def scan_files(folder: Path) -> list[Path]:
-    """The visible files of known suffix directly in a folder, scans, masks and results, sorted by name.
+    """The visible files with known suffixes directly in a folder, sorted by name: scans, masks and results.
 
-    Images only where no volume but results lies beside them: else they are pictures of it. Never our own previews.
+    If there is a volume that is no result, images are taken for pictures of volumes and left out. The previews that
+    `medseg` writes are always left out.
     """
     files = sorted(
         path
@@ -65,10 +66,10 @@ def scan_files(folder: Path) -> list[Path]:
 
 
 def find_scans(path: Path | str) -> list[Path]:
-    """The scans that a path stands for: itself if a file or a DICOM series, else those in the folder, sorted by name.
+    """The scans of a path: the path itself if it is a file or a DICOM series, else the scans in the folder.
 
-    In a folder these are files (`scan_files`) but for what looks like our own results (`RESULTS`), and folders of DICOM
-    series.
+    A folder's scans are its files (`scan_files`) without those whose names end like results (`RESULTS`), then its
+    DICOM series, each sorted by name.
 
     Raises:
         InputError: a missing path, a file of another kind, or a folder without scans.

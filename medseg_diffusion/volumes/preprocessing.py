@@ -1,4 +1,4 @@
-"""From a scan's own grid to a model's grid and intensity range, and back."""
+"""Maps scans to a model's grid and intensity range, and maps results back to the scan's grid."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Box = tuple[tuple[int, int], ...]  # first and one past the last voxel of each o
 
 Intensity = Literal["percentile", "zscore", "median"]
 
-_COARSE_MM = 4.0  # voxel size at which the head is looked for
+_COARSE_MM = 4.0  # voxel size of the search for the head
 _HEAD_PART_MM3 = 1000.0  # components up to this size are noise or dirt, not head
 _HEAD_MARGIN_MM = 10.0
-_MEDIAN = -0.3  # where "median" puts the foreground's
-_FEW = 0.01  # fraction of voxels above the minimum below which statistics take all voxels
+_MEDIAN = -0.3  # intensity to which "median" maps the foreground's median
+_FEW = 0.01  # if fewer voxels than this share are above the minimum, statistics are taken from all voxels
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """How a model's grid lies in a scan: made by `Preprocessing.apply`, used to map results back.
+    """How a model's grid lies in a scan. `Preprocessing.apply` makes it; it maps results back to the scan.
 
     Attributes:
         native_shape: sizes of the scan's grid.
         native_affine: (4, 4) voxel -> RAS mm of the scan.
         transform: (3, 2) axis moves and flips from the scan to the model's orientation (`volume.reorient`).
-        box: the part that was kept, in voxels after `transform`.
-        box_affine: (4, 4) voxel -> RAS mm of that part.
+        box: the part of the scan that was not cropped away, in voxels after `transform`.
+        box_affine: (4, 4) voxel -> RAS mm of the box.
         shape: sizes of the model's grid.
         affine: (4, 4) voxel -> RAS mm of the model's grid.
     """
@@ -59,13 +59,15 @@ class Placement:
         Volume(scan, self.native_affine).require_same_grid(labels)
 
     def forward(self, data: Tensor) -> Tensor:
-        """Map data from the scan's grid to the model's, linearly (smoothed first where the model's is coarser).
+        """Map data from the scan's grid to the model's grid by linear interpolation.
+
+        Where the model's grid is coarser, the data is smoothed first (`resample`).
 
         Args:
             data: (C, I, J, K) on the scan's grid.
 
         Returns:
-            (C, *S) on the model's grid, floating point where the voxel size changes, else of the same type.
+            (C, *S) on the model's grid; floating point if the voxel size changes, else of the same type.
         """
         if tuple(data.shape[1:]) != self.native_shape:
             raise ValueError(f"data of shape {tuple(data.shape)} is not on the scan's grid {self.native_shape}")
@@ -79,8 +81,8 @@ class Placement:
 
         Args:
             data: (C, *S) on the model's grid.
-            outside: value, or one value per channel, where the scan was cropped away. For class probabilities it is
-                1 for the background and 0 for the other classes.
+            outside: value, or one value per channel, outside the crop. For class probabilities, use 1 for the
+                background and 0 for the other classes.
 
         Returns:
             (C, I, J, K), the scan's own shape, floating point.
@@ -99,7 +101,7 @@ class Placement:
         whole = tuple(self.native_shape[axis] for axis in back[:, 0])
         part = tuple(stop - start for start, stop in self.box)
         result = torch.empty((len(data), *self.native_shape), dtype=data.dtype, device=data.device)
-        for index, value in enumerate(fill):  # one by one: at most two channels are held beside the result
+        for index, value in enumerate(fill):  # one by one, so that at most two more channels are in memory
             channel = resample(data[index : index + 1], self.affine, self.box_affine, part)
             if part != whole:
                 padded = torch.full((1, *whole), float(value), dtype=data.dtype, device=data.device)
@@ -116,18 +118,20 @@ class Preprocessing:
     Attributes:
         orientation: direction of the axes, such as "RAS"; None leaves them.
         spacing_mm: voxel size along those axes; None leaves it.
-        intensity: "percentile" maps the low and high percentile to -1 and 1 and bends what lies beyond into
-            [-1.5, 1.5]; "zscore" gives mean 0 and standard deviation 1. Both look only at voxels above the minimum
-            (the background of most scans). "median" maps the low percentile of all voxels to -1 and the median of the
-            foreground (`medseg_diffusion.volumes.foreground`) to -0.3, and bends as well: how bright a lesion becomes
-            depends neither on the air around a head nor on the fat of its scalp. None depends on unit or offset.
+        intensity: how intensities are scaled. No choice depends on the scan's unit or offset.
+            "percentile" maps the low and high percentile to -1 and 1 and bends values beyond them into [-1.5, 1.5].
+            "zscore" gives mean 0 and standard deviation 1. Both use only voxels above the minimum, which is the
+            background of most scans.
+            "median" maps the low percentile of all voxels to -1 and the median of the foreground
+            (`medseg_diffusion.volumes.foreground`) to -0.3, and bends as well. A lesion's brightness then depends
+            neither on the air around the head nor on the fat of the scalp.
         low: lower percentile, 0 to 100.
-        high: upper percentile, 0 to 100, of "percentile" alone.
-        crop_foreground: cut away the air around the head, but for 10 mm.
-        size: sides that the first two axes are resized to, whatever they were and without keeping the aspect: for
-            photographs, which have no voxel size. Excludes ``spacing_mm``.
-        square_pixels: resample the coarser of the first two axes to the finer: for slices that are resized as pictures
-            of square pixels (`volumes.fitting`). ``spacing_mm`` and ``size`` go before.
+        high: upper percentile, 0 to 100; only for "percentile".
+        crop_foreground: crop the air around the head, with a margin of 10 mm.
+        size: resize the first two axes to these sides, without keeping the aspect ratio. It is meant for photographs,
+            which have no voxel size, and cannot be combined with ``spacing_mm``.
+        square_pixels: resample the coarser of the first two axes to the finer one, for slices that are later resized as
+            pictures with square pixels (`volumes.fitting`). ``spacing_mm`` and ``size`` take precedence.
     """
 
     orientation: str | None = "RAS"
@@ -154,7 +158,7 @@ class Preprocessing:
             volume: the scan, (C, I, J, K).
 
         Returns:
-            (C, *S) float32 on the model's grid, and the way back.
+            (C, *S) float32 on the model's grid, and the `Placement` that maps results back.
         """
         transform = orientation_transform(volume.affine, self.orientation or volume.axcodes)
         affine = volume.affine @ nib.orientations.inv_ornt_aff(transform, volume.shape)
@@ -163,7 +167,7 @@ class Preprocessing:
         x, y, _ = spacing_of(affine)
         body = None
         if self.intensity == "median":
-            # Imported where used, as in `foreground_box`: scipy and skimage take 0.3 s, which most models do not need.
+            # Imported here, as in `foreground_box`: scipy and skimage take 0.3 s to import; few models need them.
             from .foreground import foreground
 
             body = foreground(data[0], (x, y))[None]
@@ -184,12 +188,12 @@ class Preprocessing:
             x, y, z = spacing_of(affine)
             grid, shape = spacing_grid(shape, box_affine, (min(x, y), min(x, y), z))
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
-        # Scaling and resampling commute; the statistics are those of the voxels as measured.
+        # Scaling and resampling commute. The statistics are taken from the original voxels.
         scaling = [self._scaling(channel, body) for channel in data]
         model = resample(data, box_affine, grid, shape)
         scaled = torch.empty_like(model)
         for out, channel, (centre, width) in zip(scaled, model, scaling, strict=True):
-            # float64: a large offset or a tiny unit would otherwise cost digits.
+            # float64, because a large offset or a tiny unit would lose digits in float32.
             values = (channel.double() - centre) / width
             out.copy_(values if self.intensity == "zscore" else bend(values))
         return scaled, placement
@@ -203,24 +207,27 @@ class Preprocessing:
             if width > 0:
                 return dark + width, width
         above = values[values > values.min()]
-        chosen = above if len(above) > _FEW * len(values) else values
+        sample = above if len(above) > _FEW * len(values) else values
         if self.intensity == "zscore":
-            return float(chosen.mean(dtype=np.float64)), float(chosen.std(dtype=np.float64)) or 1.0
-        low, high = _percentiles(chosen, self.low, self.high)
+            return float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64)) or 1.0
+        low, high = _percentiles(sample, self.low, self.high)
         if low == high:
             low, high = float(values.min()), float(values.max())
         return (low + high) / 2, (high - low) / 2 or 1.0
 
 
 def apply_labels(labels: Volume, placement: Placement) -> Tensor:
-    """Map reference labels to a model's grid: each label's mask linearly, then the largest.
+    """Map reference labels to a model's grid.
+
+    Each label's mask is interpolated linearly. Each voxel gets the label with the largest value; of equal ones, the
+    lowest label.
 
     Args:
         labels: (1, I, J, K) integers on the scan's grid.
         placement: from `Preprocessing.apply` on the scan.
 
     Returns:
-        (1, *S) of the labels' type; of equally large ones the lowest.
+        (1, *S) of the labels' type.
 
     Raises:
         InputError: the labels lie on another grid than the scan.
@@ -230,17 +237,17 @@ def apply_labels(labels: Volume, placement: Placement) -> Tensor:
     result = torch.zeros((1, *placement.shape), dtype=labels.data.dtype)
     for value in torch.unique(labels.data).tolist():
         share = placement.forward((labels.data == value).float())
-        larger = share > best + 1e-6  # shares of one half each differ by rounding alone
+        larger = share > best + 1e-6  # equal shares differ by rounding
         result[larger] = value
         best = torch.where(larger, share, best)
     return result
 
 
 def foreground_box(image: Tensor, affine: FloatArray) -> Box:
-    """The bounding box of the head, or of whatever stands out from air, with a margin of 10 mm.
+    """The bounding box of the head, or of whatever is brighter than air, with a margin of 10 mm.
 
-    Every connected part above 1 cm^3 is inside. The threshold lies halfway between air and Otsu's: too large a box
-    costs time, too small a one would cost the result.
+    Every connected part above 1 cm^3 is inside. The threshold is halfway between air and Otsu's threshold: too large a
+    box costs only time, but too small a box would cut off a part of the head.
 
     Args:
         image: (I, J, K).
@@ -266,7 +273,7 @@ def foreground_box(image: Tensor, affine: FloatArray) -> Box:
     box = []
     for axis, places in enumerate(np.nonzero(large[parts])):
         ratio = (i, j, k)[axis] / spacing[axis]
-        excess = (shape[axis] * ratio - sizes[axis]) / 2  # by how much the coarse grid reaches further
+        excess = (shape[axis] * ratio - sizes[axis]) / 2  # how far the coarse grid extends beyond the image
         margin = _HEAD_MARGIN_MM / spacing[axis]
         first = int(np.floor(places.min() * ratio - excess - margin))
         stop = int(np.ceil((places.max() + 1) * ratio - excess + margin))
@@ -280,13 +287,13 @@ def _cut(data: Tensor, box: Box) -> Tensor:
 
 
 def bend(values: Tensor) -> Tensor:
-    """Identity within [-1, 1], smooth and monotone beyond, never outside [-1.5, 1.5]."""
+    """Identity in [-1, 1]. Beyond it, values are compressed smoothly and monotonically into [-1.5, 1.5]."""
     beyond = (values.abs() - 1).clamp_(min=0)
     return values.clamp(-1, 1) + values.sign() * 0.5 * torch.tanh(2 * beyond)
 
 
 def _percentiles(values: npt.NDArray[np.floating], low: float, high: float) -> tuple[float, float]:
-    # Each alone, in the values' own type: exact order statistics without a float64 copy of the scan.
-    places = [round(percent / 100 * (len(values) - 1)) for percent in (low, high)]
-    ordered = np.partition(values, places)
-    return float(ordered[places[0]]), float(ordered[places[1]])
+    # Exact order statistics without a float64 copy of the scan, as `np.percentile` would make.
+    ranks = [round(percent / 100 * (len(values) - 1)) for percent in (low, high)]
+    ordered = np.partition(values, ranks)
+    return float(ordered[ranks[0]]), float(ordered[ranks[1]])

@@ -16,9 +16,8 @@ from medseg_diffusion.errors import InputError, UsageError
 
 from .volume import FileImage, Header, Volume
 
-# Pixels know no millimetres: one each is a placeholder. Axes as ITK lays them, so that a map written as NIfTI covers
-# the image in viewers that read both with it: i, to the right of the picture, is the patient's left; j, down, is
-# posterior.
+# Image files have no voxel size: 1 mm is a placeholder. The axes are ITK's: i, to the right of the picture, is the
+# patient's left; j, downwards, is posterior. A map written as NIfTI then covers the image in viewers that use ITK.
 _AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NO_UNIT = 0  # NIfTI's code
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
@@ -33,7 +32,7 @@ _GREY: dict[str, npt.DTypeLike] = {
 }
 _WHITE = {"1": 1, "L": 255, "RGB": 255, "I;16": 65535, "I;16L": 65535, "I;16B": 65535}
 _DEEP = tuple(mode for mode in _GREY if mode not in ("1", "L"))
-# What Pillow raises on files that are cut off, damaged or something else.
+# What Pillow raises for files that are truncated, damaged or of another format.
 _BROKEN = (
     OSError,
     EOFError,
@@ -52,30 +51,30 @@ _BROKEN = (
 def open_image(path: Path) -> FileImage:
     """Read an image: (W, H, 1) grey values, or (W, H, 1, 3) red, green and blue of 0 to 255.
 
-    The colours of a palette are looked up. An alpha channel is dropped where it says that everything is opaque.
+    Palette indices are replaced by their colours. An alpha channel is dropped if every pixel is opaque.
 
     Raises:
-        InputError: no such image, a damaged one, one of several pages or another colour space, transparency, or more
-            than 8 bits per colour.
+        InputError: a file that is no such image or is damaged, several pages, another colour space, transparency, or
+            more than 8 bits per colour.
     """
     return _as_volume(_colours(path, _decoded(path)))
 
 
 def open_labels(path: Path) -> FileImage:
-    """`open_image` for a mask, (W, H, 1): of a palette the indices count, which are the classes, not the colours.
+    """`open_image` for a mask, (W, H, 1). The indices of a palette are kept: they are the classes.
 
     Raises:
-        InputError: as `open_image`, and for a JPEG, whose values are not those that were saved.
+        InputError: as `open_image`, and for a JPEG, whose lossy compression changes values.
     """
     image = _decoded(path, exact=True)
     return _as_volume(image if image.mode == "P" else _colours(path, image))
 
 
 def require_mask(path: Path, array: npt.NDArray[np.generic]) -> None:
-    """Refuse what is never written into an image file: all but one slice of labels, and all suffixes but .png.
+    """Refuse anything but one slice of labels in a .png file.
 
     Raises:
-        UsageError: says where it can go instead.
+        UsageError: another suffix or array; names the format to use instead.
     """
     what = "a map of real numbers" if array.dtype.kind == "f" else f"labels of {' x '.join(map(str, array.shape))}"
     if path.suffix.lower() != ".png":
@@ -85,37 +84,36 @@ def require_mask(path: Path, array: npt.NDArray[np.generic]) -> None:
 
 
 def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
-    """Write labels (W, H, 1) of uint8 or uint16 as a greyscale PNG; `like` has no geometry that it could hold."""
+    """Write labels (W, H, 1), uint8 or uint16, as a greyscale PNG. A PNG has no geometry, so ``like`` is not used."""
     Image.fromarray(np.ascontiguousarray(array[:, :, 0].T)).save(path, format="PNG")
 
 
 def _decoded(path: Path, exact: bool = False) -> Image.Image:
-    """The image, upright; with `exact`, not of a JPEG.
+    """The decoded image, upright. ``exact`` refuses a JPEG.
 
-    Decoded whole at once: Pillow stays silent about a truncated file until its pixels are asked for. The orientation
-    in the header of a photograph is applied, to its shape too: every viewer and labelling tool does so, and the masks
-    that they make are upright.
+    All pixels are decoded here, because Pillow reports a truncated file only then. The orientation in a photograph's
+    header is applied, as every viewer and labelling tool does: their masks are upright.
     """
     try:
-        # From memory: an uncompressed TIFF that is opened by name Pillow (13.0) maps, and mistakes the sides of one
-        # that is to be turned by a quarter. Its warnings are about metadata; unreadable pixels are errors.
+        # Read into memory first: Pillow (13.0) maps an uncompressed TIFF that it opens by name, and mistakes the sides
+        # of one whose header asks for a quarter turn. Pillow's warnings concern metadata; unreadable pixels raise.
         content = io.BytesIO(path.read_bytes())
         with warnings.catch_warnings(action="ignore"), Image.open(content, formats=_FORMATS) as image:
-            jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG that carries further images, which are previews
+            jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further images, which are previews
             count = 1 if jpeg else getattr(image, "n_frames", 1)
             if jpeg and exact:
                 wrong = ("a JPEG", "a mask in a lossless format", "save the original mask as PNG")
             elif count > 1:
                 wrong = (f"{count} images in one file", "a single image", "save each as a file of its own")
-            elif ";16" in str(image.tile) and image.mode not in _GREY:  # Pillow would cut them to 8 in silence
+            elif ";16" in str(image.tile) and image.mode not in _GREY:  # Pillow would silently reduce them to 8 bits
                 wrong = ("colours of 16 bits", "8 bits per colour", "convert the image to 8 bits")
             else:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
-                # Older Pillow reads the 16 bits of a PNG into 32.
+                # Older versions of Pillow read a 16-bit PNG into 32 bits.
                 return upright.convert("I;16") if image.format == "PNG" and image.mode == "I" else upright
     except _BROKEN as error:
-        # Of an unknown format its message names only an object in memory.
+        # For an unknown format, Pillow's message names only an object in memory.
         text = "of another format" if isinstance(error, UnidentifiedImageError) else str(error)
         reason = " ".join(text.split())[:120].rstrip(".") or type(error).__name__
         wrong = (f"an unreadable file ({reason})", "a complete PNG, JPEG, TIFF or BMP image", "copy or export it again")
@@ -139,7 +137,7 @@ def _colours(path: Path, image: Image.Image) -> Image.Image:
 
 def _as_volume(image: Image.Image) -> FileImage:
     array = np.asarray(image)
-    array = array.astype(_GREY.get(image.mode, np.uint8))  # bits to 0 and 1, 16 bits to the order of this machine
+    array = array.astype(_GREY.get(image.mode, np.uint8))  # bool to 0 and 1, 16 bits to this machine's byte order
     array = np.ascontiguousarray(array.swapaxes(0, 1)[:, :, None])
     header = Header(xyzt_units=_NO_UNIT, white=_WHITE.get(image.mode, 0))
     return FileImage(array.shape, array.dtype, _AFFINE, header, lambda: array)

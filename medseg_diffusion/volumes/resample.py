@@ -1,4 +1,4 @@
-"""Images from one grid to another, with voxel centres at whole indices and geometry in RAS mm."""
+"""Resamples images from one grid to another. Voxel centres are at integer indices; the geometry is in RAS mm."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from .volume import FloatArray, Shape, spacing_of
 
-_GRID_BYTES = 64 * 2**20  # largest coordinate grid that is held at once
-_ALIGNED = 1e-4  # voxels: axes that drift apart by less than this over the whole grid count as parallel
-_SAME_SPACING = 1e-3  # relative: a voxel size this near to the one asked for is left alone
-_MARGIN = 1e-3  # voxels by which rounding may put a place beyond the outer edge
-_BLUR_ABOVE = 1.2  # times coarser than the source: from here on an image is smoothed before it is sampled
+_GRID_BYTES = 64 * 2**20  # largest coordinate grid in memory at once
+_ALIGNED = 1e-4  # voxels: axes that diverge by less than this over the whole grid count as parallel
+_SAME_SPACING = 1e-3  # relative: a voxel size this close to the requested one is left as it is
+_MARGIN = 1e-3  # voxels: tolerance for positions that rounding puts beyond the outer edge
+_BLUR_ABOVE = 1.2  # ratio of voxel sizes above which an image is smoothed before it is sampled
 
 
 def spacing_grid(shape: Sequence[int], affine: FloatArray, spacing_mm: Sequence[float]) -> tuple[FloatArray, Shape]:
-    """The grid of another voxel size with the same orientation that covers the same field of view.
+    """The grid with another voxel size, the same orientation and the same field of view.
 
-    The field of view reaches to the voxels' outer edges. Where the new voxel size does not divide it, the last voxel
-    is not cut off and the excess lies in equal parts on both sides, so that flipping an axis changes nothing.
+    The field of view extends to the voxels' outer edges. If the new voxel size does not divide it, the new grid is
+    larger by the same amount on both sides, so that flipping an axis changes nothing.
 
     Args:
         shape: voxels along the three axes.
@@ -79,9 +79,10 @@ def resample(
 ) -> Tensor:
     """Sample an image on another grid.
 
-    Linear sampling on a grid that is more than 1.2 times coarser smooths first (Gaussian of the width that turns one
-    voxel size into the other: Cardoso et al., "Scale factor point spread function matching", MICCAI 2015), so that
-    nothing aliases. Grids with parallel axes, the usual case, are handled axis by axis; oblique ones in slabs.
+    If the target grid is more than 1.2 times coarser, linear sampling smooths the image first to avoid aliasing. The
+    Gaussian has the width that turns one voxel size into the other (Cardoso et al., "Scale factor point spread function
+    matching", MICCAI 2015). Grids with parallel axes, the usual case, are resampled axis by axis; oblique grids in
+    slabs.
 
     Args:
         data: (C, I, J, K).
@@ -89,7 +90,7 @@ def resample(
         target_affine: (4, 4) of the result.
         target_shape: its three sizes.
         mode: "linear" gives floating point; "nearest" keeps the type of `data`.
-        outside: what lies beyond the outer edges of `data`'s voxels: a value, or "edge" for the nearest voxel's.
+        outside: value beyond the outer edges of `data`'s voxels, or "edge" for the value of the nearest voxel.
 
     Returns:
         (C, *target_shape). `data` itself, not a copy, if the grids are the same.
@@ -101,7 +102,7 @@ def resample(
         raise ValueError(
             f"expected data (C, I, J, K) and three sizes, got {tuple(data.shape)} and {tuple(target_shape)}"
         )
-    # Column b says how far one target voxel along axis b goes along each source axis.
+    # Column b: the step along each source axis for one target voxel along axis b.
     to_source = np.linalg.inv(affine) @ target_affine
     if mode == "linear" and data.dtype not in (torch.float32, torch.float64):
         data = data.float()
@@ -122,17 +123,17 @@ def _separable(
 ) -> Tensor:
     """Axis by axis: index i of the result lies at index `scale * i + origin` of the same axis of `data`."""
     positions = [origin[a] + scale[a] * np.arange(shape[a]) for a in range(3)]
-    # Inexact inverses leave 1e-16 where a whole number is meant; snapped, crops and flips are exact.
+    # The inverse of an affine leaves errors of 1e-16. Positions are rounded, so that crops and flips are exact.
     positions = [np.where(np.abs(p - np.rint(p)) < 1e-6, np.rint(p), p) for p in positions]
     sizes = data.shape[1:]
     axes = []
-    # Axes that shrink come first: the later ones then have less to do. The last axis, the slow one to gather along,
-    # has its turn when the array is small.
+    # Axes that shrink come first, so that the later ones have less to do. Gathering along the last axis is slow: it is
+    # done while the array is small.
     grows = [n > size for n, size in zip(shape, sizes, strict=True)]
     for axis in sorted(range(3), key=lambda a: (grows[a], -a if grows[a] else a)):
         sigma = _blur_sigma(abs(float(scale[axis]))) if mode == "linear" else 0.0
-        places = np.floor(positions[axis] + 0.5) if mode == "nearest" else positions[axis]
-        axes.append((axis, *_taps(places, sizes[axis], sigma)))
+        sampled = np.floor(positions[axis] + 0.5) if mode == "nearest" else positions[axis]
+        axes.append((axis, *_taps(sampled, sizes[axis], sigma)))
     beyond = [
         torch.from_numpy(_beyond(p, n)).nonzero().flatten().to(data.device)
         for p, n in zip(positions, sizes, strict=True)
@@ -152,7 +153,7 @@ def _separable(
 
 
 def _oblique(data: Tensor, to_source: FloatArray, shape: Shape, mode: str, outside: float | str) -> Tensor:
-    """Any affine, through grid_sample, in slabs along the first axis that bound the coordinates' memory."""
+    """Resample with any affine by `grid_sample`, in slabs along the first axis to limit the memory of coordinates."""
     sizes = data.shape[1:]
     values = data if data.is_floating_point() else data.float()
     if mode == "linear":
@@ -171,11 +172,11 @@ def _oblique(data: Tensor, to_source: FloatArray, shape: Shape, mode: str, outsi
         beyond = torch.zeros(grid.shape[:3], dtype=torch.bool, device=data.device)
         for axis, n in enumerate(sizes):
             i, j, k = (torch.from_numpy(to_source[axis, b] * line).to(values) for b, line in enumerate(lines))
-            place = (i + float(to_source[axis, 3]))[:, None, None] + j[:, None] + k
+            position = (i + float(to_source[axis, 3]))[:, None, None] + j[:, None] + k
             if outside != "edge":
-                beyond |= (place < -0.5 - _MARGIN) | (place > n - 0.5 + _MARGIN)
-            # grid_sample wants x (our last axis) first and, without align_corners, -1..1 from edge to edge.
-            grid[..., 2 - axis] = (2 * place + 1) / n - 1
+                beyond |= (position < -0.5 - _MARGIN) | (position > n - 0.5 + _MARGIN)
+            # grid_sample takes x (our last axis) first and, without align_corners, -1..1 from edge to edge.
+            grid[..., 2 - axis] = (2 * position + 1) / n - 1
         interpolation = "bilinear" if mode == "linear" else "nearest"  # "bilinear" is trilinear on three axes
         out = F.grid_sample(values[None], grid[None], interpolation, padding_mode="border", align_corners=False)[0]
         if outside != "edge":
@@ -185,31 +186,31 @@ def _oblique(data: Tensor, to_source: FloatArray, shape: Shape, mode: str, outsi
 
 
 def _blur_sigma(factor: float) -> float:
-    """Width in source voxels of the Gaussian that makes them `factor` times as wide (at half maximum)."""
+    """Standard deviation, in source voxels, of the Gaussian that makes a voxel ``factor`` times as wide (FWHM)."""
     return math.sqrt(factor**2 - 1) / (2 * math.sqrt(2 * math.log(2))) if factor > _BLUR_ABOVE else 0.0
 
 
-def _beyond(places: FloatArray, n: int) -> npt.NDArray[np.bool_]:
-    return (places < -0.5 - _MARGIN) | (places > n - 0.5 + _MARGIN)
+def _beyond(positions: FloatArray, n: int) -> npt.NDArray[np.bool_]:
+    return (positions < -0.5 - _MARGIN) | (positions > n - 0.5 + _MARGIN)
 
 
-def _taps(places: FloatArray, n: int, sigma: float) -> tuple[Tensor, Tensor]:
-    """Smoothing and linear interpolation along one axis as a short list of neighbours for each place.
+def _taps(positions: FloatArray, n: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """Smoothing and linear interpolation along one axis, as a short list of weighted neighbours for each position.
 
     Args:
-        places: (m,) in voxels; clamped to the first and last of the n voxel centres.
+        positions: (m,) in voxels; clamped to the first and last of the n voxel centres.
         n: voxels along the axis.
-        sigma: of the Gaussian in voxels; 0 = none.
+        sigma: standard deviation of the Gaussian in voxels; 0 for no smoothing.
 
     Returns:
         Indices (T, m) int64 and weights (T, m) float64 that sum to 1 over T.
     """
-    places = np.clip(places, 0, n - 1)
-    low = np.floor(places).astype(np.int64)
-    rows = np.arange(len(places))
-    dense = np.zeros((len(places), n))
-    np.add.at(dense, (rows, low), 1 - (places - low))
-    np.add.at(dense, (rows, np.minimum(low + 1, n - 1)), places - low)
+    positions = np.clip(positions, 0, n - 1)
+    low = np.floor(positions).astype(np.int64)
+    rows = np.arange(len(positions))
+    dense = np.zeros((len(positions), n))
+    np.add.at(dense, (rows, low), 1 - (positions - low))
+    np.add.at(dense, (rows, np.minimum(low + 1, n - 1)), positions - low)
     if sigma:
         reach = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
         kernel = np.exp(-0.5 * (reach / sigma) ** 2)
@@ -232,7 +233,7 @@ def _is_identity(index: Tensor) -> bool:
 def _gather(channel: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor:
     """Weighted sum of neighbours along one axis of (I, J, K).
 
-    Not a matrix product: that may silently run in TF32 on a GPU, with three digits.
+    A matrix product would be shorter, but may silently run in TF32 on a GPU, which has three digits.
     """
     if _is_identity(index) and index.shape[1] == channel.shape[axis]:
         return channel

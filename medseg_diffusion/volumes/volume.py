@@ -1,4 +1,4 @@
-"""A scan in memory: voxels, where they lie in the patient, and the header facts that must survive."""
+"""A scan in memory: its voxels, their position in the patient, and the header fields that are preserved."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """Facts of a file that voxels and affine do not tell, most of them of NIfTI headers; else the defaults.
+    """Header fields of a file that are preserved beside voxels and affine. Most exist in NIfTI files only.
 
     Attributes:
         qform_code: NIfTI code of the quaternion transform (0 = absent, 1 = scanner, ...).
         sform_code: NIfTI code of the affine transform.
         xyzt_units: NIfTI code of the spatial and temporal units; 2 is millimetres.
-        qform: (4, 4) voxel -> RAS mm of the quaternion transform where it differs from the affine, else None.
-        modality: DICOM's, such as "MR" or "CT"; empty where the format does not say.
-        white: level of white in an image file (PNG, ...): 1, 255 or 65535; 0 where the format does not say.
+        qform: (4, 4) voxel -> RAS mm of the quaternion transform if it differs from the affine, else None.
+        modality: DICOM modality, such as "MR" or "CT"; empty if the file does not tell it.
+        white: level of white in an image file (PNG, ...): 1, 255 or 65535; 0 if the file does not tell it.
     """
 
     qform_code: int = 1
@@ -41,14 +41,14 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class FileImage:
-    """An opened file: the header is read, the voxels are read by `load()`.
+    """An opened file whose header was read. `load()` reads the voxels.
 
     Attributes:
         shape: spatial axes I, J, K first, further axes (channels, time) last.
         dtype: voxel type as stored.
         affine: (4, 4) voxel -> RAS mm.
-        header: what must survive.
-        load: returns the voxels, scaled, as an array of `shape`.
+        header: fields that are preserved.
+        load: returns the voxels as an array of `shape`, with slope and intercept applied.
     """
 
     shape: tuple[int, ...]
@@ -65,8 +65,8 @@ class Volume:
     Attributes:
         data: (C, I, J, K), float32 for images, an integer type for labels.
         affine: (4, 4) float64, voxel indices -> RAS millimetres.
-        source: the file it came from, None when made in memory.
-        header: what must survive a round trip.
+        source: the file that it was read from; None if it was made in memory.
+        header: fields that are preserved from reading to writing.
 
     Raises:
         ValueError: data without exactly four axes.
@@ -77,7 +77,7 @@ class Volume:
     affine: FloatArray
     source: Path | None = None
     header: Header = field(default_factory=Header)
-    # Affine and header before the first reorientation: arithmetic alone would return the origin only to rounding.
+    # Affine and header before the first reorientation. Computing them back would restore the origin only approximately.
     _native: tuple[FloatArray, Header] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,14 +99,14 @@ class Volume:
 
     @property
     def axcodes(self) -> str:
-        """Where the axes point to, such as "RAS" or "LPI"."""
+        """The directions of the axes, such as "RAS" or "LPI"."""
         return "".join(nib.orientations.aff2axcodes(self.affine))
 
     def like(self, data: Tensor) -> Volume:
-        """Other voxels on the same grid.
+        """A volume with other voxels on the same grid.
 
         Args:
-            data: (C', I, J, K); the number of channels is free.
+            data: (C', I, J, K), any number of channels.
 
         Raises:
             ValueError: another grid.
@@ -139,13 +139,13 @@ class Volume:
             )
 
     def oriented(self, codes: str = "RAS") -> Volume:
-        """Permute and flip the axes until they point (nearly) along `codes`. Exact: no interpolation.
+        """Permute and flip the axes so that they point as nearly as possible along `codes`. Nothing is interpolated.
 
-        `volume.oriented(codes).oriented(volume.axcodes)` has the data and the affine of `volume`, bit for bit
-        (but for axes at exactly 45 degrees, for which no name is right).
+        `volume.oriented(codes).oriented(volume.axcodes)` has the data and the affine of `volume`, bit for bit. The
+        exception are axes at exactly 45 degrees, whose direction is ambiguous.
 
         Args:
-            codes: one of R/L, A/P and S/I each, in any order: where the array's axes shall point to.
+            codes: directions of the array's axes: one of R/L, A/P and S/I each, in any order.
 
         Raises:
             ValueError: codes that do not name three different directions.
@@ -158,7 +158,7 @@ class Volume:
         if header.qform is not None:
             header = replace(header, qform=header.qform @ step)
         if header.qform_code == header.sform_code == 0:
-            # Without either code a NIfTI file can hold only its own default axes, which these no longer are.
+            # A NIfTI file without either code has default axes, which no longer hold here.
             header = replace(header, sform_code=2)
         native = self._native or (self.affine, self.header)
         if np.allclose(affine, native[0], rtol=1e-9, atol=1e-9 * min(self.spacing)):
@@ -173,7 +173,7 @@ def spacing_of(affine: FloatArray) -> tuple[float, float, float]:
 
 
 def grid_distance(a: FloatArray, b: FloatArray, shape: tuple[int, ...]) -> float:
-    """Largest distance in mm between the places that two affines give to one of the eight corner voxels."""
+    """Largest distance in mm, over the eight corner voxels, between their positions under two affines."""
     corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], (1,), indexing="ij"), axis=-1).reshape(-1, 4)
     return float(np.linalg.norm(corners @ (a - b).T, axis=1).max())
 
@@ -202,10 +202,10 @@ def inverse_reorientation(transform: npt.NDArray[np.int64]) -> npt.NDArray[np.in
 
 
 def check_affine(affine: FloatArray, source: Path | str | None) -> None:
-    """Refuse a geometry that cannot place voxels.
+    """Refuse an unusable affine.
 
     Raises:
-        InputError: not 4x4, NaN or infinite entries, a zero voxel size, or axes that lie in one plane.
+        InputError: a shape other than 4x4, NaN or infinite entries, a zero voxel size, or axes that lie in one plane.
     """
     expected, remedy = "an invertible 4x4 affine", "repair the header or convert the scan again"
     if affine.shape != (4, 4) or not np.isfinite(affine).all():

@@ -17,7 +17,7 @@ from medseg_diffusion.data.healthy import HealthyScan, healthy_slices, lesion_ma
 from medseg_diffusion.device import autocast
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.methods.healthy_scores import HealthyScores, fit_scores, kept_values, scan_score
+from medseg_diffusion.methods.healthy_scores import HealthyScores, fit_scores, scan_score, subsampled
 from medseg_diffusion.methods.latent_healing import HealthyLatents, LatentHealing
 from medseg_diffusion.models.anomaly_map import OnGrid, on_grid, scored
 from medseg_diffusion.models.generator import Generator
@@ -80,7 +80,7 @@ class AnomalyCalibration:
                     result = scored(detector, config, grid, derive_seed(0, scan.name), self.device, only=healthy)
                     inside = result.score[where].numpy()
                     if inside.size:
-                        values[method].setdefault(scan.patient, []).append(kept_values(inside))
+                        values[method].setdefault(scan.patient, []).append(subsampled(inside))
                         scan_scores[method].append(scan_score(inside))
             self.on_prepare("calibration", done, len(self.scans))
         if not any(scan_scores.values()):

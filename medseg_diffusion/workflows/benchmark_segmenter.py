@@ -22,12 +22,12 @@ import numpy as np
 
 from medseg_diffusion import build
 from medseg_diffusion.data.cases import Case, digest, find_cases, split_by_hash
-from medseg_diffusion.data.mask_examples import read_case
+from medseg_diffusion.data.mask_examples import CaseFormat, read_case
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_files
-from medseg_diffusion.methods.ensemble import tempered
+from medseg_diffusion.methods.ensemble import temperature_scaled
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
@@ -217,7 +217,7 @@ def _held_out_cases(model: SegmentationModel, data: Path, options: BenchmarkOpti
 
 
 def _read(case: Case, model: SegmentationModel, named_labels: Collection[int]) -> tuple[Volume, Volume]:
-    return read_case(case, model.channels, len(model.labels), model.merge_labels, named_labels)
+    return read_case(case, CaseFormat(model.channels, len(model.labels), model.merge_labels, named_labels))
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def _measure_case(
         for value, label in _classes(model)
     ]
     uncalibrated = segmentation.probabilities.numpy()
-    calibrated = tempered(segmentation.probabilities, temperature).numpy()
+    calibrated = temperature_scaled(segmentation.probabilities, temperature).numpy()
     around = region(truth)
     reliabilities = (
         Reliability.of(calibrated, truth, around),

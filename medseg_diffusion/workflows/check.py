@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from medseg_diffusion.data.images import ImageCheck, check_images, find_images
+from medseg_diffusion.data.image_check import ImageCheck, check_images
+from medseg_diffusion.data.images import find_images
 
 
 def check(data: Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> ImageCheck:

@@ -14,14 +14,14 @@ from torch import Tensor
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.segmenter import DataSection
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
-from medseg_diffusion.data.mask_examples import PreparedCase, prepare
+from medseg_diffusion.data.mask_examples import CaseFormat, PreparedCase, prepare
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.activations import Activations
-from medseg_diffusion.methods.label_efficient import FEWEST_PIXELS
+from medseg_diffusion.methods.labelled_pixels import FEWEST_PIXELS
 from medseg_diffusion.models.generator import Generator
 from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
-from medseg_diffusion.volumes.fitting import fitted, fitted_labels
+from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
 from medseg_diffusion.volumes.io import read_map
 
 Unit = Literal["case", "slice"]
@@ -110,8 +110,7 @@ def labelled_units(
     cases = prepare(
         pool if all_are_read else pool[: labelling.count],
         pixel_preprocessing(generator),
-        channels,
-        len(labels),
+        CaseFormat(channels, len(labels)),
         cache,
         lambda done, total: on_progress("cases", done, total),
         slices=len(generator.config.data.shape) == 2,
@@ -230,7 +229,7 @@ def _candidates(
                     f"at most {' x '.join(map(str, size))}",
                     "cut the scans to the region that the generator was trained on, or use a generator of slices",
                 )
-            yield LabelledUnit(case.name, fitted(images, size), fitted_labels(masks, size))
+            yield LabelledUnit(case.name, to_generator_grid(images, size), labels_to_generator_grid(masks, size))
         return
     places = [
         (f"{case.name}, slice {k}", case, slice(k, k + 1))
@@ -238,10 +237,11 @@ def _candidates(
         for k in case.label.flatten(0, 1).any(0).nonzero().flatten().tolist()
     ]
     for name, case, part in sorted(places, key=lambda place: derive_seed(seed, place[0])):
-        masks = fitted_labels(case.label[..., part].movedim(-1, 0), size)
+        masks = labels_to_generator_grid(case.label[..., part].movedim(-1, 0), size)
         enough = torch.bincount(masks.flatten(), minlength=num_classes) >= FEWEST_PIXELS
         if enough.all() if every_class else enough[1:].any():
-            yield LabelledUnit(name, fitted(case.image[..., part].float().clamp(-1, 1).movedim(-1, 0), size), masks)
+            image = case.image[..., part].float().clamp(-1, 1).movedim(-1, 0)
+            yield LabelledUnit(name, to_generator_grid(image, size), masks)
 
 
 @torch.no_grad()

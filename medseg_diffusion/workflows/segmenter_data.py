@@ -14,8 +14,9 @@ from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
-from medseg_diffusion.data.mask_examples import MaskExamples, PreparedCase, prepare, require_every_class
-from medseg_diffusion.data.synthetic_brains import LabelMap, SyntheticBrains, load_label_map, tissues
+from medseg_diffusion.data.label_maps import LabelMap, load_label_map, tissues
+from medseg_diffusion.data.mask_examples import CaseFormat, MaskExamples, PreparedCase, prepare, require_every_class
+from medseg_diffusion.data.synthetic_brains import SyntheticBrains
 from medseg_diffusion.data.tissue import TISSUES
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
@@ -79,12 +80,9 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
     prepared = prepare(
         [case for case in folder.cases if case.name not in split.test],
         build.preprocessing(config.preprocessing),
-        config.data.channels,
-        len(labels),
+        CaseFormat(config.data.channels, len(labels), config.data.merge_labels, folder.labels),
         cache,
         on_case,
-        config.data.merge_labels,
-        folder.labels,
         slices=config.network.dims == 2,
     )
     training = [case for case in prepared if case.name in split.train]

@@ -75,7 +75,7 @@ def train_anomaly(
     section = config.generator.data
     source = healthy_source(healthy, exclude_labelled, unhealthy, (section.test_images, section.validation_images))
     images = _packed(config, source, healthy, job)
-    job.start(config, notes, source.sides, healthy)
+    job.start(config, notes, source.splits, healthy)
     job = job.clock_started()
     parts = {GENERATOR: _train_part(config.generator, images, GENERATOR, "image", job)}
     if config.classifier is not None:
@@ -84,7 +84,7 @@ def train_anomaly(
     tune(chosen)
     generator = restore_generator(parts[GENERATOR], chosen)
     classifier = restore_classifier(parts[CLASSIFIER], chosen)[0] if CLASSIFIER in parts else None
-    held_out = [scan for scan in source.scans if source.sides[scan.patient] == "validation"]
+    held_out = [scan for scan in source.scans if source.splits[scan.patient] == "validation"]
     fit = AnomalyCalibration(config, generator, classifier, held_out, exclude_labelled, on_prepare)
     latents, calibration = fit.fit()
     card = _card(config, source, images, calibration, seed)
@@ -165,7 +165,7 @@ def _card(
     calibration: Mapping[str, HealthyScores],
     seed: int,
 ) -> dict[str, Any]:
-    sides, missing = list(source.sides.values()), left_out(images)
+    sides, missing = list(source.splits.values()), left_out(images)
     dims = len(config.generator.data.shape)
     what = "slices" if dims == 2 else "volumes"
     data = {

@@ -27,7 +27,8 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_json
 from medseg_diffusion.methods.activations import Activations
-from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers, labelled_pixels
+from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers
+from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.generator import Generator, restore_generator
@@ -169,12 +170,11 @@ class _Training:
             images,
             masks,
             classes,
-            config.data.pixels_per_class,
-            job.seed,
+            PixelSampling(
+                config.data.pixels_per_class, job.seed, config.data.copies, self._change(len(chosen.channels))
+            ),
             cache / "features.npy",
             lambda done, total: job.on_prepare("features of labelled images", done, total),
-            copies=config.data.copies,
-            change=self._change(len(chosen.channels)),
         )
         classifiers = fit_classifiers(
             pixels,

@@ -13,7 +13,8 @@ from PIL import Image
 
 from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.data.image_cache import packed
-from medseg_diffusion.data.images import check_images, find_images
+from medseg_diffusion.data.image_check import check_images
+from medseg_diffusion.data.images import find_images
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.paths import scan_name
 from tests.helpers.tiny_imagenet import tiny_imagenet

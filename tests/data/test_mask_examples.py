@@ -11,7 +11,7 @@ import pytest
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.cases import find_cases
-from medseg_diffusion.data.mask_examples import prepare
+from medseg_diffusion.data.mask_examples import CaseFormat, prepare
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -150,7 +150,7 @@ def test_what_is_to_be_read_in_another_way_is_read_again(tmp_path: Path) -> None
     data = find_cases(folder(tmp_path / "data", lambda label: 2 * label))
 
     def shown(preprocessing: Preprocessing, num_classes: int, merge: bool) -> tuple[set[int], int]:
-        case = prepare(data.cases[:1], preprocessing, 1, num_classes, tmp_path / "cache", merge_labels=merge)[0]
+        case = prepare(data.cases[:1], preprocessing, CaseFormat(1, num_classes, merge), tmp_path / "cache")[0]
         return set(case.label.unique().tolist()), case.image.shape[1]
 
     assert shown(Preprocessing(), 3, False) == ({0, 2}, 8)

@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from medseg_diffusion.data.synthetic_brains import (
-    LABELS,
-    LabelMap,
-    SynthesisConfig,
-    SyntheticBrains,
-    load_label_map,
-    synthetic_scan,
-)
+from medseg_diffusion.data.label_maps import LABELS, LabelMap, load_label_map
+from medseg_diffusion.data.synthetic_brains import SynthesisConfig, SyntheticBrains, synthetic_scan
 from medseg_diffusion.data.tissue import to_tissue
 from medseg_diffusion.errors import InputError
 

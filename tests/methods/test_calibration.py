@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medseg_diffusion.methods.calibration import Calibration, TemperatureFit, fit_temperature, not_exceeded
-from medseg_diffusion.methods.ensemble import tempered
+from medseg_diffusion.methods.ensemble import temperature_scaled
 from tests.helpers.ensembles import member, normal
 
 
@@ -16,7 +16,7 @@ def test_the_temperature_of_overconfident_probabilities_is_found(temperature) ->
     """Labels drawn from p; the model says p^T: the fit must return T."""
     p = (1.5 * normal(0, 3, 40_000)).softmax(0)
     labels = torch.multinomial(p.T, 1, generator=torch.Generator().manual_seed(1))[:, 0]
-    claimed = tempered(p, 1 / temperature)
+    claimed = temperature_scaled(p, 1 / temperature)
     assert fit_temperature((claimed.numpy(), labels.numpy())) == pytest.approx(temperature, rel=0.05)
 
 
@@ -24,12 +24,12 @@ def test_honest_borders_do_not_make_empty_background_uncertain() -> None:
     """Borders alone would ask for a temperature of 3; far background is certain, right, and stays so."""
     border = (1.5 * normal(0, 2, 20_000)).softmax(0)
     labels = torch.multinomial(border.T, 1, generator=torch.Generator().manual_seed(1))[:, 0]
-    claimed = tempered(border, 1 / 3)
+    claimed = temperature_scaled(border, 1 / 3)
     certain = torch.tensor([[1 - 1e-4], [1e-4]]).expand(2, 20_000).contiguous()
     near, far = (claimed.numpy(), labels.numpy()), (certain.numpy(), np.zeros(20_000, np.int64))
     found = fit_temperature(near, far)
     assert 1 < found < 3
-    assert float(tempered(certain, found)[1, 0]) < 0.03 < float(tempered(certain, 3)[1, 0])
+    assert float(temperature_scaled(certain, found)[1, 0]) < 0.03 < float(temperature_scaled(certain, 3)[1, 0])
     assert fit_temperature(near, (np.zeros((2, 0), np.float32), np.zeros(0, np.int64))) == pytest.approx(3, rel=0.05)
     assert fit_temperature() == 1
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, tempered
+from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, temperature_scaled
 from tests.helpers.ensembles import member, normal
 
 
@@ -187,10 +187,10 @@ def test_outside_a_mask_there_is_certain_background() -> None:
 @given(seed=st.integers(0, 99), temperature=st.floats(0.2, 5), num_classes=st.integers(2, 5))
 def test_a_temperature_changes_certainty_but_no_label(seed, temperature, num_classes) -> None:
     p = (2 * normal(seed, num_classes, 50)).softmax(0)
-    found = tempered(p, temperature)
+    found = temperature_scaled(p, temperature)
     torch.testing.assert_close(found.sum(0), torch.ones(50))
     assert torch.equal(found.argmax(0), p.argmax(0))
     softer = entropy(found) - entropy(p)
     assert bool((softer >= -1e-5).all()) if temperature >= 1 else bool((softer <= 1e-5).all())
     if temperature > 0.5:
-        torch.testing.assert_close(tempered(found, 1 / temperature), p, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(temperature_scaled(found, 1 / temperature), p, rtol=1e-2, atol=1e-3)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg_diffusion.methods.healthy_scores import LEVELS, MOST_VALUES, fit_scores, kept_values, scan_score
+from medseg_diffusion.methods.healthy_scores import LEVELS, MOST_VALUES, fit_scores, scan_score, subsampled
 
 
 def test_patients_weigh_alike_however_many_voxels_they_have() -> None:
@@ -41,8 +41,8 @@ def test_never_more_false_positives_than_asked_for(values, quantile) -> None:
 def test_values_that_are_kept_have_the_quantiles_and_ties_of_all() -> None:
     rng = np.random.default_rng(0)
     values = np.where(rng.random(250_001) < 0.3, 0, rng.gamma(2, 1, 250_001)).astype(np.float32)
-    kept = kept_values(values)
-    assert kept.size == MOST_VALUES and kept_values(kept) is kept
+    kept = subsampled(values)
+    assert kept.size == MOST_VALUES and subsampled(kept) is kept
     assert (kept == 0).mean() == pytest.approx((values == 0).mean(), abs=1e-5)
     for quantile in (0.5, 0.975, 0.999):
         assert (values > np.quantile(kept, quantile)).mean() == pytest.approx(1 - quantile, abs=2e-5)

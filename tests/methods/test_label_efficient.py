@@ -18,17 +18,16 @@ from medseg_diffusion.methods import label_efficient
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.label_efficient import (
     ClassifierOptions,
-    LabelledPixels,
     PixelSegmentation,
     choose_blocks,
     fit_classifiers,
-    labelled_pixels,
 )
+from medseg_diffusion.methods.labelled_pixels import LabelledPixels, PixelSampling, labelled_pixels
 from medseg_diffusion.networks.pixel_classifier import upsampled
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.tasks.image import ImageDiffusion
-from medseg_diffusion.volumes.fitting import fitted, fitted_labels
+from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
 from tests.helpers.pixel_classifiers import HALVES, activations, two_halves
 
 FAST = ClassifierOptions(members=2, hidden=(16, 8), max_epochs=4, min_epochs=2, min_steps=0)
@@ -37,7 +36,7 @@ FAST = ClassifierOptions(members=2, hidden=(16, 8), max_epochs=4, min_epochs=2, 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_sampled_features_are_those_of_the_upsampled_blocks(dims, tmp_path: Path) -> None:
     net, (image, label) = activations(dims), two_halves(dims)
-    pixels = labelled_pixels(net, [image[None]], [label[None]], HALVES, 30, 0, tmp_path / "features.npy")
+    pixels = labelled_pixels(net, [image[None]], [label[None]], HALVES, PixelSampling(30, 0), tmp_path / "features.npy")
     assert isinstance(pixels.features, np.memmap) and pixels.features.shape == (60, sum(pixels.channels))
     assert torch.bincount(pixels.labels).tolist() == [30, 30]
     whole = torch.cat([upsampled(block, label.shape) for block in net(image[None])], 1)[0].flatten(1).T.half()
@@ -58,14 +57,14 @@ class Places:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_features_and_labels_are_of_the_same_pixels_of_the_same_slices(dims, monkeypatch) -> None:
-    monkeypatch.setattr(label_efficient, "_ROWS", 7)  # gathered in several parts
+    monkeypatch.setattr("medseg_diffusion.methods.labelled_pixels._ROWS", 7)  # gathered in several parts
     random = torch.Generator().manual_seed(0)
     labels = [torch.randint(0, 3, (n, *[9] * dims), generator=random, dtype=torch.uint8) for n in (4, 1)]
     images = [
         torch.arange(first, first + len(label)).float().reshape(-1, *[1] * (1 + dims)).expand(-1, 1, *label.shape[1:])
         for first, label in zip((0, 10), labels, strict=True)
     ]
-    pixels = labelled_pixels(Places(), images, labels, ["a", "b", "c"], 25, 0)  # type: ignore[arg-type]
+    pixels = labelled_pixels(Places(), images, labels, ["a", "b", "c"], PixelSampling(25, 0))  # type: ignore[arg-type]
     # As many of a labelled image, however many slices it has.
     assert torch.bincount(3 * pixels.image + pixels.labels).tolist() == [25] * 6
     rows = [tuple(int(n) for n in row) for row in pixels.features]
@@ -82,7 +81,9 @@ def test_a_disk_without_room_for_the_features_is_told(tmp_path: Path, monkeypatc
     with pytest.raises(
         MedsegError, match=r"0\.0 GB free, but the features of the sampled pixels are 0.0 GB; free the disk"
     ):
-        labelled_pixels(activations(2), [image[None]], [label[None]], HALVES, 200, 0, tmp_path / "features.npy")
+        labelled_pixels(
+            activations(2), [image[None]], [label[None]], HALVES, PixelSampling(200, 0), tmp_path / "features.npy"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -114,7 +115,7 @@ def test_copies_share_the_pixels_and_the_slices() -> None:
 
     def sampled(seed: int) -> LabelledPixels:
         seen.clear()
-        return labelled_pixels(shown, images, labels, HALVES, 40, seed, copies=3, change=change)  # type: ignore[arg-type]
+        return labelled_pixels(shown, images, labels, HALVES, PixelSampling(40, seed, copies=3, change=change))  # type: ignore[arg-type]
 
     pixels = sampled(0)
     assert torch.equal(torch.from_numpy(pixels.features[:, 0]).long(), pixels.labels)
@@ -137,7 +138,7 @@ def test_a_class_of_few_slices_of_a_stack_gets_its_pixels() -> None:
     turned = lambda image, label, generator: (image.flip(1), label.flip(0))  # noqa: E731
     image = label[:, None].float()
     for wanted, found in ((30, 30), (72, 72), (1000, 72)):
-        pixels = labelled_pixels(Itself(), [image], [label], HALVES, wanted, 0, copies=16, change=turned)  # type: ignore[arg-type]
+        pixels = labelled_pixels(Itself(), [image], [label], HALVES, PixelSampling(wanted, 0, copies=16, change=turned))  # type: ignore[arg-type]
         assert torch.bincount(pixels.labels).tolist() == [wanted, found]
         assert torch.equal(torch.from_numpy(pixels.features[:, 0]).long(), pixels.labels)
 
@@ -148,7 +149,7 @@ def test_large_features_are_clipped_and_a_loss_that_is_not_finite_is_refused() -
             return [1e6 * block for block in super().__call__(images)]
 
     image, label = two_halves(2)
-    pixels = labelled_pixels(Large(), [image[None]], [label[None]], HALVES, 30, 0)  # type: ignore[arg-type]
+    pixels = labelled_pixels(Large(), [image[None]], [label[None]], HALVES, PixelSampling(30, 0))  # type: ignore[arg-type]
     assert np.isfinite(pixels.features).all()
     broken = np.full_like(pixels.features, np.nan)
     with pytest.raises(MedsegError, match="loss of the classifiers became nan"):
@@ -171,10 +172,10 @@ def test_the_probabilities_are_those_of_the_images_not_of_the_balanced_sample() 
     label = torch.zeros(16, 16, dtype=torch.int64)
     label[:2, :12] = 1  # 24 of 256
     noise = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) * 1e-4
-    pixels = labelled_pixels(net, [noise[None]], [label[None]], HALVES, 1000, 0)
+    pixels = labelled_pixels(net, [noise[None]], [label[None]], HALVES, PixelSampling(1000, 0))
     assert pixels.share.tolist() == pytest.approx([232 / 256, 24 / 256])
     blank = type(pixels)(np.zeros_like(pixels.features), pixels.labels, pixels.image, pixels.share, pixels.channels)
-    few = labelled_pixels(net, [noise[None]], [label[None]], HALVES, 24, 0)
+    few = labelled_pixels(net, [noise[None]], [label[None]], HALVES, PixelSampling(24, 0))
     balanced = type(blank)(np.zeros_like(few.features), few.labels, few.image, few.share, few.channels)
     for sample in (blank, balanced):
         options = ClassifierOptions(
@@ -188,7 +189,7 @@ def test_the_probabilities_are_those_of_the_images_not_of_the_balanced_sample() 
 
 def test_the_same_seed_gives_the_same_classifiers() -> None:
     image, label = two_halves(2)
-    pixels = labelled_pixels(activations(), [image[None]], [label[None]], HALVES, 30, 0)
+    pixels = labelled_pixels(activations(), [image[None]], [label[None]], HALVES, PixelSampling(30, 0))
     one, same, other = (fit_classifiers(pixels, FAST, seed) for seed in (1, 1, 2))
     probe = torch.from_numpy(np.array(pixels.features)).float()
     with torch.no_grad():
@@ -198,7 +199,7 @@ def test_the_same_seed_gives_the_same_classifiers() -> None:
 
 def test_a_classifier_of_few_pixels_is_trained_for_as_many_steps_as_asked(monkeypatch) -> None:
     image, label = two_halves(2)
-    pixels = labelled_pixels(activations(), [image[None]], [label[None]], HALVES, 32, 0)
+    pixels = labelled_pixels(activations(), [image[None]], [label[None]], HALVES, PixelSampling(32, 0))
     steps: list[int] = []
     entropy = F.cross_entropy
     monkeypatch.setattr(F, "cross_entropy", lambda *args: (steps.append(0), entropy(*args))[1])
@@ -268,8 +269,8 @@ def test_the_search_finds_the_blocks_that_show_the_label(monkeypatch) -> None:
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_easy_image_is_learned_and_its_members_agree(dims) -> None:
     net, (image, label) = activations(dims), two_halves(dims)
-    there, known = fitted(image[None], label.shape), fitted_labels(label[None], label.shape)
-    pixels = labelled_pixels(net, [there], [known], HALVES, 128, 0)
+    there, known = to_generator_grid(image[None], label.shape), labels_to_generator_grid(label[None], label.shape)
+    pixels = labelled_pixels(net, [there], [known], HALVES, PixelSampling(128, 0))
     options = ClassifierOptions(members=3, hidden=(16, 8), min_epochs=20, min_steps=0)
     model = PixelSegmentation(net, fit_classifiers(pixels, options), label.shape)
     with torch.no_grad():
@@ -306,7 +307,7 @@ def test_bfloat16_is_for_the_network_alone() -> None:
         for precision in ("bf16", "fp32")
     )
     assert half(image[None])[0].dtype == torch.bfloat16
-    pixels = labelled_pixels(full, [image[None]], [label[None]], HALVES, 30, 0)
+    pixels = labelled_pixels(full, [image[None]], [label[None]], HALVES, PixelSampling(30, 0))
     model = fit_classifiers(pixels, FAST)
     blocks = full(image[None])
     with torch.no_grad():

@@ -14,7 +14,7 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.models import pixel_segmenter
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
-from medseg_diffusion.volumes.fitting import fitted
+from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 from tests.helpers.pixel_classifiers import in_memory, quick
@@ -46,7 +46,7 @@ def test_pictures_of_any_depth_are_what_the_generator_saw(mode, white, box_gener
     image, _ = pixel_preprocessing(generator).apply(read_volume(tmp_path / "ramp.png"))
     found = find_images(tmp_path)
     seen = found.pixels(found.entries[0], (16, 16), 1)[0, ..., 0].astype(np.float32) / 127.5 - 1
-    given = fitted(image[..., 0][None], (16, 16))[0, 0].numpy()
+    given = to_generator_grid(image[..., 0][None], (16, 16))[0, 0].numpy()
     np.testing.assert_allclose(given, seen, atol=1e-6)
     assert given.min() == -1 and given.max() == 1
 

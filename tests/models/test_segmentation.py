@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medseg_diffusion.methods.ensemble import Ensemble, tempered
+from medseg_diffusion.methods.ensemble import Ensemble, temperature_scaled
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.volume import Volume
@@ -38,7 +38,7 @@ def test_a_calibrated_model_is_less_sure_of_the_same_labels(tmp_path: Path, tiny
         raw = load_segmenter(tiny_model, "cpu", ensemble=ensemble).segment(volume)
         soft = load_segmenter(other, "cpu", ensemble=ensemble).segment(volume)
         assert torch.equal(raw.labels, soft.labels)
-        torch.testing.assert_close(soft.probabilities, tempered(raw.probabilities, temperature))
+        torch.testing.assert_close(soft.probabilities, temperature_scaled(raw.probabilities, temperature))
         assert float(soft.uncertainty.mean()) > float(raw.uncertainty.mean())
 
 

@@ -176,7 +176,7 @@ def test_grey_images_stay_grey_when_they_are_changed(box_scans, box_generators, 
     def spy(*args: Any, **options: Any) -> LabelledPixels:
         colour = torch.linspace(-1, 1, 256).reshape(1, 16, 16).expand(3, -1, -1)
         for i in range(5):
-            changed, _ = options["change"](colour, torch.zeros(16, 16), torch.Generator().manual_seed(i))
+            changed, _ = args[4].change(colour, torch.zeros(16, 16), torch.Generator().manual_seed(i))
             assert changed.shape == (3, 16, 16) and torch.equal(changed[0], changed[2])
             seen.append(changed)
         return labelled_pixels(*args, **options)

@@ -1,0 +1,69 @@
+"""Label maps of the head, from which brain scans are synthesised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.volumes.paths import scan_name
+
+from .tissue import TISSUE_OF
+
+LABELS: tuple[int, ...] = tuple(sorted(TISSUE_OF))
+"""The anatomical labels, ascending."""
+TISSUE = torch.tensor([TISSUE_OF[label] for label in LABELS], dtype=torch.uint8)
+"""(len(LABELS),) tissue of each label."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """An anatomy in RAS with 1 mm voxels, cropped to its bounding box.
+
+    Attributes:
+        name: name of the file.
+        index: (I, J, K) uint8, indices into `LABELS`.
+        brain: (N, 3) int32, every 50th voxel of the brain.
+    """
+
+    name: str
+    index: Tensor
+    brain: Tensor
+
+
+def tissues(anatomy: LabelMap) -> Tensor:
+    """The tissue of every voxel (I, J, K), uint8: an index into `medseg_diffusion.data.tissue.TISSUES`."""
+    return TISSUE[anatomy.index.long()]
+
+
+def load_label_map(file: Path) -> LabelMap:
+    """Read a label map with voxels of 1 mm.
+
+    Raises:
+        InputError: an unusable file, another voxel size, or a label without a tissue.
+    """
+    volume = read_labels(file).oriented("RAS")
+    if not np.allclose(volume.spacing, 1.0, atol=0.01):
+        size = " x ".join(f"{side:.3g}" for side in volume.spacing)
+        raise InputError(file, f"voxels of {size} mm", "a label map of 1 mm", "resample it with nearest neighbours")
+    labels = volume.data[0]
+    unknown = sorted(set(torch.unique(labels).tolist()) - set(LABELS))
+    if unknown:
+        raise InputError(
+            file,
+            f"labels {unknown}",
+            "FreeSurfer labels with a known tissue",
+            "map them in medseg_diffusion/data/tissue.py",
+        )
+    table = torch.zeros(max(LABELS) + 1, dtype=torch.uint8)
+    table[list(LABELS)] = torch.arange(len(LABELS), dtype=torch.uint8)
+    positions = torch.nonzero(labels)
+    first, last = positions.amin(0).tolist(), positions.amax(0).tolist()
+    labels = labels[tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))]
+    index = table[labels.long()]
+    return LabelMap(scan_name(file), index, torch.nonzero(TISSUE[index.long()])[::50].int())
