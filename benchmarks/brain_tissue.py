@@ -33,8 +33,9 @@ from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.segmenter import MaskSegmenter
 from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_labels, read_volume
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 

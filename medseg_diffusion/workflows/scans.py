@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.outputs import Outputs
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 Model = TypeVar("Model")

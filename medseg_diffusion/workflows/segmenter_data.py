@@ -21,7 +21,8 @@ from medseg_diffusion.data.tissue import TISSUES
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.shape_prior import ShapePrior, average_shape
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.inputs import find_scans
+from medseg_diffusion.volumes.paths import scan_name
 
 VALIDATION_WINDOWS = 12
 """Number of synthetic windows of held-out anatomies that validate a training from label maps."""

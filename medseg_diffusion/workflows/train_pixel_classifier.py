@@ -37,6 +37,7 @@ from medseg_diffusion.models.pixel_segmenter import GENERATOR, pixel_activations
 from medseg_diffusion.models.store import SavedModel, load_model_files, parts_of_weights, save_model
 from medseg_diffusion.training.job import Job
 from medseg_diffusion.volumes.io import read_labels, read_volume, write_labels
+from medseg_diffusion.volumes.outputs import SEGMENTATION
 
 from .evaluate import EvaluateOptions, evaluate
 from .labelled_units import LabelledData, Labelling, Select, Unit, labelled_units
@@ -239,7 +240,7 @@ def _score(job: Job, cases: Sequence[Case], labels: dict[int, str], device: str)
         volume = read_volume(case.image, channels=model.channels)
         segmentation = model.segment(volume, derive_seed(job.seed, case.name))
         name = case.name.replace("/", "__")
-        write_labels(segmentation.labels, volume, masks / f"{name}_seg.nii.gz")
+        write_labels(segmentation.labels, volume, masks / (name + SEGMENTATION["segmentation"]))
         reference = read_labels(case.label)
         write_labels(reference.data[0], reference, references / f"{name}.nii.gz")
         job.on_prepare("held-out cases", done, len(cases))

@@ -14,8 +14,9 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from typer.testing import CliRunner
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_volume
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.paths import scan_name
 
 ROWS, COLUMNS, SLICES = 7, 5, 6
 SPACING = (1.5, 0.75, 3.0)  # between rows, columns and slices

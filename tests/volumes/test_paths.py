@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.inputs import find_scans
+from medseg_diffusion.volumes.paths import scan_name
 
 
 def test_scan_names() -> None:

@@ -18,8 +18,9 @@ from PIL import Image
 from medseg_diffusion.data.images import find_images
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
 from medseg_diffusion.volumes import raster
+from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_labels, read_map, read_volume, write_labels, write_map
-from medseg_diffusion.volumes.paths import IMAGE_SUFFIXES, SUFFIXES, VOLUME_SUFFIXES, find_scans, is_image
+from medseg_diffusion.volumes.paths import IMAGE_SUFFIXES, SUFFIXES, VOLUME_SUFFIXES, is_image
 from medseg_diffusion.volumes.volume import Volume
 
 WIDTH, HEIGHT = 7, 5
