@@ -65,8 +65,7 @@ class UNet(nn.Module):
         ValueError: dims other than 2 and 3, or a number of ``num_res_blocks`` that is not the number of levels.
     """
 
-    # many: mirrors UNetSection and DenoiserUNetSection
-    # long: the signature, and one line for each attribute and stage of the network
+    # many, long: mirrors UNetSection and DenoiserUNetSection; one line for each attribute and stage of the network
     def __init__(
         self,
         dims: int,
