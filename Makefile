@@ -52,7 +52,7 @@ wheel-test: .venv/.installed-test
 	venv/bin/python -c 'import medseg_diffusion as m, pathlib; p = next(iter(m.__path__)); assert p.startswith(str(pathlib.Path.cwd())), p'; \
 	venv/bin/python -m zipfile -l *.whl | grep -E '\.(yaml|j2|json|safetensors) ' || true; \
 	venv/bin/python -m pytest -p no:cacheprovider --rootdir "$$tmp" -c "$$root/pyproject.toml" \
-	    "$$root/tests/test_packaging.py" "$$root/tests/test_cli.py"
+	    "$$root/tests/test_packaging.py" "$$root/tests/cli"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output

@@ -1,18 +1,19 @@
-"""Anomaly models against each other and against baselines that anybody can have, on whole held-out patients.
+"""Compares anomaly models with each other and with simple baselines, on whole held-out patients.
 
     python benchmarks/anomaly.py DATA OUT RUN[:METHOD]... [--side test] [--trained-on D] [--exclude 3] [--cases N]
 
-DATA is a labelled folder. Of the one that the models were trained on, the patients of one side are scored whole; of
-another one (--side all, and --trained-on names the former) all patients are. Where DATA are scans of the training
-folder with synthetic anomalies, --trained-on names the folder without them and the sides hold. Beside the models:
+DATA is a labelled folder. If the models were trained on it, the patients of one side of the split are scored. For
+another folder use --side all, which scores all patients, and name the training folder with --trained-on. If DATA holds
+scans of the training folder with synthetic anomalies, --trained-on names the folder without them, and the split of the
+training holds. The baselines are:
 
-"intensity"  the scan itself, scaled as for the models: plain thresholding
-"height"     how often training patients have a lesion at this relative height: knows nothing but the slice's position
-             (not where training scans have no lesions)
+"intensity"  the scan itself, scaled as for the models
+"height"     how often training patients have a lesion at this relative height, whatever the image shows (left out if
+             training scans have no lesions)
 
-Both get a threshold from the healthy slices of the validation patients, exactly as the models do. All scores count in
-one and the same foreground, after one and the same median filter. Written: cases.csv (one row a patient and method),
-table.md, heights.json and heights.png (where healthy slices and lesions lie), curves.png.
+Both baselines get their threshold from the healthy slices of the validation patients, exactly as the models do. All
+scores count in the same foreground, after the same median filter. The output is cases.csv (one row per patient and
+method), table.md, heights.json and heights.png (heights of healthy slices and lesions), and curves.png.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.preprocessing import Intensity, Preprocessing
 
 BINS = 20
-"""Relative heights of the baseline that knows nothing else."""
+"""Number of bins of relative height in the baseline "height"."""
 AnyCase = Case | HealthyScan
 
 
@@ -66,7 +67,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table: ``score`` maps a scan to a map, ``labels`` are those of training that it learned from."""
+    """One row of the table. ``score`` makes the map of a scan; ``labels`` says which labels the training used."""
 
     name: str
     score: Callable[[AnyCase, Scan], AnomalyMap]
@@ -112,15 +113,15 @@ def height_prior(cases: Sequence[AnyCase]) -> NDArray[np.float64]:
 
 def row(contender: Contender, case: AnyCase, scan: Scan, exclude: int) -> tuple[dict[str, float | str], Tensor]:
     started = time.monotonic()
-    found = contender.score(case, scan)
+    anomaly_map = contender.score(case, scan)
     seconds = time.monotonic() - started
-    score = found.score
+    score = anomaly_map.score
     voxels = ScoredVoxels.of(score.numpy(), scan.lesions.numpy(), scan.inside.numpy())
     curve = Curve.of(voxels)
     slices = scan.lesions.flatten(0, 1).any(0)
     within = Curve.of(ScoredVoxels.of(score.numpy(), scan.lesions.numpy(), (scan.inside & slices).numpy()))
     above = score > contender.threshold
-    mask = mask_of(found, contender.threshold, scan.voxel_mm3, contender.min_volume_mm3)
+    mask = mask_of(anomaly_map, contender.threshold, scan.voxel_mm3, contender.min_volume_mm3)
     free, height = healthy(scan, exclude), heights(scan)
     thirds = []
     for low in (0, 1 / 3, 2 / 3):
@@ -140,17 +141,17 @@ def row(contender: Contender, case: AnyCase, scan: Scan, exclude: int) -> tuple[
         "fpr_low": thirds[0],
         "fpr_middle": thirds[1],
         "fpr_high": thirds[2],
-        "evaluations": float(found.evaluations),
+        "evaluations": float(anomaly_map.evaluations),
         "seconds": seconds,
     }, score
 
 
 def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str], AnomalyConfig]:
-    """The models, the sides of the patients of their training, and the configuration of the first.
+    """The models, the split of their training patients, and the configuration of the first model.
 
-    Sides, scaling of intensities and median filter must be the same for all.
+    Split, scaling of intensities and median filter must be the same for all models.
     """
-    found: list[Contender] = []
+    contenders: list[Contender] = []
     sides: dict[str, str] | None = None
     first: AnomalyConfig | None = None
     for name in names:
@@ -158,13 +159,13 @@ def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str], Anoma
         model = AnomalyModel(path, DetectionOptions(method or None), "cpu")
         calibration = model.healthy_scores()
         assert calibration is not None
-        own = json.loads((model.saved.path.parent / "split.json").read_text())
-        if sides not in (None, own):
+        split = json.loads((model.saved.path.parent / "split.json").read_text())
+        if sides not in (None, split):
             raise SystemExit(f"{path}: was trained on another split than {names[0]}")
-        sides = own
+        sides = split
         first = first or model.config
         if shared(model.config) != shared(first):
-            raise SystemExit(f"{path}: scales or filters in another way than {names[0]}")
+            raise SystemExit(f"{path}: has another intensity scaling or filter than {names[0]}")
 
         def score(case: AnyCase, scan: Scan, model: AnomalyModel = model) -> AnomalyMap:
             volume = read_volume(case.image)
@@ -172,23 +173,23 @@ def models(names: Sequence[str]) -> tuple[list[Contender], dict[str, str], Anoma
             return replace(result, foreground=scan.inside)
 
         title = f"{model.name}:{model.method}"
-        if title in {other.name for other in found}:
+        if title in {other.name for other in contenders}:
             raise SystemExit(f"{title}: named twice; rename one run folder")
         smallest = model.config.postprocessing.min_volume_mm3
-        known = "slices" if model.config.needs_unhealthy else "none"
-        found.append(Contender(title, score, calibration.automatic, known, smallest))
+        labels = "slices" if model.config.needs_unhealthy else "none"
+        contenders.append(Contender(title, score, calibration.automatic, labels, smallest))
     assert sides is not None and first is not None
-    return found, sides, first
+    return contenders, sides, first
 
 
 def shared(config: AnomalyConfig) -> tuple[object, ...]:
-    """What must not differ between contenders."""
+    """The settings that must be the same for all contenders."""
     dims = len(config.generator.data.shape)
     return config.generator.preprocessing.intensity, config.postprocessing.median, config.postprocessing.erosion, dims
 
 
 def calibrated(contender: Contender, cases: Sequence[AnyCase], exclude: int, intensity: Intensity) -> Contender:
-    """The contender with the threshold of healthy slices of ``cases``."""
+    """The contender with a threshold from the healthy slices of ``cases``."""
     values = []
     for case in cases:
         scan = load(case, intensity)
@@ -215,18 +216,18 @@ def table(rows: Sequence[dict[str, float | str]], pooled: dict[str, ScoredVoxels
     head = ["method", "labels used", *[title for _, title in columns], "best pooled Dice (optimistic)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in dict.fromkeys(str(r["method"]) for r in rows):
-        own = [r for r in rows if r["method"] == method]
-        cells = [method, str(own[0]["labels"])]
+        method_rows = [r for r in rows if r["method"] == method]
+        cells = [method, str(method_rows[0]["labels"])]
         for key, _ in columns:
-            found = mean_interval([float(r[key]) for r in own])
+            interval = mean_interval([float(r[key]) for r in method_rows])
             digits = {"seconds": 1, "evaluations": 0}.get(key, 3)
-            text = f"{found.mean:.{digits}f}"
+            text = f"{interval.mean:.{digits}f}"
             if key in ("seconds", "evaluations"):
                 cells.append(text)
-            elif found.n < len(own):  # not every patient has healthy slices in every third
-                cells.append(f"{text} ({found.low:.3f} to {found.high:.3f}; n = {found.n})")
+            elif interval.n < len(method_rows):  # not every patient has healthy slices in every third
+                cells.append(f"{text} ({interval.low:.3f} to {interval.high:.3f}; n = {interval.n})")
             else:
-                cells.append(f"{text} ({found.low:.3f} to {found.high:.3f})")
+                cells.append(f"{text} ({interval.low:.3f} to {interval.high:.3f})")
         cells.append(f"{Curve.of(pooled[method]).best_dice()[0]:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -238,15 +239,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("models", nargs="+", metavar="MODEL[:METHOD]")
     parser.add_argument("--side", choices=("test", "validation", "all"), default="test")
-    parser.add_argument("--trained-on", type=Path, help="the models' training folder, where DATA is another one")
+    parser.add_argument("--trained-on", type=Path, help="the models' training folder, if DATA is another one")
     parser.add_argument("--exclude", type=int, default=3)
     parser.add_argument("--cases", type=int)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     contenders, sides, config = models(options.models)
     intensity = config.generator.preprocessing.intensity
-    known = find_healthy(options.trained_on or options.data)
-    training, validation = ([case for case in known if sides[case.patient] == side] for side in ("train", "validation"))
+    training_cases = find_healthy(options.trained_on or options.data)
+    training, validation = (
+        [case for case in training_cases if sides[case.patient] == side] for side in ("train", "validation")
+    )
     prior = height_prior(training)
 
     def brightness(case: AnyCase, scan: Scan) -> AnomalyMap:
@@ -260,23 +263,23 @@ def main() -> None:
     if prior.any():
         plain.append(Contender("height", height, 0.0, "voxels"))
     contenders += [calibrated(contender, validation, options.exclude, intensity) for contender in plain]
-    wanted = find_cases(options.data).cases
+    scored_cases = find_cases(options.data).cases
     if options.side != "all":
-        wanted = tuple(case for case in wanted if sides[case.patient] == options.side)
+        scored_cases = tuple(case for case in scored_cases if sides[case.patient] == options.side)
     rows: list[dict[str, float | str]] = []
-    kept: dict[str, list[ScoredVoxels]] = {contender.name: [] for contender in contenders}
-    for case in wanted[: options.cases]:
+    voxels_of: dict[str, list[ScoredVoxels]] = {contender.name: [] for contender in contenders}
+    for case in scored_cases[: options.cases]:
         scan = load(case, intensity)
         for contender in contenders:
-            found, score = row(contender, case, scan, options.exclude)
-            rows.append(found)
-            kept[contender.name].append(ScoredVoxels.of(score.numpy(), scan.lesions.numpy(), scan.inside.numpy()))
-            print(f"{case.name} {contender.name}: AUPRC {found['auprc']:.3f}, Dice {found['dice']:.3f}", flush=True)
+            numbers, score = row(contender, case, scan, options.exclude)
+            rows.append(numbers)
+            voxels_of[contender.name].append(ScoredVoxels.of(score.numpy(), scan.lesions.numpy(), scan.inside.numpy()))
+            print(f"{case.name} {contender.name}: AUPRC {numbers['auprc']:.3f}, Dice {numbers['dice']:.3f}", flush=True)
         with (options.out / "cases.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    pooled = {name: ScoredVoxels.pooled(voxels) for name, voxels in kept.items()}
+    pooled = {name: ScoredVoxels.pooled(voxels) for name, voxels in voxels_of.items()}
     (options.out / "table.md").write_text(table(rows, pooled))
     if prior.any():
         counts = histograms(training, options.exclude)

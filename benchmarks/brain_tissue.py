@@ -1,14 +1,14 @@
-"""The brain-tissue model on what it never saw: synthetic scans of held-out anatomies, and real elderly heads.
+"""Scores the brain-tissue model on synthetic scans of held-out anatomies and on real elderly heads.
 
     python benchmarks/brain_tissue.py MODEL --labelmaps brain_labelmaps --heads whole_head/elderly_t1
 
-Prints Dice per tissue on synthetic whole heads (T1-like and of any contrast), and Dice of the brain mask (all three
-tissues) against the masks that come with the heads (images/ beside dlmuse_automatic/).
+This prints the Dice per tissue on synthetic whole heads (T1-like and of any contrast), and the Dice of the brain mask
+(all three tissues) against the masks that come with the heads (images/ beside dlmuse_automatic/).
 
     python benchmarks/brain_tissue.py MODEL --labelmaps brain_labelmaps --sweep 1 2 5 10 50 --ensembles 1 5
 
-Dice per tissue against the number of steps and the size of the ensemble, on synthetic windows of the held-out
-anatomies. The members of the largest ensemble are sampled once; smaller ensembles are their first ones.
+This prints the Dice per tissue by number of steps and ensemble size, on synthetic windows of the held-out anatomies.
+The members of the largest ensemble are sampled once; smaller ensembles are their first members.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from medseg_diffusion.metrics.statistics import mean_interval
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.segmenter import MaskSegmenter
 from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_labels, read_volume
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 
 def held_out(model: MaskSegmenter, folder: Path) -> list[LabelMap]:
-    """The test anatomies of ``folder``: those that the model's training and validation left out."""
+    """The test anatomies in ``folder``, which neither the training nor the validation of the model used."""
     cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(folder)]
     section = model.config.data
     split = split_by_hash(cases, section.test_cases, section.validation_cases)
@@ -47,7 +48,7 @@ def held_out(model: MaskSegmenter, folder: Path) -> list[LabelMap]:
 
 
 def sweep(model: MaskSegmenter, folder: Path, steps: list[int], ensembles: list[int], windows: int) -> None:
-    """Dice per tissue and seconds per window for every number of steps and size of the ensemble."""
+    """Print Dice per tissue and seconds per window for every number of steps and ensemble size."""
     examples = SyntheticBrains(held_out(model, folder), model.config.data.window)
     drawn = [examples.example(i, torch.Generator().manual_seed(derive_seed("sweep", i))) for i in range(windows)]
     labels = [label for label in model.labels if label]
@@ -62,8 +63,8 @@ def sweep(model: MaskSegmenter, folder: Path, steps: list[int], ensembles: list[
             with torch.no_grad():
                 members = segment(model.model, image, seeds, model.way.sampler, times).cpu()
             for n in ensembles:
-                found = members[:n].mean(0).argmax(0)
-                overlap = label_overlap(found.numpy(), example["label"].numpy(), labels)
+                prediction = members[:n].mean(0).argmax(0)
+                overlap = label_overlap(prediction.numpy(), example["label"].numpy(), labels)
                 for label in labels:
                     dice[n, label].append(overlap[label].dice)
         seconds = (time.perf_counter() - started) / windows / max(ensembles)
@@ -76,7 +77,7 @@ def sweep(model: MaskSegmenter, folder: Path, steps: list[int], ensembles: list[
 
 
 def synthetic(model: MaskSegmenter, folder: Path, scans: int) -> None:
-    """Dice on ``scans`` whole heads of each held-out anatomy, T1-like and of any contrast."""
+    """Print the Dice on ``scans`` whole heads of each held-out anatomy, T1-like and of any contrast."""
     anatomies = held_out(model, folder)
     labels = [label for label in model.labels if label]
     for title, config in (
@@ -88,8 +89,8 @@ def synthetic(model: MaskSegmenter, folder: Path, scans: int) -> None:
             for i in range(scans):
                 generator = torch.Generator().manual_seed(derive_seed("test", title, anatomy.name, i))
                 image, tissue, affine = synthetic_scan(anatomy, generator, config)
-                found = model.segment(Volume(image[None], affine), derive_seed(anatomy.name, i)).labels
-                overlap = label_overlap(found.numpy(), tissue.numpy(), labels)
+                prediction = model.segment(Volume(image[None], affine), derive_seed(anatomy.name, i)).labels
+                overlap = label_overlap(prediction.numpy(), tissue.numpy(), labels)
                 for label in labels:
                     dice[label].append(overlap[label].dice)
                 print(f"  {anatomy.name} {i}", [round(dice[label][-1], 3) for label in labels], flush=True)
@@ -97,16 +98,16 @@ def synthetic(model: MaskSegmenter, folder: Path, scans: int) -> None:
 
 
 def heads(model: MaskSegmenter, folder: Path) -> None:
-    """Dice of the brain mask on real heads."""
+    """Print the Dice of the brain mask on real heads."""
     dice: list[float] = []
     seconds: list[float] = []
     for file in find_scans(folder / "images"):
         volume = read_volume(file)
         reference = read_labels(folder / "dlmuse_automatic" / file.name).data[0] > 0
         started = time.perf_counter()
-        found = model.segment(volume, derive_seed(0, scan_name(file))).labels > 0
+        prediction = model.segment(volume, derive_seed(0, scan_name(file))).labels > 0
         seconds.append(time.perf_counter() - started)
-        dice.append(label_overlap(found.numpy(), reference.numpy(), [1])[1].dice)
+        dice.append(label_overlap(prediction.numpy(), reference.numpy(), [1])[1].dice)
         print(f"  {file.name} {dice[-1]:.3f} ({seconds[-1]:.0f} s)", flush=True)
     print(f"brain mask on {len(dice)} heads: {mean_interval(dice)}, {np.mean(seconds):.0f} s each")
 
@@ -118,15 +119,17 @@ def _print(title: str, model: MaskSegmenter, dice: dict[int, list[float]]) -> No
 
 
 def main() -> None:
-    """Runs what the arguments name."""
+    """Run the measurements that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--labelmaps", type=Path)
     parser.add_argument("--heads", type=Path)
     parser.add_argument("--scans", type=int, default=2, help="synthetic scans of each anatomy")
-    parser.add_argument("--sweep", type=int, nargs="+", metavar="STEPS", help="windows instead of whole heads")
-    parser.add_argument("--ensembles", type=int, nargs="+", default=[1, 5], help="of the sweep")
-    parser.add_argument("--windows", type=int, default=8, help="of the sweep")
+    parser.add_argument(
+        "--sweep", type=int, nargs="+", metavar="STEPS", help="numbers of steps; windows instead of whole heads"
+    )
+    parser.add_argument("--ensembles", type=int, nargs="+", default=[1, 5], help="ensemble sizes of the sweep")
+    parser.add_argument("--windows", type=int, default=8, help="number of windows of the sweep")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--ensemble", type=int)
     parser.add_argument("--device", default="auto")

@@ -1,8 +1,9 @@
-"""What an ensemble in one call costs against one encoding of the image and as many network evaluations one by one.
+"""Compares the time of an ensemble in one call with one encoding of the image and the network evaluations one by one.
 
     python benchmarks/ensemble_cost.py MODEL... [--members 5] [--steps 5] [--size 32 48 32] [--device cpu]
 
-Timings alternate between the two, and the ratio is that of the medians: 1.1 is the target, below 1 batching pays.
+Timings alternate between the two ways, and the printed ratio is that of the medians. The goal is at most 1.1; below 1
+the batched call is faster.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 @torch.no_grad()
 def one_by_one(model: MaskDiffusion | LatentMaskDiffusion, image: Tensor, times: list[int], members: int) -> None:
-    """The image encoded once, then every evaluation of the network in a batch of one."""
+    """Encode the image once, then evaluate the network in batches of one."""
     cond = model.network.encode_condition(image)  # type: ignore[operator]
     shape: tuple[int, ...]
     if isinstance(model, LatentMaskDiffusion):
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--size", type=int, nargs="+", help="of the image; by default the training window")
+    parser.add_argument("--size", type=int, nargs="+", help="size of the image; default: the training window")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -72,16 +73,16 @@ def main() -> None:
             lambda: model.probabilities(image, seeds, sampler, times),  # noqa: B023
             lambda: one_by_one(model, image, times, options.members),  # noqa: B023
         ]
-        found: list[list[float]] = [[], []]
+        timings: list[list[float]] = [[], []]
         for i in range(options.repeats + 2):
             for which in (0, 1) if i % 2 else (1, 0):
                 took = seconds(runs[which], device)
                 if i >= 2:
-                    found[which].append(took)
-        together, apart = (statistics.median(values) for values in found)
+                    timings[which].append(took)
+        batched, single = (statistics.median(values) for values in timings)
         print(
-            f"{name}: {options.members} samples of {len(times) - 1} steps {together:.3f} s, "
-            f"one encoding and {options.members * (len(times) - 1)} evaluations {apart:.3f} s: {together / apart:.2f}"
+            f"{name}: {options.members} samples of {len(times) - 1} steps {batched:.3f} s, "
+            f"one encoding and {options.members * (len(times) - 1)} evaluations {single:.3f} s: {batched / single:.2f}"
         )
 
 

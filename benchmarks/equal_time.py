@@ -1,11 +1,11 @@
-"""Presets after equal time: each is trained for as many steps as fit into --minutes on this machine.
+"""Trains presets for equal time: each gets as many steps as fit into --minutes on this machine.
 
     python benchmarks/equal_time.py DATA OUT PRESET... [--minutes 20] [--set diffusion.scale=0.2] [--exclude 3]
 
-Segmenters and anomaly models. The learning rate has to reach its end in time, so steps and a validation are timed
-before a run starts. An anomaly model's time is that of all its networks (`SHARES`). OUT/PRESET is the run folder; an
-interrupted call goes on where it stopped, and finished runs are left alone. `medseg benchmark-segmenter --side test`
-scores segmenters, benchmarks/anomaly.py anomaly models.
+Presets can be segmenters or anomaly models. The learning rate must reach its end in time, so that some steps and a
+validation are timed before a run starts. All networks of an anomaly model share its time (`SHARES`). OUT/PRESET is the
+run folder. A repeated call continues an interrupted one and skips finished runs. `medseg benchmark-segmenter --side
+test` scores segmenters, and benchmarks/anomaly.py scores anomaly models.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARM, TIMED, TIMED_AUTOENCODER = 20, 60, 61
 VALIDATIONS = 6
 SPARE = 0.95
 SHARES = {"autoencoder": 0.4, "classifier": 0.2}
-"""Of an anomaly model's time, for these networks; the rest is the generator's."""
+"""Share of an anomaly model's time for each of these networks; the generator gets the rest."""
 
 
 Part = TypeVar("Part", GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig)
@@ -47,7 +47,7 @@ Part = TypeVar("Part", GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierC
 
 @dataclass
 class Stopwatch:
-    """Seconds per step of every stage of a training, told apart by its number of steps; the first ones are left out."""
+    """Seconds per step of every stage of a training, without the first steps; a stage is known by its ``max_steps``."""
 
     at: dict[int, list[float]] = field(default_factory=dict)
 
@@ -59,13 +59,13 @@ class Stopwatch:
         return median(later - earlier for earlier, later in pairwise(marks))
 
     def seconds_per_validation(self, max_steps: int) -> float:
-        """There is one, after the last step."""
+        """Seconds of the only validation, after the last step."""
         before, after = self.at[max_steps][-2:]
         return max(0.0, after - before - self.seconds_per_step(max_steps))
 
 
 def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
-    """Steps of ``config`` that fit into ``minutes`` with validations, calibration and any autoencoder of masks."""
+    """Number of steps that fit into ``minutes``, with validations, calibration and the mask autoencoder if any."""
     stopwatch = Stopwatch()
     planned = config.training.max_steps
     timed = config.model_copy(update={"training": config.training.model_copy(update={"validate_every": planned})})
@@ -86,7 +86,7 @@ def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
 def fitting_anomaly(
     config: AnomalyConfig, data: Path, exclude: int | None, unhealthy: Path | None, minutes: float, autoencoder: Path
 ) -> AnomalyConfig:
-    """``config`` with the steps that fit into ``minutes``; an autoencoder's settings are written to ``autoencoder``."""
+    """``config`` with the steps that fit into ``minutes``; the autoencoder's configuration goes to ``autoencoder``."""
     section = config.generator.data
     source = healthy_source(data, exclude, unhealthy, (section.test_images, section.validation_images))
     preprocessing = build.image_preprocessing(config.generator.preprocessing, section.shape)
@@ -139,8 +139,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exclude", type=int, help="of anomaly models: as --exclude-labelled of medseg train-anomaly")
-    parser.add_argument("--unhealthy", type=Path, help="of anomaly models: as that of medseg train-anomaly")
+    parser.add_argument("--exclude", type=int, help="anomaly models: as --exclude-labelled of medseg train-anomaly")
+    parser.add_argument("--unhealthy", type=Path, help="anomaly models: as --unhealthy of medseg train-anomaly")
     options = parser.parse_args()
     for preset in options.presets:
         run = options.out / Path(preset).stem

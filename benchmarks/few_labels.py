@@ -1,20 +1,20 @@
-"""Few labels: classifiers of a generator's activations beside two that do without the generator.
+"""Compares classifiers of a generator's activations with two methods without the generator, for few labels.
 
     python benchmarks/few_labels.py DATA GENERATOR OUT [--unit slice] [--labelled 1 2 5] [--seeds 0 1 2] [--minutes 5] \
         [--set augmentation.flip_axes=[1]]
 
-For every number of labels and every seed, on the same labelled images and the same held-out cases:
+For every number of labels and every seed, all methods use the same labelled images and the same held-out cases:
 
 "label-efficient"  `medseg train-pixel-classifier`
-"from scratch"     the generator's own network, trained on the labelled images alone (Dice + cross-entropy, augmented)
-                   for --minutes; the step with the best Dice on 8 validation cases is taken
-"raw pixels"       the same classifiers on intensity and coordinates, for 3,000 steps at least
+"from scratch"     a network with the generator's architecture, trained only on the labelled images for --minutes (Dice
+                   and cross-entropy); the step with the best Dice on 8 validation cases is used
+"raw pixels"       the same classifiers on intensity and coordinates, for at least 3,000 steps
 
-Labelled images are changed alike for all three (augmentation).
+The augmentation of labelled images is the same for all three methods.
 
-Written: config.yaml; scores.csv, one row a run with its minutes of training (without validations), which an interrupted
-call with the same options continues; table.md and curves.png. One call at a time for an OUT, with as many threads
-(OMP_NUM_THREADS) as cores are free: minutes are worth as much as they do.
+The output is config.yaml, scores.csv (one row per run, with its minutes of training without validations), table.md and
+curves.png. A call with the same options continues an interrupted one. Run only one call per OUT at a time. Results
+depend on the speed of the machine, so set OMP_NUM_THREADS to the number of free cores.
 """
 
 from __future__ import annotations
@@ -46,12 +46,8 @@ from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.device import autocast, with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.methods.label_efficient import (
-    ClassifierOptions,
-    PixelSegmentation,
-    fit_classifiers,
-    labelled_pixels,
-)
+from medseg_diffusion.methods.label_efficient import ClassifierOptions, PixelSegmentation, fit_classifiers
+from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.overlap import label_overlap
@@ -76,11 +72,11 @@ VALIDATION_CASES = 8
 VALIDATIONS = 6
 WARM, TIMED = 10, 40
 RAW_STEPS = 3000
-"""Patience would end the training on raw pixels before they are learned."""
+"""Minimum number of steps on raw pixels; the stopping rule would otherwise end their training too early."""
 
 
 class RawPixels:
-    """Intensity and coordinates where `Activations` would be."""
+    """Intensity and coordinates, with the interface of `Activations`."""
 
     noise = torch.zeros(1)
 
@@ -104,8 +100,10 @@ class Fitted(nn.Module):
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
-        found = self.model.probabilities(to_generator_grid(image.clamp(-1, 1), self.size), seeds, sampler, times)
-        return from_generator_grid(found.flatten(1, 2), image.shape[2:]).unflatten(1, found.shape[1:3])
+        probabilities = self.model.probabilities(
+            to_generator_grid(image.clamp(-1, 1), self.size), seeds, sampler, times
+        )
+        return from_generator_grid(probabilities.flatten(1, 2), image.shape[2:]).unflatten(1, probabilities.shape[1:3])
 
 
 class Units:
@@ -124,17 +122,17 @@ class Units:
 
 @cache
 def scan(case: Case, preprocessing: Preprocessing) -> tuple[Tensor, Placement, Tensor]:
-    """A held-out case, read once: on the generator's voxels, the way back, and its labels."""
+    """Read a held-out case: the image on the generator's voxel grid, the map back to the scan, and the labels."""
     image, placement = preprocessing.apply(read_volume(case.image, channels=None))
     return image, placement, read_labels(case.label).data[0]
 
 
 def dice(model: Segmenter, generator: Generator, cases: Sequence[Case], labels: Sequence[int]) -> float:
-    """Mean over cases and classes of the Dice on the scans' own grids."""
+    """Mean Dice over cases and classes, on the scans' own grids."""
     shape = generator.config.data.shape
     preprocessing, channels = pixel_preprocessing(generator), generator.config.data.channels
     windows = Windows(shape if len(shape) == 3 else None)
-    found = []
+    scores = []
     for case in cases:
         image, placement, reference = scan(case, preprocessing)
         image = image.expand(channels, -1, -1, -1)
@@ -142,12 +140,12 @@ def dice(model: Segmenter, generator: Generator, cases: Sequence[Case], labels: 
             probabilities = segment(model, image, [0], DDIM(), [1, 0], windows, len(shape))[0]
         native = placement.restore(probabilities.float(), [1.0] + [0.0] * (len(probabilities) - 1)).argmax(0)
         overlap = label_overlap(native.numpy(), reference.numpy(), labels)
-        found += [overlap[label].dice for label in labels]
-    return float(torch.tensor(found).nanmean())
+        scores += [overlap[label].dice for label in labels]
+    return float(torch.tensor(scores).nanmean())
 
 
 def from_scratch(
-    found: LabelledData,
+    data: LabelledData,
     generator: Generator,
     augmenter: Augmenter,
     validation: Sequence[Case],
@@ -155,20 +153,20 @@ def from_scratch(
     seed: int,
     run: Path,
 ) -> tuple[Fitted, float]:
-    """The trained network, and its minutes of training."""
+    """Train a network on the labelled images; return it with its minutes of training."""
     config = generator.config
-    dims, count = len(config.data.shape), len(found.labels)
+    dims, count = len(config.data.shape), len(data.labels)
     encoding = MaskEncoding(count)
     torch.manual_seed(derive_seed(seed, "weights"))
     network = UNet(in_channels=config.data.channels, out_channels=encoding.channels, **config.network.model_dump())
     model = Fitted(FeedForward(with_memory_format(network, channels_last=True), encoding), config.data.shape)
-    images = [image for unit in found.units for image in unit.images]
-    masks = [mask.long() for unit in found.units for mask in unit.labels]
+    images = [image for unit in data.units for image in unit.images]
+    masks = [mask.long() for unit in data.units for mask in unit.labels]
     draws = Draws(Units(images, masks, augmenter), seed)
     batch = 8 if dims == 2 else 2
     runtime = Runtime("cpu", config.training.precision)
     best: dict[str, Tensor] = {}
-    labels = [label for label in found.labels if label]
+    labels = [label for label in data.labels if label]
     validating = 0.0
 
     def validate(averaged: nn.Module) -> Mapping[str, float]:
@@ -185,7 +183,7 @@ def from_scratch(
         batch_size=batch, max_steps=TIMED, warmup_steps=WARM, validate_every=TIMED,
         learning_rate=1e-3, ema_decay=0.99, weight_decay=1e-4, gradient_clip=1.0, workers=0, checkpoint_minutes=60.0,
     )  # fmt: skip
-    # The learning rate has to reach its end in time, so steps are timed first: of a copy, after a warm-up.
+    # The learning rate must reach its end in time, so the steps of a copy are timed first, after a warm-up.
     marks: list[float] = []
     timing = Callbacks(
         lambda averaged: {"score": 0.0}, lambda *saved: None, lambda step: marks.append(time.monotonic())
@@ -204,23 +202,22 @@ def from_scratch(
 
 
 def raw_pixels(
-    found: LabelledData, generator: Generator, augmenter: Augmenter, config: PixelClassifierConfig, seed: int
+    data: LabelledData, generator: Generator, augmenter: Augmenter, config: PixelClassifierConfig, seed: int
 ) -> Segmenter:
-    images, masks = [unit.images for unit in found.units], [unit.labels for unit in found.units]
-    raw, classes = RawPixels(), list(found.labels.values())
-    pixels = labelled_pixels(
-        raw, images, masks, classes, config.data.pixels_per_class, seed,  # type: ignore[arg-type]
-        copies=config.data.copies, change=augmenter,
-    )  # fmt: skip
+    images, masks = [unit.images for unit in data.units], [unit.labels for unit in data.units]
+    raw, classes = RawPixels(), list(data.labels.values())
+    sampling = PixelSampling(config.data.pixels_per_class, seed, config.data.copies, augmenter)
+    pixels = labelled_pixels(raw, images, masks, classes, sampling)  # type: ignore[arg-type]
     options = ClassifierOptions(**config.classifier.model_dump())
     epochs = -(-RAW_STEPS * options.batch_size // len(pixels.labels))
     options = replace(options, min_steps=RAW_STEPS, max_epochs=epochs + options.max_epochs)
     classifiers = fit_classifiers(pixels, options, seed)
-    return First(PixelSegmentation(raw, classifiers, generator.config.data.shape, generator.config.data.channels))  # type: ignore[arg-type]
+    shape, channels = generator.config.data.shape, generator.config.data.channels
+    return EnsembleMean(PixelSegmentation(raw, classifiers, shape, channels))  # type: ignore[arg-type]
 
 
-class First(nn.Module):
-    """All members of an ensemble as one."""
+class EnsembleMean(nn.Module):
+    """The mean of a model's ensemble, as its only member."""
 
     def __init__(self, model: PixelSegmentation) -> None:
         super().__init__()
@@ -252,11 +249,11 @@ def main() -> None:
     saved = load_model_files(options.generator)
     generator = restore_generator(saved, "cpu")
     augmenter = Augmenter(build.augmentation(config.augmentation), len(generator.config.data.shape))
-    asked = {"folder": str(options.data.resolve()), "unit": options.unit, "minutes": options.minutes}
-    asked["threads"] = torch.get_num_threads()  # minutes are worth as much as they do
-    # A call that goes on with the scores of another configuration is refused.
-    asked["generator_sha256"] = saved.sha256
-    start_run(options.out, config, asked, resume=(options.out / "config.yaml").is_file())
+    notes = {"folder": str(options.data.resolve()), "unit": options.unit, "minutes": options.minutes}
+    notes["threads"] = torch.get_num_threads()  # they decide how much is trained in a minute
+    # `start_run` raises an error if OUT holds the scores of another configuration.
+    notes["generator_sha256"] = saved.sha256
+    start_run(options.out, config, notes, resume=(options.out / "config.yaml").is_file())
     file = options.out / "scores.csv"
     rows = list(csv.DictReader(file.open())) if file.is_file() else []
     done = {(row["method"], int(row["labelled"]), int(row["seed"])) for row in rows}
@@ -279,15 +276,15 @@ def main() -> None:
                 continue
             with TemporaryDirectory() as folder:
                 here = Path(folder)
-                found = labelled_units(
+                data = labelled_units(
                     config, generator, options.data, Labelling(labelled, options.unit, "hash", seed), here / "cache"
                 )
-                cases = {case.name: case for case in found.folder.cases}
-                test = [cases[name] for name in found.split.test]
-                validation = [cases[name] for name in found.split.validation[:VALIDATION_CASES]]
+                cases = {case.name: case for case in data.folder.cases}
+                test = [cases[name] for name in data.split.test]
+                validation = [cases[name] for name in data.split.validation[:VALIDATION_CASES]]
                 if not test or not validation:
                     raise SystemExit(f"{options.data}: no case to {'test on' if validation else 'choose a step with'}")
-                labels = [label for label in found.labels if label]
+                labels = [label for label in data.labels if label]
                 for method in left:
                     started = time.monotonic()
                     if method == "label-efficient":
@@ -297,25 +294,25 @@ def main() -> None:
                         )  # fmt: skip
                         minutes = (time.monotonic() - started) / 60
                         few, _, _ = restore_pixel_segmentation(load_model_files(result.model))
-                        model: Segmenter = First(few)
+                        model: Segmenter = EnsembleMean(few)
                     elif method == "from scratch":
                         model, minutes = from_scratch(
-                            found, generator, augmenter, validation, options.minutes, seed, here / "scratch"
+                            data, generator, augmenter, validation, options.minutes, seed, here / "scratch"
                         )
                     else:
-                        model = raw_pixels(found, generator, augmenter, config, seed)
+                        model = raw_pixels(data, generator, augmenter, config, seed)
                         minutes = (time.monotonic() - started) / 60
                     add(method, labelled, seed, dice(model, generator, test, labels), minutes)
         draw(rows, options.out)
 
 
 def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
-    """The table of means (smallest to largest over seeds) where all methods have the same seeds, and the curves."""
+    """Write the table of means (with the range over seeds) and the curves, where all methods have the same seeds."""
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     have: dict[tuple[str, int], set[object]] = {}
     for row in rows:
         have.setdefault((str(row["method"]), int(str(row["labelled"]))), set()).add(row["seed"])
-    counts = sorted({n for _, n in have})  # a mean over fewer seeds than another is not shown beside it
+    counts = sorted({n for _, n in have})  # means over different numbers of seeds are not comparable
     counts = [n for n in counts if all(have.get((method, n)) == have.get((methods[0], n)) for method in methods)]
     lines = ["| labelled | " + " | ".join(methods) + " |", "|" + "---|" * (1 + len(methods))]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -323,9 +320,9 @@ def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
     for count in counts:
         cells = []
         for method in methods:
-            own = [float(str(r["dice"])) for r in rows if r["method"] == method and int(str(r["labelled"])) == count]
-            means[method].append(sum(own) / len(own))
-            cells.append(f"{means[method][-1]:.3f} ({min(own):.3f} to {max(own):.3f})")
+            values = [float(str(r["dice"])) for r in rows if r["method"] == method and int(str(r["labelled"])) == count]
+            means[method].append(sum(values) / len(values))
+            cells.append(f"{means[method][-1]:.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| {count} | " + " | ".join(cells) + " |")
     for method in methods:
         axes.plot(counts, means[method], marker="o", label=method)

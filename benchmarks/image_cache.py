@@ -1,8 +1,8 @@
-"""Random access to packed images against torchvision's ImageFolder, on one core, in one run.
+"""Compares random access to packed images with torchvision's ImageFolder, on one core in one run.
 
     python benchmarks/image_cache.py tiny-imagenet-200.zip
 
-Both deliver uint8 arrays of the same training images in the same random order; packing happens once and is timed apart.
+Both give uint8 arrays of the same training images in the same random order. Packing is done once and timed separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medseg_diffusion.data.image_cache import packed
 
 
 def main() -> None:
-    """Prints images per second of both, and their ratio."""
+    """Print images per second of both, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path)
     parser.add_argument("--count", type=int, default=5000)

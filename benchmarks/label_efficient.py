@@ -1,11 +1,10 @@
-"""Memory and time of pixel classifiers at the published sizes, beside what the published way needs.
+"""Measures memory and time of pixel classifiers at the published sizes, and compares them with the published way.
 
-40 labelled images of 256 x 256 with the published 8,448 features: the activations of five blocks of the 256 x 256 ADM
-network at three times. Here they are seeded random numbers of those shapes; what the network itself needs, with random
-weights, is a part of its own.
-Each part runs in a fresh process, whose anonymous memory is watched from start to end, imports included.
-The published way, all features of all pixels in float32, is computed for a small image, to compare the predictions, and
-counted for the others.
+There are 40 labelled images of 256 x 256 with the published 8,448 features, which are the activations of five blocks of
+the 256 x 256 ADM network at three times. Here they are seeded random numbers of the same shapes. The network itself is
+measured in a separate part, with random weights. Each part runs in a fresh process, whose anonymous memory is watched
+from start to end, including imports. The published way keeps all features of all pixels in float32. It is computed for
+a small image, to compare the predictions; for the others its memory is only counted.
 
     python benchmarks/label_efficient.py
 """
@@ -28,7 +27,7 @@ CLASSES = 3
 
 
 def watch(peak: list[int], stop: threading.Event) -> None:
-    """Keeps the largest anonymous memory of this process, in bytes."""
+    """Record the largest anonymous memory of this process in bytes, until ``stop`` is set."""
     while not stop.is_set():
         lines = Path("/proc/self/status").read_text().splitlines()
         anonymous = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
@@ -37,7 +36,7 @@ def watch(peak: list[int], stop: threading.Event) -> None:
 
 
 def activations(side: int):  # noqa: ANN201 - torch is imported where it is needed
-    """Something called like `Activations`: an image's values seed what it gives."""
+    """A replacement for `Activations` that returns random numbers seeded by the values of the image."""
     import torch
 
     class Seeded:
@@ -52,7 +51,7 @@ def activations(side: int):  # noqa: ANN201 - torch is imported where it is need
 
 
 def labelled(count: int, side: int):  # noqa: ANN201
-    """Images that hold their number, and labels in stripes."""
+    """Images filled with their index, and labels in stripes."""
     import torch
 
     stripes = (torch.arange(side) * CLASSES // side).expand(side, side)
@@ -66,17 +65,17 @@ def training(folder: Path, images: int, side: int) -> dict[str, float]:
     from medseg_diffusion.config.load import load_config
     from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
     from medseg_diffusion.data.augmentation import Augmenter
-    from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers, labelled_pixels
+    from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers
+    from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 
     started = time.monotonic()
     pictures, labels = labelled(images, side)
     classes = [f"class {i}" for i in range(CLASSES)]
     config = load_config("label-efficient")
     assert isinstance(config, PixelClassifierConfig)
-    pixels = labelled_pixels(
-        activations(side), pictures, labels, classes, config.data.pixels_per_class, 0, folder / "features.npy",
-        copies=config.data.copies, change=Augmenter(build.augmentation(config.augmentation), 2),
-    )  # fmt: skip
+    change = Augmenter(build.augmentation(config.augmentation), 2)
+    sampling = PixelSampling(config.data.pixels_per_class, 0, config.data.copies, change)
+    pixels = labelled_pixels(activations(side), pictures, labels, classes, sampling, folder / "features.npy")
     gathered = time.monotonic() - started
     model = fit_classifiers(pixels, ClassifierOptions(**config.classifier.model_dump()))
     torch.save(model.state_dict(), folder / "classifiers.pt")
@@ -105,7 +104,7 @@ def inference(folder: Path, images: int, side: int) -> dict[str, float]:
 
 
 def network(folder: Path, images: int, side: int) -> dict[str, float]:
-    """The published blocks of the 256 x 256 ADM network for one image at three times, in float32."""
+    """Compute the published blocks of the 256 x 256 ADM network for one image at three times, in float32."""
     import torch
 
     from medseg_diffusion.methods.activations import PUBLISHED_BLOCKS, PUBLISHED_TIMES
@@ -116,14 +115,14 @@ def network(folder: Path, images: int, side: int) -> dict[str, float]:
     started = time.monotonic()
     with torch.no_grad():
         for t in PUBLISHED_TIMES:
-            found = net.activations(image, torch.tensor([t]), names=PUBLISHED_BLOCKS)
-            features += sum(block.shape[1] for block in found.values())
+            blocks = net.activations(image, torch.tensor([t]), names=PUBLISHED_BLOCKS)
+            features += sum(block.shape[1] for block in blocks.values())
     assert features == FEATURES
     return {"seconds": time.monotonic() - started, "weights_gb": 4e-9 * sum(p.numel() for p in net.parameters())}
 
 
 def comparison(folder: Path, images: int, side: int) -> dict[str, float]:
-    """Both ways on a small image: the largest difference, and where the argmax differs."""
+    """Compare both ways on a small image: the largest difference, and where the argmax differs."""
     import torch
 
     from medseg_diffusion.networks.pixel_classifier import PixelClassifiers, upsampled
@@ -154,12 +153,12 @@ def comparison(folder: Path, images: int, side: int) -> dict[str, float]:
 PARTS = {"training": training, "inference": inference, "network": network, "comparison": comparison}
 
 
-def alone(what: str, folder: Path, images: int, side: int) -> dict[str, float]:
-    """Runs one part in a fresh process."""
+def in_fresh_process(what: str, folder: Path, images: int, side: int) -> dict[str, float]:
+    """Run one part in a fresh process."""
     command = [sys.executable, __file__, "--part", what, "--folder", str(folder)]
     command += ["--images", str(images), "--side", str(side)]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(found.stdout.splitlines()[-1])
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -189,7 +188,7 @@ def main() -> None:
             f"published way: {naive:.2f} GB of features an image, {options.images * naive:.1f} GB for all in training"
         )
         for what in PARTS:
-            numbers = alone(what, Path(folder), options.images, options.side)
+            numbers = in_fresh_process(what, Path(folder), options.images, options.side)
             print(f"{what}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()))
 
 

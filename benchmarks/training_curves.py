@@ -1,8 +1,8 @@
-"""The validation losses of training runs over wall-clock time, as a picture.
+"""Plots the validation losses of training runs over wall-clock time.
 
     python benchmarks/training_curves.py OUT.png NAME=RUN... [--column loss]
 
-Time is read from the steps of RUN's TensorBoard file, so pauses of an interrupted run count.
+Time is read from the steps in RUN's TensorBoard file, so that the pauses of an interrupted run count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 
 
 def curve(run: Path, column: str) -> tuple[list[float], list[float]]:
-    """Minutes since the first step, and the value, of every validation."""
+    """Minutes since the first step and value of every validation."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
     began = events.Scalars("train/loss")[0].wall_time
     minutes = {event.step: (event.wall_time - began) / 60 for event in events.Scalars(f"validation/{column}")}

@@ -1,9 +1,9 @@
-"""Our U-Net against MONAI's DiffusionModelUNet of the same size, in one run: seconds forward, and forward + backward.
+"""Compares the time of our U-Net with MONAI's DiffusionModelUNet of the same size: forward, and forward + backward.
 
     python benchmarks/unet.py [--device cuda] [--size 64] [--batch 8]
 
-Both are built from the same weights (MONAI's are imported), so that outputs can be compared as well. Timings alternate
-between the two, and the ratio is that of the medians; below 1 ours is faster.
+Both have the same weights (imported from MONAI's network), so that their outputs are compared, too. Timings alternate
+between the two, and the printed ratio is that of the medians; below 1 ours is faster.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def compare(runs: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each, measured in turns, to and fro, after two warm-up rounds."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    """Median seconds of each run, after two warm-up rounds. The order alternates between rounds."""
+    timings: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 2):
         for name, run in list(runs.items())[:: 1 if i % 2 else -1]:
             took = seconds(run, device)
             if i >= 2:
-                found[name].append(took)
-    return {name: statistics.median(values) for name, values in found.items()}
+                timings[name].append(took)
+    return {name: statistics.median(values) for name, values in timings.items()}
 
 
 def main() -> None:
-    """Prints one table."""
+    """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=64)
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     tune(device)
-    # Whether the system hands out fresh pages or used ones would otherwise decide between networks that are alike.
+    # Otherwise the difference between fresh and reused memory pages would dominate the comparison.
     keep_freed_memory()
     print(f"{torch.__version__}, {device}, {torch.get_num_threads()} threads; ratio = ours / MONAI's")
     print(
@@ -104,16 +104,16 @@ def main() -> None:
 
             for name, run in (("forward", inference), ("both", training)):
                 networks = {"ours": ours, "monai": theirs, **variants}
-                found = compare(
+                median_seconds = compare(
                     {key: partial(run, network) for key, network in networks.items()},
                     device,
                     options.repeats,
                 )
-                extra = ", ".join(f"{key} {found[key] / found['monai']:.2f}" for key in variants)
+                extra = ", ".join(f"{key} {median_seconds[key] / median_seconds['monai']:.2f}" for key in variants)
                 label = f"{dims}D {batch} x {size}^{dims}, {options.channels} ch"
                 print(
-                    f"{label:22} {str(precision).removeprefix('torch.'):9} {name:8} {found['ours']:8.3f} "
-                    f"{found['monai']:8.3f} {found['ours'] / found['monai']:6.2f}  {extra}",
+                    f"{label:22} {str(precision).removeprefix('torch.'):9} {name:8} {median_seconds['ours']:8.3f} "
+                    f"{median_seconds['monai']:8.3f} {median_seconds['ours'] / median_seconds['monai']:6.2f}  {extra}",
                     flush=True,
                 )
         print(f"largest difference of the outputs in float32: {gap:.1e}")

@@ -18,15 +18,21 @@ Healthy = Annotated[
 ]
 ExcludeLabelled = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Scans have labelled lesions: leave out slices closer than N to one."),
+    typer.Option(metavar="N", min=1, help="Leave out slices closer than N slices to a labelled lesion."),
 ]
 LatentQuantile = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Of latent-healing, in its latents; default: the model's.")
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, help="latent-healing: share of healthy latents that stay as they are; default: the model's."
+    ),
 ]
-Median = Annotated[int | None, typer.Option(min=1, help="Side of the median filter, odd; default: the model's.")]
+Median = Annotated[
+    int | None, typer.Option(min=1, help="Side of the median filter in voxels, odd; default: the model's.")
+]
 Erosion = Annotated[int | None, typer.Option(min=0, help="Erosion of the foreground in voxels; default: the model's.")]
 MinVolume = Annotated[
-    float | None, typer.Option(min=0.0, metavar="MM3", help="Smallest part of the mask; default: the model's.")
+    float | None,
+    typer.Option(min=0.0, metavar="MM3", help="Smallest volume of a connected part of the mask; default: the model's."),
 ]
 
 

@@ -13,7 +13,7 @@ import typer
 from medseg_diffusion.errors import InputError
 
 
-def known_device(value: str) -> str:
+def valid_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N, mps")
     return value
@@ -30,7 +30,7 @@ def existing_scans(context: typer.Context, paths: list[Path]) -> list[Path]:
 
 
 def existing_model(context: typer.Context, name: str | None) -> str | None:
-    """Refuse a model that is neither a folder nor installed."""
+    """Refuse a name that is neither a model folder nor an installed model."""
     from medseg_diffusion.models.store import find_model
 
     if name is not None and not context.resilient_parsing:
@@ -39,14 +39,14 @@ def existing_model(context: typer.Context, name: str | None) -> str | None:
 
 
 def existing_models(context: typer.Context, names: list[str]) -> list[str]:
-    """Refuse models that are neither folders nor installed."""
+    """Refuse names that are neither model folders nor installed models."""
     for name in names:
         existing_model(context, name)
     return names
 
 
 def existing(expected: str) -> Callable[[typer.Context, Path | None], Path | None]:
-    """A callback that refuses a path that does not exist; ``expected`` says what belongs there."""
+    """A callback that refuses a path that does not exist; ``expected`` says what the path should be."""
 
     def check(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None and not context.resilient_parsing and not path.exists():
@@ -64,17 +64,22 @@ class Sampler(StrEnum):
     DPM_SOLVER = "dpm++"
 
 
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=known_device)]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+Device = Annotated[
+    str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", callback=valid_device)
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed; the same seed gives the same result.")]
 Quiet = Annotated[
     bool | None,
-    typer.Option("--quiet/--verbose", help="Errors only; or details, and progress as lines.", show_default=False),
+    typer.Option(
+        "--quiet/--verbose", help="Print only errors, or details and progress line by line.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`medseg configs list`) or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, for instance a.b=3; repeatable."),
 ]
 RunFolder = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")]
 LabelledScans = Annotated[
@@ -85,31 +90,43 @@ Images = Annotated[
     typer.Option("--data", help="Folder or zip of images, or folder of scans.", callback=existing("images or scans")),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop each network after this many training steps.")]
-TimeLimit = Annotated[float | None, typer.Option(min=0.0, metavar="MIN", help="Stop after MIN minutes.")]
-Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one a device.")]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop each network after this many training steps; default: the configuration's."),
+]
+TimeLimit = Annotated[
+    float | None, typer.Option(min=0.0, metavar="MIN", help="Stop training after MIN minutes; default: no limit.")
+]
+Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
 
 Scans = Annotated[
     list[Path],
     typer.Argument(
         metavar="SCAN...",
-        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, BMP, DICOM; or folders.",
+        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files, DICOM folders, or folders of them.",
         callback=existing_scans,
     ),
 ]
 Volumes = Annotated[
     list[Path],
     typer.Argument(
-        metavar="SCAN...", help="NIfTI, NRRD, MetaImage, DICOM folders, or folders of them.", callback=existing_scans
+        metavar="SCAN...",
+        help="NIfTI, NRRD or MetaImage files, DICOM folders, or folders of them.",
+        callback=existing_scans,
     ),
 ]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="File (for one scan) or folder.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="File (for one scan) or folder to write; default: next to each scan."),
+]
 Model = Annotated[
     str | None,
-    typer.Option("-m", "--model", help="Name or folder; default: the built-in model.", callback=existing_model),
+    typer.Option(
+        "-m", "--model", help="Name or folder of a model; default: the built-in model.", callback=existing_model
+    ),
 ]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name or folder of a model.", callback=existing_model)
 ]
 Preview = Annotated[bool, typer.Option("--preview", help="Write a preview as PNG.")]
-SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans whose result exists.")]
+SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans that already have a result.")]

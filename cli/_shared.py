@@ -1,4 +1,4 @@
-"""What the commands share: printing, warnings and the progress display. No heavy import at module level."""
+"""Printing, warnings and the progress display, shared by the commands. No slow import at module level."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ProgressCallback = Callable[[str, float], None]
 
 
 def fail(message: str, kind: str = "error") -> None:
-    """Print one line on stderr, whatever line breaks the message has."""
+    """Print a message on stderr in one line, without its line breaks."""
     typer.echo(f"medseg: {kind}: {' '.join(message.split())}", err=True)
 
 
@@ -61,7 +61,7 @@ def _cell(value: Any) -> str:
 
 @contextmanager
 def warnings_at_once() -> Iterator[None]:
-    """Inside, a warning is one line on stderr when it is given, not after hours; the same one once."""
+    """Inside the block, print every warning at once as one line on stderr, and the same warning only once."""
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
@@ -109,7 +109,7 @@ def progress(quiet: bool | None) -> Iterator[ProgressCallback]:
 
 
 def count_of(show: ProgressCallback) -> Callable[[str, int, int], None]:
-    """The progress of things that are counted: a callback (what, done, total) that shows "what: done of total"."""
+    """A progress callback (what, done, total) that shows "what: done of total"."""
 
     def update(what: str, done: int, total: int) -> None:
         show(f"{what}: {done} of {total}", done / max(total, 1))
@@ -118,7 +118,7 @@ def count_of(show: ProgressCallback) -> Callable[[str, int, int], None]:
 
 
 def step_of(show: ProgressCallback, with_score: bool = False) -> Callable[[Progress], None]:
-    """The progress of a training: a callback that shows step, loss, the last score if asked for, and the time left."""
+    """A progress callback for trainings that shows step, loss, the last score if asked for, and the time left."""
 
     def update(state: Progress) -> None:
         score = f", score {state.score:.3f}" if with_score and state.score is not None else ""
@@ -130,7 +130,7 @@ def step_of(show: ProgressCallback, with_score: bool = False) -> Callable[[Progr
 
 
 def print_model(model: Path, quiet: bool | None, as_json: bool) -> None:
-    """Print where a training has left its model; of several processes only the first prints."""
+    """Print the path of a trained model; only the first of several processes prints."""
     from medseg_diffusion.training.launch import is_first
 
     if not is_first():
@@ -142,7 +142,7 @@ def print_model(model: Path, quiet: bool | None, as_json: bool) -> None:
 
 
 def print_scan(result: ScanResult, volumes: bool) -> None:
-    """Print what became of a scan, with the volumes of what was found if asked for; a failure is listed at the end."""
+    """Print the files of a scan, and the volumes of its classes if ``volumes``; failures are listed later."""
     if result.status == "failed":
         return
     note = "exists, skipped" if result.status == "skipped" else f"{result.seconds:.1f} s"
@@ -164,12 +164,12 @@ def run_scans(
 ) -> None:
     """Run a command on scans and print its results.
 
-    Failures are listed on stderr. A scan that was alone gives its own exit code; among several any failure gives 1.
+    Failures are listed on stderr. A single failed scan decides the exit code; a failure among several scans gives 1.
 
     Args:
-        run: called with what prints a result (None to print nothing) and the progress.
-        quiet: print failures alone; False prints volumes, too.
-        as_json: print all results as JSON.
+        run: Called with a function that prints a result (None to print nothing), and with the progress callback.
+        quiet: Print only failures; False also prints volumes.
+        as_json: Print all results as JSON.
     """
     with progress(quiet) as on_progress:
         on_case = None if quiet or as_json else lambda result: print_scan(result, volumes=quiet is False)

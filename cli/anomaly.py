@@ -27,7 +27,10 @@ def anomaly(
     scans: Volumes,
     model: Model = None,
     threshold: Annotated[
-        str, typer.Option(help="auto, a quantile of healthy scans such as q0.99, or a number.")
+        str,
+        typer.Option(
+            help="Threshold of the mask: auto (calibrated), a quantile of healthy scans such as q0.99, or a number."
+        ),
     ] = "auto",
     method: Annotated[Method | None, typer.Option(help="Detector; default: the model's.")] = None,
     latent_quantile: LatentQuantile = None,
@@ -42,7 +45,7 @@ def anomaly(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find what is unlike healthy scans. Map, mask and score are written next to each scan, or where -o says."""
+    """Find anomalies in scans, and write a score map, a mask and the score of each scan."""
     from medseg_diffusion.models.anomaly import DetectionOptions
     from medseg_diffusion.workflows import anomaly as workflow
 

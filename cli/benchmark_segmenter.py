@@ -46,7 +46,7 @@ def benchmark_segmenter(
             callback=existing("a folder of labelled scans"),
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table and plot.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the table and the plot.")],
     steps: Annotated[
         str, typer.Option(help="Numbers of denoising steps to compare, for one sample.")
     ] = "1,2,5,10,20,50,100",
@@ -61,12 +61,12 @@ def benchmark_segmenter(
         typer.Option(
             "--setting",
             metavar="SAMPLER:STEPS:N",
-            help="Measure this setting, N samples, instead of varying one factor at a time; repeatable.",
+            help="Measure this setting (N samples) instead of varying one factor at a time; repeatable.",
         ),
     ] = None,
     cases: Annotated[int, typer.Option("-n", min=0, help="Number of cases; 0 for all.")] = 10,
     side: Annotated[
-        Side, typer.Option(help="Held-out cases: validation to choose settings, test to report.")
+        Side, typer.Option(help="Which held-out cases: validation to choose settings, test to report results.")
     ] = Side.VALIDATION,
     device: Device = "auto",
     seed: Seed = 0,

@@ -18,7 +18,8 @@ def calibrate_anomaly(
     output: Annotated[Path, typer.Option("-o", "--output", help="New model folder.")],
     exclude_labelled: ExcludeLabelled = None,
     quantile: Annotated[
-        float | None, typer.Option(help="0.975 for 2.5 % of healthy voxels; default: the model's.")
+        float | None,
+        typer.Option(help="Share of healthy voxels below the threshold, such as 0.975; default: the model's."),
     ] = None,
     latent_quantile: LatentQuantile = None,
     median: Median = None,
@@ -26,13 +27,17 @@ def calibrate_anomaly(
     min_volume: MinVolume = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A detector's setting, for instance residual=bright."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a detector's setting, for instance residual=bright; repeatable.",
+        ),
     ] = None,
     device: Device = "auto",
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the thresholds of a trained model to healthy scans that it was not trained on."""
+    """Fit the thresholds of an anomaly model to healthy scans that it was not trained on."""
     from medseg_diffusion.models.anomaly import DetectionOptions
     from medseg_diffusion.workflows.calibrate_anomaly import CalibrationOptions
     from medseg_diffusion.workflows.calibrate_anomaly import calibrate_anomaly as calibrate

@@ -21,7 +21,7 @@ def check(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Open every file of a data set. Report counts, sizes, classes and broken files."""
+    """Open every file of a data set and report counts, sizes, classes and broken files."""
     from medseg_diffusion.workflows.check import check as run
 
     with progress(quiet) as show:

@@ -30,12 +30,12 @@ def list_presets(as_json: AsJson = False) -> None:
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a preset.")]) -> None:
-    """Print a preset as YAML, ready to be saved and changed."""
+    """Print a preset as YAML, to save and change it."""
     from medseg_diffusion.config.load import presets
 
-    known = presets()
-    if name not in known:
-        near = get_close_matches(name, known, n=1, cutoff=0.0)
+    available = presets()
+    if name not in available:
+        near = get_close_matches(name, available, n=1, cutoff=0.0)
         hint = f"; the nearest is {near[0]}" if near else ""
         raise UsageError(f"no preset is called {name!r}{hint}; `medseg configs list` lists them")
-    typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
+    typer.echo(available[name].read_text(encoding="utf-8"), nl=False)

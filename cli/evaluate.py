@@ -49,10 +49,12 @@ def evaluate(
     labels: Annotated[
         list[str] | None,
         typer.Option(
-            "--label", metavar="VALUE[=NAME]", help="Label to evaluate; repeatable; default: all in the masks."
+            "--label", metavar="VALUE[=NAME]", help="Label to evaluate; repeatable; default: all labels in the masks."
         ),
     ] = None,
-    images: Annotated[Path | None, typer.Option("--images", help="The scans, for the report's pictures.")] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Scan, or folder of scans, for the pictures in the report.")
+    ] = None,
     raters: Annotated[
         list[Path] | None, typer.Option("--rater", metavar="REF", help="References by a further rater; repeatable.")
     ] = None,
@@ -69,16 +71,16 @@ def evaluate(
         ),
     ] = None,
     lesion_overlap: Annotated[
-        float, typer.Option("--lesion-overlap", help="Share of a lesion that must be predicted to detect it.")
+        float, typer.Option("--lesion-overlap", help="Share of a lesion that must be predicted to count as detected.")
     ] = 0.1,
     merge_labels: Annotated[
-        bool, typer.Option("--merge-labels", help="Read all labels above 0 as 1, for instance 255 in references.")
+        bool, typer.Option("--merge-labels", help="Read all labels above 0 as 1, for instance 255 in a reference.")
     ] = False,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predicted masks, and anomaly score maps, with reference masks: means with intervals over cases."""
+    """Compare predicted masks and anomaly score maps with reference masks, and write a report."""
     names = _parse_labels(labels)
     from medseg_diffusion.workflows.evaluate import EvaluateOptions
     from medseg_diffusion.workflows.evaluate import evaluate as run

@@ -12,37 +12,45 @@ from ._shared import count_of, fail, print_json, print_table, progress
 
 
 def evaluate_generator(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SAMPLES...", help="Generators, or image folders.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL_OR_SAMPLES...", help="Generators, or folders of sampled images.")
+    ],
     reference: Annotated[
         Path,
         typer.Option(
             "--reference",
             metavar="D",
-            help="Real images: folder or zip.",
+            help="Folder or zip of real images.",
             callback=existing("a folder or zip of images"),
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for samples and scores.")],
     samplers: Annotated[
-        str, typer.Option(metavar="NAME:STEPS,...", help="Samplers and their numbers of steps.")
+        str, typer.Option(metavar="NAME:STEPS,...", help="Samplers to compare, with their numbers of steps.")
     ] = "ddim:50,ddim:200,ddpm:1000",
-    count: Annotated[int, typer.Option("-n", min=1, help="Samples for each row of the table.")] = 10_000,
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of samples for each row of the table.")] = 10_000,
     extractor: Annotated[
         str,
-        typer.Option(help="inception, efficientnet-lite0, or a .pt or .onnx file; auto takes the first available one."),
+        typer.Option(
+            help="Feature extractor: inception, efficientnet-lite0, a .pt or .onnx file, or auto (the first available)."
+        ),
     ] = "auto",
-    inception: Annotated[Path | None, typer.Option(metavar="FILE", help="Inception's weights.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch Inception's weights if missing.")] = False,
+    inception: Annotated[Path | None, typer.Option(metavar="FILE", help="File with the weights of Inception.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the weights of Inception if they are missing.")
+    ] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip real images that cannot be read.")] = False,
-    upsampler: Annotated[str | None, typer.Option(metavar="MODEL", help="Model that enlarges the samples.")] = None,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    upsampler: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Upsampler that enlarges the samples; default: none.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score generators: recall, precision, IS, FID, sFID and KID, one row per model and sampler."""
+    """Score generators against real images: recall, precision, IS, FID, sFID and KID per model and sampler."""
     from medseg_diffusion.models.image_source import SampleOptions
     from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, parse_samplers
     from medseg_diffusion.workflows.evaluate_generator import evaluate_generator as run

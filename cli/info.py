@@ -1,4 +1,4 @@
-"""`medseg info`: what a bug report needs."""
+"""`medseg info`: versions, devices and models, for a bug report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 def info(as_json: AsJson = False) -> None:
-    """Report versions, devices and models; works even if some of them are missing."""
+    """Print versions, devices and models, even if some of them are missing or broken."""
     report = {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -73,5 +73,5 @@ def _models() -> dict[str, Any]:
 
         folders = {f"{source} folder": str(folder) for source, folder in model_folders().items()}
         return folders | {"installed": [model.name for model in list_models()]}
-    except Exception as error:  # whatever is wrong with an install belongs into the report
+    except Exception as error:  # the report must show whatever is wrong with an installation
         return {"error": f"{type(error).__name__}: {error}"}

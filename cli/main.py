@@ -1,4 +1,4 @@
-"""Entry point of `medseg`: the list of commands, and expected failures as one line and an exit code."""
+"""Entry point of `medseg`: registers the commands, and turns expected failures into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -81,6 +81,6 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _main(
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None: ...

@@ -1,4 +1,4 @@
-"""`medseg models`: the trained models at hand."""
+"""`medseg models`: the installed models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 from ._options import AsJson
 from ._shared import print_json, print_table
 
-app = typer.Typer(help="List and show the trained models; export them, import published ones.", no_args_is_help=True)
+app = typer.Typer(help="List, show and export trained models, and import published weights.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_models(as_json: AsJson = False) -> None:
-    """List the models that `-m` takes by name."""
+    """List the installed models, which `-m` takes by name."""
     from medseg_diffusion.models import store as checkpoint
 
     rows = [asdict(model) for model in checkpoint.list_models()]
@@ -28,7 +28,7 @@ def list_models(as_json: AsJson = False) -> None:
 
 @app.command()
 def show(model: Annotated[str, typer.Argument(help="Name or folder of a model.")], as_json: AsJson = False) -> None:
-    """Show how a model was trained, what it expects and how well it did."""
+    """Print the card of a model: its training, its input and its scores."""
     from medseg_diffusion.models.store import load_card
 
     card = load_card(model)
@@ -44,14 +44,14 @@ def show(model: Annotated[str, typer.Argument(help="Name or folder of a model.")
 def export_model(
     model: Annotated[str, typer.Argument(help="Name or folder of a model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder; its name is the card's title.")],
-    half: Annotated[bool, typer.Option("--half", help="Weights in float16: half the size, rounded.")] = False,
-    command: Annotated[str, typer.Option(help="How it was trained, for the card.")] = "",
+    half: Annotated[bool, typer.Option("--half", help="Round the weights to float16, for half the size.")] = False,
+    command: Annotated[str, typer.Option(help="Command that trained the model, for the card.")] = "",
     data: Annotated[str, typer.Option(help="Credit and terms of the training data, for the card.")] = "",
-    notes: Annotated[str, typer.Option(help="What it is for and what it is not, for the card.")] = "",
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    notes: Annotated[str, typer.Option(help="Intended use and limits of the model, for the card.")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the weights; default: that of the model.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Copy a model to hand it on, smaller and with a card that says where it comes from."""
+    """Copy a model for others, with a complete card and optionally at half the size."""
     from medseg_diffusion.workflows.export_model import export_model as run
 
     path = run(model, output, half=half, command=command, data=data, notes=notes, licence=licence)
@@ -65,16 +65,21 @@ def export_model(
 def import_model(
     file: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth, .ckpt or .safetensors.")],
     source: Annotated[
-        str, typer.Option("--from", help="guided-diffusion, improved-diffusion, latent-diffusion or monai.")
+        str,
+        typer.Option("--from", help="Source: guided-diffusion, improved-diffusion, latent-diffusion or monai."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="What shapes do not tell, e.g. num_heads=8 or schedule=cosine; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Setting that the file does not contain, such as num_heads=8 or schedule=cosine; repeatable.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a published checkpoint into a model folder of this package."""
+    """Convert a published checkpoint into a model folder."""
     from medseg_diffusion.config.load import parse_settings
     from medseg_diffusion.workflows.import_model import import_model as run
 

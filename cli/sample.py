@@ -15,19 +15,26 @@ def sample(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the images.")],
     count: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 16,
-    sampler: Annotated[Sampler | None, typer.Option(help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; default: the model's.")] = None,
     label: Annotated[
         int | None, typer.Option("--class", min=0, help="Class of every image; default: cycle through the classes.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.0,
     classifier: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Noisy classifier that guides the sampling.", callback=existing_model),
+        typer.Option(
+            metavar="MODEL", help="Noisy classifier that guides the sampling; default: none.", callback=existing_model
+        ),
     ] = None,
-    classifier_scale: Annotated[float, typer.Option(min=0.0, help="Strength of the classifier; 0 for none.")] = 1.0,
+    classifier_scale: Annotated[
+        float, typer.Option(min=0.0, help="Strength of the classifier's guidance; 0 for none.")
+    ] = 1.0,
     upsampler: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Upsampler that enlarges the images.", callback=existing_model)
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Upsampler that enlarges the images; default: none.", callback=existing_model
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
     device: Device = "auto",
@@ -35,7 +42,7 @@ def sample(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sample images from a generator: numbered files and grid.png. Repeat the call to finish an interrupted one."""
+    """Sample images from a generator into numbered files and grid.png; a repeated call finishes an interrupted one."""
     from medseg_diffusion.models.image_source import SampleOptions
     from medseg_diffusion.workflows.sample import sample_images
 

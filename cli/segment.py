@@ -51,16 +51,19 @@ def segment(
         int | None, typer.Option(min=1, help="Number of masks sampled per scan; default: the model's.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; default: the model's.")] = None,
-    sampler: Annotated[Sampler | None, typer.Option(help="Default: the model's.")] = None,
-    fusion: Annotated[Fusion, typer.Option(help="How the masks of the ensemble become one.")] = Fusion.MEAN,
-    save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Write *_prob.nii.gz.")] = False,
+    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the model's.")] = None,
+    fusion: Annotated[Fusion, typer.Option(help="How to combine the masks of the ensemble.")] = Fusion.MEAN,
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="Write *_prob.nii.gz, the class probabilities.")
+    ] = False,
     save_uncertainty: Annotated[bool, typer.Option("--save-uncertainty", help="Write *_uncertainty.nii.gz.")] = False,
-    uncertainty: Annotated[Uncertainty, typer.Option(help="Which uncertainty is written.")] = Uncertainty.ENTROPY,
+    uncertainty: Annotated[Uncertainty, typer.Option(help="Kind of the uncertainty map.")] = Uncertainty.ENTROPY,
     save_members: Annotated[
-        bool, typer.Option("--save-members", help="Write the mask of every member, *_members.nii.gz.")
+        bool, typer.Option("--save-members", help="Write *_members.nii.gz, the mask of every member.")
     ] = False,
     save_pseudo_labels: Annotated[
-        bool, typer.Option("--save-pseudo-labels", help="Write *_pseudo.nii.gz: the mask, 255 where members disagree.")
+        bool,
+        typer.Option("--save-pseudo-labels", help="Write *_pseudo.nii.gz: the mask, with 255 where members disagree."),
     ] = False,
     max_disagreement: Annotated[
         float,
@@ -68,8 +71,8 @@ def segment(
     ] = 0.1,
     statistics: Annotated[bool, typer.Option("--statistics", help="Write *_statistics.json: volumes in ml.")] = False,
     preview: Preview = False,
-    output_format: Annotated[Format, typer.Option("--format", help="Format of the mask.")] = Format.NIFTI,
-    report: Annotated[Path | None, typer.Option(help="Write one HTML page on all scans.")] = None,
+    output_format: Annotated[Format, typer.Option("--format", help="File format of the mask.")] = Format.NIFTI,
+    report: Annotated[Path | None, typer.Option(help="Write one HTML page about all scans to this file.")] = None,
     skip_existing: SkipExisting = False,
     shard: Annotated[
         str | None, typer.Option(metavar="i/n", help="Segment only part i of n of the scans (1/4 to 4/4).")
@@ -79,7 +82,7 @@ def segment(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Segment scans. Masks are written next to them, or where -o says."""
+    """Segment scans, and write a mask for each."""
     part = _parse_shard(shard)
     from medseg_diffusion.workflows import segment as workflow
 

@@ -25,24 +25,24 @@ def synthesize_anomalies(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for images/, labels/ and anomalies.json.")
     ],
-    kind: Annotated[Kind, typer.Option(help="Brighter, darker, or displaced.")] = Kind.HYPER,
+    kind: Annotated[Kind, typer.Option(help="Brighter, darker or displaced tissue.")] = Kind.HYPER,
     contrast: Annotated[
         float,
         typer.Option(
             metavar="X",
-            help="Change of intensity, relative to the foreground's spread (95th less 5th percentile); of a "
-            "deformation, displacement relative to the radius.",
+            help="Change of intensity, relative to the foreground's 5th to 95th percentile range; for a deformation, "
+            "displacement relative to the radius.",
         ),
     ] = 0.3,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Anomalies in each scan.")] = 1,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of anomalies in each scan.")] = 1,
     radius_mm: Annotated[
-        tuple[float, float], typer.Option(metavar="MIN MAX", help="Smallest and largest radius, in mm.")
+        tuple[float, float], typer.Option(metavar="MIN MAX", help="Smallest and largest radius in mm.")
     ] = (4.0, 10.0),
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Insert anomalies with exact masks into healthy scans, to measure an anomaly model with them."""
+    """Insert anomalies with exact masks into healthy scans, as test data for anomaly models."""
     from medseg_diffusion.workflows import synthesize_anomalies as workflow
 
     options = workflow.SynthesisOptions(output, kind.value, contrast, count, radius_mm, seed)

@@ -20,7 +20,8 @@ def train_anomaly(
     unhealthy: Annotated[
         Path | None,
         typer.Option(
-            help="Scans with lesions, for detectors that learn from both kinds.", callback=existing("a folder of scans")
+            help="Folder of scans with lesions, for detectors that learn from both kinds.",
+            callback=existing("a folder of scans"),
         ),
     ] = None,
     overrides: Overrides = None,
@@ -32,7 +33,7 @@ def train_anomaly(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train an anomaly detector on healthy scans only, and calibrate its thresholds on held-out ones."""
+    """Train an anomaly model on healthy scans, and calibrate its thresholds on held-out healthy scans."""
     from medseg_diffusion.config.anomaly import AnomalyConfig
     from medseg_diffusion.config.load import load_config
     from medseg_diffusion.errors import UsageError

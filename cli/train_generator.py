@@ -42,23 +42,25 @@ def train_generator(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Trained autoencoder of a latent model; default: train one first.",
+            help="Trained autoencoder for a latent model; default: train one first.",
             callback=existing_model,
         ),
     ] = None,
-    stage: Annotated[Stage, typer.Option(help="Of a latent model: both stages, or only the first.")] = Stage.ALL,
+    stage: Annotated[Stage, typer.Option(help="Latent models: train both stages, or only the first.")] = Stage.ALL,
     resume: Resume = False,
     max_steps: MaxSteps = None,
     time_limit: TimeLimit = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out.")] = False,
-    download: Annotated[bool, typer.Option("--download", help="Download the weights of LPIPS if missing.")] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the weights of LPIPS if they are missing.")
+    ] = False,
     gpus: Gpus = 1,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a pixel or latent generator, an upsampler, an autoencoder or a noisy classifier on images."""
+    """Train a generator, an upsampler, an autoencoder or a noisy classifier on images."""
     from medseg_diffusion.config.load import load_image_config
     from medseg_diffusion.training.launch import launch, launched
 

@@ -34,9 +34,9 @@ def train_pixel_classifier(
     data: LabelledScans,
     labelled: Annotated[int, typer.Option("--labelled", metavar="K", min=1, help="Number of labelled images to use.")],
     run: RunFolder,
-    unit: Annotated[Unit, typer.Option(help="Whether K counts cases, or slices that show a class.")] = Unit.CASE,
+    unit: Annotated[Unit, typer.Option(help="What K counts: cases, or slices that show a class.")] = Unit.CASE,
     select: Annotated[
-        Select, typer.Option(help="The first by a hash of their names, or one of each cluster.")
+        Select, typer.Option(help="Take the first images by a hash of their names, or one from each cluster.")
     ] = Select.HASH,
     test: Annotated[bool, typer.Option("--test/--no-test", help="Segment and score the held-out cases.")] = True,
     overrides: Overrides = None,
@@ -45,7 +45,7 @@ def train_pixel_classifier(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a segmenter on a few labelled images and the activations of a generator."""
+    """Train a segmenter on the activations of a generator for a few labelled images."""
     from medseg_diffusion.config.load import load_config
     from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
     from medseg_diffusion.errors import UsageError
@@ -84,5 +84,5 @@ def train_pixel_classifier(
             )
             typer.echo(f"report: {run / 'test' / 'report.html'}")
         elif test:
-            typer.echo("no scores: no case is on the side that the generator held out")
+            typer.echo("no scores: the generator held out none of these cases")
         typer.echo(f"model: {result.model}")

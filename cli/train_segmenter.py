@@ -34,7 +34,10 @@ def train_segmenter(
     init: Annotated[
         str | None,
         typer.Option(
-            "--init", metavar="MODEL", help="Start from the weights of this trained model.", callback=existing_model
+            "--init",
+            metavar="MODEL",
+            help="Start from the weights of this trained model; default: random weights.",
+            callback=existing_model,
         ),
     ] = None,
     max_steps: MaxSteps = None,
@@ -45,7 +48,7 @@ def train_segmenter(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a segmentation model on labelled scans."""
+    """Train a segmenter on labelled scans."""
     from medseg_diffusion.config.load import load_segmenter_config
     from medseg_diffusion.training.launch import launch, launched
 

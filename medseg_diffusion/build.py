@@ -1,4 +1,4 @@
-"""The one place where names become objects."""
+"""Builds schedules, samplers, models and detectors: the only place where the names in configurations become objects."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver}
 
 SHAPE_PRIOR = "shape_prior"
-"""Among a model's weights: the shape prior's shares, as uint8."""
+"""Key of the shape prior among a model's weights (uint8)."""
 
 Segmenter = MaskDiffusion | LatentMaskDiffusion | FeedForward
 
@@ -65,8 +65,8 @@ def noise_schedule(section: ScheduleSection) -> NoiseSchedule:
     """The noise schedule of a configuration; UsageError if its betas are impossible."""
     try:
         ends = {name: getattr(section, name) for name in ("beta_start", "beta_end")}
-        given = {name: value for name, value in ends.items() if value is not None}
-        return SCHEDULES[section.name](section.num_steps, **given)
+        ends = {name: value for name, value in ends.items() if value is not None}
+        return SCHEDULES[section.name](section.num_steps, **ends)
     except ValueError as error:
         raise UsageError(f"schedule: {error}") from error
 
@@ -88,7 +88,7 @@ def preprocessing(section: PreprocessingSection) -> Preprocessing:
 
 
 def image_preprocessing(section: PreprocessingSection, size: Sequence[int]) -> Preprocessing:
-    """The preprocessing of scans for a generator's images of ``size``: of slices the pixels are made square."""
+    """The preprocessing of scans for a generator's images of ``size``; pixels of slices become square."""
     return replace(preprocessing(section), square_pixels=len(size) == 2)
 
 
@@ -169,7 +169,7 @@ def mask_autoencoder(config: SegmenterConfig, encoding: MaskEncoding) -> MaskAut
         section.num_res_blocks,
         [False] * len(section.channels),
         norm_groups=section.norm_groups,
-        middle_attention=False,  # a mask's neighbourhood says what it is, and latents at half the resolution are many
+        middle_attention=False,  # local context describes a mask, and attention over many latents would be slow
     )
     return MaskAutoencoder(codec, encoding, 2 ** (len(section.channels) - 1), section.kl_weight)
 
@@ -206,9 +206,9 @@ def generator(
     """The untrained generator of a configuration.
 
     Args:
-        config: pixel, latent, upsampler or patched.
-        num_classes: of the data; used if the configuration is conditioned by classes.
-        latent_channels: of the autoencoder, None for pixels.
+        config: Configuration of a pixel, latent, upsampler or patched generator.
+        num_classes: Number of classes in the data; used if the configuration has a class condition.
+        latent_channels: Channels of the autoencoder's latents; None for pixels.
     """
     section, condition = config.diffusion, config.condition
     channels = latent_channels or config.data.channels
@@ -266,19 +266,19 @@ def make_detector(
     healthy: HealthyLatents | None,
     latent_quantile: float | None = None,
 ) -> Detector:
-    """The detector ``method`` of a configuration with its trained parts.
+    """Build the detector ``method`` of a configuration from its trained parts.
 
     Args:
-        config: settings of the detectors.
-        task: the trained generator.
-        codec: of a latent generator.
-        classifier: of noisy images, for "classifier-guided".
-        method: one of ``config.detectors``.
-        healthy: statistics of healthy latents; "latent-healing" cannot score without them.
-        latent_quantile: of "latent-healing"; None takes the configuration's.
+        config: Settings of the detectors.
+        task: The trained generator.
+        codec: The autoencoder of a latent generator.
+        classifier: The noisy classifier, for "classifier-guided".
+        method: One of ``config.detectors``.
+        healthy: Statistics of healthy latents; "latent-healing" cannot score without them.
+        latent_quantile: Quantile of latents for "latent-healing"; None takes that of the configuration.
 
     Raises:
-        UsageError: settings that the generator's schedule does not allow.
+        UsageError: Settings that the generator's schedule does not allow.
     """
     denoiser, kind = task.denoiser, config.residual
     try:

@@ -1,8 +1,12 @@
-"""Shared by all tests."""
+"""Fixtures of several folders.
+
+What is trained here is trained once for all tests. Imports stay inside: a test that needs none of it does not wait.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +20,126 @@ def data_folder() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no data folder at {DATA}; set MEDSEG_DATA")
     return DATA
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's own models and packed images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDSEG_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _denormals() -> Iterator[None]:
+    """A training flushes denormal numbers in the whole process: the other tests want them back."""
+    yield
+    import torch
+
+    torch.set_flush_denormal(False)
+
+
+# ---- segmenters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def block_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small scans with a bright block, and its mask."""
+    from tests.helpers import training
+
+    folder = tmp_path_factory.mktemp("block-scans")
+    training.write_scans(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained segmenter of volumes."""
+    from tests.helpers import segmenters
+
+    return segmenters.make_model(tmp_path_factory.mktemp("models") / "tiny", segmenters.tiny_config())
+
+
+# ---- generators ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 64 x 64 images: dark on the left, dark on the right."""
+    from tests.helpers import generators
+
+    folder = tmp_path_factory.mktemp("pictures")
+    generators.save_pictures(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_models(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One trained generator of each kind, of the pictures."""
+    from tests.helpers import generators
+
+    return generators.train_models(pictures, tmp_path_factory.mktemp("image-models"))
+
+
+@pytest.fixture(scope="session")
+def scoring_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network of random weights in the place of Inception."""
+    from tests.helpers import generators
+
+    path = tmp_path_factory.mktemp("network") / "small.pt"
+    generators.save_scoring_network(path)
+    return path
+
+
+# ---- pixel classifiers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def box_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight scans of a bright box in a darker body, labelled."""
+    from tests.helpers import pixel_classifiers
+
+    folder = tmp_path_factory.mktemp("box-scans")
+    pixel_classifiers.write_scans(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def box_generators(box_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A generator of their slices (2) and one of volumes (3)."""
+    from tests.helpers import pixel_classifiers
+
+    return pixel_classifiers.train_generators(box_scans, tmp_path_factory.mktemp("box-generators"))
+
+
+# ---- anomaly models --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def anomaly_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight scans with a lesion in slices 4 to 6, labelled."""
+    from tests.helpers import anomaly
+
+    folder = tmp_path_factory.mktemp("anomaly-scans")
+    anomaly.write_scans(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def anomaly_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The configuration of the first stage of a latent model, as a file."""
+    from tests.helpers import anomaly
+
+    file = tmp_path_factory.mktemp("configs") / "codec.yaml"
+    file.write_text(anomaly.AUTOENCODER)
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def anomaly_models(
+    anomaly_scans: Path, anomaly_autoencoder: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """One anomaly model of each kind of generator, trained and calibrated."""
+    from tests.helpers import anomaly
+
+    return anomaly.train_models(anomaly_scans, anomaly_autoencoder, tmp_path_factory.mktemp("anomaly-models"))

@@ -17,6 +17,9 @@ from medseg_diffusion.models.store import save_model
 
 # None of them is needed to segment a NIfTI file with a U-Net. Together they take seconds.
 UNUSED = (
+    "accelerate",
+    "tensorboard",
+    "torch.utils.tensorboard",
     "SimpleITK",
     "jinja2",
     "matplotlib",
@@ -50,7 +53,7 @@ NAMES = """
 import sys
 from pathlib import Path
 
-from medseg_diffusion.volumes.paths import find_scans
+from medseg_diffusion.volumes.inputs import find_scans
 
 assert len(find_scans(Path(sys.argv[1]))) == 1
 print(*[name for name in sys.argv[2:] if name in sys.modules])

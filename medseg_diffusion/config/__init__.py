@@ -1,1 +1,1 @@
-"""Typed configuration of a run, read from strict YAML: one file a family of models."""
+"""Typed configurations of runs, read from strict YAML, with one file per family of models."""

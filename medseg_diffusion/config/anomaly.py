@@ -15,8 +15,9 @@ from .shared import Section
 
 
 class LatentHealingSection(Section):
-    """`medseg_diffusion.methods.latent_healing.LatentHealing`; ``times`` KL maps are taken between ``earliest`` and
-    ``latest``.
+    """Settings of `medseg_diffusion.methods.latent_healing.LatentHealing`.
+
+    ``times`` is the number of KL maps, at times between ``earliest`` and ``latest``.
     """
 
     times: int = Field(21, ge=1)
@@ -30,7 +31,7 @@ class LatentHealingSection(Section):
 
 
 class PartialNoiseSection(Section):
-    """`medseg_diffusion.methods.partial_noise.PartialNoise`; its noise is that of the generator's training."""
+    """Settings of `medseg_diffusion.methods.partial_noise.PartialNoise`; the noise is that of the training."""
 
     start: int = Field(250, ge=1)
     steps: int = Field(25, ge=1)
@@ -38,14 +39,17 @@ class PartialNoiseSection(Section):
 
 
 class PatchedSection(Section):
-    """`medseg_diffusion.methods.patched.Patched`; its patches and noise are those of the generator's training."""
+    """Settings of `medseg_diffusion.methods.patched.Patched`; patches and noise are those of the training."""
 
     time: int = Field(500, ge=1)
     draws: int = Field(1, ge=1)
 
 
 class CounterfactualSection(Section):
-    """`medseg_diffusion.methods.counterfactual`: with a classifier's gradient of ``scale``, or with free guidance."""
+    """Settings of `medseg_diffusion.methods.counterfactual`.
+
+    ``scale`` multiplies the classifier's gradient; without a classifier the guidance is classifier-free.
+    """
 
     start: int = Field(500, ge=1)
     steps: int = Field(50, ge=1)
@@ -54,7 +58,7 @@ class CounterfactualSection(Section):
 
 
 class PostprocessingSection(Section):
-    """What is done to an anomaly map on the model's grid, and to its mask.
+    """Post-processing of an anomaly map on the model's grid, and of its mask.
 
     ``median`` is the side of a median filter in voxels (1: none; slices are filtered in their planes). The foreground
     is eroded by ``erosion`` voxels. Connected parts of the mask below ``min_volume_mm3`` are dropped.
@@ -73,13 +77,15 @@ class PostprocessingSection(Section):
 
 
 class AnomalyConfig(Section):
-    """Anomaly segmentation: a generator of healthy images, and how its detectors are used.
+    """Anomaly segmentation: a generator of healthy images, and the settings of its detectors.
 
-    What the generator is decides what can be detected with: latent "latent-healing" and "reconstruction", pixel
-    "partial-noise", patched "patched", pixel with classes "counterfactual" and, with a ``classifier``,
-    "classifier-guided". ``quantile`` of the maps of held-out healthy scans is the threshold. ``residual`` "bright"
-    leaves out where a scan is darker than its healthy image. DICOM series of another ``modality`` (MR, CT, ...) are
-    refused; files of other formats do not say theirs.
+    The kind of generator decides which detectors there are: a latent one has "latent-healing" and "reconstruction", a
+    pixel one "partial-noise", a patched one "patched". A pixel generator with classes has "counterfactual" and, with a
+    ``classifier``, "classifier-guided".
+
+    The threshold is the ``quantile`` of the maps of held-out healthy scans. ``residual`` "bright" ignores voxels that
+    are darker than in the healthy image. A DICOM series of another ``modality`` (MR, CT, ...) is an error; other file
+    formats do not state their modality.
     """
 
     description: str = ""
@@ -97,7 +103,7 @@ class AnomalyConfig(Section):
 
     @property
     def detectors(self) -> tuple[str, ...]:
-        """Names of the detectors that this generator serves, the default one first."""
+        """Names of the detectors that this generator has, the default one first."""
         if self.generator.method == "latent":
             return ("latent-healing", "reconstruction")
         if self.generator.method == "patched":
@@ -108,7 +114,7 @@ class AnomalyConfig(Section):
 
     @property
     def needs_unhealthy(self) -> bool:
-        """Whether its detectors were told what unhealthy images are."""
+        """Whether the training also needs unhealthy images."""
         return self.generator.condition.classes != "none"
 
     @model_validator(mode="after")
@@ -117,7 +123,7 @@ class AnomalyConfig(Section):
         if generator.method == "upsampler":
             raise ValueError("generator.method upsampler enlarges images; it cannot detect anomalies")
         if generator.method == "latent" and generator.condition.classes != "none":
-            raise ValueError("generator.method latent takes no classes here; counterfactuals are of pixels")
+            raise ValueError("generator.method latent takes no classes here; counterfactuals need method pixel")
         if classifier is not None and not self.needs_unhealthy:
             raise ValueError("a classifier needs a generator with generator.condition.classes")
         if classifier is not None and (
@@ -134,7 +140,7 @@ class AnomalyConfig(Section):
         return self
 
     def _check_times(self, last: int) -> None:
-        """What a detector would refuse is refused before the training, not after it."""
+        """Check the times before the training; a detector would reject them only after it."""
         healing, partial, walk = self.latent_healing, self.partial_noise, self.counterfactual
         for method, fits, needed in (
             ("latent-healing", healing.steps <= healing.start <= last, f"steps <= start <= {last}"),

@@ -13,11 +13,11 @@ from .shared import PreprocessingSection, ScheduleSection, Section, TrainingSect
 
 
 class ImageDataSection(Section):
-    """Images as training examples: `medseg_diffusion.data.image_cache`.
+    """Images as training examples (`medseg_diffusion.data.image_cache`).
 
-    ``size`` is the side of images and of slices of scans; three sides make whole volumes of scans.
-    ``test_images`` and ``validation_images`` are held out of collections that name no sides themselves; scans count
-    as one each.
+    ``size`` is the side of images and of slices of scans; three numbers mean whole volumes of scans. ``test_images``
+    and ``validation_images`` are the numbers of held-out images in collections without an official split; a scan counts
+    as one image.
     """
 
     size: int | tuple[int, int, int] = 64
@@ -28,7 +28,7 @@ class ImageDataSection(Section):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sides of an image, two or three."""
+        """The two or three sides of an image."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @model_validator(mode="after")
@@ -39,10 +39,10 @@ class ImageDataSection(Section):
 
 
 class ImageConditionSection(Section):
-    """What conditions a generator.
+    """Conditioning of a generator by classes.
 
     ``classes`` says how a class reaches the network; "cross-attention" makes it a token of ``context_channels``.
-    ``drop`` is the share of training examples that lose their class, for classifier-free guidance.
+    ``drop`` is the share of training examples without their class, for classifier-free guidance.
     """
 
     classes: Literal["none", "embedding", "cross-attention"] = "none"
@@ -51,9 +51,10 @@ class ImageConditionSection(Section):
 
 
 class ImageDiffusionSection(Section):
-    """What is predicted and with which loss; "hybrid" and "bound" train a learned variance, and need one.
+    """The predicted quantity and the loss of a generator.
 
-    ``noise`` "simplex" is AnoDDPM's (`medseg_diffusion.diffusion.simplex`).
+    The objectives "hybrid" and "bound" train a learned variance and need ``learned_variance``. ``noise`` "simplex" is
+    that of AnoDDPM (`medseg_diffusion.diffusion.simplex`).
     """
 
     schedule: ScheduleSection = ScheduleSection()
@@ -80,7 +81,7 @@ class GeneratorSamplingSection(Section):
 
 
 class AutoencoderNetworkSection(Section):
-    """An autoencoder whose image channels follow from the data; "vq" has a codebook instead of a variance."""
+    """Network of an autoencoder; its image channels follow from the data. "vq" has a codebook instead of a variance."""
 
     quantiser: Literal["kl", "vq"] = "kl"
     codebook_size: int = Field(1024, ge=2)
@@ -92,10 +93,11 @@ class AutoencoderNetworkSection(Section):
 
 
 class AutoencoderLossSection(Section):
-    """`medseg_diffusion.training.autoencoder.AutoencoderLoss`.
+    """Loss of an autoencoder of images (`medseg_diffusion.training.autoencoder.AutoencoderTraining`).
 
-    ``perceptual`` "lpips" needs the weights of its backbone, ``lpips_backbone`` (a torchvision VGG-16 file; None: where
-    torchvision keeps its downloads); "gradient-ssim" needs nothing; "auto" takes LPIPS where the weights are.
+    ``perceptual`` "lpips" needs the weights of its backbone, "gradient-ssim" needs none, and "auto" takes LPIPS if the
+    weights are there. ``lpips_backbone`` is their file (VGG-16 of torchvision); None looks where torchvision keeps its
+    downloads.
     """
 
     perceptual: Literal["auto", "lpips", "gradient-ssim"] = "auto"
@@ -109,7 +111,7 @@ class AutoencoderLossSection(Section):
 
 
 class ClassifierNetworkSection(Section):
-    """A noisy classifier whose channels, size and classes follow from the data."""
+    """Network of a noisy classifier; its channels, size and classes follow from the data."""
 
     channels: int = Field(128, gt=0)
     channel_mult: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1)
@@ -122,16 +124,17 @@ class ClassifierNetworkSection(Section):
 
 def _no_size(preprocessing: PreprocessingSection) -> None:
     if preprocessing.size is not None:
-        raise ValueError("preprocessing.size is of segmenters; here data.size is what images are made")
+        raise ValueError("preprocessing.size is for segmenters; use data.size for the size of images")
 
 
 class GeneratorConfig(Section):
-    """A generator of images or volumes: of pixels, of an autoencoder's latents, or of either from a smaller image.
+    """A generator of images or volumes.
 
-    Method "patched" (pDDPM) learns to restore patches of an image from what surrounds them, and cannot be sampled.
-    ``autoencoder`` (method latent, and an upsampler of latents) is the configuration of the first stage, a preset's
-    name or a YAML file.
-    ``factor`` (method upsampler) is how much smaller the low-resolution image is. ``preprocessing`` is of scans.
+    It generates pixels ("pixel"), latents of an autoencoder ("latent"), or either of them from a smaller image
+    ("upsampler"). "patched" (pDDPM) learns to restore patches of an image from their surroundings, and cannot be
+    sampled. ``autoencoder`` (latent, and an upsampler of latents) is the configuration of the first stage: the name of
+    a preset, or a YAML file. ``factor`` (upsampler) is the ratio of the sides of large and small images.
+    ``preprocessing`` applies to scans.
     """
 
     description: str = ""
@@ -149,7 +152,7 @@ class GeneratorConfig(Section):
     @model_validator(mode="after")
     def _stages(self) -> GeneratorConfig:
         if self.method == "latent" and self.autoencoder is None:
-            raise ValueError("method latent names its autoencoder")
+            raise ValueError("method latent needs an autoencoder")
         _no_size(self.preprocessing)
         if self.method == "upsampler" and any(side % self.factor for side in self.data.shape):
             raise ValueError(f"data.size {self.data.size} is no multiple of factor {self.factor}")

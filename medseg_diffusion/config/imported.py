@@ -1,4 +1,4 @@
-"""What a model card holds of an imported network."""
+"""Configurations of imported networks, as model cards store them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .shared import ScheduleSection, Section, UNetSection
 
 
 class DenoiserUNetSection(UNetSection):
-    """The U-Net of a denoiser of images or latents, whole: nothing follows from a task."""
+    """All settings of the U-Net of an imported denoiser, including those that a task would otherwise decide."""
 
     in_channels: int = Field(gt=0)
     out_channels: int = Field(gt=0)
@@ -22,7 +22,7 @@ class DenoiserUNetSection(UNetSection):
 
 
 class NoisyClassifierSection(Section):
-    """`medseg_diffusion.networks.noisy_classifier.NoisyClassifier`."""
+    """Settings of `medseg_diffusion.networks.noisy_classifier.NoisyClassifier`."""
 
     dims: Literal[2, 3] = 2
     in_channels: int = Field(gt=0)
@@ -41,7 +41,7 @@ class NoisyClassifierSection(Section):
 
 
 class AutoencoderSection(Section):
-    """`medseg_diffusion.networks.autoencoder.KLAutoencoder`."""
+    """Settings of `medseg_diffusion.networks.autoencoder.KLAutoencoder`."""
 
     dims: Literal[2, 3] = 2
     in_channels: int = Field(gt=0)
@@ -57,7 +57,7 @@ class AutoencoderSection(Section):
 
 
 class DenoiserConfig(Section):
-    """A denoiser of images or latents: what a model card holds of it."""
+    """An imported denoiser of images or latents."""
 
     network: DenoiserUNetSection
     schedule: ScheduleSection = ScheduleSection()
@@ -66,13 +66,13 @@ class DenoiserConfig(Section):
 
 
 class ClassifierConfig(Section):
-    """A classifier of noisy images, and the schedule of the model that it guides."""
+    """An imported classifier of noisy images, and the schedule of the model that it guides."""
 
     network: NoisyClassifierSection
     schedule: ScheduleSection = ScheduleSection()
 
 
 class AutoencoderConfig(Section):
-    """An autoencoder of images."""
+    """An imported autoencoder of images."""
 
     network: AutoencoderSection

@@ -1,7 +1,7 @@
-"""Run configurations: strict YAML to typed, frozen objects.
+"""Reads run configurations from strict YAML into typed, frozen objects.
 
-A configuration is data: it names no code. Sections mirror the constructors that they feed, and a test compares the
-two. An unknown key is refused with its dotted path and the nearest valid one.
+A configuration is data and names no code. Its sections mirror constructors, and a test compares the two. An unknown key
+is an error that names its dotted path and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .segmenter import SegmenterConfig
 
 
 def presets() -> dict[str, Path]:
-    """The configurations that come with the package, by name."""
+    """Name -> file of every configuration that ships with the package."""
     folder = Path(str(resources.files("medseg_configs")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 NOTES = ("seed", "init", "exclude_labelled", "autoencoder_sha256", "generator_sha256")
-"""What config.yaml of a run folder holds beside the configuration."""
+"""Keys in the config.yaml of a run folder that are not part of the configuration."""
 
 AnyConfig = (
     SegmenterConfig
@@ -59,21 +59,21 @@ _SCHEMAS: dict[str, type[AnyConfig]] = {
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Reads a preset or a YAML file, with overrides "a.b=value" (value in YAML); ``method`` says of what kind it is.
+    """Read a preset or a YAML file, and apply overrides "a.b=value" (value in YAML). ``method`` decides the type.
 
-    The config.yaml of a run folder is read without what it notes beside the configuration (`NOTES`).
+    In the config.yaml of a run folder, the keys `NOTES` are ignored.
 
     Raises:
         UsageError: unknown preset or file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
     path = Path(name_or_path)
     if not path.is_file():
-        known = presets()
-        if str(name_or_path) not in known:
+        available = presets()
+        if str(name_or_path) not in available:
             raise UsageError(
-                f"{name_or_path}: no such file and no preset of that name{_nearest(str(name_or_path), known)}"
+                f"{name_or_path}: no such file and no preset of that name{_nearest(str(name_or_path), available)}"
             )
-        path = known[str(name_or_path)]
+        path = available[str(name_or_path)]
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -88,7 +88,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyC
 
 
 def load_segmenter_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> SegmenterConfig:
-    """`load_config` for a segmenter; UsageError for the configuration of something else."""
+    """`load_config` for a segmenter; UsageError for another configuration."""
     config = load_config(name_or_path, overrides)
     if not isinstance(config, SegmenterConfig):
         command = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}.get(
@@ -101,7 +101,7 @@ def load_segmenter_config(name_or_path: str | Path, overrides: Sequence[str] = (
 def load_image_config(
     name_or_path: str | Path, overrides: Sequence[str] = ()
 ) -> GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig:
-    """`load_config` for what trains on images; UsageError for the configuration of something else."""
+    """`load_config` for a model that trains on images; UsageError for another configuration."""
     config = load_config(name_or_path, overrides)
     if isinstance(config, GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig):
         return config
@@ -112,7 +112,7 @@ def load_image_config(
 
 
 def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
-    """A configuration from plain types, e.g. that of a model card; errors name ``source`` and the dotted key."""
+    """Turn plain types, such as those of a model card, into a configuration; errors name ``source`` and the key."""
     method = content.get("method")
     if method not in _SCHEMAS:
         found = f"got {method!r}" if method else "Field required"
@@ -130,7 +130,7 @@ def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Settings "name=value" with values in YAML; UsageError for anything else."""
+    """Parse settings "name=value" with values in YAML; UsageError for any other text."""
     content: dict[str, Any] = {}
     for setting in settings:
         override_key(content, setting)
@@ -138,7 +138,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def override_key(content: dict[str, Any], override: str) -> None:
-    """Sets a key of ``content`` by "a.b=value" (value in YAML); UsageError for anything else."""
+    """Set a key of ``content`` by "a.b=value" (value in YAML); UsageError for any other text."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UsageError(f"--set {override}: expected a.b=value")
@@ -161,6 +161,6 @@ def _fields(section: Any, location: Sequence[int | str]) -> Sequence[str]:
     return list(section.model_fields)
 
 
-def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+def _nearest(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"

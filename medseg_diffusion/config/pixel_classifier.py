@@ -12,11 +12,12 @@ from .shared import AugmentationSection, Section
 
 
 class LabelledDataSection(Section):
-    """Labelled images for pixel classifiers; ``labels`` names the classes above background where the folder does not.
+    """Labelled images for pixel classifiers.
 
-    Sides are those of `DataSection` with the same numbers; None takes as many as the generator held out, or those of
-    `DataSection` where it does not say. ``pixels_per_class`` are sampled from a labelled case or slice and, among
-    them, its ``copies``, which are changed as the augmentation says; 0 as published.
+    ``labels`` names the classes above background if the folder does not. The split is that of `DataSection` with the
+    same numbers; None takes the numbers that the generator held out or, if these are unknown, the defaults of
+    `DataSection`. ``copies`` is the number of augmented copies of every labelled case or slice; the published method
+    has 0. ``pixels_per_class`` pixels are sampled from a case or slice and its copies together.
     """
 
     labels: tuple[str, ...] = ()
@@ -27,11 +28,11 @@ class LabelledDataSection(Section):
 
 
 class FeaturesSection(Section):
-    """`medseg_diffusion.methods.activations.Activations`.
+    """Settings of `medseg_diffusion.methods.activations.Activations`.
 
-    ``blocks`` are numbers of decoder blocks; "auto" takes the published ones, 5, 6, 7, 8 and 12, where the generator
-    has them, otherwise those of the finer half of the decoder's resolutions, or the best five of a search among them
-    if they have more features than the published ones. ``times`` count from 0.
+    ``blocks`` are numbers of decoder blocks. "auto" takes the published blocks 5, 6, 7, 8 and 12 if the generator has
+    them. Otherwise it takes the blocks in the finer half of the decoder's resolutions; if these have more features than
+    the published blocks, a search takes the best five of them. ``times`` count from 0.
     """
 
     times: tuple[int, ...] = Field((50, 150, 250), min_length=1)
@@ -39,7 +40,7 @@ class FeaturesSection(Section):
 
 
 class PixelClassifierSection(Section):
-    """`medseg_diffusion.methods.label_efficient.ClassifierOptions`."""
+    """Settings of `medseg_diffusion.methods.label_efficient.ClassifierOptions`."""
 
     members: int = Field(10, ge=1)
     hidden: tuple[int, int] | None = None

@@ -51,9 +51,10 @@ class AnchorLossSection(Section):
 
 
 class MaskAutoencoderSection(Section):
-    """Latent mask diffusion: the autoencoder of masks (`tasks.latent_mask`), and the image's encoder of its layout.
+    """Latent mask diffusion: the autoencoder of masks (`tasks.latent_mask`), and an image encoder of the same layout.
 
-    ``features`` are the channels of the encoded image. The autoencoder trains for ``max_steps``, before the denoiser.
+    ``features`` is the number of channels of the encoded image. The autoencoder trains for ``max_steps`` before the
+    denoiser.
     """
 
     latent_channels: int = Field(4, gt=0)
@@ -67,11 +68,12 @@ class MaskAutoencoderSection(Section):
 
 
 class DiffusionSection(Section):
-    """What is predicted, and with which loss; ``learned_variance`` adds the variance's (hybrid objective).
+    """The predicted quantity and the loss of a mask diffusion model.
 
-    ``head`` "logits" makes the network emit class logits (target x0) and is needed for ``dice_ce_weight`` > 0.
-    ``scale`` is the value of a certain class in x0, and the standard deviation of latents: the smaller it is, the
-    harder it is to see through the noise. ``normalised``: the network sees x_t divided by its standard deviation.
+    ``learned_variance`` adds the loss of the variance (hybrid objective). With ``head`` "logits" the network emits
+    class logits (target x0); ``dice_ce_weight`` > 0 needs it. ``scale`` is the value of a certain class in x0, and the
+    standard deviation of latents. The smaller it is, the harder the mask is to see through the noise. With
+    ``normalised`` the network sees x_t divided by its standard deviation.
     """
 
     schedule: ScheduleSection = ScheduleSection()
@@ -96,11 +98,11 @@ class DiffusionSection(Section):
 
 
 class DataSection(Section):
-    """Where examples come from and how they are cut.
+    """Source of the training examples, and how windows are cut from them.
 
     ``source`` "scans" trains on labelled scans; "brain-labelmaps" synthesises T1 images from a folder of label maps.
-    ``labels`` names the classes above background where the data folder does not. ``merge_labels`` makes one class of
-    every label above background.
+    ``labels`` names the classes above background if the data folder does not. ``merge_labels`` merges all labels above
+    background into one class.
     """
 
     source: Literal["scans", "brain-labelmaps"] = "scans"
@@ -121,10 +123,11 @@ class DataSection(Section):
 
 
 class SegmenterConfig(Section):
-    """A mask segmenter: mask diffusion in one of four networks or in latents, or the matched feed-forward baseline.
+    """A mask segmenter: mask diffusion with one of four networks or in latents, or the matched feed-forward baseline.
 
-    "ensemdiff" concatenates the image. ``image_encoder`` is SegDiff's, ``dynamic_encoding`` MedSegDiff's,
-    ``semantic_condition`` and ``anchor_loss`` are MedSegDiff-V2's, ``mask_autoencoder`` is of "latent-mask".
+    "ensemdiff" concatenates the image to the mask. ``image_encoder`` is for SegDiff, ``dynamic_encoding`` for
+    MedSegDiff, ``semantic_condition`` and ``anchor_loss`` are for MedSegDiff-V2, ``mask_autoencoder`` is for
+    "latent-mask".
     """
 
     description: str = ""
@@ -150,7 +153,7 @@ class SegmenterConfig(Section):
         if wrong := [axis for axis in self.augmentation.flip_axes if axis >= self.network.dims]:
             raise ValueError(f"augmentation.flip_axes: no axis {wrong[0]} in {self.network.dims}D")
         if self.preprocessing.size is not None and self.network.dims != 2:
-            raise ValueError("preprocessing.size resizes pictures, but network.dims is 3")
+            raise ValueError("preprocessing.size resizes 2D images, but network.dims is 3")
         if self.method == "latent-mask" and self.diffusion.head == "logits":
             raise ValueError("latents have no head: logits and no dice_ce_weight")
         return self

@@ -1,4 +1,4 @@
-"""The sections of a run configuration. Each mirrors the constructor that it feeds, and a test compares the two."""
+"""Sections that several configurations share. Each mirrors a constructor, and a test compares the two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 class UNetSection(Section):
-    """`medseg_diffusion.networks.unet.UNet`; channels in and out and conditions follow from the task."""
+    """Settings of `medseg_diffusion.networks.unet.UNet`; channels in and out and conditions follow from the task."""
 
     dims: Literal[2, 3] = 3
     channels: int = Field(32, gt=0)
@@ -42,7 +42,10 @@ class UNetSection(Section):
 
 
 class ScheduleSection(Section):
-    """Noise schedule by name, with T; the ends of beta for linear and scaled-linear, None for the published ones."""
+    """Noise schedule by name, with T.
+
+    ``beta_start`` and ``beta_end`` apply to linear and scaled-linear schedules; None takes the published values.
+    """
 
     name: Literal["linear", "cosine", "scaled-linear", "sigmoid"] = "linear"
     num_steps: int = Field(1000, ge=2)
@@ -57,7 +60,7 @@ class ScheduleSection(Section):
 
 
 class PreprocessingSection(Section):
-    """`medseg_diffusion.volumes.preprocessing.Preprocessing`."""
+    """Settings of `medseg_diffusion.volumes.preprocessing.Preprocessing`."""
 
     orientation: str | None = "RAS"
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -78,7 +81,7 @@ class PreprocessingSection(Section):
 
 
 class AugmentationSection(Section):
-    """`medseg_diffusion.data.augmentation.Augmentation`."""
+    """Settings of `medseg_diffusion.data.augmentation.Augmentation`."""
 
     probability: float = Field(0.3, ge=0, le=1)
     rotate_degrees: float = 15.0
@@ -91,7 +94,7 @@ class AugmentationSection(Section):
 
 
 class TrainingSection(Section):
-    """`medseg_diffusion.training.trainer.TrainingOptions`, and how it computes: `medseg_diffusion.training.runtime`."""
+    """Settings of `medseg_diffusion.training.trainer.TrainingOptions` and `medseg_diffusion.training.runtime`."""
 
     batch_size: int = Field(4, ge=1)
     max_steps: int = Field(10_000, ge=1)
@@ -111,9 +114,9 @@ class TrainingSection(Section):
 class InferenceSection(Section):
     """Defaults of sampling, stored in the model; ``window`` None takes the whole image at once.
 
-    ``largest_part`` keeps the largest connected part of the foreground, all classes together: for organs that are one.
-    ``shape_prior_mm`` keeps what lies at most so far from the average shape of the training anatomies, registered to
-    the prediction (`medseg_diffusion.methods.shape_prior`).
+    ``largest_part`` keeps only the largest connected part of the foreground, all classes together, for organs in one
+    piece. ``shape_prior_mm`` drops voxels that are farther than this from the average shape of the training anatomies,
+    which is registered to the prediction (`medseg_diffusion.methods.shape_prior`).
     """
 
     sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"

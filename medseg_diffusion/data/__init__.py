@@ -1,1 +1,1 @@
-"""Turns folders of scans and images into training examples."""
+"""Folders of scans and images as training examples, and the synthesis of scans."""

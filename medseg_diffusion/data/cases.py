@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.inputs import scan_files
 from medseg_diffusion.volumes.io import read_map
-from medseg_diffusion.volumes.paths import is_image, scan_files, scan_name
+from medseg_diffusion.volumes.paths import is_image, scan_name
 
 from .patients import patients_of
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.fitting import to_generator_grid
+from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_labels, read_volume
-from medseg_diffusion.volumes.paths import find_scans, is_image, scan_name
+from medseg_diffusion.volumes.paths import is_image, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 

@@ -30,7 +30,8 @@ from PIL import Image, UnidentifiedImageError
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
-from medseg_diffusion.volumes.paths import RESULTS, SUFFIXES, VOLUME_SUFFIXES, scan_name
+from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SEGMENTATION
+from medseg_diffusion.volumes.paths import SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import SplitName
@@ -141,7 +142,7 @@ def find_images(source: Path) -> ImageCollection:
 
 def _is_result(name: str, names: set[str]) -> bool:
     """Whether an image is the mask or the preview that `medseg segment` wrote beside the scan of the same name."""
-    for ending in ("_seg.png", "_preview.png"):
+    for ending in (MASK_OF_IMAGE, SEGMENTATION["preview"]):
         if name.endswith(ending):
             scan = name.removesuffix(ending)
             return any(scan + suffix in names for suffix in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))

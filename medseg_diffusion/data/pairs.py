@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.inputs import scan_files
 from medseg_diffusion.volumes.io import read_labels
-from medseg_diffusion.volumes.paths import SUFFIXES, scan_files, scan_name
+from medseg_diffusion.volumes.outputs import ANOMALY, MASKS, RESULTS, SEGMENTATION
+from medseg_diffusion.volumes.paths import SUFFIXES, scan_name
 from medseg_diffusion.volumes.volume import Volume
-
-# `medseg segment` and `medseg anomaly` write these beside their masks. They are not predictions to be compared.
-_COMPANIONS = ("_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_foreground")
-# Endings of the names of masks, as `medseg segment` and `medseg anomaly` write them.
-_MASKS = ("_seg", "_anomaly_mask")
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,9 @@ class MaskPair:
         volume = read_labels(path)
         return volume.like(volume.data.clamp(max=1)) if self.merged else volume
 
-    def companion(self, ending: str) -> Path | None:
-        """The file `NAME` + `ending` that `medseg segment` wrote beside the prediction; None if there is none."""
+    def companion(self, output: str) -> Path | None:
+        """The ``output`` (a key of `SEGMENTATION`) that `medseg segment` wrote beside the prediction, else None."""
+        ending = scan_name(SEGMENTATION[output])
         for suffix in SUFFIXES:
             path = self.prediction.with_name(_case_name(scan_name(self.prediction)) + ending + suffix)
             if path.is_file():
@@ -117,11 +115,13 @@ def find_masks(path: Path) -> dict[str, Path]:
         raise InputError(path, "no such file or folder", "a label map or a folder of them", "check the path")
     if not path.is_dir():
         return {_case_name(scan_name(path)): path}
-    candidates = {name: file for name, file in _files(path).items() if not name.endswith(_COMPANIONS)}
+    candidates = {
+        name: file for name, file in _files(path).items() if name.endswith(MASKS) or not name.endswith(RESULTS)
+    }
     masks = {
         _case_name(name): file
         for name, file in candidates.items()
-        if name.endswith(_MASKS) or not any(name + ending in candidates for ending in _MASKS)
+        if name.endswith(MASKS) or not any(name + ending in candidates for ending in MASKS)
     }
     if not masks:
         raise InputError(path, "a folder without label maps", f"files that end with {', '.join(SUFFIXES)}", "check it")
@@ -190,7 +190,7 @@ def find_for_each(path: Path, pairs: Sequence[MaskPair], endings: Sequence[str],
 
 def find_foregrounds_beside(maps: Mapping[str, Path]) -> dict[str, Path] | None:
     """Case name -> foreground mask that `medseg anomaly` wrote beside the score map; None unless every case has one."""
-    foregrounds = {name: path.with_name(f"{name}_anomaly_foreground.nii.gz") for name, path in maps.items()}
+    foregrounds = {name: path.with_name(name + ANOMALY["foreground"]) for name, path in maps.items()}
     return foregrounds if all(path.is_file() for path in foregrounds.values()) else None
 
 
@@ -201,7 +201,7 @@ def listed(items: Sequence[object], limit: int = 20) -> str:
 
 
 def _case_name(name: str) -> str:
-    for ending in _MASKS:
+    for ending in MASKS:
         name = name.removesuffix(ending)
     return name
 

@@ -28,6 +28,8 @@ TISSUE_OF: dict[int, int] = {label: tissue for tissue, labels in _LABELS.items()
 def to_tissue(labels: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
     """Convert anatomical labels of any shape to tissue values 0 to 3 (indices of `TISSUES`).
 
+    It is meant for references: FreeSurfer segmentations of real scans, against which a brain-tissue model is evaluated.
+
     Raises:
         ValueError: a label without a tissue.
     """

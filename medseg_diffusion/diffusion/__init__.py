@@ -1,1 +1,1 @@
-"""Mathematics of Gaussian diffusion: torch in, torch out."""
+"""The mathematics of Gaussian diffusion, from tensors to tensors."""

@@ -1,1 +1,1 @@
-"""What one does with a trained denoiser."""
+"""Published methods that use a trained denoiser, one per file."""

@@ -1,6 +1,7 @@
-"""What a trained generator knows of an image: activations of its network on the noisy image.
+"""Features of an image from a trained generator: activations of its network on the noisy image.
 
-(Baranchuk et al. 2022, arXiv 2112.03126, sec. 3: the decoder's middle blocks, at small noise, tell objects apart.)
+Baranchuk et al. 2022 (arXiv 2112.03126, sec. 3) show that the middle blocks of the decoder, at low noise, distinguish
+objects.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ PUBLISHED_BLOCKS = tuple(f"decoder.{i}" for i in (5, 6, 7, 8, 12))
 
 
 class Activations(nn.Module):
-    """Images (B, C, *S) in [-1, 1] to activations of chosen blocks at chosen times, a list of (B, C_b, *S_b).
+    """Images (B, C, *S) in [-1, 1] to activations of some blocks at some times, a list of (B, C_b, *S_b).
 
-    All images meet the same noise, of the kind that the generator was trained with, so that equal pixels have equal
-    features (published: "share_noise"). Every block covers the whole image: S must be a multiple of the network's
-    factor (and of the codec's).
+    All images get the same noise, of the kind of the generator's training, so that equal pixels have equal features
+    (published: "share_noise"). Each block must cover the whole image, so S must be a multiple of the network's factor
+    (and of the codec's).
 
     Args:
         task: the trained generator.
-        codec: of a latent generator.
-        shape: of x0, (C, *S): the image's, or the latent's.
-        times: 0-based as published: x is noised to ``t + 1`` steps.
+        codec: autoencoder of a latent generator, else None.
+        shape: shape (C, *S) of x0: that of the image or the latent.
+        times: 0-based as published: x0 is noised to time ``t + 1``.
         blocks: names of blocks (`UNet.block_names`).
-        seed: of the noise.
-        precision: of the network and the codec.
+        seed: seed of the noise.
+        precision: precision of the network and the codec.
 
     Raises:
         UsageError: a block or a time that the generator does not have.
-        ModelError: a generator of another kind.
+        ModelError: an unsuitable generator: of patches or higher resolutions, without unconditional training, or with a
+            side that the network cannot divide.
     """
 
     noise: Tensor
@@ -59,11 +61,11 @@ class Activations(nn.Module):
         network = task.denoiser.network
         if not isinstance(network, UNet) or not isinstance(task, ImageDiffusion) or task.factor is not None:
             raise ModelError("activations are taken from generators of whole images, not of patches or enlarged ones")
-        known = network.block_names()
+        names = network.block_names()
         if task.num_classes and not task.drop:
             raise ModelError("the generator is conditioned by classes and never saw an image without one")
-        if unknown := [name for name in blocks if name not in known]:
-            raise UsageError(f"the generator has no block {unknown[0]}; it has {known[0]} to {known[-1]}")
+        if unknown := [name for name in blocks if name not in names]:
+            raise UsageError(f"the generator has no block {unknown[0]}; it has {names[0]} to {names[-1]}")
         if wrong := [t for t in times if not 0 <= t < task.denoiser.schedule.num_steps]:
             raise UsageError(f"time {wrong[0]} is beyond the generator's 0 to {task.denoiser.schedule.num_steps - 1}")
         if odd := [n for n in shape[1:] if n % network.factor]:
@@ -79,24 +81,25 @@ class Activations(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         with autocast(images.device, self.precision):
-            return self._taken(images if self.codec is None else self.codec.encode(images))
+            return self._activations(images if self.codec is None else self.codec.encode(images))
 
-    def _taken(self, x0: Tensor) -> list[Tensor]:
-        task, found = self.task, []
+    def _activations(self, x0: Tensor) -> list[Tensor]:
+        task = self.task
+        activations: list[Tensor] = []
         label = torch.full((len(x0),), task.num_classes, device=x0.device) if task.num_classes else None
         for t in self.times:
             x_t = task.denoiser.schedule.add_noise(x0, self.noise.to(x0.dtype).expand_as(x0), t + 1)
             steps = torch.full((len(x0),), t, device=x0.device)
-            taken = self._network().activations(x_t, steps, task.condition(label), self.blocks)
-            found += [taken[name] for name in self.blocks]
-        return found
+            by_name = self._network().activations(x_t, steps, task.condition(label), self.blocks)
+            activations += [by_name[name] for name in self.blocks]
+        return activations
 
     def decoder_blocks(self) -> list[str]:
         """Names of all blocks of the decoder."""
         return [name for name in self._network().block_names() if name.startswith("decoder.")]
 
     def with_blocks(self, blocks: Sequence[str]) -> Activations:
-        """The activations of other blocks of the same generator."""
+        """The same generator, image shape, times and noise with other blocks."""
         other = Activations(self.task, self.codec, self.shape, self.times, blocks, self.seed, self.precision)
         return other.to(self.noise.device)
 

@@ -1,12 +1,13 @@
-"""What an ensemble is worth, fitted on validation cases: temperatures of its mean, its usual agreement and its errors.
+"""Calibration of an ensemble on validation cases: temperatures of its mean, its typical agreement, its volume errors.
 
-A temperature T turns probabilities p into p^(1/T), normalised (Guo et al. 2017): it changes no label, only how sure the
-model says it is. Voxels near the reference and the rest count for one half each: the many far ones would drown the
-others, and without them a T that makes borders honest would leave a few per cent of every class in empty background.
+A temperature T turns probabilities p into p^(1/T), normalised (Guo et al. 2017). It changes the confidence, but no
+label. Voxels near the reference and all other voxels have half of the weight each. Without weights, the many distant
+voxels would dominate. Without distant voxels, a temperature that calibrates borders would leave a few per cent of every
+class in empty background.
 
-How far a volume may be off is not told by the members, which know what the model doubts but not what it does not know.
-It is told by the errors on validation cases: the interval of split conformal prediction (Vovk et al. 2005; Lei et al.
-2018, arXiv 1604.04173), which holds the reference's volume in 95 of 100 cases like those.
+The spread of the members' volumes does not show the error of a volume: members share the model's mistakes. The interval
+of a volume comes from the errors on validation cases instead, by split conformal prediction (Vovk et al. 2005; Lei et
+al. 2018, arXiv 1604.04173). It contains the reference's volume in 95 of 100 similar cases.
 """
 
 from __future__ import annotations
@@ -25,29 +26,30 @@ from medseg_diffusion.metrics.calibration import Reliability, region
 from .ensemble import FAINTEST, Ensemble, temperature_scaled
 
 LEVEL = 0.95
-"""Of intervals of volumes."""
+"""Level of the volume intervals."""
 MEMBERS = 5
-"""Ensembles of 1 to so many members get a temperature each; larger ones take the last."""
-_FEWEST, _LARGEST = 0.1, 20.0
-_VOXELS = 50_000
+"""Ensembles of 1 to 5 members have a temperature each. Larger ensembles use the last one."""
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.1, 20.0
+_VOXELS = 50_000  # per case, near the reference and far from it
 _Voxels = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a model stores of its calibration, which holds for one sampler with so many steps.
+    """The calibration of a model, valid for one sampler and number of steps. It is stored with the model.
 
     Attributes:
-        sampler: its name.
+        sampler: name of the sampler.
         steps: denoiser calls per sample.
-        temperatures: of the mean of 1, 2, ... members.
-        ece: expected calibration error of the largest ensemble before and after, near the references of the fit; None
-            where no case has a reference.
+        temperatures: temperatures of the mean of 1, 2, ... members.
+        ece: expected calibration error of the largest ensemble, before and after temperature scaling, in voxels near
+            the references of the fit; None if no case has a reference.
         agreement: 5th percentile over cases of the members' mean pairwise Dice; None for a model without samples.
         cases: number of validation cases.
-        volume_errors: of labels 1, 2, ...: |log| of the ratio of the reference's volume to the mean's, one position
-            added to each, which a share ``level`` of cases does not exceed; empty for a model of an older version.
-        level: 0.95, or n / (n + 1) of n cases where that is less.
+        volume_errors: for labels 1, 2, ..., the bound that a share ``level`` of cases does not exceed. The error is
+            the absolute log ratio of the reference's volume to the volume of the ensemble mean, with one position added
+            to each. Empty for a model of an older version.
+        level: 0.95, or n / (n + 1) for n cases if that is lower.
     """
 
     sampler: str
@@ -60,23 +62,26 @@ class Calibration:
     level: float = 0.0
 
     def temperature(self, members: int) -> float:
-        """The temperature of the mean of so many members."""
+        """The temperature of the mean of ``members`` members."""
         return self.temperatures[min(members, len(self.temperatures)) - 1]
 
     def volume_interval(self, label: int, volume: float, position: float) -> tuple[float, float]:
-        """Between what a reference's volume lies in a share ``level`` of cases like those of the fit.
+        """The interval that contains the reference's volume in a share ``level`` of cases similar to those of the fit.
 
         Args:
             label: 1 or above.
-            volume: that was found.
-            position: volume of one position of the model's grid.
+            volume: the predicted volume, in any unit.
+            position: volume of one position of the model's grid, in the same unit.
+
+        Returns:
+            The ends of the interval, in the same unit.
         """
         factor = math.exp(self.volume_errors[label - 1])
         return max(0.0, (volume + position) / factor - position), (volume + position) * factor - position
 
 
 class TemperatureFit:
-    """Validation cases, one after another, to a `Calibration`."""
+    """Collects validation cases one after another and fits a `Calibration` to them."""
 
     def __init__(self, sampler: str, steps: int) -> None:
         self.sampler, self.steps = sampler, steps
@@ -86,33 +91,34 @@ class TemperatureFit:
         self.volumes: list[NDArray[np.float64]] = []
 
     def add(self, members: Tensor, labels: Tensor) -> None:
-        """One case: probabilities (N, K, *S) of N <= `MEMBERS` members and its reference labels (*S).
+        """Add a case: probabilities (N, K, *S) of N <= `MEMBERS` members, and its reference labels (*S).
 
-        At most `_VOXELS` of `metrics.calibration.region` and as many of the rest take part, evenly spaced.
+        About `_VOXELS` evenly spaced voxels are used of those near the reference (`metrics.calibration.region`), and
+        about as many of the others.
         """
         truth = labels.cpu().numpy().astype(np.int64)
         inside = region(truth)
-        for found, mask in ((self.near, inside), (self.far, ~inside)):
-            chosen = np.flatnonzero(mask)
-            chosen = chosen[:: max(1, len(chosen) // _VOXELS)]
+        for rows, mask in ((self.near, inside), (self.far, ~inside)):
+            indices = np.flatnonzero(mask)
+            indices = indices[:: max(1, len(indices) // _VOXELS)]
             for count in range(1, len(members) + 1):
-                mean = members[:count].mean(0).flatten(1).cpu().numpy()[:, chosen]
-                found[count - 1].append((mean.astype(np.float32), truth.ravel()[chosen]))
+                mean = members[:count].mean(0).flatten(1).cpu().numpy()[:, indices]
+                rows[count - 1].append((mean.astype(np.float32), truth.ravel()[indices]))
         classes = members.shape[1]
-        found_labels = members.mean(0).argmax(0).cpu().numpy()
-        counts = [np.bincount(one.ravel(), minlength=classes)[1:classes] + 1.0 for one in (found_labels, truth)]
+        predicted = members.mean(0).argmax(0).cpu().numpy()
+        counts = [np.bincount(one.ravel(), minlength=classes)[1:classes] + 1.0 for one in (predicted, truth)]
         self.volumes.append(np.abs(np.log(counts[1] / counts[0])))
         agreement = float(Ensemble.of(members).pairwise_dice().nanmean())
         if agreement == agreement:
             self.agreement.append(agreement)
 
     def result(self) -> Calibration:
-        """The calibration of all cases so far, of which there must be one."""
-        known = [rows for rows in self.near if rows]
+        """The calibration of all cases so far; at least one is needed."""
+        sizes = [rows for rows in self.near if rows]
         temperatures = [
-            fit_temperature(_joined(near), _joined(far)) for near, far in zip(known, self.far, strict=False)
+            fit_temperature(_joined(near), _joined(far)) for near, far in zip(sizes, self.far, strict=False)
         ]
-        p, truth = _joined(known[-1])
+        p, truth = _joined(sizes[-1])
         ece = [Reliability.of(p, truth).ece]
         ece.append(Reliability.of(temperature_scaled(torch.from_numpy(p), temperatures[-1]).numpy(), truth).ece)
         errors, level = not_exceeded(np.stack(self.volumes), LEVEL)
@@ -122,21 +128,21 @@ class TemperatureFit:
             [round(t, 4) for t in temperatures],
             [round(e, 5) if math.isfinite(e) else None for e in ece],
             round(float(np.percentile(self.agreement, 5)), 4) if self.agreement else None,
-            len(known[0]),
+            len(sizes[0]),
             [round(float(error), 5) for error in errors],
             round(level, 4),
         )
 
 
 def not_exceeded(errors: NDArray[np.float64], level: float) -> tuple[NDArray[np.float64], float]:
-    """What a further error does not exceed with probability ``level``, if it is exchangeable with the n known ones.
+    """Bounds that a further error does not exceed with probability ``level``, if it is exchangeable with ``errors``.
 
     Args:
         errors: (n, ...).
-        level: wanted. The largest of n errors holds for n / (n + 1), which is as much as n errors can tell.
+        level: probability from 0 to 1. n errors allow at most n / (n + 1), the level of their maximum.
 
     Returns:
-        The (...) bounds, and the level that they hold for.
+        The bounds (...), and the level that they have.
     """
     n = len(errors)
     rank = min(n, math.ceil(level * (n + 1)))
@@ -144,28 +150,28 @@ def not_exceeded(errors: NDArray[np.float64], level: float) -> tuple[NDArray[np.
 
 
 def fit_temperature(*groups: _Voxels) -> float:
-    """The temperature, 0.1 to 20, of least cross-entropy, the mean over groups of voxels; 1 without any.
+    """The temperature, from 0.1 to 20, with the lowest cross-entropy; 1 without any voxel.
 
     Args:
-        groups: probabilities (K, V) and labels (V,) each.
+        groups: groups of voxels with the same total weight. Each has probabilities (K, V) and labels (V,).
     """
-    # Imported where used: segmenting applies a calibration and fits none.
+    # Imported here, because segmenting applies a calibration without fitting one.
     from scipy.optimize import minimize_scalar
 
-    known = [
+    filled = [
         (torch.from_numpy(p).clamp(min=FAINTEST).log().T, torch.from_numpy(labels))
         for p, labels in groups
         if labels.size
     ]
-    if not known:
+    if not filled:
         return 1.0
 
     def loss(log_temperature: float) -> float:
         temperature = float(np.exp(log_temperature))
-        return sum(float(torch.nn.functional.cross_entropy(logits / temperature, truth)) for logits, truth in known)
+        return sum(float(torch.nn.functional.cross_entropy(logits / temperature, truth)) for logits, truth in filled)
 
-    found = minimize_scalar(loss, bounds=(np.log(_FEWEST), np.log(_LARGEST)), method="bounded")
-    return float(np.exp(found.x))
+    bounds = (np.log(_LOWEST_TEMPERATURE), np.log(_HIGHEST_TEMPERATURE))
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
 def _joined(rows: Sequence[_Voxels]) -> _Voxels:

@@ -1,11 +1,11 @@
-"""Anomalies as what would be different if the image were healthy: encoded without guidance, decoded towards "healthy".
+"""Anomaly detection by counterfactuals: the difference between an image and the same image if it were healthy.
 
-The image is walked up to some time by deterministic steps (inverted DDIM) and down again with guidance. Nothing is
-random: what guidance leaves alone comes back, up to the error of finite steps, which shrinks as they become more and is
-larger the less likely the image is.
+Deterministic steps (inverted DDIM) encode the image up to some time without guidance. Guided steps towards "healthy"
+decode it again. Nothing is random: without guidance the image is restored, up to the error of finite steps. This error
+becomes smaller with more steps, and is larger for less likely images.
 
-Both ways visit one list of times, whose last is 1: a model knows no noise at time 0, so the image is taken for x_1.
-Predictions are not clipped, for that could not be inverted; only the result is.
+Encoding and decoding visit the same times, of which the last is 1. A model predicts no noise at time 0, so the image is
+used as x_1. Predictions are not clipped, because clipping cannot be inverted. Only the result is.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .detector import Residual, residual
 
 
 class ClassifierCounterfactual:
-    """Guided by the gradient of a classifier (Wolleb et al. 2022, arXiv 2203.04306).
+    """A counterfactual guided by the gradient of a classifier (Wolleb et al. 2022, arXiv 2203.04306).
 
-    Published are all times up to ``start`` instead of some of them.
+    The published method visits every time up to ``start``.
 
     Args:
-        denoiser: of images, trained on healthy and other ones.
-        classifier: of noisy images, trained with the denoiser's schedule.
-        healthy_class: its class of healthy images.
+        denoiser: denoiser of images, trained on healthy and unhealthy images.
+        classifier: classifier of noisy images, trained with the denoiser's schedule.
+        healthy_class: the classifier's class of healthy images.
         start: time up to which images are encoded, 2..T (published: 500).
-        steps: of the way up, and as many down.
-        scale: of the gradient; 0 gives back the image (published: 100).
+        steps: number of encoding steps, and of decoding steps.
+        scale: factor on the gradient; 0 restores the image (published: 100).
         residual: see `methods.detector.residual`.
 
     Raises:
@@ -58,7 +58,7 @@ class ClassifierCounterfactual:
 
     @property
     def evaluations(self) -> int:
-        """Calls of the denoiser; half as many of the classifier, with its gradient, are not counted."""
+        """Denoiser calls per image. The classifier's calls, half as many and with gradients, are not counted."""
         return 2 * (len(self.times) - 1)
 
     @torch.no_grad()
@@ -74,18 +74,18 @@ class ClassifierCounterfactual:
 
 
 class FreeCounterfactual:
-    """Guided by the difference that the class makes to the model itself (Sanchez et al. 2022, arXiv 2207.12268).
+    """A counterfactual by classifier-free guidance (Sanchez et al. 2022, arXiv 2207.12268).
 
-    MONAI's tutorial of it walks up a quarter of T, and down with a strength of 3.
+    MONAI's tutorial of the method encodes up to T / 4 and decodes with a strength of 3.
 
     Args:
-        denoiser: of images, conditioned by their class, which was dropped now and then.
-        condition: of healthy images, each entry (1, ...).
-        null: what stands for "no class", by the same names
+        denoiser: denoiser of images, conditioned by their class, which was dropped at random in training.
+        condition: condition of healthy images, each entry (1, ...).
+        null: condition for "no class", with the same entries
             (`medseg_diffusion.diffusion.guidance.ClassifierFreeGuided`). Images are encoded with it.
         start: time up to which images are encoded, 2..T.
-        steps: of the way up, and as many down.
-        guidance: strength; 0 gives back the image, 1 decodes with the condition alone.
+        steps: number of encoding steps, and of decoding steps.
+        guidance: strength; 0 restores the image, 1 decodes with the condition alone.
         residual: see `methods.detector.residual`.
 
     Raises:
@@ -109,7 +109,7 @@ class FreeCounterfactual:
 
     @property
     def evaluations(self) -> int:
-        """A guided step is two calls for each image, batched into one; with strength 1 it is one."""
+        """Denoiser calls per image. A guided step counts as two, which share a batch; with strength 1, as one."""
         return (2 if self.guidance == 1 else 3) * (len(self.times) - 1)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What all methods of anomaly detection are: images to maps of how unlike healthy ones they are."""
+"""The interface of anomaly detectors: images to maps of how much they differ from healthy images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Detector(Protocol):
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Anomaly maps (B, 1, *S), 0 or above, of images (B, C, *S) in [-1, 1].
 
-        The map of an image depends on the image and its own seed alone, never on what shares its batch.
+        The map of an image depends only on the image and its seed, not on the other images of the batch.
         """
         ...
 
     @property
     def evaluations(self) -> int:
-        """Calls of the denoiser for each image."""
+        """Denoiser calls per image."""
         ...
 
 
@@ -28,10 +28,10 @@ Residual = Literal["absolute", "bright"]
 
 
 def residual(image: Tensor, healthy: Tensor, kind: Residual = "absolute") -> Tensor:
-    """How an image differs from its healthy one, (B, 1, *S), the mean over the channels of (B, C, *S).
+    """The difference (B, 1, *S) between images and their healthy versions (B, C, *S), averaged over the channels.
 
-    "absolute" is |image - healthy|, as published; "bright" is 0 where the image is darker: for lesions of which it is
-    known that they are bright, such as tumours and white-matter lesions on FLAIR.
+    "absolute" is |image - healthy|, as published. "bright" is max(image - healthy, 0), for lesions that are known to be
+    bright, such as tumours and white-matter lesions on FLAIR.
     """
     difference = image - healthy
     return (difference.abs() if kind == "absolute" else difference.clamp(min=0)).mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Members of an ensemble to one answer and its uncertainty."""
+"""Ensembles of sampled masks: their mean, their fusion to one segmentation, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 Fusion = Literal["mean", "majority", "staple"]
 Uncertainty = Literal["entropy", "mutual-information", "variance"]
 FAINTEST = 1e-12
-"""Smaller probabilities count as so much when their logarithm is taken."""
+"""Probabilities are at least this value before their logarithm is taken."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
     """N sampled masks of one image, added batch by batch.
 
-    Members' probabilities are not kept: beside their labels, memory does not grow with N.
+    The members' probabilities are not stored. Only their labels need memory that grows with N.
 
     Attributes:
         mean: (K, *S) mean of the members' class probabilities.
         squares: (K, *S) sum over members of the squared deviations from the mean.
         member_entropy: (*S) mean over members of their own entropy, in nats.
-        labels: (N, *S) largest class of every member.
+        labels: (N, *S) most probable class of every member.
     """
 
     mean: Tensor
@@ -61,7 +61,7 @@ class Ensemble:
 
     @classmethod
     def joined(cls, slabs: Sequence[Ensemble]) -> Ensemble:
-        """One image of ensembles of the same members in neighbouring slabs along the last axis."""
+        """Concatenate ensembles of the same members, in neighbouring slabs of an image, along the last axis."""
         if len(slabs) == 1:
             return slabs[0]
         return cls(
@@ -72,7 +72,7 @@ class Ensemble:
         )
 
     def within(self, mask: Tensor) -> Ensemble:
-        """The ensemble with certain background outside ``mask``, bool (*S)."""
+        """The ensemble with background of probability 1 outside ``mask``, bool (*S)."""
         mean = self.mean * mask
         mean[0] += (~mask).to(mean.dtype)
         return replace(
@@ -84,11 +84,13 @@ class Ensemble:
         )
 
     def uncertainty(self, kind: Uncertainty) -> Tensor:
-        """One of three maps (*S).
+        """A map (*S) of the uncertainty.
 
-        "entropy" is `entropy` of the mean: 0 certain, 1 all classes alike. "mutual-information" is the part of it on
-        which members disagree, H(mean) - mean H, on the same scale: soft boundaries that all members share leave it at
-        0. "variance" is that of the foreground's probability over members, 0 to 0.25.
+        Args:
+            kind: "entropy" is the `entropy` of the mean, from 0 (certain) to 1 (all classes equal).
+                "mutual-information" is the part of it that comes from disagreement, H(mean) - mean H, on the same
+                scale; soft boundaries that all members share do not contribute. "variance" is the variance over members
+                of the foreground's probability, 0 to 0.25.
         """
         if kind == "variance":
             return self.squares[0] / len(self)
@@ -99,39 +101,41 @@ class Ensemble:
 
     @property
     def disagreement(self) -> float:
-        """One number for the image: the mean of the largest tenth of its mutual information (Baranchuk et al. 2022)."""
+        """The image's uncertainty: the mean of the largest tenth of its mutual information (Baranchuk et al. 2022)."""
         values = self.uncertainty("mutual-information").flatten()
         return float(values.topk(max(1, len(values) // 10)).values.mean())
 
     def pairwise_dice(self) -> Tensor:
-        """(K - 1,) float64: mean over pairs of members of the Dice of each class above background.
+        """The Dice of each class above background, averaged over pairs of members, (K - 1,) float64.
 
-        NaN for one member, and for a class that no pair has; a pair of which neither has the class is left out.
+        Pairs in which neither member has the class are left out. The result is NaN for a class without pairs, and for
+        an ensemble of one member.
         """
         n, classes = len(self), len(self.mean)
         flat = self.labels.flatten(1)
         flat = flat[:, (flat > 0).any(0)]
-        found = []
+        means = []
         pairs = torch.ones(n, n, dtype=torch.bool).triu(1)
         for value in range(1, classes):
             one = (flat == value).double()
             size = one.sum(1)
             dice = 2 * (one @ one.T) / (size[:, None] + size)
-            found.append(dice[pairs].nanmean())
-        return torch.stack(found)
+            means.append(dice[pairs].nanmean())
+        return torch.stack(means)
 
     def volumes_ml(self, voxel_mm3: float) -> Tensor:
-        """Volume of each class in each member, (N, K) in ml, on voxels of ``voxel_mm3``."""
+        """Volume of each class in each member, (N, K) in ml; ``voxel_mm3`` is the volume of a voxel."""
         counts = [torch.bincount(member.flatten().long(), minlength=len(self.mean)) for member in self.labels]
         return torch.stack(counts).double() * voxel_mm3 / 1000
 
     def fuse(self, how: Fusion = "mean") -> Tensor:
-        """Class scores (K, *S), a distribution over K at every position.
+        """Class scores (K, *S), which sum to 1 over K at every position.
 
-        "mean" averages the probabilities. "majority" is the share of members whose largest class it is. "staple"
-        (Warfield et al. 2004) weighs the members' labels by their estimated performance (SimpleITK's multi-label EM);
-        members of one model are exchangeable, so it differs little from the majority. Undecided positions keep the
-        mean.
+        Args:
+            how: "mean" averages the probabilities. "majority" is the share of members whose most probable class it is.
+                "staple" (Warfield et al. 2004) weights the members' labels by their estimated performance, with
+                SimpleITK's multi-label EM. Members of one model are exchangeable, so it differs little from the
+                majority. Positions that it leaves undecided take the class of the mean.
         """
         classes = len(self.mean)
         if how == "mean" or len(self) == 1:
@@ -144,12 +148,15 @@ class Ensemble:
 
 
 def staple(labels: Tensor, classes: int) -> Tensor:
-    """Labels (*S) int64 of raters' labels (N, *S) by STAPLE; positions that stay undecided get the value ``classes``.
+    """Fuse the labels (N, *S) of N raters by STAPLE.
 
-    Only the box of what any rater marked takes part, with a margin of 2: the more certain background there is, the
-    nearer every specificity is to 1, and the less it says about a rater.
+    Only the bounding box of all foreground is used, with a margin of 2 positions. With much certain background, every
+    rater's specificity is close to 1 and says nothing about the rater.
+
+    Returns:
+        Labels (*S) int64. Undecided positions have the value ``classes``.
     """
-    # Imported where used: most segmentations need neither SimpleITK nor skimage.
+    # Imported here, because most segmentations do not need SimpleITK.
     import SimpleITK as sitk
 
     marked = (labels > 0).any(0).nonzero()
@@ -167,14 +174,14 @@ def staple(labels: Tensor, classes: int) -> Tensor:
 
 
 def temperature_scaled(probabilities: Tensor, temperature: float) -> Tensor:
-    """Probabilities (K, *S) of a softmax at another temperature, p^(1/T) normalised; the largest class stays."""
+    """Temperature scaling of probabilities (K, *S): p^(1/T), normalised. The most probable class stays the same."""
     if temperature == 1:
         return probabilities
     return (probabilities.clamp(min=FAINTEST).log() / temperature).softmax(0)
 
 
 def largest_part(labels: Tensor) -> Tensor:
-    """Where ``labels`` (*S) are the largest connected part (faces) of all foreground together; bool (*S)."""
+    """The largest part of the foreground (``labels`` (*S) above 0) that is connected by faces; bool (*S)."""
     from skimage.measure import label
 
     parts = label(labels.cpu().numpy() > 0, connectivity=1)
@@ -184,5 +191,5 @@ def largest_part(labels: Tensor) -> Tensor:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Predictive entropy (*S) of class probabilities (K, *S), divided by log K: 0 certain, 1 all classes alike."""
+    """Predictive entropy (*S) of class probabilities (K, *S), divided by log K: 0 is certain, 1 all classes equal."""
     return -torch.special.xlogy(probabilities, probabilities).sum(0) / math.log(len(probabilities))

@@ -1,13 +1,15 @@
-"""Anomalies as what a latent diffusion model of healthy images finds unlikely, and replaces (Pinaya et al. 2022).
+"""Anomaly detection by a latent diffusion model of healthy images that replaces unlikely latents (Pinaya et al. 2022).
 
-(arXiv 2206.03461; no code was published.) The KL divergence between the true and the model's denoising step is large
-where a latent is unlike the healthy ones. Those positions are sampled anew while the others follow the forward process
-of the image itself; what changes in the decoded image is the anomaly.
+See arXiv 2206.03461; no code was published. The KL divergence between the true and the model's denoising step is large
+at positions where a latent differs from those of healthy images. These positions are resampled, while the others follow
+the forward process of the image. The change of the decoded image is the anomaly map.
 
-Two things are not published. Several healings may be averaged (``draws``): what differs between them by chance is no
-anomaly. Since the mean of healings is what a single step from the start predicts, few steps are enough then. And the
-healed image is compared with the image as the autoencoder gives it back, not with the image itself:
-what the autoencoder loses is no anomaly either. On FLAIR both find more tumour (docs/results/anomaly.md).
+Two additions are not published; both find more tumour on FLAIR (docs/results/anomaly.md):
+
+* Several healings may be averaged (``draws``), because their random differences are no anomaly. Few steps are enough
+  then: a single step from the start predicts the mean of all healings.
+* The healed image is compared with the autoencoder's reconstruction, not with the image, because the autoencoder's
+  errors are no anomaly.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ from medseg_diffusion.sampling.loop import spaced
 from .detector import Residual, residual
 
 LEVELS = 1001
-"""Quantiles of the healthy maps that are kept, evenly spaced from 0 to 1."""
+"""Number of stored quantiles of the healthy maps, evenly spaced from 0 to 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class HealthyLatents:
-    """What the KL maps of healthy images are like.
+    """Statistics of the KL maps of healthy images.
 
     Attributes:
-        mean: (N,) of each time, over positions and images.
-        std: (N,) likewise.
-        quantiles: (`LEVELS`,) of the standardised maps' mean over times.
+        mean: (N,) mean at each time, over positions and images.
+        std: (N,) standard deviation at each time, over positions and images.
+        quantiles: (`LEVELS`,) quantiles of the mean over times of the standardised maps.
     """
 
     mean: Tensor
@@ -49,7 +51,7 @@ class HealthyLatents:
     quantiles: Tensor
 
     def threshold(self, quantile: float) -> float:
-        """The value below which so large a share of healthy positions lies."""
+        """The value below which the share ``quantile`` of the healthy positions lies."""
         levels = torch.linspace(0, 1, len(self.quantiles), dtype=torch.float64)
         low = int((levels <= quantile).sum()) - 1
         high = min(low + 1, len(levels) - 1)
@@ -58,26 +60,27 @@ class HealthyLatents:
 
 
 class LatentHealing:
-    """The detector. Needs `HealthyLatents` of held-out healthy images before it can score.
+    """The detector. Unless ``quantile`` is 0, it needs `HealthyLatents` of held-out healthy images before it can score.
 
     Args:
-        denoiser: of latents, neither clipped nor guided.
-        codec: between images and latents.
-        times: at which the KL is taken, in 2..T (published: evenly spaced in [400, 600]).
-        start: time from which anomalous positions are sampled anew.
-        steps: denoiser calls for that.
-        quantile: share of healthy positions that stay as they are (published: 0.975); 0 heals everything and takes no
-            KL.
-        draws: healings, of whose latents the mean is compared (published: 1).
+        denoiser: denoiser of latents, neither clipped nor guided.
+        codec: autoencoder between images and latents.
+        times: times of the KL divergence, in 2..T (published: evenly spaced in [400, 600]).
+        start: time from which anomalous positions are resampled.
+        steps: denoiser calls of the resampling.
+        quantile: share of healthy positions that are not resampled (published: 0.975). With 0, all positions are
+            resampled and no KL divergence is computed.
         smoothing: standard deviation, in latent positions, of the smoothing of the mask.
-        healthy: see `fit`.
-        batch_size: calls of the denoiser at once.
+        healthy: statistics from `fit`.
+        batch_size: latents in a batch of the denoiser.
         residual: see `methods.detector.residual`.
+        draws: number of healings, whose latents are averaged (published: 1).
 
     Raises:
         ValueError: times or start beyond the schedule, or another number of times than ``healthy`` was fitted with.
     """
 
+    # many: mirrors LatentHealingSection
     def __init__(
         self,
         denoiser: Denoiser,
@@ -114,35 +117,39 @@ class LatentHealing:
 
     @torch.no_grad()
     def divergence(self, latent: Tensor, seeds: Sequence[int]) -> Tensor:
-        """KL maps (B, N, *s) of latents (B, C, *s) at the N times, in nats; all of them in batches."""
-        own = generators([derive_seed(seed, "divergence") for seed in seeds])
-        return kl_maps(self.denoiser, latent, own, self.times, batch_size=self.batch_size)
+        """KL maps (B, N, *s) of latents (B, C, *s) at the N times, in nats."""
+        noise = generators([derive_seed(seed, "divergence") for seed in seeds])
+        return kl_maps(self.denoiser, latent, noise, self.times, batch_size=self.batch_size)
 
     def fit(self, maps: Tensor, inside: Tensor) -> HealthyLatents:
-        """What is healthy, from the KL maps (B, N, *s) of healthy images.
+        """Statistics of the KL maps (B, N, *s) of healthy images.
 
-        The weight of the KL changes a lot within the published range of times: each is standardised, so that no one
-        outweighs the others.
+        The scale of the KL divergence changes a lot within the published range of times. The maps are standardised at
+        each time, so that no time dominates.
 
         Args:
-            maps: from `divergence`.
-            inside: (B, 1, *S) foreground of the images; positions that are mostly outside do not count.
+            maps: KL maps from `divergence`.
+            inside: (B, 1, *S) foreground of the images. Positions that are mostly background are ignored.
         """
-        there = self._on_latents(inside, maps.shape[2:])[:, 0] > 0.5
-        average = torch.zeros(int(there.sum()), dtype=torch.float64)
+        foreground = self._on_latents(inside, maps.shape[2:])[:, 0] > 0.5
+        average = torch.zeros(int(foreground.sum()), dtype=torch.float64)
         mean, std = torch.zeros(maps.shape[1]), torch.zeros(maps.shape[1])
-        for i in range(maps.shape[1]):  # one time after another: all at once in float64 may be gigabytes
-            values = maps[:, i][there].double().cpu()
+        for i in range(maps.shape[1]):  # one time after another, because all maps in float64 may take gigabytes
+            values = maps[:, i][foreground].double().cpu()
             mean[i], std[i] = values.mean(), values.std().clamp(min=1e-12)
             average += (values - mean[i]) / std[i] / maps.shape[1]
         levels = torch.linspace(0, 1, LEVELS, dtype=torch.float64)
-        # In numpy, for torch.quantile refuses more than 16 million values.
+        # In numpy, because torch.quantile refuses more than 16 million values.
         quantiles = torch.from_numpy(np.quantile(average.numpy(), levels.numpy()))
         return HealthyLatents(mean, std, quantiles.float())
 
     @torch.no_grad()
     def unlikely(self, latent: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The mean over times of the standardised KL, (B, 1, *s)."""
+        """The mean over times of the standardised KL divergence, (B, 1, *s).
+
+        Raises:
+            ValueError: no statistics of healthy images.
+        """
         if self.healthy is None:
             raise ValueError("fit the detector to healthy images first")
         maps = self.divergence(latent, seeds)
@@ -152,26 +159,30 @@ class LatentHealing:
 
     @torch.no_grad()
     def heal(self, latent: Tensor, mask: Tensor, seeds: Sequence[int], draw: int = 0) -> Tensor:
-        """Latents (B, C, *s) with the masked positions (B, 1, *s) sampled anew.
+        """Resample the masked positions (B, 1, *s) of latents (B, C, *s).
 
-        The noise of the forward process is one draw for the whole walk, so that what is kept and what is sampled see
-        one and the same trajectory; steps are deterministic (DDIM).
+        The forward process uses one draw of noise for all times, so that resampled and other positions follow one
+        trajectory. Steps are deterministic (DDIM). ``draw`` is the number of the healing.
         """
         schedule, step = self.denoiser.schedule, DDIM()
-        own = generators([derive_seed(seed, "healing", draw) for seed in seeds])
-        eps = gaussian(latent.shape[1:], own, like=latent)
+        eps = gaussian(
+            latent.shape[1:], generators([derive_seed(seed, "healing", draw) for seed in seeds]), like=latent
+        )
         keep = 1 - mask.to(latent.dtype)
         z = schedule.add_noise(latent, eps, self.walk[0])
         for t, s in pairwise(self.walk):
-            at = torch.full((len(z),), t, device=z.device)
-            sampled = step(schedule, self.denoiser(z, at), z, t, s, _no_noise)
-            known = schedule.add_noise(latent, eps, s) if s else latent
-            z = keep * known + (1 - keep) * sampled
+            times = torch.full((len(z),), t, device=z.device)
+            sampled = step(schedule, self.denoiser(z, times), z, t, s, _no_noise)
+            original = schedule.add_noise(latent, eps, s) if s else latent
+            z = keep * original + (1 - keep) * sampled
         return z
 
     @torch.no_grad()
     def healthy_images(self, latent: Tensor, mask: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *S) of latents (B, C, *s) as the autoencoder gives them back, and healed (the mean decoded)."""
+        """The reconstruction and the healed images, each (B, C, *S), of latents (B, C, *s).
+
+        The healed image is decoded from the mean of all healings.
+        """
         healed = torch.zeros_like(latent)
         for draw in range(self.draws):
             healed += self.heal(latent, mask, seeds, draw) / self.draws
@@ -185,23 +196,23 @@ class LatentHealing:
         else:
             assert self.healthy is not None
             mask = (self.unlikely(latent, seeds) > self.healthy.threshold(self.quantile)).to(images.dtype)
-        # Where nothing is unlikely nothing changes: such images are not walked.
+        # Images without an unlikely position would not change, so they are not resampled.
         touched = mask.flatten(1).any(1)
         score = torch.zeros_like(images[:, :1])
         if not touched.any():
             return score
-        chosen = [seed for seed, wanted in zip(seeds, touched.tolist(), strict=True) if wanted]
-        kept, healed = self.healthy_images(latent[touched], mask[touched], chosen)
+        seeds = [seed for seed, unlikely in zip(seeds, touched.tolist(), strict=True) if unlikely]
+        reconstructed, healed = self.healthy_images(latent[touched], mask[touched], seeds)
         mode = "bilinear" if images.ndim == 4 else "trilinear"
         with torch.autocast(images.device.type, enabled=False):
             soft = smoothed(mask[touched], self.smoothing)
             soft = F.interpolate(soft, images.shape[2:], mode=mode, align_corners=False)
-        score[touched] = residual(kept, healed, self.residual) * soft
+        score[touched] = residual(reconstructed, healed, self.residual) * soft
         return score
 
     @staticmethod
     def _on_latents(inside: Tensor, size: Sequence[int]) -> Tensor:
-        return F.interpolate(inside.float(), tuple(size), mode="area")  # means over what a position covers
+        return F.interpolate(inside.float(), tuple(size), mode="area")  # the mean over the pixels of a position
 
 
 def _no_noise() -> Tensor:
@@ -209,7 +220,7 @@ def _no_noise() -> Tensor:
 
 
 def smoothed(mask: Tensor, sigma: float) -> Tensor:
-    """Maps (B, 1, *S) smoothed by a Gaussian of ``sigma`` positions; the border is repeated."""
+    """Maps (B, 1, *S) smoothed by a Gaussian with a standard deviation of ``sigma`` positions; borders are repeated."""
     if sigma <= 0:
         return mask
     radius = max(1, round(3 * sigma))
@@ -226,7 +237,7 @@ def smoothed(mask: Tensor, sigma: float) -> Tensor:
 
 
 class Reconstruction:
-    """The honest baseline: what the autoencoder does not give back, without any diffusion."""
+    """The baseline without diffusion: the reconstruction error of the autoencoder."""
 
     evaluations = 0
 

@@ -1,6 +1,7 @@
-"""Anomalies as what partial noising and denoising does not bring back: AnoDDPM (Wyatt et al. 2022, CVPR workshops).
+"""Anomaly detection by partial noising and denoising: AnoDDPM (Wyatt et al. 2022, CVPR workshops).
 
-Noise up to a moderate time hides the anomaly but not the anatomy; a model of healthy images denoises to a healthy one.
+Noise up to a moderate time hides the anomaly but not the anatomy. A model of healthy images denoises to a healthy
+image, and the difference is the anomaly map.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from .detector import Residual, residual
 class PartialNoise:
     """The detector.
 
-    Published are the squared residual above 0.5, of which the absolute one is a monotone function, and `start` steps of
-    ancestral sampling with simplex noise; here fewer, deterministic steps (DDIM) need no more noise on the way.
-    A single step from a low start, averaged over draws, is close to a denoising autoencoder (Kascenas et al. 2022,
-    MIDL); it finds the most tumour on FLAIR (docs/results/anomaly.md).
+    The published method uses `start` steps of ancestral sampling with simplex noise. Here the steps are deterministic
+    (DDIM) and fewer. The published score is the squared residual above 0.5; the absolute residual is a monotone
+    function of it. A single step from a low start, averaged over draws, is similar to a denoising autoencoder (Kascenas
+    et al. 2022, MIDL). It finds the most tumour on FLAIR (docs/results/anomaly.md).
 
     Args:
-        denoiser: of images, trained on healthy ones with the same noise; its predictions are clipped to [-1, 1].
+        denoiser: denoiser of images, trained on healthy images with the same noise. Its predictions are clipped to
+            [-1, 1].
         noise: Gaussian or simplex (published).
         start: time to which images are noised, 1..T (published: 250).
-        steps: denoiser calls from there to the clean image.
-        draws: of noise, the mean of whose healthy images is compared: what differs between them by chance is
-            no anomaly.
+        steps: denoiser calls from ``start`` to the clean image.
+        draws: number of draws of noise. Their healthy images are averaged, because random differences are no anomaly.
         residual: see `methods.detector.residual`.
 
     Raises:
@@ -63,12 +64,12 @@ class PartialNoise:
 
     @torch.no_grad()
     def healthy(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The healthy images (B, C, *S) of images (B, C, *S); all draws walk in one batch."""
-        own = generators([derive_seed(seed, i) for seed in seeds for i in range(self.draws)])
+        """The healthy versions (B, C, *S) of images (B, C, *S). All draws are denoised in one batch."""
+        draws = generators([derive_seed(seed, i) for seed in seeds for i in range(self.draws)])
         x0 = images.repeat_interleave(self.draws, dim=0)
-        x_t = self.denoiser.schedule.add_noise(x0, self.noise(x0.shape[1:], own, x0), self.times[0])
-        found = sample(Clipped(self.denoiser), DDIM(), x_t, self.times)
-        return found.unflatten(0, (len(images), self.draws)).mean(dim=1)
+        x_t = self.denoiser.schedule.add_noise(x0, self.noise(x0.shape[1:], draws, x0), self.times[0])
+        denoised = sample(Clipped(self.denoiser), DDIM(), x_t, self.times)
+        return denoised.unflatten(0, (len(images), self.draws)).mean(dim=1)
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return residual(images, self.healthy(images, seeds), self.residual)

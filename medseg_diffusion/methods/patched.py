@@ -1,7 +1,7 @@
-"""Anomalies as what patches, restored from their healthy-looking surroundings, do not show (Behrendt et al. 2023).
+"""Anomaly detection by restoring patches from their surroundings: pDDPM (Behrendt et al. 2023, arXiv 2303.03758).
 
-(pDDPM, arXiv 2303.03758.) Each patch of a grid is noised and restored by a single call of the network, which sees the
-rest of the image as it is.
+Each patch of a grid is noised and restored by a single network call. The network sees the rest of the image without
+noise. The difference between the image and its restored patches is the anomaly map.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Patched:
     """The detector.
 
     Args:
-        denoiser: of `medseg_diffusion.tasks.patched.PatchedDiffusion`; its predictions are clipped to [-1, 1].
-        noise: that of the training.
+        denoiser: denoiser of `medseg_diffusion.tasks.patched.PatchedDiffusion`. Its predictions are clipped to [-1, 1].
+        noise: the noise of the training.
         size: spatial size (*S) of the images.
-        time: to which a patch is noised, 1..T (published: 500).
-        patch: that of the training, None for half of each side. Where the last patch of the grid overlaps the one
-            before it, the last one is shown.
-        draws: of noise, the mean of whose restored images is compared (published: 1).
+        time: time to which a patch is noised, 1..T (published: 500).
+        patch: side of the patches, as in training; None for half of each side. If the last patches of the grid overlap
+            those before them, the last ones are used.
+        draws: number of draws of noise, whose restored images are averaged (published: 1).
         residual: see `methods.detector.residual`.
 
     Raises:
@@ -57,31 +57,31 @@ class Patched:
 
     @property
     def evaluations(self) -> int:
-        """One for each patch and draw: patches of half a side are 4 in 2D and 8 in 3D."""
+        """Denoiser calls per image: one for each patch and draw. With half sides there are 4 patches in 2D, 8 in 3D."""
         return self.draws * len(self.boxes)
 
     @torch.no_grad()
     def healthy(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The images (B, C, *S) put together from restored patches; all patches of a draw are restored in one batch.
+        """The images (B, C, *S) assembled from their restored patches. All patches of a draw are one batch.
 
-        A draw has one noise for the whole image, of which each patch shows its part.
+        Each draw has one noise image, from which every patch takes its part.
         """
         if images.shape[2:] != self.size:
             raise ValueError(f"made for images of {self.size}, got {tuple(images.shape[2:])}")
-        shown = inside(self.boxes, images)[:, None]
+        in_patch = inside(self.boxes, images)[:, None]
         t = torch.full((len(self.boxes) * len(images),), self.time, device=images.device)
-        found = torch.zeros_like(images)
+        mean = torch.zeros_like(images)
         for draw in range(self.draws):
             eps = self.noise(images.shape[1:], generators([derive_seed(seed, draw) for seed in seeds]), images)
             noised = self.denoiser.schedule.add_noise(images, eps, self.time)
-            seen = torch.where(shown, noised, images)  # (patches, B, C, *S)
-            restored = Clipped(self.denoiser)(seen.flatten(0, 1), t).x0.unflatten(0, seen.shape[:2])
+            inputs = torch.where(in_patch, noised, images)  # (patches, B, C, *S)
+            restored = Clipped(self.denoiser)(inputs.flatten(0, 1), t).x0.unflatten(0, inputs.shape[:2])
             whole = torch.empty_like(images)
             for box, x0 in zip(self.boxes, restored, strict=True):
-                place = (slice(None), slice(None), *box)
-                whole[place] = x0[place]
-            found += whole / self.draws
-        return found
+                patch = (slice(None), slice(None), *box)
+                whole[patch] = x0[patch]
+            mean += whole / self.draws
+        return mean
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return residual(images, self.healthy(images, seeds), self.residual)

@@ -1,4 +1,4 @@
-"""Masks as images that SimpleITK moves, turns and scales onto each other."""
+"""Registration of masks with SimpleITK, by translation, rotation and isotropic scaling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = npt.NDArray[np.float32]
 
 
 def optimise(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> float:
-    """Changes ``transform`` in place until ``moving`` fits ``fixed`` best; returns their mean squared difference."""
+    """Optimise ``transform`` in place to align ``moving`` with ``fixed``; returns their mean squared difference."""
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMeanSquares()
     method.SetInterpolator(sitk.sitkLinear)
@@ -28,12 +28,12 @@ def optimise(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -
 
 
 def moved(moving: sitk.Image, fixed: sitk.Image, transform: sitk.Transform) -> Array:
-    """``moving`` through ``transform``, on the grid of ``fixed``; 0 where it has nothing."""
+    """``moving`` resampled by ``transform`` on the grid of ``fixed``; 0 outside ``moving``."""
     return array_of(sitk.Resample(moving, fixed, transform))
 
 
 def shift(centre: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> sitk.Similarity3DTransform:
-    """The map that moves ``centre`` to ``target``, both in mm, and may turn and scale about it."""
+    """A similarity transform that moves ``centre`` to ``target`` (mm), and rotates and scales about ``centre``."""
     transform = sitk.Similarity3DTransform()
     transform.SetCenter(centre.tolist())
     transform.SetTranslation((target - centre).tolist())
@@ -46,7 +46,7 @@ def centre_of(mask: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> npt.N
 
 
 def image_of(array: npt.NDArray[np.generic], spacing_mm: Sequence[float]) -> sitk.Image:
-    """An image of float32 whose first axis is x; what lies outside of it counts as 0."""
+    """A SimpleITK image of float32 from an array (I, J, K), whose first axis becomes x."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.astype(np.float32).T))
     image.SetSpacing([float(size) for size in spacing_mm])
     return image
@@ -54,5 +54,5 @@ def image_of(array: npt.NDArray[np.generic], spacing_mm: Sequence[float]) -> sit
 
 def array_of(image: sitk.Image) -> Array:
     """The voxels (I, J, K) of an image."""
-    found: Array = sitk.GetArrayFromImage(image).T
-    return found
+    array: Array = sitk.GetArrayFromImage(image).T
+    return array

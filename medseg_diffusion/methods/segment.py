@@ -1,4 +1,4 @@
-"""An image to an ensemble of class probabilities: whole, in windows, or slice by slice."""
+"""Samples an ensemble of class probabilities for an image: whole, in windows, or slice by slice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .windows import WHOLE, Corner, Windows, predict_in_windows
 
 
 class Segmenter(Protocol):
-    """What samples masks of images: (B, C, *S) and N seeds an image to probabilities (B, N, K, *S)."""
+    """A model that samples masks: images (B, C, *S), with N seeds each, to probabilities (B, N, K, *S)."""
 
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
@@ -34,10 +34,10 @@ def segment(
 ) -> Tensor:
     """Class probabilities (N, K, I, J, K') of ``image`` (C, I, J, K') for N member seeds.
 
-    A 3D model sees the whole image or Gaussian-weighted windows of it; a 2D model sees the slices across the third
-    axis, in batches. The noise of a window depends on the member's seed and the window's place alone, never on what
-    shares its batch. All slices of a member have the same noise: a member is a mask of the whole volume then, and not
-    a stack of unrelated ones, whose differences would cancel in volumes and in their intervals.
+    A 3D model sees the whole image or Gaussian-weighted windows of it. A 2D model sees the slices across the third
+    axis, in batches. The noise of a window depends only on the member's seed and the window's position, not on the
+    batch. All slices of a member have the same noise, so that a member is one mask of the whole volume. With
+    independent slices, differences between members would cancel in their volumes and in the volume intervals.
 
     Args:
         model: trained, on the image's device.
@@ -51,11 +51,11 @@ def segment(
     """
 
     def predict(patches: Tensor, corners: Sequence[Corner]) -> Tensor:
-        # Of a slice only the place within it counts.
-        own = [[derive_seed(seed, *corner[3 - dims :]) for seed in seeds] for corner in corners]
-        found = model.probabilities(patches, own, sampler, times)
+        # For slices, the seed depends on the position within the slice, not on the slice.
+        window_seeds = [[derive_seed(seed, *corner[3 - dims :]) for seed in seeds] for corner in corners]
+        probabilities = model.probabilities(patches, window_seeds, sampler, times)
         on_window()
-        return found.flatten(1, 2)
+        return probabilities.flatten(1, 2)
 
     stack = image[None] if dims == 3 else image.movedim(-1, 0)
     spatial = stack.shape[2:]

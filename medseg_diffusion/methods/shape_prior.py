@@ -1,8 +1,8 @@
-"""What an organ looks like on average, to discard what lies where it cannot be.
+"""The average shape of an organ, to discard predictions at implausible positions.
 
-A network that sees windows may take a tongue for grey matter: the tissue is alike and the window does not show that the
-brain lies above. The average shape of the training anatomies, registered to the prediction itself, knows. Registration
-needs no scan, and the shape is a few kilobytes.
+A network that sees windows may confuse a tongue with grey matter: the tissues look alike, and the window does not show
+that the brain is above it. The average shape of the training anatomies is registered to the prediction to exclude such
+errors. The registration does not need the scan, and the shape takes a few kilobytes.
 """
 
 from __future__ import annotations
@@ -17,77 +17,85 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_MM = 80.0
-"""Height below the top over which the first guess of the position is made: what hangs below must not shift it."""
+"""The first guess of the position uses this height below the top, so that errors below the organ do not shift it."""
 LARGEST_SCALE = 1.3
-"""Of a plausible organ against the average one. Nothing else than size, place and tilt is adapted: an affine map would
-stretch the shape over whatever hangs on the organ."""
+"""Largest and smallest (1 / 1.3) scale of a plausible organ relative to the average. Only size, position and rotation
+are adapted: an affine transform would stretch the shape over errors beside the organ."""
 LEAST_COVERED = 0.7
-"""Share of the registered shape that the prediction must fill; with less, the two are not of the same thing."""
+"""Smallest share of the registered shape that the prediction must fill. Below it, the registration has failed."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShapePrior:
-    """The share of anatomies to which a position belongs, each moved, turned and scaled to fit the others.
+    """The average of registered anatomies.
 
     Attributes:
-        share: (I, J, K) in [0, 1]; axes to the right, front and top of the person.
-        spacing_mm: size of its voxels.
+        share: (I, J, K), share of the anatomies that contain a position, in [0, 1]; RAS axes.
+        spacing_mm: voxel size.
     """
 
     share: Tensor
     spacing_mm: float
 
-    def near(self, found: Tensor, spacing_mm: Sequence[float], tolerance_mm: float) -> Tensor | None:
-        """Where the shape, registered to ``found``, is at most ``tolerance_mm`` away: bool (*S).
-
-        None if the two do not fit: nothing found, or the shape mostly empty of it.
+    def near(self, prediction: Tensor, spacing_mm: Sequence[float], tolerance_mm: float) -> Tensor | None:
+        """The positions that are at most ``tolerance_mm`` away from the shape, registered to the prediction.
 
         Args:
-            found: (*S) bool, axes as for ``share``. It may be cut off by the border: the shape may lie outside.
-            spacing_mm: size of its voxels.
-            tolerance_mm: of individual shapes.
+            prediction: (*S) bool, RAS axes. The organ may be cut off by the image's border.
+            spacing_mm: its voxel size.
+            tolerance_mm: tolerance for differences between individuals.
+
+        Returns:
+            bool (*S), or None if the shape does not fit: an empty prediction, an implausible scale, or less than
+            `LEAST_COVERED` of the shape filled.
         """
-        # Imported where used: models without a shape prior need neither SimpleITK nor ndimage.
+        # Imported here, because models without a shape prior need neither SimpleITK nor ndimage.
         from scipy import ndimage
 
         from .registration import centre_of, image_of, moved, optimise, shift
 
-        size = [max(1, round(n * mm / self.spacing_mm)) for n, mm in zip(found.shape, spacing_mm, strict=True)]
-        coarse_mm = [n * mm / m for n, mm, m in zip(found.shape, spacing_mm, size, strict=True)]
-        share = F.interpolate(found.float()[None, None], size, mode="area")[0, 0].cpu().numpy()
+        size = [max(1, round(n * mm / self.spacing_mm)) for n, mm in zip(prediction.shape, spacing_mm, strict=True)]
+        coarse_mm = [n * mm / m for n, mm, m in zip(prediction.shape, spacing_mm, size, strict=True)]
+        share = F.interpolate(prediction.float()[None, None], size, mode="area")[0, 0].cpu().numpy()
         mask = share > 0.5
         if not mask.any():
             return None
         fixed, moving = image_of(share, coarse_mm), image_of(self.share.numpy(), [self.spacing_mm] * 3)
         guesses = [shift(centre_of(part, coarse_mm), target) for part, target in self._anchors(mask, coarse_mm)]
-        placed = [(guess, optimise(fixed, moving, guess)) for guess in guesses]
-        plausible = [pair for pair in placed if 1 / LARGEST_SCALE < pair[0].GetScale() < LARGEST_SCALE]
+        registered = [(guess, optimise(fixed, moving, guess)) for guess in guesses]
+        plausible = [pair for pair in registered if 1 / LARGEST_SCALE < pair[0].GetScale() < LARGEST_SCALE]
         if not plausible:
             return None
         best = min(plausible, key=lambda pair: pair[1])[0]
         inside = moved(moving, fixed, best) > 0.5
         if not inside.any() or mask[inside].mean() < LEAST_COVERED:
             return None
-        away = torch.from_numpy(ndimage.distance_transform_edt(~inside, sampling=coarse_mm)).float()
-        return F.interpolate(away[None, None], tuple(found.shape), mode="trilinear")[0, 0] <= tolerance_mm
+        distance = torch.from_numpy(ndimage.distance_transform_edt(~inside, sampling=coarse_mm)).float()
+        return F.interpolate(distance[None, None], tuple(prediction.shape), mode="trilinear")[0, 0] <= tolerance_mm
 
     def _anchors(
         self, mask: npt.NDArray[np.bool_], spacing_mm: Sequence[float]
     ) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
-        """Parts of the mask, each with the point of the shape onto which its centre is put first."""
+        """Initial alignments: a part of the mask, and the point of the shape that its centre is moved to."""
         from .registration import centre_of
 
-        shape, own = self.share.numpy() > 0.5, [self.spacing_mm] * 3
+        shape, shape_mm = self.share.numpy() > 0.5, [self.spacing_mm] * 3
         return [
-            (_top(mask, spacing_mm[2]), centre_of(_top(shape, self.spacing_mm), own)),
-            (mask, centre_of(shape, own)),
+            (_top(mask, spacing_mm[2]), centre_of(_top(shape, self.spacing_mm), shape_mm)),
+            (mask, centre_of(shape, shape_mm)),
         ]
 
 
 def average_shape(masks: Sequence[Tensor], spacing_mm: float, grid_mm: float = 3.0, rounds: int = 2) -> ShapePrior:
-    """The average of masks (*S) bool on voxels of ``spacing_mm``, each moved, turned and scaled to the average so far.
+    """The average of masks, each registered to the average of the previous round.
 
-    Cavities are filled. The first mask gives position and size.
+    Cavities are filled. The average has the position and size of the first mask.
+
+    Args:
+        masks: (*S) bool each.
+        spacing_mm: voxel size of the masks, the same along all axes.
+        grid_mm: voxel size of the average.
+        rounds: number of rounds of registration.
     """
     from scipy import ndimage
 
@@ -102,13 +110,13 @@ def average_shape(masks: Sequence[Tensor], spacing_mm: float, grid_mm: float = 3
     centres = [centre_of(mask > 0.5, grid) for mask in coarse]
     average, centre = image_of(coarse[0], grid), centres[0]
     for _ in range(rounds):
-        fitted = []
-        for mask, own in zip(coarse, centres, strict=True):
+        registered = []
+        for mask, mask_centre in zip(coarse, centres, strict=True):
             moving = image_of(mask, grid)
-            guess = shift(centre, own)
+            guess = shift(centre, mask_centre)
             optimise(average, moving, guess)
-            fitted.append(moved(moving, average, guess))
-        average = image_of(np.mean(fitted, axis=0), grid)
+            registered.append(moved(moving, average, guess))
+        average = image_of(np.mean(registered, axis=0), grid)
     share = array_of(average)
     used = np.argwhere(share > 0.01)
     cut = tuple(slice(max(0, low - 1), high + 2) for low, high in zip(used.min(0), used.max(0), strict=True))
@@ -116,6 +124,7 @@ def average_shape(masks: Sequence[Tensor], spacing_mm: float, grid_mm: float = 3
 
 
 def _top(mask: npt.NDArray[np.bool_], spacing_mm: float) -> npt.NDArray[np.bool_]:
+    """The uppermost `SLAB_MM` of a mask (I, J, K)."""
     top = int(np.flatnonzero(mask.any((0, 1))).max())
     cut = mask.copy()
     cut[:, :, : max(0, top + 1 - round(SLAB_MM / spacing_mm))] = False

@@ -1,8 +1,8 @@
-"""An image in overlapping windows: where they lie, and how their predictions become one image again.
+"""Sliding windows: the windows of an image, and the average of their predictions.
 
-Overlapping predictions are averaged with Gaussian weights, for a network knows least at the border of what it sees
-(Isensee et al. 2021, doi 10.1038/s41592-020-01008-z). Places, weights and the order of sums are those of MONAI's
-`sliding_window_inference`, whose import takes seconds.
+Overlapping predictions are averaged with Gaussian weights, because predictions are least reliable at the border of a
+window (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z). Positions, weights and the order of sums are those of
+MONAI's `sliding_window_inference`, which is not used because its import takes seconds.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from torch import Tensor
 from medseg_diffusion.device import at_once
 
 Corner = tuple[int, ...]
-"""Where a window begins: the index of the image in its batch, then the first voxel along every axis."""
+"""Position of a window: the index of the image in its batch, then the first voxel along every axis."""
 
-_SIGMA = 0.125  # of the weights, in sides of the window
-_LEAST_WEIGHT = 1e-3  # a voxel that only the corner of a window covers must not be divided by almost 0
+_SIGMA = 0.125  # standard deviation of the weights, in sides of the window
+_LEAST_WEIGHT = 1e-3  # avoids a division by almost 0 in voxels that only the corner of a window covers
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How an image is cut: window size (None: whole), overlap of neighbours in [0, 1), windows or slices per batch.
+    """How an image is divided into windows.
 
-    ``batch_size`` None takes as many as `sampling.loop.at_once` says, all members of an ensemble counted.
+    Attributes:
+        size: size of a window in voxels; None for the whole image.
+        overlap: overlap of neighbours as a share of the window, in [0, 1).
+        batch_size: windows or slices per batch; None for as many as `medseg_diffusion.device.at_once` allows for all
+            members of an ensemble.
     """
 
     size: tuple[int, ...] | None = None
@@ -41,19 +45,19 @@ class Windows:
         return tuple(spatial if self.size is None else map(min, self.size, spatial))
 
     def batch(self, spatial: Sequence[int], members: int, device: torch.device) -> int:
-        """How many windows or slices of an image of this size share a batch."""
+        """Number of windows or slices in a batch, for images of the size ``spatial`` and ensembles of ``members``."""
         return self.batch_size or at_once(members * math.prod(self.of(spatial)), device)
 
     def corners(self, spatial: Sequence[int]) -> list[tuple[int, ...]]:
         """The first voxel of every window in an image of this size, the last axis fastest.
 
-        The last window along an axis ends where the image ends: it may overlap its neighbour by more.
+        The last window along an axis ends at the image's border. It may overlap its neighbour by more than ``overlap``.
         """
         starts = []
         for axis, side in zip(spatial, self.of(spatial), strict=True):
             step, last = max(1, int(side * (1 - self.overlap))), axis - side
-            # numpy's int64: the type of a number is part of the seed that `derive_seed` makes of it, so that int would
-            # give every window other noise.
+            # The type of a number is part of the seed from `derive_seed`: int instead of numpy's int64 would change the
+            # noise of every window.
             starts.append(list(np.minimum(np.arange(0, last + step, step, dtype=np.int64), last)))
         return list(itertools.product(*starts))
 
@@ -65,38 +69,38 @@ WHOLE = Windows()
 def predict_in_windows(
     image: Tensor, windows: Windows, batch_size: int, predict: Callable[[Tensor, Sequence[Corner]], Tensor]
 ) -> Tensor:
-    """The weighted mean of what ``predict`` finds in the windows, (B, K, *S) of the type of ``image``.
+    """The weighted mean of the predictions in all windows, (B, K, *S), of the type of ``image``.
 
     Args:
         image: (B, C, *S), 2D or 3D.
         windows: size and overlap.
-        batch_size: windows per call; those of one image come before those of the next.
-        predict: N windows (N, C, *size) and their corners to (N, K, *size).
+        batch_size: windows per call. All windows of an image come before those of the next.
+        predict: predicts (N, K, *size) from N windows (N, C, *size) and their corners.
     """
     spatial = image.shape[2:]
     size, corners = windows.of(spatial), windows.corners(spatial)
     weights = gaussian_weights(size, image)
-    places = [tuple(slice(first, first + side) for first, side in zip(corner, size, strict=True)) for corner in corners]
+    boxes = [tuple(slice(first, first + side) for first, side in zip(corner, size, strict=True)) for corner in corners]
     total_weight = image.new_zeros(spatial)
-    for place in places:
-        total_weight[place] += weights
+    for box in boxes:
+        total_weight[box] += weights
     everything = [(index, window) for index in range(len(image)) for window in range(len(corners))]
     result: Tensor | None = None
     for start in range(0, len(everything), batch_size):
         part = everything[start : start + batch_size]
-        cut = [image[index : index + 1, :, *places[window]] for index, window in part]
+        cut = [image[index : index + 1, :, *boxes[window]] for index, window in part]
         patches = torch.cat(cut) if batch_size > 1 else cut[0]
-        found = predict(patches, [(index, *corners[window]) for index, window in part])
+        predictions = predict(patches, [(index, *corners[window]) for index, window in part])
         if result is None:
-            result = image.new_zeros(len(image), found.shape[1], *spatial)
-        for (index, window), values in zip(part, found, strict=True):
-            result[index : index + 1, :, *places[window]] += values * weights
+            result = image.new_zeros(len(image), predictions.shape[1], *spatial)
+        for (index, window), values in zip(part, predictions, strict=True):
+            result[index : index + 1, :, *boxes[window]] += values * weights
     assert result is not None
     return result.div_(total_weight)
 
 
 def gaussian_weights(size: Sequence[int], like: Tensor) -> Tensor:
-    """Weights (*size) of a window's voxels, largest at its centre, of the type and device of ``like``: 0.001 to 1."""
+    """Weights (*size) of a window's voxels, 0.001 to 1 at the centre, of the type and device of ``like``."""
     weights = torch.ones((), device=like.device)
     for side in size:
         distance = torch.arange(side, dtype=torch.float32, device=like.device) - (side - 1) / 2
@@ -105,7 +109,7 @@ def gaussian_weights(size: Sequence[int], like: Tensor) -> Tensor:
 
 
 def count_batches(shape: Sequence[int], windows: Windows, dims: int, members: int, device: torch.device) -> int:
-    """How many batches `methods.segment` makes of an image of ``shape`` (C, I, J, K) and so many members."""
+    """Number of batches in which `methods.segment` predicts an image of ``shape`` (C, I, J, K)."""
     spatial = tuple(shape[1:]) if dims == 3 else tuple(shape[1:3])
     images = 1 if dims == 3 else shape[3]
     return -(-images * len(windows.corners(spatial)) // windows.batch(spatial, members, device))

@@ -1,1 +1,1 @@
-"""Numbers from arrays."""
+"""Scores computed from arrays, and statistics of scores over cases."""

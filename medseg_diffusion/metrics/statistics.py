@@ -97,6 +97,8 @@ def mean_interval(
 def paired_wilcoxon(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     """Two-sided Wilcoxon signed-rank test of whether paired values differ (Wilcoxon, Biometrics Bulletin 1945).
 
+    It is for studies that compare two methods on the same cases; no command uses it.
+
     Args:
         a: One value per case, shape `(n,)`, e.g. the Dice of one model.
         b: The values of the same cases in the same order, e.g. the Dice of another model.

@@ -1,1 +1,1 @@
-"""Trained models in memory, and the folders that hold them. Nothing here opens a scan or training data."""
+"""Trained models in memory and the folders that store them, without opening scans or training data."""

@@ -1,4 +1,4 @@
-"""Anomaly models in memory: scans to maps of what is unlike the healthy scans of the training."""
+"""Trained anomaly models in memory: they score how unlike healthy scans a scan is."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from .restore import typed_config, usable
 from .store import SavedModel, load_model_files
 
 GENERATOR, CLASSIFIER = "generator", "classifier"
-"""The parts of an anomaly model (`SavedModel.part`)."""
+"""Names of the parts of an anomaly model (`SavedModel.part`)."""
 _LATENTS = ("mean", "std", "quantiles")
 
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """How a model's generator is used; None takes the model's default.
+    """The detector and its post-processing; None takes the model's default.
 
     Attributes:
-        method: one of the model's detectors.
-        latent_quantile: of "latent-healing", the share of healthy latent positions that stay as they are.
-        median: side of the median filter, in voxels of the model's grid.
-        erosion: of the foreground, in voxels of the model's grid.
-        min_volume_mm3: smallest connected part of the mask.
+        method: Name of one of the model's detectors.
+        latent_quantile: Share of healthy latent positions that "latent-healing" leaves as they are.
+        median: Side of the median filter, in voxels of the model's grid.
+        erosion: Erosion of the foreground, in voxels of the model's grid.
+        min_volume_mm3: Smallest volume of a connected part of the mask.
     """
 
     method: str | None = None
@@ -52,13 +52,13 @@ class AnomalyModel:
     """A trained anomaly model, loaded once for many scans.
 
     Args:
-        name_or_path: model folder, run folder or installed name.
-        options: of the detection.
+        name_or_path: Model folder, run folder or installed name.
+        options: Detector and post-processing.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:
-        ModelError: missing or unusable model.
-        UsageError: a detector that the model does not have, or an unknown device.
+        ModelError: A missing or unusable model.
+        UsageError: A detector that the model does not have, or an unknown device.
     """
 
     def __init__(
@@ -90,26 +90,26 @@ class AnomalyModel:
         return self.saved.name
 
     def healthy_scores(self) -> HealthyScores | None:
-        """What the model knows of the final maps of healthy scans; None without calibration."""
+        """The calibration of the chosen detector on healthy scans; None without calibration."""
         return stored_scores(self.saved, self.method)
 
     def score(
         self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
     ) -> AnomalyMap:
-        """Scores a scan; ``seed`` decides all randomness.
+        """Score a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done.
 
         Raises:
-            InputError: a scan without foreground.
+            InputError: A scan without foreground.
         """
         grid = on_grid(self.config, volume)
         return scored(self.detector, self.config, grid, seed, self.device, self.networks, on_progress=on_progress)
 
 
 def _method(saved: SavedModel, config: AnomalyConfig, options: DetectionOptions) -> str:
-    """The detector that is asked for, or the model's first; UsageError for one that the model does not have."""
+    """The requested detector, or the model's default; UsageError for one that the model does not have."""
     detectors, method = config.detectors, options.method
     if method is not None and method not in detectors:
-        raise UsageError(f"{saved.path}: --method {method}: this model's generator serves {', '.join(detectors)}")
+        raise UsageError(f"{saved.path}: --method {method}: this model has {', '.join(detectors)}")
     method = method or detectors[0]
     if options.latent_quantile is not None and method != "latent-healing":
         raise UsageError(f"--latent-quantile is for latent-healing, not {method}")
@@ -117,7 +117,7 @@ def _method(saved: SavedModel, config: AnomalyConfig, options: DetectionOptions)
 
 
 def _notes(config: AnomalyConfig, after: PostprocessingSection, options: DetectionOptions) -> tuple[str, ...]:
-    """What users should know of the options that they chose."""
+    """A sentence for each chosen option that makes the calibration invalid."""
     # The smallest volume changes the mask, not the map that was calibrated.
     before = config.postprocessing
     changed = [name for name in ("median", "erosion") if getattr(after, name) != getattr(before, name)]
@@ -126,17 +126,17 @@ def _notes(config: AnomalyConfig, after: PostprocessingSection, options: Detecti
     if not changed:
         return ()
     return (
-        f"the model was calibrated with another {' and '.join(changed)}: healthy quantiles do not hold until "
-        "medseg calibrate-anomaly is given the same",
+        f"the model was calibrated with another {' and '.join(changed)}: healthy quantiles do not hold; run "
+        "medseg calibrate-anomaly with the same options",
     )
 
 
 def postprocessing(config: AnomalyConfig, options: DetectionOptions) -> PostprocessingSection:
-    """The configuration's post-processing with the options that are given; UsageError for an impossible value."""
+    """The configuration's post-processing, changed by ``options``; UsageError for an impossible value."""
     values = {name: getattr(options, name) for name in PostprocessingSection.model_fields}
-    given = {name: value for name, value in values.items() if value is not None}
+    changed = {name: value for name, value in values.items() if value is not None}
     try:
-        return PostprocessingSection(**{**config.postprocessing.model_dump(), **given})
+        return PostprocessingSection(**{**config.postprocessing.model_dump(), **changed})
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from error
@@ -145,10 +145,10 @@ def postprocessing(config: AnomalyConfig, options: DetectionOptions) -> Postproc
 def restore_anomaly(
     saved: SavedModel, device: torch.device | str = "cpu"
 ) -> tuple[AnomalyConfig, Generator, nn.Module | None]:
-    """Configuration, generator and classifier of a model directory.
+    """Restore configuration, generator and classifier from a model directory.
 
     Raises:
-        ModelError: a card or weights that do not describe an anomaly model of this version.
+        ModelError: A card or weights that do not describe an anomaly model of this version.
     """
     config = typed_config(saved, AnomalyConfig)
     with usable(saved, AnomalyConfig):
@@ -158,7 +158,7 @@ def restore_anomaly(
         return config, generator, restore_classifier(saved.part(CLASSIFIER), device)[0]
 
 
-# ---- what a model directory holds of the calibration: written and read here alone ------------------------------------
+# ---- the calibration in a model directory, which only these functions write and read ---------------------------------
 
 
 def calibration_entry(calibration: Mapping[str, HealthyScores]) -> dict[str, dict[str, float]]:
@@ -176,7 +176,7 @@ def calibration_entry(calibration: Mapping[str, HealthyScores]) -> dict[str, dic
 
 
 def calibration_weights(latents: HealthyLatents | None, calibration: Mapping[str, HealthyScores]) -> dict[str, Tensor]:
-    """The tables that are stored among the weights."""
+    """The calibration's tables, which are stored among the weights."""
     tables: dict[str, Tensor] = {}
     if latents is not None:
         tables |= {f"latents.{name}": getattr(latents, name) for name in _LATENTS}
@@ -191,13 +191,13 @@ def without_calibration(saved: SavedModel) -> dict[str, Tensor]:
 
 
 def stored_latents(saved: SavedModel) -> HealthyLatents | None:
-    """The statistics of healthy KL maps of a model; None without them."""
+    """A model's statistics of healthy KL maps; None without them."""
     tables = saved.weights_under("latents")
     return HealthyLatents(*(tables[name] for name in _LATENTS)) if tables else None
 
 
 def stored_scores(saved: SavedModel, method: str) -> HealthyScores | None:
-    """The calibration of a detector of a model; None without one."""
+    """A model's calibration of the detector ``method``; None without one."""
     numbers: Mapping[str, Any] | None = saved.card.get("calibration", {}).get(method)
     if numbers is None:
         return None

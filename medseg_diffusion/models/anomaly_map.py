@@ -1,4 +1,4 @@
-"""A scan to its anomaly map: onto the model's grid, scored by a detector, back to the scan, and filtered."""
+"""Turns a scan into an anomaly map: resample to the model's grid, score, map back to the scan, filter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from medseg_diffusion.volumes.volume import Volume
 from .generator import Generator
 
 BATCH = 16
-"""Slices that are scored at once."""
+"""Number of slices that are scored together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +37,10 @@ class AnomalyMap:
     """A scored scan, on its own grid (I, J, K).
 
     Attributes:
-        score: float32, 0 or above; 0 outside the foreground.
-        foreground: bool, where scores count: `scan_foreground`, eroded if the model says so.
-        scan_score: of the whole scan (`medseg_diffusion.methods.healthy_scores.scan_score`).
-        evaluations: of the networks that see noise, denoiser and classifier, one a slice and call.
+        score: Anomaly score, float32, 0 or above; 0 outside the foreground.
+        foreground: Voxels whose scores count, bool: `scan_foreground`, eroded as the model's configuration says.
+        scan_score: Score of the whole scan (`medseg_diffusion.methods.healthy_scores.scan_score`).
+        evaluations: Calls of the denoiser and the noisy classifier, where each slice of a batch counts once.
     """
 
     score: Tensor
@@ -56,15 +56,15 @@ class AnomalyMap:
 
 @dataclass(frozen=True, eq=False)
 class OnGrid:
-    """A scan as a generator sees it.
+    """A scan on the grid of a generator.
 
     Attributes:
-        images: (N, C, *size) in [-1, 1]: its slices, or the volume.
-        inside: (N, 1, *size) float, 1 in the foreground.
-        image: (C, I, J, K) on the model's grid.
-        foreground: bool (I, J, K) on the model's grid.
-        native: bool, the same on the scan's own grid.
-        placement: the way back to the scan.
+        images: Slices of the scan, or the volume, (N, C, *size) in [-1, 1].
+        inside: Foreground of the images, (N, 1, *size) float, 1 inside.
+        image: The scan, (C, I, J, K) on the model's grid.
+        foreground: Foreground, bool (I, J, K) on the model's grid.
+        native: Foreground, bool on the scan's own grid.
+        placement: The map back to the scan.
     """
 
     images: Tensor
@@ -76,11 +76,11 @@ class OnGrid:
 
 
 def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
-    """Brings a scan to the generator's grid.
+    """Resample a scan to the generator's grid.
 
     Raises:
-        InputError: a scan of another modality, without foreground, or much smaller or larger than the volumes that the
-            generator makes.
+        InputError: A scan of another modality, without foreground, or much smaller or larger than the generator's
+            volumes.
     """
     size = config.generator.data.shape
     image, placement = build.image_preprocessing(config.generator.preprocessing, size).apply(volume)
@@ -108,23 +108,23 @@ def scored(
     only: Tensor | None = None,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> AnomalyMap:
-    """A scan to its final map: detector, back to the scan's grid, post-processing, foreground.
+    """Score a scan: run the detector, filter the map, restore it to the scan's grid, and restrict it to the foreground.
 
     Args:
-        detector: of ``config``.
-        config: of the model.
-        grid: the scan.
-        seed: of all randomness.
-        device: of the detector.
-        networks: those whose calls are counted.
-        only: bool (N,), which images are scored; the others have 0.
-        on_progress: called with the share done.
+        detector: A detector of ``config``.
+        config: The model's configuration.
+        grid: The scan on the generator's grid.
+        seed: Seed of all randomness.
+        device: Device of the detector.
+        networks: Networks whose calls are counted.
+        only: Images to score, bool (N,); the others have score 0. None scores all images.
+        on_progress: Called with the share done.
     """
-    wanted = grid.inside.flatten(1).any(1)  # slices of air have nothing to score
-    shown = (wanted if only is None else wanted & only).nonzero().flatten()
+    has_foreground = grid.inside.flatten(1).any(1)  # slices of air have nothing to score
+    selected = (has_foreground if only is None else has_foreground & only).nonzero().flatten()
     maps = torch.zeros_like(grid.inside)
     with counted(networks) as calls:
-        for part in shown.split(BATCH) if len(shown) else ():
+        for part in selected.split(BATCH) if len(selected) else ():
             seeds = [derive_seed(seed, "slice", k) for k in part.tolist()]
             with autocast(device, config.generator.training.precision):
                 maps[part] = detector.score(grid.images[part].to(device), seeds).float().cpu()
@@ -137,13 +137,13 @@ def scored(
 
 
 def noise_networks(generator: Generator, classifier: nn.Module | None) -> list[nn.Module]:
-    """The networks whose calls are the cost of a method: the denoiser's and the noisy classifier."""
+    """The networks whose calls are the cost of a method: the denoiser and the noisy classifier."""
     return [generator.task.denoiser.network, *([] if classifier is None else [classifier])]
 
 
 @contextmanager
 def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """Inside, every call of ``networks`` adds the size of its batch to the list."""
+    """Inside the block, every call of ``networks`` appends the size of its batch to the yielded list."""
     calls: list[int] = []
     handles = [net.register_forward_hook(lambda net, inputs, out: calls.append(len(inputs[0]))) for net in networks]
     try:
@@ -153,9 +153,12 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
             handle.remove()
 
 
-def mask_of(found: AnomalyMap, threshold: float, voxel_mm3: float, min_volume_mm3: float = 0.0) -> Tensor:
-    """Where the map is above ``threshold``, bool (I, J, K), without connected parts (corners) below a volume."""
-    mask = (found.score > threshold) & found.foreground
+def mask_of(anomaly_map: AnomalyMap, threshold: float, voxel_mm3: float, min_volume_mm3: float = 0.0) -> Tensor:
+    """The mask of scores above ``threshold``, bool (I, J, K), without connected parts below ``min_volume_mm3``.
+
+    Voxels that touch at a corner are connected.
+    """
+    mask = (anomaly_map.score > threshold) & anomaly_map.foreground
     if min_volume_mm3 <= 0 or not mask.any():
         return mask
     parts, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3, 3)))
@@ -169,7 +172,7 @@ def _plane(image: Tensor, dims: int) -> Sequence[int]:
 
 
 def filtered(score: Tensor, config: AnomalyConfig) -> Tensor:
-    """A map (I, J, K) after the median filter of ``config``: in the slices' planes, or in 3D as its generator."""
+    """Apply the median filter of ``config`` to a map (I, J, K): within slices, or in 3D for a generator of volumes."""
     side = config.postprocessing.median
     if side == 1:
         return score
@@ -181,5 +184,5 @@ def _eroded(mask: Tensor, voxels: int, planes: bool) -> Tensor:
     structure = ndimage.generate_binary_structure(3, 1)
     if planes:
         structure[..., [0, 2]] = False
-    # The image's border is no outline: a crop from inside a body keeps it.
+    # The border of the image is not eroded, because a crop from inside a body has no outline there.
     return torch.from_numpy(ndimage.binary_erosion(mask.numpy(), structure, voxels, border_value=1))

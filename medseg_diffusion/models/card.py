@@ -1,4 +1,4 @@
-"""The card of a model: the entries of model.json that all models share, and README.md, which is rendered from it."""
+"""The card of a model: the entries of model.json that all models share, and the README.md made from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATES = {
     "image-autoencoder": "generator_card.md.j2",
     "image-classifier": "generator_card.md.j2",
 }
-"""By method, else by task."""
+"""Template of README.md by method, or else by task."""
 
 
 def common_entries(
@@ -33,17 +33,17 @@ def common_entries(
     training: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The entries that every trained model's card has.
+    """The entries in the card of every trained model.
 
     Args:
-        config: what the model was trained with.
-        task: what the model makes: mask, image, image-autoencoder, image-classifier or anomaly.
-        method: the published method.
+        config: Configuration of the training.
+        task: Kind of model: mask, image, image-autoencoder, image-classifier or anomaly.
+        method: Name of the published method.
         dims: 2 or 3.
-        channels: names of the input's channels.
-        labels: label value to class name.
-        training: seed, step and data of the training.
-        metrics: split to named numbers.
+        channels: Names of the input's channels.
+        labels: Label value -> class name.
+        training: Seed, step and data of the training.
+        metrics: Split -> named numbers.
     """
     return {
         "task": task,
@@ -60,28 +60,28 @@ def common_entries(
 
 
 def versions() -> dict[str, str]:
-    """The versions of the software that made a model."""
+    """Versions of the software, for the card of a model."""
     packages = ("medseg-diffusion", "torch", "monai")
     return {**{name: version(name) for name in packages}, "python": platform.python_version()}
 
 
 def template_of(card: Mapping[str, Any]) -> str | None:
-    """The template of a card; None for an imported model, of which no more is known than its file."""
+    """Name of the template of a card; None for an imported model, whose training is unknown."""
     return TEMPLATES.get(card["method"]) or TEMPLATES.get(card["task"])
 
 
 def render_card(card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = "") -> str:
-    """The model card in Markdown.
+    """Render the model card in Markdown.
 
     Args:
-        card: the content of model.json.
-        name: title; empty for that of the kind of model.
-        command: how the model was trained.
-        data: credit and terms of the training data.
-        notes: what the model is for and what it is not.
+        card: The content of model.json.
+        name: Title; if it is empty, the kind of model.
+        command: Command that trained the model.
+        data: Credit and terms of the training data.
+        notes: Intended use and limits of the model.
 
     Raises:
-        KeyError: an imported model (`template_of`).
+        KeyError: An imported model (`template_of`).
     """
     template = template_of(card)
     if template is None:

@@ -1,4 +1,4 @@
-"""Trained generators in memory: model directories to objects that draw images."""
+"""Trained generators, autoencoders and noisy classifiers in memory, restored from model directories."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Generator:
     """A trained generator, ready to sample.
 
     Attributes:
-        task: the diffusion model, on its device; a restorer of patches cannot be sampled.
-        config: what it was trained with.
-        shape: of x0, (C, *S): the image's, or the latent's.
-        codec: of a latent generator.
-        classes: their names.
-        held_out: where the sides of its images end; None for one that was imported, or whose images have official
-            sides.
+        task: The diffusion model, on its device; a patched model cannot be sampled.
+        config: Configuration of its training.
+        shape: Shape (C, *S) of x0, which is the image or the latent.
+        codec: Autoencoder of a latent generator; None for pixels.
+        classes: Names of the classes.
+        held_out: The bounds of the split of its images; None for an imported generator, and for images with an official
+            split.
     """
 
     task: ImageDiffusion | PatchedDiffusion
@@ -52,7 +52,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.task.parameters()).device
 
     @torch.no_grad()
@@ -66,20 +66,23 @@ class Generator:
         guidance: float = 1.0,
         classifier: ClassifierGradient | None = None,
     ) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], one a seed; a seed gives the same image in any batch (to rounding).
+        """Sample images (B, C, H, W) in [-1, 1]. A seed gives the same image in any batch, up to rounding.
 
         Args:
-            seeds: one an image.
-            sampler: "ddpm", "ddim" or "dpm++"; None, like ``steps``, takes the model's default.
-            steps: denoiser calls.
-            label: (B,) classes, for a model that is conditioned by them.
-            low: (B, C, H / factor, W / factor) low-resolution images, for an upsampler.
-            guidance: strength of classifier-free guidance, 1 for none.
-            classifier: gradient of a noisy classifier.
+            seeds: One seed per image.
+            sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
+            steps: Number of denoiser calls; None takes the model's default.
+            label: Classes (B,), for a model that is conditioned by them.
+            low: Low-resolution images (B, C, H / factor, W / factor), for an upsampler.
+            guidance: Strength of classifier-free guidance, 1 for none.
+            classifier: Gradient of a noisy classifier.
+
+        Raises:
+            UsageError: A patched model.
         """
         task, device = self.task, self.device
         if isinstance(task, PatchedDiffusion):
-            raise UsageError("a patched model restores patches of images; it makes none of its own")
+            raise UsageError("a patched model restores patches of images; it cannot generate images")
         denoiser: Denoiser = task.denoiser
         if guidance != 1:
             denoiser = ClassifierFreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
@@ -87,23 +90,23 @@ class Generator:
             denoiser = ClassifierGuided(denoiser, classifier)
         if self.codec is None:  # pixels have a range, latents have none
             denoiser = Clipped(denoiser)
-        own = generators(seeds)
+        noise_generators = generators(seeds)
         source = build.noise_source(self.config.diffusion.noise)
-        noise = source(self.shape, own, torch.zeros((), device=device))
+        noise = source(self.shape, noise_generators, torch.zeros((), device=device))
         defaults = self.config.sampling
         name, count = sampler or defaults.sampler, steps or defaults.steps
         # Published scores of DDPM and DDIM are for evenly spaced times, DPM-Solver's for times even in log-SNR.
         cond = task.condition(label, low, self.shape[1:])
         times = spaced(task.denoiser.schedule, count, "log-snr" if name == "dpm++" else "linspace")
-        x0 = sample(denoiser, build.sampler(name), noise, times, cond, generators=own)
+        x0 = sample(denoiser, build.sampler(name), noise, times, cond, generators=noise_generators)
         return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)
 
 
 def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> Generator:
-    """The generator of a model directory, trained here or imported.
+    """Restore the generator of a model directory, trained here or imported.
 
     Raises:
-        ModelError: a model of another kind or version, or an imported one that needs more than its own weights.
+        ModelError: A model of another kind or version, or an imported one that needs more than its own weights.
     """
     if saved.card.get("task") == "denoiser":
         return _imported(saved, device)
@@ -125,34 +128,37 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
 
 
 def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
-    """A published pixel model as a generator, with the size that it was imported with."""
-    known = typed_config(saved, DenoiserConfig)
-    network, size, channels = known.network, saved.card.get("size"), known.network.in_channels
+    """Restore a published pixel model as a generator of the image size that was given at its import."""
+    imported = typed_config(saved, DenoiserConfig)
+    network, size, channels = imported.network, saved.card.get("size"), imported.network.in_channels
     if saved.card["method"] == "latent-diffusion":
-        what = "an autoencoder, which is not with it"
+        requirement = "an autoencoder, which is not part of it"
     elif saved.card["dims"] != 2:
-        what = "to be sampled in 3D, which only generators that were trained here are"
-    elif channels not in (1, 3) or network.out_channels != (1 + known.learned_variance) * channels:
-        what = "low-resolution images or latents, which are not with it"
+        requirement = "sampling in 3D, which exists only for generators trained here"
+    elif channels not in (1, 3) or network.out_channels != (1 + imported.learned_variance) * channels:
+        requirement = "low-resolution images or latents, which are not part of it"
     elif network.context_channels is not None:
-        what = "a context (such as a text), which cannot be given here"
+        requirement = "a context (such as a text), which cannot be given here"
     elif size is None or size % 2 ** (len(network.channel_mult) - 1):
-        what = f"images of a known size, but has {size}: import it again with --set size=256 or whatever it is"
+        requirement = f"images of a known size, but has {size}: import it again with the right size, as --set size=256"
     else:
-        what = ""
-    if what:
-        raise ModelError(f"{saved.path}: an imported model that needs {what}")
+        requirement = ""
+    if requirement:
+        raise ModelError(f"{saved.path}: an imported model that needs {requirement}")
     config = GeneratorConfig.model_validate(
         {
             "method": "pixel",
             "data": {"size": size, "channels": channels},
             "network": network.model_dump(include=set(UNetSection.model_fields)),
-            "diffusion": {"schedule": known.schedule.model_dump(), "target": known.target},
+            "diffusion": {"schedule": imported.schedule.model_dump(), "target": imported.target},
             "condition": {"classes": "none" if network.num_classes is None else "embedding", "drop": 0.0},
         }
     )
     denoiser = NetworkDenoiser(
-        UNet(**network.model_dump()), build.noise_schedule(known.schedule), known.target, known.learned_variance
+        UNet(**network.model_dump()),
+        build.noise_schedule(imported.schedule),
+        imported.target,
+        imported.learned_variance,
     )
     with usable(saved, DenoiserConfig):
         ready(denoiser.network, saved.weights)
@@ -164,7 +170,7 @@ def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
 
 
 def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencoder, ImageAutoencoderConfig]:
-    """The autoencoder of a model directory, in evaluation mode on the CPU, and its configuration."""
+    """Restore the autoencoder of a model directory, in evaluation mode on the CPU, and its configuration."""
     config = typed_config(saved, ImageAutoencoderConfig)
     with usable(saved, ImageAutoencoderConfig):
         codec = build.autoencoder(config)
@@ -176,7 +182,7 @@ def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencode
 def restore_classifier(
     saved: SavedModel, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, int, NoisyClassifierConfig]:
-    """The noisy classifier of a model directory, its number of classes and its configuration."""
+    """Restore the noisy classifier of a model directory, its number of classes and its configuration."""
     config = typed_config(saved, NoisyClassifierConfig)
     with usable(saved, NoisyClassifierConfig):
         classes = len(saved.card["classes"])

@@ -25,12 +25,12 @@ from .store import load_model_files
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What `medseg sample` is told; see `Generator.sample`.
+    """The options of `medseg sample`; `Generator.sample` describes the others.
 
     Attributes:
-        count: number of images.
-        label: class of all images; None goes through the classes in turn.
-        upsampler: model that enlarges what is sampled, or None.
+        count: Number of images.
+        label: Class of all images; None cycles through the classes.
+        upsampler: Model that enlarges the samples, or None.
     """
 
     count: int = 16
@@ -47,11 +47,11 @@ class SampleOptions:
 
 
 class ImageSource:
-    """Numbered images of a generator, guided and enlarged as the options say: number i is always the same image.
+    """Numbered images of a generator, guided and enlarged as the options say; number i is always the same image.
 
     Attributes:
-        sha256: of the weights of all its models.
-        loss_extractors: fingerprints of the networks that a loss of its training looked through.
+        sha256: Hash of the weights of all its models.
+        loss_extractors: Fingerprints of the feature extractors that were used in a training loss.
     """
 
     def __init__(self, name_or_path: str | Path, options: SampleOptions = SampleOptions()) -> None:
@@ -71,10 +71,10 @@ class ImageSource:
             self.loss_extractors |= set(saved.card.get("loss_extractors", []))
             self.sha256["upsampler_sha256"] = saved.sha256
         self.classifier: nn.Module | None = None
-        self.known_classes = len(self.generator.classes)
+        self.num_classes = len(self.generator.classes)
         if options.classifier is not None and options.classifier_scale != 0:
             saved = load_model_files(options.classifier)
-            self.classifier, self.known_classes, config = restore_classifier(saved, self.device)
+            self.classifier, self.num_classes, config = restore_classifier(saved, self.device)
             self.sha256["classifier_sha256"] = saved.sha256
             self._check_classifier(config)
         self._check()
@@ -85,7 +85,7 @@ class ImageSource:
         return self.upsampler or self.generator
 
     def draw(self, numbers: Sequence[int]) -> Tensor:
-        """Images (B, *S, C) uint8 of these numbers."""
+        """The images with these numbers, (B, *S, C) uint8."""
         options, task = self.options, self.generator.task
         label = self.labels(numbers).to(self.device)
         seeds = [derive_seed(options.seed, "sample", number) for number in numbers]
@@ -93,35 +93,35 @@ class ImageSource:
         if self.classifier is not None:
             gradient = ClassifierGradient(cast(Any, self.classifier), label, options.classifier_scale)
         with autocast(self.device, self.generator.config.training.precision):
-            given = label if task.num_classes else None
+            classes = label if task.num_classes else None
             image = self.generator.sample(
-                seeds, options.sampler, options.steps, given, None, options.guidance, gradient
+                seeds, options.sampler, options.steps, classes, None, options.guidance, gradient
             )
             if self.upsampler:
-                again = [derive_seed(seed, "upsampled") for seed in seeds]
-                given = label if self.upsampler.task.num_classes else None
-                # What it enlarges is an image of 256 levels, as in its training.
+                upsampler_seeds = [derive_seed(seed, "upsampled") for seed in seeds]
+                classes = label if self.upsampler.task.num_classes else None
+                # The upsampler was trained on images of 256 levels.
                 low = to_unit(to_levels(image))
-                image = self.upsampler.sample(again, options.sampler, options.steps, given, low)
+                image = self.upsampler.sample(upsampler_seeds, options.sampler, options.steps, classes, low)
         return to_levels(image).movedim(1, -1).cpu()
 
     def labels(self, numbers: Sequence[int]) -> Tensor:
-        """Class of each image: the one asked for, or all in turn."""
-        known = max(1, self.known_classes)
-        wanted = self.options.label
-        return torch.tensor([number % known if wanted is None else wanted for number in numbers])
+        """Class of each image: the requested one, or else all classes in turn."""
+        num_classes = max(1, self.num_classes)
+        label = self.options.label
+        return torch.tensor([number % num_classes if label is None else label for number in numbers])
 
     def _check(self) -> None:
         options, task, path = self.options, self.generator.task, self.saved.path
         if isinstance(task, PatchedDiffusion):
-            raise UsageError(f"{path}: a patched model restores patches of images; it makes none of its own")
+            raise UsageError(f"{path}: a patched model restores patches of images; it cannot generate images")
         build.sampler(options.sampler or self.generator.config.sampling.sampler)
         if task.factor is not None:
             raise UsageError(f"{path}: an upsampler enlarges the images of another model: give it with --upsampler")
         if options.label is not None and not task.num_classes and options.classifier is None:
-            raise UsageError(f"{path}: this model knows no classes; leave --class out")
+            raise UsageError(f"{path}: this model has no classes; leave --class out")
         if options.guidance != 1 and not (task.num_classes and self.generator.config.condition.drop):
-            raise UsageError(f"{path}: --guidance needs a model whose training dropped its classes now and then")
+            raise UsageError(f"{path}: --guidance needs a model that was trained with condition.drop above 0")
         if task.num_classes:
             self._check_class(task.num_classes)
         if self.classifier is not None and self.generator.codec is not None:
@@ -134,26 +134,26 @@ class ImageSource:
                 raise UsageError(f"{options.upsampler}: enlarges {channels[1]} channels, not {channels[0]}")
             if factor is None or self.upsampler.config.data.shape != tuple(factor * side for side in size):
                 raise UsageError(f"{options.upsampler}: does not enlarge images of {' x '.join(map(str, size))}")
-            known = len(self.upsampler.classes)
-            if known and known != self.known_classes:
+            upsampler_classes = len(self.upsampler.classes)
+            if upsampler_classes and upsampler_classes != self.num_classes:
                 raise UsageError(
-                    f"{options.upsampler}: needs one of {known} classes, the images have {self.known_classes}"
+                    f"{options.upsampler}: needs one of {upsampler_classes} classes, the images have {self.num_classes}"
                 )
 
     def _check_classifier(self, config: NoisyClassifierConfig) -> None:
-        """A classifier guides a generator of the same images, schedule and classes."""
-        own, path = self.generator.config, self.options.classifier
-        for what, found, needed in (
-            ("size", config.data.shape, own.data.shape),
-            ("channels", config.data.channels, own.data.channels),
-            ("noise schedule", config.schedule, own.diffusion.schedule),
-            ("number of classes", self.known_classes, len(self.generator.classes) or self.known_classes),
+        """Require that the classifier was made for the images, schedule and classes of the generator."""
+        generator_config, path = self.generator.config, self.options.classifier
+        for quantity, actual, expected in (
+            ("size", config.data.shape, generator_config.data.shape),
+            ("channels", config.data.channels, generator_config.data.channels),
+            ("noise schedule", config.schedule, generator_config.diffusion.schedule),
+            ("number of classes", self.num_classes, len(self.generator.classes) or self.num_classes),
         ):
-            if found != needed:
-                raise UsageError(f"{path}: its {what} is {found}, the generator's {needed}; use one made for it")
-        self._check_class(self.known_classes)
+            if actual != expected:
+                raise UsageError(f"{path}: its {quantity} is {actual}, the generator's {expected}; use one made for it")
+        self._check_class(self.num_classes)
 
-    def _check_class(self, known: int) -> None:
+    def _check_class(self, num_classes: int) -> None:
         label = self.options.label
-        if label is not None and not 0 <= label < known:
-            raise UsageError(f"--class {label}: the model knows classes 0 to {known - 1}")
+        if label is not None and not 0 <= label < num_classes:
+            raise UsageError(f"--class {label}: the model has classes 0 to {num_classes - 1}")

@@ -1,4 +1,4 @@
-"""Published networks in memory, called as the original is."""
+"""Published networks in memory, with the calling convention of the original code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LoadedModel:
     """A denoiser, noisy classifier or autoencoder of a model directory.
 
     Attributes:
-        saved: card and weights as stored.
+        saved: Card and weights as stored.
         module: `NetworkDenoiser`, `NoisyClassifier` or `KLAutoencoder`, in evaluation mode.
     """
 
@@ -45,24 +45,25 @@ class LoadedModel:
     def network(
         self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
-        """The network's raw output, called as the original is: ``timesteps`` (B,) count from 0, nothing is split off.
+        """The raw output of the network, with the arguments of the original code.
 
-        ``x`` (B, in_channels, *S) includes a concatenated condition; ``context`` is (B, L, D).
+        ``timesteps`` (B,) count from 0. ``x`` (B, in_channels, *S) includes a concatenated condition. ``context`` is
+        (B, L, D). The output keeps the channels of a learned variance.
         """
         if isinstance(self.module, NoisyClassifier):
             return cast(Tensor, self.module(x, timesteps))
         if not isinstance(self.module, NetworkDenoiser):
             raise UsageError(f"{self.saved.path}: an autoencoder has no timesteps; use module.encode and module.decode")
-        given = {"label": class_labels, "context": context}
-        cond = {name: value for name, value in given.items() if value is not None}
+        conditions = {"label": class_labels, "context": context}
+        cond = {name: value for name, value in conditions.items() if value is not None}
         return cast(Tensor, self.module.network(x, timesteps, cond))
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Loads an imported model, or a generator, autoencoder or noisy classifier that was trained here.
+    """Load an imported model, or a generator, autoencoder or noisy classifier that was trained here.
 
     Raises:
-        ModelError: missing, damaged, or a segmenter (`load_segmenter` is for those).
+        ModelError: A model that is missing, damaged or a segmenter (`load_segmenter` loads those).
     """
     saved = load_model_files(name_or_path)
     kind = saved.card.get("task")

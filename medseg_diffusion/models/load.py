@@ -1,4 +1,4 @@
-"""A model's name or folder to the object that it is."""
+"""Loads a segmenter by its name or folder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def load_segmenter(
     fusion: Fusion = "mean",
     uncertainty: Uncertainty = "entropy",
 ) -> SegmentationModel:
-    """Loads a segmenter once for many scans.
+    """Load a segmenter once for many scans.
 
     Args:
-        name_or_path: model folder, run folder or installed name.
+        name_or_path: Model folder, run folder or installed name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        ensemble: members per scan; None, like ``steps`` and ``sampler``, takes the model's default.
-        steps: denoiser calls per sample.
-        sampler: "ddpm", "ddim" or "dpm++".
+        ensemble: Members per scan; None takes the model's default.
+        steps: Denoiser calls per sample; None takes the model's default.
+        sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
         fusion: "mean", "majority" or "staple".
         uncertainty: "entropy", "mutual-information" or "variance" (`Ensemble.uncertainty`).
 
     Raises:
-        ModelError: a model that is missing, unusable or no segmenter.
-        UsageError: an unknown device or sampler, or options that the model does not have.
+        ModelError: A model that is missing, unusable or not a segmenter.
+        UsageError: An unknown device or sampler, or options that the model does not have.
     """
     chosen = choose_device(device)
     tune(chosen)

@@ -1,4 +1,4 @@
-"""Segmenters that classify pixels by a generator's activations (label-efficient segmentation)."""
+"""Segmenters that classify pixels from a generator's activations (label-efficient segmentation)."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from .segmentation import PROBABILITIES_AT_ONCE, Aggregation, EnsembleOptions, P
 from .store import SavedModel
 
 GENERATOR = "generator"
-"""The part of a model of pixel classifiers that is its generator."""
+"""Name of the generator among the parts of the model (`SavedModel.part`)."""
 
 
 class PixelSegmenter:
-    """Trained pixel classifiers with their generator (`SegmentationModel`). Their ensemble are the classifiers.
+    """Trained pixel classifiers with their generator (`SegmentationModel`). The classifiers form the ensemble.
 
     Args:
-        saved: the model directory.
-        device: where to compute.
-        options: of the ensemble; nothing is sampled, so that neither steps nor a sampler can be chosen.
+        saved: The model directory.
+        device: Device of the computation.
+        options: Options of the ensemble; steps and sampler must be None, because nothing is sampled.
 
     Raises:
-        ModelError: not a model of pixel classifiers of this version.
-        UsageError: options of sampling.
+        ModelError: Not a model of pixel classifiers of this version.
+        UsageError: Steps or a sampler.
     """
 
     sampler_name, num_steps = "", 1
@@ -58,13 +58,13 @@ class PixelSegmenter:
         self.model, self.config, generator = restore_pixel_segmentation(saved)
         self.model.to(device)
         self.dims = len(generator.config.data.shape)
-        self.channels = len(saved.card["channels"])  # of the scans: a generator of colours takes grey ones too
+        self.channels = len(saved.card["channels"])  # of the scans, which may be grey for a generator of colour images
         self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
         self.preprocessing = pixel_preprocessing(generator)
         self.inference = pixel_inference(generator, self.config)
         self.ensemble = options.ensemble or self.inference.ensemble
         self.notes: list[str] = []
-        # Activations take much more memory than samples of masks.
+        # Activations need much more memory than samples of masks.
         batch_size = 1 if device.type == "cpu" else 4
         windows = Windows(self.inference.window, self.inference.overlap, batch_size)
         self.way = Pass(DDIM(), [1, 0], windows, self.dims, generator.config.training.precision)
@@ -88,10 +88,10 @@ class PixelSegmenter:
         return self.aggregation.combine(*self.sample(volume, seed, on_progress))
 
     def _slabs(self, image: Tensor) -> Sequence[Tensor]:
-        """Slabs of an image (C, I, J, K) along its last axis whose probabilities memory holds.
+        """Split an image (C, I, J, K) along its last axis into slabs whose probabilities fit into memory.
 
-        The members share the activations, which are the expensive part, and are taken together. No noise depends on a
-        slice's number, so that any slab gives what the whole image does.
+        All members are computed together, because they share the activations, which are the expensive part. No noise
+        depends on the number of a slice, so that the slabs give the same result as the whole image.
         """
         if self.dims == 3:
             return [image]
@@ -100,46 +100,50 @@ class PixelSegmenter:
 
 
 def restore_pixel_segmentation(saved: SavedModel) -> tuple[PixelSegmentation, PixelClassifierConfig, Generator]:
-    """The trained pixel classifiers of a model directory with their generator, on the CPU, and its configuration.
+    """Restore pixel classifiers with their configuration and their generator from a model directory, on the CPU.
 
     Raises:
-        ModelError: a card or weights that do not describe such a model of this version.
+        ModelError: A card or weights that do not describe such a model of this version.
     """
     config = typed_config(saved, PixelClassifierConfig)
     with usable(saved, PixelClassifierConfig):
         generator = restore_generator(saved.part(GENERATOR))
-        own = {name: value for name, value in saved.weights.items() if not name.startswith(f"{GENERATOR}.")}
+        weights = {name: value for name, value in saved.weights.items() if not name.startswith(f"{GENERATOR}.")}
         activations = pixel_activations(generator, config, saved.card["blocks"])
-        members, features = config.classifier.members, len(own["mean"])
+        members, features = config.classifier.members, len(weights["mean"])
         classifiers = PixelClassifiers(members, features, len(saved.card["labels"]), config.classifier.hidden)
-        ready(classifiers, own)
+        ready(classifiers, weights)
     data = generator.config.data
     model = PixelSegmentation(activations, classifiers, data.shape, data.channels)
     return model.requires_grad_(False).eval(), config, generator
 
 
 def pixel_activations(generator: Generator, config: PixelClassifierConfig, blocks: list[str]) -> Activations:
-    """The activations of a generator, on its device, that pixel classifiers of this configuration see.
+    """The activations of a generator, on its device, that are the input of pixel classifiers of this configuration.
 
     Raises:
-        UsageError: a block or a time that the generator does not have.
-        ModelError: a generator of another kind.
+        UsageError: A block or a time that the generator does not have.
+        ModelError: A generator of another kind.
     """
     task, precision = cast(ImageDiffusion, generator.task), generator.config.training.precision
-    found = Activations(task, generator.codec, generator.shape, config.features.times, blocks, precision=precision)
-    return found.to(generator.device)  # where the task is, and not yet the noise
+    activations = Activations(
+        task, generator.codec, generator.shape, config.features.times, blocks, precision=precision
+    )
+    return activations.to(generator.device)  # the task is there already, its noise is not
 
 
 @dataclass(frozen=True)
 class GeneratorPreprocessing(Preprocessing):
-    """What a generator was trained on: scans as configured; of image files black to white, as [-1, 1], in 8 bits."""
+    """Preprocessing as in the generator's training: scans as configured, image files as 8-bit levels in [-1, 1]."""
 
     def apply(self, volume: Volume) -> tuple[Tensor, Placement]:
         if not is_image(volume.source or ""):
             return super().apply(volume)
-        _, placement = Preprocessing("LAS").apply(volume)  # `volumes.fitting` turns these axes to the picture's
+        _, placement = Preprocessing("LAS").apply(
+            volume
+        )  # `volumes.fitting` turns these axes to those of the image file
         lowest, highest = float(volume.data.min()), float(volume.data.max())
-        # As `data.images` takes levels whose depth the file does not state.
+        # `data.images` treats levels whose bit depth the file does not state in the same way.
         white = volume.header.white or (255 if highest <= 255 else 65535)
         if lowest < 0 or highest > white or not bool((volume.data == volume.data.round()).all()):
             raise InputError(
@@ -152,13 +156,13 @@ class GeneratorPreprocessing(Preprocessing):
 
 
 def pixel_preprocessing(generator: Generator) -> Preprocessing:
-    """What is done to images before pixel classifiers of the generator see them."""
+    """The preprocessing of images for pixel classifiers of the generator."""
     config = generator.config
     return GeneratorPreprocessing(**vars(build.image_preprocessing(config.preprocessing, config.data.shape)))
 
 
 def pixel_inference(generator: Generator, config: PixelClassifierConfig) -> InferenceSection:
-    """How a scan is cut for pixel classifiers: slices as a whole, volumes in windows of the generator's size."""
+    """The windows for pixel classifiers: whole slices, or windows of the generator's size in volumes."""
     shape = generator.config.data.shape
     window = shape if len(shape) == 3 else None
     members = config.classifier.members

@@ -1,4 +1,4 @@
-"""Model cards to typed configurations, and stored weights into networks; whatever does not fit is one `ModelError`."""
+"""Restores configurations from model cards, and networks from stored weights; any misfit is a `ModelError`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ KINDS: dict[type[BaseModel], tuple[str, str]] = {
     ClassifierConfig: ("an imported classifier", "models import"),
     AutoencoderConfig: ("an imported autoencoder", "models import"),
 }
-"""What a configuration describes, and the command that makes such a model."""
+"""Type of configuration -> name of the kind of model, and the command that makes it."""
 
 
 def typed_config(saved: SavedModel, kind: type[Config]) -> Config:
-    """The configuration of a model's card.
+    """The configuration in a model's card.
 
     Raises:
-        ModelError: the card describes another kind of model, or one of another version.
+        ModelError: The card describes another kind of model, or one of another version.
     """
     what, command = KINDS[kind]
     with usable(saved, kind):
         content = saved.card["config"]
-        if "method" not in kind.model_fields:  # imported models have no configuration of ours
+        if "method" not in kind.model_fields:  # the configuration of an imported model has no method
             return kind.model_validate(content)
         config = parse_config(content, str(saved.path / "model.json"))
     if not isinstance(config, kind):
@@ -54,7 +54,7 @@ def typed_config(saved: SavedModel, kind: type[Config]) -> Config:
 
 @contextmanager
 def usable(saved: SavedModel, kind: type[BaseModel]) -> Iterator[None]:
-    """A block in which card and weights are used; what is missing or does not fit becomes a `ModelError`."""
+    """Inside the block, an error from a missing or misfitting entry of card or weights becomes a `ModelError`."""
     what, command = KINDS[kind]
     try:
         yield
@@ -67,10 +67,10 @@ def usable(saved: SavedModel, kind: type[BaseModel]) -> Iterator[None]:
 
 
 def ready(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """``module`` itself, with these weights and in evaluation mode.
+    """Load weights into ``module``, switch it to evaluation mode and return it.
 
     Raises:
-        RuntimeError: the weights do not fit.
+        RuntimeError: The weights do not fit.
     """
     module.load_state_dict(cast("dict[str, Tensor]", weights))
     return module.eval()

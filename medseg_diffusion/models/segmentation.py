@@ -1,4 +1,4 @@
-"""Members of an ensemble to one segmentation on the scan's own grid, whatever model made them."""
+"""The interface of all segmenters, and how the members of an ensemble become one segmentation on the scan's grid."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from medseg_diffusion.volumes.volume import Volume
 from .store import SavedModel
 
 PROBABILITIES_AT_ONCE = 2**28
-"""Values of all members that are held together: 1 GB. Of a large scan fewer members, or fewer slices, are held."""
+"""Largest number of values of all members in memory (1 GB). Large scans take fewer members or slices at once."""
 
 Quality = Literal["usual", "check"]
 
 
 @dataclass(frozen=True)
 class EnsembleOptions:
-    """How many masks are sampled and how they become one; None takes the model's default.
+    """How many masks are sampled, and how they become one; None takes the model's default.
 
     Attributes:
-        ensemble: number of sampled masks.
-        steps: denoiser calls per sample.
+        ensemble: Number of sampled masks.
+        steps: Denoiser calls per sample.
         sampler: "ddpm", "ddim" or "dpm++".
         fusion: "mean", "majority" or "staple" (`Ensemble.fuse`).
-        uncertainty: kind of the uncertainty map (`Ensemble.uncertainty`).
+        uncertainty: Kind of the uncertainty map (`Ensemble.uncertainty`).
     """
 
     ensemble: int | None = None
@@ -58,20 +58,21 @@ class Segmentation:
     """A segmented scan in memory, on the scan's own grid (I, J, K).
 
     Attributes:
-        labels: (I, J, K) uint8 or int32 class values.
-        probabilities: (K, I, J, K') class probabilities.
-        uncertainty: (I, J, K) of the kind that was asked for.
-        members: (N, *S) labels of every member on the model's grid.
-        volumes_ml: class name to volume, without background.
-        members_ml: class name to the smallest and largest volume of the members; empty for one member.
-        intervals_ml: class name to an interval that holds the reference's volume in a share ``level`` of scans like the
-            model's validation cases (`methods.calibration`); empty where the model was not calibrated with these
+        labels: Class values, (I, J, K) uint8 or int32.
+        probabilities: Class probabilities, (K, I, J, K').
+        uncertainty: Uncertainty map of the requested kind, (I, J, K).
+        members: Labels of every member on the model's grid, (N, *S).
+        volumes_ml: Class name -> volume, without background.
+        members_ml: Class name -> smallest and largest volume of the members; empty for one member.
+        intervals_ml: Class name -> an interval that contains the reference's volume in a share ``level`` of scans like
+            the model's validation cases (`methods.calibration`); empty if the model was not calibrated with these
             options.
         level: 0.95, or less for few validation cases; None without intervals.
-        agreement: class name to the mean Dice of pairs of members; empty for one member.
-        quality: "check" where the members agree less than on 95 of 100 validation cases of the model, else "usual";
-            None where the model was not calibrated with these options.
-        disagreement: of the members, one number for the scan (`Ensemble.disagreement`); None for one member.
+        agreement: Class name -> mean Dice of pairs of members; empty for one member.
+        quality: "check" if the members agree less than on 95 of 100 validation cases of the model, else "usual"; None
+            if the model was not calibrated with these options.
+        disagreement: Disagreement of the members, one number for the scan (`Ensemble.disagreement`); None for one
+            member.
     """
 
     labels: Tensor
@@ -88,22 +89,22 @@ class Segmentation:
 
 
 class SegmentationModel(Protocol):
-    """What segments scans, loaded once for many of them: `MaskSegmenter` or `PixelSegmenter`.
+    """The interface of a segmenter, which is loaded once for many scans: `MaskSegmenter` or `PixelSegmenter`.
 
     Attributes:
-        saved: the model directory.
-        device: where it computes.
+        saved: The model directory.
+        device: Device of the computation.
         dims: 2 for slices, 3 for volumes.
-        channels: of the scans.
-        labels: label value to class name, background 0 included.
-        preprocessing: of the scans.
-        inference: the model's defaults.
-        ensemble: members per scan.
-        sampler_name: update rule of the samples; empty where nothing is sampled.
-        num_steps: denoiser calls per sample; 1 where nothing is sampled.
-        merge_labels: whether the model was trained on references whose labels above 0 were made one class.
-        aggregation: how members become one segmentation.
-        notes: what users should know of the options that they chose, one sentence each.
+        channels: Number of channels of the scans.
+        labels: Label value -> class name, background 0 included.
+        preprocessing: Preprocessing of the scans.
+        inference: The model's defaults.
+        ensemble: Members per scan.
+        sampler_name: Name of the sampler; empty if nothing is sampled.
+        num_steps: Denoiser calls per sample; 1 if nothing is sampled.
+        merge_labels: Whether all labels above 0 were merged into one class for the training.
+        aggregation: How members become one segmentation.
+        notes: Remarks on the chosen options for the user, one sentence each.
     """
 
     saved: SavedModel
@@ -122,7 +123,7 @@ class SegmentationModel(Protocol):
 
     @property
     def config(self) -> SegmenterConfig | PixelClassifierConfig:
-        """What it was trained with."""
+        """Configuration of the training."""
         ...
 
     @property
@@ -133,11 +134,11 @@ class SegmentationModel(Protocol):
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = ...
     ) -> tuple[Ensemble, Placement]:
-        """The ensemble on the model's grid, on the CPU, and the way back to the scan."""
+        """Sample the ensemble on the model's grid, on the CPU; also return the placement that maps back to the scan."""
         ...
 
     def segment(self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = ...) -> Segmentation:
-        """Segments a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done."""
+        """Segment a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done."""
         ...
 
 
@@ -146,13 +147,13 @@ class Aggregation:
     """How the members of an ensemble become one segmentation.
 
     Attributes:
-        labels: label value to class name.
-        fusion: how the members' masks become one.
-        uncertainty: kind of the uncertainty map.
-        largest_part: keep the largest connected part of the foreground alone.
-        prior: shape to which the foreground is restricted, or None.
-        prior_mm: how far the foreground may lie outside of it.
-        calibration: of the model with these options, or None.
+        labels: Label value -> class name.
+        fusion: How the members' masks become one: "mean", "majority" or "staple".
+        uncertainty: Kind of the uncertainty map.
+        largest_part: Whether to keep only the largest connected part of the foreground.
+        prior: Shape to which the foreground is restricted, or None.
+        prior_mm: Largest distance of the foreground outside the shape.
+        calibration: The model's calibration for these options, or None.
     """
 
     labels: dict[int, str]
@@ -165,7 +166,7 @@ class Aggregation:
 
     @property
     def outside(self) -> list[float]:
-        """Class probabilities of what the model did not see: certain background."""
+        """Class probabilities of voxels that the model did not see: certain background."""
         return [1.0] + [0.0] * (len(self.labels) - 1)
 
     @property
@@ -174,7 +175,7 @@ class Aggregation:
         return {value: name for value, name in self.labels.items() if value}
 
     def combine(self, ensemble: Ensemble, placement: Placement) -> Segmentation:
-        """One segmentation on the scan's grid. Probabilities, never labels, are mapped back to it."""
+        """Combine the members into one segmentation. Probabilities, never labels, are mapped to the scan's grid."""
         if (near := self._near_the_shape(ensemble, placement)) is not None:
             ensemble = ensemble.within(near)
         mean = placement.restore(ensemble.mean, self.outside)
@@ -184,7 +185,7 @@ class Aggregation:
             dropped = (labels > 0) & ~largest_part(labels)
             labels[dropped] = 0
             mean[:, dropped] = torch.tensor(self.outside)[:, None]
-            # The numbers that follow describe what is left.
+            # All following numbers are computed after this restriction.
             coarse = ensemble.mean.argmax(0)
             ensemble = ensemble.within((coarse == 0) | largest_part(coarse))
         counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels))
@@ -192,7 +193,7 @@ class Aggregation:
         volumes = {name: float(counts[value] * voxel_ml) for value, name in self.foreground.items()}
         position_ml = _voxel_ml(placement.affine)
         intervals = self._intervals(volumes, position_ml)
-        if self.calibration is not None:  # it changes no label, so it may come after the largest class was taken
+        if self.calibration is not None:  # changes no label, so it may follow the choice of the largest class
             mean = temperature_scaled(mean, self.calibration.temperature(len(ensemble)))
         kind, several = self.uncertainty, len(ensemble) > 1
         uncertain = entropy(mean) if kind == "entropy" else placement.restore(ensemble.uncertainty(kind)[None])[0]
@@ -212,7 +213,7 @@ class Aggregation:
         )
 
     def members_on_scan(self, segmentation: Segmentation, placement: Placement) -> Tensor:
-        """Masks of all members on the scan's grid, (N, I, J, K) of the type of ``segmentation.labels``."""
+        """Masks of all members on the scan's grid, (N, I, J, K), with the data type of ``segmentation.labels``."""
         classes = len(self.labels)
         masks = [
             placement.restore(F.one_hot(member.long(), classes).movedim(-1, 0).float(), self.outside).argmax(0)
@@ -247,7 +248,7 @@ class Aggregation:
         if self.calibration is None or self.calibration.agreement is None or not agreement:
             return None
         defined = [dice for dice in agreement.values() if dice == dice]
-        if not defined:  # the mask of every member is empty: they agree
+        if not defined:  # all members have an empty mask, so they agree
             return "usual"
         return "usual" if sum(defined) / len(defined) >= self.calibration.agreement else "check"
 
@@ -256,7 +257,7 @@ def stored_calibration(saved: SavedModel) -> Calibration | None:
     """The calibration in a model's card.
 
     Raises:
-        ModelError: one of another version.
+        ModelError: A calibration of another version.
     """
     content = saved.card.get("calibration")
     if content is None:
@@ -269,7 +270,7 @@ def stored_calibration(saved: SavedModel) -> Calibration | None:
 
 @dataclass(frozen=True)
 class Pass:
-    """One way through an image: what is sampled how, in which windows, and with which arithmetic."""
+    """How an image is sampled: model, sampler, times, windows and precision."""
 
     sampler: Sampler
     times: Sequence[int]
@@ -280,16 +281,18 @@ class Pass:
     def members(
         self, model: Segmenter, image: Tensor, seeds: Sequence[int], device: torch.device, on_batch: Callable[[], None]
     ) -> Tensor:
-        """Class probabilities (N, K, I, J, K') of ``image`` (C, I, J, K') for N seeds, float32 on the CPU."""
+        """Sample class probabilities (N, K, I, J, K') of ``image`` (C, I, J, K') for N seeds, float32 on the CPU."""
         dtype = autocast_dtype(device, self.precision)
         context: Any = torch.autocast(device.type, dtype) if dtype else nullcontext()
         with torch.no_grad(), context:
-            found = segment(model, image.to(device), seeds, self.sampler, self.times, self.windows, self.dims, on_batch)
-        return found.float().cpu()
+            probabilities = segment(
+                model, image.to(device), seeds, self.sampler, self.times, self.windows, self.dims, on_batch
+            )
+        return probabilities.float().cpu()
 
 
 def counter(total: int, on_progress: Callable[[float], None]) -> Callable[[], None]:
-    """A function that counts its calls and reports their share of ``total``."""
+    """Make a function that counts its calls and reports their share of ``total`` to ``on_progress``."""
     done = 0
 
     def count() -> None:

@@ -1,4 +1,4 @@
-"""Segmenters whose masks are sampled by a diffusion model, or made in one pass by the feed-forward baseline."""
+"""Segmenters whose masks are sampled by a diffusion model, or predicted in one pass by the feed-forward baseline."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from .segmentation import (
 from .store import SavedModel
 
 MEMBERS_AT_ONCE = 10
-"""Members of an ensemble for which the image is encoded once and whose probabilities are held together."""
+"""Largest number of members that share one encoding of the image and are in memory together."""
 
 
 class MaskSegmenter:
     """A trained mask-diffusion model or feed-forward baseline (`SegmentationModel`).
 
     Args:
-        saved: the model directory.
-        device: where to compute.
-        options: of the ensemble; None takes the model's defaults.
+        saved: The model directory.
+        device: Device of the computation.
+        options: Options of the ensemble; None takes the model's defaults.
 
     Raises:
-        ModelError: not a segmenter of this version.
-        UsageError: an unknown sampler, or options of sampling for a model that samples nothing.
+        ModelError: Not a segmenter of this version.
+        UsageError: An unknown sampler, or sampling options for a feed-forward model.
     """
 
     def __init__(self, saved: SavedModel, device: torch.device, options: EnsembleOptions = EnsembleOptions()) -> None:
@@ -93,7 +93,7 @@ class MaskSegmenter:
     ) -> tuple[Ensemble, Placement]:
         image, placement = self.preprocessing.apply(volume)
         seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
-        # As many members at once as memory holds: the image is encoded once for them.
+        # As many members at once as memory holds, because they share one encoding of the image.
         count = PROBABILITIES_AT_ONCE // (len(self.labels) * image[0].numel())
         count = min(MEMBERS_AT_ONCE, max(1, count))
         parts = [seeds[i : i + count] for i in range(0, len(seeds), count)]
@@ -120,13 +120,13 @@ class MaskSegmenter:
 
     def _require_no_sampling(self, options: EnsembleOptions) -> None:
         if (options.steps, options.sampler) != (None, None):
-            raise UsageError(f"{self.saved.path}: is feed-forward: leave --steps and --sampler out")
+            raise UsageError(f"{self.saved.path}: this model is feed-forward; leave --steps and --sampler out")
         if (options.ensemble or 1) > 1:
-            self.notes.append("a feed-forward model has one mask, whatever the ensemble")
+            self.notes.append("a feed-forward model has one mask; the ensemble size has no effect")
             self.ensemble = 1
 
     def _calibration(self) -> Calibration | None:
-        """The model's calibration, if it was made with this sampler and as many steps."""
+        """The model's calibration, if it was made with this sampler and number of steps."""
         calibration = stored_calibration(self.saved)
         if calibration is None or not self.samples_masks:
             return calibration
@@ -140,10 +140,10 @@ class MaskSegmenter:
 
 
 def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
-    """The trained mask-diffusion model or baseline of a model directory, on the CPU, and its configuration.
+    """Restore the mask-diffusion model or baseline of a model directory, on the CPU, and its configuration.
 
     Raises:
-        ModelError: a card or weights that do not describe such a segmenter of this version.
+        ModelError: A card or weights that do not describe such a segmenter of this version.
     """
     config = typed_config(saved, SegmenterConfig)
     with usable(saved, SegmenterConfig):
@@ -153,7 +153,7 @@ def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
 
 
 def shape_prior(saved: SavedModel) -> ShapePrior | None:
-    """The shape prior of a model directory, None if it has none."""
+    """The shape prior of a model directory; None if it has none."""
     if SHAPE_PRIOR not in saved.weights:
         return None
     return ShapePrior(saved.weights[SHAPE_PRIOR].float() / 255, float(saved.card[SHAPE_PRIOR]["spacing_mm"]))

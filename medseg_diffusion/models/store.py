@@ -1,9 +1,9 @@
-"""Model directories: weights, what is needed to use them, and a card; and where they are found.
+"""Writes, reads and finds model directories, which hold the weights, a card and all that is needed to use them.
 
-model.json           everything that sampling must agree on with training (no pickle, no code)
+model.json           everything that must be the same in sampling and in training (no pickle, no code)
 weights.safetensors  the averaged weights
 README.md            model card
-SHA256SUMS           of the other files
+SHA256SUMS           checksums of the other files
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class SavedModel:
     """A model directory in memory.
 
     Attributes:
-        path: the model directory.
-        card: the content of model.json.
-        weights: tensors on the CPU, floating ones as float32.
-        sha256: of weights.safetensors.
+        path: The model directory.
+        card: The content of model.json.
+        weights: Tensors on the CPU, floating-point ones as float32.
+        sha256: Hash of weights.safetensors.
     """
 
     path: Path
@@ -58,25 +58,25 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """The folder's name; that of the run folder for RUN/model."""
+        """Name of the folder, or of the run folder for RUN/model."""
         return self.path.resolve().parent.name if self.path.name == "model" else self.path.name
 
     def part(self, name: str) -> SavedModel:
-        """A model inside this one: its card is the entry ``name``, its weights are those with the prefix "name.".
+        """A model inside this one. Its card is the entry ``name``, and its weights are those with the prefix "name.".
 
         Raises:
-            KeyError: there is no such part.
+            KeyError: There is no such part.
         """
         return SavedModel(self.path, self.card[name], self.weights_under(name), self.sha256)
 
     def weights_under(self, name: str) -> dict[str, Tensor]:
-        """The weights with the prefix "name.", without it."""
+        """The weights with the prefix "name.", under names without the prefix."""
         prefix = f"{name}."
         return {key.removeprefix(prefix): value for key, value in self.weights.items() if key.startswith(prefix)}
 
 
 def parts_of_weights(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The weights of several parts as one mapping, as `SavedModel.part` takes them apart."""
+    """Join the weights of several parts into one mapping, which `SavedModel.part` splits again."""
     return {f"{name}.{key}": value for name, weights in parts.items() for key, value in weights.items()}
 
 
@@ -87,14 +87,14 @@ def save_model(
     readme: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a model directory, in place of any older one.
+    """Write a model directory, and replace an older one.
 
     Args:
-        path: the directory.
-        card: the content of model.json, without the schema version.
-        weights: tensors on any device.
-        readme: the model card in Markdown.
-        dtype: of the stored floating tensors, None for float32.
+        path: The directory.
+        card: The content of model.json, without the schema version.
+        weights: Tensors on any device.
+        readme: The model card in Markdown.
+        dtype: Type of the stored floating-point tensors; None for float32.
     """
     import torch
     from safetensors.torch import save_file
@@ -110,19 +110,19 @@ def save_model(
         (folder / "README.md").write_text(readme)
         sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES)
         (folder / "SHA256SUMS").write_text(sums)
-        for file in folder.iterdir():  # safetensors writes for the owner alone
+        for file in folder.iterdir():  # safetensors makes files that only the owner can read
             file.chmod(0o644)
         folder.chmod(0o755)
 
 
 def load_model_files(name_or_path: str | Path) -> SavedModel:
-    """Reads a model directory, checking its sums.
+    """Read a model directory and check its checksums.
 
     Args:
-        name_or_path: a model directory, a run directory (its model/), or the name of an installed model.
+        name_or_path: A model directory, a run directory (its model/), or the name of an installed model.
 
     Raises:
-        ModelError: not found, incomplete, damaged, or written by a newer version.
+        ModelError: A model that is not found, incomplete, damaged, or written by a newer version.
     """
     from safetensors.torch import load_file
 
@@ -146,18 +146,18 @@ def find_model(name_or_path: str | Path) -> Path:
     """The model directory of a path or an installed name.
 
     Raises:
-        ModelError: nothing there; lists the installed names.
+        ModelError: There is no such model; the message lists the installed names.
     """
     direct = Path(name_or_path)
     for candidate in (direct, direct / "model"):
         if (candidate / "model.json").is_file():
             return candidate
-    known = {info.name: info.path for info in list_models()}
-    if str(name_or_path) in known:
-        return known[str(name_or_path)]
+    installed = {info.name: info.path for info in list_models()}
+    if str(name_or_path) in installed:
+        return installed[str(name_or_path)]
     raise ModelError(
         f"{name_or_path}: found no model there and none installed by that name; "
-        f"installed: {', '.join(known) or 'none'}; give a model folder, a run folder or one of these names"
+        f"installed: {', '.join(installed) or 'none'}; give a model folder, a run folder or one of these names"
     )
 
 
@@ -167,26 +167,26 @@ def home() -> Path:
 
 
 def model_folders() -> dict[str, Path]:
-    """Where installed models are looked for: the user's folder, then the package itself."""
+    """The folders of installed models, in the order of the search: that of the user, then that of the package."""
     return {"user": home() / "models", "package": Path(str(resources.files("medseg_diffusion") / "pretrained"))}
 
 
 def list_models() -> list[ModelInfo]:
-    """The installed models; a user's model hides a packaged one of the same name."""
-    found: dict[str, ModelInfo] = {}
+    """The installed models. A model in the user's folder hides a packaged one of the same name."""
+    models: dict[str, ModelInfo] = {}
     for source, folder in model_folders().items():
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name in found or path.name.startswith(".") or not (path / "model.json").is_file():
+            if path.name in models or path.name.startswith(".") or not (path / "model.json").is_file():
                 continue
             try:
                 card = _read_card(path)
                 labels = tuple(str(name) for name in card["labels"].values())
                 megabytes = (path / "weights.safetensors").stat().st_size / 1e6
-                found[path.name] = ModelInfo(path.name, path, str(card["method"]), labels, megabytes, source)
+                models[path.name] = ModelInfo(path.name, path, str(card["method"]), labels, megabytes, source)
             except (ModelError, KeyError, AttributeError) as error:
-                # One damaged model must not hide the others; using it by name says what is wrong.
-                found[path.name] = ModelInfo(path.name, path, f"unusable ({type(error).__name__})", (), 0.0, source)
-    return list(found.values())
+                # One damaged model must not hide the others. Loading it by name reports what is wrong.
+                models[path.name] = ModelInfo(path.name, path, f"unusable ({type(error).__name__})", (), 0.0, source)
+    return list(models.values())
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Neural networks, 2D and 3D from the same code."""
+"""Neural networks, in 2D and 3D from the same code."""

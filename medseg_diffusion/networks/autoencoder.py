@@ -1,11 +1,11 @@
 """Autoencoders: images to latents and back (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1), from MONAI's blocks.
 
-"KL" latents have a variance that a small penalty keeps near 1; "VQ" latents are replaced by their nearest codebook
-entry before decoding.
+"KL" latents are regularised by a small KL penalty towards a standard normal distribution. "VQ" latents are replaced by
+their nearest codebook entries before decoding.
 
-Of the KL kind two layouts exist. MONAI's `AutoencoderKL` has separate convolutions for the latent's mean and
-log-variance. The published latent-diffusion network emits both from one, activates before its last convolutions, and
-has one residual block more in each level of the decoder. Both are the same class here, behind the same methods.
+The KL autoencoder has two layouts. MONAI's `AutoencoderKL` has separate convolutions for the latent's mean and
+log-variance. The published latent-diffusion network computes both with one convolution, has an activation before its
+last convolutions, and has one more residual block in each level of the decoder. One class implements both layouts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Codec(Protocol):
 
 
 class _Standardised(nn.Module):
-    """Latents as a diffusion model sees them: (z - shift) * scale, per channel.
+    """Standardises latents for a diffusion model: (z - shift) * scale, per channel.
 
-    Noise of a schedule fits data of zero mean and unit variance. A scale alone, as in the published code, leaves the
-    means where training put them: an autoencoder of this package ended with means of two standard deviations.
-    ``shift`` and ``scale`` are buffers (latent_channels,), stored with the weights. Latents and images leave in
-    float32, whatever autocast computed them in: the algebra of diffusion takes differences of nearly equal numbers.
+    Noise schedules assume data of zero mean and unit variance. The published code has a scale only, but an autoencoder
+    of this package was trained to means of two standard deviations. ``shift`` and ``scale`` are buffers
+    (latent_channels,) that are stored with the weights. Latents and images are float32 even under autocast, because
+    diffusion takes differences of nearly equal numbers.
     """
 
     shift: Tensor
@@ -49,7 +49,7 @@ class _Standardised(nn.Module):
         self.register_buffer("scale", torch.ones(latent_channels))
 
     def standardised(self, latent: Tensor) -> Tensor:
-        """The autoencoder's latent to the diffusion model's."""
+        """The latent of the autoencoder, standardised for the diffusion model."""
         latent = latent.float()
         return (latent - _per_channel(self.shift, latent)) * _per_channel(self.scale, latent)
 
@@ -70,12 +70,14 @@ class KLAutoencoder(_Standardised):
         num_res_blocks: residual blocks of each encoder level.
         attention_levels: whether a level has attention after each residual block.
         layout: "monai" or "latent-diffusion".
-        norm_eps: of the group normalisations.
-        norm_groups: of the same; fewer for narrow networks (`medseg_diffusion.networks.blocks.normalisation`).
-        middle_attention: attention between the two blocks at the latent's resolution. Its cost grows with the square of
-            the number of positions.
+        norm_eps: epsilon of the group normalisations.
+        norm_groups: groups of the group normalisations; fewer for narrow networks
+            (`medseg_diffusion.networks.blocks.normalisation`).
+        middle_attention: attention between the two blocks at the latent's resolution. Its cost is quadratic in the
+            number of positions.
     """
 
+    # many: mirrors AutoencoderNetworkSection and AutoencoderSection
     def __init__(
         self,
         dims: int,
@@ -90,7 +92,7 @@ class KLAutoencoder(_Standardised):
         norm_groups: int = 32,
         middle_attention: bool = True,
     ) -> None:
-        # Imported where used: MONAI takes seconds, which models without its blocks do not need.
+        # Imported here: importing MONAI takes seconds, and models without its blocks do not need it.
         from monai.networks.nets.autoencoderkl import Decoder, Encoder
 
         super().__init__(latent_channels)
@@ -102,7 +104,7 @@ class KLAutoencoder(_Standardised):
             "norm_eps": norm_eps,
             "attention_levels": list(attention_levels),
             "with_nonlocal_attn": middle_attention,
-            "use_flash_attention": True,  # without it, the memory grows with the square of the number of positions
+            "use_flash_attention": True,  # without it, the memory is quadratic in the number of positions
         }
         self.encoder = Encoder(
             spatial_dims=dims,
@@ -131,7 +133,7 @@ class KLAutoencoder(_Standardised):
         self.post_quant_conv = conv(dims, latent_channels, latent_channels, kernel=1)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latent before it is standardised, each (B, latent_channels, *s)."""
+        """Mean and log-variance of the latent before standardisation, each (B, latent_channels, *s)."""
         h = self.encoder(image)
         if self.layout == "latent-diffusion":
             mean, log_variance = self.quant_conv(h).chunk(2, dim=1)
@@ -140,7 +142,7 @@ class KLAutoencoder(_Standardised):
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, image: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
-        """The standardised latent: its mean, or with one generator an element a sample."""
+        """The standardised latent: its mean, or a sample if there is a generator for each image."""
         mean, log_variance = self.moments(image)
         if generators:
             mean = mean + (0.5 * log_variance).exp() * gaussian(mean.shape[1:], generators, like=mean)
@@ -151,7 +153,10 @@ class KLAutoencoder(_Standardised):
         return cast(Tensor, self.decoder(self.post_quant_conv(self.unstandardised(latent)))).float()
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Image -> (its reconstruction from a sampled latent, KL of the latents from N(0, I), nats per image (B,))."""
+        """The reconstruction (B, out_channels, *S) from a sampled latent, and the latent's KL divergence from N(0, I).
+
+        The divergence (B,) is in nats per image.
+        """
         mean, log_variance = self.moments(image)
         noise = gaussian(mean.shape[1:], generators, like=mean)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
@@ -166,13 +171,15 @@ class KLAutoencoder(_Standardised):
 class VQAutoencoder(_Standardised):
     """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)) with a codebook.
 
-    What is diffused is the latent before quantisation; `decode` quantises. The codebook follows the latents by moving
-    averages (van den Oord et al. 2017, arXiv 1711.00937, appendix). Arguments as for `KLAutoencoder`.
+    The diffusion model works on latents before quantisation; `decode` quantises them. The codebook follows the latents
+    by moving averages (van den Oord et al. 2017, arXiv 1711.00937, appendix). The other arguments are those of
+    `KLAutoencoder`.
 
     Args:
         codebook_size: number of codebook entries.
     """
 
+    # many: mirrors AutoencoderNetworkSection
     def __init__(
         self,
         dims: int,
@@ -211,17 +218,20 @@ class VQAutoencoder(_Standardised):
         return self.standardised(self.quant_conv(self.encoder(image)))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The image of a standardised latent, quantised first."""
+        """The image of a standardised latent, which is quantised first."""
         quantised, _ = self._quantised(self.unstandardised(latent))
         return cast(Tensor, self.decoder(self.post_quant_conv(quantised))).float()
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Image -> (its reconstruction, commitment loss (B,), the same for all); in training the codebook moves."""
+        """The reconstruction (B, out_channels, *S) and the commitment loss (B,), the same for all images.
+
+        In training mode this updates the codebook. ``generators`` are not used.
+        """
         quantised, commitment = self._quantised(self.quant_conv(self.encoder(image)))
         return self.decoder(self.post_quant_conv(quantised)), commitment.expand(len(image))
 
     def _quantised(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        # MONAI leaves autocast only on CUDA; in bfloat16 near neighbours of the codebook are mistaken for one another.
+        # MONAI disables autocast only on CUDA. In bfloat16, similar codebook entries cannot be distinguished.
         with torch.autocast(latent.device.type, enabled=False):
             quantised, commitment, _ = self.quantizer(latent.float())
         return quantised, commitment

@@ -16,10 +16,10 @@ ResamplingKind = Literal["resblock", "conv", "plain"]
 
 
 class _Conv3d(nn.Conv3d):
-    """A convolution that oneDNN computes for a single small volume too.
+    """A convolution that uses oneDNN also for a single small volume.
 
-    PyTorch hands a lone volume of channels x depth x height below some 20,000 to a fallback that takes seven times as
-    long (`use_mkldnn` in its Convolution.cpp); an organ's crop is that small in every level of a U-Net.
+    For a batch of one with channels x depth x height below about 20,000, PyTorch uses a fallback that takes seven times
+    as long (`use_mkldnn` in its Convolution.cpp). A crop of an organ is that small at every level of a U-Net.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,7 +32,7 @@ class _Conv3d(nn.Conv3d):
 
 
 def speed_up_lone_volumes(module: nn.Module) -> None:
-    """Computes the 3D convolutions of ``module``, which another library built, as those of `conv`."""
+    """Make the 3D convolutions of a module from another library fast for single volumes, as those of `conv` are."""
     for part in module.modules():
         if type(part) is nn.Conv3d:
             part.__class__ = _Conv3d
@@ -45,16 +45,16 @@ def conv(dims: int, in_channels: int, out_channels: int, kernel: int = 3, stride
 
 
 def normalisation(channels: int, eps: float = 1e-5, groups: int = 32) -> nn.GroupNorm:
-    """Group normalisation with ``groups`` groups, or as many as divide them and the channels.
+    """Group normalisation with gcd(``groups``, ``channels``) groups.
 
-    The published 32 are for 128 channels and more. With as many groups as channels every channel loses its own mean,
-    and with it what is the same all over an image, such as its brightness.
+    The published number of 32 is for 128 and more channels. With one channel per group, every channel loses its mean
+    over the image, and with it global properties such as brightness.
     """
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=eps)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """The module with all parameters 0, so that its branch starts as nothing."""
+    """The module with all parameters set to 0, so that its branch has no effect at the start of training."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -70,21 +70,22 @@ def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 100
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-[resample]-conv, the time embedding, norm-SiLU-dropout-conv, plus the (resampled, projected) input.
+    """norm-SiLU-[resample]-conv, time embedding, norm-SiLU-dropout-conv, plus the (resampled, projected) input.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        emb_channels: length of the time embedding; 0 for a block that knows no time.
+        emb_channels: length of the time embedding; 0 for a block without time.
         dims: 2 or 3.
         dropout: probability, before the second convolution.
         resampling: "down" halves (average pooling), "up" doubles (nearest) both branches.
         scale_shift: the embedding scales and shifts the second normalisation's output (Dhariwal & Nichol's AdaGN);
             otherwise it is added before that normalisation (Ho et al.).
-        norm_eps: of the normalisations.
-        norm_groups: of the normalisations.
+        norm_eps: epsilon of the group normalisations.
+        norm_groups: groups of the group normalisations.
     """
 
+    # many: the options of the published residual blocks, which `Parts` fills in
     def __init__(
         self,
         in_channels: int,
@@ -125,14 +126,14 @@ class ResBlock(nn.Module):
 
 
 def resample(x: Tensor, resampling: Resampling) -> Tensor:
-    """Halves every spatial axis of (B, C, *S) by averaging, or doubles it by repetition."""
+    """Halve every spatial axis of (B, C, *S) by averaging, double it by repetition, or leave it ("none")."""
     if resampling == "down":
         return (F.avg_pool2d if x.ndim == 4 else F.avg_pool3d)(x, 2)
     return F.interpolate(x, scale_factor=2, mode="nearest") if resampling == "up" else x
 
 
 class Resample(nn.Module):
-    """Resampling without a residual block; "conv" learns a 3^dims convolution with it (stride 2 downwards)."""
+    """Resampling without a residual block; the kind "conv" has a learned 3^dims convolution (stride 2 for "down")."""
 
     def __init__(self, channels: int, dims: int, resampling: Resampling, kind: ResamplingKind) -> None:
         super().__init__()
@@ -147,16 +148,20 @@ class Resample(nn.Module):
 
 
 def heads_of(channels: int, head_channels: int, num_heads: int | None = None) -> int:
-    """The number of heads: ``num_heads`` if given, else as many as ``head_channels`` allows."""
+    """The number of attention heads: ``num_heads``, or ``channels`` / ``head_channels`` if it is None.
+
+    Raises:
+        ValueError: a number that does not divide the channels.
+    """
     count = num_heads or (channels // head_channels if channels % head_channels == 0 else 0)
     if not count or channels % count:
-        wanted = f"{num_heads} heads" if num_heads else f"head_channels ({head_channels})"
-        raise ValueError(f"{wanted} must divide the channels ({channels})")
+        setting = f"{num_heads} heads" if num_heads else f"head_channels ({head_channels})"
+        raise ValueError(f"{setting} must divide the channels ({channels})")
     return count
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of tokens (B, L, C), head by head."""
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v per head, of tokens (B, L, C)."""
     q, k, v = (rearrange(tokens, "b l (h d) -> b h l d", h=heads) for tokens in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -164,8 +169,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over all positions, with a residual connection.
 
-    The rows of ``qkv`` are all queries, then all keys, then all values, each head after head: what guided diffusion
-    calls its new order. Weights in the older order are permuted when they are imported.
+    The rows of ``qkv`` are all queries, then all keys, then all values, and within each the heads in order. Guided
+    diffusion calls this its new order. Weights in its older order are permuted when they are imported.
     """
 
     def __init__(
@@ -191,7 +196,7 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens (B, L, C) to a context (B, M, D), or to themselves."""
+    """Attention of tokens (B, L, C) to a context (B, M, D), or self-attention without a context."""
 
     def __init__(self, channels: int, context_channels: int, heads: int) -> None:
         super().__init__()
@@ -206,7 +211,7 @@ class CrossAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, attention to the context, gated feed-forward; each after a LayerNorm and added."""
+    """Self-attention, cross-attention and a gated feed-forward layer, each residual and after a LayerNorm."""
 
     def __init__(self, channels: int, context_channels: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -227,7 +232,8 @@ class TransformerLayer(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer layers over all positions, conditioned by a context (Rombach et al. 2022, sec. 3.3).
 
-    Without a context the second attention of each layer is another self-attention, if the widths allow it.
+    Without a context, the second attention of each layer is self-attention too, which needs ``context_channels`` equal
+    to ``channels``.
     """
 
     def __init__(
@@ -256,7 +262,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """One entry of the encoder or decoder: a residual (or resampling) block, perhaps attention, perhaps upsampling."""
+    """One entry of the encoder or decoder: a residual or resampling block, with optional attention and upsampling."""
 
     def __init__(
         self,
@@ -280,9 +286,9 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Parts:
-    """Makes the blocks of one network, which agree in everything but their widths and levels.
+    """The options that all blocks of a network share, and the functions that build the blocks.
 
-    Attributes are those of `medseg_diffusion.networks.unet.UNet`; ``emb_channels`` is the length of its embedding.
+    The attributes are those of `medseg_diffusion.networks.unet.UNet`. ``emb_channels`` is the length of its embedding.
     """
 
     dims: int
@@ -298,10 +304,10 @@ class Parts:
     context_channels: int | None = None
     transformer_depth: int = 1
 
-    def res(self, inside: int, outside: int, direction: Resampling = "none") -> ResBlock:
+    def res(self, in_channels: int, out_channels: int, direction: Resampling = "none") -> ResBlock:
         return ResBlock(
-            inside,
-            outside,
+            in_channels,
+            out_channels,
             self.emb_channels,
             self.dims,
             self.dropout,
@@ -334,12 +340,18 @@ class Parts:
         return self.attention(width) if 2**level in self.attention_factors else None
 
     def encoder(self, channels: int, widths: list[int], depths: list[int]) -> tuple[nn.ModuleList, list[int]]:
-        """The blocks after the first convolution, and the widths of all skip connections, that one's included."""
+        """The blocks after the first convolution, and the widths of all skip connections, the first one included.
+
+        Args:
+            channels: width of the first convolution's output.
+            widths: width of each level.
+            depths: residual blocks of each level.
+        """
         blocks, skips, width = nn.ModuleList(), [channels], channels
-        for level, (wanted, depth) in enumerate(zip(widths, depths, strict=True)):
+        for level, (level_width, depth) in enumerate(zip(widths, depths, strict=True)):
             for _ in range(depth):
-                blocks.append(Block(self.res(width, wanted), self.attention_at(wanted, level)))
-                width = wanted
+                blocks.append(Block(self.res(width, level_width), self.attention_at(level_width, level)))
+                width = level_width
                 skips.append(width)
             if level < len(widths) - 1:
                 blocks.append(Block(self.resampler(width, "down")))
@@ -353,11 +365,18 @@ class Parts:
         )
 
     def decoder(self, width: int, skips: list[int], widths: list[int], depths: list[int]) -> nn.ModuleList:
-        """The blocks that mirror the encoder's, one more a level; ``skips`` as the encoder gave them."""
+        """The decoder's blocks, which mirror those of the encoder with one more in each level.
+
+        Args:
+            width: width of the bottleneck.
+            skips: widths of the skip connections, from `encoder`.
+            widths: width of each level.
+            depths: residual blocks of each encoder level.
+        """
         blocks, skips = nn.ModuleList(), list(skips)
-        for level, (wanted, depth) in reversed(list(enumerate(zip(widths, depths, strict=True)))):
+        for level, (level_width, depth) in reversed(list(enumerate(zip(widths, depths, strict=True)))):
             for i in range(depth + 1):
-                inside, width = width + skips.pop(), wanted
+                in_channels, width = width + skips.pop(), level_width
                 up = self.resampler(width, "up") if level and i == depth else None
-                blocks.append(Block(self.res(inside, width), self.attention_at(width, level), up))
+                blocks.append(Block(self.res(in_channels, width), self.attention_at(width, level), up))
         return blocks

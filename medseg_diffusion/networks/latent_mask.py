@@ -1,7 +1,7 @@
-"""The network of latent mask diffusion (Lin et al. 2024, arXiv 2401.13466): a U-Net on mask latents beside the image's.
+"""The network of latent mask diffusion (Lin et al. 2024, arXiv 2401.13466): a U-Net on latents of mask and image.
 
-The image has an encoder of the autoencoder's layout, trained with the denoiser; what it finds is concatenated to the
-noisy latent. It knows nothing of z_t and t and runs once per image.
+The image has its own encoder with the autoencoder's layout, trained with the denoiser. Its features are concatenated to
+the noisy latent. It does not depend on z_t and t, so it runs once per image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class LatentMask(nn.Module):
 
     Args:
         dims: 2 or 3.
-        unet: takes C + ``features`` channels.
-        image_channels: of the image (B, image_channels, *S), s = S / 2^(levels - 1).
+        unet: a U-Net with C + ``features`` input channels.
+        image_channels: channels of the image (B, image_channels, *S), where s = S / 2^(levels - 1).
         features: channels of the encoded image.
         channels: width of each level of the image encoder, multiples of ``norm_groups``.
-        num_res_blocks: residual blocks of each of its levels.
-        norm_groups: of its group normalisations.
+        num_res_blocks: residual blocks of each level of the image encoder.
+        norm_groups: groups of its group normalisations.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class LatentMask(nn.Module):
         num_res_blocks: int = 1,
         norm_groups: int = 8,
     ) -> None:
-        # Imported where used: MONAI takes seconds, which models without its blocks do not need.
+        # Imported here: importing MONAI takes seconds, and models without its blocks do not need it.
         from monai.networks.nets.autoencoderkl import Encoder
 
         super().__init__()
@@ -54,7 +54,7 @@ class LatentMask(nn.Module):
             norm_num_groups=norm_groups,
             norm_eps=1e-6,
             attention_levels=[False] * len(channels),
-            with_nonlocal_attn=False,  # at half the resolution it would cost more than everything else
+            with_nonlocal_attn=False,  # it would cost more than the rest of the network
         )
         speed_up_lone_volumes(self.image_encoder)
 

@@ -1,15 +1,16 @@
 """MedSegDiff (Wu et al. 2022, arXiv 2211.00611): dynamic conditional encoding and the FF-Parser.
 
-Two encoders of the same stages, one of the image and one of x_t. At the two middle stages the image's features are
-multiplied by what they share with the mask's, which a learnt filter of spatial frequencies has cleaned; the result goes
-on through the image encoder. Both embeddings are summed for the decoder.
+There are two encoders with the same stages, one for the image and one for x_t. At the two middle stages, the mask's
+features pass a learned filter of spatial frequencies, and the image's features are multiplied by what they have in
+common with them. The result continues through the image encoder. The decoder reads the sum of both encoders' features.
 
-Accounts differ in three places. (1) Which embeddings are summed: the paper says "the two"; a U-Net's decoder reads one
-a block, so all of them are summed here, not the last alone, without which nothing finer than the bottleneck would know
-the image (the published code concatenates the image to x_t instead). (2) The published code keeps the filter as random
-complex numbers of one image size; here it is the paper's real attention, 1 at the start, over frequencies in cycles per
-position, so that it means the same at any size. (3) The image encoder sees no time: its stages before the first mixing
-run once per image.
+Paper and published code differ in three points, or leave them open:
+
+1. The paper sums "the two" embeddings, the published code concatenates the image to x_t. Here the features are summed
+   at every block: a sum at the last block alone would hide the image from all levels but the bottleneck.
+2. In the published code, the filter is a set of random complex numbers for one image size. Here it is the paper's real
+   attention, initially 1, over frequencies in cycles per position, so that it has the same meaning at any size.
+3. The image encoder has no time embedding. Its stages before the first mixing run once per image.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ from .unet import UNet, fold, recomputed
 
 
 class FFParser(nn.Module):
-    """m' = F^-1[A F[m]] with a learnable attention A for every channel and frequency (eq. 5 and 6).
+    """m' = F^-1[A F[m]] with a learned attention A for every channel and frequency (eq. 5 and 6).
 
     Args:
         dims: 2 or 3.
         channels: C.
-        bands: A is learnt at so many frequencies an axis, from -0.5 to 0.5 cycles per position, and linear between.
+        bands: number of frequencies along each axis at which A is learned, from -0.5 to 0.5 cycles per position. A is
+            linear between them.
     """
 
     def __init__(self, dims: int, channels: int, bands: int = 33) -> None:
         super().__init__()
-        # The transform of a real signal is known from its non-negative frequencies along the last axis.
+        # The transform of a real signal is determined by its non-negative frequencies along the last axis.
         self.attention = nn.Parameter(torch.ones(channels, *[bands] * (dims - 1), bands // 2 + 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *S) of any size to the same shape, in float32."""
+        """Filter features (B, C, *S) of any size; the result is float32."""
         axes = tuple(range(2, x.ndim))
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfftn(x.float(), dim=axes, norm="ortho")
@@ -50,24 +52,24 @@ class FFParser(nn.Module):
 
     def response(self, size: Sequence[int]) -> Tensor:
         """A at the frequencies of a signal of ``size``, in the order of `torch.fft.rfftn`: (C, *S)."""
-        found = self.attention
+        response = self.attention
         for axis, n in enumerate(size):
-            nodes = found.shape[1 + axis]
+            nodes = response.shape[1 + axis]
             last = axis == len(size) - 1
             frequency = torch.fft.rfftfreq(n) if last else torch.fft.fftfreq(n)
-            weights = hat_weights(frequency, 0.0 if last else -0.5, 0.5, nodes).to(found)
-            found = torch.tensordot(found, weights, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
-        return found
+            weights = hat_weights(frequency, 0.0 if last else -0.5, 0.5, nodes).to(response)
+            response = torch.tensordot(response, weights, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
+        return response
 
 
-def hat_weights(places: Tensor, low: float, high: float, nodes: int) -> Tensor:
-    """Weights (N, nodes) of linear interpolation at ``places`` (N,) between equidistant nodes from low to high."""
-    at = (places - low) / (high - low) * (nodes - 1)
-    return (1 - (at[:, None] - torch.arange(nodes)).abs()).clamp(min=0)
+def hat_weights(x: Tensor, low: float, high: float, nodes: int) -> Tensor:
+    """Weights (N, nodes) of linear interpolation at ``x`` (N,) between equidistant nodes from ``low`` to ``high``."""
+    position = (x - low) / (high - low) * (nodes - 1)
+    return (1 - (position[:, None] - torch.arange(nodes)).abs()).clamp(min=0)
 
 
 class DynamicEncoding(nn.Module):
-    """A(m_I, m_x) = (LN(m_I) * LN(m_x')) * m_I with m_x' = FF-Parser(m_x); LN over channels (eq. 3)."""
+    """A(m_I, m_x) = (LN(m_I) * LN(m_x')) * m_I, where m_x' = FF-Parser(m_x) and LN is over channels (eq. 3)."""
 
     def __init__(self, dims: int, channels: int, bands: int) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class DynamicEncoding(nn.Module):
         self.norm_mask = nn.LayerNorm(channels)
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Features of the image and of the mask, (B, C, *S) each, to new ones of the image."""
+        """The new features of the image, from the features of image and mask, each (B, C, *S)."""
         shared = _over_channels(self.norm_image, image) * _over_channels(self.norm_mask, self.parser(mask))
         return shared * image
 
@@ -86,14 +88,14 @@ def _over_channels(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class MedSegDiff(nn.Module):
-    """A U-Net over x_t with an image encoder beside its own.
+    """A U-Net over x_t with a second encoder for the image.
 
-    The two middle stages of L are (L - 1) // 2 and the next, counted from 0.
+    The two middle stages of L are (L - 1) // 2 and the next one, counted from 0.
 
     Args:
-        unet: the U-Net of the mask alone (``in_channels`` are the mask's).
+        unet: the U-Net of the mask; its ``in_channels`` are those of the mask.
         image_channels: channels of the image.
-        bands: of the FF-Parser.
+        bands: see `FFParser`.
     """
 
     def __init__(self, unet: UNet, image_channels: int, bands: int = 33) -> None:
@@ -110,7 +112,7 @@ class MedSegDiff(nn.Module):
         )
 
     def encode_condition(self, image: Tensor) -> Condition:
-        """The image's features up to the first mixing, once per image: {"image.i": (B, C_i, *S_i)}."""
+        """The image's features up to the first mixing, {"image.i": (B, C_i, *S_i)}. It runs once per image."""
         features = [self.image_stem(fold(self.unet.padded(image), self.unet.patch_size))]
         for block in self.image_encoder[: self.mixed_after[0]]:
             features.append(recomputed(self.unet.checkpointing, block, features[-1]))
@@ -133,7 +135,7 @@ class MedSegDiff(nn.Module):
 
 
 def timeless(parts: Parts) -> Parts:
-    """The same blocks without a time embedding and without attention: an image encoder's."""
+    """The options of an image encoder: the same blocks without time embedding and attention."""
     return Parts(
         dims=parts.dims,
         emb_channels=0,
@@ -145,10 +147,10 @@ def timeless(parts: Parts) -> Parts:
 
 
 def stage_ends(depths: Sequence[int]) -> list[int]:
-    """Index among an encoder's outputs (the stem's is 0) of the last residual block of every level."""
-    ends, at = [], 0
+    """The index of each level's last residual block among an encoder's outputs, where 0 is the stem's output."""
+    ends, index = [], 0
     for depth in depths:
-        at += depth
-        ends.append(at)
-        at += 1  # the block that halves the size
+        index += depth
+        ends.append(index)
+        index += 1  # the block that halves the size
     return ends

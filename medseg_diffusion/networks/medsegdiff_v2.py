@@ -1,20 +1,21 @@
 """MedSegDiff-V2 (Wu et al. 2023, arXiv 2301.11798): anchor and semantic conditions from a condition U-Net.
 
-The condition U-Net sees the image alone and runs once per image. Its decoded features, smoothed by a learnable
-Gaussian, gate the diffusion U-Net's first features (anchor condition, U-SA); its bottleneck meets the diffusion U-Net's
-in a transformer that works on spectra (semantic condition, SS-Former). It also predicts the mask itself, trained by the
+The condition U-Net sees the image alone and runs once per image. Its decoded features, smoothed by a learned Gaussian,
+gate the diffusion U-Net's first features (anchor condition, U-SA). A transformer that works on spectra combines the
+bottlenecks of both U-Nets (semantic condition, SS-Former). The condition U-Net also predicts the mask, trained by the
 anchor loss.
 
-The transformer was never published as code, and accounts of it differ. The choices here:
+The code of the transformer was never published, and descriptions of it differ. The choices here:
 
-* The gate acts on the output of the first convolution, so that every later stage and every skip sees it.
+* The gate acts on the output of the first convolution, so it reaches every later stage and every skip connection.
 * The affinity of query and key in the Fourier domain, M = F(Q) F(K)^*, is filtered by a band pass over the frequencies
-  of both sides: g(f_q, t) M g(f_k, t). Its way back, F^-1 M F, then equals the affinity of the filtered queries and
-  keys (Parseval), so ordinary attention computes it without a complex matrix of all pairs of frequencies; with g = 1
-  the block is ordinary cross-attention. Some accounts have a gate for each pair of frequencies: the square of the cost.
-* Of the two cross-attentions of a block the first updates the condition (condition as query), the second the diffusion
+  of both: g(f_q, t) M g(f_k, t). By Parseval's theorem, its inverse transform F^-1 M F equals the affinity of filtered
+  queries and keys. Ordinary attention computes it, without a complex matrix of all pairs of frequencies. With g = 1 the
+  block is ordinary cross-attention. Some descriptions have a gate for each pair of frequencies, at the square of the
+  cost.
+* The first cross-attention of a block updates the condition (condition as query). The second one updates the diffusion
   features, with the updated condition as key and value.
-* Positions are embedded by a small network of coordinates in [-1, 1], so that any size will do.
+* Positions are embedded by a small network of coordinates in [-1, 1], which works for any size.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .unet import UNet, fold, recomputed, unfold
 
 
 class GaussianSmoothing(nn.Module):
-    """Convolution with a normalised Gaussian whose mean (in positions) and width are learnt, one for all channels."""
+    """Convolution with a normalised Gaussian with learned mean (in positions) and width, the same for all channels."""
 
     def __init__(self, dims: int, radius: int = 3, width: float = 1.0) -> None:
         super().__init__()
@@ -44,13 +45,13 @@ class GaussianSmoothing(nn.Module):
         self.log_width = nn.Parameter(torch.full((dims,), math.log(width)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *S) to the same shape in float32; positions outside count as their nearest neighbours inside."""
+        """Smooth features (B, C, *S); the result is float32. Positions outside have the value of the nearest inside."""
         with torch.autocast(x.device.type, enabled=False):
             return self._smoothed(x.float())
 
     def _smoothed(self, x: Tensor) -> Tensor:
-        places = torch.arange(-self.radius, self.radius + 1, device=x.device, dtype=torch.float32)
-        kernels = (-0.5 * ((places - self.mean[:, None]) / self.log_width.exp()[:, None]).square()).softmax(dim=1)
+        offsets = torch.arange(-self.radius, self.radius + 1, device=x.device, dtype=torch.float32)
+        kernels = (-0.5 * ((offsets - self.mean[:, None]) / self.log_width.exp()[:, None]).square()).softmax(dim=1)
         convolve = F.conv2d if x.ndim == 4 else F.conv3d
         h = x.flatten(0, 1)[:, None]
         for axis, kernel in enumerate(kernels):
@@ -63,7 +64,7 @@ class GaussianSmoothing(nn.Module):
 
 
 class AnchorCondition(nn.Module):
-    """The gate of U-SA: sigmoid(conv_1x1(max(f * k_Gauss, f))), (B, C, *S) to (B, 1, *S); at first 0.5."""
+    """The gate of U-SA: sigmoid(conv_1x1(max(f * k_Gauss, f))), (B, C, *S) to (B, 1, *S). It is 0.5 before training."""
 
     def __init__(self, dims: int, channels: int) -> None:
         super().__init__()
@@ -75,10 +76,10 @@ class AnchorCondition(nn.Module):
 
 
 class BandPass(nn.Module):
-    """The NBP filter: a gate in (0, 1) for every frequency and channel, which depends on time.
+    """The NBP filter: a time-dependent gate in (0, 1) for every frequency and channel.
 
-    A small residual network of the frequencies' absolute values (so that the filtered signal stays real), modulated by
-    the time embedding in every layer (FiLM).
+    A small residual network computes it from the absolute values of the frequencies, so that the filtered signal stays
+    real. The time embedding modulates every layer (FiLM).
     """
 
     def __init__(self, dims: int, channels: int, emb_channels: int, hidden: int = 64, layers: int = 6) -> None:
@@ -91,7 +92,7 @@ class BandPass(nn.Module):
         nn.init.constant_(self.last.bias, 2.0)  # nearly open at the start
 
     def forward(self, size: Sequence[int], emb: Tensor) -> Tensor:
-        """Gates (B, channels, *F) in the order of `torch.fft.rfftn` of a signal of ``size``; emb (B, emb_channels)."""
+        """Gates (B, channels, *F) in the order of `torch.fft.rfftn`, of a signal of ``size``; emb (B, emb_channels)."""
         axes = [torch.fft.fftfreq(n, device=emb.device).abs() for n in size[:-1]]
         axes.append(torch.fft.rfftfreq(size[-1], device=emb.device))
         frequency = 4 * torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) - 1
@@ -103,7 +104,7 @@ class BandPass(nn.Module):
 
 
 class SpectralAttention(nn.Module):
-    """Cross-attention whose affinities pass a time-dependent band of frequencies."""
+    """Cross-attention whose affinities are filtered by a time-dependent band pass."""
 
     def __init__(self, dims: int, channels: int, heads: int, emb_channels: int) -> None:
         super().__init__()
@@ -113,23 +114,23 @@ class SpectralAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, query: Tensor, key: Tensor, size: Sequence[int], emb: Tensor) -> Tensor:
-        """Tokens (B, L, C) of both sides, L positions of a grid of ``size``, to (B, L, C)."""
+        """Attention (B, L, C) of query tokens to key tokens, each (B, L, C) on the L positions of a ``size`` grid."""
         gate = self.band_pass(size, emb).repeat_interleave(query.shape[2] // self.heads, dim=1)
         q, k = (filtered(tokens, gate, size) for tokens in (self.q(query), self.k(key)))
         return cast(Tensor, self.proj(attend(q, k, self.v(key), self.heads)))
 
 
 def filtered(tokens: Tensor, gate: Tensor, size: Sequence[int]) -> Tensor:
-    """Tokens (B, L, C) on a grid of ``size`` with their spectra times ``gate`` (B, C, *F)."""
+    """Tokens (B, L, C) on a grid of ``size`` whose spectra are multiplied by ``gate`` (B, C, *F)."""
     axes = tuple(range(2, 2 + len(size)))
     with torch.autocast(tokens.device.type, enabled=False):
         spectrum = torch.fft.rfftn(tokens.float().transpose(1, 2).unflatten(2, tuple(size)), dim=axes)
-        kept = torch.fft.irfftn(spectrum * gate.float(), s=tuple(size), dim=axes)
-    return kept.flatten(2).transpose(1, 2).to(tokens.dtype)
+        gated = torch.fft.irfftn(spectrum * gate.float(), s=tuple(size), dim=axes)
+    return gated.flatten(2).transpose(1, 2).to(tokens.dtype)
 
 
 class TimedNorm(nn.Module):
-    """Layer normalisation whose scale and shift come from the time embedding (as AdaIN)."""
+    """Layer normalisation with scale and shift from the time embedding (as in AdaIN)."""
 
     def __init__(self, channels: int, emb_channels: int) -> None:
         super().__init__()
@@ -142,7 +143,10 @@ class TimedNorm(nn.Module):
 
 
 class SSBlock(nn.Module):
-    """The condition attends to the diffusion features, then they to it; a feed-forward layer each, all residual."""
+    """The condition attends to the diffusion features, then they attend to it. All layers are residual.
+
+    Each attention is followed by a feed-forward layer.
+    """
 
     def __init__(self, dims: int, channels: int, heads: int, emb_channels: int, dropout: float) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class SSBlock(nn.Module):
         )
 
     def forward(self, d: Tensor, c: Tensor, size: Sequence[int], emb: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L, C) of the diffusion and of the condition to new ones."""
+        """The new tokens (B, L, C) of the diffusion U-Net and of the condition."""
         norms = self.norms
         c = c + self.to_condition(norms[0](c, emb), norms[1](d, emb), size, emb)
         c = c + self.feed_condition(norms[2](c, emb))
@@ -166,7 +170,7 @@ class SSBlock(nn.Module):
 
 
 class SSFormer(nn.Module):
-    """The semantic condition: bottleneck features of diffusion and condition, (B, C, *S) each, to the diffusion's.
+    """The semantic condition: combines the bottleneck features (B, C, *S) of the diffusion and the condition U-Net.
 
     Args:
         dims: 2 or 3.
@@ -192,8 +196,8 @@ class SSFormer(nn.Module):
             torch.linspace(-1, 1, n, device=diffusion.device) if n > 1 else torch.zeros(1, device=diffusion.device)
             for n in size
         ]
-        places = torch.stack(torch.meshgrid(*grid, indexing="ij"), dim=-1).flatten(0, -2)
-        position = self.position(places.to(diffusion.dtype))
+        coordinates = torch.stack(torch.meshgrid(*grid, indexing="ij"), dim=-1).flatten(0, -2)
+        position = self.position(coordinates.to(diffusion.dtype))
         d, c = (x.flatten(2).transpose(1, 2) + position for x in (diffusion, condition))
         for block in self.blocks:
             d, c = block(d, c, size, emb)
@@ -201,7 +205,7 @@ class SSFormer(nn.Module):
 
 
 class ConditionUNet(nn.Module):
-    """A U-Net of the image alone, with the stages of the diffusion U-Net and without time."""
+    """A U-Net of the image, with the stages of the diffusion U-Net but without time embedding."""
 
     def __init__(self, unet: UNet, image_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -215,7 +219,7 @@ class ConditionUNet(nn.Module):
         self.to_mask = conv(unet.dims, widths[0], out_channels * unet.patch_size**unet.dims, kernel=1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A folded image to its bottleneck, its decoded features and its mask's folded logits."""
+        """The bottleneck, the decoded features and the folded mask logits of a folded image."""
         skips = [self.stem(image)]
         for block in self.encoder:
             skips.append(recomputed(self.checkpointing, block, skips[-1]))
@@ -230,15 +234,15 @@ class ConditionUNet(nn.Module):
 
 
 class MedSegDiffV2(nn.Module):
-    """A U-Net over x_t, conditioned by what a second U-Net sees in the image.
+    """A U-Net over x_t, conditioned by a second U-Net of the image.
 
     Args:
-        unet: the U-Net of the mask alone (``in_channels`` are the mask's).
+        unet: the U-Net of the mask; its ``in_channels`` are those of the mask.
         image_channels: channels of the image.
-        mask_channels: channels of the anchor: as many as of the mask's logits.
-        depth: blocks of the SS-Former.
-        head_channels: channels of its attention heads.
-        dropout: in it.
+        mask_channels: channels of the anchor, equal to those of the mask's logits.
+        depth: number of blocks of the SS-Former.
+        head_channels: channels of each attention head in the SS-Former.
+        dropout: dropout probability in the SS-Former.
     """
 
     def __init__(
@@ -257,7 +261,11 @@ class MedSegDiffV2(nn.Module):
         self.semantic = SSFormer(unet.dims, unet.widths[-1], 4 * unet.channels, depth, head_channels, dropout)
 
     def encode_condition(self, image: Tensor) -> Condition:
-        """Once per image (B, C, *S): "gate" and "semantic" for every step, "anchor" (B, mask_channels, *S) logits."""
+        """The condition of images (B, C, *S), computed once per image.
+
+        It has the entries "gate" and "semantic", which every step uses, and the logits "anchor" (B, mask_channels, *S)
+        for the anchor loss.
+        """
         folded = fold(self.unet.padded(image), self.unet.patch_size)
         bottleneck, features, logits = self.condition(folded)
         whole = (slice(None), slice(None), *(slice(0, n) for n in image.shape[2:]))

@@ -1,6 +1,6 @@
 """The classifier of noisy images that guides sampling (Dhariwal & Nichol 2021, arXiv 2105.05233, sec. 4).
 
-The encoder half of the U-Net with attention at its lowest level, and attention pooling as its head.
+It is the encoder of the U-Net with attention at its lowest level, followed by attention pooling.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .blocks import Parts, ResamplingKind, attend, conv, heads_of, normalisation
 class AttentionPool(nn.Module):
     """Attention from the mean of all positions to all positions (the pooling of CLIP): (B, C, *S) -> (B, K).
 
-    The positions have learned embeddings: the pool is made for one size.
+    The positions have learned embeddings, so the input must have one fixed size.
     """
 
     def __init__(self, channels: int, positions: int, head_channels: int, out_channels: int) -> None:
@@ -44,7 +44,7 @@ class NoisyClassifier(nn.Module):
     Args:
         dims: 2 or 3.
         in_channels: channels of the image.
-        num_classes: classes to tell apart.
+        num_classes: number of classes.
         size: the image's spatial size, a multiple of 2^(levels - 1) along each axis.
         channels: width of the first level.
         channel_mult: width of each level as a multiple of ``channels``.
@@ -52,12 +52,16 @@ class NoisyClassifier(nn.Module):
         attention_factors: downsampling factors at which residual blocks are followed by attention.
         head_channels: channels of each attention head.
         dropout: probability in the residual blocks.
-        resampling: as in `medseg_diffusion.networks.unet.UNet`.
-        scale_shift: as there.
-        norm_eps: as there.
-        norm_groups: as there.
+        resampling: see `medseg_diffusion.networks.unet.UNet`.
+        scale_shift: see `UNet`.
+        norm_eps: see `UNet`.
+        norm_groups: see `UNet`.
+
+    Raises:
+        ValueError: a size that the levels cannot divide.
     """
 
+    # many: mirrors NoisyClassifierSection and ClassifierNetworkSection
     def __init__(
         self,
         dims: int,

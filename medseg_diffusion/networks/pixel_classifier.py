@@ -14,9 +14,10 @@ class PixelClassifier(nn.Module):
     """Features (P, features) of P pixels to logits (P, num_classes): two hidden layers, ReLU before batch norm.
 
     Args:
-        features: of a pixel.
-        num_classes: background included.
-        hidden: widths; None takes the published ones, 128 and 32 below 30 classes, else 256 and 128.
+        features: number of features of a pixel.
+        num_classes: number of classes, background included.
+        hidden: widths of the hidden layers. None is the published choice: 128 and 32 below 30 classes, else 256 and
+            128.
     """
 
     def __init__(self, features: int, num_classes: int, hidden: tuple[int, int] | None = None) -> None:
@@ -44,13 +45,13 @@ class PixelClassifier(nn.Module):
 class PixelClassifiers(nn.Module):
     """An ensemble of pixel classifiers on standardised features.
 
-    The features' means and deviations, ``mean`` and ``std`` (features,), are buffers: activations of different blocks
-    differ in size by orders of magnitude, and one learning rate has to suit them all.
+    The features' means and standard deviations, ``mean`` and ``std`` (features,), are buffers. Activations of different
+    blocks differ by orders of magnitude; standardised, they can be trained with one learning rate.
 
     Args:
         members: number of classifiers.
-        features: of a pixel, over all blocks.
-        num_classes: background included.
+        features: number of features of a pixel, over all blocks.
+        num_classes: number of classes, background included.
         hidden: see `PixelClassifier`.
     """
 
@@ -64,26 +65,26 @@ class PixelClassifiers(nn.Module):
         self.register_buffer("std", torch.ones(features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (members, P, K) of the features (P, features) of P pixels."""
+        """Logits (members, P, K) from the features (P, features) of P pixels."""
         standard = (features - self.mean) / self.std
         return torch.stack([member(standard) for member in self.members])
 
     def maps(self, blocks: Sequence[Tensor], size: Sequence[int], members: int | None = None) -> Tensor:
-        """Logits (B, members, K, *size) of whole images, from the activations of blocks, each (B, C_b, *S_b).
+        """Logits (B, members, K, *size) of whole images, from the activations (B, C_b, *S_b) of each block.
 
-        The same as `forward` in evaluation mode of all activations upsampled linearly to ``size``, to rounding, without
-        ever holding them there: a layer that acts on each pixel alone commutes with the upsampling, whose weights sum
-        to 1. So the first layer is applied at the resolution of each block, and only its few channels are upsampled.
-        Always in float32, also under autocast.
+        Up to rounding, this equals `forward` in evaluation mode on all activations, upsampled linearly to ``size``. It
+        needs much less memory: a linear layer on each pixel commutes with the upsampling, whose weights sum to 1, so
+        the first layer is applied at the resolution of each block and only its few output channels are upsampled. The
+        computation is in float32, even under autocast.
 
         Args:
             blocks: activations, in the order of the features.
-            size: of the images.
-            members: as many of the first ones; None takes all.
+            size: size of the images.
+            members: number of members, from the first on; None for all.
         """
         batch, channels = len(blocks[0]), [block.shape[1] for block in blocks]
         with torch.autocast(blocks[0].device.type, enabled=False):
-            # (C_b, B * N), standardised before anything is multiplied: features have means far beyond their deviations.
+            # (C_b, B * N), standardised before the multiplication, because means are far larger than deviations.
             standard = [
                 (block.float().movedim(1, 0).flatten(1) - mean[:, None]) / std[:, None]
                 for block, mean, std in zip(blocks, self.mean.split(channels), self.std.split(channels), strict=True)
@@ -110,7 +111,7 @@ class PixelClassifiers(nn.Module):
             member.first.weight.split([len(block) for block in standard], 1), standard, shapes, strict=True
         ):
             coarse[shape] = coarse[shape].addmm_(weight, block) if shape in coarse else weight @ block
-        # Added in place, one block after another: these are the largest tensors of all.
+        # Added in place, one block after another, because these are the largest tensors.
         hidden = member.first.bias.new_zeros(batch, len(member.first.bias), *size)
         for shape, part in coarse.items():
             hidden += upsampled(part.unflatten(1, (batch, *shape)).movedim(1, 0), size)
@@ -123,14 +124,14 @@ class PixelClassifiers(nn.Module):
 
 
 def _folded(norm: nn.BatchNorm1d, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer with the (running) normalisation before it."""
+    """Weight and bias of a linear layer that includes the batch normalisation (running statistics) before it."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     return linear.weight * scale, linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
 
 
 def upsampled(block: Tensor, size: Sequence[int]) -> Tensor:
-    """Activations (B, C, *S) linearly at ``size``, as whole images lie on one another (corners not aligned)."""
+    """Activations (B, C, *S) interpolated linearly to ``size``; the image's borders, not the corner pixels, align."""
     if tuple(block.shape[2:]) == tuple(size):
         return block
     mode = "bilinear" if block.ndim == 4 else "trilinear"
@@ -138,24 +139,25 @@ def upsampled(block: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def gathered(block: Tensor, positions: Tensor, size: Sequence[int]) -> Tensor:
-    """Rows (P, C) of what `upsampled` would give at P pixels of an image, without upsampling the rest.
+    """The values (P, C) of `upsampled` at P pixels of an image, without upsampling the other pixels.
 
     Args:
         block: activations (C, *S) of one image.
-        positions: (P, dims) int64 indices, on the CPU, of pixels in an image of ``size``.
-        size: of the image.
+        positions: (P, dims) int64, indices of the pixels, on the CPU.
+        size: size of the image.
     """
     rows = block.new_zeros(len(positions), len(block))
     lower, upper, share = [], [], []
     for axis, side in enumerate(size):
-        # As `interpolate` rounds: the scale to float32, then the sum once. Else weights differ by 1e-5 at index 100.
+        # The same rounding as in `interpolate`: the scale to float32, then the sum once. Otherwise weights would differ
+        # by 1e-5 at index 100.
         coarse = block.shape[1 + axis]
         scale = float(torch.tensor(coarse) / side)
-        where = ((positions[:, axis].double() + 0.5) * scale - 0.5).float().clamp(min=0)
-        where = where.to(block.device)
-        lower.append(where.long().clamp(max=coarse - 1))
+        x = ((positions[:, axis].double() + 0.5) * scale - 0.5).float().clamp(min=0)
+        x = x.to(block.device)
+        lower.append(x.long().clamp(max=coarse - 1))
         upper.append((lower[-1] + 1).clamp(max=coarse - 1))
-        share.append((where - lower[-1]).to(block.dtype))
+        share.append((x - lower[-1]).to(block.dtype))
     pixels = block.movedim(0, -1)
     for corner in product((False, True), repeat=len(size)):
         index = tuple(high if far else low for far, low, high in zip(corner, lower, upper, strict=True))

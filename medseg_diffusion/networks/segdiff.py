@@ -1,7 +1,7 @@
 """SegDiff's backbone (Amit et al. 2021, arXiv 2112.00390): eps(x_t, I, t) = D(E(F(x_t) + G(I), t), t).
 
-F is the U-Net's first convolution, E and D its encoder and decoder, and G an encoder of residual-in-residual dense
-blocks (RRDB; Wang et al. 2018, arXiv 1809.00219) that knows nothing of x_t and t: it runs once per image.
+F is the U-Net's first convolution, and E and D are its encoder and decoder. G is an encoder of residual-in-residual
+dense blocks (RRDB; Wang et al. 2018, arXiv 1809.00219). It does not depend on x_t and t, so it runs once per image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .unet import UNet, fold, recomputed
 
 
 class DenseBlock(nn.Module):
-    """Five densely connected convolutions, scaled by 0.2 into a residual (Wang et al. 2018, fig. 4)."""
+    """Five densely connected convolutions as a residual of scale 0.2 (Wang et al. 2018, fig. 4)."""
 
     def __init__(self, dims: int, channels: int, growth: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SegDiff(nn.Module):
     """A U-Net over x_t whose first features are summed with those of the image.
 
     Args:
-        unet: the U-Net of the mask alone (``in_channels`` are the mask's).
+        unet: the U-Net of the mask; its ``in_channels`` are those of the mask.
         image_channels: channels of the image.
         encoder_channels: width of the image encoder's trunk.
         encoder_blocks: number of RRDBs (6 to 15 in the paper).
@@ -102,7 +102,7 @@ class SegDiff(nn.Module):
         )
 
     def encode_condition(self, image: Tensor) -> Condition:
-        """G(I), once per image: {"stem": (B, channels, *S / patch_size)} of the padded image (B, C, *S)."""
+        """G(I) of the padded image (B, C, *S), {"stem": (B, channels, *S / patch_size)}. It runs once per image."""
         return {"stem": self.image_encoder(fold(self.unet.padded(image), self.unet.patch_size))}
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Condition | None = None) -> Tensor:

@@ -1,10 +1,11 @@
 """The U-Net of guided diffusion (Dhariwal & Nichol 2021, arXiv 2105.05233, "ADM"), in 2D and 3D from the same code.
 
-Residual blocks with adaptive group normalisation (scale and shift from the time embedding), down- and upsampling
-inside residual blocks (BigGAN), multi-head self-attention at chosen levels, zero-initialised last layers. The encoder,
+It has residual blocks with adaptive group normalisation (scale and shift from the time embedding), down- and upsampling
+inside residual blocks (BigGAN), multi-head self-attention at some levels, and zero-initialised last layers. Encoder,
 middle and decoder are lists of blocks in the published order, so that activations have the published indices.
-Volumes are expensive at full resolution: a patch size p folds p^dims positions into channels before the first and
-after the last block (Hoogeboom et al. 2023, arXiv 2301.11093, sec. 3), and "plain" resampling has no convolution.
+
+Two options reduce the cost of volumes. A patch size p folds p^dims positions into channels before the first block and
+unfolds them after the last (Hoogeboom et al. 2023, arXiv 2301.11093, sec. 3). "plain" resampling has no convolution.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ Collect = Callable[[str, Tensor], None]
 class UNet(nn.Module):
     """A time-conditional U-Net: (x (B, in_channels, *S), timesteps (B,), cond) -> (B, out_channels, *S).
 
-    Any spatial size: the input is padded by replication to a multiple of ``factor`` = patch_size 2^(levels - 1) and
-    the output cropped. The condition's entries, by name:
+    The spatial size is arbitrary: the input is padded by replication to a multiple of ``factor`` = patch_size *
+    2^(levels - 1), and the output is cropped. The condition has these optional entries:
 
     "concat" (B, C', *S)                     concatenated to x; ``in_channels`` counts both
-    "label" (B,) int64                       a class, whose embedding joins that of the time
-    "context" (B, L, context_channels)       what the positions attend to
-    "stem" (B, channels, *S / patch_size)    made from the padded image, added after the first convolution
+    "label" (B,) int64                       a class; its embedding is added to that of the time
+    "context" (B, L, context_channels)       tokens for cross-attention
+    "stem" (B, channels, *S / patch_size)    features of the padded image, added after the first convolution
 
     Args:
         dims: 2 or 3 spatial dimensions.
         in_channels: channels of x and of the concatenated condition together.
         out_channels: channels of the output.
         channels: width of the first level.
-        channel_mult: width of each level as a multiple of ``channels``; as many levels as entries.
+        channel_mult: width of each level as a multiple of ``channels``, one entry per level.
         num_res_blocks: residual blocks of each encoder level (the decoder has one more); an int for all levels.
         attention_factors: downsampling factors (1, 2, 4, ...) at which residual blocks are followed by attention.
         head_channels: channels of each attention head.
@@ -52,14 +53,19 @@ class UNet(nn.Module):
         patch_size: side of the patches that are folded into channels; 1 is the published network.
         checkpointing: recompute the blocks' activations in the backward pass to save memory.
         scale_shift: how the embedding acts (`ResBlock`).
-        norm_eps: of the group normalisations; 1e-5 in guided diffusion, 1e-6 in MONAI.
-        norm_groups: of the same; fewer for narrow networks (`medseg_diffusion.networks.blocks.normalisation`).
-        middle_attention: attention at the lowest level; None where there is attention elsewhere.
-        num_classes: number of labels, with that of "no label" if there is one.
-        context_channels: width of the context; attention is then by spatial transformers.
-        transformer_depth: layers of each of them.
+        norm_eps: epsilon of the group normalisations; 1e-5 in guided diffusion, 1e-6 in MONAI.
+        norm_groups: groups of the group normalisations; fewer for narrow networks
+            (`medseg_diffusion.networks.blocks.normalisation`).
+        middle_attention: attention at the lowest level; None to have it if any other level has attention.
+        num_classes: number of labels, including "no label" if the model has it.
+        context_channels: width of the context. With it, attention is by spatial transformers.
+        transformer_depth: layers of each spatial transformer.
+
+    Raises:
+        ValueError: dims other than 2 and 3, or a number of ``num_res_blocks`` that is not the number of levels.
     """
 
+    # many, long: mirrors UNetSection and DenoiserUNetSection; one line for each attribute and stage of the network
     def __init__(
         self,
         dims: int,
@@ -130,7 +136,7 @@ class UNet(nn.Module):
         )
 
     def encode_condition(self, image: Tensor) -> Condition:
-        """What conditions every step: for this network the image (B, C', *S) itself, concatenated."""
+        """The condition of every step. For this network it is the image (B, C', *S), which is concatenated."""
         return {"concat": image}
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Condition | None = None) -> Tensor:
@@ -139,24 +145,24 @@ class UNet(nn.Module):
     def activations(
         self, x: Tensor, timesteps: Tensor, cond: Condition | None = None, names: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """The outputs of the named blocks, "encoder.i", "middle.i", "decoder.i": (B, C_i, *S_i) of the padded input.
+        """The outputs (B, C_i, *S_i) of the blocks ``names``, such as "decoder.3" (`block_names`), of the padded input.
 
         Raises:
-            ValueError: a name that the network does not have, with those it has.
+            ValueError: a name that the network does not have; lists all names.
         """
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         if unknown := set(names) - set(self.block_names()):
             raise ValueError(f"no activations {sorted(unknown)}; this network has {self.block_names()}")
 
         def collect(name: str, h: Tensor) -> None:
             if name in names:
-                found[name] = h
-            if len(found) == len(set(names)):  # later blocks need not be computed
+                outputs[name] = h
+            if len(outputs) == len(set(names)):  # later blocks are not needed
                 raise StopIteration
 
         with suppress(StopIteration):
             self._run(x, timesteps, cond or {}, collect)
-        return found
+        return outputs
 
     def block_names(self) -> list[str]:
         """Names of all activations, in the order of computation."""
@@ -180,7 +186,7 @@ class UNet(nn.Module):
         return self.decode(skips[-1], skips, emb, size, context, collect)
 
     def embedding(self, timesteps: Tensor, cond: Condition, dtype: torch.dtype) -> Tensor:
-        """What the blocks know of the time, and of the class if there is one: (B, 4 channels)."""
+        """The embedding (B, 4 * channels) of the time, and of the class if the network is conditioned by it."""
         emb = self.time_embed(timestep_embedding(timesteps, self.channels).to(dtype))
         if self.label_embed is not None:
             emb = emb + self.label_embed(self._needed(cond, "label")).to(emb.dtype)
@@ -189,7 +195,7 @@ class UNet(nn.Module):
     def encode(
         self, h: Tensor, emb: Tensor, context: Tensor | None = None, collect: Collect = lambda name, h: None
     ) -> list[Tensor]:
-        """The output of the stem ``h`` and of every encoder block: what the decoder reads, from last to first."""
+        """The stem's output ``h`` and the outputs of all encoder blocks. The decoder reads them from last to first."""
         skips = [h]
         for i, block in enumerate(self.encoder):
             skips.append(self._call_block(block, skips[-1], emb, context))
@@ -223,7 +229,7 @@ class UNet(nn.Module):
         return cond[name]
 
     def padded(self, x: Tensor) -> Tensor:
-        """(B, C, *S) with every spatial axis extended by replication, at its end, to a multiple of ``factor``."""
+        """(B, C, *S) with every spatial axis padded at its end, by replication, to a multiple of ``factor``."""
         missing = [-n % self.factor for n in x.shape[2:]]
         if not any(missing):
             return x
@@ -231,14 +237,14 @@ class UNet(nn.Module):
 
 
 def recomputed(checkpointing: bool, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-    """A block's output; with ``checkpointing`` its activations are not kept but computed again for the gradient."""
+    """A block's output. With ``checkpointing`` its activations are not stored, but recomputed for the gradient."""
     if checkpointing and torch.is_grad_enabled():
         return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
     return cast(Tensor, block(*inputs))
 
 
 def fold(x: Tensor, size: int) -> Tensor:
-    """(B, C, *S) to (B, C size^dims, *S / size): patches of ``size`` positions an axis become channels."""
+    """(B, C, *S) to (B, C * size^dims, *S / size): patches of ``size`` positions along each axis become channels."""
     if size == 1:
         return x
     pattern = "b c (h p) (w q) -> b (c p q) h w" if x.ndim == 4 else "b c (d o) (h p) (w q) -> b (c o p q) d h w"

@@ -1,1 +1,1 @@
-"""Pages and tables from numbers."""
+"""Pages, plots and tables made from numbers."""

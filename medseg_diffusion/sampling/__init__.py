@@ -1,1 +1,1 @@
-"""Samplers: one update rule per file, applied along a list of times."""
+"""Samplers with one update rule per file, applied along a list of times."""

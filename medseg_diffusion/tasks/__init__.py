@@ -1,1 +1,1 @@
-"""Training tasks: what a model diffuses, what conditions it, and its loss."""
+"""Training tasks, which define what a model diffuses, what conditions it, and its loss."""

@@ -1,1 +1,1 @@
-"""The training loop and what it needs."""
+"""The training loop, with its log, resume file and processes."""

@@ -1,1 +1,1 @@
-"""Reads scans, label maps and score maps from files, and writes them, with their geometry."""
+"""Scans between files and tensors, with their geometry."""

@@ -149,7 +149,7 @@ def format_of(path: Path | str) -> ModuleType:
     Raises:
         InputError: an unknown suffix.
     """
-    # Imported where used: a NIfTI file needs neither SimpleITK nor Pillow.
+    # Imported here, because a NIfTI file needs neither SimpleITK nor Pillow.
     if suffix_of(path) in (".nii.gz", ".nii"):
         return nifti
     if is_image(path):

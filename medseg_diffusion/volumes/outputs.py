@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medseg_diffusion.errors import UsageError
 
-from .paths import SUFFIXES, is_image, scan_name, suffix_of
+from .paths import SUFFIXES, VOLUME_SUFFIXES, is_image, scan_name, suffix_of
 
 Outputs = dict[str, Path]
 """Kind of output -> its file."""
@@ -21,7 +21,7 @@ SEGMENTATION = {
     "preview": "_preview.png",
     "statistics": "_statistics.json",
 }
-"""File endings of `medseg segment`. The segmentation of an image file is a PNG instead."""
+"""File endings of `medseg segment`. The segmentation of an image file is `MASK_OF_IMAGE` instead."""
 ANOMALY = {
     "mask": "_anomaly_mask.nii.gz",
     "map": "_anomaly.nii.gz",
@@ -30,6 +30,13 @@ ANOMALY = {
     "preview": "_anomaly_preview.png",
 }
 """File endings of `medseg anomaly`."""
+MASK_OF_IMAGE = "_seg.png"
+"""File ending of the segmentation of an image without geometry."""
+MASKS = tuple(scan_name(ending) for ending in (SEGMENTATION["segmentation"], ANOMALY["mask"]))
+"""Endings of the names of masks, without suffix."""
+_ENDINGS = (*SEGMENTATION.values(), *ANOMALY.values())
+RESULTS = tuple(scan_name(ending) for ending in _ENDINGS if ending.endswith(VOLUME_SUFFIXES))
+"""Endings of the names of all volumes that the commands write for a scan, without suffix."""
 
 
 def segmentation_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
@@ -44,13 +51,13 @@ def segmentation_outputs(scan: Path, output: Path | None, count: int) -> Outputs
         UsageError: a file for several scans, or a file format that cannot hold the mask.
     """
     if not _is_file(output, count):
-        ending = "_seg.png" if is_image(scan) else SEGMENTATION["segmentation"]
+        ending = MASK_OF_IMAGE if is_image(scan) else SEGMENTATION["segmentation"]
         return {**_beside(scan, output, SEGMENTATION), "segmentation": _named(scan, output, ending)}
     assert output is not None
     if is_image(output) and not (is_image(scan) and suffix_of(output) == ".png"):
         formats = ".png or .nii.gz" if is_image(scan) else ".nii.gz"
         raise UsageError(f"-o {output}: the mask of {scan.name} is not written as {suffix_of(output)}; use {formats}")
-    base = output.parent / scan_name(output).removesuffix("_seg")
+    base = output.parent / scan_name(output).removesuffix(scan_name(SEGMENTATION["segmentation"]))
     return {**_ended(base, SEGMENTATION), "segmentation": output}
 
 
@@ -63,7 +70,7 @@ def anomaly_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
     if not _is_file(output, count):
         return _beside(scan, output, ANOMALY)
     assert output is not None
-    base = output.parent / scan_name(output).removesuffix("_anomaly")
+    base = output.parent / scan_name(output).removesuffix(scan_name(ANOMALY["map"]))
     return {**_ended(base, ANOMALY), "map": output}
 
 

@@ -1,4 +1,4 @@
-"""Finds scans and tells their names, from file names and the first bytes alone, without importing torch."""
+"""Names, suffixes and kinds of scan files, from file names and the first bytes alone, without importing torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 """Images without geometry. They are read as volumes of one slice, with a voxel size of 1 mm as a placeholder."""
 SUFFIXES = VOLUME_SUFFIXES + IMAGE_SUFFIXES
-RESULTS = ("_seg", "_prob", "_uncertainty", "_members", "_pseudo", "_anomaly", "_anomaly_mask", "_anomaly_foreground")
-"""Endings of the names of files that the commands write."""
 _DICOM = b"DICM"  # bytes 128 to 131 of a DICOM file
 
 
@@ -47,46 +45,6 @@ def is_image(path: Path | str) -> bool:
 def is_series(folder: Path) -> bool:
     """Whether DICOM files, of any name, lie directly in a folder."""
     return folder.is_dir() and any(_is_dicom(path) for path in sorted(folder.iterdir()) if path.is_file())
-
-
-def scan_files(folder: Path) -> list[Path]:
-    """The visible files with known suffixes directly in a folder, sorted by name: scans, masks and results.
-
-    If there is a volume that is no result, images are taken for pictures of volumes and left out. The previews that
-    `medseg` writes are always left out.
-    """
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
-    )
-    if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
-        return [path for path in files if not is_image(path)]
-    return [path for path in files if not path.name.lower().endswith("_preview.png")]
-
-
-def find_scans(path: Path | str) -> list[Path]:
-    """The scans of a path: the path itself if it is a file or a DICOM series, else the scans in the folder.
-
-    A folder's scans are its files (`scan_files`) without those whose names end like results (`RESULTS`), then its
-    DICOM series, each sorted by name.
-
-    Raises:
-        InputError: a missing path, a file of another kind, or a folder without scans.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        require_file(path)
-        return [path]
-    if is_series(path):
-        return [path]
-    files = scan_files(path)
-    scans = [file for file in files if not scan_name(file).endswith(RESULTS)]
-    scans += sorted(inner for inner in path.iterdir() if is_series(inner))
-    if not scans:
-        found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
-        raise InputError(path, found, f"files that end with {', '.join(SUFFIXES)}", "check the path")
-    return scans
 
 
 def require_file(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""One command, one file: each reads and writes the user's files, and is called by the command of its name."""
+"""The commands as functions, one per file, which read and write the user's files."""

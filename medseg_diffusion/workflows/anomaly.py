@@ -34,14 +34,14 @@ class AnomalyOptions:
     """Options of `anomaly`.
 
     Attributes:
-        model: model folder, run folder or installed name; None takes the built-in one.
+        model: Model folder, run folder or installed name; None takes the built-in model.
         threshold: "auto" (the calibrated one), "q0.99" (another quantile of healthy scans) or a number.
-        detection: detector and post-processing; None in it takes the model's.
-        output: file of the map (one scan) or folder; None writes next to each scan.
-        seed: every scan derives its own from this and its name.
+        detection: Detector and post-processing; None in it takes the model's.
+        output: File of the map (one scan) or folder; None writes next to each scan.
+        seed: Seed of all randomness; every scan derives its seed from this and its name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        preview: write *_anomaly_preview.png.
-        skip_existing: leave scans alone whose mask is there.
+        preview: Write *_anomaly_preview.png.
+        skip_existing: Skip scans whose mask exists.
     """
 
     model: str | None = None
@@ -60,21 +60,21 @@ def anomaly(
     on_case: Callable[[ScanResult], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[ScanResult]:
-    """Scores scans and marks what is unlike healthy ones. A scan that fails stops no other.
+    """Find anomalies in scans. A scan that fails does not stop the others.
 
-    Written are *_anomaly.nii.gz, *_anomaly_mask.nii.gz, *_anomaly_foreground.nii.gz (where scores count) and
-    *_anomaly.json. The mask is written last: where it is, the scan is finished.
+    The files of a scan are *_anomaly.nii.gz (scores), *_anomaly_mask.nii.gz, *_anomaly_foreground.nii.gz (voxels whose
+    scores count) and *_anomaly.json. The mask is written last, so that a scan with a mask is finished.
 
     Args:
-        scans: files, or folders of them.
-        options: see `AnomalyOptions`.
-        on_case: called after every scan.
-        on_progress: called with (scan name, share done).
+        scans: Files, or folders of them.
+        options: The options.
+        on_case: Called after every scan.
+        on_progress: Called with (scan name, share done).
 
     Raises:
-        UsageError: contradictory options, or two scans with the same output.
-        InputError: a path that does not exist, or a folder without scans.
-        ModelError: no usable model, or "auto" for one that was not calibrated.
+        UsageError: Contradictory options, or two scans with the same output.
+        InputError: A path that does not exist, or a folder without scans.
+        ModelError: No usable model, or "auto" for a model without calibration.
     """
     parse_threshold(options.threshold)
     paths = all_scans(scans)
@@ -91,12 +91,12 @@ def _read(path: Path) -> Volume:
 
 def _load(options: AnomalyOptions) -> AnomalyModel:
     model = AnomalyModel(options.model or DEFAULT_MODEL, options.detection, options.device)
-    chosen_threshold(options.threshold, model)  # what is missing is said before the first scan
+    chosen_threshold(options.threshold, model)  # a missing calibration must be an error before the first scan
     return model
 
 
 def parse_threshold(text: str) -> str | float:
-    """What a threshold is: the word "auto", a quantile as the text "q0.99", or a number; UsageError if nothing."""
+    """Parse a threshold into the text "auto", a quantile as text such as "q0.99", or a number; UsageError otherwise."""
     if text == "auto":
         return text
     quantile = re.fullmatch(r"q(0?\.\d+)", text)
@@ -115,11 +115,11 @@ def chosen_threshold(text: str, model: AnomalyModel) -> float:
     """The value of a threshold for a model.
 
     Raises:
-        ModelError: a healthy quantile for a model without calibration.
+        ModelError: "auto" or a quantile for a model without calibration.
     """
-    wanted = parse_threshold(text)
-    if isinstance(wanted, float):
-        return wanted
+    parsed = parse_threshold(text)
+    if isinstance(parsed, float):
+        return parsed
     healthy = model.healthy_scores()
     if healthy is None:
         raise ModelError(
@@ -130,7 +130,7 @@ def chosen_threshold(text: str, model: AnomalyModel) -> float:
 
 
 def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> ScanResult:
-    """Scores a scan and writes its files, the mask last."""
+    """Score a scan and write its files, the mask last."""
     volume, files = scan.volume, scan.outputs
     scored = model.score(volume, derive_seed(options.seed, scan.name), scan.on_progress)
     threshold = chosen_threshold(options.threshold, model)
@@ -192,7 +192,7 @@ def _entries(
         "seconds": round(scan.seconds, 2),
     }
     healthy = model.healthy_scores()
-    if healthy is not None and not model.notes:  # else the map is not the one that was calibrated
+    if healthy is not None and not model.notes:  # with notes, the map is not comparable
         content["healthy_percentile"] = round(healthy.percentile(scored.scan_score), 1)
         content["healthy_scans"] = len(healthy.scan_scores)
         if options.threshold == "auto":

@@ -1,4 +1,4 @@
-"""Calibration of anomaly detectors on healthy scans, for the training and for `medseg calibrate-anomaly`."""
+"""Calibration of anomaly detectors on healthy scans, for `medseg train-anomaly` and `medseg calibrate-anomaly`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from medseg_diffusion.data.healthy import HealthyScan, healthy_slices, lesion_ma
 from medseg_diffusion.device import autocast
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.methods.healthy_scores import HealthyScores, fit_scores, kept_values, scan_score
+from medseg_diffusion.methods.healthy_scores import HealthyScores, fit_scores, scan_score, subsampled
 from medseg_diffusion.methods.latent_healing import HealthyLatents, LatentHealing
 from medseg_diffusion.models.anomaly_map import OnGrid, on_grid, scored
 from medseg_diffusion.models.generator import Generator
 from medseg_diffusion.volumes.io import read_volume
 
 MOST_IMAGES = 2000
-"""Healthy slices whose KL maps are held for the statistics of latents: some hundred megabytes."""
+"""Largest number of healthy slices whose KL maps are in memory for the statistics: some hundred megabytes."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class AnomalyCalibration:
     """Fits the detectors of a trained model to healthy scans.
 
     Attributes:
-        config: of the model.
-        generator: the trained generator.
-        classifier: of noisy images, where the model has one.
-        scans: healthy ones, none of which was trained on.
-        exclude_labelled: slices closer than this to a labelled one are left out.
-        on_prepare: called with (what is done, scans done, all scans).
+        config: Configuration of the model.
+        generator: The trained generator.
+        classifier: The noisy classifier, if the model has one.
+        scans: Healthy scans that were not used in training.
+        exclude_labelled: Slices closer than this to a labelled one are left out.
+        on_prepare: Called with (what is done, scans done, all scans).
     """
 
     config: AnomalyConfig
@@ -60,10 +60,10 @@ class AnomalyCalibration:
         return self.generator.device
 
     def fit(self) -> tuple[HealthyLatents | None, dict[str, HealthyScores]]:
-        """Every detector's thresholds, and the statistics of healthy latents where a detector needs them.
+        """Fit the thresholds of every detector, and the statistics of healthy latents if a detector needs them.
 
         Raises:
-            InputError: an unusable scan, or no healthy slice in any of them.
+            InputError: An unusable scan, or no healthy slice in any scan.
         """
         config, generator = self.config, self.generator
         latents = self._healthy_latents() if "latent-healing" in config.detectors else None
@@ -80,7 +80,7 @@ class AnomalyCalibration:
                     result = scored(detector, config, grid, derive_seed(0, scan.name), self.device, only=healthy)
                     inside = result.score[where].numpy()
                     if inside.size:
-                        values[method].setdefault(scan.patient, []).append(kept_values(inside))
+                        values[method].setdefault(scan.patient, []).append(subsampled(inside))
                         scan_scores[method].append(scan_score(inside))
             self.on_prepare("calibration", done, len(self.scans))
         if not any(scan_scores.values()):
@@ -91,12 +91,12 @@ class AnomalyCalibration:
         }
 
     def _grids(self) -> Iterator[tuple[HealthyScan, OnGrid, Tensor | None]]:
-        """Every scan on the generator's grid, and which of its images (N,) are healthy; None where none is."""
+        """Every scan on the generator's grid, and which of its images (N,) are healthy; None if none of them is."""
         dims = len(self.config.generator.data.shape)
         for scan in self.scans:
             grid = on_grid(self.config, read_volume(scan.image))
             lesions = lesion_map(scan, grid.placement)
-            if dims == 3:  # a volume with any lesion is left out as a whole
+            if dims == 3:  # a volume with any lesion is left out
                 healthy = torch.tensor([lesions is None or not bool(lesions.any())])
             else:
                 healthy = healthy_slices(lesions, grid.placement.shape[2], self.exclude_labelled)
@@ -104,7 +104,7 @@ class AnomalyCalibration:
             yield scan, grid, healthy if bool(healthy.any()) else None
 
     def _healthy_latents(self) -> HealthyLatents:
-        """The statistics of KL maps of at most `MOST_IMAGES` healthy slices or volumes, equally many of each scan."""
+        """KL map statistics of at most `MOST_IMAGES` healthy slices or volumes, the same number from each scan."""
         generator = self.generator
         detector = make_detector(self.config, generator.task, generator.codec, None, "latent-healing", None)
         assert isinstance(detector, LatentHealing)
@@ -129,7 +129,7 @@ class AnomalyCalibration:
 def healthy_voxels(grid: OnGrid, healthy: Tensor) -> Tensor:
     """Foreground voxels of the healthy images, bool (I, J, K) on the scan's own grid."""
     slices = healthy.float().expand(1, *grid.placement.shape).contiguous()
-    # Voxels between a healthy slice and one that was not scored hold a part of its zeros.
+    # A voxel between a healthy slice and one that was not scored is interpolated from the zeros of the latter.
     return grid.native & (grid.placement.restore(slices)[0] > 1 - 1e-4)
 
 

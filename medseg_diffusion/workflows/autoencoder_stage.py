@@ -28,18 +28,18 @@ from medseg_diffusion.training.trainer import Callbacks
 from .image_stage import ImageSourceOptions, image_card, mean_loss, prepare_images, validation_batches, write_pictures
 
 BATCH = 16
-"""Images that are encoded together, in validation and for the scale of latents."""
+"""Number of images that are encoded together, in validation and for the scale of latents."""
 SCALE_BATCHES = 64
-"""Batches over which mean and deviation of latents are estimated."""
+"""Number of batches from which the mean and the standard deviation of latents are estimated."""
 PICTURES = 16
 
 
 def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions, job: Job) -> Path:
-    """Trains an autoencoder of images and returns the model directory.
+    """Train an autoencoder of images and return the model directory.
 
     Raises:
-        InputError: unusable data.
-        ModelError: no weights for LPIPS where the configuration demands it.
+        InputError: Unusable data.
+        ModelError: The configuration demands LPIPS, whose weights are missing.
     """
     runtime = Runtime(job.device, config.training.precision)
     section = config.loss
@@ -64,8 +64,8 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
         originals = torch.cat([batch["image"] for batch in batches])
         reconstructions = _reconstructions(training, batches, runtime)
         numbers = {
-            # The adversarial loss trades reconstruction for sharpness on purpose: the last weights are the best, not
-            # those of the lowest reconstruction loss, which come before it.
+            # The adversarial loss trades reconstruction for sharpness on purpose. The last weights are therefore the
+            # best ones; the lowest reconstruction loss lies before the adversarial loss begins.
             "score": float(training.step),
             "loss": mean_loss(averaged, batches, runtime),
             **_fidelity(reconstructions, originals),
@@ -90,10 +90,10 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
 def autoencoder_of(config: GeneratorConfig) -> ImageAutoencoderConfig:
     """The configuration of a latent generator's first stage, for the generator's own data.
 
-    Both stages see the same images: what is held out of one must not have trained the other.
+    Both stages use the same split, because images held out of one must not be used to train the other.
 
     Raises:
-        UsageError: the configuration names something else than an autoencoder.
+        UsageError: The configuration names a model that is not an autoencoder.
     """
     stage = load_config(str(config.autoencoder))
     if not isinstance(stage, ImageAutoencoderConfig):
@@ -103,7 +103,7 @@ def autoencoder_of(config: GeneratorConfig) -> ImageAutoencoderConfig:
 
 
 def require_same_images(saved: SavedModel, stage: ImageAutoencoderConfig, config: GeneratorConfig) -> None:
-    """ModelError for an autoencoder of other images, or one that has seen what this run holds out."""
+    """Raise ModelError for an autoencoder of other images, or one that was trained on images held out here."""
     keys = ("shape", "channels", "test_images")
     theirs, ours = ({key: getattr(part.data, key) for key in keys} for part in (stage, config))
     if theirs != ours or stage.preprocessing != config.preprocessing:
@@ -129,13 +129,13 @@ def _training(config: ImageAutoencoderConfig, perceptual: Perceptual) -> Autoenc
     model = AutoencoderTraining(
         build.autoencoder(config), perceptual, weights, section.discriminator_channels, section.discriminator_layers
     )
-    with_memory_format(model, config.training.channels_last)  # it is not called as a whole, so it is not compiled
+    with_memory_format(model, config.training.channels_last)  # not compiled, because it is never called as a whole
     return model
 
 
 @torch.no_grad()
 def _reconstructions(training: AutoencoderTraining, batches: list[dict[str, Tensor]], runtime: Runtime) -> Tensor:
-    """The images of all batches after the autoencoder, on the CPU."""
+    """The reconstructed images of all batches, on the CPU."""
     codec = training.autoencoder
     with runtime.accelerator.autocast():
         parts = [codec.decode(codec.encode(batch["image"].to(runtime.device))).float().cpu() for batch in batches]
@@ -143,7 +143,7 @@ def _reconstructions(training: AutoencoderTraining, batches: list[dict[str, Tens
 
 
 def _fidelity(reconstructions: Tensor, originals: Tensor) -> dict[str, float]:
-    """PSNR and SSIM, for images of the range [-1, 1]."""
+    """PSNR and SSIM of images in [-1, 1]."""
     from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
 
     error = (reconstructions - originals).square().flatten(1).mean(1)
@@ -152,7 +152,7 @@ def _fidelity(reconstructions: Tensor, originals: Tensor) -> dict[str, float]:
 
 
 def _scale_batches(examples: ImageExamples, seed: int, runtime: Runtime) -> list[Tensor]:
-    """Random training images, on the device, from which the scale of latents is estimated."""
+    """Random training images on the device, for the scale of latents."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "scale"))
     size = min(len(examples), SCALE_BATCHES * BATCH)
     chosen = torch.randperm(len(examples), generator=generator)[:size].tolist()

@@ -1,4 +1,4 @@
-"""`medseg benchmark-segmenter` as a function: compare step counts, ensemble sizes and samplers of segmenters.
+"""`medseg benchmark-segmenter`: compare step counts, ensemble sizes and samplers of segmenters.
 
 OUT/benchmark.csv, benchmark.json   one row per model and setting; one factor varies at a time
 OUT/benchmark.png                   Dice against network evaluations
@@ -189,19 +189,19 @@ def benchmark_segmenter(
 
 
 def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[Setting]:
-    own = model.inference
+    defaults = model.inference
     if not model.samples_masks:
-        yield Setting("feed-forward", "", 1, own.ensemble)
+        yield Setting("feed-forward", "", 1, defaults.ensemble)
         return
     if options.settings:
         yield from (Setting("setting", *setting) for setting in options.settings)
         return
     for count in options.steps:
-        yield Setting("steps", own.sampler, count, 1)
+        yield Setting("steps", defaults.sampler, count, 1)
     for count in options.ensembles:
-        yield Setting("ensemble", own.sampler, own.steps, count)
+        yield Setting("ensemble", defaults.sampler, defaults.steps, count)
     for sampler in options.samplers:
-        yield Setting("sampler", sampler, own.steps, 1)
+        yield Setting("sampler", sampler, defaults.steps, 1)
 
 
 def _held_out_cases(model: SegmentationModel, data: Path, options: BenchmarkOptions) -> list[Case]:

@@ -1,4 +1,4 @@
-"""`medseg calibrate-anomaly`: a trained anomaly model fitted to other healthy scans."""
+"""`medseg calibrate-anomaly`: fit the thresholds of a trained anomaly model to other healthy scans."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from medseg_diffusion.models.store import load_model_files, save_model
 from .anomaly_calibration import AnomalyCalibration, CalibratedAnomaly
 
 DETECTION = ("residual", "latent_healing", "partial_noise", "patched", "counterfactual", "postprocessing", "quantile")
-"""Keys of a configuration on which the networks do not depend."""
+"""Keys of the configuration that do not affect the networks."""
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What becomes the new model's default; None keeps the model's.
+    """Options of `calibrate_anomaly`. They become the defaults of the new model; None keeps the old model's.
 
     Attributes:
-        exclude_labelled: slices closer than this to a labelled one are left out; None where nothing may be labelled.
-        quantile: nominal share of healthy voxels below the threshold.
-        detection: quantile of latents, and post-processing.
-        overrides: of the detectors' settings, such as "residual=bright" or "latent_healing.start=700".
+        exclude_labelled: Slices closer than this to a labelled one are left out; with None, labels are an error.
+        quantile: Nominal share of healthy voxels below the threshold.
+        detection: Quantile of latents, and post-processing.
+        overrides: Settings of the detectors, such as "residual=bright" or "latent_healing.start=700".
     """
 
     exclude_labelled: int | None = None
@@ -55,22 +55,22 @@ def calibrate_anomaly(
     device: str = "auto",
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> CalibratedAnomaly:
-    """Fits the thresholds of a trained model to other healthy scans, such as those of another scanner.
+    """Fit the thresholds of a trained model to other healthy scans, such as those of another scanner.
 
-    The networks stay as they are. The statistics of healthy latents are fitted again, too.
+    The statistics of healthy latents are fitted again, too. The networks stay as they are.
 
     Args:
-        model: folder or installed name.
-        healthy: a folder of scans that the model was not trained on, all of which are used.
-        output: the new model directory.
-        options: see `CalibrationOptions`.
+        model: Folder or installed name.
+        healthy: Folder of scans that the model was not trained on; all of them are used.
+        output: The new model directory.
+        options: The options.
         device: auto, cpu, cuda, cuda:N or mps.
-        on_prepare: called with (what is done, done, total).
+        on_prepare: Called with (what is done, done, total).
 
     Raises:
-        ModelError: no usable model.
-        InputError: unusable scans, or lesions in healthy ones.
-        UsageError: an output that exists, or values out of range.
+        ModelError: No usable model.
+        InputError: Unusable scans, or lesions in healthy ones.
+        UsageError: An output that exists, or values out of range.
     """
     if output.exists():
         raise UsageError(f"{output}: exists; choose a new folder")
@@ -100,7 +100,7 @@ def calibrate_anomaly(
 
 
 def _changed(config: AnomalyConfig, options: CalibrationOptions, source: str) -> AnomalyConfig:
-    """The configuration with the values that are given."""
+    """The configuration, changed by the options."""
     content = config.model_dump(mode="json")
     content["postprocessing"] = postprocessing(config, options.detection).model_dump(mode="json")
     if options.quantile is not None:

@@ -1,4 +1,4 @@
-"""`medseg check`: a data set in, counts, sizes, classes and broken files out."""
+"""`medseg check`: report counts, sizes, classes and broken files of a data set."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from medseg_diffusion.data.images import find_images
 
 
 def check(data: Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> ImageCheck:
-    """Opens every file of a data set; broken files are listed, not raised.
+    """Open every file of a data set. Broken files are listed in the result and raise no error.
 
     Args:
-        data: a folder or zip of images, or a folder of scans.
-        on_file: called with (files done, all files).
+        data: A folder or zip of images, or a folder of scans.
+        on_file: Called with (files done, all files).
 
     Raises:
-        InputError: nothing that could be images.
+        InputError: The path holds no images.
     """
     return check_images(find_images(data), on_file)

@@ -1,4 +1,4 @@
-"""`medseg evaluate` as a function: pair the masks, compare them, summarise the numbers and write the report."""
+"""`medseg evaluate`: pair the masks, compare them, summarise the numbers and write the report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from medseg_diffusion.reports.summary import cases_csv, summary_json
 from medseg_diffusion.volumes.io import read_map, read_volume, upright
 from medseg_diffusion.volumes.volume import Volume
 
-from .evaluate_maps import MAP_ENDINGS, evaluate_scores
+from .evaluate_maps import FOREGROUND_ENDINGS, MAP_ENDINGS, evaluate_scores
 
 __all__ = ["EvaluateOptions", "Evaluation", "evaluate"]
 
@@ -180,7 +180,7 @@ def _find_inputs(prediction: Path, reference: Path, options: EvaluateOptions) ->
         if options.foreground is None:
             foregrounds = find_foregrounds_beside(maps)
         else:
-            foregrounds = find_for_each(Path(options.foreground), pairs, ("_seg", ""), "foreground mask")
+            foregrounds = find_for_each(Path(options.foreground), pairs, FOREGROUND_ENDINGS, "foreground mask")
     return _Inputs(pairs, images, raters, maps, foregrounds), remarks
 
 
@@ -257,7 +257,7 @@ def _compare(pair: MaskPair, requested: Iterable[int]) -> _Counts:
 
 def _reliability(pair: MaskPair) -> tuple[Reliability | None, str]:
     """Calibration of the probabilities beside the prediction; if they cannot be used, None and the reason."""
-    path = pair.companion("_prob")
+    path = pair.companion("probabilities")
     if path is None:
         return None, ""
     probabilities, reference = read_map(path), pair.read_labels(pair.reference)
@@ -278,7 +278,7 @@ def _compare_with_raters(pair: MaskPair, raters: Sequence[Path], labels: Sequenc
     for path in raters:
         references.append(pair.read_labels(path))
         reference.require_same_grid(references[-1])
-    members = pair.companion("_members")
+    members = pair.companion("members")
     samples = pair.read_labels(pair.prediction) if members is None else read_map(members)
     reference.require_same_grid(samples)
     arrays = [volume.data.numpy().astype(np.int64) for volume in (samples, *references)]

@@ -1,4 +1,4 @@
-"""`medseg evaluate-generator` as a function: sample from generators and score the samples against real images.
+"""`medseg evaluate-generator`: sample from generators and score the samples against real images.
 
 OUT/scores.json, scores.csv     one row per model and sampler, and the floor: real images against other real ones
 OUT/samples/<row>/<i>.npy       the samples, 64 in a file; a repeated call reads them instead of sampling again

@@ -15,12 +15,15 @@ from medseg_diffusion.metrics.detection import Curve, Lesions, ScoredVoxels
 from medseg_diffusion.metrics.detection_summary import CaseDetection, Detection, summarise_detection
 from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
 from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.volumes.outputs import ANOMALY, SEGMENTATION
 from medseg_diffusion.volumes.paths import is_image, scan_name
 from medseg_diffusion.volumes.scores import read_scores
 from medseg_diffusion.volumes.volume import Volume
 
-MAP_ENDINGS = ("_anomaly", "_scores", "")
+MAP_ENDINGS = (scan_name(ANOMALY["map"]), "_scores", "")
 """Endings of the names of score maps; the first that exists is used."""
+FOREGROUND_ENDINGS = (scan_name(SEGMENTATION["segmentation"]), "")
+"""The same for foreground masks given by the user."""
 
 
 def evaluate_scores(
@@ -134,7 +137,7 @@ def _scan_score(path: Path) -> float:
     """The score of the whole scan in `NAME_anomaly.json` beside a map; NaN if there is no such file or no score."""
     name = scan_name(path)
     stem = next(name.removesuffix(ending) for ending in MAP_ENDINGS if name.endswith(ending))
-    file = path.with_name(f"{stem}_anomaly.json")
+    file = path.with_name(stem + ANOMALY["scores"])
     if not file.is_file():
         return math.nan
     expected, remedy = 'a JSON object whose "score" is a number', "write it again, or remove it"

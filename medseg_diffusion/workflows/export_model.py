@@ -1,4 +1,4 @@
-"""A trained model made ready to hand on: a smaller copy with a card that says where it comes from."""
+"""`medseg models export`: copy a model for others, with a complete card and optionally at half the size."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def export_model(
     notes: str = "",
     licence: str = "",
 ) -> Path:
-    """Copies a model to the new folder ``output``, whose name is the title of its card; returns ``output``.
+    """Copy a model to the new folder ``output``, whose name is the title of the card; return ``output``.
 
     Args:
-        model: model folder, run folder or installed name.
-        output: a new folder.
-        half: store the weights in float16, rounded to 11 bits. Score the copy, not the original.
-        command: how the model was trained.
-        data: credit and terms of its training data.
-        notes: what it is for and what it is not.
-        licence: of the weights.
+        model: Model folder, run folder or installed name.
+        output: A new folder.
+        half: Store the weights in float16, rounded to 11 bits. Reported scores should then be those of the copy.
+        command: Command that trained the model.
+        data: Credit and terms of its training data.
+        notes: Intended use and limits of the model.
+        licence: Licence of the weights.
 
     Raises:
-        ModelError: no usable model, or one that was imported and not trained here.
-        UsageError: an output that exists.
+        ModelError: No usable model, or an imported model.
+        UsageError: An output that exists.
     """
     if output.exists():
         raise UsageError(f"{output}: exists; choose a new folder")
     saved = load_model_files(model)
     if template_of(saved.card) is None:
-        raise ModelError(f"{saved.path}: a {saved.card['task']} that was imported; hand on the file that it came from")
+        raise ModelError(f"{saved.path}: an imported {saved.card['task']}; share the file that it was imported from")
     card = {**saved.card, **({"licence": licence} if licence else {})}
     readme = render_card(card, name=output.resolve().name, command=command, data=data, notes=notes)
     save_model(output, card, saved.weights, readme, torch.float16 if half else torch.float32)

@@ -1,4 +1,4 @@
-"""What the trainings on images share: the packed images, validation batches, pictures and the card."""
+"""Packed images, validation batches, sample pictures and card entries for all trainings on images."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from medseg_diffusion.training.runtime import Runtime
 ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
 
 VALIDATION_IMAGES = 512
-"""Images, always the same with the same noise, whose loss is logged and chooses the best weights."""
+"""Number of validation images. They and their noise are always the same; their loss chooses the best weights."""
 
 
 @dataclass(frozen=True)
 class ImageSourceOptions:
-    """Where the images of a training come from.
+    """The source of a training's images.
 
     Attributes:
-        data: a folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or packed images.
-        skip_broken: leave broken files out instead of stopping.
-        download: fetch the weights of LPIPS if they are missing; nothing is downloaded otherwise.
+        data: A folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or packed images.
+        skip_broken: Leave broken files out instead of stopping.
+        download: Download the weights of LPIPS if they are missing; nothing is downloaded otherwise.
     """
 
     data: Path | PackedImages
@@ -49,26 +49,26 @@ def prepare_images(
     job: Job,
     runtime: Runtime,
     build_model: Callable[[PackedImages], object] = lambda images: None,
-    noted: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> PackedImages:
-    """The packed images. The run folder is made once nothing can be refused any more.
+    """Pack the images, check everything, and then create the run folder.
 
     Args:
-        config: of the training.
-        source: of the images.
-        job: the call.
-        runtime: its processes.
-        build_model: builds the network, for what that refuses.
-        noted: what else has to be the same to resume.
+        config: Configuration of the training.
+        source: Source of the images.
+        job: The training job.
+        runtime: Its device and processes.
+        build_model: Builds the network, so that its errors occur before the run folder exists.
+        notes: Further values that must be the same when the run is resumed.
     """
-    job.require_startable(config, noted)
+    job.require_startable(config, notes)
     with runtime.main_first():
         images = _packed(config, source, job)
     with torch.device("meta"):
         build_model(images)
     if runtime.is_main:
         sides = None if images.held_out is None else asdict(images.held_out)
-        job.start(config, noted, sides, images.folder, "held_out.json")
+        job.start(config, notes, sides, images.folder, "held_out.json")
     return images
 
 
@@ -92,7 +92,7 @@ def _packed(config: ImageConfig, source: ImageSourceOptions, job: Job) -> Packed
 
 
 def validation_batches(examples: Examples, batch_size: int) -> list[dict[str, Tensor]]:
-    """The first validation examples, each with a seed of its own that never changes."""
+    """The first validation examples, each with its own fixed seed."""
     drawn = []
     for i in range(min(VALIDATION_IMAGES, len(examples))):
         seed = derive_seed("validation", i)
@@ -104,7 +104,7 @@ def validation_batches(examples: Examples, batch_size: int) -> list[dict[str, Te
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], runtime: Runtime) -> float:
-    """The mean loss of ``model`` over all images of the batches."""
+    """Mean loss of ``model`` over all images of the batches."""
     total, count = 0.0, 0
     for batch in batches:
         with runtime.accelerator.autocast():
@@ -114,7 +114,7 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], runtime: Runti
 
 
 def write_pictures(images: Tensor, run: Path) -> None:
-    """Writes images (N, C, *S) in [-1, 1] as the next picture of RUN/samples."""
+    """Write images (N, C, *S) in [-1, 1] as the next picture in RUN/samples."""
     folder = run / "samples"
     number = len(list(folder.glob("*.png"))) + 1
     write_png(grid(as_pictures(images)), folder / f"{number:03d}.png")
@@ -123,7 +123,7 @@ def write_pictures(images: Tensor, run: Path) -> None:
 def image_card(
     config: ImageConfig, images: PackedImages, job: Job, step: int, numbers: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The common entries of the card of a model that was trained on images."""
+    """The card entries that all models trained on images have."""
     tasks = {"autoencoder": "image-autoencoder", "classifier": "image-classifier"}
     data = {
         "images": len(images.part("train")),

@@ -1,4 +1,4 @@
-"""Choosing a few labelled images of a folder, and bringing them to a generator's grid."""
+"""Chooses a few labelled images of a folder and resamples them to a generator's grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medseg_diffusion.data.mask_examples import CaseFormat, PreparedCase, prepar
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.activations import Activations
-from medseg_diffusion.methods.label_efficient import FEWEST_PIXELS
+from medseg_diffusion.methods.labelled_pixels import FEWEST_PIXELS
 from medseg_diffusion.models.generator import Generator
 from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
 from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
@@ -30,14 +30,14 @@ Select = Literal["hash", "diverse"]
 
 @dataclass(frozen=True)
 class Labelling:
-    """Which images are labelled.
+    """The choice of the labelled images.
 
     Attributes:
-        count: number K of labelled cases or slices.
+        count: Number K of labelled cases or slices.
         unit: "case", or "slice" for single slices that show a class above background.
-        select: "hash" takes the first K of the training side in an order of names and ``seed``; "diverse" the one
-            nearest to each centre of K clusters of the generator's features.
-        seed: of the choice.
+        select: "hash" takes the first K images of the training side, ordered by a hash of name and ``seed``. "diverse"
+            takes the image nearest to each centre of K clusters of the generator's features.
+        seed: Seed of the choice.
     """
 
     count: int
@@ -48,7 +48,7 @@ class Labelling:
 
 @dataclass(frozen=True, eq=False)
 class LabelledUnit:
-    """One labelled image: a case, or a slice of one. ``images`` (n, C, *size), ``labels`` (n, *size)."""
+    """A labelled case or slice. ``images`` is (n, C, *size), ``labels`` is (n, *size); n is 1 for a slice."""
 
     name: str
     images: Tensor
@@ -57,14 +57,14 @@ class LabelledUnit:
 
 @dataclass(frozen=True, eq=False)
 class LabelledData:
-    """The chosen units of a folder. They have as many channels as the generator: a single one is repeated.
+    """The chosen units of a folder, with the generator's number of channels; a single channel is repeated.
 
     Attributes:
-        units: the labelled images.
-        channels: names of the scans' channels.
-        labels: label value to class name.
-        folder: the cases of the folder.
-        split: their sides.
+        units: The labelled images.
+        channels: Names of the scans' channels.
+        labels: Label value -> class name.
+        folder: The cases of the folder.
+        split: The split of the cases.
     """
 
     units: list[LabelledUnit]
@@ -82,19 +82,19 @@ def labelled_units(
     cache: Path,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> LabelledData:
-    """Chooses the labelled images of a folder and brings them to the generator's grid.
+    """Choose the labelled images of a folder and resample them to the generator's grid.
 
     Args:
-        config: of the pixel classifiers.
-        generator: decides the grid.
-        data: a folder of labelled scans.
-        labelling: which images.
-        cache: folder for preprocessed cases.
-        on_progress: called with (what is done, done, total).
+        config: Configuration of the pixel classifiers.
+        generator: The generator, which decides the grid.
+        data: Folder of labelled scans.
+        labelling: The choice of the images.
+        cache: Folder for preprocessed cases.
+        on_progress: Called with (what is done, done, total).
 
     Raises:
-        UsageError: classes without names, or more test cases than the generator held out.
-        InputError: unusable data, or more labelled images asked for than there are.
+        UsageError: Classes without names, or more test cases than the generator held out.
+        InputError: Unusable data, or fewer labelled images than requested.
     """
     folder = find_cases(data)
     labels = _class_names(config, folder, data)
@@ -104,7 +104,7 @@ def labelled_units(
     pool = sorted(training, key=lambda case: derive_seed(labelling.seed, case.name))
     if not pool or (labelling.unit == "case" and labelling.count > len(pool)):
         raise _too_few(data, labelling.count, len(pool), "cases", held_out)
-    # Without clustering, cases that are not chosen are not even read.
+    # Without clustering, only the chosen cases are read.
     all_are_read = labelling.unit == "slice" or labelling.select == "diverse"
     channels = _channels(pool[0].image, generator.config.data.channels)
     cases = prepare(
@@ -125,7 +125,7 @@ def labelled_units(
 
 
 def _class_names(config: PixelClassifierConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
-    """Label value to class name, from the configuration, else from the folder."""
+    """Label value -> class name, from the configuration or else from the folder."""
     names = config.data.labels or tuple(folder.labels[value] for value in sorted(folder.labels) if value)
     if not names:
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; add --set data.labels=[...]")
@@ -133,14 +133,14 @@ def _class_names(config: PixelClassifierConfig, folder: CaseFolder, data: Path) 
     if folder.labels and set(folder.labels) != set(labels):
         raise UsageError(
             f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but "
-            f"{'data.labels' if config.data.labels else 'classes are'} 0 to {len(names)}; number them without gaps, "
-            "and name all of them"
+            f"{'data.labels names' if config.data.labels else 'classes are'} 0 to {len(names)}; number them without "
+            "gaps, and name all of them"
         )
     return labels
 
 
 def _channels(image: Path, channels: int) -> int:
-    """Channels of the scans: as many as the generator's images have, or one that is repeated."""
+    """Number of channels of the scans: that of the generator's images, or one, which is repeated."""
     count = len(read_map(image).data)
     if count not in (1, channels):
         raise InputError(
@@ -159,7 +159,7 @@ def _chosen(
     labelling: Labelling,
     num_classes: int,
 ) -> list[LabelledUnit]:
-    """The labelled images; fewer than asked for where there are no more."""
+    """The chosen images; fewer than requested if there are too few."""
     size, count, seed = generator.config.data.shape, labelling.count, labelling.seed
     shape = (generator.config.data.channels, *size)
 
@@ -179,10 +179,10 @@ def _chosen(
 def _held_out(
     config: PixelClassifierConfig, generator: Generator, data: Path, cases: Sequence[Case]
 ) -> tuple[int, int]:
-    """Test and validation patients: as asked for, else those on the generator's sides.
+    """Numbers of test and validation patients: those of the configuration, or else those that the generator held out.
 
     Raises:
-        UsageError: more for testing than the generator has surely not seen.
+        UsageError: More test patients than the generator held out.
     """
     section = config.data
     if generator.held_out is None:  # it is unknown what the generator has seen
@@ -193,9 +193,8 @@ def _held_out(
         test, validation = generator.held_out.count(patients)
         if section.test_cases is not None and section.test_cases > test:
             raise UsageError(
-                f"data.test_cases={section.test_cases}: of the {len(set(patients))} patients in {data} {test} are on "
-                "the side that the generator held out for testing; leave it out, or train the generator with more "
-                "data.test_images"
+                f"data.test_cases={section.test_cases}: the generator held out only {test} of the {len(set(patients))} "
+                f"patients in {data} for testing; leave the key out, or train the generator with more data.test_images"
             )
     return (
         test if section.test_cases is None else section.test_cases,
@@ -206,12 +205,12 @@ def _held_out(
 def _candidates(
     cases: Sequence[PreparedCase], size: Sequence[int], unit: Unit, num_classes: int, every_class: bool, seed: int
 ) -> Iterator[LabelledUnit]:
-    """What may be labelled, on the generator's grid, one after another: cases in their order, slices in one of a hash.
+    """Yield the cases in their order, or slices in the order of a hash, on the generator's grid.
 
-    Of slices only those with `FEWEST_PIXELS` of a class above background, or of ``every_class``.
+    A slice needs at least `FEWEST_PIXELS` pixels of one class above background, or with ``every_class`` of all classes.
 
     Raises:
-        InputError: a volume that is larger than those of the generator, or a picture where it makes volumes.
+        InputError: A volume that is larger than those of the generator, or a 2D image for a generator of volumes.
     """
     if unit == "case":
         for case in cases:
@@ -247,7 +246,7 @@ def _candidates(
 
 @torch.no_grad()
 def _pooled(unit: LabelledUnit, activations: Activations) -> Tensor:
-    """The means (F,) of the activations of a unit's images."""
+    """Mean activations (F,) over a unit's images."""
     device = activations.noise.device
     parts = [activations(image[None].to(device)) for image in unit.images]
     pooled = [torch.cat([block.float().flatten(2).mean(2)[0] for block in part]) for part in parts]
@@ -255,7 +254,7 @@ def _pooled(unit: LabelledUnit, activations: Activations) -> Tensor:
 
 
 def _diverse(pooled: Sequence[Tensor], count: int, seed: int) -> list[int]:
-    """The unit nearest to each of ``count`` cluster centres of pooled activations, none twice; all where too few."""
+    """Indices of the units nearest to ``count`` cluster centres of pooled activations, none twice; all if too few."""
     if len(pooled) <= count:
         return list(range(len(pooled)))
     from scipy.cluster.vq import kmeans2  # slow to import
@@ -272,10 +271,10 @@ def _diverse(pooled: Sequence[Tensor], count: int, seed: int) -> list[int]:
     return taken
 
 
-def _too_few(data: Path, wanted: int, there: int, what: str, held_out: tuple[int, int]) -> InputError:
+def _too_few(data: Path, requested: int, available: int, what: str, held_out: tuple[int, int]) -> InputError:
     return InputError(
         data,
-        f"{there} labelled {what} to choose from",
-        f"at least the {wanted} asked for",
+        f"{available} labelled {what} to choose from",
+        f"at least the {requested} asked for",
         f"lower --labelled, or data.test_cases ({held_out[0]}) and data.validation_cases ({held_out[1]})",
     )

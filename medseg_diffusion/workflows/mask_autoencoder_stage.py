@@ -23,11 +23,11 @@ from medseg_diffusion.training.trainer import Callbacks
 from .segmenter_data import SegmenterData
 
 STANDARDISE_CASES = 64
-"""Training masks over which mean and deviation of mask latents are estimated."""
+"""Number of training masks from which the mean and the standard deviation of mask latents are estimated."""
 
 
 def mask_autoencoder_job(job: Job) -> Job:
-    """The stage of a segmenter's ``job``, in a folder of its own. Only the time limit ends it early."""
+    """The job of the first stage of a segmenter's ``job``, in its own folder. Only the time limit ends it early."""
     folder = job.run / "autoencoder"
     resume = job.resume and (folder / "checkpoints" / "last.pt").is_file()
     return replace(job, run=folder, resume=resume, max_steps=None)
@@ -36,10 +36,10 @@ def mask_autoencoder_job(job: Job) -> Job:
 def train_mask_autoencoder(
     autoencoder: MaskAutoencoder, config: SegmenterConfig, data: SegmenterData, job: Job, runtime: Runtime
 ) -> dict[str, float]:
-    """Trains the autoencoder in the run folder of ``job`` and returns its ceiling.
+    """Train the autoencoder in the run folder of ``job`` and return its ceiling.
 
-    The ceiling is the Dice of validation masks against their own reconstructions, per class: no segmenter whose masks
-    come out of this autoencoder can be expected to do better.
+    The ceiling is the Dice of the validation masks against their reconstructions, per class. A segmenter that uses this
+    autoencoder cannot be expected to do better.
     """
     autoencoder.requires_grad_(True)
     dims = config.network.dims
@@ -86,7 +86,7 @@ def _ceiling(autoencoder: MaskAutoencoder, data: SegmenterData, dims: int, runti
 
 @torch.no_grad()
 def _reconstructed(autoencoder: MaskAutoencoder, masks: Tensor, runtime: Runtime) -> Tensor:
-    """Masks (B, *S) after the autoencoder."""
+    """Reconstructed masks (B, *S)."""
     labels = masks.long().to(runtime.device)
     return autoencoder.decode(autoencoder.encode(labels), labels.shape[1:]).argmax(1).cpu()
 
@@ -99,5 +99,5 @@ def _standardise(autoencoder: MaskAutoencoder, data: SegmenterData, seed: int, r
 
 
 def _as_batches(label: Tensor, dims: int) -> Sequence[Tensor]:
-    """A case's labels (I, J, K) as batches: the volume, or all slices across the third axis."""
+    """Split a case's labels (I, J, K) into batches: the volume, or all slices across the third axis."""
     return [label[None]] if dims == 3 else [label.movedim(-1, 0)]

@@ -1,4 +1,4 @@
-"""Trained generators to images: the whole of `medseg sample` as functions."""
+"""`medseg sample`: sample images from a trained generator into a folder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ def sample_images(
     options: SampleOptions = SampleOptions(),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
-    """Samples images into the folder ``output``: 00000.png, ..., grid.png of the first 64, and samples.json.
+    """Sample images into the folder ``output``: 00000.png, ..., grid.png of the first 64, and samples.json.
 
-    Volumes become 00000.nii.gz, ..., of levels 0 to 255 in RAS, and grid.png shows their middle slices.
-
-    Images that are there already, made by the same model with the same options, are left alone, so that an interrupted
-    call can be repeated.
+    Volumes become 00000.nii.gz, ..., with levels 0 to 255 in RAS, and grid.png shows their middle slices. Images that
+    the same model has made with the same options are kept, so that an interrupted call can be repeated.
 
     Raises:
-        UsageError: options that the model cannot follow, or a folder with samples of other options.
-        ModelError: no usable model.
+        UsageError: Options that do not fit the model, or a folder with samples of other options.
+        ModelError: No usable model.
     """
     source = ImageSource(name_or_path, options)
     about = {
@@ -68,7 +66,7 @@ def sample_images(
 
 
 def read_png(path: Path) -> np.ndarray:
-    """A sampled image, (H, W, 1 or 3) uint8."""
+    """Read a sampled image, (H, W, 1 or 3) uint8."""
     from PIL import Image
 
     try:

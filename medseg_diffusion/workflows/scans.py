@@ -1,4 +1,4 @@
-"""The loop over scans that several commands share: read, skip what is finished, fail alone, report."""
+"""The loop over scans of several commands: it skips finished scans, and a scan that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.outputs import Outputs
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 Model = TypeVar("Model")
@@ -18,21 +19,21 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What became of one scan.
+    """The result for one scan.
 
     Attributes:
-        scan: the file, or the folder of a DICOM series.
-        status: "skipped" where the result was there already.
-        outputs: kind (segmentation, preview, ...) to the file written.
-        seconds: time taken, without reading the scan and loading the model.
-        volumes_ml: name of what was found to its volume.
-        members_ml: class name to the smallest and largest volume of the members.
-        intervals_ml: class name to the calibrated interval of its volume.
-        level: share of scans whose interval holds the reference's volume.
-        quality: of a segmentation (`medseg_diffusion.models.segmentation.Segmentation`).
-        error: one line, where the scan failed.
-        exit_code: of that failure.
-        warnings: what the reader should know, one sentence each.
+        scan: The file, or the folder of a DICOM series.
+        status: "done", "failed", or "skipped" if the result existed.
+        outputs: Kind (segmentation, preview, ...) -> file that was written.
+        seconds: Time taken, without reading the scan and loading the model.
+        volumes_ml: Name of a class or anomaly -> its volume.
+        members_ml: Class name -> smallest and largest volume of the members.
+        intervals_ml: Class name -> calibrated interval of its volume.
+        level: Share of scans whose interval contains the reference's volume.
+        quality: Quality of a segmentation (`medseg_diffusion.models.segmentation.Segmentation`).
+        error: Error message in one line, if the scan failed.
+        exit_code: Exit code of that failure.
+        warnings: Facts that the reader should know, one sentence each.
     """
 
     scan: Path
@@ -51,13 +52,13 @@ class ScanResult:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A scan that is being worked on.
+    """The scan that a command is processing.
 
     Attributes:
-        path: the file, or the folder of a DICOM series.
-        volume: what was read of it.
-        outputs: kind to the file to write.
-        on_progress: to be called with the share done.
+        path: The file, or the folder of a DICOM series.
+        volume: The loaded scan.
+        outputs: Kind -> file to write.
+        on_progress: To be called with the share done.
         started: `time.monotonic` when it had been read.
     """
 
@@ -69,24 +70,24 @@ class Scan:
 
     @property
     def name(self) -> str:
-        """The file's name without its suffix, which decides the scan's seed."""
+        """Name of the file without its suffix, from which the scan's seed is derived."""
         return scan_name(self.path)
 
     @property
     def seconds(self) -> float:
-        """Time taken so far, without reading."""
+        """Seconds since the scan had been read."""
         return time.monotonic() - self.started
 
 
 @dataclass(frozen=True)
 class Work(Generic[Model]):
-    """What a command does with each scan.
+    """The steps of a command for each scan.
 
     Attributes:
-        read: path to volume.
-        load: loads the model, before the first scan that needs it.
-        run: writes the results of one scan, the output ``last`` at the end.
-        last: kind of output; where its file is, the scan is finished.
+        read: Reads the volume of a path.
+        load: Loads the model, before the first scan that needs it.
+        run: Writes the results of one scan, the output ``last`` at the end.
+        last: Kind of output whose file marks a finished scan.
     """
 
     read: Callable[[Path], Volume]
@@ -103,17 +104,17 @@ def each_scan(
     on_case: Callable[[ScanResult], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[ScanResult]:
-    """Works on scans one after another. A scan that fails stops no other.
+    """Process scans one after another. A scan that fails does not stop the others.
 
     Args:
-        outputs: the scans, in order, with the files to write.
-        work: what is done with each of them.
-        skip_existing: leave finished scans alone.
-        on_case: called after every scan.
-        on_progress: called with (scan name, share done).
+        outputs: Scan -> kind -> file to write, in the order of processing.
+        work: The steps for each scan.
+        skip_existing: Skip finished scans.
+        on_case: Called after every scan.
+        on_progress: Called with (scan name, share done).
 
     Raises:
-        MedsegError: what concerns the model or the options, and so every scan.
+        MedsegError: An error in the model or the options, which concerns every scan.
     """
     model: Model | None = None
     results: list[ScanResult] = []
@@ -123,7 +124,7 @@ def each_scan(
         else:
             report = _share_of(path, on_progress)
             try:
-                # The scan is read before the model is loaded: a mistyped path is answered at once.
+                # The scan is read before the model is loaded, so that a broken file is reported at once.
                 volume = work.read(path)
                 model = work.load() if model is None else model
                 result = work.run(model, Scan(path, volume, files, report, started=time.monotonic()))
@@ -141,10 +142,10 @@ def each_scan(
 
 
 def all_scans(paths: Sequence[Path]) -> list[Path]:
-    """The scans that files and folders stand for, each once.
+    """The scans in files and folders, each only once.
 
     Raises:
-        InputError: a path that does not exist, or a folder without scans.
+        InputError: A path that does not exist, or a folder without scans.
     """
     return list(dict.fromkeys(scan for path in paths for scan in find_scans(path)))
 

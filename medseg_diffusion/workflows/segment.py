@@ -1,4 +1,4 @@
-"""`medseg segment`: scans in, masks, maps, previews, statistics and a report out."""
+"""`medseg segment`: segment scans and write masks, maps, previews, statistics and a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from medseg_diffusion.volumes.volume import Volume
 from .scans import Scan, ScanResult, Work, all_scans, each_scan
 
 IGNORED = 255
-"""The value of pseudo-labels that are too uncertain to be used."""
+"""Value of pseudo-labels that are too uncertain to train on."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,27 @@ class SegmentOptions:
     """Options of `segment`; None takes the model's own default.
 
     Attributes:
-        model: model folder, run folder or installed name.
-        output: a file (one scan) or a folder; None writes next to each scan.
-        ensemble: number of sampled masks; None takes the model's.
-        steps: denoiser calls per sample.
+        model: Model folder, run folder or installed name; None takes the built-in model.
+        output: File (one scan) or folder; None writes next to each scan.
+        ensemble: Number of sampled masks.
+        steps: Denoiser calls per sample.
         sampler: "ddpm", "ddim" or "dpm++".
-        fusion: how members become one: "mean", "majority" or "staple".
-        seed: every case derives its own from this and its name.
+        fusion: How members become one mask: "mean", "majority" or "staple".
+        seed: Seed of all randomness; every scan derives its seed from this and its name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        save_probabilities: write *_prob.nii.gz, channels last.
-        save_uncertainty: write *_uncertainty.nii.gz.
-        uncertainty: which one: "entropy" (of the mean, 0 to 1), "mutual-information" (the members' disagreement, on the
-            same scale) or "variance" (of the foreground's probability over members).
-        save_members: write *_members.nii.gz, the mask of every member, channels last.
-        save_pseudo_labels: write *_pseudo.nii.gz, the mask with `IGNORED` where members disagree more than
-            ``max_disagreement``: labels to train on, for scans that nobody has labelled.
-        max_disagreement: mutual information of the members, 0 to 1 (`Ensemble.uncertainty`).
-        statistics: write *_statistics.json.
-        preview: write *_preview.png.
-        report: write one HTML page on all scans to this file.
-        skip_existing: leave scans alone whose mask is there.
-        shard: (i, n), 1 <= i <= n: only the scans of part i, chosen by a hash of the name.
+        save_probabilities: Write *_prob.nii.gz, channels last.
+        save_uncertainty: Write *_uncertainty.nii.gz.
+        uncertainty: Kind of that map: "entropy" (of the mean, 0 to 1), "mutual-information" (the members' disagreement,
+            on the same scale) or "variance" (of the foreground's probability over members).
+        save_members: Write *_members.nii.gz, the mask of every member, channels last.
+        save_pseudo_labels: Write *_pseudo.nii.gz, labels to train on for scans without labels. It is the mask, with
+            `IGNORED` where members disagree more than ``max_disagreement``.
+        max_disagreement: Largest mutual information of the members, 0 to 1 (`Ensemble.uncertainty`).
+        statistics: Write *_statistics.json.
+        preview: Write *_preview.png.
+        report: Write one HTML page about all scans to this file.
+        skip_existing: Skip scans whose mask exists.
+        shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the name.
         output_format: "nifti".
     """
 
@@ -91,20 +91,20 @@ def segment(
     on_case: Callable[[ScanResult], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[ScanResult]:
-    """Segments files and folders of scans and writes the results. A scan that fails stops no other.
+    """Segment scans and write the results. A scan that fails does not stop the others.
 
-    The mask is written last: where it is, the scan is finished.
+    The mask is written last, so that a scan with a mask is finished.
 
     Args:
-        scans: files, or folders of them.
-        options: see `SegmentOptions`.
-        on_case: called after every scan.
-        on_progress: called with (scan name, share done).
+        scans: Files, or folders of them.
+        options: The options.
+        on_case: Called after every scan.
+        on_progress: Called with (scan name, share done).
 
     Raises:
-        UsageError: contradictory options, or two scans with the same output.
-        InputError: a path that does not exist, or a folder without scans.
-        ModelError: no usable model.
+        UsageError: Contradictory options, or two scans with the same output.
+        InputError: A path that does not exist, or a folder without scans.
+        ModelError: No usable model.
     """
     paths = all_scans(scans)
     outputs = {path: segmentation_outputs(path, options.output, len(paths)) for path in paths}
@@ -138,14 +138,14 @@ def _load(options: SegmentOptions) -> SegmentationModel:
         options.uncertainty,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
-        raise UsageError("pseudo-labels need members that can disagree: use --ensemble 2 or more")
+        raise UsageError("pseudo-labels need members that can disagree; use --ensemble 2 or more")
     if options.save_pseudo_labels and max(model.labels) >= IGNORED:
-        raise UsageError(f"pseudo-labels mark what to ignore by {IGNORED}, which is a class of this model")
+        raise UsageError(f"pseudo-labels use {IGNORED} for voxels to ignore, but it is a class of this model")
     return model
 
 
 def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> tuple[ScanResult, SegmentedCase]:
-    """Segments a scan and writes its files, the mask last."""
+    """Segment a scan and write its files, the mask last."""
     _check_fits(scan.volume, model)
     ensemble, placement = model.sample(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
     segmentation = model.aggregation.combine(ensemble, placement)
@@ -161,7 +161,7 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
     write_labels(segmentation.labels, scan.volume, scan.outputs["segmentation"])
     warnings = list(model.notes)
     if segmentation.quality == "check":
-        warnings.append("the sampled masks agree less than is usual for this model; look at the result")
+        warnings.append("the sampled masks agree less than is usual for this model; check the result")
     result = ScanResult(
         scan.path,
         "done",
@@ -185,7 +185,7 @@ def _write_maps(
     ensemble: Ensemble,
     placement: Placement,
 ) -> Outputs:
-    """Writes the maps that are asked for beside the mask."""
+    """Write the requested maps beside the mask."""
     files, volume, written = scan.outputs, scan.volume, []
     if options.save_probabilities:
         write_map(segmentation.probabilities, volume, files["probabilities"])
@@ -233,7 +233,7 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
 def _report_card(
     result: ScanResult, model: SegmentationModel, options: SegmentOptions, picture: bytes
 ) -> SegmentedCase:
-    """What the report says of a scan."""
+    """The content of the report about a scan."""
     return SegmentedCase(
         name=result.scan.name,
         preview=picture,
@@ -292,8 +292,8 @@ def _check_fits(volume: Volume, model: SegmentationModel) -> None:
     expected = model.channels
     if len(volume.data) != expected:
         if is_image(volume.source or ""):
-            known = {1: "convert the image to greyscale", 3: "convert the image to colour"}
-            remedy = known.get(expected, f"pass a volume of {expected} channels")
+            conversions = {1: "convert the image to greyscale", 3: "convert the image to colour"}
+            remedy = conversions.get(expected, f"pass a volume of {expected} channels")
         else:
             remedy = "pass one volume" if expected == 1 else "stack the channels along a fourth axis"
         raise InputError(
@@ -305,5 +305,5 @@ def _check_fits(volume: Volume, model: SegmentationModel) -> None:
 
 
 def _shard_of(scan: Path, count: int) -> int:
-    """The part, 1..count, of a scan: by its name alone, so that further scans do not move it."""
+    """The part of a scan, 1..count. It depends only on the name, so that further scans do not change it."""
     return int(hashlib.sha256(scan_name(scan).encode()).hexdigest(), 16) % count + 1

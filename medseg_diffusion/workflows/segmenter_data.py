@@ -1,4 +1,4 @@
-"""What segmenters are trained on: labelled scans, or brains that are synthesised from label maps."""
+"""Training data of segmenters: labelled scans, or brains that are synthesised from label maps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from medseg_diffusion.data.tissue import TISSUES
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.shape_prior import ShapePrior, average_shape
-from medseg_diffusion.volumes.paths import find_scans, scan_name
+from medseg_diffusion.volumes.inputs import find_scans
+from medseg_diffusion.volumes.paths import scan_name
 
 VALIDATION_WINDOWS = 12
-"""Synthetic windows, of the held-out anatomies, on which training from label maps is validated."""
+"""Number of synthetic windows of held-out anatomies that validate a training from label maps."""
 
 OnCase = Callable[[int, int], None]
 """Called with (cases prepared, all cases)."""
@@ -32,16 +33,16 @@ OnCase = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SegmenterData:
-    """Everything that the training of a segmenter takes from a data folder.
+    """The content of a data folder, ready to train a segmenter.
 
     Attributes:
-        examples: for training.
-        validation: prepared cases of the validation side.
-        labels: label value to class name.
-        channels: names of the image's channels.
-        summary: for the model card.
-        split: which case is on which side.
-        shape: average shape of the training anatomies, if the configuration asks for it.
+        examples: Training examples.
+        validation: Prepared cases of the validation side.
+        labels: Label value -> class name.
+        channels: Names of the image's channels.
+        summary: Facts about the data for the model card.
+        split: Split of the cases.
+        shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
     """
 
     examples: Examples
@@ -54,17 +55,17 @@ class SegmenterData:
 
 
 def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:
-    """Reads and prepares the folder ``data`` for a configuration.
+    """Read and prepare the folder ``data`` for a configuration.
 
     Args:
-        config: its ``data.source`` says what the folder holds.
-        data: the folder.
-        cache: folder for prepared cases; what it holds already is not prepared again.
-        on_case: called after every case.
+        config: The configuration; its ``data.source`` says what the folder holds.
+        data: The folder.
+        cache: Folder for prepared cases; cases that are in it are not prepared again.
+        on_case: Called after every case.
 
     Raises:
-        UsageError: a configuration that does not fit the data.
-        InputError: unusable data.
+        UsageError: A configuration that does not fit the data.
+        InputError: Unusable data.
     """
     if config.data.source == "brain-labelmaps":
         return _synthetic_brains(config, data, on_case)
@@ -100,14 +101,14 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
 
 
 def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
-    """Label value to class name, from the configuration, else from the folder."""
+    """Label value -> class name, from the configuration or else from the folder."""
     labels = dict(enumerate(["background", *config.data.labels])) if config.data.labels else folder.labels
     if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
     if folder.labels and not config.data.merge_labels and set(folder.labels) != set(labels):
         raise UsageError(
-            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels of the "
-            f"configuration 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
+            f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels names "
+            f"labels 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
         )
     return labels
 

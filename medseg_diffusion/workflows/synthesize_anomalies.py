@@ -1,4 +1,4 @@
-"""`medseg synthesize-anomalies`: healthy scans in, a labelled folder of scans with synthetic anomalies out."""
+"""`medseg synthesize-anomalies`: insert synthetic anomalies into healthy scans and write a labelled folder."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class SynthesisOptions:
     """Options of `synthesize_anomalies`.
 
     Attributes:
-        output: folder to write to.
+        output: Folder to write.
         kind: "hyper" (brighter), "hypo" (darker) or "deformation".
-        contrast: see `AnomalyRecipe`.
-        count: anomalies in each scan; they do not touch.
-        radius_mm: lowest and highest radius.
-        seed: every scan derives its own from this and its name, and every anomaly its own from that and its number.
+        contrast: Strength of the anomaly (`AnomalyRecipe`).
+        count: Number of anomalies in each scan; they do not touch.
+        radius_mm: Smallest and largest radius.
+        seed: Seed of all randomness. Every scan derives its seed from this and its name, and every anomaly from the
+            scan's seed and its number.
     """
 
     output: Path
@@ -57,21 +58,21 @@ def synthesize_anomalies(
     on_case: Callable[[ScanResult], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[ScanResult]:
-    """Puts anomalies into scans and writes images/, labels/ and anomalies.json; a scan that fails stops no other.
+    """Insert anomalies into scans and write images/, labels/ and anomalies.json.
 
-    Images and labels (uint8, 1 in the anomalies) lie on the scans' grids: a labelled folder for training and for
-    `medseg evaluate`. The image is written after its label: where it is, the case is complete. anomalies.json tells
-    the scans of the latest run.
+    The result is a labelled folder for training and for `medseg evaluate`. Images and labels (uint8, 1 in the
+    anomalies) are on the grids of the scans. The image is written after its label, so that a case with an image is
+    complete. anomalies.json describes the scans of the latest run. A scan that fails does not stop the others.
 
     Args:
-        scans: files of one channel, or folders of them.
-        options: see `SynthesisOptions`.
-        on_case: called after every scan.
-        on_progress: called with (scan name, share done).
+        scans: Files of one channel, or folders of them.
+        options: The options.
+        on_case: Called after every scan.
+        on_progress: Called with (scan name, share done).
 
     Raises:
-        UsageError: impossible options, or two scans of one name.
-        InputError: a path that does not exist, or a folder without scans.
+        UsageError: Impossible options, or two scans with the same name.
+        InputError: A path that does not exist, or a folder without scans.
     """
     if options.output.name.lower().endswith(SUFFIXES):
         raise UsageError(f"-o {options.output} is a file; give a folder for images, labels and anomalies.json")
@@ -96,7 +97,7 @@ def synthesize_anomalies(
 
 
 def _insert_into(scan: Scan, recipe: AnomalyRecipe, options: SynthesisOptions) -> tuple[ScanResult, dict[str, Any]]:
-    """Writes the image and its label; returns the result and the scan's entry in anomalies.json."""
+    """Write the image and its label; return the result and the scan's entry in anomalies.json."""
     volume, files = scan.volume, scan.outputs
     image = volume.data[0]
     free = scan_foreground(volume)

@@ -1,8 +1,8 @@
-"""`medseg train-anomaly`: healthy scans in, anomaly model out.
+"""`medseg train-anomaly`: train an anomaly model on healthy scans.
 
 RUN/config.yaml     resolved configuration
 RUN/split.json      which patient is on which side
-RUN/generator/      the run of the generator; RUN/classifier/ that of a classifier, where there is one
+RUN/generator/      the run of the generator; RUN/classifier/ that of the classifier, if there is one
 RUN/model/          the anomaly model: generator, detectors' statistics, thresholds
 """
 
@@ -47,35 +47,35 @@ def train_anomaly(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> CalibratedAnomaly:
-    """Trains the generator of ``config`` on healthy scans and calibrates its detectors on held-out ones.
+    """Train the generator of ``config`` on healthy scans and calibrate its detectors on held-out ones.
 
     Args:
-        config: of method anomaly.
-        healthy: a folder of scans, labelled (what is labelled are lesions) or not.
-        run: the run directory, new unless ``resume``.
-        exclude_labelled: slices closer than this to a labelled one are left out, of training and of calibration.
-        unhealthy: scans with lesions, for detectors that learn what unhealthy images are. Labelled scans give their
-            labelled slices.
-        resume: continue an interrupted run with the configuration that it was started with.
-        max_steps: stop each network at this step; the learning rate follows training.max_steps.
-        time_limit_min: stop training after so many minutes of this call; calibration comes on top.
+        config: Configuration of method anomaly.
+        healthy: Folder of scans, with or without labels; labels mark lesions.
+        run: The run directory, new unless ``resume``.
+        exclude_labelled: Slices closer than this to a labelled one are left out of training and calibration.
+        unhealthy: Scans with lesions, for detectors that also learn from unhealthy images. Only the labelled slices of
+            labelled scans are used.
+        resume: Continue an interrupted run with the same configuration.
+        max_steps: Stop each network at this step; the learning rate still follows training.max_steps.
+        time_limit_min: Stop training this many minutes after the start of the call; calibration takes further time.
         device: auto, cpu, cuda, cuda:N or mps.
-        seed: of weights, order, times and noise.
-        on_progress: called after every training step.
-        on_prepare: called with (what is prepared, done, total).
+        seed: Seed of weights, order, times and noise.
+        on_progress: Called after every training step.
+        on_prepare: Called with (what is prepared, done, total).
 
     Raises:
-        UsageError: the run exists and ``resume`` is off, ``unhealthy`` is not needed, or the time was too short.
-        InputError: unusable scans, lesions in healthy ones, or ``unhealthy`` is missing.
+        UsageError: The run exists and ``resume`` is off, ``unhealthy`` is not needed, or the time was too short.
+        InputError: Unusable scans, lesions in healthy ones, or ``unhealthy`` is missing.
     """
     _require_fitting(config, healthy, unhealthy, exclude_labelled)
     job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare)
-    noted = {"exclude_labelled": exclude_labelled}
-    job.require_startable(config, noted)
+    notes = {"exclude_labelled": exclude_labelled}
+    job.require_startable(config, notes)
     section = config.generator.data
     source = healthy_source(healthy, exclude_labelled, unhealthy, (section.test_images, section.validation_images))
     images = _packed(config, source, healthy, job)
-    job.start(config, noted, source.splits, healthy)
+    job.start(config, notes, source.splits, healthy)
     job = job.clock_started()
     parts = {GENERATOR: _train_part(config.generator, images, GENERATOR, "image", job)}
     if config.classifier is not None:
@@ -97,18 +97,18 @@ def train_anomaly(
 def _require_fitting(
     config: AnomalyConfig, healthy: Path, unhealthy: Path | None, exclude_labelled: int | None
 ) -> None:
-    """Refuses options that do not fit the configuration."""
+    """Raise an error for options that do not fit the configuration."""
     if config.needs_unhealthy and unhealthy is None:
         raise InputError(
             healthy,
-            "healthy scans alone",
+            "only healthy scans",
             f"scans with lesions too, for {' and '.join(config.detectors)}",
             "name a folder of them with --unhealthy",
         )
     if unhealthy is not None and not config.needs_unhealthy:
-        raise UsageError("--unhealthy: this configuration learns from healthy scans alone; leave it out")
+        raise UsageError("--unhealthy: this configuration uses only healthy scans; leave the option out")
     if exclude_labelled is not None and exclude_labelled < 1:
-        raise UsageError("--exclude-labelled: at least 1, which leaves out the labelled slices alone")
+        raise UsageError("--exclude-labelled: expected 1 or more; 1 leaves out only the labelled slices")
 
 
 def _packed(config: AnomalyConfig, source: HealthySource, healthy: Path, job: Job) -> PackedImages:
@@ -132,14 +132,14 @@ def _packed(config: AnomalyConfig, source: HealthySource, healthy: Path, job: Jo
 def _train_part(
     config: GeneratorConfig | NoisyClassifierConfig, images: PackedImages, name: str, task: str, job: Job
 ) -> SavedModel:
-    """Trains a network of the model in a folder of its own.
+    """Train one network of the model in its own run folder.
 
     Raises:
-        UsageError: the time limit left no time for it.
+        UsageError: The time limit left no time for it.
     """
     folder, left = job.run / name, job.minutes_left
     if left == 0:
-        raise UsageError(f"--time-limit: ended before the {name}; go on with --resume")
+        raise UsageError(f"--time-limit: ended before the training of the {name}; continue with --resume")
     model = train_generator(
         config,
         images,
@@ -154,7 +154,7 @@ def _train_part(
     )
     saved = load_model_files(model)
     if saved.card["task"] != task:
-        raise UsageError(f"--time-limit: went into the autoencoder of {folder}; go on with --resume")
+        raise UsageError(f"--time-limit: ended in the training of the autoencoder in {folder}; continue with --resume")
     return saved
 
 

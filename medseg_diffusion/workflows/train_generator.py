@@ -1,11 +1,11 @@
-"""`medseg train-generator`: configuration and images in, run directory out.
+"""`medseg train-generator`: train a generator, an upsampler, an autoencoder or a noisy classifier on images.
 
 RUN/config.yaml     resolved configuration
 RUN/log.csv         one row per validation; RUN/tensorboard every step
-RUN/samples/        pictures: samples, or images beside their reconstructions
-RUN/checkpoints/    last.pt: everything to resume bit-exactly
+RUN/samples/        pictures of samples, or of images beside their reconstructions
+RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
 RUN/model/          the loadable model
-RUN/autoencoder/    the run of the first stage, where a latent generator trains its own
+RUN/autoencoder/    the run of the first stage, if a latent generator trains its own autoencoder
 """
 
 from __future__ import annotations
@@ -73,30 +73,29 @@ def train_generator(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Path:
-    """Trains what ``config`` describes on the images of ``data`` and returns the model directory.
-
-    A latent generator needs an autoencoder: the one given, or else its configuration's own, trained first.
+    """Train the model of ``config`` on the images of ``data`` and return the model directory.
 
     Args:
-        config: generator, autoencoder or noisy classifier.
-        data: a folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or packed images.
-        run: the run directory, new unless ``resume``.
-        autoencoder: a trained autoencoder (folder or installed name) for a latent generator or upsampler.
+        config: Configuration of a generator, autoencoder or noisy classifier.
+        data: A folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or packed images.
+        run: The run directory, new unless ``resume``.
+        autoencoder: Trained autoencoder (folder or installed name) for a latent generator or upsampler. Without it, the
+            autoencoder of the configuration is trained first.
         stage: "autoencoder" stops after the first stage of a latent generator.
-        resume: continue an interrupted run with the configuration that it was started with.
-        max_steps: stop each stage at this step; the learning rate follows training.max_steps.
-        time_limit_min: stop after so many minutes of this call.
+        resume: Continue an interrupted run with the same configuration.
+        max_steps: Stop each stage at this step; the learning rate still follows training.max_steps.
+        time_limit_min: Stop this many minutes after the start of the call.
         device: auto, cpu, cuda, cuda:N or mps.
-        seed: of weights, order, times and noise.
-        skip_broken: leave broken files out instead of stopping.
-        download: fetch the weights of LPIPS if they are missing; nothing is downloaded otherwise.
-        on_progress: called after every step.
-        on_prepare: called with (what is prepared, done, total).
+        seed: Seed of weights, order, times and noise.
+        skip_broken: Leave broken files out instead of stopping.
+        download: Download the weights of LPIPS if they are missing; nothing is downloaded otherwise.
+        on_progress: Called after every step.
+        on_prepare: Called with (what is prepared, done, total).
 
     Raises:
-        UsageError: the run exists and ``resume`` is off, or options that do not fit the configuration.
-        InputError: unusable data or resume file.
-        ModelError: no usable autoencoder, or no weights for LPIPS where it is demanded.
+        UsageError: The run exists and ``resume`` is off, or options that do not fit the configuration.
+        InputError: Unusable data or resume file.
+        ModelError: No usable autoencoder, or the configuration demands LPIPS, whose weights are missing.
     """
     latent = isinstance(config, GeneratorConfig) and config.autoencoder is not None
     if not latent and (autoencoder is not None or stage != "all"):
@@ -111,7 +110,7 @@ def train_generator(
         autoencoder = _train_first_stage(config, source, job)
         if stage == "autoencoder" or job.minutes_left == 0:
             return autoencoder
-        # The second stage of an interrupted run may not have begun.
+        # In an interrupted run, the second stage may not have started.
         job = replace(job, resume=resume and job.started)
     return _train_diffusion(config, autoencoder, source, job)
 
@@ -133,7 +132,7 @@ class _FirstStage:
 
     @property
     def entries(self) -> dict[str, Any]:
-        """What the generator's card says of it."""
+        """The entries about the autoencoder in the generator's card."""
         return {
             "autoencoder": self.config.model_dump(mode="json"),
             "autoencoder_sha256": self.saved.sha256,
@@ -155,9 +154,9 @@ def _train_diffusion(
     codec = None if first is None else first.codec
     channels = latent_channels(codec)
     runtime = Runtime(job.device, config.training.precision)
-    noted = {} if first is None else {"autoencoder_sha256": first.saved.sha256}
+    notes = {} if first is None else {"autoencoder_sha256": first.saved.sha256}
     images = prepare_images(
-        config, source, job, runtime, lambda packed: build.generator(config, len(packed.classes), channels), noted
+        config, source, job, runtime, lambda packed: build.generator(config, len(packed.classes), channels), notes
     )
     examples, held_out, shape = _examples(config, images, first, job, runtime)
     job.seed_weights()
@@ -189,7 +188,7 @@ def _train_diffusion(
 def _examples(
     config: GeneratorConfig, images: PackedImages, first: _FirstStage | None, job: Job, runtime: Runtime
 ) -> tuple[Examples, Examples, tuple[int, ...]]:
-    """Examples for training and validation, of pixels or of latents, and their shape (C, *S)."""
+    """Training and validation examples of pixels or latents, and their shape (C, *S)."""
     validation = images.part("validation")
     if first is None:
         shape = (config.data.channels, *config.data.shape)
@@ -236,9 +235,9 @@ def _labelled(images: PackedImages, part: Literal["train", "validation"]) -> npt
 
 
 def _pictures(generator: Generator, images: PackedImages) -> Tensor:
-    """Samples with the same noise, and classes or low-resolution images, at every validation.
+    """Samples, with the same noise, classes and low-resolution images at every validation.
 
-    Of a restorer of patches: validation images beside what it makes of them.
+    For a patched model, validation images beside their restored versions.
     """
     task, device = generator.task, generator.device
     if isinstance(task, PatchedDiffusion):

@@ -1,8 +1,8 @@
-"""`medseg train-pixel-classifier`: a generator and a few labelled images in, a segmenter out.
+"""`medseg train-pixel-classifier`: train a segmenter on a generator's activations for a few labelled images.
 
 RUN/config.yaml     resolved configuration
-RUN/labelled.json   which images were labelled, and how they were chosen
-RUN/model/          the segmenter, with its generator in it
+RUN/labelled.json   the labelled images, and how they were chosen
+RUN/model/          the segmenter, including its generator
 RUN/test/           masks of the held-out cases and their references, with report.html, summary.json and cases.csv
 """
 
@@ -27,7 +27,8 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_json
 from medseg_diffusion.methods.activations import Activations
-from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers, labelled_pixels
+from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers
+from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.generator import Generator, restore_generator
@@ -36,6 +37,7 @@ from medseg_diffusion.models.pixel_segmenter import GENERATOR, pixel_activations
 from medseg_diffusion.models.store import SavedModel, load_model_files, parts_of_weights, save_model
 from medseg_diffusion.training.job import Job
 from medseg_diffusion.volumes.io import read_labels, read_volume, write_labels
+from medseg_diffusion.volumes.outputs import SEGMENTATION
 
 from .evaluate import EvaluateOptions, evaluate
 from .labelled_units import LabelledData, Labelling, Select, Unit, labelled_units
@@ -43,7 +45,10 @@ from .labelled_units import LabelledData, Labelling, Select, Unit, labelled_unit
 
 @dataclass(frozen=True)
 class TrainedPixelClassifier:
-    """The model directory, what was labelled, and the scores of the held-out cases (None without any)."""
+    """The model directory, the labelled images, the generator's blocks, and the scores of the held-out cases.
+
+    ``test`` is None without held-out cases.
+    """
 
     model: Path
     labelled: tuple[str, ...]
@@ -66,54 +71,54 @@ def train_pixel_classifier(
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> TrainedPixelClassifier:
-    """Trains pixel classifiers of a generator's activations on a few labelled images, and scores them.
+    """Train pixel classifiers on a generator's activations for a few labelled images, and score them.
 
     Args:
-        config: of method label-efficient.
-        generator: a trained or imported generator, folder or installed name.
-        data: a folder of labelled scans; labels of other cases than the chosen ones are used for the scores alone, and
-            with ``unit`` "slice" to find slices that show something.
-        labelled: number K of labelled cases or slices.
-        run: the run directory, new.
+        config: Configuration of method label-efficient.
+        generator: Trained or imported generator, folder or installed name.
+        data: Folder of labelled scans. The labels of other cases than the chosen ones are used only for the scores and,
+            with ``unit`` "slice", to find slices that show a class.
+        labelled: Number K of labelled cases or slices.
+        run: The run directory, new.
         unit: "case", or "slice" for single slices that show a class above background.
         select: "hash" or "diverse" (`Labelling`).
-        test: whether the held-out cases are segmented and scored.
+        test: Whether to segment and score the held-out cases.
         device: auto, cpu, cuda, cuda:N or mps.
-        seed: of the choice, the pixels and the classifiers.
-        on_progress: called with (what is done, done, total).
+        seed: Seed of the choice, the pixels and the classifiers.
+        on_progress: Called with (what is done, done, total).
 
     Raises:
-        UsageError: options that do not fit, or a run folder that is not empty.
-        InputError: unusable data, an empty class, or more labelled images asked for than there are. If a held-out case
-            is unusable, the model is there already.
-        ModelError: no usable generator, or one without activations.
+        UsageError: Options that do not fit, or a run folder that is not empty.
+        InputError: Unusable data, an empty class, or fewer labelled images than requested. If only a held-out case is
+            unusable, the model has been written before.
+        ModelError: No usable generator, or one without activations.
     """
     chosen_device = choose_device(device)
     tune(chosen_device)
     keep_freed_memory()
     saved = load_model_files(generator)
     restored = restore_generator(saved, chosen_device)
-    # An unfit generator is refused before any data is read.
+    # An unusable generator is an error before any data is read.
     activations = _activations(config, restored, unit)
     job = Job(run, device=device, seed=seed, on_prepare=on_progress)
     with _emptied_on_failure(run):
         job.start(config, {"generator_sha256": saved.sha256})
         training = _Training(config, restored, activations, saved, job)
-        found, blocks = training.run(data, Labelling(labelled, unit, select, seed))
+        labelled_data, blocks = training.run(data, Labelling(labelled, unit, select, seed))
     scores = None
-    if test and found.split.test:
-        held_out = [case for case in found.folder.cases if case.name in found.split.test]
-        scores = _score(job, held_out, found.labels, str(chosen_device))
+    if test and labelled_data.split.test:
+        held_out = [case for case in labelled_data.folder.cases if case.name in labelled_data.split.test]
+        scores = _score(job, held_out, labelled_data.labels, str(chosen_device))
         model = load_model_files(job.model)
-        dice = {f"dice {found.labels[k].replace('_', ' ')}": v.mean for k, v in scores.dice.items()}
+        dice = {f"dice {labelled_data.labels[k].replace('_', ' ')}": v.mean for k, v in scores.dice.items()}
         # The mean over no case is NaN.
         card = {**model.card, "metrics": {"test": {name: mean for name, mean in dice.items() if mean == mean}}}
         save_model(job.model, card, model.weights, render_card(card))
-    return TrainedPixelClassifier(job.model, tuple(one.name for one in found.units), blocks, scores)
+    return TrainedPixelClassifier(job.model, tuple(unit.name for unit in labelled_data.units), blocks, scores)
 
 
 def _activations(config: PixelClassifierConfig, generator: Generator, unit: Unit) -> Activations:
-    """The activations that a configuration names; without blocks where they are still to be chosen."""
+    """The activations of the configuration's blocks; without blocks if these are chosen later."""
     dims = len(generator.config.data.shape)
     if unit == "slice" and dims == 3:
         raise UsageError("--unit slice: the generator makes volumes, so cases are labelled")
@@ -125,10 +130,10 @@ def _activations(config: PixelClassifierConfig, generator: Generator, unit: Unit
 
 @contextmanager
 def _emptied_on_failure(run: Path) -> Iterator[None]:
-    """A block that fills the empty folder ``run``; what fails leaves it as it was, so that the call can be repeated.
+    """Empty the folder ``run`` again if the block fails, so that the call can be repeated.
 
     Raises:
-        UsageError: the folder is not empty.
+        UsageError: The folder is not empty at the start.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UsageError(f"{run}: is not an empty folder; choose another one")
@@ -152,7 +157,7 @@ class _Training:
     job: Job
 
     def run(self, data: Path, labelling: Labelling) -> tuple[LabelledData, tuple[str, ...]]:
-        """Returns what was labelled, and the names of the generator's blocks."""
+        """Train, and return the labelled images and the names of the generator's blocks."""
         config, job = self.config, self.job
         cache = job.run / "cache"
         chosen = labelled_units(config, self.generator, data, labelling, cache, job.on_prepare)
@@ -166,12 +171,11 @@ class _Training:
             images,
             masks,
             classes,
-            config.data.pixels_per_class,
-            job.seed,
+            PixelSampling(
+                config.data.pixels_per_class, job.seed, config.data.copies, self._change(len(chosen.channels))
+            ),
             cache / "features.npy",
             lambda done, total: job.on_prepare("features of labelled images", done, total),
-            copies=config.data.copies,
-            change=self._change(len(chosen.channels)),
         )
         classifiers = fit_classifiers(
             pixels,
@@ -226,7 +230,7 @@ class _Training:
 
 
 def _score(job: Job, cases: Sequence[Case], labels: dict[int, str], device: str) -> Evaluation:
-    """Segments the held-out cases and compares the masks with their references."""
+    """Segment the held-out cases and compare the masks with their references."""
     model = load_segmenter(job.model, device)
     folder = job.run / "test"
     masks, references = folder / "masks", folder / "references"
@@ -236,7 +240,7 @@ def _score(job: Job, cases: Sequence[Case], labels: dict[int, str], device: str)
         volume = read_volume(case.image, channels=model.channels)
         segmentation = model.segment(volume, derive_seed(job.seed, case.name))
         name = case.name.replace("/", "__")
-        write_labels(segmentation.labels, volume, masks / f"{name}_seg.nii.gz")
+        write_labels(segmentation.labels, volume, masks / (name + SEGMENTATION["segmentation"]))
         reference = read_labels(case.label)
         write_labels(reference.data[0], reference, references / f"{name}.nii.gz")
         job.on_prepare("held-out cases", done, len(cases))

@@ -1,9 +1,9 @@
-"""`medseg train-segmenter`: configuration and data in, run directory out.
+"""`medseg train-segmenter`: train a segmenter on labelled scans or label maps.
 
 RUN/config.yaml     resolved configuration
 RUN/split.json      which case is on which side
 RUN/log.csv         one row per validation; RUN/tensorboard every step
-RUN/checkpoints/    last.pt: everything to resume bit-exactly
+RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
 RUN/model/          the best model by validation, always loadable
 """
 
@@ -56,30 +56,30 @@ def train_segmenter(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Path:
-    """Trains the segmenter of ``config`` on the folder ``data`` and returns the model directory.
+    """Train the segmenter of ``config`` on the folder ``data`` and return the model directory.
 
-    If the time ends before an autoencoder of masks is trained, its model directory is returned. Ctrl-C leaves a resume
-    file and a loadable model behind.
+    If the time limit ends the training of the mask autoencoder, its model directory is returned. Ctrl-C leaves a resume
+    file and a loadable model.
 
     Args:
-        config: the whole configuration.
-        data: a Decathlon or image-mask folder, or a folder of label maps (data.source brain-labelmaps).
-        run: the run directory, new unless ``resume``.
-        resume: continue an interrupted run with the configuration that it was started with.
-        init: a trained model (folder or installed name) whose weights the run starts from instead of random ones; the
+        config: The configuration.
+        data: A Decathlon or image-mask folder, or a folder of label maps (data.source brain-labelmaps).
+        run: The run directory, new unless ``resume``.
+        resume: Continue an interrupted run with the same configuration.
+        init: Trained model (folder or installed name) whose weights the run starts from, instead of random weights; the
             model card names it.
-        max_steps: stop at this step; the learning rate follows config.training.max_steps. An autoencoder of masks that
-            comes first is not shortened.
-        time_limit_min: stop after so many minutes of this call.
+        max_steps: Stop at this step; the learning rate still follows config.training.max_steps. The training of a mask
+            autoencoder is not shortened.
+        time_limit_min: Stop this many minutes after the start of the call.
         device: auto, cpu, cuda, cuda:N or mps.
-        seed: of weights, order, augmentation, times and noise.
-        on_progress: called after every step.
-        on_prepare: called with (what is prepared, done, total).
+        seed: Seed of weights, order, augmentation, times and noise.
+        on_progress: Called after every step.
+        on_prepare: Called with (what is prepared, done, total).
 
     Raises:
-        UsageError: the run exists and ``resume`` is off, or it was started with another configuration or never.
-        InputError: unusable data or resume file.
-        ModelError: ``init`` is missing or another network.
+        UsageError: The run exists and ``resume`` is off, or a resumed run does not exist or has another configuration.
+        InputError: Unusable data or resume file.
+        ModelError: ``init`` is missing, or has another network.
     """
     job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare)
     runtime = Runtime(device, config.training.precision)
@@ -88,13 +88,13 @@ def train_segmenter(
     job = job.clock_started()
     job.seed_weights()
     model = build.segmenter(config, len(prepared.labels))
-    if origin is not None and not (run / "checkpoints" / "last.pt").is_file():  # a resume file holds later weights
+    if origin is not None and not (run / "checkpoints" / "last.pt").is_file():  # a resume file has later weights
         _load_weights(model, origin)
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
         stage = mask_autoencoder_job(job)
         ceiling = train_mask_autoencoder(model.autoencoder, config, prepared, stage, runtime)
-        if runtime.any(job.minutes_left == 0):  # it may be unfinished: nothing may be built on it
+        if runtime.any(job.minutes_left == 0):  # the autoencoder may be unfinished, so the denoiser cannot start
             return stage.model
     arranged(model.network, config.training)
 
@@ -116,24 +116,24 @@ def train_segmenter(
 def _prepare(
     config: SegmenterConfig, data: Path, job: Job, runtime: Runtime, origin: Mapping[str, str] | None
 ) -> SegmenterData:
-    """The prepared data. The run folder is made once nothing can be refused any more."""
-    noted = {} if origin is None else {"init": dict(origin)}
+    """Prepare the data, check everything, and then create the run folder."""
+    notes = {} if origin is None else {"init": dict(origin)}
     cache = job.run / "cache"
     if runtime.is_main:
-        job.require_startable(config, noted)
+        job.require_startable(config, notes)
         prepared = segmenter_data(config, data, cache, lambda done, total: job.on_prepare("cases", done, total))
-        job.start(config, noted, asdict(prepared.split), data)
+        job.start(config, notes, asdict(prepared.split), data)
     runtime.wait()
-    if not runtime.is_main:  # everything is in the cache by now
+    if not runtime.is_main:  # the main process has filled the cache
         prepared = segmenter_data(config, data, cache, lambda done, total: None)
     return prepared
 
 
 def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> dict[str, float]:
-    """Segments the validation cases with the configuration's sampler and steps; Dice per class on the model's grid.
+    """Segment the validation cases with the configuration's sampler and steps; return the Dice per class on the grid.
 
-    "score" is the mean over classes of the mean over cases. A class that is absent from a case and from its prediction
-    is left out of the case.
+    "score" is the mean over classes of the mean over cases. If a class is absent from a case and from its prediction,
+    the case is left out of the mean of this class.
     """
     predict = _predictor(cast(Segmenter, model), config, runtime)
     labels = [label for label in data.labels if label]
@@ -150,9 +150,10 @@ def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, run
 
 
 def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> Calibration:
-    """Fits temperatures and the usual agreement on the validation cases and stores them in the model ``target``.
+    """Calibrate the model ``target`` on the validation cases, and store the calibration in it.
 
-    They hold for the configuration's sampler and steps, on the model's grid, before any largest part or shape prior.
+    The temperatures and the usual agreement of members hold for the configuration's sampler and steps, on the model's
+    grid, before the largest-part rule and the shape prior.
     """
     saved = load_model_files(target)
     model, _ = restore_segmenter(saved)
@@ -172,7 +173,7 @@ def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtim
 def _predictor(
     model: Segmenter, config: SegmenterConfig, runtime: Runtime
 ) -> Callable[[PreparedCase, list[int]], Tensor]:
-    """A function from a case and N seeds to class probabilities (N, K, I, J, K')."""
+    """Make a function from a case and N seeds to class probabilities (N, K, I, J, K')."""
     sampler, times = build.sampler(config.inference.sampler), _times(config)
     windows = Windows(config.inference.window, config.inference.overlap)
 
@@ -189,7 +190,7 @@ def _times(config: SegmenterConfig) -> list[int]:
 
 
 def _origin(init: str | Path | None, job: Job) -> dict[str, str] | None:
-    """Name and sum of the weights that a run starts from, or was started from."""
+    """Name and checksum of the weights that a run starts from, or was started from."""
     if init is not None:
         return {"model": str(init), "sha256": load_model_files(init).sha256}
     if not job.resume or not job.started:
@@ -198,7 +199,7 @@ def _origin(init: str | Path | None, job: Job) -> dict[str, str] | None:
 
 
 def _load_weights(model: nn.Module, origin: Mapping[str, str]) -> None:
-    """Gives ``model`` the weights of a trained one."""
+    """Load the weights of a trained model into ``model``."""
     saved = load_model_files(origin["model"])
     if saved.sha256 != origin["sha256"]:
         raise ModelError(f"{saved.path}: has changed since the run was started from it; start a new run")

@@ -18,7 +18,7 @@ from medseg_diffusion.data.pairs import (
     listed,
 )
 from medseg_diffusion.errors import InputError
-from tests.helpers import box, save
+from tests.helpers.masks import box, save
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -123,9 +123,9 @@ def test_foregrounds_beside_the_maps_are_used_if_every_case_has_one(tmp_path: Pa
 
 def test_companions_lie_beside_the_prediction(tmp_path: Path) -> None:
     pair = MaskPair("truth", tmp_path / "a_seg.nii.gz", tmp_path / "truth.nii.gz")
-    assert pair.companion("_prob") is None
+    assert pair.companion("probabilities") is None
     touch(tmp_path, "a_prob.nii.gz", "truth_members.nii.gz")
-    assert pair.companion("_prob") == tmp_path / "a_prob.nii.gz" and pair.companion("_members") is None
+    assert pair.companion("probabilities") == tmp_path / "a_prob.nii.gz" and pair.companion("members") is None
 
 
 def test_labels_are_merged_in_both_masks(tmp_path: Path) -> None:

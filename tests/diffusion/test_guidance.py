@@ -1,9 +1,8 @@
-"""Guidance by a classifier and without one, dropping of conditions, inversion, starts in between."""
+"""Guidance by a classifier and without one, dropping of conditions, and starts in between."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,20 +12,16 @@ from medseg_diffusion.diffusion.denoiser import Clipped, GaussianDenoiser
 from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGradient, ClassifierGuided, dropped
 from medseg_diffusion.diffusion.noise import gaussian, generators
 from medseg_diffusion.diffusion.prediction import Prediction
-from medseg_diffusion.diffusion.schedule import NoiseSchedule, linear
+from medseg_diffusion.diffusion.schedule import NoiseSchedule
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import sample, spaced
+from tests.helpers.diffusion import LINEAR, normal
 
-LINEAR = linear(1000)
 MEANS = torch.tensor([-0.6, 0.4], dtype=torch.float64)
 STD = 0.3
 SAMPLERS = {"ddpm": DDPM(), "ddim": DDIM(), "ddim eta 1": DDIM(1.0), "dpm++": DPMSolver()}
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class TwoClasses:
@@ -208,57 +203,6 @@ def test_conditions_are_dropped_element_by_element_and_together() -> None:
 
 
 # ---- inversion and starts in between ---------------------------------------------------------------------------------
-
-
-class NeverAtZero:
-    """Fails when called outside 1..T."""
-
-    def __init__(self, denoiser: GaussianDenoiser) -> None:
-        self.denoiser, self.schedule = denoiser, denoiser.schedule
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: object = None) -> Prediction:
-        assert int(t.min()) >= 1 and int(t.max()) <= self.schedule.num_steps
-        return self.denoiser(x_t, t)
-
-
-def round_trip(count: int, mean: float, std: float, x: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """The noise and the image again: the clean image is taken for x_1, and both ways walk one grid."""
-    denoiser = NeverAtZero(GaussianDenoiser(LINEAR, mean, std))
-    times = spaced(LINEAR, count, "linspace")[:-1]
-    assert times[-1] == 1
-    noise = sample(denoiser, DDIM(), x, times[::-1])
-    return noise, sample(denoiser, DDIM(), noise, times), times
-
-
-def affine(mean: float, std: float, t: int, s: int) -> tuple[float, float]:
-    """x_s = a x_t + b of a deterministic DDIM step with the exact denoiser."""
-    ab_t, ab_s = float(LINEAR.alpha_bar[t]), float(LINEAR.alpha_bar[s])
-    total = ab_t * std**2 + 1 - ab_t
-    slope0, offset0 = ab_t**0.5 * std**2 / total, (1 - ab_t) * mean / total
-    slope_e, offset_e = (1 - ab_t) ** 0.5 / total, -((1 - ab_t) ** 0.5) * ab_t**0.5 * mean / total
-    a = ab_s**0.5 * slope0 + (1 - ab_s) ** 0.5 * slope_e
-    return a, ab_s**0.5 * offset0 + (1 - ab_s) ** 0.5 * offset_e
-
-
-@pytest.mark.parametrize("count", [10, 50, 200])
-def test_inversion_and_sampling_are_the_product_of_their_affine_steps(count) -> None:
-    mean, std = 0.3, 0.2
-    x = mean + std * normal(12, 2, 1, 3, 3)
-    noise, again, times = round_trip(count, mean, std, x)
-    slope, offset = 1.0, 0.0
-    for walk, found in ((times[::-1], noise), (times, again)):
-        for t, s in pairwise(walk):
-            a, b = affine(mean, std, t, s)
-            slope, offset = a * slope, a * offset + b
-        torch.testing.assert_close(found, slope * x + offset, rtol=0, atol=1e-10)
-
-
-def test_the_round_trips_error_halves_when_the_steps_double() -> None:
-    x = 0.3 + 0.2 * normal(13, 1, 1, 20, 20)
-    errors = [float((round_trip(count, 0.3, 0.2, x)[1] - x).abs().mean()) for count in (250, 500, 1000)]
-    for coarse, fine in pairwise(errors):
-        assert coarse / fine == pytest.approx(2, abs=0.35)
-    assert float((round_trip(1000, 0.3, 0.2, x)[1] - x).abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("start", [100, 400])

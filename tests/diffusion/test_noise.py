@@ -1,14 +1,50 @@
-"""Draws of the forward process: times and noise from the examples' own seeds, and what they make of the data."""
+"""Noise and times from the examples' own seeds, and what they make of the data."""
 
 from __future__ import annotations
+
+import hashlib
 
 import pytest
 import torch
 from torch import Tensor
 
-from medseg_diffusion.diffusion.noise import NoiseSource, draw_noised, gaussian, generators, uniform_times
+from medseg_diffusion.diffusion.noise import (
+    NoiseSource,
+    derive_seed,
+    draw_noised,
+    gaussian,
+    generators,
+    uniform_times,
+)
 from medseg_diffusion.diffusion.schedule import cosine
 from medseg_diffusion.diffusion.simplex import simplex
+
+
+def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
+    assert derive_seed(0, "case", 1) == derive_seed(0, "case", 1)
+    parts: list[tuple[int | str, ...]] = [
+        (0, "case", 1),
+        (1, "case", 1),
+        (0, "case", 2),
+        (0, "case1"),
+        (0, "case", "1"),
+        ("0", "case", 1),
+    ]
+    assert len({derive_seed(*p) for p in parts}) == len(parts)
+    assert all(0 <= derive_seed(*p) < 2**63 for p in parts)
+    # The value is a contract: another one would change every result that was ever published with a seed.
+    text = "int:0\x1fstr:case\x1fint:1"
+    assert derive_seed(0, "case", 1) == int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) // 2
+
+
+def test_noise_is_standard_normal_and_belongs_to_its_element() -> None:
+    noise = gaussian((3, 100, 100), generators([5, 6]))
+    assert noise.shape == (2, 3, 100, 100) and noise.dtype == torch.float32
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02)
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(gaussian((3, 100, 100), generators([6]))[0], noise[1])
+    assert gaussian((2, 2), generators([0]), like=torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
 
 SCHEDULE = cosine(200)
 SEEDS = [11, 5, 8]
@@ -54,3 +90,14 @@ def test_times_that_are_drawn_already_are_kept() -> None:
     drawn = draw_noised(SCHEDULE, clean(5, 6), generators(SEEDS))
     assert torch.equal(given.t, t)
     assert torch.equal(given.x_t, drawn.x_t)
+
+
+def test_training_times_cover_all_noise_levels_evenly_and_depend_on_their_own_seed() -> None:
+    own = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    t = uniform_times(10, own)
+    assert t.dtype == torch.int64
+    counts = torch.bincount(t, minlength=11)
+    assert counts[0] == 0
+    assert counts[1:].min() > 300 and counts[1:].max() < 500  # 400 expected, 5 standard deviations are 95
+    again = uniform_times(10, [torch.Generator().manual_seed(seed) for seed in (7, 3)])
+    assert again.tolist() == [int(t[7]), int(t[3])]

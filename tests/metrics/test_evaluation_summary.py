@@ -7,7 +7,7 @@ import pytest
 
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, summarise
 from medseg_diffusion.metrics.overlap import label_overlap
-from tests.helpers import evaluation
+from tests.helpers.masks import evaluation
 
 
 def test_table_has_numbers_or_none() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import sys
 import types
@@ -17,12 +16,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.networks.foreign import convert, nearest, read_state
-
-_SPEC = importlib.util.spec_from_file_location("published", Path(__file__).with_name("published.py"))
-assert _SPEC is not None and _SPEC.loader is not None
-published = importlib.util.module_from_spec(_SPEC)
-sys.modules["published"] = published
-_SPEC.loader.exec_module(published)
+from tests.helpers import published
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

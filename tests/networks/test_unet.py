@@ -1,8 +1,7 @@
-"""The U-Net and SegDiff's backbone: shapes, structure, activations and gradients, in 2D and 3D."""
+"""The U-Net: shapes, structure, activations and gradients, in 2D and 3D."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -10,47 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
-from medseg_diffusion.diffusion.objective import Simple
-from medseg_diffusion.diffusion.schedule import linear
 from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
-from medseg_diffusion.networks.blocks import AttentionBlock, ResBlock, conv, timestep_embedding
 from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
-from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet, fold, unfold
-from medseg_diffusion.sampling.ddim import DDIM
-from medseg_diffusion.sampling.loop import spaced
-from medseg_diffusion.tasks.mask import MaskDiffusion, MaskEncoding
-
-BOTH = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def awake(module: Any, seed: int = 0) -> Any:
-    """The module with all parameters drawn anew, so that no branch is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    return module.eval()
-
-
-def small(dims: int, **changes: object) -> UNet:
-    options: dict[str, Any] = {
-        "in_channels": 2,
-        "out_channels": 3,
-        "channels": 8,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
-    }
-    return UNet(dims, **{**options, **changes})
-
-
-def size(dims: int, *numbers: int) -> tuple[int, ...]:
-    return numbers[:dims]
-
+from tests.helpers.networks import BOTH, awake, normal, size, small
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -94,53 +56,6 @@ def test_an_untrained_network_answers_exactly_zero(dims, patch_size, resampling)
     network = small(dims, patch_size=patch_size, resampling=resampling)
     out = network(normal(2, 2, 2, *[6] * dims), torch.tensor([3, 500]))
     torch.testing.assert_close(out, torch.zeros_like(out), rtol=0, atol=0)
-
-
-@BOTH
-def test_an_untrained_residual_block_passes_its_input(dims) -> None:
-    block, x, emb = ResBlock(8, 8, 16, dims), normal(3, 2, 8, *[4] * dims), normal(4, 2, 16)
-    torch.testing.assert_close(block(x, emb), x, rtol=0, atol=0)
-    halved = ResBlock(8, 8, 16, dims, resampling="down")(x, emb)
-    pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
-    torch.testing.assert_close(halved, pool(x, 2), rtol=0, atol=0)
-    doubled = ResBlock(8, 8, 16, dims, resampling="up")(x, emb)
-    torch.testing.assert_close(pool(doubled, 2), x)
-    torch.testing.assert_close(AttentionBlock(8, dims, 4)(x), x, rtol=0, atol=0)
-
-
-def test_a_residual_block_is_the_published_computation() -> None:
-    """AdaGN: GN(h) (1 + scale) + shift after the first convolution, the second convolution on SiLU of it."""
-    block = awake(ResBlock(8, 12, 16, 2))
-    x, emb = normal(5, 2, 8, 6, 6), normal(6, 2, 16)
-    first, second = block.conv1, block.conv2
-    h = F.silu(F.group_norm(x, 8, block.norm1.weight, block.norm1.bias))
-    h = F.conv2d(h, first.weight, first.bias, padding=1)
-    both = F.linear(F.silu(emb), *block.emb.parameters())
-    normalised = F.group_norm(h, 4, block.norm2.weight, block.norm2.bias)
-    scale, shift = both[:, :12, None, None], both[:, 12:, None, None]
-    changed = normalised * (1 + scale) + shift
-    skip = F.conv2d(x, block.skip.weight, block.skip.bias)
-    expected = skip + F.conv2d(F.silu(changed), second.weight, second.bias, padding=1)
-    torch.testing.assert_close(block(x, emb), expected)
-
-
-@BOTH
-def test_attention_is_softmax_over_all_positions(dims) -> None:
-    block = awake(AttentionBlock(8, dims, head_channels=4))
-    x = normal(7, 1, 8, *[3] * dims)
-    tokens = block.norm(x).flatten(2)[0].T
-    q, k, v = (tokens @ block.qkv.weight.T + block.qkv.bias).chunk(3, dim=1)
-    heads = []
-    for head in (slice(0, 4), slice(4, 8)):
-        weights = (q[:, head] @ k[:, head].T / math.sqrt(4)).softmax(dim=1)
-        heads.append(weights @ v[:, head])
-    out = torch.cat(heads, dim=1) @ block.proj.weight.T + block.proj.bias
-    torch.testing.assert_close(block(x), x + out.T.reshape(x.shape))
-
-
-def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"head_channels \(5\) must divide the channels \(8\)"):
-        AttentionBlock(8, 2, 5)
 
 
 @pytest.mark.parametrize(("dims", "depths"), [(4, 1), (2, (1, 1, 1)), (1, 1)])
@@ -195,17 +110,6 @@ def test_blocks_a_level_may_differ() -> None:
     assert len(network.encoder) == 2 + 1 + 3 + 2
     assert len(network.decoder) == 3 + 2 + 4
     assert network(torch.zeros(1, 2, 8, 8), torch.tensor([0])).shape == (1, 3, 8, 8)
-
-
-def test_the_time_embedding_is_the_published_one() -> None:
-    """cos(t w_i), then sin(t w_i), w_i = 10000^(-i / half)."""
-    for t in (0, 1, 999):
-        frequencies = [10000 ** (-i / 4) for i in range(4)]
-        expected = [math.cos(t * w) for w in frequencies] + [math.sin(t * w) for w in frequencies]
-        found = timestep_embedding(torch.tensor([t]), 8)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, torch.tensor([expected]), rtol=0, atol=1e-4)
-    assert timestep_embedding(torch.tensor([3, 4]), 7).shape == (2, 7)
 
 
 @BOTH
@@ -292,93 +196,6 @@ def test_every_parameter_is_trained(dims) -> None:
 # ---- SegDiff ---------------------------------------------------------------------------------------------------------
 
 
-def segdiff(dims: int, patch_size: int = 1) -> SegDiff:
-    unet = small(dims, in_channels=1, out_channels=1, patch_size=patch_size)
-    return awake(SegDiff(unet, image_channels=2, encoder_channels=6, encoder_blocks=1, encoder_growth=3))
-
-
-@BOTH
-@pytest.mark.parametrize("patch_size", [1, 2])
-def test_segdiff_adds_the_image_after_the_first_convolution(dims, patch_size) -> None:
-    """E sees F(x_t) + G(I): here the sum is put in by hand, through a hook on the first convolution."""
-    network = segdiff(dims, patch_size)
-    spatial = size(dims, 7, 9, 6)
-    x, image, t = normal(15, 2, 1, *spatial), normal(16, 2, 2, *spatial), torch.tensor([3, 400])
-    cond = network.encode_condition(image)
-    assert list(cond) == ["stem"]
-    folded = [-(-n // network.unet.factor) * 2 for n in spatial]
-    assert cond["stem"].shape == (2, 8, *folded)
-    out = network(x, t, cond)
-    assert out.shape == x.shape
-    padded = fold(network.unet.padded(image), patch_size)
-    hook = network.unet.stem.register_forward_hook(lambda module, args, h: h + network.image_encoder(padded))
-    torch.testing.assert_close(network(x, t, None), out, rtol=0, atol=0)
-    hook.remove()
-    assert not torch.allclose(network(x, t, None), out)
-
-
-@torch.no_grad()
-def test_the_image_encoder_is_made_of_scaled_residuals() -> None:
-    """y = x + 0.2 blocks(x), each dense block x + 0.2 convolutions(x): seen with convolutions that add a constant."""
-    encoder: Any = segdiff(2).image_encoder
-    for parameter in encoder.trunk[0].parameters():
-        parameter.zero_()
-    x = normal(17, 1, 6, 5, 5)
-    torch.testing.assert_close(encoder.trunk[0](x), x + 0.2 * x)
-    for dense in encoder.trunk[0].blocks:
-        nn.init.constant_(dense.convs[-1].bias, 1.0)
-    torch.testing.assert_close(encoder.trunk[0](x), x + 0.2 * (x + 3 * 0.2))
-
-
-class CountingEncoder(nn.Module):
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.sizes: list[int] = []
-
-    def forward(self, image: Tensor) -> Tensor:
-        self.sizes.append(len(image))
-        return self.encoder(image)
-
-
-@BOTH
-def test_an_image_is_encoded_once_for_all_samples_and_steps(dims) -> None:
-    network: Any = segdiff(dims)
-    network.image_encoder = CountingEncoder(network.image_encoder)
-    calls: list[int] = []
-    network.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    schedule = linear(100)
-    model = MaskDiffusion(NetworkDenoiser(network, schedule, "x0"), MaskEncoding(2), Simple())
-    image = normal(18, 2, 2, *[6] * dims)
-    seeds = [[1, 2, 3], [4, 5, 6]]
-    found = model.probabilities(image, seeds, DDIM(), spaced(schedule, 4, "trailing"))
-    assert found.shape == (2, 3, 2, *[6] * dims)
-    assert network.image_encoder.sizes == [2]
-    assert calls == [6] * 4
-
-
-@BOTH
-def test_image_features_do_not_depend_on_the_noisy_mask(dims) -> None:
-    """The condition is made from the image alone, and a walk leaves it as it was."""
-    network, image = segdiff(dims), normal(19, 1, 2, *[6] * dims)
-    before = network.encode_condition(image)["stem"].clone()
-    cond = network.encode_condition(image)
-    for seed in (1, 2):
-        network(normal(seed, 1, 1, *[6] * dims), torch.tensor([seed]), cond)
-    torch.testing.assert_close(cond["stem"], before, rtol=0, atol=0)
-    assert not torch.allclose(network.encode_condition(image + 1)["stem"], before)
-
-
-@BOTH
-def test_samples_of_an_image_differ_by_their_seeds_only(dims) -> None:
-    network, schedule = segdiff(dims), linear(100)
-    model = MaskDiffusion(NetworkDenoiser(network, schedule, "x0"), MaskEncoding(2), Simple())
-    image = normal(20, 1, 2, *[6] * dims)
-    found = model.probabilities(image, [[7, 8, 7]], DDIM(), [100, 50, 0])[0]
-    torch.testing.assert_close(found[0], found[2])
-    assert not torch.allclose(found[0], found[1])
-
-
 @pytest.mark.parametrize("kind", [UNet, KLAutoencoder, VQAutoencoder, NoisyClassifier])
 def test_the_number_of_groups_reaches_every_normalisation(kind) -> None:
     """With as many groups as channels, every channel loses its mean: narrow networks need fewer."""
@@ -391,30 +208,3 @@ def test_the_number_of_groups_reaches_every_normalisation(kind) -> None:
     }[kind]()
     groups = [module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)]
     assert groups and set(groups) == {8}
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
-def test_a_lone_small_volume_is_convolved_like_two_and_not_by_the_slow_fallback(kernel, stride) -> None:
-    torch.manual_seed(0)
-    layer = conv(3, 8, 8, kernel, stride)
-    pair = torch.randn(2, 8, 9, 12, 9)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        lone = layer(pair[:1])
-    torch.testing.assert_close(lone, layer(pair)[:1])
-    assert not [event.name for event in profile.events() if "slow_conv" in event.name]
-    with torch.no_grad():
-        last = layer.to(memory_format=torch.channels_last_3d)(pair[:1].to(memory_format=torch.channels_last_3d))
-    torch.testing.assert_close(last, lone)
-    layer(pair[:1]).sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.abs().max() > 0
-
-
-def test_what_monai_builds_convolves_lone_volumes_like_two_and_not_by_the_slow_fallback() -> None:
-    torch.manual_seed(0)
-    codec = KLAutoencoder(3, 1, 1, 2, (8, 8), 1, (False, False), norm_groups=8, middle_attention=False)
-    pair = torch.randn(2, 1, 8, 12, 8)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        lone = codec.decode(codec.encode(pair[:1]))
-    assert not [event.name for event in profile.events() if "slow_conv" in event.name]
-    with torch.no_grad():
-        torch.testing.assert_close(lone, codec.decode(codec.encode(pair))[:1], rtol=1e-4, atol=1e-5)

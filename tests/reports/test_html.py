@@ -9,7 +9,7 @@ import pytest
 
 from medseg_diffusion.reports.html import CasePicture, SegmentedCase, evaluation_report, segment_report
 from medseg_diffusion.reports.plots import box_plot
-from tests.helpers import evaluation
+from tests.helpers.masks import evaluation
 
 EVIL = "<script>alert('x')</script>\"><img src=https://example.org/x.png>$\\frac"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medseg_diffusion.reports.plots import box_plot, overlay
-from tests.helpers import extent, pixels
+from tests.helpers.pictures import extent, pixels
 
 
 def test_overlay_is_to_scale() -> None:

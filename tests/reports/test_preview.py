@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medseg_diffusion.reports.preview import preview_png
-from tests.helpers import extent, pixels
+from tests.helpers.pictures import extent, pixels
 
 
 def test_preview_is_to_scale_and_coloured() -> None:

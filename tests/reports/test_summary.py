@@ -9,7 +9,7 @@ import json
 import pytest
 
 from medseg_diffusion.reports.summary import cases_csv, summary_json
-from tests.helpers import evaluation
+from tests.helpers.masks import evaluation
 
 
 def refuse_constant(name: str) -> float:

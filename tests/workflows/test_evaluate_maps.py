@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.volumes.io import read_map
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, evaluate
-from tests.helpers import AFFINE, box, save
+from tests.helpers.masks import AFFINE, box, save
 
 
 @pytest.fixture

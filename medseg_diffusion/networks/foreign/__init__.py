@@ -1,9 +1,9 @@
-"""Weights that others published, brought into this package's networks.
+"""Conversion of published weights to this package's networks.
 
-Each source names its parameters after its own module structure. The architecture is inferred from the names and
-shapes, our network of that architecture is built, and walking its blocks gives for each of our parameters the published
-one(s) that it is made of. What is left over on either side refuses the file. What shapes do not tell (attention heads,
-the order of queries, keys and values, schedules) is asked for or assumed, and said.
+Each source names its parameters after its own modules. The architecture is inferred from the names and shapes, and our
+network of that architecture is built. Its blocks give, for each of our parameters, the published parameters that it is
+made from. A file with missing or remaining parameters is refused. Shapes do not show attention heads, the order of
+queries, keys and values, and schedules: these are asked for, or assumed and reported.
 
 guided-diffusion     U-Net and noisy classifier of Dhariwal & Nichol 2021
 improved-diffusion   U-Net of Nichol & Dhariwal 2021
@@ -32,42 +32,43 @@ SOURCES: tuple[Source, ...] = ("guided-diffusion", "improved-diffusion", "latent
 
 
 def convert(state: State, source: Source, settings: Mapping[str, Any] | None = None) -> Foreign:
-    """Brings a published state dict into our network.
+    """Convert a published state dict to our network.
 
     Args:
         state: names and tensors (`read_state`).
-        source: whose names they are.
-        settings: what the shapes do not tell: head_channels or num_heads where there is attention; qkv_order (legacy,
-            the default, or new) of guided-diffusion; norm_eps; part (denoiser or autoencoder) of latent-diffusion.
+        source: the code that the names are from.
+        settings: what the shapes do not show: head_channels or num_heads for a network with attention; qkv_order
+            (legacy, the default, or new) of guided-diffusion; norm_eps; part (denoiser or autoencoder) of
+            latent-diffusion.
 
     Raises:
-        ModelError: names or shapes that the source's networks do not have; names the nearest known architecture.
-        UsageError: a setting that is needed or unknown.
+        ModelError: names or shapes that the source's networks do not have. It names the nearest known architecture.
+        UsageError: an unknown, invalid or missing setting.
     """
-    given = dict(settings or {})
-    known = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
-    if unknown := sorted(set(given) - known):
-        raise UsageError(f"--set {unknown[0]}: unknown here; known: {', '.join(sorted(known))}")
-    if given.get("qkv_order", "legacy") not in ("legacy", "new"):
-        raise UsageError(f"--set qkv_order={given['qkv_order']}: use legacy or new")
+    settings = dict(settings or {})
+    allowed = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
+    if unknown := sorted(set(settings) - allowed):
+        raise UsageError(f"--set {unknown[0]}: unknown here; known: {', '.join(sorted(allowed))}")
+    if settings.get("qkv_order", "legacy") not in ("legacy", "new"):
+        raise UsageError(f"--set qkv_order={settings['qkv_order']}: use legacy or new")
     for name in ("head_channels", "num_heads"):
-        if name in given and not (isinstance(given[name], int) and given[name] > 0):
-            raise UsageError(f"--set {name}={given[name]}: expected a whole number above 0")
-    if not isinstance(given.get("norm_eps", 1e-5), float):
-        raise UsageError(f"--set norm_eps={given['norm_eps']}: expected a number such as 1e-6")
+        if name in settings and not (isinstance(settings[name], int) and settings[name] > 0):
+            raise UsageError(f"--set {name}={settings[name]}: expected a whole number above 0")
+    if not isinstance(settings.get("norm_eps", 1e-5), float):
+        raise UsageError(f"--set norm_eps={settings['norm_eps']}: expected a number such as 1e-6")
     try:
         if source == "monai":
-            return monai_autoencoder(state) if "encoder.blocks.0.conv.weight" in state else monai_unet(state, given)
+            return monai_autoencoder(state) if "encoder.blocks.0.conv.weight" in state else monai_unet(state, settings)
         if source == "latent-diffusion":
-            return latent_diffusion(state, given)
+            return latent_diffusion(state, settings)
         if any(name.startswith("out.2.positional") for name in state):
-            return openai_classifier(state, given)
-        return openai_unet(state, given)
+            return openai_classifier(state, settings)
+        return openai_unet(state, settings)
     except KeyError as error:
         raise ModelError(
             f"not a {source} network: it has no {error.args[0]}, but {few(state)}; {nearest(state)}"
         ) from error
     except (ValueError, IndexError, StopIteration) as error:
-        # Shapes or settings of which no network of ours can be built.
+        # Shapes or settings from which our network cannot be built.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"not a whole {source} network ({reason}): it has {few(state)}; {nearest(state)}") from error

@@ -1,4 +1,4 @@
-"""Reading other people's checkpoint files without running what is in them."""
+"""Reads checkpoint files from other sources without executing code in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medseg_diffusion.errors import ModelError
 
 
 class _Inert:
-    """Stands for the objects of training frameworks that lie beside the weights: built from anything, does nothing."""
+    """Replaces objects of training frameworks that are stored beside the weights. It ignores its arguments."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -44,11 +44,11 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file: safetensors, a plain state dict, or one under the key "state_dict".
 
-    Pickles are read by `torch.load(weights_only=True)`, which runs no code of the file. Of Lightning's checkpoints the
-    callbacks are known by name and ignored.
+    Pickles are read by `torch.load(weights_only=True)`, which executes no code in the file. Lightning's callbacks are
+    recognised by their names and ignored.
 
     Raises:
-        ModelError: missing, damaged, or a pickle of something else.
+        ModelError: a missing or damaged file, or one that contains something else.
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give a .pt, .pth, .ckpt or .safetensors file")
@@ -56,11 +56,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_INERT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols
+            warnings.simplefilter("ignore")  # about pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"an object of {found.group(1)}" if found else "something else than tensors"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {match.group(1)}" if match else "something else than tensors"
         raise ModelError(
             f"{path}: holds {what}, expected a plain state dict; nothing was executed. "
             "Save the state dict alone with torch.save(model.state_dict(), ...)"

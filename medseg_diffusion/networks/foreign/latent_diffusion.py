@@ -1,4 +1,4 @@
-"""latent-diffusion: checkpoints of both stages; U-Net with spatial transformers, KL autoencoder."""
+"""Conversion from latent-diffusion: the U-Net with spatial transformers and the KL autoencoder."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from .openai import openai_unet
 from .rules import Foreign, Rule, State, apply, pointwise, same
 
 
-def latent_diffusion(state: State, given: Mapping[str, Any]) -> Foreign:
-    """Either stage of a checkpoint, or a state dict of one of them alone."""
+def latent_diffusion(state: State, settings: Mapping[str, Any]) -> Foreign:
+    """The denoiser or the autoencoder, from a checkpoint of both or a state dict of one."""
     unet, first = (_below(state, prefix) for prefix in ("model.diffusion_model.", "first_stage_model."))
-    part = given.get("part", "denoiser" if unet or "input_blocks.0.0.weight" in state else "autoencoder")
+    part = settings.get("part", "denoiser" if unet or "input_blocks.0.0.weight" in state else "autoencoder")
     if part not in ("denoiser", "autoencoder"):
         raise UsageError(f"--set part={part}: use denoiser or autoencoder")
     if part == "autoencoder":
-        found = _ldm_autoencoder(first or state)
+        autoencoder = _ldm_autoencoder(first or state)
         if "scale_factor" in state:
-            found.weights["scale"] = torch.full_like(found.weights["scale"], float(state["scale_factor"]))
-        return found
-    found = openai_unet(unet or state, given)
-    found.betas = state.get("betas")
+            scale = autoencoder.weights["scale"]
+            autoencoder.weights["scale"] = torch.full_like(scale, float(state["scale_factor"]))
+        return autoencoder
+    denoiser = openai_unet(unet or state, settings)
+    denoiser.betas = state.get("betas")
     if first:
-        found.assumed.append("the autoencoder is left out (--set part=autoencoder imports it)")
+        denoiser.assumed.append("the autoencoder is left out (--set part=autoencoder imports it)")
     others = sorted({name.split(".")[0] for name in state if "." in name} - {"model", "first_stage_model"})
     if unet and others:
-        found.assumed.append(f"left out: {', '.join(others)}")
-    return found
+        denoiser.assumed.append(f"left out: {', '.join(others)}")
+    return denoiser
 
 
 def _below(state: State, prefix: str) -> dict[str, Tensor]:

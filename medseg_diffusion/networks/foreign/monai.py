@@ -1,4 +1,4 @@
-"""MONAI: DiffusionModelUNet and AutoencoderKL."""
+"""Conversion from MONAI: DiffusionModelUNet and AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -17,8 +17,22 @@ from medseg_diffusion.networks.unet import UNet
 from .rules import Foreign, Rule, State, add_heads, apply, blocks_of, joined, same, transformer_rules
 
 
-def monai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
-    """MONAI's DiffusionModelUNet, with attention or spatial transformers."""
+def monai_unet(state: State, settings: Mapping[str, Any]) -> Foreign:
+    """MONAI's DiffusionModelUNet, with self-attention or spatial transformers."""
+    network = _monai_architecture(state, settings)
+    with torch.device("meta"):
+        ours = UNet(**network)
+    rules = [*same("time_embed.0", "time_embed.0"), *same("time_embed.2", "time_embed.2")]
+    rules += [*same("stem", "conv_in.conv"), *same("out.0", "out.0"), *same("out.2", "out.2.conv")]
+    if "num_classes" in network:
+        rules += same("label_embed", "class_embedding", "weight")
+    rules += [*_monai_encoder(ours), *_monai_middle(ours), *_monai_decoder(ours)]
+    assumed = [] if "norm_eps" in settings else ["an eps of 1e-6 in the normalisations (--set norm_eps=...)"]
+    return Foreign("denoiser", network, apply(rules, state, ours, "MONAI DiffusionModelUNet"), assumed=assumed)
+
+
+def _monai_architecture(state: State, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of our `UNet` with the architecture of a state dict."""
     stem = state["conv_in.conv.weight"]
     channels = stem.shape[0]
     levels = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("down_blocks."))
@@ -40,49 +54,51 @@ def monai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
             len({name.split(".")[3] for name in state if name.startswith(f"down_blocks.{i}.resnets.")})
             for i in range(levels)
         ],
-        "attention_factors": [2**i for i, there in enumerate(attention) if there],
+        "attention_factors": [2**i for i, attends in enumerate(attention) if attends],
         "resampling": "resblock" if "down_blocks.0.downsampler.norm1.weight" in state else "conv",
         "scale_shift": False,
-        "norm_eps": float(given.get("norm_eps", 1e-6)),
+        "norm_eps": float(settings.get("norm_eps", 1e-6)),
         "middle_attention": True,
     }
     if "class_embedding.weight" in state:
         network["num_classes"] = state["class_embedding.weight"].shape[0]
     if contexts:
         network["context_channels"] = state[contexts[0]].shape[1]
-        depth = {int(found.group(1)) for name in state if (found := re.search(r"transformer_blocks\.(\d+)", name))}
-        network["transformer_depth"] = max(depth) + 1
-    add_heads(given, network, attention=True)
-    with torch.device("meta"):
-        ours = UNet(**network)
-    rules = [*same("time_embed.0", "time_embed.0"), *same("time_embed.2", "time_embed.2")]
-    rules += [*same("stem", "conv_in.conv"), *same("out.0", "out.0"), *same("out.2", "out.2.conv")]
-    if "num_classes" in network:
-        rules += same("label_embed", "class_embedding", "weight")
-    index = 0
-    for level, depth_here in enumerate(network["num_res_blocks"]):
-        for j in range(depth_here):
-            block = blocks_of(ours.encoder)[index]
-            rules += _monai_block(f"encoder.{index}", f"down_blocks.{level}", j, block)
+        layers = {int(match.group(1)) for name in state if (match := re.search(r"transformer_blocks\.(\d+)", name))}
+        network["transformer_depth"] = max(layers) + 1
+    add_heads(settings, network, attention=True)
+    return network
+
+
+def _monai_encoder(ours: UNet) -> Iterator[Rule]:
+    blocks, index = blocks_of(ours.encoder), 0
+    for level, depth in enumerate(ours.depths):
+        theirs = f"down_blocks.{level}"
+        for j in range(depth):
+            yield from _monai_block(f"encoder.{index}", theirs, j, blocks[index])
             index += 1
-        if level < levels - 1:
-            halving = blocks_of(ours.encoder)[index].res
-            rules += _monai_resampler(f"encoder.{index}.res", f"down_blocks.{level}.downsampler", "op", halving)
+        if level < len(ours.depths) - 1:
+            yield from _monai_resampler(f"encoder.{index}.res", f"{theirs}.downsampler", "op", blocks[index].res)
             index += 1
+
+
+def _monai_middle(ours: UNet) -> Iterator[Rule]:
     first, second = blocks_of(ours.middle)
-    rules += _monai_res("middle.0.res", "middle_block.resnet_1", first.res)
-    rules += _monai_attention("middle.0.attention", "middle_block.attention", first.attention)
-    rules += _monai_res("middle.1.res", "middle_block.resnet_2", second.res)
-    index = 0
-    for place, depth_here in enumerate(reversed(network["num_res_blocks"])):
-        for j in range(depth_here + 1):
-            block = blocks_of(ours.decoder)[index]
-            rules += _monai_block(f"decoder.{index}", f"up_blocks.{place}", j, block)
+    yield from _monai_res("middle.0.res", "middle_block.resnet_1", first.res)
+    yield from _monai_attention("middle.0.attention", "middle_block.attention", first.attention)
+    yield from _monai_res("middle.1.res", "middle_block.resnet_2", second.res)
+
+
+def _monai_decoder(ours: UNet) -> Iterator[Rule]:
+    blocks, index = blocks_of(ours.decoder), 0
+    for level, depth in enumerate(reversed(ours.depths)):
+        theirs = f"up_blocks.{level}"
+        for j in range(depth + 1):
+            block = blocks[index]
+            yield from _monai_block(f"decoder.{index}", theirs, j, block)
             if block.up is not None:
-                rules += _monai_resampler(f"decoder.{index}.up", f"up_blocks.{place}.upsampler", "postconv", block.up)
+                yield from _monai_resampler(f"decoder.{index}.up", f"{theirs}.upsampler", "postconv", block.up)
             index += 1
-    assumed = [] if "norm_eps" in given else ["an eps of 1e-6 in the normalisations (--set norm_eps=...)"]
-    return Foreign("denoiser", network, apply(rules, state, ours, "MONAI DiffusionModelUNet"), assumed=assumed)
 
 
 def _monai_block(ours: str, theirs: str, j: int, block: Block) -> Iterator[Rule]:
@@ -120,7 +136,7 @@ def _monai_res(ours: str, theirs: str, block: ResBlock | Resample) -> Iterator[R
 
 
 def monai_autoencoder(state: State) -> Foreign:
-    """MONAI's own layout is one of ours: names only lose the wrapper of the three outer convolutions."""
+    """MONAI's AutoencoderKL. Its layout is one of ours; only the three outer convolutions have other names."""
     stem = state["encoder.blocks.0.conv.weight"]
     channels, blocks, attention = [stem.shape[0]], [0], [False]
     count = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.blocks."))

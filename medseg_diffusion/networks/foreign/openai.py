@@ -1,4 +1,7 @@
-"""guided-diffusion and improved-diffusion: U-Net and noisy classifier. latent-diffusion's U-Net is of this family."""
+"""Conversion from guided-diffusion and improved-diffusion: U-Net and noisy classifier.
+
+The U-Net of latent-diffusion has the same layout.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .rules import Foreign, Rule, State, add_heads, apply, blocks_of, pointwise,
 
 
 def _openai_layout(state: State) -> tuple[dict[str, Any], bool]:
-    """The architecture behind input_blocks and middle_block, and whether it has attention."""
+    """The arguments of our network that input_blocks and middle_block show, and whether it has attention."""
     stem = state["input_blocks.0.0.weight"]
     channels, dims = stem.shape[0], stem.ndim - 2
     count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))
@@ -52,7 +55,7 @@ def _openai_layout(state: State) -> tuple[dict[str, Any], bool]:
         "channels": channels,
         "channel_mult": [width // channels for width in widths],
         "num_res_blocks": depths,
-        "attention_factors": [2**level for level, there in enumerate(attention) if there],
+        "attention_factors": [2**level for level, attends in enumerate(attention) if attends],
         "resampling": kind,
         "scale_shift": state[first].shape[0] == 2 * state["input_blocks.1.0.in_layers.2.weight"].shape[0],
     }
@@ -60,12 +63,13 @@ def _openai_layout(state: State) -> tuple[dict[str, Any], bool]:
 
 
 def _level_ends(state: State, count: int) -> set[int]:
-    """Which input blocks halve the size: they carry "op", lie where the decoder doubles, or have no parameters."""
+    """The input blocks that halve the size: they have an "op", mirror a doubling block, or have no parameters."""
     ops = {i for i in range(1, count) if f"input_blocks.{i}.0.op.weight" in state}
     gaps = {i for i in range(1, count) if not any(name.startswith(f"input_blocks.{i}.") for name in state)}
     if ops or gaps:
         return ops | gaps
-    # Residual blocks that resample look like any other, but in the decoder they are a second one in their block.
+    # A residual block that resamples has the same names as any other. In the decoder it is recognised as the second
+    # residual block of its output block.
     outputs = [name for name in state if name.startswith("output_blocks.")]
     doubling = sorted(
         {int(name.split(".")[1]) for name in outputs if re.match(r".*\.[12]\.in_layers\.0\.weight", name)}
@@ -73,8 +77,8 @@ def _level_ends(state: State, count: int) -> set[int]:
     if doubling:
         period = doubling[0] + 1
         return set(range(period, count, period))
-    # A classifier has no decoder: a level's last block keeps its width, the next one's first may widen; resampling
-    # blocks never carry attention, and the blocks of a level are equally many.
+    # A classifier has no decoder. All levels have the same number of blocks, a block that resamples has no attention
+    # and keeps the width, and only the first block of a level may widen.
     for depth in range(1, count):
         levels, rest = divmod(count, depth + 1)
         ends = set(range(depth + 1, count, depth + 1))
@@ -89,8 +93,8 @@ def _level_ends(state: State, count: int) -> set[int]:
 
 
 def _may_halve(state: State, i: int) -> bool:
-    inside, outside = (state[f"input_blocks.{i}.0.{layer}.weight"].shape for layer in ("in_layers.0", "in_layers.2"))
-    return inside[0] == outside[0] and f"input_blocks.{i}.1.norm.weight" not in state
+    norm, conv = (state[f"input_blocks.{i}.0.{layer}.weight"].shape for layer in ("in_layers.0", "in_layers.2"))
+    return norm[0] == conv[0] and f"input_blocks.{i}.1.norm.weight" not in state
 
 
 def _widens_inside(state: State, ends: set[int], count: int) -> bool:
@@ -98,8 +102,8 @@ def _widens_inside(state: State, ends: set[int], count: int) -> bool:
     return any(f"input_blocks.{i}.0.skip_connection.weight" in state and i not in firsts for i in range(1, count))
 
 
-def openai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
-    """The U-Net, conditioned by classes, a low-resolution image, a context, or nothing."""
+def openai_unet(state: State, settings: Mapping[str, Any]) -> Foreign:
+    """The U-Net, unconditional or conditioned by classes, a low-resolution image or a context."""
     network, attention = _openai_layout(state)
     network["out_channels"] = state["out.2.weight"].shape[0]
     network["middle_attention"] = "middle_block.1.norm.weight" in state
@@ -108,14 +112,14 @@ def openai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
     contexts = [name for name in state if name.endswith("attn2.to_k.weight")]
     if contexts:
         network["context_channels"] = state[contexts[0]].shape[1]
-        depth = {int(found.group(1)) for name in state if (found := re.search(r"transformer_blocks\.(\d+)", name))}
-        network["transformer_depth"] = max(depth) + 1
-    if "norm_eps" in given:
-        network["norm_eps"] = float(given["norm_eps"])
-    add_heads(given, network, attention)
+        layers = {int(match.group(1)) for name in state if (match := re.search(r"transformer_blocks\.(\d+)", name))}
+        network["transformer_depth"] = max(layers) + 1
+    if "norm_eps" in settings:
+        network["norm_eps"] = float(settings["norm_eps"])
+    add_heads(settings, network, attention)
     assumed = []
-    legacy = given.get("qkv_order", "legacy") == "legacy"
-    if attention and not contexts and "qkv_order" not in given:
+    legacy = settings.get("qkv_order", "legacy") == "legacy"
+    if attention and not contexts and "qkv_order" not in settings:
         assumed.append("queries, keys and values in the legacy order (--set qkv_order=new for the other)")
     with torch.device("meta"):
         ours = UNet(**network)
@@ -136,7 +140,7 @@ def openai_unet(state: State, given: Mapping[str, Any]) -> Foreign:
     return Foreign("denoiser", network, apply(rules, state, ours, "U-Net"), assumed=assumed)
 
 
-def openai_classifier(state: State, given: Mapping[str, Any]) -> Foreign:
+def openai_classifier(state: State, settings: Mapping[str, Any]) -> Foreign:
     """The noisy classifier with attention pooling."""
     network, attention = _openai_layout(state)
     depths = network.pop("num_res_blocks")
@@ -147,10 +151,10 @@ def openai_classifier(state: State, given: Mapping[str, Any]) -> Foreign:
     positions = state["out.2.positional_embedding"].shape[1] - 1
     side = round(positions ** (1 / network["dims"]))
     network["size"] = [side * 2 ** (len(network["channel_mult"]) - 1)] * network["dims"]
-    add_heads(given, network, attention)
+    add_heads(settings, network, attention)
     if "num_heads" in network:
         raise UsageError("a noisy classifier pools by heads of equal width: give --set head_channels=N")
-    legacy = given.get("qkv_order", "legacy") == "legacy"
+    legacy = settings.get("qkv_order", "legacy") == "legacy"
     with torch.device("meta"):
         ours = NoisyClassifier(**network)
     rules = [*same("time_embed.0", "time_embed.0"), *same("time_embed.2", "time_embed.2")]
@@ -192,7 +196,7 @@ def _openai_block(ours: str, theirs: str, block: Block, legacy: bool) -> Iterato
 
 
 def _reordered(rows: Tensor, heads: int) -> Tensor:
-    """Rows of (head, q/k/v, channel) as rows of (q/k/v, head, channel)."""
+    """Rows in the order (head, q/k/v, channel), reordered to (q/k/v, head, channel)."""
     flat = rows.reshape(rows.shape[0], -1).squeeze(1)
     return flat.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 

@@ -1,4 +1,4 @@
-"""How published parameters become ours: rules from names to names, applied and checked in one place."""
+"""Rules that map published parameters to ours by name, and the function that applies and checks them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Foreign:
         kind: "denoiser", "classifier" or "autoencoder".
         network: the constructor's arguments of our `UNet`, `NoisyClassifier` or `KLAutoencoder`.
         weights: its state dict.
-        betas: (T,) the noise schedule, where the file has it.
-        assumed: sentences on what was assumed or left out.
+        betas: (T,) the noise schedule, if the file has one.
+        assumed: what was assumed or left out, for a report.
     """
 
     kind: Literal["denoiser", "classifier", "autoencoder"]
@@ -50,7 +50,7 @@ _KINDS: dict[str, type[nn.Module]] = {"denoiser": UNet, "classifier": NoisyClass
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our parameters, the published ones that it is made of, and how."""
+    """One of our parameters, the published parameters that it is made from, and the function that makes it."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -58,8 +58,21 @@ class Rule:
 
 
 def apply(rules: Iterable[Rule], state: State, network: nn.Module, what: str) -> dict[str, Tensor]:
-    """Our state dict by the rules; ModelError if names or shapes do not fit one to one."""
-    wanted = network.state_dict()
+    """Apply the rules to a published state dict.
+
+    Args:
+        rules: one for each of our parameters.
+        state: the published state dict.
+        network: our network; only its names and shapes are used.
+        what: the published network, for messages.
+
+    Returns:
+        Our state dict.
+
+    Raises:
+        ModelError: missing, remaining or wrongly shaped parameters.
+    """
+    expected = network.state_dict()
     rules = list(rules)
     used = {name for rule in rules for name in rule.theirs}
     problems = []
@@ -72,54 +85,58 @@ def apply(rules: Iterable[Rule], state: State, network: nn.Module, what: str) ->
     for rule in rules:
         if all(name in state for name in rule.theirs):
             tensor = rule.make(*(state[name].float() for name in rule.theirs))
-            if tensor.shape != wanted[rule.ours].shape:
+            if tensor.shape != expected[rule.ours].shape:
                 shapes = ", ".join(f"{name} {tuple(state[name].shape)}" for name in rule.theirs)
-                misshapen.append(f"{shapes} for {tuple(wanted[rule.ours].shape)}")
+                misshapen.append(f"{shapes} for {tuple(expected[rule.ours].shape)}")
             result[rule.ours] = tensor.contiguous()
     if misshapen:
         problems.append(f"wrongly shaped {few(misshapen)}")
     if problems:
         raise ModelError(f"not a {what} that fits together: {'; '.join(problems)}; {nearest(state)}")
-    assert set(result) | {"shift", "scale"} >= set(wanted), sorted(set(wanted) - set(result))
+    assert set(result) | {"shift", "scale"} >= set(expected), sorted(set(expected) - set(result))
     return result
 
 
 def same(ours: str, theirs: str, *parts: str) -> Iterator[Rule]:
-    """Weight and bias as they are."""
+    """Weight and bias, unchanged."""
     for part in parts or ("weight", "bias"):
         yield Rule(f"{ours}.{part}", (f"{theirs}.{part}",))
 
 
 def pointwise(ours: str, theirs: str) -> Iterator[Rule]:
-    """A convolution of kernel 1 as a linear layer."""
+    """A convolution with kernel size 1, as a linear layer."""
     yield Rule(f"{ours}.weight", (f"{theirs}.weight",), lambda w: w.flatten(1))
     yield Rule(f"{ours}.bias", (f"{theirs}.bias",))
 
 
 def joined(ours: str, theirs: Iterable[str], parts: Iterable[str]) -> Iterator[Rule]:
-    """Several layers of the same input as one."""
+    """Several layers with the same input, concatenated to one layer."""
     for part in parts:
         yield Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), lambda *w: torch.cat(w).squeeze())
 
 
-def add_heads(given: Mapping[str, Any], network: dict[str, Any], attention: bool) -> None:
-    """Adds the user's number of heads; they leave no trace in the shapes."""
+def add_heads(settings: Mapping[str, Any], network: dict[str, Any], attention: bool) -> None:
+    """Add the user's number of attention heads, which shapes do not show.
+
+    Raises:
+        UsageError: a network with attention, but no number of heads.
+    """
     if not attention:
         return
-    if "num_heads" not in given and "head_channels" not in given:
+    if "num_heads" not in settings and "head_channels" not in settings:
         raise UsageError(
             "this network has attention, and shapes do not tell its heads: add --set head_channels=N or num_heads=N"
         )
-    network.update({name: int(given[name]) for name in ("num_heads", "head_channels") if name in given})
+    network.update({name: int(settings[name]) for name in ("num_heads", "head_channels") if name in settings})
 
 
 def blocks_of(modules: nn.Module) -> list[Block]:
-    """The blocks of a list of our U-Net."""
+    """The blocks in one of our U-Net's module lists."""
     return [module for module in modules.children() if isinstance(module, Block)]
 
 
 def transformer_rules(ours: str, theirs: str, block: SpatialTransformer, monai: bool = False) -> Iterator[Rule]:
-    """A spatial transformer in the names of latent-diffusion, or of MONAI."""
+    """A spatial transformer with the names of latent-diffusion or MONAI."""
     wrapped = ".conv" if monai else ""
     yield from same(f"{ours}.norm", f"{theirs}.norm")
     yield from pointwise(f"{ours}.proj_in", f"{theirs}.proj_in{wrapped}")

@@ -1,4 +1,4 @@
-"""Which published architecture a list of parameter names resembles."""
+"""Recognises the published architecture that a list of parameter names resembles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(state: Iterable[str]) -> str:
-    """A sentence on which source the names resemble most."""
+    """A clause for messages: which known architecture the names resemble most, if any."""
     names = list(state)
     shares = {
         label: sum(any(re.match(pattern, name) for name in names) for pattern in patterns) / len(patterns)
@@ -47,6 +47,6 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def few(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
+    """The first three names and the number of the others."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

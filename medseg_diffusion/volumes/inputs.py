@@ -1,0 +1,50 @@
+"""Finds the scans in folders, without importing torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medseg_diffusion.errors import InputError
+
+from .outputs import RESULTS, SEGMENTATION
+from .paths import SUFFIXES, is_image, is_series, require_file, scan_name
+
+
+def scan_files(folder: Path) -> list[Path]:
+    """The visible files with known suffixes directly in a folder, sorted by name: scans, masks and results.
+
+    If there is a volume that is no result, images are taken for pictures of volumes and left out. The previews that
+    `medseg` writes are always left out.
+    """
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    )
+    if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
+        return [path for path in files if not is_image(path)]
+    return [path for path in files if not path.name.lower().endswith(SEGMENTATION["preview"])]
+
+
+def find_scans(path: Path | str) -> list[Path]:
+    """The scans of a path: the path itself if it is a file or a DICOM series, else the scans in the folder.
+
+    A folder's scans are its files (`scan_files`) without those whose names end like results (`RESULTS`), then its
+    DICOM series, each sorted by name.
+
+    Raises:
+        InputError: a missing path, a file of another kind, or a folder without scans.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        require_file(path)
+        return [path]
+    if is_series(path):
+        return [path]
+    files = scan_files(path)
+    scans = [file for file in files if not scan_name(file).endswith(RESULTS)]
+    scans += sorted(inner for inner in path.iterdir() if is_series(inner))
+    if not scans:
+        found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
+        raise InputError(path, found, f"files that end with {', '.join(SUFFIXES)}", "check the path")
+    return scans

@@ -1,0 +1,69 @@
+"""The installed `medseg` command: its entry point, help, version and wrong usage."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import typer
+
+from tests.helpers.cli import SCRIPT, medseg
+
+COMMANDS = (
+    "segment",
+    "train-segmenter",
+    "train-generator",
+    "sample",
+    "evaluate-generator",
+    "train-pixel-classifier",
+    "train-anomaly",
+    "anomaly",
+    "calibrate-anomaly",
+    "synthesize-anomalies",
+    "benchmark-segmenter",
+    "evaluate",
+    "check",
+    "configs",
+    "models",
+    "info",
+)
+
+
+def test_help_lists_the_commands() -> None:
+    result = medseg("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert command in result.output
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "configs list", "configs show", "models list", "models show"])
+def test_every_command_has_help(command: str) -> None:
+    assert medseg(*command.split(), "--help").exit_code == 0
+
+
+def test_version() -> None:
+    assert medseg("--version").output.strip() == f"medseg {version('medseg-diffusion')}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["segment", "scan.nii.gz", "--no-such-option"],
+        ["segment"],
+        ["segment", "scan.nii.gz", "--ensemble", "0"],
+        ["segment", "scan.nii.gz", "--sampler", "euler"],
+        ["segment", "scan.nii.gz", "--device", "gpu"],
+        ["segment", "scan.nii.gz", "--shard", "3/2"],
+        ["train-segmenter", "preset"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scan.nii.gz").touch()
+    monkeypatch.chdir(tmp_path)
+    assert medseg(*arguments).exit_code == 2
+
+
+def test_the_entry_point_is_a_typer_app() -> None:
+    assert isinstance(SCRIPT.load(), typer.Typer)

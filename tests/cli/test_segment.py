@@ -1,0 +1,89 @@
+"""`medseg segment`: its exit codes, and one line for every failure."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
+from tests.helpers.cli import error_lines, medseg
+
+
+def test_segment_names_a_missing_file(tmp_path: Path) -> None:
+    result = medseg("segment", tmp_path / "nowhere.nii.gz", "--device", "cpu")
+    assert result.exit_code == 3
+    (line,) = error_lines(result)
+    assert line.startswith("medseg: error: ") and "nowhere.nii.gz" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MedsegError("one\ntwo"), 1),
+        (UsageError("one two"), 2),
+        (InputError("a.nii", "NaN", "numbers", "mend it"), 3),
+        (ModelError("gone"), 4),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_expected_failures_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException, code: int
+) -> None:
+    def raise_it(*_: object, **__: object) -> None:
+        raise error
+
+    pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None, segment=raise_it)
+    result = _with_pipeline(monkeypatch, tmp_path, pipeline)
+    assert result.exit_code == code
+    (line,) = error_lines(result)
+    assert line.startswith("medseg: ")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code", "lines"),
+    [(["done"], 0, 0), (["failed"], 3, 1), (["done", "failed", "skipped"], 1, 2), (["failed", "failed"], 1, 3)],
+)
+def test_exit_code_of_several_scans(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, statuses: list[str], code: int, lines: int
+) -> None:
+    pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None)
+    cases = [
+        types.SimpleNamespace(
+            scan=Path(f"{i}.nii.gz"),
+            status=status,
+            outputs={"mask": Path(f"{i}_seg.nii.gz")},
+            seconds=1.0,
+            volumes_ml={},
+            warnings=(),
+            error="unreadable" if status == "failed" else None,
+            exit_code=3 if status == "failed" else 0,
+        )
+        for i, status in enumerate(statuses)
+    ]
+
+    def segment(scans: object, options: object, on_case: object, on_progress: object) -> list[object]:
+        assert callable(on_case) and callable(on_progress)
+        for case in cases:
+            on_case(case)
+            on_progress("scan", 1.0)
+        return list(cases)
+
+    pipeline.segment = segment
+    result = _with_pipeline(monkeypatch, tmp_path, pipeline)
+    assert result.exit_code == code
+    assert len(error_lines(result)) == lines
+    assert result.stdout.count("_seg.nii.gz") == len(statuses) - statuses.count("failed")
+
+
+def _with_pipeline(monkeypatch: pytest.MonkeyPatch, folder: Path, pipeline: object) -> Result:
+    """Run `medseg segment` on a scan, with a stand-in for the library's workflow."""
+    from medseg_diffusion import workflows
+
+    monkeypatch.setitem(sys.modules, "medseg_diffusion.workflows.segment", pipeline)
+    monkeypatch.setattr(workflows, "segment", pipeline, raising=False)
+    (folder / "scan.nii.gz").touch()
+    return medseg("segment", str(folder / "scan.nii.gz"))

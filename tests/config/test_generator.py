@@ -1,0 +1,29 @@
+"""Configurations of generators that contradict themselves are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from medseg_diffusion.config.load import parse_config
+from medseg_diffusion.errors import UsageError
+from tests.helpers.generators import small_config
+
+
+def test_a_class_that_nothing_attends_to_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"cross-attention needs network\.attention_factors"):
+        small_config("latent", condition={"classes": "cross-attention"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"method": "upsampler", "factor": 3, "data": {"size": 64}}, "no multiple of factor 3"),
+        ({"method": "pixel", "autoencoder": "autoencoder-tiny-imagenet-small"}, "method pixel has no autoencoder"),
+        ({"method": "latent"}, "method latent needs an autoencoder"),
+        ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
+        ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
+    ],
+)
+def test_contradictions_of_a_configuration_are_named(content, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_config(content, "test")

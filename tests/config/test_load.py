@@ -1,0 +1,126 @@
+"""Loading of configurations: presets, unknown keys, broken files and overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medseg_diffusion.config.load import NOTES, load_config, load_segmenter_config, presets
+from medseg_diffusion.errors import UsageError
+from tests.helpers.configs import MINIMAL, write
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_presets() -> None:
+    assert len(presets()) > 0
+    assert all("_" not in name and name == name.lower() for name in presets())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_survives_being_written_and_read_again(name, tmp_path: Path) -> None:
+    """A model's card holds its configuration as JSON: it must come back the same."""
+    config = load_config(name)
+    assert config.description
+    assert load_config(write(tmp_path, config.model_dump(mode="json"))) == config
+
+
+@pytest.mark.parametrize("name", ["segdiff-nuclei-small", "ldm-tiny-imagenet-small", "anomaly-patched-small"])
+def test_the_configuration_of_a_run_is_one(name, tmp_path: Path) -> None:
+    """RUN/config.yaml notes more, such as the seed; elsewhere these keys are unknown."""
+    content = {**load_config(name).model_dump(mode="json"), **dict.fromkeys(NOTES, 3)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert load_config(tmp_path / "config.yaml") == load_config(name)
+    with pytest.raises(UsageError, match="unknown key"):
+        load_config(write(tmp_path, content))
+
+
+def test_a_generator_is_no_segmenter() -> None:
+    with pytest.raises(UsageError, match="configures a pixel; train it with train-generator"):
+        load_segmenter_config("adm-tiny-imagenet-small")
+
+
+# ---- strictness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "nearest"),
+    [
+        ({"trainning": {}}, "trainning", "training"),
+        ({"network": {"chanels": 3}}, "network.chanels", "channels"),
+        ({"diffusion": {"schedule": {"steps": 3}}}, "diffusion.schedule.steps", "num_steps"),
+        ({"data": {"window": [8, 8, 8], "test_case": 3}}, "data.test_case", "test_cases"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_file_path_and_nearest_key(tmp_path: Path, change, key, nearest) -> None:
+    path = write(tmp_path, {**MINIMAL, **change})
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: unknown key {key}; did you mean {nearest}?"
+
+
+def test_an_unknown_key_that_resembles_nothing_is_refused_with_all_keys(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown key network\.zzz; known: dims, channels, "):
+        load_config(write(tmp_path, {**MINIMAL, "network": {"zzz": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("method: [", "not YAML"), ("- a\n- b", "holds list"), ("", "holds NoneType"), ("just words", "holds str")],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text, message) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_names_code_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    with pytest.raises(UsageError, match="not YAML"):
+        load_config(write(tmp_path, f"method: !!python/object/apply:pathlib.Path.touch [{marker}]"))
+    assert not marker.exists()
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    name = next(iter(presets()))
+    with pytest.raises(UsageError, match=rf"no preset of that name; did you mean {name}\?"):
+        load_config(name[:-1])
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
+    overrides = [
+        "training.max_steps=7",
+        "training.learning_rate=1.0e-5",
+        "network.channel_mult=[1, 2]",
+        "diffusion.schedule.name=cosine",
+        "inference.window=null",
+        "preprocessing.spacing_mm=[1, 1, 2.5]",
+    ]
+    config = load_config(write(tmp_path, {**MINIMAL, "training": {"max_steps": 5, "workers": 2}}), overrides)
+    assert config.training.max_steps == 7 and config.training.workers == 2
+    assert config.training.learning_rate == 1e-5
+    assert config.network.channel_mult == (1, 2)
+    assert config.diffusion.schedule.name == "cosine"
+    assert config.preprocessing.spacing_mm == (1, 1, 2.5)
+    assert load_config(write(tmp_path, MINIMAL), ["method=segdiff", "method=baseline"]).method == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.max_steps", r"expected a\.b=value"),
+        ("=3", r"expected a\.b=value"),
+        ("training.max_step=3", r"unknown key training\.max_step; did you mean max_steps\?"),
+        ("training.max_steps=many", r"training\.max_steps: .*got 'many'"),
+        ("method.name=3", "method is a value, not a section"),
+        ("network.channels=[", "is not YAML"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_config(write(tmp_path, MINIMAL), [override])

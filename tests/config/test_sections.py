@@ -1,0 +1,65 @@
+"""Sections of a configuration mirror the constructors that they feed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+
+import pytest
+
+from medseg_diffusion.config.segmenter import (
+    AnchorLossSection,
+    DataSection,
+    DynamicEncodingSection,
+    ImageEncoderSection,
+    SemanticConditionSection,
+)
+from medseg_diffusion.config.shared import (
+    AugmentationSection,
+    PreprocessingSection,
+    TrainingSection,
+    UNetSection,
+)
+from medseg_diffusion.data.augmentation import Augmentation
+from medseg_diffusion.networks.medsegdiff import MedSegDiff
+from medseg_diffusion.networks.medsegdiff_v2 import MedSegDiffV2
+from medseg_diffusion.networks.segdiff import SegDiff
+from medseg_diffusion.networks.unet import UNet
+from medseg_diffusion.tasks.mask import AnchorLoss
+from medseg_diffusion.training.trainer import TrainingOptions
+from medseg_diffusion.volumes.preprocessing import Preprocessing
+
+GIVEN_BY_THE_TASK = ("num_classes", "context_channels", "transformer_depth")
+
+
+def constructor(kind: type, without: set[str]) -> dict[str, object]:
+    """Parameters of a constructor with their defaults."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in without}
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "given_elsewhere", "own"),
+    [
+        (UNetSection, UNet, {"in_channels", "out_channels", *GIVEN_BY_THE_TASK}, set()),
+        (ImageEncoderSection, SegDiff, {"unet", "image_channels"}, set()),
+        (DynamicEncodingSection, MedSegDiff, {"unet", "image_channels"}, set()),
+        (SemanticConditionSection, MedSegDiffV2, {"unet", "image_channels", "mask_channels"}, set()),
+        (AnchorLossSection, AnchorLoss, set(), set()),
+        (TrainingSection, TrainingOptions, set(), {"precision", "channels_last", "compile"}),
+        (PreprocessingSection, Preprocessing, {"square_pixels"}, set()),
+        (AugmentationSection, Augmentation, set(), set()),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_section_mirrors_the_constructor_it_feeds(section, kind, given_elsewhere, own) -> None:
+    parameters = constructor(kind, given_elsewhere)
+    assert [name for name in section.model_fields if name not in own] == list(parameters)
+    if section is not UNetSection:  # its defaults are those of a small CPU network, not of the publication
+        defaults = section().model_dump(exclude=own)
+        assert defaults == parameters
+
+
+def test_options_without_a_default_are_none() -> None:
+    assert all(field.default is not MISSING for field in fields(TrainingOptions))
+    assert DataSection.model_fields["window"].is_required()

@@ -1,0 +1,104 @@
+"""Images of two classes, and the smallest generators of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medseg_diffusion.config.anomaly import AnomalyConfig
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import parse_config
+from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.workflows.train_generator import train_generator
+
+QUIET = pytest.mark.filterwarnings("ignore:LPIPS has no weights here", "ignore:.*torch.jit")
+"""For tests that train an autoencoder of images, or score images with a traced network."""
+
+OTHERS = SegmenterConfig | PixelClassifierConfig | AnomalyConfig
+
+
+def save_pictures(folder: Path) -> None:
+    """Two classes of 64 x 64 images: dark on the left, dark on the right."""
+    generator = np.random.default_rng(0)
+    for i in range(24):
+        pixels = generator.integers(100, 256, (64, 64, 3), dtype=np.uint8)
+        pixels[:, :32] //= 1 + 3 * (i % 2)
+        pixels[:, 32:] //= 4 - 3 * (i % 2)
+        path = folder / ("left" if i % 2 else "right") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def small_config(method: str, **changes: object) -> GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig:
+    """The smallest configuration of a method, on 16 x 16 images."""
+    network: dict[str, object] = {
+        "autoencoder": {"latent_channels": 2, "channels": [32, 32], "num_res_blocks": 1},
+        "classifier": {
+            "channels": 32,
+            "channel_mult": [1, 1],
+            "num_res_blocks": 1,
+            "attention_factors": [2],
+            "head_channels": 32,
+        },
+    }.get(method, {"dims": 2, "channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1})  # type: ignore[assignment]
+    content = {
+        "method": method,
+        "data": {"size": 16, "validation_images": 4},
+        "network": network,
+        "training": {"batch_size": 2, "max_steps": 2, "validate_every": 2, "warmup_steps": 1, "ema_decay": 0.5},
+        **({"sampling": {"sampler": "ddim", "steps": 4}} if method in ("pixel", "latent", "upsampler") else {}),
+        **({"autoencoder": "autoencoder-tiny-imagenet-small"} if method == "latent" else {}),
+        **({"loss": {"discriminator_channels": 8, "discriminator_layers": 1}} if method == "autoencoder" else {}),
+        **changes,
+    }
+    found = parse_config(content, "test")
+    assert not isinstance(found, OTHERS)
+    return found
+
+
+def train_models(pictures: Path, root: Path) -> dict[str, Path]:
+    """One trained model of each kind; two steps each."""
+    autoencoder = train_generator(small_config("autoencoder"), pictures, root / "autoencoder", device="cpu")
+    by_class = {"condition": {"classes": "embedding"}}
+    attention = {"dims": 2, "channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_factors": [2]}
+    by_token = {"condition": {"classes": "cross-attention", "context_channels": 8}, "network": attention}
+    half = {"data": {"size": 8, "validation_images": 4}}
+    configs = {
+        "pixel": small_config("pixel", diffusion={"learned_variance": True, "objective": "hybrid"}),
+        "class": small_config("pixel", **by_class),
+        "half": small_config("pixel", **half),
+        "upsampler": small_config("upsampler"),
+        "class-upsampler": small_config("upsampler", **by_class),
+        "latent-upsampler": small_config("upsampler", autoencoder="autoencoder-tiny-imagenet-small"),
+        "classifier": small_config("classifier"),
+        "latent": small_config("latent"),
+        "token": small_config("latent", **by_token),
+    }
+    found = {"autoencoder": autoencoder}
+    for name, config in configs.items():
+        codec = autoencoder if getattr(config, "autoencoder", None) is not None else None
+        found[name] = train_generator(config, pictures, root / name, autoencoder=codec, device="cpu")
+    return found
+
+
+def save_scoring_network(path: Path) -> None:
+    """A small network of random weights in the place of Inception, with its three outputs."""
+
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = torch.nn.Conv2d(3, 8, 5, stride=4)
+            self.fc = torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            maps = self.conv(x).relu()
+            pooled = maps.mean((2, 3))
+            return pooled, maps, self.fc(pooled)
+
+    torch.jit.trace(Small().eval(), torch.zeros(2, 3, 64, 64)).save(str(path))

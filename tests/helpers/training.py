@@ -1,0 +1,196 @@
+"""Trainings that take a second: a regression on five points, and a segmenter of six scans."""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.draws import Draws
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
+
+ROOT = Path(__file__).parents[2]
+"""Of the repository: processes that tests start import this module from there."""
+
+
+class Points:
+    """Five noisy points of a plane: examples that use the generator that they are given."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
+        x = torch.randn(4, generator=torch.Generator().manual_seed(index))
+        return {"x": x + 0.1 * torch.randn(4, generator=generator), "y": x.sum()[None], "index": torch.tensor(index)}
+
+
+class Regression(nn.Module):
+    """A small network with dropout and a buffer: (batch) -> mean square error."""
+
+    calls: Tensor
+
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Dropout(dropout), nn.Linear(16, 1))
+        self.register_buffer("calls", torch.zeros(()))
+        self.poisoned_at = -1
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        self.calls += 1
+        loss = (self.layers(batch["x"]) - batch["y"]).square().mean()
+        return loss * float("nan") if int(self.calls) == self.poisoned_at else loss
+
+
+OPTIONS = TrainingOptions(
+    batch_size=4,
+    max_steps=8,
+    learning_rate=1e-2,
+    warmup_steps=3,
+    ema_decay=0.9,
+    validate_every=2,
+    checkpoint_minutes=60,
+)
+
+
+def train(
+    run: Path,
+    *,
+    dropout: float = 0.5,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    save: Callable[[nn.Module, int, Mapping[str, float]], None] = lambda model, step, numbers: None,
+    poisoned_at: int = -1,
+    changes: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> dict[str, float]:
+    """`fit` on the points, always from the same start."""
+    torch.manual_seed(0)
+    model = Regression(dropout)
+    model.poisoned_at = poisoned_at
+    batch = {"x": torch.eye(4), "y": torch.ones(4, 1)}
+
+    def validate(averaged: nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            return {"score": -float(averaged(batch))}
+
+    options = TrainingOptions(**{**vars(OPTIONS), **(changes or {})})
+    callbacks = Callbacks(validate, save, progress)
+    started = TrainingRun(run, seed=1, **arguments)
+    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32"))
+
+
+def resume_file(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """The same nested content, bit for bit."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, Mapping):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def start(call: str, **environment: str) -> subprocess.Popen[str]:
+    """A Python process that runs ``call``, one of the functions below."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.helpers import training; training.{call}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def start_two(call: str) -> list[subprocess.Popen[str]]:
+    """Two processes that know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(call, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+
+
+def train_slowly(run: str) -> None:
+    """Writes a resume file after every step, and takes its time."""
+    train(Path(run), progress=lambda progress: time.sleep(0.1), changes={"checkpoint_minutes": 1e-9})
+
+
+def train_without_dropout(run: str) -> None:
+    train(Path(run), dropout=0.0)
+
+
+# ---- a whole segmenter -----------------------------------------------------------------------------------------------
+
+
+def write_scans(folder: Path) -> None:
+    """Six small scans with a bright block, and its mask."""
+    generator = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (folder / part).mkdir()
+    for i in range(6):
+        label = np.zeros((9, 8, 8), np.uint8)
+        label[2 : 5 + i % 3, 2:6, 3:7] = 1
+        image = label + 0.2 * generator.standard_normal(label.shape)
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / "images" / f"case{i}.nii.gz")
+        nib.save(nib.Nifti1Image(label, np.eye(4)), folder / "labels" / f"case{i}.nii.gz")
+
+
+def config(**training: Any) -> SegmenterConfig:
+    return SegmenterConfig.model_validate(
+        {
+            "method": "ensemdiff",
+            "data": {"window": [8, 8, 8], "labels": ["block"], "test_cases": 1, "validation_cases": 1},
+            "network": {"channels": 8, "channel_mult": [1, 2], "patch_size": 2, "dropout": 0.1},
+            "training": {"batch_size": 2, "max_steps": 4, "validate_every": 2, "precision": "fp32", **training},
+            "inference": {"steps": 2},
+        }
+    )
+
+
+def train_segmenter_in(run: str, data: str) -> None:
+    train_segmenter(config(), Path(data), Path(run), device="cpu")
+
+
+def latent_config() -> SegmenterConfig:
+    content = config().model_dump(mode="json")
+    content |= {
+        "method": "latent-mask",
+        "mask_autoencoder": {"latent_channels": 2, "channels": [32, 32], "max_steps": 6},
+    }
+    return SegmenterConfig.model_validate(content)

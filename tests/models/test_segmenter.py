@@ -1,0 +1,79 @@
+"""A trained mask segmenter: members, steps, calibration and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.methods.ensemble import Ensemble
+from medseg_diffusion.models import segmenter
+from medseg_diffusion.models.load import load_segmenter
+from medseg_diffusion.volumes.io import read_volume
+from tests.helpers.segmenters import FLAT, calibrated, make_model, save, save_image, tiny_config
+
+
+def test_members_do_not_depend_on_the_size_of_the_ensemble(tmp_path: Path, tiny_model: Path) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    three, _ = load_segmenter(tiny_model, "cpu", ensemble=3).sample(volume, seed=5)
+    one, _ = load_segmenter(tiny_model, "cpu", ensemble=1).sample(volume, seed=5)
+    assert torch.equal(three.labels[:1], one.labels)
+    assert not torch.equal(three.mean, one.mean)
+
+
+def test_a_calibration_for_other_steps_is_not_used_and_that_is_said(tmp_path: Path, tiny_model: Path) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    other = load_segmenter(calibrated(tiny_model, tmp_path / "calibrated"), "cpu", steps=3)
+    assert other.notes == ["probabilities are not calibrated: the model's calibration is for dpm++ with 2 steps"]
+    expected = load_segmenter(tiny_model, "cpu", steps=3).segment(volume)
+    torch.testing.assert_close(other.segment(volume).probabilities, expected.probabilities)
+    with pytest.raises(ModelError, match="calibration is of another version"):
+        load_segmenter(calibrated(tiny_model, tmp_path / "newer", kind="isotonic"), "cpu")
+
+
+def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain", tiny_config(method="baseline"))
+    path = calibrated(plain, tmp_path / "model", sampler="ddim", steps=7, volume_errors=[0.1], level=0.95)
+    for options in ({"steps": 3}, {"sampler": "ddim"}):
+        with pytest.raises(UsageError, match="this model is feed-forward; leave --steps and --sampler out"):
+            load_segmenter(path, "cpu", **options)  # type: ignore[arg-type]
+    several = load_segmenter(path, "cpu", ensemble=5)
+    assert several.notes == ["a feed-forward model has one mask; the ensemble size has no effect"]
+    found = several.segment(read_volume(save(tmp_path / "scan.nii.gz")))
+    assert (
+        several.aggregation.calibration is not None
+        and len(found.members) == 1
+        and not found.members_ml
+        and found.intervals_ml
+    )
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MEMBERS_AT_ONCE", 2), ("PROBABILITIES_AT_ONCE", 1)])
+def test_a_large_ensemble_or_scan_walks_in_parts(
+    bound, value, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    whole = load_segmenter(tiny_model, "cpu", ensemble=5).segment(volume)
+    monkeypatch.setattr(segmenter, bound, value)
+    parts = load_segmenter(tiny_model, "cpu", ensemble=5).segment(volume)
+    torch.testing.assert_close(parts.probabilities, whole.probabilities)
+    assert torch.equal(parts.members, whole.members) and len(whole.members) == 5
+
+
+def test_the_layout_of_the_configuration_is_used_and_the_agreement_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_model(tmp_path / "plain", tiny_config(**FLAT), labels=3)
+    last = make_model(tmp_path / "last", tiny_config(**FLAT, training={"channels_last": True}), labels=3)
+    calls: list[int] = []
+    known = Ensemble.pairwise_dice
+    monkeypatch.setattr(Ensemble, "pairwise_dice", lambda self: calls.append(len(self)) or known(self))
+    volume = read_volume(save_image(tmp_path / "image.png"), channels=3)
+    found = [load_segmenter(path, "cpu", ensemble=2) for path in (plain, last)]
+    weights = [next(p for p in one.model.parameters() if p.ndim == 4 and p.shape[1] > 1) for one in found]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
+    first, second = (one.segment(volume) for one in found)
+    torch.testing.assert_close(first.probabilities, second.probabilities, rtol=0, atol=1e-3)
+    assert calls == [2, 2]

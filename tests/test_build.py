@@ -1,0 +1,180 @@
+"""Every name and preset of a configuration is built, takes a training step and can learn."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medseg_diffusion import build
+from medseg_diffusion.config.load import load_segmenter_config, parse_config
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.config.shared import InferenceSection
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.sampling.loop import spaced
+from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
+from medseg_diffusion.training.autoencoder import standardise
+from medseg_diffusion.training.job import training_options
+from tests.helpers.configs import MINIMAL, SEGMENTERS
+
+FULL = {
+    # Millions of parameters. Ho et al. (2020) state 114 for their 256 x 256 network, which is EnsemDiff's; the authors
+    # of SegDiff, MedSegDiff and MedSegDiff-V2 state none.
+    "baseline-brats": 113.672,
+    "ensemdiff-brats": 113.674,
+    "segdiff-monuseg": 164.155,
+    "medsegdiff-isic": 141.282,
+    "medsegdiff-v2-isic": 257.031,
+}
+
+
+def test_every_full_preset_is_counted() -> None:
+    assert {name for name in SEGMENTERS if not name.endswith("-small")} == set(FULL)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_preset_has_its_size(name) -> None:
+    """Built without memory, so a change of any width or depth shows."""
+    config = load_segmenter_config(name)
+    assert config.network.checkpointing
+    with torch.device("meta"):
+        model = build.segmenter(config, 1 + len(config.data.labels))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(FULL[name], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in FULL else []) for name in SEGMENTERS]
+)
+def test_a_preset_loads_builds_and_takes_a_step(name) -> None:
+    config = load_segmenter_config(name)
+    assert config.description
+    model = build.segmenter(config, 1 + (len(config.data.labels) or 3))
+    assert sum(p.numel() for p in model.parameters()) > 1000
+    build.preprocessing(config.preprocessing)
+    build.augmentation(config.augmentation)
+    training_options(config.training)
+    build.sampler(config.inference.sampler)
+    build.noise_schedule(config.diffusion.schedule)
+    window = [64 if name in FULL else 8] * config.network.dims
+    batch = {
+        "image": torch.randn(1, config.data.channels, *window),
+        "label": torch.zeros(1, *window, dtype=torch.int64),
+        "seed": torch.tensor([0]),
+    }
+    loss = model(batch)
+    loss.backward()
+    assert bool(loss.isfinite())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "window"), [(3, [256, 256]), (4, [32, 32, 32])], ids=["photograph", "MRI"])
+@pytest.mark.parametrize("name", [name for name in SEGMENTERS if name not in FULL])
+def test_a_small_preset_takes_a_step_on_data_of_another_kind(name, channels, window) -> None:
+    """RGB photographs of 256 x 256 and volumes of four contrasts, also where the preset is for something else."""
+    content = load_segmenter_config(name).model_dump(mode="json")
+    content["network"]["dims"] = len(window)
+    content["augmentation"]["flip_axes"] = []
+    content["data"] |= {"source": "scans", "labels": ["lesion"], "channels": channels, "window": window}
+    content["inference"]["window"] = None
+    config = parse_config(content, name)
+    assert isinstance(config, SegmenterConfig)
+    model = build.segmenter(config, 2)
+    batch = {
+        "image": torch.rand(1, channels, *window, generator=torch.Generator().manual_seed(0)),
+        "label": torch.zeros(1, *window, dtype=torch.int64),
+        "seed": torch.tensor([0]),
+    }
+    batch["label"][0, 5:20, 5:20] = 1
+    loss = model(batch)
+    loss.backward()
+    assert bool(loss.isfinite())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients) and any(bool(g.any()) for g in gradients)
+
+
+def test_every_name_that_a_configuration_may_use_is_built() -> None:
+    base = parse_config(MINIMAL, "here").model_dump()
+    for name in build.SCHEDULES:
+        changed = {**base, "diffusion": {"schedule": {"name": name, "num_steps": 50}}}
+        assert build.noise_schedule(parse_config(changed, name).diffusion.schedule).num_steps == 50
+    names = get_args(InferenceSection.model_fields["sampler"].annotation)
+    assert set(names) == set(build.SAMPLERS)
+    for name in names:
+        assert build.sampler(name).begin() is not None
+
+
+def test_what_cannot_be_built_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="sampler 'euler' is unknown; use ddpm, ddim"):
+        build.sampler("euler")
+    few = parse_config({**MINIMAL, "diffusion": {"schedule": {"num_steps": 10}}}, "here")
+    with pytest.raises(UsageError, match=r"schedule: every beta must lie in"):
+        build.segmenter(few, 2)
+    heads = {"attention_factors": [1], "channels": 8, "head_channels": 3}
+    with pytest.raises(UsageError, match=r"network: head_channels \(3\) must divide"):
+        build.segmenter(parse_config({**MINIMAL, "network": heads}, "here"), 2)
+
+
+STEPS, RATE = 400, 1e-3
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "image_encoder": {"encoder_channels": 16, "encoder_blocks": 1, "encoder_growth": 8},
+    "dynamic_encoding": {"bands": 5},
+    "semantic_condition": {"depth": 1, "head_channels": 16, "dropout": 0.0},
+}
+LOGITS: dict[str, Any] = {"head": "logits", "scale": 0.5, "dice_ce_weight": 1.0}
+LATENT: dict[str, Any] = {"target": "x0", "scale": 0.05}
+
+
+def cases(dims: int) -> tuple[Tensor, Tensor]:
+    """Two noisy images (2, 1, *S), and two classes in each, apart by place and not by brightness."""
+    shape = (16,) * dims if dims == 2 else (8,) * dims
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(2, *shape, dtype=torch.int64)
+    half = shape[0] // 2
+    labels[0, 1 : half - 1, 1:half], labels[0, half : half + 2, half:] = 1, 2
+    labels[1, half:-1, 1 : half + 1], labels[1, 1 : half - 1, half:-1] = 1, 2
+    return (labels > 0).float()[:, None] + 0.3 * torch.randn((2, 1, *shape), generator=generator), labels
+
+
+def learn(model: nn.Module, image: Tensor, labels: Tensor) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), RATE)
+    model.train()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (STEPS - step) / 50)
+        loss = model({"image": image, "label": labels, "seed": torch.tensor([2 * step, 2 * step + 1])})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("method", ["baseline", "ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask"])
+def test_two_cases_are_learnt_by_heart(method, dims) -> None:
+    image, labels = cases(dims)
+    content = {
+        "method": method,
+        "data": {"window": list(image.shape[2:]), "labels": ["one", "two"]},
+        "network": {"dims": dims, "channels": 16, "channel_mult": [1, 2, 2], "num_res_blocks": 1},
+        "diffusion": {"schedule": {"name": "cosine"}, **(LATENT if method == "latent-mask" else LOGITS)},
+        **CONDITIONS,
+    }
+    config = parse_config(content, "test")
+    torch.manual_seed(0)
+    model = build.segmenter(config, 3)
+    if isinstance(model, LatentMaskDiffusion):
+        learn(model.autoencoder.requires_grad_(True), image, labels)
+        model.autoencoder.requires_grad_(False)
+        with torch.no_grad():
+            standardise(model.autoencoder.codec, [model.autoencoder.channels_of(labels)])
+    learn(model, image, labels)
+    times = spaced(build.noise_schedule(config.diffusion.schedule), 5)
+    found = model.probabilities(image, [[1, 2], [3, 4]], build.sampler("dpm++"), times).argmax(2)
+    for case in range(2):
+        for member in range(2):
+            overlap = label_overlap(found[case, member].numpy(), labels[case].numpy(), [1, 2])
+            assert min(value.dice for value in overlap.values()) > 0.95

@@ -1,0 +1,146 @@
+"""DICOM series: voxels lie where the headers say, and what cannot be one volume is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from medseg_cli.main import app
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from typer.testing import CliRunner
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.inputs import find_scans
+from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.paths import scan_name
+
+ROWS, COLUMNS, SLICES = 7, 5, 6
+SPACING = (1.5, 0.75, 3.0)  # between rows, columns and slices
+LPS_RAS = np.array([-1.0, -1.0, 1.0])
+
+
+def turned() -> np.ndarray:
+    """Unit vectors (3, 3) along columns' index, rows' index and slices, in LPS."""
+    return nib.eulerangles.euler2mat(0.3, -0.2, 0.1).T
+
+
+def series(folder: Path, values: np.ndarray, *, uid: str = "", modality: str = "MR", **changes: object) -> Path:
+    """Writes ``values`` (SLICES, ROWS, COLUMNS), the slices in an order that names and numbers do not tell."""
+    folder.mkdir(parents=True, exist_ok=True)
+    places = changes.pop("places", [k * SPACING[2] for k in range(len(values))])
+    shift = changes.pop("shift", 0.0)  # of every slice along the rows, in mm
+    along, down, normal = turned()
+    uid = uid or generate_uid()
+    for k in np.random.default_rng(0).permutation(len(values)):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = MRImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        data.SOPClassUID, data.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = uid, uid, uid
+        data.Modality = modality
+        data.Rows, data.Columns, data.SamplesPerPixel = ROWS, COLUMNS, 1
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
+        data.PhotometricInterpretation = "MONOCHROME2"
+        data.PixelSpacing = [SPACING[0], SPACING[1]]
+        data.ImageOrientationPatient = [round(float(v), 8) for v in (*along, *down)]
+        place = np.array([10.0, -20.0, 30.0]) + places[k] * normal + k * shift * along
+        data.ImagePositionPatient = [round(float(v), 6) for v in place]
+        data.PixelData = values[k].astype(np.uint16).tobytes()
+        for name, value in changes.items():
+            setattr(data, name, value)
+        data.save_as(folder / f"{(k * 4 + 1) % len(values)}-{k}.IMA", enforce_file_format=True)
+    return folder
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 4000, (SLICES, ROWS, COLUMNS))
+
+
+def test_voxels_lie_where_the_headers_say(values, tmp_path: Path) -> None:
+    folder = series(tmp_path / "head", values)
+    volume = read_volume(folder)
+    assert volume.header.modality == "MR" and scan_name(folder) == "head"
+    along, down, normal = turned()
+    for k, row, column in ((0, 0, 0), (5, 6, 4), (2, 3, 1)):
+        lps = np.array([10.0, -20.0, 30.0]) + k * SPACING[2] * normal + row * SPACING[0] * down
+        lps = lps + column * SPACING[1] * along
+        i, j, m = np.rint(np.linalg.inv(volume.affine) @ [*(lps * LPS_RAS), 1])[:3].astype(int)
+        np.testing.assert_allclose((volume.affine @ [i, j, m, 1])[:3], lps * LPS_RAS, atol=1e-4)
+        assert float(volume.data[0, i, j, m]) == values[k, row, column]
+
+
+def test_slope_and_intercept_are_applied(values, tmp_path: Path) -> None:
+    plain = read_volume(series(tmp_path / "a", values))
+    scaled = read_volume(series(tmp_path / "b", values, RescaleSlope="2", RescaleIntercept="-1000"))
+    np.testing.assert_allclose(scaled.data, 2 * plain.data - 1000)
+
+
+def test_folders_of_series_are_scans_beside_files(values, tmp_path: Path) -> None:
+    first, second = series(tmp_path / "p1", values), series(tmp_path / "p2", values)
+    nib.save(nib.Nifti1Image(values.astype(np.float32), np.eye(4)), tmp_path / "a.nii.gz")
+    (tmp_path / "notes").mkdir()
+    assert find_scans(tmp_path) == [tmp_path / "a.nii.gz", first, second]
+    assert find_scans(first) == [first]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"places": [0, 3, 6, 12, 15, 18]}, "slices 3 to 6 mm apart; expected slices at one distance"),
+        ({"places": [0, 3, 6, 6, 9, 12]}, "several images at one position"),
+        ({"shift": 1.0}, "tilted gantry"),
+        ({"ImagePositionPatient": None}, "slices without position"),
+    ],
+)
+def test_slices_that_are_no_volume_are_refused(changes, message, values, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read_volume(series(tmp_path / "s", values, **changes))
+
+
+def test_other_folders_are_refused(values, tmp_path: Path) -> None:
+    series(tmp_path / "two", values)
+    for file in (tmp_path / "two").iterdir():
+        file.rename(file.with_name("x" + file.name))
+    series(tmp_path / "two", values)
+    with pytest.raises(InputError, match="2 DICOM series; expected one series"):
+        read_volume(tmp_path / "two")
+    with pytest.raises(InputError, match="a series of one slice"):
+        read_volume(series(tmp_path / "one", values[:1]))
+    slice_of = next((tmp_path / "one").iterdir()).rename(tmp_path / "one" / "1.dcm")
+    with pytest.raises(InputError, match=r"one slice of a DICOM series; .* name its folder"):
+        read_volume(slice_of)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="a folder without scans"):
+        find_scans(tmp_path / "empty")
+
+
+@pytest.mark.data
+def test_real_series_from_slices_to_a_mask_on_the_same_grid(data_folder: Path, tmp_path: Path) -> None:
+    scan = data_folder / "dicom" / "hippocampus_crop"
+    volume = read_volume(scan)
+    assert sorted(volume.shape) == [32, 35, 51] and volume.header.modality == "MR"
+    command = ["segment", str(scan), "-m", "hippocampus-t1", "-o", str(tmp_path), "--device", "cpu"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    mask = nib.load(tmp_path / "hippocampus_crop_seg.nii.gz")
+    np.testing.assert_allclose(mask.affine, volume.affine, atol=1e-4)
+    labels = np.asarray(mask.dataobj)
+    assert mask.shape == volume.shape and 1000 < np.count_nonzero(labels) < 8000 and set(np.unique(labels)) == {0, 1, 2}
+
+
+@pytest.mark.data
+def test_an_oblique_series_is_where_its_headers_say(data_folder: Path) -> None:
+    volume = read_volume(data_folder / "dicom" / "t1post")
+    files = sorted((data_folder / "dicom" / "t1post").iterdir())
+    places = np.array([pydicom.dcmread(file, stop_before_pixels=True).ImagePositionPatient for file in files], float)
+    first = np.array([(volume.affine @ [0, 0, k, 1])[:3] for k in range(22)])  # the first voxel of every slice
+    apart = np.linalg.norm(first[:, None] - places * LPS_RAS, axis=2)
+    assert apart.min(0).max() < 0.01 and sorted(apart.argmin(0)) == list(range(22))
+    assert volume.shape[2] == 22 and volume.spacing[2] == pytest.approx(6.5, abs=0.01)
