@@ -34,17 +34,20 @@ from .networks.latent_mask import LatentMask
 from .networks.medsegdiff import MedSegDiff
 from .networks.medsegdiff_v2 import MedSegDiffV2
 from .networks.noisy_classifier import NoisyClassifier
+from .networks.probabilistic_unet import ProbabilisticUNet
 from .networks.segdiff import SegDiff
 from .networks.unet import UNet
 from .sampling.ddim import DDIM
 from .sampling.ddpm import DDPM
 from .sampling.dpm_solver import DPMSolver
-from .sampling.loop import Sampler
+from .sampling.loop import Sampler, Spacing, spaced
+from .tasks.categorical_mask import CategoricalMaskDiffusion
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
 from .tasks.mask import AnchorLoss, FeedForward, MaskDiffusion, MaskEncoding
 from .tasks.patched import PatchedDiffusion
+from .tasks.probabilistic_unet import ProbabilisticSegmentation
 from .volumes.preprocessing import Preprocessing
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
@@ -58,7 +61,7 @@ SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver
 SHAPE_PRIOR = "shape_prior"
 """Key of the shape prior among a model's weights (uint8)."""
 
-Segmenter = MaskDiffusion | LatentMaskDiffusion | FeedForward
+Segmenter = MaskDiffusion | LatentMaskDiffusion | CategoricalMaskDiffusion | FeedForward | ProbabilisticSegmentation
 
 
 def noise_schedule(section: ScheduleSection) -> NoiseSchedule:
@@ -77,6 +80,25 @@ def sampler(name: str) -> Sampler:
         raise UsageError(f"sampler {name!r} is unknown; use {', '.join(SAMPLERS)}")
     made: Sampler = SAMPLERS[name]()
     return made
+
+
+def samplers(config: SegmenterConfig) -> tuple[str, ...]:
+    """Names of the samplers of a segmenter; empty for a method that takes no steps."""
+    if config.method in ("baseline", "probabilistic-unet"):
+        return ()
+    return ("ddpm",) if config.method == "categorical" else tuple(SAMPLERS)
+
+
+def times(config: SegmenterConfig, steps: int) -> list[int]:
+    """The times that a segmenter's sampler visits in ``steps`` steps, with the warnings of `spaced`.
+
+    Labels have no signal-to-noise ratio, so categorical diffusion visits evenly spaced times. A method without a
+    sampler takes one step.
+    """
+    if not samplers(config):
+        return [1, 0]
+    spacing: Spacing = "trailing" if config.method == "categorical" else "log-snr"
+    return spaced(noise_schedule(config.diffusion.schedule), steps, spacing)
 
 
 def preprocessing(section: PreprocessingSection) -> Preprocessing:
@@ -99,44 +121,50 @@ def augmentation(section: AugmentationSection) -> Augmentation:
 
 def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
     """The untrained model of a configuration for ``num_classes`` classes, background included."""
-    section = config.diffusion
-    encoding = MaskEncoding(num_classes, section.scale)
-    latent = config.mask_autoencoder
-    image_channels = config.data.channels
-    channels = latent.latent_channels if config.method == "latent-mask" else encoding.channels
-    out_channels = (1 + section.learned_variance) * channels
-    options = config.network.model_dump()
+    encoding = MaskEncoding(num_classes, config.diffusion.scale)
+    makers: dict[str, Callable[[SegmenterConfig, MaskEncoding], Segmenter]] = {
+        "baseline": _feed_forward,
+        "probabilistic-unet": _probabilistic_unet,
+        "categorical": _categorical,
+    }
     try:
-        if config.method == "baseline":
-            return FeedForward(UNet(in_channels=image_channels, out_channels=channels, **options), encoding)
-        network: nn.Module
-        if config.method == "ensemdiff":
-            network = UNet(in_channels=channels + image_channels, out_channels=out_channels, **options)
-        elif config.method == "latent-mask":
-            unet = UNet(in_channels=channels + latent.features, out_channels=out_channels, **options)
-            network = LatentMask(
-                config.network.dims,
-                unet,
-                image_channels,
-                latent.features,
-                latent.channels,
-                latent.num_res_blocks,
-                latent.norm_groups,
-            )
-            autoencoder = mask_autoencoder(config, encoding)
-        else:
-            unet = UNet(in_channels=channels, out_channels=out_channels, **options)
-            if config.method == "segdiff":
-                network = SegDiff(unet, image_channels, **config.image_encoder.model_dump())
-            elif config.method == "medsegdiff":
-                network = MedSegDiff(unet, image_channels, **config.dynamic_encoding.model_dump())
-            else:
-                network = MedSegDiffV2(unet, image_channels, channels, **config.semantic_condition.model_dump())
+        return makers.get(config.method, _mask_diffusion)(config, encoding)
     except ValueError as error:
         raise UsageError(f"network: {error}") from error
+
+
+def _feed_forward(config: SegmenterConfig, encoding: MaskEncoding) -> FeedForward:
+    network = UNet(in_channels=config.data.channels, out_channels=encoding.channels, **config.network.model_dump())
+    return FeedForward(network, encoding)
+
+
+def _probabilistic_unet(config: SegmenterConfig, encoding: MaskEncoding) -> ProbabilisticSegmentation:
+    section, channels = config.probabilistic_unet, config.data.channels
+    network = ProbabilisticUNet(
+        UNet(in_channels=channels, out_channels=section.features, **config.network.model_dump()),
+        section.features,
+        channels,
+        encoding.channels,
+        encoding.channels,
+        section.latent_channels,
+        section.layers,
+        config.network.norm_groups,
+    )
+    return ProbabilisticSegmentation(network, encoding, section.beta)
+
+
+def _categorical(config: SegmenterConfig, encoding: MaskEncoding) -> CategoricalMaskDiffusion:
+    classes, section = encoding.num_classes, config.diffusion
+    network = UNet(in_channels=classes + config.data.channels, out_channels=classes, **config.network.model_dump())
+    schedule = noise_schedule(section.schedule)
+    return CategoricalMaskDiffusion(network, schedule, classes, section.cross_entropy_weight)
+
+
+def _mask_diffusion(config: SegmenterConfig, encoding: MaskEncoding) -> MaskDiffusion | LatentMaskDiffusion:
+    section = config.diffusion
     logits: Head = "sigmoid" if encoding.channels == 1 else "softmax"
     denoiser = NetworkDenoiser(
-        network,
+        _conditional_network(config, encoding),
         noise_schedule(section.schedule),
         section.target,
         section.learned_variance,
@@ -147,7 +175,7 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
     simple = Simple(section.weighting, section.gamma)
     objective = Hybrid(simple, Bound("gaussian")) if section.learned_variance else simple
     if config.method == "latent-mask":
-        return LatentMaskDiffusion(denoiser, autoencoder, objective)
+        return LatentMaskDiffusion(denoiser, mask_autoencoder(config, encoding), objective)
     return MaskDiffusion(
         denoiser,
         encoding,
@@ -155,6 +183,35 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
         section.dice_ce_weight,
         AnchorLoss(**config.anchor_loss.model_dump()),
     )
+
+
+def _conditional_network(config: SegmenterConfig, encoding: MaskEncoding) -> nn.Module:
+    """The denoising network of a method, which is conditioned by the image."""
+    latent, image_channels = config.mask_autoencoder, config.data.channels
+    channels = latent.latent_channels if config.method == "latent-mask" else encoding.channels
+    concatenated = {"ensemdiff": image_channels, "latent-mask": latent.features}.get(config.method, 0)
+    unet = UNet(
+        in_channels=channels + concatenated,
+        out_channels=(1 + config.diffusion.learned_variance) * channels,
+        **config.network.model_dump(),
+    )
+    if config.method == "segdiff":
+        return SegDiff(unet, image_channels, **config.image_encoder.model_dump())
+    if config.method == "medsegdiff":
+        return MedSegDiff(unet, image_channels, **config.dynamic_encoding.model_dump())
+    if config.method == "medsegdiff-v2":
+        return MedSegDiffV2(unet, image_channels, channels, **config.semantic_condition.model_dump())
+    if config.method == "latent-mask":
+        return LatentMask(
+            config.network.dims,
+            unet,
+            image_channels,
+            latent.features,
+            latent.channels,
+            latent.num_res_blocks,
+            latent.norm_groups,
+        )
+    return unet
 
 
 def mask_autoencoder(config: SegmenterConfig, encoding: MaskEncoding) -> MaskAutoencoder:

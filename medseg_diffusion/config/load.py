@@ -20,7 +20,7 @@ from medseg_diffusion.errors import UsageError
 from .anomaly import AnomalyConfig
 from .generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
 from .pixel_classifier import PixelClassifierConfig
-from .segmenter import SegmenterConfig
+from .segmenter import SegmenterConfig, SegmenterMethod
 
 
 def presets() -> dict[str, Path]:
@@ -41,12 +41,7 @@ AnyConfig = (
     | AnomalyConfig
 )
 _SCHEMAS: dict[str, type[AnyConfig]] = {
-    "ensemdiff": SegmenterConfig,
-    "segdiff": SegmenterConfig,
-    "medsegdiff": SegmenterConfig,
-    "medsegdiff-v2": SegmenterConfig,
-    "latent-mask": SegmenterConfig,
-    "baseline": SegmenterConfig,
+    **dict.fromkeys(get_args(SegmenterMethod), SegmenterConfig),
     "label-efficient": PixelClassifierConfig,
     "anomaly": AnomalyConfig,
     "pixel": GeneratorConfig,

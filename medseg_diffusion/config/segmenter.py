@@ -20,6 +20,17 @@ from .shared import (
     UNetSection,
 )
 
+SegmenterMethod = Literal[
+    "ensemdiff",
+    "segdiff",
+    "medsegdiff",
+    "medsegdiff-v2",
+    "latent-mask",
+    "categorical",
+    "baseline",
+    "probabilistic-unet",
+]
+
 
 class ImageEncoderSection(Section):
     """SegDiff's RRDB encoder (`medseg_diffusion.networks.segdiff.SegDiff`)."""
@@ -67,13 +78,26 @@ class MaskAutoencoderSection(Section):
     learning_rate: float = Field(1e-3, gt=0)
 
 
+class ProbabilisticUNetSection(Section):
+    """Probabilistic U-Net (`medseg_diffusion.networks.probabilistic_unet`), of ``features`` channels before its head.
+
+    ``beta`` is the weight of the divergence between posterior and prior.
+    """
+
+    features: int = Field(32, gt=0)
+    latent_channels: int = Field(6, gt=0)
+    layers: int = Field(3, ge=1)
+    beta: float = Field(1.0, gt=0)
+
+
 class DiffusionSection(Section):
     """The predicted quantity and the loss of a mask diffusion model.
 
     ``learned_variance`` adds the loss of the variance (hybrid objective). With ``head`` "logits" the network emits
     class logits (target x0); ``dice_ce_weight`` > 0 needs it. ``scale`` is the value of a certain class in x0, and the
     standard deviation of latents. The smaller it is, the harder the mask is to see through the noise. With
-    ``normalised`` the network sees x_t divided by its standard deviation.
+    ``normalised`` the network sees x_t divided by its standard deviation. Categorical diffusion has the schedule and
+    ``cross_entropy_weight``, that of the cross-entropy of x0 beside the variational bound.
     """
 
     schedule: ScheduleSection = ScheduleSection()
@@ -85,6 +109,7 @@ class DiffusionSection(Section):
     gamma: float = Field(5.0, gt=0)
     dice_ce_weight: float = Field(0.0, ge=0)
     learned_variance: bool = False
+    cross_entropy_weight: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _logits(self) -> DiffusionSection:
@@ -123,15 +148,16 @@ class DataSection(Section):
 
 
 class SegmenterConfig(Section):
-    """A mask segmenter: mask diffusion with one of four networks or in latents, or the matched feed-forward baseline.
+    """A mask segmenter: mask diffusion with one of four networks, of labels, or in latents; or one of two rivals.
 
-    "ensemdiff" concatenates the image to the mask. ``image_encoder`` is for SegDiff, ``dynamic_encoding`` for
-    MedSegDiff, ``semantic_condition`` and ``anchor_loss`` are for MedSegDiff-V2, ``mask_autoencoder`` is for
-    "latent-mask".
+    "ensemdiff" and "categorical", which diffuses labels, concatenate the image to the mask. The rivals have the same
+    backbone: the feed-forward "baseline" and "probabilistic-unet". ``image_encoder`` is for SegDiff,
+    ``dynamic_encoding`` for MedSegDiff, ``semantic_condition`` and ``anchor_loss`` are for MedSegDiff-V2,
+    ``mask_autoencoder`` is for "latent-mask".
     """
 
     description: str = ""
-    method: Literal["ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask", "baseline"]
+    method: SegmenterMethod
     data: DataSection
     preprocessing: PreprocessingSection = PreprocessingSection()
     augmentation: AugmentationSection = AugmentationSection()
@@ -141,6 +167,7 @@ class SegmenterConfig(Section):
     semantic_condition: SemanticConditionSection = SemanticConditionSection()
     anchor_loss: AnchorLossSection = AnchorLossSection()
     mask_autoencoder: MaskAutoencoderSection = MaskAutoencoderSection()
+    probabilistic_unet: ProbabilisticUNetSection = ProbabilisticUNetSection()
     diffusion: DiffusionSection = DiffusionSection()
     training: TrainingSection = TrainingSection()
     inference: InferenceSection = InferenceSection()
@@ -156,4 +183,8 @@ class SegmenterConfig(Section):
             raise ValueError("preprocessing.size resizes 2D images, but network.dims is 3")
         if self.method == "latent-mask" and self.diffusion.head == "logits":
             raise ValueError("latents have no head: logits and no dice_ce_weight")
+        if self.diffusion.cross_entropy_weight > 0 and self.method != "categorical":
+            raise ValueError("diffusion.cross_entropy_weight is for method: categorical")
+        if self.method == "categorical" and self.inference.sampler != "ddpm":
+            raise ValueError("method: categorical has one sampler; set inference.sampler: ddpm")
         return self

@@ -23,6 +23,8 @@ from .cases import Case
 
 _CLASS_NUMBERS = 16
 """Labels without names are expected to be below this number, and there are at most this many."""
+READ_WHOLE = 2**20
+"""Prepared files up to this size in bytes are read into memory; larger ones are memory-mapped."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class CaseFormat:
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped.
+    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped if they are large.
 
     ``further_labels`` are those of other readers.
     """
@@ -207,7 +209,9 @@ def _check_values(labels: Volume, path: Path, num_classes: int) -> None:
 
 
 def _mapped(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    # Every mapping holds a file open, and thousands of images would exceed what a process may open.
+    small = path.stat().st_size <= READ_WHOLE
+    return torch.from_numpy(np.load(path, mmap_mode=None if small else "c"))
 
 
 def _save(path: Path, array: np.ndarray) -> None:

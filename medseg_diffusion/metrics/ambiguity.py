@@ -1,4 +1,4 @@
-"""Samples of a model compared with several raters of one case: is the model's spread that of the raters?
+"""Samples of a model compared with several readers of one case: is the model's spread that of the readers?
 
 The distance of two label maps is 1 - IoU, averaged over the classes that occur in either. It is 0 if both are empty.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,10 @@ from scipy.optimize import linear_sum_assignment
 
 Masks = Sequence[NDArray[np.integer]]
 """Label maps (*S) of one case."""
+BINS = 10
+"""Number of bins of the frequencies."""
+SAMPLES = 16
+"""Usual number of samples. The energy distance has a bias that falls with it: different numbers are not comparable."""
 
 
 def distances(first: Masks, second: Masks, classes: int) -> NDArray[np.float64]:
@@ -50,3 +55,94 @@ def matched_iou(samples: Masks, raters: Masks, classes: int) -> float:
     cost = np.tile(cost, (size // len(samples), size // len(raters)))
     rows, columns = linear_sum_assignment(cost)
     return float(1 - cost[rows, columns].mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Frequencies:
+    """How often samples and readers mark a pixel, over the pixels that either marks. Those of several cases add up.
+
+    A pixel's frequency is the share of label maps that give it a foreground class; every class counts for itself.
+
+    Attributes:
+        count: (BINS,) pixels in each bin of the samples' frequency; the bins divide [0, 1].
+        sampled: (BINS,) sum of the samples' frequencies.
+        read: (BINS,) sum of the readers' frequencies.
+    """
+
+    count: NDArray[np.float64]
+    sampled: NDArray[np.float64]
+    read: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, samples: Masks, readers: Masks, classes: int) -> Frequencies:
+        """The frequencies of one case."""
+        pairs = []
+        for value in range(1, classes):
+            shares = [np.mean([mask.ravel() == value for mask in masks], axis=0) for masks in (samples, readers)]
+            marked = (shares[0] > 0) | (shares[1] > 0)
+            pairs.append(np.stack(shares)[:, marked])
+        sampled, read = np.concatenate(pairs, axis=1)
+        bins = np.minimum((sampled * BINS).astype(np.int64), BINS - 1)
+        return cls(
+            np.bincount(bins, minlength=BINS).astype(np.float64),
+            np.bincount(bins, sampled, BINS).astype(np.float64),
+            np.bincount(bins, read, BINS).astype(np.float64),
+        )
+
+    def __add__(self, other: Frequencies) -> Frequencies:
+        return Frequencies(self.count + other.count, self.sampled + other.sampled, self.read + other.read)
+
+    @property
+    def ece(self) -> float:
+        """Mean over pixels of |samples' - readers' mean frequency| of their bin; NaN without pixels."""
+        total = float(self.count.sum())
+        return float(np.abs(self.sampled - self.read).sum() / total) if total else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class ReaderAgreement:
+    """Samples of one case compared with its readers.
+
+    Attributes:
+        energy_distance: `generalised_energy_distance`.
+        matched_iou: `matched_iou`.
+        majority_dice: mean over classes of the Dice of the samples' majority and the readers' majority; 1 if both are
+            empty. In a `majority`, a pixel is foreground if at least half of the maps say so.
+        frequencies: of samples and readers.
+        empty_samples: share of the samples without foreground.
+        empty_readers: share of the readers' maps without foreground.
+    """
+
+    energy_distance: float
+    matched_iou: float
+    majority_dice: float
+    frequencies: Frequencies
+    empty_samples: float
+    empty_readers: float
+
+    @classmethod
+    def of(cls, samples: Masks, readers: Masks, classes: int) -> ReaderAgreement:
+        """Compare label maps; ``classes`` includes the background."""
+        return cls(
+            generalised_energy_distance(samples, readers, classes),
+            matched_iou(samples, readers, classes),
+            _dice(majority(samples, classes), majority(readers, classes), classes),
+            Frequencies.of(samples, readers, classes),
+            float(np.mean([not mask.any() for mask in samples])),
+            float(np.mean([not mask.any() for mask in readers])),
+        )
+
+
+def majority(masks: Masks, classes: int) -> NDArray[np.int64]:
+    """One map (*S): foreground where at least half of the maps have any, with the class that most of them have."""
+    votes = np.stack([np.mean([mask == value for mask in masks], axis=0) for value in range(1, classes)])
+    return np.where(votes.sum(0) >= 0.5, votes.argmax(0) + 1, 0)
+
+
+def _dice(first: NDArray[np.integer], second: NDArray[np.integer], classes: int) -> float:
+    values = []
+    for value in range(1, classes):
+        a, b = first == value, second == value
+        if a.any() or b.any():
+            values.append(2 * float((a & b).sum()) / float(a.sum() + b.sum()))
+    return float(np.mean(values)) if values else 1.0

@@ -47,6 +47,7 @@ class PixelSegmenter:
         UsageError: Steps or a sampler.
     """
 
+    samplers: tuple[str, ...] = ()
     sampler_name, num_steps = "", 1
     samples_masks = False
     merge_labels = False

@@ -100,8 +100,9 @@ class SegmentationModel(Protocol):
         preprocessing: Preprocessing of the scans.
         inference: The model's defaults.
         ensemble: Members per scan.
-        sampler_name: Name of the sampler; empty if nothing is sampled.
-        num_steps: Denoiser calls per sample; 1 if nothing is sampled.
+        samplers: Names of the samplers that can be chosen; empty for a model that takes no steps.
+        sampler_name: Name of the sampler; empty for a model that takes no steps.
+        num_steps: Network calls per sample.
         merge_labels: Whether all labels above 0 were merged into one class for the training.
         aggregation: How members become one segmentation.
         notes: Remarks on the chosen options for the user, one sentence each.
@@ -115,6 +116,7 @@ class SegmentationModel(Protocol):
     preprocessing: Preprocessing
     inference: InferenceSection
     ensemble: int
+    samplers: tuple[str, ...]
     sampler_name: str
     num_steps: int
     merge_labels: bool
@@ -128,7 +130,7 @@ class SegmentationModel(Protocol):
 
     @property
     def samples_masks(self) -> bool:
-        """Whether masks are sampled, so that sampler, steps and ensemble can be chosen."""
+        """Whether masks are sampled, so that the size of the ensemble can be chosen."""
         ...
 
     def sample(

@@ -18,7 +18,6 @@ from medseg_diffusion.methods.calibration import Calibration
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.methods.windows import Windows, count_batches
-from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.volume import Volume
 
@@ -62,13 +61,13 @@ class MaskSegmenter:
         self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
         self.notes: list[str] = []
         self.ensemble = options.ensemble or self.inference.ensemble
-        if not self.samples_masks:
-            self._require_no_sampling(options)
-        self.sampler_name = options.sampler or self.inference.sampler
+        self.samplers = build.samplers(self.config)
+        self._check(options)
+        self.sampler_name = (options.sampler or self.inference.sampler) if self.samplers else ""
         self.times = self._times(options.steps or self.inference.steps)
         self.num_steps = len(self.times) - 1
         self.way = Pass(
-            build.sampler(self.sampler_name),
+            build.sampler(self.sampler_name or self.inference.sampler),
             self.times,
             Windows(self.inference.window, self.inference.overlap),
             self.dims,
@@ -114,21 +113,25 @@ class MaskSegmenter:
     def _times(self, steps: int) -> list[int]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            times = spaced(build.noise_schedule(self.config.diffusion.schedule), steps)
+            times = build.times(self.config, steps)
         self.notes += [str(warning.message) for warning in caught]
         return times
 
-    def _require_no_sampling(self, options: EnsembleOptions) -> None:
-        if (options.steps, options.sampler) != (None, None):
-            raise UsageError(f"{self.saved.path}: this model is feed-forward; leave --steps and --sampler out")
-        if (options.ensemble or 1) > 1:
+    def _check(self, options: EnsembleOptions) -> None:
+        """UsageError for options that the model does not have; a note for an ensemble of equal members."""
+        if not self.samplers and (options.steps, options.sampler) != (None, None):
+            kind = "samples in one step" if self.samples_masks else "is feed-forward"
+            raise UsageError(f"{self.saved.path}: this model {kind}; leave --steps and --sampler out")
+        if options.sampler in build.SAMPLERS and options.sampler not in self.samplers and self.samplers:
+            raise UsageError(f"{self.saved.path}: {options.sampler} is no sampler of labels; use {self.samplers[0]}")
+        if not self.samples_masks and (options.ensemble or 1) > 1:
             self.notes.append("a feed-forward model has one mask; the ensemble size has no effect")
             self.ensemble = 1
 
     def _calibration(self) -> Calibration | None:
         """The model's calibration, if it was made with this sampler and number of steps."""
         calibration = stored_calibration(self.saved)
-        if calibration is None or not self.samples_masks:
+        if calibration is None or not self.samplers:
             return calibration
         if (calibration.sampler, calibration.steps) == (self.sampler_name, self.num_steps):
             return calibration

@@ -173,7 +173,7 @@ def benchmark_segmenter(
             _read(case, model, named_labels)
         plan += [(name, setting, cases) for setting in _settings(model, options)]
     for _, setting, _ in plan:
-        if setting.factor != "feed-forward":
+        if setting.sampler:
             build.sampler(setting.sampler)
     measured: dict[tuple[str, str, int, int], BenchmarkRow] = {}
     rows: list[BenchmarkRow] = []
@@ -193,6 +193,9 @@ def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[S
     if not model.samples_masks:
         yield Setting("feed-forward", "", 1, defaults.ensemble)
         return
+    if not model.samplers:
+        yield from (Setting("ensemble", "", 1, count) for count in options.ensembles)
+        return
     if options.settings:
         yield from (Setting("setting", *setting) for setting in options.settings)
         return
@@ -201,6 +204,8 @@ def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[S
     for count in options.ensembles:
         yield Setting("ensemble", defaults.sampler, defaults.steps, count)
     for sampler in options.samplers:
+        if sampler in build.SAMPLERS and sampler not in model.samplers:
+            continue  # of another kind of diffusion
         yield Setting("sampler", sampler, defaults.steps, 1)
 
 
@@ -238,27 +243,21 @@ def _measure(
     on_progress: Callable[[str, int, int], None],
 ) -> BenchmarkRow:
     """Segment the cases with one model at one setting."""
-    feed_forward = setting.factor == "feed-forward"
-    model = load_segmenter(
-        name,
-        options.device,
-        setting.ensemble,
-        None if feed_forward else setting.steps,
-        None if feed_forward else setting.sampler,
-    )
+    steps, sampler = (setting.steps, setting.sampler) if setting.sampler else (None, None)
+    model = load_segmenter(name, options.device, setting.ensemble, steps, sampler)
     # The temperature is applied here, because the numbers without it are reported, too.
     calibration = model.aggregation.calibration
     model.aggregation = replace(model.aggregation, calibration=None)
     temperature = 1.0 if calibration is None else calibration.temperature(model.ensemble)
-    steps = model.num_steps if model.samples_masks else 1
-    description = f"{model.saved.name}: {setting.sampler} {steps} steps, ensemble {setting.ensemble}"
+    walk = f"{setting.sampler} {model.num_steps} steps, " if setting.sampler else ""
+    description = f"{model.saved.name}: {walk}ensemble {setting.ensemble}"
     measurements = []
     for done, case in enumerate(cases, 1):
         volume, reference = _read(case, model, named_labels)
         seed = derive_seed(options.seed, case.name)
         measurements.append(_measure_case(case.name, model, volume, reference, temperature, seed))
         on_progress(description, done, len(cases))
-    return _row(name, replace(setting, steps=steps), [label for _, label in _classes(model)], measurements)
+    return _row(name, replace(setting, steps=model.num_steps), [label for _, label in _classes(model)], measurements)
 
 
 def _classes(model: SegmentationModel) -> list[tuple[int, str]]:

@@ -244,7 +244,7 @@ def _report_card(
         seconds=result.seconds,
         model=model.saved.name,
         options={
-            **({"sampler": model.sampler_name, "steps": str(model.num_steps)} if model.samples_masks else {}),
+            **({"sampler": model.sampler_name, "steps": str(model.num_steps)} if model.samplers else {}),
             "ensemble": str(model.ensemble),
             "fusion": options.fusion,
             "seed": str(options.seed),

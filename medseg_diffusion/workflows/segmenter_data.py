@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,26 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
         "cases": len(split.train),
         "validation_cases": len(split.validation),
         "test_cases": len(split.test),
+        "patients": {
+            side: len({case.patient for case in folder.cases if case.name in names})
+            for side, names in asdict(split).items()
+        },
         "training_shapes": _ranges([tuple(case.label.shape) for case in training]),
     }
-    validation = [case for case in prepared if case.name in split.validation]
+    held_out = [case for case in folder.cases if case.name in split.validation]
+    if any(case.further_labels for case in folder.cases):
+        held_out = middle_cases(held_out)  # every case takes many samples
+    names = {case.name for case in held_out}
+    validation = [case for case in prepared if case.name in names]
     return SegmenterData(examples, validation, labels, folder.channels, summary, split)
+
+
+def middle_cases(cases: Sequence[Case]) -> list[Case]:
+    """One case of each patient: the middle one by name."""
+    groups: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.name):
+        groups.setdefault(case.patient, []).append(case)
+    return [group[len(group) // 2] for group in groups.values()]
 
 
 def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dict[int, str]:

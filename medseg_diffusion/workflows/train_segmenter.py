@@ -9,9 +9,12 @@ RUN/model/          the best model by validation, always loadable
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -27,11 +30,11 @@ from medseg_diffusion.errors import ModelError
 from medseg_diffusion.methods.calibration import MEMBERS, Calibration, TemperatureFit
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
+from medseg_diffusion.metrics.ambiguity import SAMPLES, ReaderAgreement
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files, save_model
-from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
 from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.runtime import Runtime
@@ -108,7 +111,7 @@ def train_segmenter(
 
     callbacks = Callbacks(lambda averaged: validate(averaged, config, prepared, runtime), save, on_progress)
     numbers = job.fit(model, prepared.examples, config.training, callbacks, runtime)
-    if numbers and runtime.is_main:
+    if numbers and runtime.is_main and not _several_readers(prepared.validation):
         calibrate(job.model, config, prepared, runtime)
     return job.model
 
@@ -133,9 +136,12 @@ def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, run
     """Segment the validation cases with the configuration's sampler and steps; return the Dice per class on the grid.
 
     "score" is the mean over classes of the mean over cases. If a class is absent from a case and from its prediction,
-    the case is left out of the mean of this class.
+    the case is left out of the mean of this class. With several readers, samples are compared with them instead:
+    `_compare_with_readers`.
     """
     predict = _predictor(cast(Segmenter, model), config, runtime)
+    if _several_readers(data.validation):
+        return _compare_with_readers(predict, data.validation, len(data.labels))
     labels = [label for label in data.labels if label]
     dice: dict[int, list[float]] = {label: [] for label in labels}
     for case in data.validation:
@@ -147,6 +153,25 @@ def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, run
     defined = {label: mean for label, mean in means.items() if mean == mean}
     score = sum(defined.values()) / len(defined) if defined else 0.0
     return {"score": score, **{f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in defined.items()}}
+
+
+def _several_readers(cases: Sequence[PreparedCase]) -> bool:
+    return any(case.further_labels for case in cases)
+
+
+def _compare_with_readers(
+    predict: Callable[[PreparedCase, list[int]], Tensor], cases: Sequence[PreparedCase], classes: int
+) -> dict[str, float]:
+    """Means over the cases of `ReaderAgreement` for `SAMPLES` samples; "score" is 1 - the energy distance."""
+    agreements = []
+    for case in cases:
+        seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(SAMPLES)]
+        samples = predict(case, seeds).argmax(1).cpu().numpy()
+        agreements.append(ReaderAgreement.of(list(samples), [label.numpy() for label in case.labels], classes))
+    names = ("energy_distance", "matched_iou", "majority_dice", "empty_samples", "empty_readers")
+    means = {name: fmean(getattr(agreement, name) for agreement in agreements) for name in names}
+    frequencies = functools.reduce(operator.add, (agreement.frequencies for agreement in agreements))
+    return {"score": 1 - means["energy_distance"], **means, "frequency_ece": frequencies.ece}
 
 
 def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> Calibration:
@@ -186,7 +211,7 @@ def _predictor(
 
 
 def _times(config: SegmenterConfig) -> list[int]:
-    return spaced(build.noise_schedule(config.diffusion.schedule), config.inference.steps)
+    return build.times(config, config.inference.steps)
 
 
 def _origin(init: str | Path | None, job: Job) -> dict[str, str] | None:
