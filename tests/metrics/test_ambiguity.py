@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg_diffusion.metrics.ambiguity import distances, generalised_energy_distance, matched_iou
+from medseg_diffusion.metrics.ambiguity import (
+    Frequencies,
+    ReaderAgreement,
+    distances,
+    generalised_energy_distance,
+    majority,
+    matched_iou,
+)
 
 A, B, NONE = np.array([1, 1, 0, 0]), np.array([0, 1, 1, 0]), np.zeros(4, int)
 
@@ -37,3 +44,41 @@ def test_energy_distance_is_never_negative(seed, samples, raters) -> None:
     first, second = (list(rng.integers(0, 2, (count, 12))) for count in (samples, raters))
     assert generalised_energy_distance(first, second, 2) >= -1e-9
     assert 0 <= matched_iou(first, second, 2) <= 1
+
+
+def test_frequencies_by_hand() -> None:
+    """Samples A, A, B, NONE mark the pixels 2, 3, 1 and 0 times of 4; readers A, NONE mark them 1, 1, 0, 0 times of 2."""
+    frequencies = Frequencies.of([A, A, B, NONE], [A, NONE], 2)
+    assert frequencies.count.sum() == 3  # nobody marks the last pixel
+    # The pixels 0.5, 0.75 and 0.25 of the samples are in three bins; the readers have 0.5, 0.5 and 0.
+    assert frequencies.ece == pytest.approx((0 + 0.25 + 0.25) / 3)
+    twice = frequencies + frequencies
+    assert twice.count.sum() == 6 and twice.ece == pytest.approx(frequencies.ece)
+    assert np.isnan(Frequencies.of([NONE], [NONE], 2).ece)
+    certain = Frequencies.of([A], [A], 2)
+    assert certain.count[-1] == 2 and certain.ece == 0
+    two = Frequencies.of([np.array([1, 2])], [np.array([2, 2])], 3)  # class 1: 1 against 0; class 2: 0, 1 against 1, 1
+    assert two.ece == pytest.approx((1 + 1 + 0) / 3)
+
+
+def test_a_majority_is_at_least_half() -> None:
+    np.testing.assert_array_equal(majority([A, NONE], 2), A)
+    np.testing.assert_array_equal(majority([A, NONE, NONE], 2), NONE)
+    np.testing.assert_array_equal(majority([A, B, B], 2), B)
+    np.testing.assert_array_equal(majority([np.array([1, 2]), np.array([2, 2]), np.array([2, 0])], 3), [2, 2])
+
+
+def test_agreement_with_readers_by_hand() -> None:
+    agreement = ReaderAgreement.of([A, NONE, NONE, NONE], [A, A, B, NONE], 2)
+    # d: A-A 0, A-B 2/3, A-NONE 1, B-NONE 1. Rows of samples against readers: A: 0, 0, 2/3, 1; NONE: 1, 1, 1, 0.
+    between = (5 / 3 + 3 * 3) / 16
+    samples = 6 / 16  # A against three empty ones, twice
+    readers = 2 * (2 * 2 / 3 + 2 * 1 + 1) / 16
+    assert agreement.energy_distance == pytest.approx(2 * between - samples - readers)
+    assert agreement.majority_dice == 0  # nothing against A
+    assert (agreement.empty_samples, agreement.empty_readers) == (0.75, 0.25)
+    assert agreement.matched_iou == pytest.approx((1 + 0 + 0 + 1) / 4)
+    equal = ReaderAgreement.of([A, NONE], [A, NONE], 2)
+    assert (equal.energy_distance, equal.matched_iou, equal.majority_dice) == pytest.approx((0, 1, 1))
+    nothing = ReaderAgreement.of([NONE], [NONE, NONE], 2)
+    assert (nothing.energy_distance, nothing.matched_iou, nothing.majority_dice) == (0, 1, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medseg_diffusion import build, device
-from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.config.segmenter import SegmenterConfig, SegmenterMethod
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
@@ -131,7 +131,9 @@ def tiny(method: str, dims: int, **diffusion: object) -> SegmenterConfig:
             "dynamic_encoding": {"bands": 5},
             "semantic_condition": {"depth": 1, "head_channels": 16, "dropout": 0.0},
             "mask_autoencoder": {"latent_channels": 2, "channels": [8, 8], "features": 4},
+            "probabilistic_unet": {"features": 8, "latent_channels": 2},
             "diffusion": {"schedule": {"name": "cosine", "num_steps": 100}, **diffusion},
+            "inference": {"sampler": "ddpm"},
         }
     )
 
@@ -262,7 +264,7 @@ def test_the_anchor_loss_by_hand(t, counted) -> None:
 
 # ---- every method ----------------------------------------------------------------------------------------------------
 
-METHODS = ("ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2", "latent-mask", "baseline")
+METHODS = get_args(SegmenterMethod)
 
 
 def scrambled(method: str, dims: int = 2) -> Any:
