@@ -76,6 +76,14 @@ def evaluate(
     merge_labels: Annotated[
         bool, typer.Option("--merge-labels", help="Read all labels above 0 as 1, for instance 255 in a reference.")
     ] = False,
+    patients: Annotated[
+        Path | None,
+        typer.Option(
+            "--patients",
+            metavar="CSV",
+            help="Table of case and patient, for cases that belong together: means and intervals are over patients.",
+        ),
+    ] = None,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -93,6 +101,7 @@ def evaluate(
         foreground=foreground,
         lesion_overlap=lesion_overlap,
         merge_labels=merge_labels,
+        patients=patients,
         seed=seed,
         command=shlex.join(["medseg", *sys.argv[1:]]),
     )
@@ -114,15 +123,18 @@ def _print(result: Evaluation) -> None:
                 "Dice": str(result.dice[label]),
                 "IoU": str(result.iou[label]),
                 "HD95 mm": result.hd95[label].mean,
-                "cases": result.dice[label].n,
+                result.unit: result.dice[label].n,
             }
             for label, name in result.labels.items()
         ]
     )
     if result.reliability is not None:
         typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
-    if result.energy_distance is not None:
-        typer.echo(f"generalised energy distance {result.energy_distance}, matched IoU {result.matched_iou}")
+    if (readers := result.readers) is not None:
+        typer.echo(
+            f"generalised energy distance {readers.energy_distance}, matched IoU {readers.matched_iou}, "
+            f"frequency ECE {readers.frequency_ece:.3f}"
+        )
     if result.detection is not None:
         for line in detection_lines(result.detection):
             typer.echo(line)

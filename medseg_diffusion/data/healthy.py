@@ -24,6 +24,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Bounds, SplitName, find_cases, split_of_patients
 from .image_cache import VERSION, PackedImages, Row, open_packed, write_packed
+from .patients import patients_of
 
 HEALTHY, UNHEALTHY = 0, 1
 LEAST_FOREGROUND = 0.01
@@ -49,6 +50,8 @@ class HealthyScan:
 def find_healthy(folder: Path) -> list[HealthyScan]:
     """The scans of a labelled folder (`find_cases`), or of a plain folder, whose scans are entirely healthy.
 
+    patients.csv (`medseg_diffusion.data.patients`) says which scans are of one patient.
+
     Raises:
         InputError: a missing folder, no scan, or an image file instead of a volume.
     """
@@ -58,7 +61,9 @@ def find_healthy(folder: Path) -> list[HealthyScan]:
     files = find_scans(folder)
     for file in files:
         require_volume(file)
-    return [HealthyScan(scan_name(file), file, None, scan_name(file)) for file in files]
+    names_of = {file: scan_name(file) for file in files}
+    patients = patients_of(folder, names_of.values())
+    return [HealthyScan(name, file, None, patients.get(name, name)) for file, name in names_of.items()]
 
 
 def require_volume(scan: Path) -> None:

@@ -18,7 +18,7 @@ import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ from medseg_diffusion.volumes.paths import SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import SplitName
+from .patients import patients_of
 
 Kind = Literal["tiny-imagenet", "images", "scans"]
 Pixels = npt.NDArray[np.uint8]
@@ -111,13 +112,31 @@ class ImageCollection:
 def find_images(source: Path) -> ImageCollection:
     """Find the images of a folder or zip.
 
+    patients.csv in a folder (`medseg_diffusion.data.patients`) says which images are of one patient. Its cases are
+    paths without suffix in the folder, or in the folder of images beside labels.
+
     Raises:
-        InputError: a missing path, a file that is no zip, no image, or an incomplete or malformed Tiny ImageNet.
+        InputError: a missing path, a file that is no zip, no image, an incomplete or malformed Tiny ImageNet, or a
+            patients.csv that lacks an image.
     """
+    collection, images = _collection(source)
+    if not source.is_dir():
+        return collection
+    names = [_without_suffix(entry.name.removeprefix(images)) for entry in collection.entries]
+    patients = patients_of(source, names)
+    grouped = [
+        replace(entry, group=patients.get(name, entry.group))
+        for entry, name in zip(collection.entries, names, strict=True)
+    ]
+    return replace(collection, entries=tuple(grouped))
+
+
+def _collection(source: Path) -> tuple[ImageCollection, str]:
+    """The images grouped by names alone, and the folder of images beside labels ("images/"), or "" without one."""
     names, read = _zip(source) if source.is_file() else _folder(source)
     roots = [name.removesuffix("wnids.txt") for name in names if name.rpartition("/")[2] == "wnids.txt"]
     if roots:
-        return _tiny_imagenet(source, min(roots, key=len), names, read)
+        return _tiny_imagenet(source, min(roots, key=len), names, read), ""
     labelled = _images_beside_labels(names)
     candidates = [name for name in names if labelled is None or name.startswith(labelled + "/")]
     unique = set(candidates)
@@ -125,13 +144,13 @@ def find_images(source: Path) -> ImageCollection:
     if images:
         if labelled is not None:
             entries = tuple(Entry(name, _patient(name, labelled)) for name in images)
-            return ImageCollection(source, "images", entries, (), read)
-        return _images(source, images, read)
+            return ImageCollection(source, "images", entries, (), read), f"{labelled}/"
+        return _images(source, images, read), ""
     scans = [n for n in candidates if n.lower().endswith(VOLUME_SUFFIXES) and not scan_name(n).endswith(RESULTS)]
     if source.is_dir() and scans:
         groups = _patients(scans) if labelled is None else [_patient(name, labelled) for name in scans]
         entries = tuple(Entry(name, group) for name, group in zip(scans, groups, strict=True))
-        return ImageCollection(source, "scans", entries, (), read)
+        return ImageCollection(source, "scans", entries, (), read), "" if labelled is None else f"{labelled}/"
     raise InputError(
         source,
         f"{len(names)} files, none of them an image",
@@ -152,7 +171,7 @@ def _is_result(name: str, names: set[str]) -> bool:
 def _images_beside_labels(names: Sequence[str]) -> str | None:
     """The folder of images in a labelled collection; None for any other collection."""
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks")):
+    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks"), ("images", "raters")):
         if {images, labels} <= folders:
             return images
     return None
@@ -180,7 +199,13 @@ def _patient(name: str, images: str) -> str:
     parts = name.removeprefix(images + "/").split("/")
     if len(parts) > 1:
         return parts[0]
-    return scan_name(name) if name.lower().endswith(SUFFIXES) else Path(name).stem
+    return Path(_without_suffix(name)).name
+
+
+def _without_suffix(name: str) -> str:
+    """A path without the suffix of its file: "a/scan.1.nii.gz" -> "a/scan.1"."""
+    stem = scan_name(name) if name.lower().endswith(SUFFIXES) else Path(name).stem
+    return str(Path(name).with_name(stem))
 
 
 _BROKEN_ENTRY = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError)

@@ -47,7 +47,7 @@ class CaseFormat:
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped if they are large.
+    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped if large.
 
     ``further_labels`` are those of other readers.
     """

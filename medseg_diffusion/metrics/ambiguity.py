@@ -5,13 +5,17 @@ The distance of two label maps is 1 - IoU, averaged over the classes that occur 
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+
+from .statistics import Interval, mean_interval
 
 Masks = Sequence[NDArray[np.integer]]
 """Label maps (*S) of one case."""
@@ -131,6 +135,53 @@ class ReaderAgreement:
             float(np.mean([not mask.any() for mask in samples])),
             float(np.mean([not mask.any() for mask in readers])),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ReaderSummary:
+    """`ReaderAgreement` of several cases: means over patients, and the calibration of the frequencies of all pixels.
+
+    Attributes:
+        energy_distance: mean of this number, as the following four.
+        matched_iou: see `ReaderAgreement`.
+        majority_dice: see `ReaderAgreement`.
+        empty_samples: see `ReaderAgreement`.
+        empty_readers: see `ReaderAgreement`.
+        frequency_ece: `Frequencies.ece` over the pixels of all cases.
+    """
+
+    energy_distance: Interval
+    matched_iou: Interval
+    majority_dice: Interval
+    empty_samples: Interval
+    empty_readers: Interval
+    frequency_ece: float
+
+    @classmethod
+    def of(
+        cls, agreements: Sequence[ReaderAgreement], patients: Sequence[str] | None = None, seed: int = 0
+    ) -> ReaderSummary:
+        """Average the cases, at least one; ``patients`` and ``seed`` as in `mean_interval`."""
+        frequencies = functools.reduce(operator.add, (agreement.frequencies for agreement in agreements))
+
+        def mean(name: str) -> Interval:
+            return mean_interval([getattr(one, name) for one in agreements], patients=patients, seed=seed)
+
+        return cls(
+            mean("energy_distance"),
+            mean("matched_iou"),
+            mean("majority_dice"),
+            mean("empty_samples"),
+            mean("empty_readers"),
+            frequencies.ece,
+        )
+
+    def numbers(self) -> dict[str, float]:
+        """Name -> mean, for tables and logs."""
+        return {
+            name: value.mean if isinstance(value, Interval) else value
+            for name, value in ((one.name, getattr(self, one.name)) for one in fields(self))
+        }
 
 
 def majority(masks: Masks, classes: int) -> NDArray[np.int64]:

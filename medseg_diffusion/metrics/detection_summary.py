@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -172,7 +172,12 @@ _HEALTHY_MEASURES: _Measures = {
 
 
 def summarise_detection(
-    measured: Mapping[str, tuple[CaseDetection, ScoredVoxels]], *, region: str, min_overlap: float, seed: int = 0
+    measured: Mapping[str, tuple[CaseDetection, ScoredVoxels]],
+    *,
+    region: str,
+    min_overlap: float,
+    patients: Mapping[str, str] | None = None,
+    seed: int = 0,
 ) -> Detection:
     """Pool and average the cases.
 
@@ -180,6 +185,7 @@ def summarise_detection(
         measured: case name -> its numbers and its scores, at least one case. The scores are not stored in the result.
         region: which voxels count, as the end of a sentence.
         min_overlap: the share that `Lesions.of` was given.
+        patients: case name -> patient of every case; None takes every case as a patient of its own.
         seed: seed of the bootstrap.
     """
     voxels = ScoredVoxels.pooled([scores for _, scores in measured.values()])
@@ -191,23 +197,31 @@ def summarise_detection(
         for name, (case, scores) in sorted(measured.items())
     }
     every = list(cases.values())
-    with_lesions = [case for case in every if case.has_lesion]
-    without_lesions = [case for case in every if not case.has_lesion]
-    scan_auroc, n_scan_scores = _scan_auroc(with_lesions, without_lesions)
+    with_lesions = {name: case for name, case in cases.items() if case.has_lesion}
+    without_lesions = {name: case for name, case in cases.items() if not case.has_lesion}
+
+    def means(measures: _Measures, of: Mapping[str, CaseDetection]) -> dict[str, Interval]:
+        groups = [patients[name] for name in of] if patients else None
+        return {
+            key: mean_interval([measure(case) for case in of.values()], patients=groups, seed=seed)
+            for key, measure in measures.items()
+        }
+
+    scan_auroc, n_scan_scores = _scan_auroc(with_lesions.values(), without_lesions.values())
     return Detection(
         cases=cases,
         region=region,
         min_overlap=min_overlap,
-        means=_means(_VOXEL_MEASURES, with_lesions, seed),
+        means=means(_VOXEL_MEASURES, with_lesions),
         pooled=_pooled(every, curve, shared_dice),
         shared_threshold=threshold,
         lesions=Lesions.pooled([case.lesions for case in every]),
         lesion_means={
-            **_means({"sensitivity": lambda case: case.lesions.sensitivity}, with_lesions, seed),
-            **_means({"precision": lambda case: case.lesions.precision}, every, seed),
-            **_means({"false_positives": lambda case: float(case.lesions.n_false)}, every, seed),
+            **means({"sensitivity": lambda case: case.lesions.sensitivity}, with_lesions),
+            **means({"precision": lambda case: case.lesions.precision}, cases),
+            **means({"false_positives": lambda case: float(case.lesions.n_false)}, cases),
         },
-        healthy=_means(_HEALTHY_MEASURES, without_lesions, seed),
+        healthy=means(_HEALTHY_MEASURES, without_lesions),
         scan_auroc=scan_auroc,
         n_scan_scores=n_scan_scores,
         roc=curve.roc_points() if curve.n_positive and curve.n_negative else None,
@@ -216,10 +230,6 @@ def summarise_detection(
             voxels, [measured[name][1] for name, case in cases.items() if case.has_lesion], threshold
         ),
     )
-
-
-def _means(measures: _Measures, cases: Sequence[CaseDetection], seed: int) -> dict[str, Interval]:
-    return {name: mean_interval([measure(case) for case in cases], seed=seed) for name, measure in measures.items()}
 
 
 def _pooled(cases: Sequence[CaseDetection], curve: Curve, shared_dice: float) -> dict[str, float]:
@@ -239,7 +249,7 @@ def _pooled(cases: Sequence[CaseDetection], curve: Curve, shared_dice: float) ->
 
 
 def _scan_auroc(
-    with_lesions: Sequence[CaseDetection], without_lesions: Sequence[CaseDetection]
+    with_lesions: Iterable[CaseDetection], without_lesions: Iterable[CaseDetection]
 ) -> tuple[float, tuple[int, int]]:
     """AUROC of the scores of whole scans, and how many scans of each group have a score."""
     positive, negative = (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from .ambiguity import ReaderAgreement, ReaderSummary
 from .calibration import Reliability
 from .detection_summary import Detection
 from .overlap import ClassOverlap
@@ -23,8 +24,7 @@ class EvaluatedCase:
         overlap: Label value -> agreement, for every evaluated label.
         hd95_mm: Label value -> 95th percentile Hausdorff distance; NaN where either mask is empty.
         reliability: Calibration of the case's probabilities around the reference's foreground; None without any.
-        energy_distance: Generalised energy distance of the samples from several raters; NaN without them.
-        matched_iou: Hungarian-matched IoU of the samples with several raters; NaN without them.
+        agreement: Samples compared with several readers; None without them.
     """
 
     name: str
@@ -33,8 +33,7 @@ class EvaluatedCase:
     overlap: Mapping[int, ClassOverlap]
     hd95_mm: Mapping[int, float] = field(default_factory=dict)
     reliability: Reliability | None = None
-    energy_distance: float = math.nan
-    matched_iou: float = math.nan
+    agreement: ReaderAgreement | None = None
 
     @property
     def mean_dice(self) -> float:
@@ -53,9 +52,9 @@ class Evaluation:
         iou: Label value -> mean IoU with its 95 % interval over cases.
         hd95: Label value -> mean of the 95th percentile Hausdorff distance in mm, with its interval.
         reliability: Calibration over the voxels of all cases with probabilities; None without any.
-        energy_distance: Mean generalised energy distance over the cases with several raters; None without any.
-        matched_iou: Mean matched IoU over the same cases.
+        readers: Agreement of samples with readers over the cases with several readers; None without any.
         detection: How well score maps find lesions; None without score maps.
+        patients: Case name -> patient, if means and intervals are over patients; empty if they are over cases.
         seed: Seed of the bootstrap.
         warnings: Facts that the reader should know, one sentence each, e.g. predictions without a reference.
     """
@@ -66,11 +65,16 @@ class Evaluation:
     iou: Mapping[int, Interval]
     hd95: Mapping[int, Interval]
     reliability: Reliability | None = None
-    energy_distance: Interval | None = None
-    matched_iou: Interval | None = None
+    readers: ReaderSummary | None = None
     detection: Detection | None = None
+    patients: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     warnings: tuple[str, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """What means are over: "patients" or "cases"."""
+        return "patients" if self.patients else "cases"
 
     @property
     def mean_dice(self) -> float:
@@ -137,6 +141,7 @@ def summarise(
     labels: Mapping[int, str],
     *,
     detection: Detection | None = None,
+    patients: Mapping[str, str] | None = None,
     seed: int = 0,
     warnings: Sequence[str] = (),
 ) -> Evaluation:
@@ -146,27 +151,35 @@ def summarise(
         cases: Results that all hold every label of `labels`.
         labels: Label value -> class name.
         detection: Passed on to the result.
+        patients: Case name -> patient of every case; None takes every case as a patient of its own.
         seed: Seed of the bootstrap.
         warnings: Passed on to the result.
     """
     ordered = tuple(sorted(cases, key=lambda case: case.name))
-    dice = {label: mean_interval([case.overlap[label].dice for case in ordered], seed=seed) for label in labels}
-    iou = {label: mean_interval([case.overlap[label].iou for case in ordered], seed=seed) for label in labels}
-    hd95 = {
-        label: mean_interval([case.hd95_mm.get(label, math.nan) for case in ordered], seed=seed) for label in labels
-    }
+    groups = [patients[case.name] for case in ordered] if patients else None
+
+    def means(value: Callable[[EvaluatedCase, int], float]) -> dict[int, Interval]:
+        return {
+            label: mean_interval([value(case, label) for case in ordered], patients=groups, seed=seed)
+            for label in labels
+        }
+
     reliabilities = [case.reliability for case in ordered if case.reliability is not None]
-    rated = [case for case in ordered if not math.isnan(case.energy_distance)]
+    agreements = {case.name: case.agreement for case in ordered if case.agreement is not None}
+    readers = None
+    if agreements:
+        rated = [patients[name] for name in agreements] if patients else None
+        readers = ReaderSummary.of(list(agreements.values()), rated, seed)
     return Evaluation(
         cases=ordered,
         labels=dict(labels),
-        dice=dice,
-        iou=iou,
-        hd95=hd95,
+        dice=means(lambda case, label: case.overlap[label].dice),
+        iou=means(lambda case, label: case.overlap[label].iou),
+        hd95=means(lambda case, label: case.hd95_mm.get(label, math.nan)),
         reliability=sum(reliabilities[1:], reliabilities[0]) if reliabilities else None,
-        energy_distance=mean_interval([case.energy_distance for case in rated], seed=seed) if rated else None,
-        matched_iou=mean_interval([case.matched_iou for case in rated], seed=seed) if rated else None,
+        readers=readers,
         detection=detection,
+        patients=dict(patients or {}),
         seed=seed,
         warnings=tuple(warnings),
     )

@@ -23,7 +23,7 @@ class Interval:
         mean: Mean of the values that are not NaN; NaN if there are none.
         low: Lower end of the interval; NaN with fewer than two values.
         high: Upper end of the interval; NaN with fewer than two values.
-        n: Number of values that entered the mean.
+        n: Number of values that entered the mean: cases, or patients if they are known.
         n_missing: Number of NaN values, left out.
     """
 
@@ -58,7 +58,11 @@ class PairedTest:
 
 
 def mean_interval(
-    values: Sequence[float] | NDArray[np.floating], *, confidence: float = 0.95, seed: int = 0
+    values: Sequence[float] | NDArray[np.floating],
+    *,
+    patients: Sequence[str] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Mean over cases with a bootstrap interval.
 
@@ -72,15 +76,18 @@ def mean_interval(
 
     Args:
         values: One finite number or NaN per case, shape `(n,)`.
+        patients: The patient of each case. The cases of a patient are averaged first, and mean and interval are over
+            patients: two patients with ten slices each are n = 2. None takes every case as a patient of its own.
         confidence: Coverage in (0, 1).
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: `values` is not one-dimensional or holds an infinity, or `confidence` is not in (0, 1).
+        ValueError: `values` is not one-dimensional or holds an infinity, `patients` has another length, or `confidence`
+            is not in (0, 1).
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is {confidence}; it must lie strictly between 0 and 1")
-    present, n_missing = _present(values)
+    present, n_missing = _present(values if patients is None else _by_patient(values, patients))
     if len(present) == 0:
         return Interval(math.nan, math.nan, math.nan, 0, n_missing)
     mean = float(present.mean())
@@ -121,6 +128,16 @@ def paired_wilcoxon(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     return PairedTest(
         float(result.statistic), float(result.pvalue), float(np.median(difference)), len(difference), n_missing
     )
+
+
+def _by_patient(values: Sequence[float] | NDArray[np.floating], patients: Sequence[str]) -> NDArray[np.float64]:
+    """The mean of each patient's values that are not NaN; NaN for a patient without any."""
+    array = np.asarray(values, dtype=np.float64)
+    _, index = np.unique(np.asarray(patients), return_inverse=True)
+    present = ~np.isnan(array)
+    counts = np.bincount(index, present)
+    sums = np.bincount(index, np.where(present, array, 0))
+    return np.divide(sums, counts, out=np.full(len(counts), math.nan), where=counts > 0)
 
 
 def _present(values: Sequence[float] | NDArray[np.floating]) -> tuple[NDArray[np.float64], int]:

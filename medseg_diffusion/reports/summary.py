@@ -55,6 +55,7 @@ def summary_json(evaluation: Evaluation) -> str:
         **_optional_sections(evaluation),
         "labels": {str(label): name for label, name in evaluation.labels.items()},
         "n_cases": len(evaluation.cases),
+        **({"n_patients": len(set(evaluation.patients.values()))} if evaluation.patients else {}),
         "policy": {**EMPTY_POLICY, "description": EMPTY_RULE},
         "bootstrap_seed": evaluation.seed,
         "warnings": list(evaluation.warnings),
@@ -100,10 +101,14 @@ def _optional_sections(evaluation: Evaluation) -> dict[str, Any]:
             "region": CALIBRATION_REGION,
             "n_cases": evaluation.n_with_probabilities,
         }
-    if evaluation.energy_distance is not None and evaluation.matched_iou is not None:
+    if (readers := evaluation.readers) is not None:
         sections["raters"] = {
-            "generalised_energy_distance": asdict(evaluation.energy_distance),
-            "matched_IoU": asdict(evaluation.matched_iou),
+            "generalised_energy_distance": asdict(readers.energy_distance),
+            "matched_IoU": asdict(readers.matched_iou),
+            "majority_Dice": asdict(readers.majority_dice),
+            "empty_samples": asdict(readers.empty_samples),
+            "empty_raters": asdict(readers.empty_readers),
+            "frequency_ECE": readers.frequency_ece,
         }
     if evaluation.detection is not None:
         sections["detection"] = detection_json(evaluation.detection)

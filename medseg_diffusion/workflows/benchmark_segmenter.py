@@ -83,9 +83,9 @@ class BenchmarkRow:
     Attributes:
         model: The name as given.
         setting: See `Setting`; ``steps`` is the number of distinct steps that were taken.
-        dice: Class name -> mean Dice over cases.
-        iou: Class name -> mean IoU over cases.
-        hd95_mm: Class name -> mean 95th percentile Hausdorff distance over cases.
+        dice: Class name -> mean Dice over patients, as the following two.
+        iou: Class name -> mean IoU.
+        hd95_mm: Class name -> mean 95th percentile Hausdorff distance.
         ece: Expected calibration error of the probabilities that `medseg segment` writes, over the voxels around the
             references of all cases.
         ece_uncalibrated: ``ece`` without the model's temperature, which was fitted to its own sampler and steps.
@@ -93,6 +93,7 @@ class BenchmarkRow:
         evaluations: Network evaluations per case and window.
         seconds: Time per case from the loaded scan to the mask on its grid; median over cases.
         cases: Number of cases.
+        patients: Number of patients.
         by_case: The numbers behind the means, and volumes: one entry per case and class.
     """
 
@@ -107,6 +108,7 @@ class BenchmarkRow:
     evaluations: int
     seconds: float
     cases: int
+    patients: int
     by_case: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -128,6 +130,7 @@ class BenchmarkRow:
             "ECE everywhere": round(self.ece_everywhere, 4),
             "s per case": round(self.seconds, 3),
             "cases": self.cases,
+            "patients": self.patients,
         }
 
     def key(self) -> dict[str, Any]:
@@ -255,7 +258,7 @@ def _measure(
     for done, case in enumerate(cases, 1):
         volume, reference = _read(case, model, named_labels)
         seed = derive_seed(options.seed, case.name)
-        measurements.append(_measure_case(case.name, model, volume, reference, temperature, seed))
+        measurements.append(_measure_case(case, model, volume, reference, temperature, seed))
         on_progress(description, done, len(cases))
     return _row(name, replace(setting, steps=model.num_steps), [label for _, label in _classes(model)], measurements)
 
@@ -266,7 +269,7 @@ def _classes(model: SegmentationModel) -> list[tuple[int, str]]:
 
 
 def _measure_case(
-    name: str, model: SegmentationModel, volume: Volume, reference: Volume, temperature: float, seed: int
+    case: Case, model: SegmentationModel, volume: Volume, reference: Volume, temperature: float, seed: int
 ) -> _CaseMeasurement:
     started = time.perf_counter()
     segmentation = model.segment(volume, seed)
@@ -276,7 +279,8 @@ def _measure_case(
     voxel_ml = float(np.prod(reference.spacing)) / 1000
     classes = [
         {
-            "case": name,
+            "case": case.name,
+            "patient": case.patient,
             "class": label,
             "dice": overlap[value].dice,
             "iou": overlap[value].iou,
@@ -304,8 +308,10 @@ def _row(
     by_case = [entry for measurement in measurements for entry in measurement.classes]
 
     def means(kind: str) -> dict[str, Interval]:
+        entries = {label: [entry for entry in by_case if entry["class"] == label] for label in classes}
         return {
-            label: mean_interval([entry[kind] for entry in by_case if entry["class"] == label]) for label in classes
+            label: mean_interval([entry[kind] for entry in own], patients=[entry["patient"] for entry in own])
+            for label, own in entries.items()
         }
 
     ece, ece_uncalibrated, ece_everywhere = (
@@ -324,6 +330,7 @@ def _row(
         evaluations=setting.steps * setting.ensemble,
         seconds=float(np.median([measurement.seconds for measurement in measurements])),
         cases=len(measurements),
+        patients=len({entry["patient"] for entry in by_case}),
         by_case=by_case,
     )
 

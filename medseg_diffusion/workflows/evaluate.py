@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from medseg_diffusion.data.pairs import (
     find_rater,
     listed,
 )
+from medseg_diffusion.data.patients import read_patients
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import write_files
-from medseg_diffusion.metrics.ambiguity import generalised_energy_distance, matched_iou
+from medseg_diffusion.metrics.ambiguity import ReaderAgreement
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.detection_summary import Detection
@@ -64,6 +64,8 @@ class EvaluateOptions:
         lesion_overlap: Share in (0, 1] of a lesion's voxels that must be predicted for it to be detected.
         merge_labels: Read all labels above 0 as label 1, in predictions, references and raters. Models that were
             trained with data.merge_labels write 1 where references may hold 255, or several classes.
+        patients: CSV file with the columns case and patient, for cases that belong together, such as the slices of a
+            scan. Means and intervals are over patients then, and every case needs a row.
         seed: Seed of the bootstrap.
         command: The command line, for the report's footer; empty shows none.
     """
@@ -75,6 +77,7 @@ class EvaluateOptions:
     foreground: Path | None = None
     lesion_overlap: float = MIN_OVERLAP
     merge_labels: bool = False
+    patients: Path | None = None
     seed: int = 0
     command: str = ""
 
@@ -97,7 +100,8 @@ def evaluate(
 
     Two files are compared with each other. Files in folders are paired by name: `case_seg.nii.gz` (or
     `case_anomaly_mask.nii.gz`), else `case.nii.gz`, is the mask of `case` in either folder. A single prediction is
-    compared with its own reference in a folder of references. Every file counts as one independent case.
+    compared with its own reference in a folder of references. Every file counts as one independent case, unless
+    ``options.patients`` says which belong together.
 
     If `case_prob.nii.gz` lies beside a prediction, the report includes the calibration of its probabilities.
 
@@ -112,7 +116,8 @@ def evaluate(
 
     Raises:
         InputError: A path or file that cannot be used, a reference without a prediction, two files for one case, a
-            prediction or image on another grid than its reference, or no label to evaluate; a score map or foreground
+            prediction or image on another grid than its reference, no label to evaluate, or a case without a patient
+            in the file of patients; a score map or foreground
             mask that is missing, on another grid or not usable. Nothing is written then.
         UsageError: A foreground without scores, or a `lesion_overlap` out of range.
     """
@@ -127,7 +132,6 @@ def evaluate(
         reliability, remark = _reliability(pair)
         warnings += [remark] if remark else []
         raters = [rater[pair.name] for rater in inputs.raters if pair.name in rater]
-        energy_distance, iou = _compare_with_raters(pair, raters, list(names))
         cases.append(
             EvaluatedCase(
                 name=pair.name,
@@ -136,13 +140,14 @@ def evaluate(
                 overlap=counts[pair.name].overlap_of(names),
                 hd95_mm=counts[pair.name].hd95_mm,
                 reliability=reliability,
-                energy_distance=energy_distance,
-                matched_iou=iou,
+                agreement=_compare_with_raters(pair, raters, list(names)) if raters else None,
             )
         )
     detection, remarks = _detect(inputs, cases, names, options)
     warnings += remarks
-    result = summarise(cases, names, detection=detection, seed=options.seed, warnings=warnings)
+    result = summarise(
+        cases, names, detection=detection, patients=inputs.patients, seed=options.seed, warnings=warnings
+    )
     report = evaluation_report(result, _pictures(result, inputs), command=options.command)
     files = {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
     write_files(Path(output), files)
@@ -161,6 +166,7 @@ class _Inputs:
     raters: Sequence[Mapping[str, Path]]
     maps: Mapping[str, Path] | None
     foregrounds: Mapping[str, Path] | None
+    patients: Mapping[str, str] | None
 
 
 def _find_inputs(prediction: Path, reference: Path, options: EvaluateOptions) -> tuple[_Inputs, list[str]]:
@@ -181,7 +187,8 @@ def _find_inputs(prediction: Path, reference: Path, options: EvaluateOptions) ->
             foregrounds = find_foregrounds_beside(maps)
         else:
             foregrounds = find_for_each(Path(options.foreground), pairs, FOREGROUND_ENDINGS, "foreground mask")
-    return _Inputs(pairs, images, raters, maps, foregrounds), remarks
+    patients = read_patients(Path(options.patients), names) if options.patients is not None else None
+    return _Inputs(pairs, images, raters, maps, foregrounds, patients), remarks
 
 
 # ---- labels ------------------------------------------------------------------------------------------------------
@@ -269,10 +276,8 @@ def _reliability(pair: MaskPair) -> tuple[Reliability | None, str]:
     return Reliability.of(p, truth, region(truth)), ""
 
 
-def _compare_with_raters(pair: MaskPair, raters: Sequence[Path], labels: Sequence[int]) -> tuple[float, float]:
-    """Energy distance and matched IoU of the samples and all raters, including the reference; NaN without raters."""
-    if not raters:
-        return math.nan, math.nan
+def _compare_with_raters(pair: MaskPair, raters: Sequence[Path], labels: Sequence[int]) -> ReaderAgreement:
+    """The samples of a case compared with all raters, including the reference."""
     reference = pair.read_labels(pair.reference)
     references = [reference]
     for path in raters:
@@ -287,10 +292,7 @@ def _compare_with_raters(pair: MaskPair, raters: Sequence[Path], labels: Sequenc
     sample_maps, *rater_maps = [list(np.where(np.isin(array, labels), array, 0)) for array in arrays]
     reference_maps = [labelmap for maps in rater_maps for labelmap in maps]
     classes = int(max(labelmap.max() for labelmap in (*sample_maps, *reference_maps))) + 1
-    return (
-        generalised_energy_distance(sample_maps, reference_maps, classes),
-        matched_iou(sample_maps, reference_maps, classes),
-    )
+    return ReaderAgreement.of(sample_maps, reference_maps, max(classes, 2))
 
 
 # ---- all cases ---------------------------------------------------------------------------------------------------
@@ -312,6 +314,7 @@ def _detect(
         labels,
         overlaps,
         min_overlap=options.lesion_overlap,
+        patients=inputs.patients,
         seed=options.seed,
     )
 

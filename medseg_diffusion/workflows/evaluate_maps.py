@@ -34,6 +34,7 @@ def evaluate_scores(
     overlaps: Mapping[str, ClassOverlap],
     *,
     min_overlap: float,
+    patients: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> tuple[Detection, list[str]]:
     """Compare the score map of every case with its masks.
@@ -48,6 +49,7 @@ def evaluate_scores(
         labels: labels of lesions, in prediction and reference.
         overlaps: case name -> overlap of the masks, for cases where it is already computed.
         min_overlap: share of a lesion's voxels that must be predicted for it to be detected.
+        patients: case name -> patient; None takes every case as a patient of its own.
         seed: seed of the bootstrap.
 
     Returns:
@@ -87,6 +89,7 @@ def evaluate_scores(
         measured,
         region=region + (" except where the score is NaN" if has_nan else ""),
         min_overlap=min_overlap,
+        patients=patients,
         seed=seed,
     )
     remarks = ["Score maps are compared with all evaluated labels together."] if len(labels) > 1 else []

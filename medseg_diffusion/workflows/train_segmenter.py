@@ -9,12 +9,9 @@ RUN/model/          the best model by validation, always loadable
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -30,7 +27,7 @@ from medseg_diffusion.errors import ModelError
 from medseg_diffusion.methods.calibration import MEMBERS, Calibration, TemperatureFit
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
-from medseg_diffusion.metrics.ambiguity import SAMPLES, ReaderAgreement
+from medseg_diffusion.metrics.ambiguity import SAMPLES, ReaderAgreement, ReaderSummary
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.segmenter import restore_segmenter
@@ -162,16 +159,14 @@ def _several_readers(cases: Sequence[PreparedCase]) -> bool:
 def _compare_with_readers(
     predict: Callable[[PreparedCase, list[int]], Tensor], cases: Sequence[PreparedCase], classes: int
 ) -> dict[str, float]:
-    """Means over the cases of `ReaderAgreement` for `SAMPLES` samples; "score" is 1 - the energy distance."""
+    """The numbers of `ReaderSummary` for `SAMPLES` samples of every case; "score" is 1 - the energy distance."""
     agreements = []
     for case in cases:
         seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(SAMPLES)]
         samples = predict(case, seeds).argmax(1).cpu().numpy()
         agreements.append(ReaderAgreement.of(list(samples), [label.numpy() for label in case.labels], classes))
-    names = ("energy_distance", "matched_iou", "majority_dice", "empty_samples", "empty_readers")
-    means = {name: fmean(getattr(agreement, name) for agreement in agreements) for name in names}
-    frequencies = functools.reduce(operator.add, (agreement.frequencies for agreement in agreements))
-    return {"score": 1 - means["energy_distance"], **means, "frequency_ece": frequencies.ece}
+    numbers = ReaderSummary.of(agreements).numbers()
+    return {"score": 1 - numbers["energy_distance"], **numbers}
 
 
 def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> Calibration:

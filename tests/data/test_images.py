@@ -210,3 +210,18 @@ def test_scans_of_a_patient_stay_together(tmp_path: Path) -> None:
     assert len(set().union(*sides.values())) == 6
     with pytest.raises(InputError, match="found 6 scans or subfolders of them"):
         packed(tmp_path / "data", tmp_path / "store", 8, 1, held_out=(4, 2))
+
+
+@pytest.mark.parametrize("layout", ["images", "labelled"])
+def test_patients_csv_names_the_patients_of_images(tmp_path: Path, layout: str) -> None:
+    for folder in ("images", "labels") if layout == "labelled" else (".",):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in ("a1", "a2", "b1", "b2"):
+            Image.new("L", (8, 8)).save(tmp_path / folder / f"{name}.png")
+    (tmp_path / "patients.csv").write_text("case,patient\na1,a\na2,a\nb1,b\nb2,b\n")
+    assert {Path(entry.name).stem: entry.group for entry in find_images(tmp_path).entries} == {
+        "a1": "a", "a2": "a", "b1": "b", "b2": "b",
+    }  # fmt: skip
+    (tmp_path / "patients.csv").write_text("case,patient\na1,a\n")
+    with pytest.raises(InputError, match="no row for case a2 and 2 more"):
+        find_images(tmp_path)

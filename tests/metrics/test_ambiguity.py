@@ -47,7 +47,7 @@ def test_energy_distance_is_never_negative(seed, samples, raters) -> None:
 
 
 def test_frequencies_by_hand() -> None:
-    """Samples A, A, B, NONE mark the pixels 2, 3, 1 and 0 times of 4; readers A, NONE mark them 1, 1, 0, 0 times of 2."""
+    """Samples A, A, B, NONE mark the pixels 2, 3, 1, 0 times of 4; readers A, NONE mark them 1, 1, 0, 0 times of 2."""
     frequencies = Frequencies.of([A, A, B, NONE], [A, NONE], 2)
     assert frequencies.count.sum() == 3  # nobody marks the last pixel
     # The pixels 0.5, 0.75 and 0.25 of the samples are in three bins; the readers have 0.5, 0.5 and 0.

@@ -100,3 +100,15 @@ def test_wilcoxon_without_differences_or_pairs() -> None:
 def test_text_of_an_interval() -> None:
     assert str(mean_interval([0.5, 0.5])) == "0.500 [0.500, 0.500]"
     assert str(mean_interval([0.25])) == "0.250"
+
+
+def test_the_cases_of_a_patient_count_once() -> None:
+    values, patients = [0.25, 0.75, math.nan, 0.9, math.nan], ["a", "a", "a", "b", "c"]
+    by_patient = mean_interval(values, patients=patients)
+    assert by_patient == mean_interval([0.5, 0.9, math.nan])
+    assert (by_patient.n, by_patient.n_missing) == (2, 1)
+    # Eight equal slices of each patient say no more than one.
+    assert mean_interval([0.25] * 8 + [0.75] * 8, patients=["a"] * 8 + ["b"] * 8) == mean_interval([0.25, 0.75])
+    assert mean_interval(values, patients=list("abcde")) == mean_interval(values)
+    with pytest.raises(ValueError):
+        mean_interval(values, patients=["a"])

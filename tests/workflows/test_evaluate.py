@@ -251,17 +251,17 @@ def test_labels_may_be_one_whatever_their_values(tmp_path: Path) -> None:
     assert any("none in common. Add --merge-labels" in warning for warning in apart.warnings)
     result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(merge_labels=True, raters=[other]))
     assert list(result.labels) == [1] and result.dice[1].mean == 1 and result.reliability is not None
-    assert result.energy_distance is not None and result.energy_distance.mean == pytest.approx(0.25)
+    assert result.readers is not None and result.readers.energy_distance.mean == pytest.approx(0.25)
 
 
 def test_a_single_case_takes_a_rater_of_any_name_and_strangers_are_named(tmp_path: Path) -> None:
     pred, ref = save(tmp_path / "a_seg.nii.gz", box(4)), save(tmp_path / "ref" / "a.nii.gz", box(4))
     rater = save(tmp_path / "second.nii.gz", box(6))
     result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(raters=[rater]))
-    assert result.energy_distance is not None and result.energy_distance.mean == pytest.approx(0.25)
+    assert result.readers is not None and result.readers.energy_distance.mean == pytest.approx(0.25)
     strangers = save(tmp_path / "others" / "b.nii.gz", box(6)).parent
     unrated = evaluate(pred, ref, tmp_path / "again", EvaluateOptions(raters=[strangers]))
-    assert unrated.energy_distance is None and f"No case of this rater is evaluated: {strangers}." in unrated.warnings
+    assert unrated.readers is None and f"No case of this rater is evaluated: {strangers}." in unrated.warnings
 
 
 def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:
@@ -271,16 +271,44 @@ def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:
         save(pred / f"{name}_seg.nii.gz", box(4))
     save(two / "a.nii.gz", box(6))
     alone = evaluate(pred, one, tmp_path / "alone")
-    assert alone.energy_distance is None
+    assert alone.readers is None
     single = evaluate(pred, one, tmp_path / "single", EvaluateOptions(raters=[two]))
-    assert single.energy_distance is not None and single.energy_distance.n == 1, "only case a has a second rater"
-    assert single.energy_distance.mean == pytest.approx(0.25)  # 2 (0 + 1/2) / 2 - (1/2 + 1/2) / 4
+    assert single.readers is not None and single.readers.energy_distance.n == 1, "only case a has a second rater"
+    assert single.readers.energy_distance.mean == pytest.approx(0.25)  # 2 (0 + 1/2) / 2 - (1/2 + 1/2) / 4
     save(pred / "a_members.nii.gz", np.stack([box(6), box(4)], axis=-1))
     both = evaluate(pred, one, tmp_path / "both", EvaluateOptions(raters=[two]))
-    assert both.energy_distance is not None and both.energy_distance.mean == pytest.approx(0, abs=1e-9)
-    assert both.matched_iou is not None and both.matched_iou.mean == pytest.approx(1)
+    assert both.readers is not None and both.readers.energy_distance.mean == pytest.approx(0, abs=1e-9)
+    assert both.readers.matched_iou.mean == pytest.approx(1)
     assert "Several raters" in (tmp_path / "both" / "report.html").read_text()
 
     save(two / "a.nii.gz", np.zeros((3, 3, 3), np.uint8))
     with pytest.raises(InputError, match="3 x 3 x 3 voxels; expected 10 x 9 x 8"):
         evaluate(pred, one, tmp_path / "bad", EvaluateOptions(raters=[two]))
+
+
+def test_slices_of_one_patient_count_once(tmp_path: Path) -> None:
+    """Two patients with three and one cases are n = 2, also in the score maps' means."""
+    pred, ref, maps = tmp_path / "pred", tmp_path / "ref", tmp_path / "maps"
+    rows = ["case,patient"]
+    for name, size, patient in (("a1", 4, "a"), ("a2", 4, "a"), ("a3", 6, "a"), ("b1", 6, "b")):
+        save(ref / f"{name}.nii.gz", box(4))
+        save(pred / f"{name}.nii.gz", box(size))
+        save(maps / f"{name}_scores.nii.gz", box(size).astype(np.float32))
+        rows.append(f"{name},{patient}")
+    table = tmp_path / "patients.csv"
+    table.write_text("\n".join(rows))
+    result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(patients=table, scores=maps))
+    dice = result.dice[1]
+    low = 2 * 2 / (2 + 4)  # the layers of the two boxes
+    assert dice.n == 2 and dice.mean == pytest.approx(((1 + 1 + low) / 3 + low) / 2, abs=1e-6)
+    assert result.unit == "patients" and result.detection is not None and result.detection.means["Dice"].n == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["n_cases"], summary["n_patients"]) == (4, 2)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Mean over patients" in page and "The cases of a patient are averaged first." in page
+    alone = evaluate(pred, ref, tmp_path / "cases")
+    assert alone.dice[1].n == 4 and "Mean over cases" in (tmp_path / "cases" / "report.html").read_text()
+    table.write_text("\n".join(rows[:-1]))
+    with pytest.raises(InputError, match="no row for case b1"):
+        evaluate(pred, ref, tmp_path / "bad", EvaluateOptions(patients=table))
+    assert not (tmp_path / "bad").exists()
