@@ -64,6 +64,13 @@ def benchmark_segmenter(
             help="Measure this setting (N samples) instead of varying one factor at a time; repeatable.",
         ),
     ] = None,
+    without_x_t: Annotated[
+        bool,
+        typer.Option("--without-x-t", help="Also measure with other noise, or none, in place of the noised mask."),
+    ] = False,
+    one_per_patient: Annotated[
+        bool, typer.Option("--one-per-patient", help="Take only the middle case of each patient, by name.")
+    ] = False,
     cases: Annotated[int, typer.Option("-n", min=0, help="Number of cases; 0 for all.")] = 10,
     side: Annotated[
         Side, typer.Option(help="Which held-out cases: validation to choose settings, test to report results.")
@@ -84,6 +91,8 @@ def benchmark_segmenter(
         ensembles=ensemble_sizes,
         samplers=[name.strip() for name in samplers.split(",")],
         settings=chosen_settings,
+        without_x_t=without_x_t,
+        one_per_patient=one_per_patient,
         cases=cases or None,
         side=side.value,
         device=device,

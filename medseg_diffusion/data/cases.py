@@ -178,6 +178,14 @@ def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda case: case.name))
 
 
+def middle_cases(cases: Sequence[Case]) -> list[Case]:
+    """One case of each patient: the middle one by name."""
+    groups: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.name):
+        groups.setdefault(case.patient, []).append(case)
+    return [group[len(group) // 2] for group in groups.values()]
+
+
 @dataclass(frozen=True)
 class Split:
     """Names of the cases of each split. No patient is in two splits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +15,7 @@ from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.shared import InferenceSection
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.label_efficient import PixelSegmentation
@@ -70,6 +72,9 @@ class PixelSegmenter:
         windows = Windows(self.inference.window, self.inference.overlap, batch_size)
         self.way = Pass(DDIM(), [1, 0], windows, self.dims, generator.config.training.precision)
         self.aggregation = Aggregation(self.labels, options.fusion, options.uncertainty, self.inference.largest_part)
+
+    def without_x_t(self, replacement: Replacement, seed: int = 0) -> AbstractContextManager[None]:
+        raise ValueError(f"{self.saved.path}: classifies pixels, so it has no x_t")
 
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,7 @@ from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import InferenceSection
 from medseg_diffusion.device import Precision, autocast_dtype
 from medseg_diffusion.errors import ModelError
+from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.calibration import Calibration
 from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, temperature_scaled
 from medseg_diffusion.methods.segment import Segmenter, segment
@@ -131,6 +132,14 @@ class SegmentationModel(Protocol):
     @property
     def samples_masks(self) -> bool:
         """Whether masks are sampled, so that the size of the ensemble can be chosen."""
+        ...
+
+    def without_x_t(self, replacement: Replacement, seed: int = 0) -> AbstractContextManager[None]:
+        """While the context lasts, the denoising network sees a replacement of x_t (`methods.ablation`).
+
+        Raises:
+            ValueError: a model without steps.
+        """
         ...
 
     def sample(

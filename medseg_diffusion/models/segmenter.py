@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.methods.ablation import Replacement, without_x_t
 from medseg_diffusion.methods.calibration import Calibration
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.shape_prior import ShapePrior
@@ -86,6 +88,11 @@ class MaskSegmenter:
     @property
     def samples_masks(self) -> bool:
         return self.config.method != "baseline"
+
+    def without_x_t(self, replacement: Replacement, seed: int = 0) -> AbstractContextManager[None]:
+        if not self.samplers:
+            raise ValueError(f"{self.saved.path}: takes no steps, so it has no x_t")
+        return without_x_t(self.model.network, replacement, self.config.method == "categorical", seed)
 
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None

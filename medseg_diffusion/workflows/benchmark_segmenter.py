@@ -11,23 +11,27 @@ import csv
 import functools
 import io
 import json
+import math
 import operator
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from medseg_diffusion import build
-from medseg_diffusion.data.cases import Case, digest, find_cases, split_by_hash
-from medseg_diffusion.data.mask_examples import CaseFormat, read_case
+from medseg_diffusion.data.cases import Case, digest, find_cases, middle_cases, split_by_hash
+from medseg_diffusion.data.mask_examples import CaseFormat, read_case, read_case_labels
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_files
+from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.ensemble import temperature_scaled
+from medseg_diffusion.metrics.ambiguity import ReaderAgreement, ReaderSummary
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
@@ -43,12 +47,16 @@ Side = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model samples; ``factor`` is the one that varies in this row."""
+    """How a model samples; ``factor`` is the one that varies in this row.
 
-    factor: Literal["steps", "ensemble", "sampler", "setting", "feed-forward"]
+    ``x_t`` is what the network sees: its own noised mask, or a replacement (`medseg_diffusion.methods.ablation`).
+    """
+
+    factor: Literal["steps", "ensemble", "sampler", "setting", "without x_t", "feed-forward"]
     sampler: str
     steps: int
     ensemble: int
+    x_t: Literal["own", Replacement] = "own"
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,10 @@ class BenchmarkOptions:
         ensembles: Ensemble sizes to compare, at the model's own number of steps.
         samplers: Samplers to compare, at the model's own number of steps.
         settings: (sampler, steps, ensemble size) to measure instead of varying one factor at a time.
+        without_x_t: Also measure every sampling model of several steps with a replacement of x_t: with the given
+            settings, or with the model's own and the largest of the ensemble sizes.
         cases: Number of cases, the first by name; None for all.
+        one_per_patient: Take one case of each patient, the middle one by name.
         side: Held-out cases: "validation" to choose settings, "test" to report.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of the samples, as in `medseg segment`.
@@ -70,7 +81,9 @@ class BenchmarkOptions:
     ensembles: Sequence[int] = (1, 2, 5, 10)
     samplers: Sequence[str] = ("dpm++", "ddim", "ddpm")
     settings: Sequence[tuple[str, int, int]] = ()
+    without_x_t: bool = False
     cases: int | None = 10
+    one_per_patient: bool = False
     side: Side = "validation"
     device: str = "auto"
     seed: int = 0
@@ -94,6 +107,8 @@ class BenchmarkRow:
         seconds: Time per case from the loaded scan to the mask on its grid; median over cases.
         cases: Number of cases.
         patients: Number of patients.
+        pairwise_dice: Mean Dice of pairs of members, over cases; 1 for members that are equal or all empty.
+        readers: The members compared with several readers; None for data of one reader.
         by_case: The numbers behind the means, and volumes: one entry per case and class.
     """
 
@@ -109,6 +124,8 @@ class BenchmarkRow:
     seconds: float
     cases: int
     patients: int
+    pairwise_dice: float
+    readers: ReaderSummary | None
     by_case: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -128,6 +145,8 @@ class BenchmarkRow:
             "ECE": round(self.ece, 4),
             "ECE uncalibrated": round(self.ece_uncalibrated, 4),
             "ECE everywhere": round(self.ece_everywhere, 4),
+            **({} if self.setting.ensemble < 2 else {"members' Dice": round(self.pairwise_dice, 4)}),
+            **({} if self.readers is None else _reader_cells(self.readers)),
             "s per case": round(self.seconds, 3),
             "cases": self.cases,
             "patients": self.patients,
@@ -173,16 +192,18 @@ def benchmark_segmenter(
         model = load_segmenter(name, options.device)
         cases = _held_out_cases(model, data, options)
         for case in cases:
-            _read(case, model, named_labels)
+            volume, _ = _read(case, model, named_labels)
+            for path in case.further_labels:
+                _read_labels(path, volume, model, named_labels)
         plan += [(name, setting, cases) for setting in _settings(model, options)]
     for _, setting, _ in plan:
         if setting.sampler:
             build.sampler(setting.sampler)
-    measured: dict[tuple[str, str, int, int], BenchmarkRow] = {}
+    measured: dict[tuple[str, Setting], BenchmarkRow] = {}
     rows: list[BenchmarkRow] = []
     for name, setting, cases in plan:
         # Settings of several factors may coincide; each is measured once.
-        key = (name, setting.sampler, setting.steps, setting.ensemble)
+        key = (name, replace(setting, factor="setting"))
         if key not in measured:
             measured[key] = _measure(name, setting, cases, named_labels, options, on_progress)
         rows.append(replace(measured[key], setting=replace(measured[key].setting, factor=setting.factor)))
@@ -201,6 +222,9 @@ def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[S
         return
     if options.settings:
         yield from (Setting("setting", *setting) for setting in options.settings)
+        if options.without_x_t:
+            for setting in options.settings:
+                yield from _without_x_t(*setting)
         return
     for count in options.steps:
         yield Setting("steps", defaults.sampler, count, 1)
@@ -210,6 +234,15 @@ def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[S
         if sampler in build.SAMPLERS and sampler not in model.samplers:
             continue  # of another kind of diffusion
         yield Setting("sampler", sampler, defaults.steps, 1)
+    if options.without_x_t:
+        yield from _without_x_t(defaults.sampler, defaults.steps, max(options.ensembles))
+
+
+def _without_x_t(sampler: str, steps: int, ensemble: int) -> Iterator[Setting]:
+    """The setting with x_t, for comparison, and without; none for one step, which sees nothing but noise anyway."""
+    if steps > 1:
+        for x_t in ("own", *get_args(Replacement)):
+            yield Setting("without x_t", sampler, steps, ensemble, x_t)
 
 
 def _held_out_cases(model: SegmentationModel, data: Path, options: BenchmarkOptions) -> list[Case]:
@@ -218,22 +251,37 @@ def _held_out_cases(model: SegmentationModel, data: Path, options: BenchmarkOpti
     held_out = model.saved.card.get("training", {}).get("held_out")
     if held_out is None:
         held_out = split_by_hash(cases, section.test_cases or 0, section.validation_cases or 0).held_out()
-    chosen = [case for case in cases if digest(case.name) in held_out[options.side]][: options.cases]
+    chosen = [case for case in cases if digest(case.name) in held_out[options.side]]
+    chosen = (middle_cases(chosen) if options.one_per_patient else chosen)[: options.cases]
     if not chosen:
         raise UsageError(f"{data}: model {model.saved.name} has no {options.side} cases in it; use the other side")
     return chosen
 
 
+def _read_labels(path: Path, volume: Volume, model: SegmentationModel, named_labels: Collection[int]) -> Volume:
+    return read_case_labels(path, volume, _format(model, named_labels))
+
+
+def _format(model: SegmentationModel, named_labels: Collection[int]) -> CaseFormat:
+    return CaseFormat(model.channels, len(model.labels), model.merge_labels, named_labels)
+
+
 def _read(case: Case, model: SegmentationModel, named_labels: Collection[int]) -> tuple[Volume, Volume]:
-    return read_case(case, CaseFormat(model.channels, len(model.labels), model.merge_labels, named_labels))
+    return read_case(case, _format(model, named_labels))
 
 
 @dataclass(frozen=True)
 class _CaseMeasurement:
-    """One segmented case: an entry per class, the three reliabilities of `BenchmarkRow`, and the time it took."""
+    """One segmented case: an entry per class, the three reliabilities of `BenchmarkRow`, and the time it took.
 
+    ``agreement`` compares the members with the case's readers; None for a case of one reader.
+    """
+
+    case: Case
     classes: list[dict[str, Any]]
     reliabilities: tuple[Reliability, Reliability, Reliability]
+    pairwise_dice: float
+    agreement: ReaderAgreement | None
     seconds: float
 
 
@@ -253,12 +301,15 @@ def _measure(
     model.aggregation = replace(model.aggregation, calibration=None)
     temperature = 1.0 if calibration is None else calibration.temperature(model.ensemble)
     walk = f"{setting.sampler} {model.num_steps} steps, " if setting.sampler else ""
-    description = f"{model.saved.name}: {walk}ensemble {setting.ensemble}"
+    seen = "" if setting.x_t == "own" else f", {setting.x_t} x_t"
+    description = f"{model.saved.name}: {walk}ensemble {setting.ensemble}{seen}"
     measurements = []
     for done, case in enumerate(cases, 1):
         volume, reference = _read(case, model, named_labels)
         seed = derive_seed(options.seed, case.name)
-        measurements.append(_measure_case(case, model, volume, reference, temperature, seed))
+        readers = [_read_labels(path, volume, model, named_labels) for path in case.further_labels]
+        with model.without_x_t(setting.x_t, seed) if setting.x_t != "own" else nullcontext():
+            measurements.append(_measure_case(case, model, volume, [reference, *readers], temperature, seed))
         on_progress(description, done, len(cases))
     return _row(name, replace(setting, steps=model.num_steps), [label for _, label in _classes(model)], measurements)
 
@@ -269,11 +320,19 @@ def _classes(model: SegmentationModel) -> list[tuple[int, str]]:
 
 
 def _measure_case(
-    case: Case, model: SegmentationModel, volume: Volume, reference: Volume, temperature: float, seed: int
+    case: Case, model: SegmentationModel, volume: Volume, readers: Sequence[Volume], temperature: float, seed: int
 ) -> _CaseMeasurement:
+    """Segment a case and compare it with the labels of its first reader, and its members with those of all readers."""
     started = time.perf_counter()
-    segmentation = model.segment(volume, seed)
+    ensemble, placement = model.sample(volume, seed)
+    segmentation = model.aggregation.combine(ensemble, placement)
     seconds = time.perf_counter() - started
+    reference = readers[0]
+    agreement = None
+    if len(readers) > 1:
+        members = model.aggregation.members_on_scan(segmentation, placement).numpy()
+        masks = [labels.data[0].numpy() for labels in readers]
+        agreement = ReaderAgreement.of(list(members), masks, len(model.labels))
     predicted, truth = segmentation.labels.numpy(), reference.data[0].numpy()
     overlap = label_overlap(predicted, truth, [value for value, _ in _classes(model)])
     voxel_ml = float(np.prod(reference.spacing)) / 1000
@@ -298,7 +357,10 @@ def _measure_case(
         Reliability.of(uncalibrated, truth, around),
         Reliability.of(calibrated, truth),
     )
-    return _CaseMeasurement(classes, reliabilities, seconds)
+    pairwise = [dice for dice in segmentation.agreement.values() if not math.isnan(dice)]
+    # Members that are all empty agree.
+    pairwise_dice = 1.0 if not pairwise else float(np.mean(pairwise))
+    return _CaseMeasurement(case, classes, reliabilities, pairwise_dice, agreement, seconds)
 
 
 def _row(
@@ -331,8 +393,26 @@ def _row(
         seconds=float(np.median([measurement.seconds for measurement in measurements])),
         cases=len(measurements),
         patients=len({entry["patient"] for entry in by_case}),
+        pairwise_dice=float(np.mean([measurement.pairwise_dice for measurement in measurements])),
+        readers=_reader_summary(measurements),
         by_case=by_case,
     )
+
+
+def _reader_summary(measurements: Sequence[_CaseMeasurement]) -> ReaderSummary | None:
+    rated = [(one.agreement, one.case.patient) for one in measurements if one.agreement is not None]
+    return ReaderSummary.of([one for one, _ in rated], [patient for _, patient in rated]) if rated else None
+
+
+def _reader_cells(readers: ReaderSummary) -> dict[str, Any]:
+    return {
+        "GED^2": str(readers.energy_distance),
+        "matched IoU": str(readers.matched_iou),
+        "Dice of majorities": str(readers.majority_dice),
+        "frequency ECE": round(readers.frequency_ece, 4),
+        "empty samples": round(readers.empty_samples.mean, 3),
+        "empty readers": round(readers.empty_readers.mean, 3),
+    }
 
 
 def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
@@ -345,7 +425,7 @@ def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
         setting = row.setting
         if setting.factor == "feed-forward":
             levels[f"{short_names[row.model]}, feed-forward"] = row.mean_dice
-        elif setting.factor != "sampler":
+        elif setting.factor not in ("sampler", "without x_t"):
             description = f"{setting.sampler}, {setting.ensemble} sample{'s' * (setting.ensemble > 1)}"
             factor = description if setting.factor == "setting" else setting.factor
             lines.setdefault((short_names[row.model], factor), []).append((row.evaluations, row.mean_dice))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.augmentation import Augmenter
-from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
+from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.label_maps import LabelMap, load_label_map, tissues
 from medseg_diffusion.data.mask_examples import CaseFormat, MaskExamples, PreparedCase, prepare, require_every_class
@@ -106,14 +106,6 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
     names = {case.name for case in held_out}
     validation = [case for case in prepared if case.name in names]
     return SegmenterData(examples, validation, labels, folder.channels, summary, split)
-
-
-def middle_cases(cases: Sequence[Case]) -> list[Case]:
-    """One case of each patient: the middle one by name."""
-    groups: dict[str, list[Case]] = {}
-    for case in sorted(cases, key=lambda case: case.name):
-        groups.setdefault(case.patient, []).append(case)
-    return [group[len(group) // 2] for group in groups.values()]
 
 
 def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
