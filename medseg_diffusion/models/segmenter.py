@@ -33,7 +33,7 @@ from .segmentation import (
     counter,
     stored_calibration,
 )
-from .store import SavedModel
+from .store import SavedModel, is_deterministic
 
 MEMBERS_AT_ONCE = 10
 """Largest number of members that share one encoding of the image and are in memory together."""
@@ -131,6 +131,8 @@ class MaskSegmenter:
             raise UsageError(f"{self.saved.path}: this model {kind}; leave --steps and --sampler out")
         if options.sampler in build.SAMPLERS and options.sampler not in self.samplers and self.samplers:
             raise UsageError(f"{self.saved.path}: {options.sampler} is no sampler of labels; use {self.samplers[0]}")
+        if self.samples_masks and self.ensemble > 1 and is_deterministic(self.saved.card):
+            self.notes.append("this model is deterministic: its members are equal, whatever the ensemble size")
         if not self.samples_masks and (options.ensemble or 1) > 1:
             self.notes.append("a feed-forward model has one mask; the ensemble size has no effect")
             self.ensemble = 1

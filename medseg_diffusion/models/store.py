@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # listing models and showing their cards needs no torch
     from torch import Tensor
 
 SCHEMA_VERSION = 1
+X_T = "x_t"
+"""Key of a card: what the noise of a mask diffusion model is worth, measured at the end of its training."""
+DETERMINISTIC = 0.99
+"""Members with at least this mean pairwise Dice are called equal."""
 FILES = ("model.json", "weights.safetensors", "README.md")
 
 
@@ -182,11 +186,17 @@ def list_models() -> list[ModelInfo]:
                 card = _read_card(path)
                 labels = tuple(str(name) for name in card["labels"].values())
                 megabytes = (path / "weights.safetensors").stat().st_size / 1e6
-                models[path.name] = ModelInfo(path.name, path, str(card["method"]), labels, megabytes, source)
+                method = str(card["method"]) + (", deterministic" if is_deterministic(card) else "")
+                models[path.name] = ModelInfo(path.name, path, method, labels, megabytes, source)
             except (ModelError, KeyError, AttributeError) as error:
                 # One damaged model must not hide the others. Loading it by name reports what is wrong.
                 models[path.name] = ModelInfo(path.name, path, f"unusable ({type(error).__name__})", (), 0.0, source)
     return list(models.values())
+
+
+def is_deterministic(card: Mapping[str, Any]) -> bool:
+    """Whether the members of a mask diffusion model were all but equal on its validation cases (`DETERMINISTIC`)."""
+    return float(card.get(X_T, {}).get("rows", {}).get("own", {}).get("pairwise_dice", 0.0)) >= DETERMINISTIC
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from medseg_diffusion.files import write_files
 from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
 from medseg_diffusion.models.segmentation import Segmentation, SegmentationModel
+from medseg_diffusion.models.store import is_deterministic
 from medseg_diffusion.reports.html import SegmentedCase, segment_report
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
@@ -272,6 +273,8 @@ def _statistics(scan: Scan, segmentation: Segmentation, model: SegmentationModel
         content["disagreement"] = round(segmentation.disagreement, 5)
     if segmentation.level is not None:
         content["interval_level"] = segmentation.level
+    if is_deterministic(model.saved.card):
+        content["deterministic"] = True
     if segmentation.quality is not None:
         content["quality"] = segmentation.quality
     return json.dumps(content, indent=2) + "\n"

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from statistics import fmean
+from typing import Any, cast, get_args
 
 import torch
 import yaml
@@ -24,14 +25,16 @@ from medseg_diffusion.data.mask_examples import PreparedCase
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import ModelError
+from medseg_diffusion.methods.ablation import Replacement, without_x_t
 from medseg_diffusion.methods.calibration import MEMBERS, Calibration, TemperatureFit
+from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.ambiguity import SAMPLES, ReaderAgreement, ReaderSummary
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.segmenter import restore_segmenter
-from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
 from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.runtime import Runtime
@@ -39,6 +42,9 @@ from medseg_diffusion.training.trainer import Callbacks, Progress
 
 from .mask_autoencoder_stage import mask_autoencoder_job, train_mask_autoencoder
 from .segmenter_data import SegmenterData, segmenter_data
+
+CASES_OF_X_T = 20
+"""Number of validation cases on which the worth of x_t is measured."""
 
 
 # many: one keyword for each option of the command
@@ -108,8 +114,10 @@ def train_segmenter(
 
     callbacks = Callbacks(lambda averaged: validate(averaged, config, prepared, runtime), save, on_progress)
     numbers = job.fit(model, prepared.examples, config.training, callbacks, runtime)
-    if numbers and runtime.is_main and not _several_readers(prepared.validation):
-        calibrate(job.model, config, prepared, runtime)
+    if numbers and runtime.is_main:
+        if not _several_readers(prepared.validation):
+            calibrate(job.model, config, prepared, runtime)
+        measure_x_t(job.model, config, prepared, runtime)
     return job.model
 
 
@@ -188,6 +196,42 @@ def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtim
     card = {**saved.card, "calibration": asdict(calibration)}
     save_model(target, card, saved.weights, render_card(card))
     return calibration
+
+
+def measure_x_t(target: Path, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> None:
+    """Measure what the noise of the model ``target`` is worth, and store it in its card as `X_T`.
+
+    With x_t and with each replacement of it (`methods.ablation`), `MEMBERS` members of up to `CASES_OF_X_T` validation
+    cases are sampled: their mean pairwise Dice, and the mean Dice of their mean with the first reader. Nothing is
+    replaced in a model of one step, which sees only noise anyway, and nothing is measured for a feed-forward model.
+    """
+    if config.method == "baseline":
+        return
+    saved = load_model_files(target)
+    model, _ = restore_segmenter(saved)
+    with_memory_format(model.to(runtime.device).network, config.training.channels_last)
+    predict = _predictor(model, config, runtime)
+    cases, steps = data.validation[:CASES_OF_X_T], len(_times(config)) - 1
+
+    def measured() -> dict[str, float]:
+        pairwise, dice = [], []
+        for case in cases:
+            seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(MEMBERS)]
+            ensemble = Ensemble.of(predict(case, seeds).float().cpu())
+            agreement = [value for value in ensemble.pairwise_dice().tolist() if value == value]
+            pairwise.append(fmean(agreement) if agreement else 1.0)  # members that are all empty agree
+            overlap = label_overlap(ensemble.mean.argmax(0).numpy(), case.label.numpy(), range(1, len(data.labels)))
+            dice += [one.dice for one in overlap.values() if one.dice == one.dice]
+        return {"pairwise_dice": round(fmean(pairwise), 4), "dice": round(fmean(dice), 4) if dice else 0.0}
+
+    rows = {"own": measured()}
+    if steps > 1 and build.samplers(config):
+        for replacement in get_args(Replacement):
+            with without_x_t(model.network, replacement, config.method == "categorical"):
+                rows[replacement] = measured()
+    entry = {"steps": steps, "members": MEMBERS, "cases": len(cases), "rows": rows}
+    card = {**saved.card, X_T: entry}
+    save_model(target, card, saved.weights, render_card(card))
 
 
 def _predictor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.models import segmenter
 from medseg_diffusion.models.load import load_segmenter
+from medseg_diffusion.models.store import list_models, load_model_files, save_model
 from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.workflows.segment import SegmentOptions, segment
 from tests.helpers.segmenters import FLAT, calibrated, make_model, save, save_image, tiny_config
 
 
@@ -77,3 +80,24 @@ def test_the_layout_of_the_configuration_is_used_and_the_agreement_computed_once
     first, second = (one.segment(volume) for one in found)
     torch.testing.assert_close(first.probabilities, second.probabilities, rtol=0, atol=1e-3)
     assert calls == [2, 2]
+
+
+@pytest.mark.parametrize(("pairwise", "told"), [(0.9951, True), (0.98, False)])
+def test_a_model_whose_members_were_equal_is_called_deterministic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairwise: float, told: bool
+) -> None:
+    monkeypatch.setenv("MEDSEG_HOME", str(tmp_path))
+    path = make_model(tmp_path / "models" / "mine", tiny_config())
+    saved = load_model_files(path)
+    rows = {"own": {"pairwise_dice": pairwise, "dice": 0.8}}
+    card = {**saved.card, "x_t": {"steps": 1, "members": 5, "cases": 3, "rows": rows}}
+    save_model(path, card, saved.weights, "# card")
+    note = "this model is deterministic: its members are equal, whatever the ensemble size"
+    assert (note in load_segmenter(path, "cpu", ensemble=5).notes) == told
+    assert note not in load_segmenter(path, "cpu", ensemble=1).notes
+    (row,) = (model for model in list_models() if model.name == "mine")
+    assert row.method == ("ensemdiff, deterministic" if told else "ensemdiff")
+    scan = save(tmp_path / "scan.nii.gz")
+    segment([scan], SegmentOptions(model=str(path), statistics=True, device="cpu"))
+    statistics = json.loads((tmp_path / "scan_statistics.json").read_text())
+    assert statistics.get("deterministic", False) == told

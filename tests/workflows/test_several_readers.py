@@ -77,6 +77,12 @@ def test_training_validates_distributions_and_splits_by_patient(models: dict[str
     card = load_model_files(run).card
     assert card["training"]["data"]["patients"] == {"train": 2, "validation": 2, "test": 2}
     assert "calibration" not in card, "one reader's volumes say nothing about another's"
+    measured = {"ensemdiff": ["own", "fresh", "shared", "zeros"], "probabilistic-unet": ["own"], "baseline": None}
+    names = measured.get(method, measured["ensemdiff"])
+    assert (list(card["x_t"]["rows"]) if names else "x_t" not in card) == (names or True)
+    if names and len(names) > 1:
+        assert card["x_t"]["rows"]["zeros"]["pairwise_dice"] == 1 or method == "ensemdiff"  # which adds noise in steps
+        assert "in place of x_t" in (run / "model" / "README.md").read_text()
 
 
 def test_rows_of_the_benchmark(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
