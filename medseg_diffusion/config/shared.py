@@ -100,6 +100,7 @@ class TrainingSection(Section):
     max_steps: int = Field(10_000, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     warmup_steps: int = Field(200, ge=0)
+    decay: Literal["polynomial", "linear", "constant"] = "polynomial"
     weight_decay: float = Field(1e-4, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
     gradient_clip: float = Field(1.0, gt=0)

@@ -131,9 +131,11 @@ class MaskSegmenter:
             raise UsageError(f"{self.saved.path}: this model {kind}; leave --steps and --sampler out")
         if options.sampler in build.SAMPLERS and options.sampler not in self.samplers and self.samplers:
             raise UsageError(f"{self.saved.path}: {options.sampler} is no sampler of labels; use {self.samplers[0]}")
-        if self.samples_masks and self.ensemble > 1 and is_deterministic(self.saved.card):
+        if (options.ensemble or 1) == 1:
+            return
+        if self.samples_masks and is_deterministic(self.saved.card):
             self.notes.append("this model is deterministic: its members are equal, whatever the ensemble size")
-        if not self.samples_masks and (options.ensemble or 1) > 1:
+        if not self.samples_masks:
             self.notes.append("a feed-forward model has one mask; the ensemble size has no effect")
             self.ensemble = 1
 

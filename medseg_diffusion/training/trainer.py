@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from .log import TrainingLog
 from .resume import TrainingState, load_state, save_state
 from .runtime import Runtime
 
+Decay = Literal["polynomial", "linear", "constant"]
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -28,10 +31,11 @@ class TrainingOptions:
 
     Attributes:
         batch_size: examples per step over all processes together.
-        max_steps: optimiser steps of the whole run; the learning rate decays to 0 there.
+        max_steps: optimiser steps of the whole run.
         learning_rate: peak of AdamW's rate, after a linear warm-up.
         warmup_steps: length of the warm-up.
-        weight_decay: AdamW's decoupled decay.
+        decay: of the learning rate after the warm-up (`learning_rate`).
+        weight_decay: AdamW's decoupled decay of the weights; with 0 it is Adam.
         ema_decay: decay of the averaged weights, with warm-up.
         gradient_clip: largest norm of the gradient.
         workers: processes that prepare examples; 0 prepares them in the training process.
@@ -43,6 +47,7 @@ class TrainingOptions:
     max_steps: int = 10_000
     learning_rate: float = 5e-4
     warmup_steps: int = 200
+    decay: Decay = "polynomial"
     weight_decay: float = 1e-4
     ema_decay: float = 0.999
     gradient_clip: float = 1.0
@@ -195,11 +200,16 @@ def fit(
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
-    """Linear warm-up to the peak, then (1 - progress)^0.9 to 0 at ``max_steps`` (the decay of nnU-Net)."""
+    """The rate of a step: linear warm-up to the peak, then the decay.
+
+    "polynomial" is (1 - progress)^0.9 to 0 at ``max_steps`` (as nnU-Net), "linear" is 1 - progress, and "constant" stays
+    at the peak, as published for most diffusion models, whose averaged weights are used.
+    """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(1, options.max_steps - options.warmup_steps)
-    return options.learning_rate * max(0.0, 1 - progress) ** 0.9
+    power = {"polynomial": 0.9, "linear": 1.0, "constant": 0.0}[options.decay]
+    return options.learning_rate * max(0.0, 1 - progress) ** power
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.training.ema import EMA
-from medseg_diffusion.training.trainer import Progress, TrainingOptions, learning_rate
+from medseg_diffusion.training.trainer import Decay, Progress, TrainingOptions, learning_rate
 from tests.helpers.training import assert_same, resume_file, rows, start, train
 
 
@@ -27,6 +27,13 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert rates[110] == 0 and all(a > b for a, b in pairwise(rates[10:]))
     assert learning_rate(0, TrainingOptions(warmup_steps=0)) == TrainingOptions().learning_rate
     assert learning_rate(0, TrainingOptions(warmup_steps=5, max_steps=5)) > 0
+
+
+@pytest.mark.parametrize(("decay", "middle", "last"), [("linear", 1.0, 0.0), ("constant", 2.0, 2.0)])
+def test_other_decays_of_the_learning_rate(decay: Decay, middle: float, last: float) -> None:
+    options = TrainingOptions(learning_rate=2.0, warmup_steps=10, max_steps=110, decay=decay)
+    rates = [learning_rate(step, options) for step in range(111)]
+    assert (rates[0], rates[10], rates[60], rates[110]) == pytest.approx((0.2, 2.0, middle, last))
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
