@@ -202,8 +202,8 @@ def fit(
 def learning_rate(step: int, options: TrainingOptions) -> float:
     """The rate of a step: linear warm-up to the peak, then the decay.
 
-    "polynomial" is (1 - progress)^0.9 to 0 at ``max_steps`` (as nnU-Net), "linear" is 1 - progress, and "constant" stays
-    at the peak, as published for most diffusion models, whose averaged weights are used.
+    "polynomial" is (1 - progress)^0.9 to 0 at ``max_steps`` (as nnU-Net), "linear" is 1 - progress. "constant" stays at
+    the peak, as published for most diffusion models, whose averaged weights are used.
     """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
