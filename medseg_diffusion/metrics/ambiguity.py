@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from .statistics import Interval, mean_interval
 
@@ -54,6 +53,9 @@ def matched_iou(samples: Masks, raters: Masks, classes: int) -> float:
     Samples and raters are first repeated to the least common multiple of their numbers, so that all maps have the same
     weight (Kohl et al. 2019, "A hierarchical probabilistic U-Net", section 4).
     """
+    # Imported where used: reports on segmented scans load this module for its types alone.
+    from scipy.optimize import linear_sum_assignment
+
     size = math.lcm(len(samples), len(raters))
     cost = distances(samples, raters, classes)
     cost = np.tile(cost, (size // len(samples), size // len(raters)))
