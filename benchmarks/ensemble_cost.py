@@ -23,7 +23,7 @@ from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.sampling.loop import spaced
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
-from medseg_diffusion.tasks.mask import FeedForward, MaskDiffusion
+from medseg_diffusion.tasks.mask import MaskDiffusion
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -63,8 +63,8 @@ def main() -> None:
     keep_freed_memory()
     for name in options.models:
         model, config = restore_segmenter(load_model_files(name))
-        if isinstance(model, FeedForward):
-            parser.error(f"{name}: samples nothing")
+        if not isinstance(model, MaskDiffusion | LatentMaskDiffusion):
+            parser.error(f"{name}: takes no Gaussian steps")
         model.to(device)
         image = torch.rand(1, config.data.channels, *(options.size or config.data.window), device=device)
         times = spaced(build.noise_schedule(config.diffusion.schedule), options.steps)

@@ -44,10 +44,11 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as aligned columns; the first row names the columns. Nothing is cut, so that output can be piped."""
+    """Print rows as aligned columns, with "-" where a row lacks a column. Nothing is cut, so output can be piped."""
     if not rows:
         return
-    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

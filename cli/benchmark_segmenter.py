@@ -66,7 +66,7 @@ def benchmark_segmenter(
     ] = None,
     without_x_t: Annotated[
         bool,
-        typer.Option("--without-x-t", help="Also measure with other noise, or none, in place of the noised mask."),
+        typer.Option("--without-x-t", help="Also measure models of several steps with noise in place of the mask."),
     ] = False,
     one_per_patient: Annotated[
         bool, typer.Option("--one-per-patient", help="Take only the middle case of each patient, by name.")

@@ -61,7 +61,7 @@ def find_cases(folder: Path) -> CaseFolder:
 
     In an image-mask folder, a mask has the name of its image, with or without "_seg" or "_segmentation". The suffixes
     may differ (image.jpg, image.png). Several readers have folders raters/1, raters/2, ... instead; a reader's file may
-    be missing, and an empty mask is an answer.
+    be missing, and an empty mask is an answer. Beside labels/ or masks/ such folders are not read.
 
     patients.csv (`medseg_diffusion.data.patients`) says which cases are of one patient. Without it the name of a
     subfolder of images/ is the patient, else every case has a patient of its own.
@@ -83,11 +83,11 @@ def _cases(folder: Path) -> CaseFolder:
     """The cases by the layout of the folder alone."""
     if (folder / "dataset.json").is_file():
         return _decathlon(folder)
-    if (folder / "images").is_dir() and (folder / "raters").is_dir():
-        return _several_readers(folder / "images", folder / "raters")
     for images, labels in (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr")):
         if (folder / images).is_dir() and (folder / labels).is_dir():
             return _image_mask(folder / images, folder / labels)
+    if (folder / "images").is_dir() and (folder / "raters").is_dir():
+        return _several_readers(folder / "images", folder / "raters")
     raise InputError(
         folder,
         "neither dataset.json nor images/ with labels/, masks/ or raters/",

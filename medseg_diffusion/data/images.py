@@ -35,6 +35,7 @@ from medseg_diffusion.volumes.paths import SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import SplitName
+from .patients import FILE as PATIENTS
 from .patients import patients_of
 
 Kind = Literal["tiny-imagenet", "images", "scans"]
@@ -137,6 +138,8 @@ def _collection(source: Path) -> tuple[ImageCollection, str]:
     roots = [name.removesuffix("wnids.txt") for name in names if name.rpartition("/")[2] == "wnids.txt"]
     if roots:
         return _tiny_imagenet(source, min(roots, key=len), names, read), ""
+    if source.is_file() and any(name.rpartition("/")[2] == PATIENTS for name in names):
+        raise InputError(source, f"{PATIENTS} in a zip", "a folder, in which it can be read", "unpack the zip")
     labelled = _images_beside_labels(names)
     candidates = [name for name in names if labelled is None or name.startswith(labelled + "/")]
     unique = set(candidates)

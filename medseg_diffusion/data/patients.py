@@ -52,6 +52,9 @@ def read_patients(file: Path, cases: Collection[str]) -> dict[str, str]:
 
 
 def patients_of(folder: Path, cases: Collection[str]) -> dict[str, str]:
-    """`read_patients` of the file in a data folder; empty where there is none."""
-    file = folder / FILE
-    return read_patients(file, cases) if file.is_file() else {}
+    """`read_patients` of the file in a data folder, or beside a folder of images; empty where there is none."""
+    beside = [folder.parent] if folder.resolve().name in ("images", "imagesTr") else []
+    for place in (folder, *beside):
+        if (place / FILE).is_file():
+            return read_patients(place / FILE, cases)
+    return {}

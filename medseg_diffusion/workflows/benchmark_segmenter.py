@@ -14,6 +14,7 @@ import json
 import math
 import operator
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -67,7 +68,8 @@ class BenchmarkOptions:
         steps: Numbers of denoising steps to compare, for one sample.
         ensembles: Ensemble sizes to compare, at the model's own number of steps.
         samplers: Samplers to compare, at the model's own number of steps.
-        settings: (sampler, steps, ensemble size) to measure instead of varying one factor at a time.
+        settings: (sampler, steps, ensemble size) to measure instead of varying one factor at a time. Of a model without
+            steps only the ensemble size counts.
         without_x_t: Also measure every sampling model of several steps with a replacement of x_t: with the given
             settings, or with the model's own and the largest of the ensemble sizes.
         cases: Number of cases, the first by name; None for all.
@@ -195,10 +197,14 @@ def benchmark_segmenter(
             volume, _ = _read(case, model, named_labels)
             for path in case.further_labels:
                 _read_labels(path, volume, model, named_labels)
-        plan += [(name, setting, cases) for setting in _settings(model, options)]
-    for _, setting, _ in plan:
-        if setting.sampler:
-            build.sampler(setting.sampler)
+        settings = list(_settings(model, options))
+        for sampler in dict.fromkeys(setting.sampler for setting in settings if setting.sampler):
+            build.sampler(sampler)
+            if sampler not in model.samplers:
+                raise UsageError(f"{name}: {sampler} is no sampler of this model; use {', '.join(model.samplers)}")
+        if options.without_x_t and not any(setting.x_t != "own" for setting in settings):
+            warnings.warn(f"{name}: takes at most one step, so nothing is measured without x_t", stacklevel=2)
+        plan += [(name, setting, cases) for setting in settings]
     measured: dict[tuple[str, Setting], BenchmarkRow] = {}
     rows: list[BenchmarkRow] = []
     for name, setting, cases in plan:
@@ -218,7 +224,11 @@ def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[S
         yield Setting("feed-forward", "", 1, defaults.ensemble)
         return
     if not model.samplers:
-        yield from (Setting("ensemble", "", 1, count) for count in options.ensembles)
+        if options.settings:
+            counts = dict.fromkeys(count for _, _, count in options.settings)
+            yield from (Setting("setting", "", 1, count) for count in counts)
+        else:
+            yield from (Setting("ensemble", "", 1, count) for count in options.ensembles)
         return
     if options.settings:
         yield from (Setting("setting", *setting) for setting in options.settings)

@@ -289,10 +289,11 @@ def _compare_with_raters(pair: MaskPair, raters: Sequence[Path], labels: Sequenc
     arrays = [volume.data.numpy().astype(np.int64) for volume in (samples, *references)]
     if pair.merged:
         arrays = [array.clip(max=1) for array in arrays]
-    sample_maps, *rater_maps = [list(np.where(np.isin(array, labels), array, 0)) for array in arrays]
-    reference_maps = [labelmap for maps in rater_maps for labelmap in maps]
-    classes = int(max(labelmap.max() for labelmap in (*sample_maps, *reference_maps))) + 1
-    return ReaderAgreement.of(sample_maps, reference_maps, max(classes, 2))
+    # Labels become 1, 2, ...: the cost grows with the number of classes, not with their values.
+    values = np.asarray(sorted(labels))
+    classes = [np.where(np.isin(array, values), np.searchsorted(values, array) + 1, 0) for array in arrays]
+    sample_maps, *rater_maps = (list(maps) for maps in classes)
+    return ReaderAgreement.of(sample_maps, [labelmap for maps in rater_maps for labelmap in maps], len(values) + 1)
 
 
 # ---- all cases ---------------------------------------------------------------------------------------------------

@@ -97,6 +97,11 @@ def labelled_units(
         InputError: Unusable data, or fewer labelled images than requested.
     """
     folder = find_cases(data)
+    if several := next((case for case in folder.cases if case.further_labels), None):
+        raise InputError(
+            data, f"{len(several.labels)} readers of case {several.name}", "one mask for each image",
+            "put the masks to learn from into labels/",
+        )  # fmt: skip
     labels = _class_names(config, folder, data)
     held_out = _held_out(config, generator, data, folder.cases)
     split = split_by_hash(folder.cases, *held_out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class SegmenterData:
         channels: Names of the image's channels.
         summary: Facts about the data for the model card.
         split: Split of the cases.
+        several_readers: Whether any case of the folder has several readers. Validation cases are one per patient then.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
     """
 
@@ -51,6 +52,7 @@ class SegmenterData:
     channels: tuple[str, ...]
     summary: dict[str, Any]
     split: Split
+    several_readers: bool = False
     shape: ShapePrior | None = None
 
 
@@ -94,18 +96,19 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
         "cases": len(split.train),
         "validation_cases": len(split.validation),
         "test_cases": len(split.test),
-        "patients": {
-            side: len({case.patient for case in folder.cases if case.name in names})
-            for side, names in asdict(split).items()
+        **{
+            f"{prefix}patients": len({case.patient for case in folder.cases if case.name in names})
+            for prefix, names in (("", split.train), ("validation_", split.validation), ("test_", split.test))
         },
         "training_shapes": _ranges([tuple(case.label.shape) for case in training]),
     }
     held_out = [case for case in folder.cases if case.name in split.validation]
-    if any(case.further_labels for case in folder.cases):
+    several_readers = any(case.further_labels for case in folder.cases)
+    if several_readers:
         held_out = middle_cases(held_out)  # every case takes many samples
     names = {case.name for case in held_out}
     validation = [case for case in prepared if case.name in names]
-    return SegmenterData(examples, validation, labels, folder.channels, summary, split)
+    return SegmenterData(examples, validation, labels, folder.channels, summary, split, several_readers)
 
 
 def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
@@ -145,7 +148,7 @@ def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase) -> S
     if config.inference.shape_prior_mm is not None:
         shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
     validation = _validation_windows(held_out)
-    return SegmenterData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split, shape)
+    return SegmenterData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split, shape=shape)
 
 
 def _validation_windows(held_out: SyntheticBrains) -> list[PreparedCase]:

@@ -22,6 +22,7 @@ from medseg_diffusion import build
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case
+from medseg_diffusion.data.patients import FILE as PATIENTS_FILE
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
@@ -245,4 +246,7 @@ def _score(job: Job, cases: Sequence[Case], labels: dict[int, str], device: str)
         write_labels(reference.data[0], reference, references / f"{name}.nii.gz")
         job.on_prepare("held-out cases", done, len(cases))
     foreground = {value: name for value, name in labels.items() if value}
-    return evaluate(masks, references, folder, EvaluateOptions(labels=foreground, seed=job.seed))
+    patients = folder / PATIENTS_FILE
+    rows = [f"{case.name.replace('/', '__')},{case.patient}" for case in cases]
+    patients.write_text("\n".join(["case,patient", *rows]) + "\n")
+    return evaluate(masks, references, folder, EvaluateOptions(labels=foreground, patients=patients, seed=job.seed))

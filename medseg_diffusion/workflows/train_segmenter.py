@@ -9,6 +9,7 @@ RUN/model/          the best model by validation, always loadable
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -115,9 +116,9 @@ def train_segmenter(
     callbacks = Callbacks(lambda averaged: validate(averaged, config, prepared, runtime), save, on_progress)
     numbers = job.fit(model, prepared.examples, config.training, callbacks, runtime)
     if numbers and runtime.is_main:
-        if not _several_readers(prepared.validation):
+        if not prepared.several_readers:
             calibrate(job.model, config, prepared, runtime)
-        measure_x_t(job.model, config, prepared, runtime)
+        measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
     return job.model
 
 
@@ -145,7 +146,7 @@ def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, run
     `_compare_with_readers`.
     """
     predict = _predictor(cast(Segmenter, model), config, runtime)
-    if _several_readers(data.validation):
+    if data.several_readers:
         return _compare_with_readers(predict, data.validation, len(data.labels))
     labels = [label for label in data.labels if label]
     dice: dict[int, list[float]] = {label: [] for label in labels}
@@ -160,10 +161,6 @@ def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, run
     return {"score": score, **{f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in defined.items()}}
 
 
-def _several_readers(cases: Sequence[PreparedCase]) -> bool:
-    return any(case.further_labels for case in cases)
-
-
 def _compare_with_readers(
     predict: Callable[[PreparedCase, list[int]], Tensor], cases: Sequence[PreparedCase], classes: int
 ) -> dict[str, float]:
@@ -173,7 +170,7 @@ def _compare_with_readers(
         seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(SAMPLES)]
         samples = predict(case, seeds).argmax(1).cpu().numpy()
         agreements.append(ReaderAgreement.of(list(samples), [label.numpy() for label in case.labels], classes))
-    numbers = ReaderSummary.of(agreements).numbers()
+    numbers = {name: value for name, value in ReaderSummary.of(agreements).numbers().items() if math.isfinite(value)}
     return {"score": 1 - numbers["energy_distance"], **numbers}
 
 
@@ -198,7 +195,13 @@ def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtim
     return calibration
 
 
-def measure_x_t(target: Path, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> None:
+def measure_x_t(
+    target: Path,
+    config: SegmenterConfig,
+    data: SegmenterData,
+    runtime: Runtime,
+    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> None:
     """Measure what the noise of the model ``target`` is worth, and store it in its card as `X_T`.
 
     With x_t and with each replacement of it (`methods.ablation`), `MEMBERS` members of up to `CASES_OF_X_T` validation
@@ -213,23 +216,26 @@ def measure_x_t(target: Path, config: SegmenterConfig, data: SegmenterData, runt
     predict = _predictor(model, config, runtime)
     cases, steps = data.validation[:CASES_OF_X_T], len(_times(config)) - 1
 
-    def measured() -> dict[str, float]:
+    def measured(what: str) -> dict[str, float | None]:
         pairwise, dice = [], []
-        for case in cases:
+        for done, case in enumerate(cases):
+            on_prepare(what, done, len(cases))
             seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(MEMBERS)]
             ensemble = Ensemble.of(predict(case, seeds).float().cpu())
             agreement = [value for value in ensemble.pairwise_dice().tolist() if value == value]
             pairwise.append(fmean(agreement) if agreement else 1.0)  # members that are all empty agree
             overlap = label_overlap(ensemble.mean.argmax(0).numpy(), case.label.numpy(), range(1, len(data.labels)))
             dice += [one.dice for one in overlap.values() if one.dice == one.dice]
-        return {"pairwise_dice": round(fmean(pairwise), 4), "dice": round(fmean(dice), 4) if dice else 0.0}
+        return {"pairwise_dice": round(fmean(pairwise), 4), "dice": round(fmean(dice), 4) if dice else None}
 
-    rows = {"own": measured()}
+    rows = {"own": measured("the members' agreement: case")}
     if steps > 1 and build.samplers(config):
         for replacement in get_args(Replacement):
             with without_x_t(model.network, replacement, config.method == "categorical"):
-                rows[replacement] = measured()
-    entry = {"steps": steps, "members": MEMBERS, "cases": len(cases), "rows": rows}
+                rows[replacement] = measured(f"the worth of the noise ({replacement}): case")
+    entry: dict[str, Any] = {"steps": steps, "members": MEMBERS, "cases": len(cases), "rows": rows}
+    if data.several_readers:
+        entry["several_readers"] = True
     card = {**saved.card, X_T: entry}
     save_model(target, card, saved.weights, render_card(card))
 

@@ -222,6 +222,11 @@ def test_patients_csv_names_the_patients_of_images(tmp_path: Path, layout: str) 
     assert {Path(entry.name).stem: entry.group for entry in find_images(tmp_path).entries} == {
         "a1": "a", "a2": "a", "b1": "b", "b2": "b",
     }  # fmt: skip
+    if layout == "labelled":
+        assert {entry.group for entry in find_images(tmp_path / "images").entries} == {"a", "b"}
+    with pytest.raises(InputError, match=r"patients\.csv in a zip"):
+        find_images(zipped(tmp_path))
+    tmp_path.with_suffix(".zip").unlink()
     (tmp_path / "patients.csv").write_text("case,patient\na1,a\n")
     with pytest.raises(InputError, match="no row for case a2 and 2 more"):
         find_images(tmp_path)

@@ -51,6 +51,13 @@ def test_an_image_without_a_reader_and_a_mask_without_an_image_are_refused(tmp_p
         find_cases(folder)
 
 
+def test_one_answer_for_every_image_goes_before_several_readers(tmp_path: Path) -> None:
+    folder = folder_of_readers(tmp_path)
+    for name in ("a", "b"):
+        save(folder / "labels" / f"{name}.png", np.zeros((8, 8)))
+    assert all(case.further_labels == () and case.label.parent.name == "labels" for case in find_cases(folder).cases)
+
+
 def test_every_readers_mask_is_checked_and_prepared(tmp_path: Path) -> None:
     folder = folder_of_readers(tmp_path / "data")
     cases = find_cases(folder).cases

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files
@@ -75,7 +78,8 @@ def test_training_validates_distributions_and_splits_by_patient(models: dict[str
     sides = [{name.split("-")[0] for name in split[side]} for side in ("train", "validation", "test")]
     assert [len(side) for side in sides] == [2, 2, 2] and len(set().union(*sides)) == 6
     card = load_model_files(run).card
-    assert card["training"]["data"]["patients"] == {"train": 2, "validation": 2, "test": 2}
+    facts = card["training"]["data"]
+    assert [facts[name] for name in ("patients", "validation_patients", "test_patients")] == [2, 2, 2]
     assert "calibration" not in card, "one reader's volumes say nothing about another's"
     measured = {"ensemdiff": ["own", "fresh", "shared", "zeros"], "probabilistic-unet": ["own"], "baseline": None}
     names = measured.get(method, measured["ensemdiff"])
@@ -108,7 +112,9 @@ def test_without_x_t(models: dict[str, Path], data: Path, tmp_path: Path) -> Non
     options = BenchmarkOptions(
         settings=[("ddpm", 3, 4), ("ddpm", 1, 2)], without_x_t=True, one_per_patient=True, side="test", device="cpu"
     )
-    rows = benchmark_segmenter([str(models["categorical"]), str(models["baseline"])], data, tmp_path, options)
+    both = [str(models["categorical"]), str(models["baseline"])]
+    with pytest.warns(UserWarning, match="baseline: takes at most one step"):
+        rows = benchmark_segmenter(both, data, tmp_path, options)
     ablated: dict[str, BenchmarkRow] = {r.setting.x_t: r for r in rows if r.setting.factor == "without x_t"}
     assert list(ablated) == ["own", "fresh", "shared", "zeros"] and len(rows) == 2 + 4 + 1
     assert all(row.setting.steps == 3 for row in ablated.values()), "one step sees only noise"
@@ -121,10 +127,39 @@ def test_without_x_t(models: dict[str, Path], data: Path, tmp_path: Path) -> Non
     assert [row["x_t"] for row in written[2:6]] == list(ablated)
 
 
+def test_settings_that_do_not_fit_a_model(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """A sampler of another kind is refused before anything is measured; without steps the ensemble size counts."""
+    both = [str(models["ensemdiff"]), str(models["categorical"])]
+    with pytest.raises(UsageError, match=r"dpm\+\+ is no sampler of this model; use ddpm"):
+        benchmark_segmenter(both, data, tmp_path, BenchmarkOptions(settings=[("dpm++", 2, 2)], device="cpu"))
+    assert not list(tmp_path.iterdir())
+    options = BenchmarkOptions(settings=[("ddpm", 3, 4), ("ddpm", 5, 4)], without_x_t=True, cases=1, device="cpu")
+    with pytest.warns(UserWarning, match="takes at most one step, so nothing is measured without x_t"):
+        rows = benchmark_segmenter([str(models["probabilistic-unet"])], data, tmp_path, options)
+    assert [(row.setting.factor, row.setting.sampler, row.setting.ensemble) for row in rows] == [("setting", "", 4)]
+
+
+def test_readers_who_see_nothing_do_not_stop_a_training(data: Path, tmp_path: Path) -> None:
+    """With empty masks everywhere some numbers do not exist; the card leaves them out."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    validation = split_by_hash(find_cases(data).cases, test=2, validation=2).validation
+    chosen = {case.patient for case in find_cases(data).cases if case.name in validation}
+    for case in find_cases(copy).cases:
+        if case.patient in chosen:
+            for path in case.labels:
+                Image.fromarray(np.zeros((16, 16), np.uint8)).save(path)
+    model = train_segmenter(config("baseline"), copy, tmp_path / "run", device="cpu")
+    assert all(math.isfinite(value) for value in load_model_files(model).card["metrics"]["validation"].values())
+
+
 def test_the_command_takes_both_options(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     arguments = ["benchmark-segmenter", str(models["categorical"]), "--data", str(data), "-o", str(tmp_path)]
-    options = ["--setting", "ddpm:2:2", "--without-x-t", "--one-per-patient", "--side", "test", "--json", "--quiet"]
-    result = CliRunner().invoke(app, [*arguments, *options])
+    options = ["--setting", "ddpm:2:2", "--without-x-t", "--one-per-patient", "--side", "test", "--quiet"]
+    shown = CliRunner().invoke(
+        app, [*arguments, "--steps", "2", "--ensembles", "1,2", "--samplers", "ddpm", "-n", "1", "--verbose"]
+    )
+    assert shown.exit_code == 0 and "members' Dice" in shown.output, shown.output
+    result = CliRunner().invoke(app, [*arguments, *options, "--json"])
     assert result.exit_code == 0, result.output
     assert [row["x_t"] for row in json.loads(result.stdout)] == ["own", "own", "fresh", "shared", "zeros"]
 
