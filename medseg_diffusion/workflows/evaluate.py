@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import numpy.typing as npt
@@ -187,7 +188,12 @@ def _find_inputs(prediction: Path, reference: Path, options: EvaluateOptions) ->
             foregrounds = find_foregrounds_beside(maps)
         else:
             foregrounds = find_for_each(Path(options.foreground), pairs, FOREGROUND_ENDINGS, "foreground mask")
-    patients = read_patients(Path(options.patients), names) if options.patients is not None else None
+    patients = None
+    if options.patients is not None:
+        with catch_warnings(record=True) as caught:
+            simplefilter("always")
+            patients = read_patients(Path(options.patients), names)
+        remarks += [f"{warning.message}." for warning in caught]
     return _Inputs(pairs, images, raters, maps, foregrounds, patients), remarks
 
 

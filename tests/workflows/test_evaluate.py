@@ -297,7 +297,9 @@ def test_slices_of_one_patient_count_once(tmp_path: Path) -> None:
         rows.append(f"{name},{patient}")
     table = tmp_path / "patients.csv"
     table.write_text("\n".join(rows))
+    table.write_text("\n".join([*rows, "c1,c"]))
     result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(patients=table, scores=maps))
+    assert f"{table}: 1 of 5 rows are of cases that are not there." in result.warnings
     dice = result.dice[1]
     low = 2 * 2 / (2 + 4)  # the layers of the two boxes
     assert dice.n == 2 and dice.mean == pytest.approx(((1 + 1 + low) / 3 + low) / 2, abs=1e-6)
