@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -133,7 +134,7 @@ class BenchmarkRow:
     @property
     def mean_dice(self) -> float:
         """Mean over the classes of the mean Dice of each."""
-        return float(np.nanmean([interval.mean for interval in self.dice.values()]))
+        return _mean_of(self.dice)
 
     def cells(self) -> dict[str, Any]:
         """The row in the form of a printable table."""
@@ -141,8 +142,8 @@ class BenchmarkRow:
             **self.key(),
             "evaluations": self.evaluations,
             **{f"Dice {name}": str(interval) for name, interval in self.dice.items()},
-            "IoU": round(float(np.nanmean([interval.mean for interval in self.iou.values()])), 4),
-            "HD95 mm": round(float(np.nanmean([interval.mean for interval in self.hd95_mm.values()])), 2),
+            "IoU": round(_mean_of(self.iou), 4),
+            "HD95 mm": round(_mean_of(self.hd95_mm), 2),
             "HD95 missing": sum(interval.n_missing for interval in self.hd95_mm.values()),
             "ECE": round(self.ece, 4),
             "ECE uncalibrated": round(self.ece_uncalibrated, 4),
@@ -157,6 +158,12 @@ class BenchmarkRow:
     def key(self) -> dict[str, Any]:
         """The columns that identify this row."""
         return {"model": self.model, **asdict(self.setting)}
+
+
+def _mean_of(intervals: Mapping[str, Interval]) -> float:
+    """Mean over the classes that have a mean; NaN without any, for instance of distances between empty masks."""
+    means = [interval.mean for interval in intervals.values() if not math.isnan(interval.mean)]
+    return fmean(means) if means else math.nan
 
 
 def benchmark_segmenter(
