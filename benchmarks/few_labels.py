@@ -46,6 +46,7 @@ from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.device import autocast, with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.files import whole_file
 from medseg_diffusion.methods.label_efficient import ClassifierOptions, PixelSegmentation, fit_classifiers
 from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
 from medseg_diffusion.methods.segment import Segmenter, segment
@@ -231,7 +232,7 @@ class EnsembleMean(nn.Module):
         return every.mean(1, keepdim=True)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("generator")
@@ -242,7 +243,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def write_scores(rows: Sequence[Mapping[str, object]], file: Path) -> None:
+    with whole_file(file) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     config = load_config(options.config, options.overrides)
     assert isinstance(config, PixelClassifierConfig)
@@ -261,12 +273,7 @@ def main() -> None:
     def add(method: str, labelled: int, seed: int, score: float, minutes: float) -> None:
         rows.append({"method": method, "labelled": labelled, "seed": seed, "dice": f"{score:.5f}",
                      "training_minutes": f"{minutes:.2f}"})  # fmt: skip
-        temporary = file.with_suffix(".tmp")
-        with temporary.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(file)
+        write_scores(rows, file)
         print(f"{method}, {labelled} labelled, seed {seed}: Dice {score:.3f}, {minutes:.1f} minutes", flush=True)
 
     for labelled in options.labelled:

@@ -23,6 +23,7 @@ class Method(StrEnum):
     COUNTERFACTUAL = "counterfactual"
 
 
+# many: one parameter for each option of the command
 def anomaly(
     scans: Volumes,
     model: Model = None,

@@ -34,6 +34,7 @@ def _setting(text: str) -> tuple[str, int, int]:
     return sampler, int(parts[0]), int(parts[1])
 
 
+# many, long: one parameter, with its help, for each option of the command
 def benchmark_segmenter(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Names or folders of segmenters.", callback=existing_models)

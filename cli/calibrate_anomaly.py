@@ -12,6 +12,7 @@ from ._options import AsJson, Device, ModelArgument, Quiet
 from ._shared import count_of, progress
 
 
+# many: one parameter for each option of the command
 def calibrate_anomaly(
     model: ModelArgument,
     healthy: Healthy,

@@ -28,6 +28,7 @@ def _parse_labels(values: list[str] | None) -> dict[int, str] | None:
     return labels
 
 
+# many, long: one parameter, with its help, for each option of the command
 def evaluate(
     prediction: Annotated[
         Path,

@@ -11,6 +11,7 @@ from ._options import AsJson, Device, Quiet, Seed, existing
 from ._shared import count_of, fail, print_json, print_table, progress
 
 
+# many, long: one parameter, with its help, for each option of the command
 def evaluate_generator(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL_OR_SAMPLES...", help="Generators, or folders of sampled images.")

@@ -43,6 +43,7 @@ def _parse_shard(value: str | None) -> tuple[int, int] | None:
     return int(part), int(count)
 
 
+# many, long: one parameter, with its help, for each option of the command
 def segment(
     scans: Scans,
     model: Model = None,

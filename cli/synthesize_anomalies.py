@@ -20,6 +20,7 @@ class Kind(StrEnum):
     DEFORMATION = "deformation"
 
 
+# many: one parameter for each option of the command
 def synthesize_anomalies(
     scans: Volumes,
     output: Annotated[

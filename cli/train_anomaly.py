@@ -12,6 +12,7 @@ from ._options import AsJson, Config, Device, MaxSteps, Overrides, Quiet, Resume
 from ._shared import count_of, progress, step_of, warnings_at_once
 
 
+# many: one parameter for each option of the command
 def train_anomaly(
     config: Config,
     healthy: Healthy,

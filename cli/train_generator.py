@@ -33,6 +33,7 @@ class Stage(StrEnum):
     AUTOENCODER = "autoencoder"
 
 
+# many: one parameter for each option of the command
 def train_generator(
     config: Config,
     data: Images,

@@ -25,6 +25,7 @@ class Select(StrEnum):
     DIVERSE = "diverse"
 
 
+# many: one parameter for each option of the command
 def train_pixel_classifier(
     config: Config,
     generator: Annotated[

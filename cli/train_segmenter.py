@@ -25,6 +25,7 @@ from ._options import (
 from ._shared import count_of, print_model, progress, step_of
 
 
+# many: one parameter for each option of the command
 def train_segmenter(
     config: Config,
     data: LabelledScans,

@@ -8,7 +8,7 @@ from medseg_diffusion.errors import InputError
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-"""Images without geometry. They are read as volumes of one slice, with a voxel size of 1 mm as a placeholder."""
+"""Images without geometry. They are read as volumes of one slice, with a nominal voxel size of 1 mm."""
 SUFFIXES = VOLUME_SUFFIXES + IMAGE_SUFFIXES
 _DICOM = b"DICM"  # bytes 128 to 131 of a DICOM file
 

@@ -16,7 +16,7 @@ from medseg_diffusion.errors import InputError, UsageError
 
 from .volume import FileImage, Header, Volume
 
-# Image files have no voxel size: 1 mm is a placeholder. The axes are ITK's: i, to the right of the picture, is the
+# Image files have no voxel size: 1 mm is nominal. The axes are ITK's: i, to the right of the picture, is the
 # patient's left; j, downwards, is posterior. A map written as NIfTI then covers the image in viewers that use ITK.
 _AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NO_UNIT = 0  # NIfTI's code
