@@ -125,6 +125,8 @@ class ClassifierNetworkSection(Section):
 def _no_size(preprocessing: PreprocessingSection) -> None:
     if preprocessing.size is not None:
         raise ValueError("preprocessing.size is for segmenters; use data.size for the size of images")
+    if preprocessing.crop_centre is not None:
+        raise ValueError("preprocessing.crop_centre is for segmenters")
 
 
 class GeneratorConfig(Section):

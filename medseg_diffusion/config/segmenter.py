@@ -181,6 +181,8 @@ class SegmenterConfig(Section):
             raise ValueError(f"augmentation.flip_axes: no axis {wrong[0]} in {self.network.dims}D")
         if self.preprocessing.size is not None and self.network.dims != 2:
             raise ValueError("preprocessing.size resizes 2D images, but network.dims is 3")
+        if self.preprocessing.crop_centre is not None and self.network.dims != 2:
+            raise ValueError("preprocessing.crop_centre crops 2D images, but network.dims is 3")
         if self.method == "latent-mask" and self.diffusion.head == "logits":
             raise ValueError("latents have no head: logits and no dice_ce_weight")
         if self.diffusion.cross_entropy_weight > 0 and self.method != "categorical":

@@ -68,12 +68,15 @@ class PreprocessingSection(Section):
     low: float = 0.5
     high: float = 99.5
     crop_foreground: bool = False
+    crop_centre: tuple[PositiveInt, PositiveInt] | None = None
     size: tuple[PositiveInt, PositiveInt] | None = None
 
     @model_validator(mode="after")
     def _one_grid(self) -> PreprocessingSection:
         if self.size is not None and self.spacing_mm is not None:
             raise ValueError("size and spacing_mm exclude each other")
+        if self.crop_centre is not None and self.crop_foreground:
+            raise ValueError("crop_centre and crop_foreground exclude each other")
         axes = None if self.orientation is None else sorted(self.orientation.translate(str.maketrans("LPI", "RAS")))
         if axes not in (None, ["A", "R", "S"]):
             raise ValueError(f"orientation: names one of R/L, A/P and S/I each, such as RAS; got {self.orientation}")

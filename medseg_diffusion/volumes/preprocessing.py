@@ -128,6 +128,8 @@ class Preprocessing:
         low: lower percentile, 0 to 100.
         high: upper percentile, 0 to 100; only for "percentile".
         crop_foreground: crop the air around the head, with a margin of 10 mm.
+        crop_centre: keep only the middle of the first two axes, at most this many voxels, for slices whose object is in
+            the middle. Intensities are scaled by the whole scan.
         size: resize the first two axes to these sides, without keeping the aspect ratio. It is meant for photographs,
             which have no voxel size, and cannot be combined with ``spacing_mm``.
         square_pixels: resample the coarser of the first two axes to the finer one, for slices that are later resized as
@@ -140,6 +142,7 @@ class Preprocessing:
     low: float = 0.5
     high: float = 99.5
     crop_foreground: bool = False
+    crop_centre: tuple[int, int] | None = None
     size: tuple[int, int] | None = None
     square_pixels: bool = False
 
@@ -148,6 +151,8 @@ class Preprocessing:
             raise ValueError(f"percentiles must satisfy 0 <= low < high <= 100, got {self.low} and {self.high}")
         if self.size is not None and (self.spacing_mm is not None or min(self.size) < 1):
             raise ValueError(f"size must be two positive numbers, without spacing_mm; got {self.size}")
+        if self.crop_centre is not None and (self.crop_foreground or min(self.crop_centre) < 1):
+            raise ValueError(f"crop_centre must be two positive numbers, without crop_foreground; got {self.crop_centre}")
         if self.intensity not in get_args(Intensity):
             raise ValueError(f"intensity must be one of {', '.join(get_args(Intensity))}, got {self.intensity!r}")
 
@@ -174,6 +179,11 @@ class Preprocessing:
         if self.crop_foreground:
             box = foreground_box(data[0], affine)
             data, body = _cut(data, box), None if body is None else _cut(body, box)
+        # Scaling and resampling commute. The statistics are taken from the original voxels.
+        scaling = [self._scaling(channel, body) for channel in data]
+        if self.crop_centre is not None:
+            box = (*map(_middle, data.shape[1:], self.crop_centre), box[2])
+            data = _cut(data, box)
         start = np.eye(4)
         start[:3, 3] = [first for first, _ in box]
         box_affine: FloatArray = affine @ start
@@ -188,8 +198,6 @@ class Preprocessing:
             x, y, z = spacing_of(affine)
             grid, shape = spacing_grid(shape, box_affine, (min(x, y), min(x, y), z))
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
-        # Scaling and resampling commute. The statistics are taken from the original voxels.
-        scaling = [self._scaling(channel, body) for channel in data]
         model = resample(data, box_affine, grid, shape)
         scaled = torch.empty_like(model)
         for out, channel, (centre, width) in zip(scaled, model, scaling, strict=True):
@@ -279,6 +287,11 @@ def foreground_box(image: Tensor, affine: FloatArray) -> Box:
         stop = int(np.ceil((places.max() + 1) * ratio - excess + margin))
         box.append((max(first, 0), min(stop, sizes[axis])))
     return tuple(box)
+
+
+def _middle(size: int, width: int) -> tuple[int, int]:
+    first = max(0, (size - width) // 2)
+    return first, min(size, first + width)
 
 
 def _cut(data: Tensor, box: Box) -> Tensor:

@@ -79,6 +79,25 @@ def test_a_photograph_of_any_shape_is_resized_and_its_mask_returns(sides) -> Non
         Preprocessing(spacing_mm=(1, 1, 1), size=(64, 48))
 
 
+@pytest.mark.parametrize("sides", [(16, 16), (15, 8), (64, 3)])
+def test_a_centre_crop_keeps_the_middle_and_the_scaling_of_the_whole_scan(sides) -> None:
+    data = torch.arange(2 * 33 * 20.0).reshape(1, 33, 20, 2)
+    slices = Volume(data, affine_of())
+    whole, _ = Preprocessing(None, low=0, high=100).apply(slices)
+    image, placement = Preprocessing(None, low=0, high=100, crop_centre=sides).apply(slices)
+    i, j = min(sides[0], 33), min(sides[1], 20)
+    first, second = (33 - i) // 2, (20 - j) // 2
+    part = (slice(None), slice(first, first + i), slice(second, second + j))
+    assert torch.equal(image, whole[part])
+    back = placement.restore(data[part], outside=-1.0)
+    assert torch.equal(back[part], data[part]) and int((back == -1).sum()) == 2 * (33 * 20 - i * j)
+
+
+def test_a_centre_crop_excludes_that_of_the_foreground() -> None:
+    with pytest.raises(ValueError, match="without crop_foreground"):
+        Preprocessing(crop_foreground=True, crop_centre=(8, 8))
+
+
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (0.7, 0.7, 0.7), (2.0, 1.0, 0.5)])
 def test_a_ramp_in_space_stays_in_its_place(spacing) -> None:
     affine = affine_of((0.9, 1.1, 1.4), (100, 20, -30))
