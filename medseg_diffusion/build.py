@@ -12,7 +12,7 @@ from torch import nn
 
 from .config.anomaly import AnomalyConfig
 from .config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
-from .config.segmenter import SegmenterConfig
+from .config.segmenter import DiffusionSection, SegmenterConfig
 from .config.shared import AugmentationSection, PreprocessingSection, ScheduleSection
 from .data.augmentation import Augmentation
 from .data.healthy import HEALTHY
@@ -45,7 +45,7 @@ from .tasks.categorical_mask import CategoricalMaskDiffusion
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
 from .tasks.latent_mask import LatentMaskDiffusion, MaskAutoencoder
-from .tasks.mask import AnchorLoss, FeedForward, MaskDiffusion, MaskEncoding
+from .tasks.mask import AnchorLoss, Auxiliary, FeedForward, MaskDiffusion, MaskEncoding
 from .tasks.patched import PatchedDiffusion
 from .tasks.probabilistic_unet import ProbabilisticSegmentation
 from .volumes.preprocessing import Preprocessing
@@ -98,7 +98,19 @@ def times(config: SegmenterConfig, steps: int) -> list[int]:
     if not samplers(config):
         return [1, 0]
     spacing: Spacing = "trailing" if config.method == "categorical" else "log-snr"
-    return spaced(noise_schedule(config.diffusion.schedule), steps, spacing)
+    schedule = noise_schedule(config.diffusion.schedule)
+    first, last = _times_between(config.diffusion, schedule)
+    return spaced(schedule, steps, spacing, last, first)
+
+
+def _times_between(section: DiffusionSection, schedule: NoiseSchedule) -> tuple[int, int]:
+    """The first and the last time of training and sampling."""
+    if section.log_snr is None:
+        return 1, schedule.num_steps
+    try:
+        return schedule.times_between(*section.log_snr, section.scale)
+    except ValueError as error:
+        raise UsageError(f"diffusion.log_snr: {error}") from error
 
 
 def preprocessing(section: PreprocessingSection) -> Preprocessing:
@@ -135,7 +147,8 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
 
 def _feed_forward(config: SegmenterConfig, encoding: MaskEncoding) -> FeedForward:
     network = UNet(in_channels=config.data.channels, out_channels=encoding.channels, **config.network.model_dump())
-    return FeedForward(network, encoding)
+    section = config.feed_forward
+    return FeedForward(network, encoding, section.loss == "dice-cross-entropy", section.members == "pixels")
 
 
 def _probabilistic_unet(config: SegmenterConfig, encoding: MaskEncoding) -> ProbabilisticSegmentation:
@@ -180,8 +193,9 @@ def _mask_diffusion(config: SegmenterConfig, encoding: MaskEncoding) -> MaskDiff
         denoiser,
         encoding,
         objective,
-        section.dice_ce_weight,
+        Auxiliary(section.dice_ce_weight, section.dice_ce_log_snr, section.cross_entropy_weight),
         AnchorLoss(**config.anchor_loss.model_dump()),
+        _times_between(section, denoiser.schedule),
     )
 
 

@@ -90,14 +90,30 @@ class ProbabilisticUNetSection(Section):
     beta: float = Field(1.0, gt=0)
 
 
+class FeedForwardSection(Section):
+    """The feed-forward baseline (`medseg_diffusion.tasks.mask.FeedForward`).
+
+    ``loss`` "cross-entropy" leaves Dice out, so that the probabilities are honest. With ``members`` "pixels" every
+    member draws each pixel's class from its probabilities, on its own; "equal" members are the same mask.
+    """
+
+    loss: Literal["dice-cross-entropy", "cross-entropy"] = "dice-cross-entropy"
+    members: Literal["equal", "pixels"] = "equal"
+
+
 class DiffusionSection(Section):
-    """The predicted quantity and the loss of a mask diffusion model.
+    """The predicted quantity, the loss and the times of a mask diffusion model.
 
     ``learned_variance`` adds the loss of the variance (hybrid objective). With ``head`` "logits" the network emits
-    class logits (target x0); ``dice_ce_weight`` > 0 needs it. ``scale`` is the value of a certain class in x0, and the
-    standard deviation of latents. The smaller it is, the harder the mask is to see through the noise. With
-    ``normalised`` the network sees x_t divided by its standard deviation. Categorical diffusion has the schedule and
-    ``cross_entropy_weight``, that of the cross-entropy of x0 beside the variational bound.
+    class logits (target x0), which ``dice_ce_weight`` and ``cross_entropy_weight`` need. ``scale`` is the value of a
+    certain class in x0, and the standard deviation of latents. The smaller it is, the harder the mask is to see through the noise. With
+    ``normalised`` the network sees x_t divided by its standard deviation.
+
+    Cross-entropy of x0 given x_t is minimised by the true probabilities at every time. Dice is not: it turns the mean
+    mask at early steps, on which every sample depends, into one mask. ``dice_ce_log_snr`` therefore limits Dice +
+    cross-entropy to times at which x_t tells little (`tasks.mask.auxiliary_weight`). Times are drawn, and steps spaced,
+    where log(scale^2 alpha^2 / sigma^2) lies in ``log_snr`` (`diffusion.mask_noise`). Categorical diffusion has the
+    schedule and ``cross_entropy_weight``, beside the variational bound.
     """
 
     schedule: ScheduleSection = ScheduleSection()
@@ -108,6 +124,8 @@ class DiffusionSection(Section):
     weighting: Literal["none", "min-snr"] = "none"
     gamma: float = Field(5.0, gt=0)
     dice_ce_weight: float = Field(0.0, ge=0)
+    dice_ce_log_snr: float | None = None
+    log_snr: tuple[float, float] | None = None
     learned_variance: bool = False
     cross_entropy_weight: float = Field(0.0, ge=0)
 
@@ -117,6 +135,10 @@ class DiffusionSection(Section):
             raise ValueError("head: logits has no learned_variance")
         if self.dice_ce_weight > 0 and self.head != "logits":
             raise ValueError("dice_ce_weight needs head: logits")
+        if self.dice_ce_log_snr is not None and self.dice_ce_weight == 0:
+            raise ValueError("dice_ce_log_snr needs a positive dice_ce_weight")
+        if self.log_snr is not None and not self.log_snr[0] < self.log_snr[1]:
+            raise ValueError(f"log_snr: the first bound must be the smaller one, got {self.log_snr}")
         if self.head == "logits" and self.target != "x0":
             raise ValueError("head: logits needs target: x0")
         return self
@@ -153,7 +175,7 @@ class SegmenterConfig(Section):
     "ensemdiff" and "categorical", which diffuses labels, concatenate the image to the mask. The rivals have the same
     backbone: the feed-forward "baseline" and "probabilistic-unet". ``image_encoder`` is for SegDiff,
     ``dynamic_encoding`` for MedSegDiff, ``semantic_condition`` and ``anchor_loss`` are for MedSegDiff-V2,
-    ``mask_autoencoder`` is for "latent-mask".
+    ``mask_autoencoder`` is for "latent-mask", ``feed_forward`` for "baseline".
     """
 
     description: str = ""
@@ -168,6 +190,7 @@ class SegmenterConfig(Section):
     anchor_loss: AnchorLossSection = AnchorLossSection()
     mask_autoencoder: MaskAutoencoderSection = MaskAutoencoderSection()
     probabilistic_unet: ProbabilisticUNetSection = ProbabilisticUNetSection()
+    feed_forward: FeedForwardSection = FeedForwardSection()
     diffusion: DiffusionSection = DiffusionSection()
     training: TrainingSection = TrainingSection()
     inference: InferenceSection = InferenceSection()
@@ -185,8 +208,16 @@ class SegmenterConfig(Section):
             raise ValueError("preprocessing.crop_centre crops 2D images, but network.dims is 3")
         if self.method == "latent-mask" and self.diffusion.head == "logits":
             raise ValueError("latents have no head: logits and no dice_ce_weight")
-        if self.diffusion.cross_entropy_weight > 0 and self.method != "categorical":
-            raise ValueError("diffusion.cross_entropy_weight is for method: categorical")
+        logits = self.method == "categorical" or self.diffusion.head == "logits"
+        if self.diffusion.cross_entropy_weight > 0 and not logits:
+            raise ValueError("diffusion.cross_entropy_weight needs head: logits or method: categorical")
+        if self.diffusion.log_snr is not None and self.method in ("categorical", "latent-mask"):
+            raise ValueError("diffusion.log_snr is for masks that Gaussian noise is added to")
         if self.method == "categorical" and self.inference.sampler != "ddpm":
             raise ValueError("method: categorical has one sampler; set inference.sampler: ddpm")
         return self
+
+    @property
+    def samples_masks(self) -> bool:
+        """Whether the members of an ensemble are drawn, so that they can differ."""
+        return self.method != "baseline" or self.feed_forward.members == "pixels"

@@ -41,9 +41,9 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def uniform_times(num_steps: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """One training time per batch element, uniform in 1..T: (B,) int64, each from its own generator."""
-    return torch.stack([torch.randint(1, num_steps + 1, (), generator=g) for g in generators])
+def uniform_times(last: int, generators: Sequence[torch.Generator], first: int = 1) -> Tensor:
+    """One training time per batch element, uniform in first..last: (B,) int64, each from its own generator."""
+    return torch.stack([torch.randint(first, last + 1, (), generator=g) for g in generators])
 
 
 @dataclass(frozen=True, eq=False)

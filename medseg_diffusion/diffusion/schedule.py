@@ -71,6 +71,19 @@ class NoiseSchedule:
         ab = self.at(t)
         return ab / (1 - ab)
 
+    def times_between(self, low: float, high: float, scale: float = 1.0) -> tuple[int, int]:
+        """The first and the last of the times 1..T at which log(scale^2 alpha^2 / sigma^2) is from ``low`` to ``high``.
+
+        Raises:
+            ValueError: there is no such time.
+        """
+        log_snr = 2 * (self.half_log_snr()[1:] + math.log(scale))
+        inside = ((log_snr >= low) & (log_snr <= high)).nonzero().flatten()
+        if not len(inside):
+            ends = f"{float(log_snr[-1]):.3g} to {float(log_snr[0]):.3g}"
+            raise ValueError(f"no time has a log-SNR between {low:g} and {high:g}; the schedule's are {ends}")
+        return 1 + int(inside[0]), 1 + int(inside[-1])
+
     def half_log_snr(self) -> Tensor:
         """lambda_t = log(alpha_t / sigma_t) for t = 0..T, float64 (T + 1,); lambda_0 is infinite."""
         return 0.5 * (self.alpha_bar / (1 - self.alpha_bar)).log()

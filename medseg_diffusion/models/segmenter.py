@@ -87,7 +87,7 @@ class MaskSegmenter:
 
     @property
     def samples_masks(self) -> bool:
-        return self.config.method != "baseline"
+        return self.config.samples_masks
 
     def without_x_t(self, replacement: Replacement, seed: int = 0) -> AbstractContextManager[None]:
         if not self.samplers:

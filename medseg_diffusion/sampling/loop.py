@@ -40,41 +40,47 @@ class Sampler(Protocol):
     def begin(self) -> Step: ...
 
 
-def spaced(schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start: int | None = None) -> list[int]:
+def spaced(
+    schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start: int | None = None, stop: int = 1
+) -> list[int]:
     """The times of a walk with ``count`` denoiser calls from ``start`` (default T) to 0: count + 1 times, the last 0.
 
     Times that coincide after rounding are removed, with a warning that gives the remaining number of steps.
 
     Args:
         schedule: the model's noise schedule.
-        count: number of denoiser calls, at least 1; ``start`` or more visit every time.
-        how: "log-snr" is uniform in log(alpha / sigma) between the start and t = 1, the default of DPM-Solver (Lu et
+        count: number of denoiser calls, at least 1; if there are not more times, every time is visited.
+        how: "log-snr" is uniform in log(alpha / sigma) between ``start`` and ``stop``, the default of DPM-Solver (Lu et
             al. 2022, arXiv 2206.00927, sec. 3.4). Values below -5.1 count as -5.1 there: otherwise the clipped last
             betas of the cosine schedule would take half of the steps, all in pure noise. "trailing" is start,
             start - start/N, ...; "leading" is the multiples of start // N plus 1; "linspace" is even from the start to
-            1, both included (guided diffusion).
+            1, both included (guided diffusion). With a later ``stop`` they divide start..stop in the same way.
         start: first time, 1..T.
+        stop: no time below it is visited before 0, 1..start.
 
     Raises:
-        ValueError: ``count`` or ``start`` is out of range.
+        ValueError: ``count``, ``start`` or ``stop`` is out of range.
     """
     last = schedule.num_steps if start is None else start
     if not 1 <= last <= schedule.num_steps:
         raise ValueError(f"the start must lie in 1..{schedule.num_steps}, got {last}")
+    if not 1 <= stop <= last:
+        raise ValueError(f"the stop must lie in 1..{last}, got {stop}")
+    room = last - stop + 1
     if count < 1:
         raise ValueError(f"at least one step is needed, got {count}")
-    if count >= last:
-        times = list(range(last, 0, -1))
+    if count >= room:
+        times = list(range(last, stop - 1, -1))
     elif how == "log-snr":
-        lam = schedule.half_log_snr()[1 : last + 1]
+        lam = schedule.half_log_snr()[stop : last + 1]
         even = torch.linspace(max(float(lam[-1]), LOWEST_HALF_LOG_SNR), float(lam[0]), count, dtype=torch.float64)
-        times = [last, *(1 + int((lam - value).abs().argmin()) for value in even[1:])]
+        times = [last, *(stop + int((lam - value).abs().argmin()) for value in even[1:])]
     elif how == "trailing":
-        times = [round(last - i * last / count) for i in range(count)]
+        times = [round(last - i * room / count) for i in range(count)]
     elif how == "leading":
-        times = [1 + i * (last // count) for i in reversed(range(count))]
+        times = [stop + i * (room // count) for i in reversed(range(count))]
     else:
-        times = [round(float(value)) for value in torch.linspace(last, 1, count, dtype=torch.float64)]
+        times = [round(float(value)) for value in torch.linspace(last, stop, count, dtype=torch.float64)]
     unique = sorted({t for t in times if t >= 1}, reverse=True)
     if len(unique) < count:
         warnings.warn(

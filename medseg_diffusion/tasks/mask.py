@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_diffusion.device import at_once
+from medseg_diffusion.diffusion.categorical import draw, one_hot
 from medseg_diffusion.diffusion.denoiser import Clipped, Condition, Denoiser, NetworkDenoiser
-from medseg_diffusion.diffusion.noise import draw_noised, gaussian, generators
+from medseg_diffusion.diffusion.noise import draw_noised, gaussian, generators, uniform_times
 from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.sampling.loop import Sampler, sample
@@ -88,6 +89,43 @@ class AnchorLoss:
         return ((t % self.every == 0) * (per_case + self.cross_entropy_weight * entropy)).mean()
 
 
+@dataclass(frozen=True)
+class Auxiliary:
+    """Losses of the class logits of a classifying head, beside the diffusion loss.
+
+    Attributes:
+        dice_ce: weight of Dice + cross-entropy. Their minimum is one mask wherever x_t leaves several possible.
+        dice_ce_log_snr: where log(scale^2 alpha^2 / sigma^2) has this value, Dice + cross-entropy have half of their
+            weight (`auxiliary_weight`). None gives them their whole weight at all times.
+        cross_entropy: weight of the cross-entropy of x0 alone, at all times. Its minimum is the true probabilities.
+    """
+
+    dice_ce: float = 0.0
+    dice_ce_log_snr: float | None = None
+    cross_entropy: float = 0.0
+
+    def __call__(self, logits: Tensor, labels: Tensor, log_snr: Tensor) -> Tensor:
+        """The weighted sum, a scalar, for logits (B, K, *S), labels (B, *S) and log-SNR of the scaled mask (B,)."""
+        loss = logits.new_zeros(())
+        if self.cross_entropy > 0:
+            loss = self.cross_entropy * F.cross_entropy(logits.float(), labels)
+        if self.dice_ce > 0 and self.dice_ce_log_snr is None:
+            loss = loss + self.dice_ce * dice_ce(logits, labels)
+        elif self.dice_ce > 0 and self.dice_ce_log_snr is not None:
+            weights = auxiliary_weight(log_snr, self.dice_ce_log_snr).to(logits)
+            losses = torch.stack([dice_ce(*one) for one in zip(logits.split(1), labels.split(1), strict=True)])
+            loss = loss + self.dice_ce * (weights * losses).mean()
+        return loss
+
+
+def auxiliary_weight(log_snr: Tensor, half: float) -> Tensor:
+    """1 / (1 + exp(log_snr - half)): near 1 where x_t tells little, near 0 where it tells more.
+
+    With ``half`` = -log d it is 1 / (1 + d SNR). Masks that differ in d pixels can be told apart from d SNR = 1 on.
+    """
+    return torch.sigmoid(half - log_snr)
+
+
 class MaskDiffusion(nn.Module):
     """A conditional diffusion model of masks: batch -> training loss; `probabilities` samples masks.
 
@@ -95,11 +133,12 @@ class MaskDiffusion(nn.Module):
         denoiser: its network has ``encode_condition(image)``, which is called once per image, not once per step.
         encoding: how labels become x0.
         objective: the diffusion loss.
-        dice_ce_weight: weight of Dice + cross-entropy on the logits; a positive one needs a classifying head.
+        auxiliary: losses of the logits; they need a classifying head.
         anchor_loss: for networks whose condition has an "anchor", the logits of a mask.
+        times: the first and the last time that training draws; None for 1 and T.
 
     Raises:
-        ValueError: a positive ``dice_ce_weight`` without a classifying head.
+        ValueError: auxiliary losses without a classifying head.
     """
 
     def __init__(
@@ -107,17 +146,19 @@ class MaskDiffusion(nn.Module):
         denoiser: NetworkDenoiser,
         encoding: MaskEncoding,
         objective: Objective,
-        dice_ce_weight: float = 0.0,
+        auxiliary: Auxiliary = Auxiliary(),
         anchor_loss: AnchorLoss = AnchorLoss(),
+        times: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if dice_ce_weight > 0 and denoiser.head == "linear":
-            raise ValueError("Dice + cross-entropy need logits: use a classifying head or dice_ce_weight 0")
+        if denoiser.head == "linear" and max(auxiliary.dice_ce, auxiliary.cross_entropy) > 0:
+            raise ValueError("Dice and cross-entropy need logits: use a classifying head or weights of 0")
         self.denoiser = denoiser
         self.encoding = encoding
         self.objective = objective
-        self.dice_ce_weight = dice_ce_weight
+        self.auxiliary = auxiliary
         self.anchor_loss = anchor_loss
+        self.times = times or (1, denoiser.schedule.num_steps)
 
     @property
     def network(self) -> nn.Module:
@@ -127,12 +168,15 @@ class MaskDiffusion(nn.Module):
         """Training loss, a scalar. Times and noise come from the examples' own seeds."""
         schedule = self.denoiser.schedule
         x0 = self.encoding.encode(batch["label"])
-        noised = draw_noised(schedule, x0, generators(batch["seed"].tolist()))
+        own = generators(batch["seed"].tolist())
+        first, last = self.times
+        noised = draw_noised(schedule, x0, own, t=uniform_times(last, own, first))
         cond = self.denoiser.network.encode_condition(batch["image"])  # type: ignore[operator]
         prediction: Prediction = self.denoiser(noised.x_t, noised.t, cond)
         loss = self.objective(schedule, self.denoiser.target, prediction, noised).mean()
-        if self.dice_ce_weight > 0 and prediction.logits is not None:
-            loss = loss + self.dice_ce_weight * dice_ce(self.encoding.class_logits(prediction.logits), batch["label"])
+        if prediction.logits is not None:
+            log_snr = schedule.snr(noised.t).log() + 2 * math.log(self.encoding.scale)
+            loss = loss + self.auxiliary(self.encoding.class_logits(prediction.logits), batch["label"], log_snr)
         if "anchor" in cond:
             loss = loss + self.anchor_loss(self.encoding.class_logits(cond["anchor"]), batch["label"], noised.t)
         return loss
@@ -182,12 +226,22 @@ def sample_all(
 
 
 class FeedForward(nn.Module):
-    """The baseline without diffusion: the same backbone maps the image to logits in one pass (Dice + cross-entropy)."""
+    """The baseline without diffusion: the same backbone maps the image to logits in one pass.
 
-    def __init__(self, network: nn.Module, encoding: MaskEncoding) -> None:
+    Args:
+        network: the backbone.
+        encoding: the number of classes.
+        dice: the loss is Dice + cross-entropy; else it is cross-entropy alone.
+        pixels: every member draws each pixel's class from its probabilities. Neighbours are independent then, as they
+            are in any model that predicts a probability for each pixel.
+    """
+
+    def __init__(self, network: nn.Module, encoding: MaskEncoding, dice: bool = True, pixels: bool = False) -> None:
         super().__init__()
         self.network = network
         self.encoding = encoding
+        self.dice = dice
+        self.pixels = pixels
 
     def logits(self, image: Tensor) -> Tensor:
         """Logits (B, K, *S) of ``image`` (B, C, *S); the backbone's timestep is always 0."""
@@ -196,14 +250,20 @@ class FeedForward(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Training loss, a scalar."""
-        return dice_ce(self.logits(batch["image"]), batch["label"])
+        logits, labels = self.logits(batch["image"]), batch["label"]
+        return dice_ce(logits, labels) if self.dice else F.cross_entropy(logits.float(), labels)
 
     @torch.no_grad()
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
-        """Probabilities (B, N, K, *S), see `MaskDiffusion.probabilities`; the N members are identical."""
-        return self.logits(image).softmax(dim=1)[:, None].expand(-1, len(seeds[0]), *[-1] * (image.ndim - 1))
+        """Probabilities (B, N, K, *S), see `MaskDiffusion.probabilities`; members of drawn pixels are 0 or 1."""
+        probabilities = self.logits(image).softmax(dim=1)
+        if not self.pixels:
+            return probabilities[:, None].expand(-1, len(seeds[0]), *[-1] * (image.ndim - 1))
+        count = probabilities.shape[1]
+        members = [draw(p.expand(len(own), *p.shape), generators(own)) for p, own in zip(probabilities, seeds)]
+        return one_hot(torch.stack(members).flatten(0, 1), count).unflatten(0, (len(image), -1)).to(image)
 
 
 def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:

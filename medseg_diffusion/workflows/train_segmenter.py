@@ -184,7 +184,7 @@ def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtim
     model, _ = restore_segmenter(saved)
     with_memory_format(model.to(runtime.device).network, config.training.channels_last)
     predict = _predictor(model, config, runtime)
-    count = 1 if config.method == "baseline" else MEMBERS
+    count = MEMBERS if config.samples_masks else 1
     fit = TemperatureFit(config.inference.sampler, len(_times(config)) - 1)
     for case in data.validation:
         seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(count)]

@@ -179,3 +179,16 @@ def test_time_is_broadcast_in_the_schedule_alone() -> None:
         if BY_HAND.search(line)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.05])
+def test_the_times_between_two_log_snr_are_all_of_them(scale) -> None:
+    schedule = schedules.cosine(1000)
+    first, last = schedule.times_between(-5.0, 2.0, scale)
+    inside = [t for t in range(1, 1001) if -5 <= math.log(scale**2 * float(schedule.snr(t))) <= 2]
+    assert inside == list(range(first, last + 1)) and 1 < first < last < 1000
+
+
+def test_bounds_without_a_time_are_refused() -> None:
+    with pytest.raises(ValueError, match="no time has a log-SNR between 50 and 60"):
+        schedules.cosine(1000).times_between(50, 60)

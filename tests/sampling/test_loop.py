@@ -81,6 +81,23 @@ def test_the_spacings_by_hand() -> None:
     assert spaced(schedule, 4, "trailing", start=40) == [40, 30, 20, 10, 0]
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    count=st.integers(1, 60),
+    how=st.sampled_from(SPACINGS),
+    ends=st.tuples(st.integers(1, 1000), st.integers(1, 1000)),
+)
+def test_no_time_between_the_stop_and_zero_is_visited(count, how, ends) -> None:
+    stop, start = sorted(ends)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        times = spaced(linear(1000), count, how, start, stop)
+    assert times[-1] == 0 and stop <= times[-2] <= times[0] <= start
+    assert all(t > s for t, s in pairwise(times))
+    if how in ("log-snr", "linspace") and count > 1:
+        assert times[-2] == stop and times[0] == start
+
+
 def test_log_snr_times_are_even_in_log_snr() -> None:
     schedule = linear(1000)
     times = spaced(schedule, 8)
@@ -104,6 +121,12 @@ def test_times_that_coincide_are_removed_with_a_warning_that_counts_them(how, co
 def test_impossible_times_are_refused(count, start, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         spaced(linear(100), count, "trailing", start)
+
+
+@pytest.mark.parametrize("stop", [0, 51])
+def test_an_impossible_stop_is_refused(stop) -> None:
+    with pytest.raises(ValueError, match=re.escape("the stop must lie in 1..50")):
+        spaced(linear(100), 5, start=50, stop=stop)
 
 
 # ---- the walk --------------------------------------------------------------------------------------------------------

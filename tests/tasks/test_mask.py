@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import spaced
-from medseg_diffusion.tasks.mask import AnchorLoss, Batch, FeedForward, MaskDiffusion, MaskEncoding, dice_ce
+from medseg_diffusion.tasks.mask import AnchorLoss, Auxiliary, Batch, FeedForward, MaskDiffusion, MaskEncoding, dice_ce
 
 BOTH = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
 
@@ -402,8 +403,61 @@ def test_the_segmentation_loss_by_hand() -> None:
 
 def test_a_segmentation_loss_needs_a_classifying_head() -> None:
     denoiser = NetworkDenoiser(nn.Identity(), linear(100), "x0")
-    with pytest.raises(ValueError, match="need logits: use a classifying head or dice_ce_weight 0"):
-        MaskDiffusion(denoiser, MaskEncoding(2), Simple(), dice_ce_weight=1.0)
+    for auxiliary in (Auxiliary(dice_ce=1.0), Auxiliary(cross_entropy=1.0)):
+        with pytest.raises(ValueError, match="need logits: use a classifying head or weights of 0"):
+            MaskDiffusion(denoiser, MaskEncoding(2), Simple(), auxiliary)
+
+
+def test_the_auxiliary_losses_by_hand() -> None:
+    logits = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    labels, log_snr = labels_of(1, 2, 2, 6, 6), torch.tensor([-9.0, 1.0], dtype=torch.float64)
+    entropy = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(Auxiliary(cross_entropy=2.0)(logits, labels, log_snr), 2 * entropy)
+    torch.testing.assert_close(Auxiliary(0.5)(logits, labels, log_snr), 0.5 * dice_ce(logits, labels))
+    halves = [dice_ce(logits[i : i + 1], labels[i : i + 1]) for i in range(2)]
+    weights = [1 / (1 + 50 * math.exp(value)) for value in log_snr.tolist()]
+    expected = (weights[0] * halves[0] + weights[1] * halves[1]) / 2
+    torch.testing.assert_close(Auxiliary(1.0, -math.log(50))(logits, labels, log_snr), expected)
+
+
+def test_the_drawn_times_lie_between_the_bounds() -> None:
+    class Noting(nn.Module):
+        times: list[int] = []
+
+        def encode_condition(self, image: Tensor) -> dict[str, Tensor]:
+            return {"concat": image}
+
+        def forward(self, x: Tensor, timesteps: Tensor, cond: object = None) -> Tensor:
+            self.times += (timesteps + 1).tolist()
+            return x
+
+    network, batch = Noting(), problem(2)
+    model = MaskDiffusion(NetworkDenoiser(network, linear(100), "x0"), MaskEncoding(2), Simple(), times=(40, 44))
+    for seed in range(40):
+        model(batch | {"seed": torch.tensor([2 * seed, 2 * seed + 1])})
+    assert set(network.times) == {40, 41, 42, 43, 44}
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_pixels_are_drawn_from_their_own_probabilities(num_classes) -> None:
+    """Independent of each other and of the batch, with the network's shares; the honest loss has no Dice."""
+    bias = torch.tensor([0.5, -1.0, 0.2][: num_classes if num_classes > 2 else 1])
+
+    class Constant(nn.Module):
+        def forward(self, x: Tensor, timesteps: Tensor, cond: object = None) -> Tensor:
+            return bias[None, :, None, None].expand(len(x), -1, *x.shape[2:])
+
+    model, image = FeedForward(Constant(), MaskEncoding(num_classes), dice=False, pixels=True), torch.zeros(2, 1, 40, 40)
+    members = model.probabilities(image, [[1, 2, 3], [4, 5, 6]], DDIM(), [1, 0])
+    assert members.shape == (2, 3, num_classes, 40, 40) and set(members.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(model.probabilities(image[1:], [[6]], DDIM(), [1, 0])[0, 0], members[1, 2])
+    p = model.logits(image)[0, :, 0, 0].softmax(0)
+    torch.testing.assert_close(members.mean((0, 1, 3, 4)), p, atol=0.02, rtol=0)
+    shifted = members[..., 1:] * members[..., :-1]  # of neighbours, both of the class: the product of the shares
+    torch.testing.assert_close(shifted.mean((0, 1, 3, 4)), p.square(), atol=0.02, rtol=0)
+    labels = labels_of(0, num_classes, 2, 40, 40)
+    loss = model({"image": image, "label": labels, "seed": torch.tensor([0, 1])})
+    torch.testing.assert_close(loss, F.cross_entropy(model.logits(image), labels))
 
 
 @pytest.mark.parametrize(
