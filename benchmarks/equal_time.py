@@ -28,7 +28,6 @@ from medseg_diffusion.config.load import load_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.healthy import healthy_source, packed_healthy
 from medseg_diffusion.data.image_cache import PackedImages
-from medseg_diffusion.methods.calibration import MEMBERS
 from medseg_diffusion.models.store import home
 from medseg_diffusion.training.trainer import Progress
 from medseg_diffusion.workflows.train_anomaly import train_anomaly
@@ -78,7 +77,8 @@ def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
         train_segmenter(timed, data, Path(folder) / "run", max_steps=TIMED, on_progress=stopwatch)
     if config.method == "latent-mask":
         seconds -= first * stopwatch.seconds_per_step(TIMED_AUTOENCODER)
-    calibration = 1 if config.method == "baseline" else MEMBERS
+    members = config.inference.ensemble if config.samples_masks else 1
+    calibration = members * config.data.calibration_cases / config.data.validation_cases
     seconds -= (VALIDATIONS + calibration) * stopwatch.seconds_per_validation(TIMED)
     return max(1, int(seconds / stopwatch.seconds_per_step(TIMED)))
 

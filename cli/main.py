@@ -14,6 +14,7 @@ from . import (
     anomaly,
     benchmark_segmenter,
     calibrate_anomaly,
+    calibrate_segmenter,
     check,
     configs,
     evaluate,
@@ -63,6 +64,7 @@ app.command("train-pixel-classifier")(train_pixel_classifier.train_pixel_classif
 app.command("benchmark-segmenter")(benchmark_segmenter.benchmark_segmenter)
 app.command("train-anomaly")(train_anomaly.train_anomaly)
 app.command("calibrate-anomaly")(calibrate_anomaly.calibrate_anomaly)
+app.command("calibrate-segmenter")(calibrate_segmenter.calibrate_segmenter)
 app.command("anomaly")(anomaly.anomaly)
 app.command("synthesize-anomalies")(synthesize_anomalies.synthesize_anomalies)
 app.command("evaluate")(evaluate.evaluate)

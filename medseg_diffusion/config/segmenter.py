@@ -106,8 +106,8 @@ class DiffusionSection(Section):
 
     ``learned_variance`` adds the loss of the variance (hybrid objective). With ``head`` "logits" the network emits
     class logits (target x0), which ``dice_ce_weight`` and ``cross_entropy_weight`` need. ``scale`` is the value of a
-    certain class in x0, and the standard deviation of latents. The smaller it is, the harder the mask is to see through the noise. With
-    ``normalised`` the network sees x_t divided by its standard deviation.
+    certain class in x0, and the standard deviation of latents. The smaller it is, the harder the mask is to see through
+    the noise. With ``normalised`` the network sees x_t divided by its standard deviation.
 
     Cross-entropy of x0 given x_t is minimised by the true probabilities at every time. Dice is not: it turns the mean
     mask at early steps, on which every sample depends, into one mask. ``dice_ce_log_snr`` therefore limits Dice +
@@ -149,7 +149,8 @@ class DataSection(Section):
 
     ``source`` "scans" trains on labelled scans; "brain-labelmaps" synthesises T1 images from a folder of label maps.
     ``labels`` names the classes above background if the data folder does not. ``merge_labels`` merges all labels above
-    background into one class.
+    background into one class. ``test_cases``, ``validation_cases`` and ``calibration_cases`` are numbers of patients.
+    Without patients to calibrate on, volumes have no intervals (`methods.calibration`).
     """
 
     source: Literal["scans", "brain-labelmaps"] = "scans"
@@ -159,6 +160,7 @@ class DataSection(Section):
     foreground_share: float = Field(0.33, ge=0, le=1)
     test_cases: int = Field(40, ge=0)
     validation_cases: int = Field(20, ge=1)
+    calibration_cases: int = Field(0, ge=0)
     examples_per_map: int = Field(50, ge=1)
     merge_labels: bool = False
 
@@ -166,6 +168,8 @@ class DataSection(Section):
     def _one_class(self) -> DataSection:
         if self.merge_labels and len(self.labels) != 1:
             raise ValueError(f"merge_labels leaves one class; name it in labels (got {len(self.labels)} names)")
+        if self.source == "brain-labelmaps" and self.calibration_cases:
+            raise ValueError("calibration_cases is for labelled scans; use calibrate-segmenter after the training")
         return self
 
 

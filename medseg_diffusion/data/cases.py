@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.inputs import scan_files
@@ -19,7 +19,7 @@ from .patients import patients_of
 
 COLOURS = ("red", "green", "blue")
 
-SplitName = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test", "calibration"]
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,12 @@ class Split:
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+    calibration: tuple[str, ...] = ()
 
     def held_out(self) -> dict[str, list[str]]:
-        """The `digest` of every case of the validation and test splits, sorted."""
-        return {split: sorted(map(digest, getattr(self, split))) for split in ("validation", "test")}
+        """The `digest` of every case that is not in the training split, sorted; no calibration split if it is empty."""
+        names = ("validation", "test", *(["calibration"] if self.calibration else []))
+        return {split: sorted(map(digest, getattr(self, split))) for split in names}
 
 
 @dataclass(frozen=True)
@@ -240,43 +242,46 @@ def digest(name: str) -> str:
     return _sha256(name)[:16]
 
 
-def split_by_hash(cases: Sequence[Case], test: int, validation: int) -> Split:
+def split_by_hash(cases: Sequence[Case], test: int, validation: int, calibration: int = 0) -> Split:
     """Split cases by the SHA-256 of their patients' names.
 
-    The patients with the smallest values are the test split, the next ones the validation split, and the rest the
-    training split. A patient's split depends on the names alone, not on the order of files or on a seed.
+    The patients with the smallest values are the test split, the next ones the validation split and the calibration
+    split, and the rest the training split. A patient's split depends on the names alone, not on the order of files or
+    on a seed.
 
     Args:
         cases: the cases.
         test: number of patients in the test split.
         validation: number of patients in the validation split.
+        calibration: number of patients in the calibration split.
 
     Raises:
         InputError: no patient would be left to train on.
     """
-    splits = split_of_patients([case.patient for case in cases], test, validation)
-    train, validating, testing = (
-        tuple(case.name for case in cases if splits[case.patient] == name) for name in ("train", "validation", "test")
-    )
-    return Split(train, validating, testing)
+    splits = split_of_patients([case.patient for case in cases], test, validation, calibration)
+    names = get_args(SplitName)
+    return Split(**{name: tuple(case.name for case in cases if splits[case.patient] == name) for name in names})
 
 
-def split_of_patients(patients: Sequence[str], test: int, validation: int) -> dict[str, SplitName]:
+def split_of_patients(
+    patients: Sequence[str], test: int, validation: int, calibration: int = 0
+) -> dict[str, SplitName]:
     """Patient -> split, as `split_by_hash` assigns it.
 
     Raises:
         InputError: no patient would be left to train on.
     """
     ordered = sorted(set(patients), key=_sha256)
-    if test < 0 or validation < 0 or len(ordered) <= test + validation:
+    if min(test, validation, calibration) < 0 or len(ordered) <= test + validation + calibration:
+        parts = [f"{test} for testing", f"{validation} for validation"]
+        parts += [f"{calibration} for calibration"] if calibration else []
         raise InputError(
             None,
             f"{len(ordered)} patients",
-            f"more than {test} for testing and {validation} for validation",
-            "lower what the configuration holds out: data.test_cases and validation_cases, or test_images and "
-            "validation_images",
+            f"more than {', '.join(parts[:-1])} and {parts[-1]}",
+            "lower what the configuration holds out: data.test_cases, validation_cases and calibration_cases, or "
+            "test_images and validation_images",
         )
-    return {
-        name: "test" if i < test else "validation" if i < test + validation else "train"
-        for i, name in enumerate(ordered)
-    }
+    sides: list[SplitName] = ["test"] * test + ["validation"] * validation + ["calibration"] * calibration
+    sides += ["train"] * (len(ordered) - len(sides))
+    return dict(zip(ordered, sides, strict=True))

@@ -1,4 +1,7 @@
-"""Calibration of an ensemble on validation cases: temperatures of its mean, its typical agreement, its volume errors.
+"""Calibration of a segmenter: the temperature of its ensemble, its usual agreement, the errors of its volumes.
+
+It is fitted to patients that chose neither weights nor settings, after the same post-processing as in use, and holds
+for one sampler, number of steps, size of the ensemble and fusion.
 
 A temperature T turns probabilities p into p^(1/T), normalised (Guo et al. 2017). It changes the confidence, but no
 label. Voxels near the reference and all other voxels have half of the weight each. Without weights, the many distant
@@ -6,8 +9,9 @@ voxels would dominate. Without distant voxels, a temperature that calibrates bor
 class in empty background.
 
 The spread of the members' volumes does not show the error of a volume: members share the model's mistakes. The interval
-of a volume comes from the errors on validation cases instead, by split conformal prediction (Vovk et al. 2005; Lei et
-al. 2018, arXiv 1604.04173). It contains the reference's volume in 95 of 100 similar cases.
+of a volume comes from the errors on the calibration patients instead, by split conformal prediction (Vovk et al. 2005;
+Lei et al. 2018, arXiv 1604.04173). A patient's error is the largest of the patient's scans, so that the interval
+contains the references' volumes of 95 of 100 similar patients.
 """
 
 from __future__ import annotations
@@ -23,112 +27,143 @@ from torch import Tensor
 
 from medseg_diffusion.metrics.calibration import Reliability, region
 
-from .ensemble import FAINTEST, Ensemble, temperature_scaled
+from .ensemble import FAINTEST, temperature_scaled
 
 LEVEL = 0.95
 """Level of the volume intervals."""
-MEMBERS = 5
-"""Ensembles of 1 to 5 members have a temperature each. Larger ensembles use the last one."""
 _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.1, 20.0
 _VOXELS = 50_000  # per case, near the reference and far from it
 _Voxels = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The calibration of a model, valid for one sampler and number of steps. It is stored with the model.
+class Sampling:
+    """How an ensemble is made; a calibration holds for one of these.
 
     Attributes:
-        sampler: name of the sampler.
-        steps: denoiser calls per sample.
-        temperatures: temperatures of the mean of 1, 2, ... members.
-        ece: expected calibration error of the largest ensemble, before and after temperature scaling, in voxels near
-            the references of the fit; None if no case has a reference.
-        agreement: 5th percentile over cases of the members' mean pairwise Dice; None for a model without samples.
-        cases: number of validation cases.
-        volume_errors: for labels 1, 2, ..., the bound that a share ``level`` of cases does not exceed. The error is
-            the absolute log ratio of the reference's volume to the volume of the ensemble mean, with one position added
-            to each. Empty for a model of an older version.
-        level: 0.95, or n / (n + 1) for n cases if that is lower.
+        sampler: name of the sampler; empty for a model that takes no steps.
+        steps: network calls per sample.
+        ensemble: number of members.
+        fusion: how they become one mask.
     """
 
     sampler: str
     steps: int
-    temperatures: Sequence[float]
+    ensemble: int
+    fusion: str
+
+    def __str__(self) -> str:
+        def several(count: int, what: str) -> str:
+            return f"{count} {what}{'s' if count != 1 else ''}"
+
+        steps = f"{self.sampler} with {several(self.steps, 'step')}, " if self.sampler else ""
+        return f"{steps}{several(self.ensemble, 'member')}, fusion {self.fusion}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration of a model, which is stored with it.
+
+    Attributes:
+        sampler, steps, ensemble, fusion: the `Sampling` that it holds for.
+        temperature: temperature of the ensemble's mean.
+        ece: expected calibration error before and after temperature scaling, in voxels near the references of the fit;
+            None if no case has a reference.
+        agreement: 5th percentile over cases of the members' mean pairwise Dice; None for one member.
+        cases: number of scans.
+        patients: number of patients.
+        volume_errors: for labels 1, 2, ..., the bound that a share ``level`` of patients does not exceed. The error is
+            the absolute log ratio of the reference's volume to the predicted one, with one voxel added to each.
+        level: 0.95, or n / (n + 1) for n patients if that is lower.
+    """
+
+    sampler: str
+    steps: int
+    ensemble: int
+    fusion: str
+    temperature: float
     ece: Sequence[float | None]
     agreement: float | None
     cases: int
-    volume_errors: Sequence[float] = ()
-    level: float = 0.0
+    patients: int
+    volume_errors: Sequence[float]
+    level: float
 
-    def temperature(self, members: int) -> float:
-        """The temperature of the mean of ``members`` members."""
-        return self.temperatures[min(members, len(self.temperatures)) - 1]
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.sampler, self.steps, self.ensemble, self.fusion)
 
-    def volume_interval(self, label: int, volume: float, position: float) -> tuple[float, float]:
-        """The interval that contains the reference's volume in a share ``level`` of cases similar to those of the fit.
+    def volume_interval(self, label: int, volume: float, voxel: float) -> tuple[float, float]:
+        """The interval that contains the reference's volume in a share ``level`` of patients like those of the fit.
 
         Args:
             label: 1 or above.
             volume: the predicted volume, in any unit.
-            position: volume of one position of the model's grid, in the same unit.
+            voxel: volume of one voxel, in the same unit.
 
         Returns:
             The ends of the interval, in the same unit.
         """
         factor = math.exp(self.volume_errors[label - 1])
-        return max(0.0, (volume + position) / factor - position), (volume + position) * factor - position
+        return max(0.0, (volume + voxel) / factor - voxel), (volume + voxel) * factor - voxel
 
 
-class TemperatureFit:
-    """Collects validation cases one after another and fits a `Calibration` to them."""
+class CalibrationFit:
+    """Collects calibration cases one after another and fits a `Calibration` to them."""
 
-    def __init__(self, sampler: str, steps: int) -> None:
-        self.sampler, self.steps = sampler, steps
-        self.near: list[list[_Voxels]] = [[] for _ in range(MEMBERS)]
-        self.far: list[list[_Voxels]] = [[] for _ in range(MEMBERS)]
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.near: list[_Voxels] = []
+        self.far: list[_Voxels] = []
         self.agreement: list[float] = []
-        self.volumes: list[NDArray[np.float64]] = []
+        self.errors: dict[str, list[NDArray[np.float64]]] = {}
 
-    def add(self, members: Tensor, labels: Tensor) -> None:
-        """Add a case: probabilities (N, K, *S) of N <= `MEMBERS` members, and its reference labels (*S).
+    def add(
+        self, patient: str, probabilities: Tensor, predicted: Tensor, reference: Tensor, agreement: float | None
+    ) -> None:
+        """Add a scan.
 
         About `_VOXELS` evenly spaced voxels are used of those near the reference (`metrics.calibration.region`), and
         about as many of the others.
+
+        Args:
+            patient: whose scan it is.
+            probabilities: (K, *S) of the ensemble, before any temperature.
+            predicted: (*S) final labels.
+            reference: (*S) labels of the reference.
+            agreement: the members' mean pairwise Dice; None or NaN if there is none.
         """
-        truth = labels.cpu().numpy().astype(np.int64)
+        truth = reference.cpu().numpy().astype(np.int64)
         inside = region(truth)
         for rows, mask in ((self.near, inside), (self.far, ~inside)):
             indices = np.flatnonzero(mask)
             indices = indices[:: max(1, len(indices) // _VOXELS)]
-            for count in range(1, len(members) + 1):
-                mean = members[:count].mean(0).flatten(1).cpu().numpy()[:, indices]
-                rows[count - 1].append((mean.astype(np.float32), truth.ravel()[indices]))
-        classes = members.shape[1]
-        predicted = members.mean(0).argmax(0).cpu().numpy()
-        counts = [np.bincount(one.ravel(), minlength=classes)[1:classes] + 1.0 for one in (predicted, truth)]
-        self.volumes.append(np.abs(np.log(counts[1] / counts[0])))
-        agreement = float(Ensemble.of(members).pairwise_dice().nanmean())
-        if agreement == agreement:
+            p = probabilities.flatten(1).cpu().numpy()[:, indices]
+            rows.append((p.astype(np.float32), truth.ravel()[indices]))
+        classes = len(probabilities)
+        counts = [np.bincount(one.ravel(), minlength=classes)[1:classes] + 1.0 for one in (predicted.numpy(), truth)]
+        self.errors.setdefault(patient, []).append(np.abs(np.log(counts[1] / counts[0])))
+        if agreement is not None and agreement == agreement:
             self.agreement.append(agreement)
 
     def result(self) -> Calibration:
-        """The calibration of all cases so far; at least one is needed."""
-        sizes = [rows for rows in self.near if rows]
-        temperatures = [
-            fit_temperature(_joined(near), _joined(far)) for near, far in zip(sizes, self.far, strict=False)
-        ]
-        p, truth = _joined(sizes[-1])
+        """The calibration of all scans so far; at least one is needed."""
+        near, far = _joined(self.near), _joined(self.far)
+        temperature = fit_temperature(near, far)
+        p, truth = near
         ece = [Reliability.of(p, truth).ece]
-        ece.append(Reliability.of(temperature_scaled(torch.from_numpy(p), temperatures[-1]).numpy(), truth).ece)
-        errors, level = not_exceeded(np.stack(self.volumes), LEVEL)
+        ece.append(Reliability.of(temperature_scaled(torch.from_numpy(p), temperature).numpy(), truth).ece)
+        errors, level = not_exceeded(np.stack([np.max(scans, axis=0) for scans in self.errors.values()]), LEVEL)
         return Calibration(
-            self.sampler,
-            self.steps,
-            [round(t, 4) for t in temperatures],
+            self.sampling.sampler,
+            self.sampling.steps,
+            self.sampling.ensemble,
+            self.sampling.fusion,
+            round(temperature, 4),
             [round(e, 5) if math.isfinite(e) else None for e in ece],
             round(float(np.percentile(self.agreement, 5)), 4) if self.agreement else None,
-            len(sizes[0]),
+            len(self.near),
+            len(self.errors),
             [round(float(error), 5) for error in errors],
             round(level, 4),
         )

@@ -65,13 +65,13 @@ class Segmentation:
         members: Labels of every member on the model's grid, (N, *S).
         volumes_ml: Class name -> volume, without background.
         members_ml: Class name -> smallest and largest volume of the members; empty for one member.
-        intervals_ml: Class name -> an interval that contains the reference's volume in a share ``level`` of scans like
-            the model's validation cases (`methods.calibration`); empty if the model was not calibrated with these
-            options.
-        level: 0.95, or less for few validation cases; None without intervals.
+        intervals_ml: Class name -> an interval that contains the reference's volume in a share ``level`` of patients
+            like the model's calibration patients (`methods.calibration`); empty if the model was not calibrated for
+            these options.
+        level: 0.95, or less for few calibration patients; None without intervals.
         agreement: Class name -> mean Dice of pairs of members; empty for one member.
-        quality: "check" if the members agree less than on 95 of 100 validation cases of the model, else "usual"; None
-            if the model was not calibrated with these options.
+        quality: "check" if the members agree less than on 95 of 100 calibration scans of the model, else "usual"; None
+            if the model was not calibrated for these options.
         disagreement: Disagreement of the members, one number for the scan (`Ensemble.disagreement`); None for one
             member.
     """
@@ -203,9 +203,9 @@ class Aggregation:
         voxel_ml = _voxel_ml(placement.native_affine)
         volumes = {name: float(counts[value] * voxel_ml) for value, name in self.foreground.items()}
         position_ml = _voxel_ml(placement.affine)
-        intervals = self._intervals(volumes, position_ml)
+        intervals = self._intervals(volumes, voxel_ml)
         if self.calibration is not None:  # changes no label, so it may follow the choice of the largest class
-            mean = temperature_scaled(mean, self.calibration.temperature(len(ensemble)))
+            mean = temperature_scaled(mean, self.calibration.temperature)
         kind, several = self.uncertainty, len(ensemble) > 1
         uncertain = entropy(mean) if kind == "entropy" else placement.restore(ensemble.uncertainty(kind)[None])[0]
         agreement = self._agreement(ensemble) if several else {}
@@ -237,12 +237,11 @@ class Aggregation:
             return None
         return self.prior.near(ensemble.mean.argmax(0) > 0, placement.spacing, self.prior_mm)
 
-    def _intervals(self, volumes_ml: dict[str, float], position_ml: float) -> dict[str, tuple[float, float]]:
-        calibration = self.calibration
-        if calibration is None or not calibration.volume_errors:
+    def _intervals(self, volumes_ml: dict[str, float], voxel_ml: float) -> dict[str, tuple[float, float]]:
+        if self.calibration is None:
             return {}
         return {
-            name: calibration.volume_interval(value, volumes_ml[name], position_ml)
+            name: self.calibration.volume_interval(value, volumes_ml[name], voxel_ml)
             for value, name in self.foreground.items()
         }
 
@@ -267,11 +266,13 @@ class Aggregation:
 def stored_calibration(saved: SavedModel) -> Calibration | None:
     """The calibration in a model's card.
 
+    Calibrations with one temperature for each ensemble size are of the cases that chose the weights. They are not used.
+
     Raises:
         ModelError: A calibration of another version.
     """
     content = saved.card.get("calibration")
-    if content is None:
+    if content is None or "temperatures" in content:
         return None
     try:
         return Calibration(**content)

@@ -16,7 +16,7 @@ from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.ablation import Replacement, without_x_t
-from medseg_diffusion.methods.calibration import Calibration
+from medseg_diffusion.methods.calibration import Calibration, Sampling
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.methods.windows import Windows, count_batches
@@ -62,7 +62,7 @@ class MaskSegmenter:
         self.preprocessing = build.preprocessing(self.config.preprocessing)
         self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
         self.notes: list[str] = []
-        self.ensemble = options.ensemble or self.inference.ensemble
+        self.ensemble = (options.ensemble or self.inference.ensemble) if self.samples_masks else 1
         self.samplers = build.samplers(self.config)
         self._check(options)
         self.sampler_name = (options.sampler or self.inference.sampler) if self.samplers else ""
@@ -75,6 +75,7 @@ class MaskSegmenter:
             self.dims,
             self.config.training.precision,
         )
+        self.sampling = Sampling(self.sampler_name, self.num_steps, self.ensemble, options.fusion)
         self.aggregation = Aggregation(
             self.labels,
             options.fusion,
@@ -82,7 +83,7 @@ class MaskSegmenter:
             self.inference.largest_part,
             shape_prior(saved),
             self.inference.shape_prior_mm,
-            self._calibration(),
+            self._calibration(self.sampling),
         )
 
     @property
@@ -137,18 +138,15 @@ class MaskSegmenter:
             self.notes.append("this model is deterministic: its members are equal, whatever the ensemble size")
         if not self.samples_masks:
             self.notes.append("a feed-forward model has one mask; the ensemble size has no effect")
-            self.ensemble = 1
 
-    def _calibration(self) -> Calibration | None:
-        """The model's calibration, if it was made with this sampler and number of steps."""
+    def _calibration(self, sampling: Sampling) -> Calibration | None:
+        """The model's calibration, if it holds for these options."""
         calibration = stored_calibration(self.saved)
-        if calibration is None or not self.samplers:
-            return calibration
-        if (calibration.sampler, calibration.steps) == (self.sampler_name, self.num_steps):
+        if calibration is None or calibration.sampling == sampling:
             return calibration
         self.notes.append(
-            f"probabilities are not calibrated: the model's calibration is for {calibration.sampler} with "
-            f"{calibration.steps} steps"
+            f"no intervals, no quality and no calibrated probabilities: the model's calibration is for "
+            f"{calibration.sampling}"
         )
         return None
 

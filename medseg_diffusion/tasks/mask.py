@@ -262,7 +262,9 @@ class FeedForward(nn.Module):
         if not self.pixels:
             return probabilities[:, None].expand(-1, len(seeds[0]), *[-1] * (image.ndim - 1))
         count = probabilities.shape[1]
-        members = [draw(p.expand(len(own), *p.shape), generators(own)) for p, own in zip(probabilities, seeds)]
+        members = [
+            draw(p.expand(len(own), *p.shape), generators(own)) for p, own in zip(probabilities, seeds, strict=True)
+        ]
         return one_hot(torch.stack(members).flatten(0, 1), count).unflatten(0, (len(image), -1)).to(image)
 
 

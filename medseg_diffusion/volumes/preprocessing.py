@@ -152,7 +152,9 @@ class Preprocessing:
         if self.size is not None and (self.spacing_mm is not None or min(self.size) < 1):
             raise ValueError(f"size must be two positive numbers, without spacing_mm; got {self.size}")
         if self.crop_centre is not None and (self.crop_foreground or min(self.crop_centre) < 1):
-            raise ValueError(f"crop_centre must be two positive numbers, without crop_foreground; got {self.crop_centre}")
+            raise ValueError(
+                f"crop_centre must be two positive numbers, without crop_foreground; got {self.crop_centre}"
+            )
         if self.intensity not in get_args(Intensity):
             raise ValueError(f"intensity must be one of {', '.join(get_args(Intensity))}, got {self.intensity!r}")
 

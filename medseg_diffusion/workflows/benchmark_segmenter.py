@@ -316,7 +316,7 @@ def _measure(
     # The temperature is applied here, because the numbers without it are reported, too.
     calibration = model.aggregation.calibration
     model.aggregation = replace(model.aggregation, calibration=None)
-    temperature = 1.0 if calibration is None else calibration.temperature(model.ensemble)
+    temperature = 1.0 if calibration is None else calibration.temperature
     walk = f"{setting.sampler} {model.num_steps} steps, " if setting.sampler else ""
     seen = "" if setting.x_t == "own" else f", {setting.x_t} x_t"
     description = f"{model.saved.name}: {walk}ensemble {setting.ensemble}{seen}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class SegmenterData:
         summary: Facts about the data for the model card.
         split: Split of the cases.
         several_readers: Whether any case of the folder has several readers. Validation cases are one per patient then.
+        calibration: Cases of the calibration side.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
     """
 
@@ -53,6 +54,7 @@ class SegmenterData:
     summary: dict[str, Any]
     split: Split
     several_readers: bool = False
+    calibration: Sequence[Case] = ()
     shape: ShapePrior | None = None
 
 
@@ -79,9 +81,10 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
         raise UsageError("inference.shape_prior_mm is for data.source brain-labelmaps")
     folder = find_cases(data)
     labels = _class_names(config, folder, data)
-    split = split_by_hash(folder.cases, config.data.test_cases, config.data.validation_cases)
+    section = config.data
+    split = split_by_hash(folder.cases, section.test_cases, section.validation_cases, section.calibration_cases)
     prepared = prepare(
-        [case for case in folder.cases if case.name not in split.test],
+        [case for case in folder.cases if case.name in {*split.train, *split.validation}],
         build.preprocessing(config.preprocessing),
         CaseFormat(config.data.channels, len(labels), config.data.merge_labels, folder.labels),
         cache,
@@ -96,9 +99,16 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
         "cases": len(split.train),
         "validation_cases": len(split.validation),
         "test_cases": len(split.test),
+        **({"calibration_cases": len(split.calibration)} if split.calibration else {}),
         **{
             f"{prefix}patients": len({case.patient for case in folder.cases if case.name in names})
-            for prefix, names in (("", split.train), ("validation_", split.validation), ("test_", split.test))
+            for prefix, names in (
+                ("", split.train),
+                ("validation_", split.validation),
+                ("test_", split.test),
+                ("calibration_", split.calibration),
+            )
+            if names or prefix != "calibration_"
         },
         "training_shapes": _ranges([tuple(case.label.shape) for case in training]),
     }
@@ -108,7 +118,8 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
         held_out = middle_cases(held_out)  # every case takes many samples
     names = {case.name for case in held_out}
     validation = [case for case in prepared if case.name in names]
-    return SegmenterData(examples, validation, labels, folder.channels, summary, split, several_readers)
+    calibration = [case for case in folder.cases if case.name in split.calibration]
+    return SegmenterData(examples, validation, labels, folder.channels, summary, split, several_readers, calibration)
 
 
 def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dict[int, str]:

@@ -27,7 +27,6 @@ from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.methods.ablation import Replacement, without_x_t
-from medseg_diffusion.methods.calibration import MEMBERS, Calibration, TemperatureFit
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
@@ -41,11 +40,12 @@ from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress
 
+from .calibrate_segmenter import store_calibration
 from .mask_autoencoder_stage import mask_autoencoder_job, train_mask_autoencoder
 from .segmenter_data import SegmenterData, segmenter_data
 
-CASES_OF_X_T = 20
-"""Number of validation cases on which the worth of x_t is measured."""
+CASES_OF_X_T, MEMBERS_OF_X_T = 20, 5
+"""Numbers of validation cases, and of members of each, with which the worth of x_t is measured."""
 
 
 # many: one keyword for each option of the command
@@ -116,8 +116,8 @@ def train_segmenter(
     callbacks = Callbacks(lambda averaged: validate(averaged, config, prepared, runtime), save, on_progress)
     numbers = job.fit(model, prepared.examples, config.training, callbacks, runtime)
     if numbers and runtime.is_main:
-        if not prepared.several_readers:
-            calibrate(job.model, config, prepared, runtime)
+        if prepared.calibration and not prepared.several_readers:
+            store_calibration(job.model, prepared.calibration, str(runtime.device), job.on_prepare)
         measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
     return job.model
 
@@ -174,27 +174,6 @@ def _compare_with_readers(
     return {"score": 1 - numbers["energy_distance"], **numbers}
 
 
-def calibrate(target: Path, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> Calibration:
-    """Calibrate the model ``target`` on the validation cases, and store the calibration in it.
-
-    The temperatures and the usual agreement of members hold for the configuration's sampler and steps, on the model's
-    grid, before the largest-part rule and the shape prior.
-    """
-    saved = load_model_files(target)
-    model, _ = restore_segmenter(saved)
-    with_memory_format(model.to(runtime.device).network, config.training.channels_last)
-    predict = _predictor(model, config, runtime)
-    count = MEMBERS if config.samples_masks else 1
-    fit = TemperatureFit(config.inference.sampler, len(_times(config)) - 1)
-    for case in data.validation:
-        seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(count)]
-        fit.add(predict(case, seeds).float().cpu(), case.label)
-    calibration = fit.result()
-    card = {**saved.card, "calibration": asdict(calibration)}
-    save_model(target, card, saved.weights, render_card(card))
-    return calibration
-
-
 def measure_x_t(
     target: Path,
     config: SegmenterConfig,
@@ -204,9 +183,10 @@ def measure_x_t(
 ) -> None:
     """Measure what the noise of the model ``target`` is worth, and store it in its card as `X_T`.
 
-    With x_t and with each replacement of it (`methods.ablation`), `MEMBERS` members of up to `CASES_OF_X_T` validation
-    cases are sampled: their mean pairwise Dice, and the mean Dice of their mean with the first reader. Nothing is
-    replaced in a model of one step, which sees only noise anyway, and nothing is measured for a feed-forward model.
+    With x_t and with each replacement of it (`methods.ablation`), `MEMBERS_OF_X_T` members of up to `CASES_OF_X_T`
+    validation cases are sampled: their mean pairwise Dice, and the mean Dice of their mean with the first reader.
+    Nothing is replaced in a model of one step, which sees only noise anyway, and nothing is measured for a feed-forward
+    model.
     """
     if config.method == "baseline":
         return
@@ -220,7 +200,7 @@ def measure_x_t(
         pairwise, dice = [], []
         for done, case in enumerate(cases):
             on_prepare(what, done, len(cases))
-            seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(MEMBERS)]
+            seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(MEMBERS_OF_X_T)]
             ensemble = Ensemble.of(predict(case, seeds).float().cpu())
             agreement = [value for value in ensemble.pairwise_dice().tolist() if value == value]
             pairwise.append(fmean(agreement) if agreement else 1.0)  # members that are all empty agree
@@ -233,7 +213,7 @@ def measure_x_t(
         for replacement in get_args(Replacement):
             with without_x_t(model.network, replacement, config.method == "categorical"):
                 rows[replacement] = measured(f"the worth of the noise ({replacement}): case")
-    entry: dict[str, Any] = {"steps": steps, "members": MEMBERS, "cases": len(cases), "rows": rows}
+    entry: dict[str, Any] = {"steps": steps, "members": MEMBERS_OF_X_T, "cases": len(cases), "rows": rows}
     if data.several_readers:
         entry["several_readers"] = True
     card = {**saved.card, X_T: entry}

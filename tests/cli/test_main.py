@@ -20,6 +20,7 @@ COMMANDS = (
     "train-anomaly",
     "anomaly",
     "calibrate-anomaly",
+    "calibrate-segmenter",
     "synthesize-anomalies",
     "benchmark-segmenter",
     "evaluate",

@@ -63,10 +63,11 @@ def run(scans: list[Path], model: Path, **options: object) -> list[ScanResult]:
 
 
 def calibrated(model: Path, path: Path, **changes: object) -> Path:
-    """A copy of a model with a calibration for its own sampler and steps."""
+    """A copy of a model with a calibration for its own sampler and steps, and 3 members."""
     saved = load_model_files(model)
     content = {
-        "sampler": "dpm++", "steps": 2, "temperatures": [3.0, 2.0], "ece": [0.1, 0.05], "agreement": 0.0, "cases": 4,
+        "sampler": "dpm++", "steps": 2, "ensemble": 3, "fusion": "mean", "temperature": 2.0, "ece": [0.1, 0.05],
+        "agreement": 0.0, "cases": 4, "patients": 4, "volume_errors": [0.0], "level": 0.8,
         **changes,
     }  # fmt: skip
     save_model(path, {**saved.card, "calibration": content}, saved.weights, "# card")

@@ -171,11 +171,12 @@ def write_scans(folder: Path) -> None:
         nib.save(nib.Nifti1Image(label, np.eye(4)), folder / "labels" / f"case{i}.nii.gz")
 
 
-def config(**training: Any) -> SegmenterConfig:
+def config(calibration_cases: int = 0, **training: Any) -> SegmenterConfig:
+    sides = {"test_cases": 1, "validation_cases": 1, "calibration_cases": calibration_cases}
     return SegmenterConfig.model_validate(
         {
             "method": "ensemdiff",
-            "data": {"window": [8, 8, 8], "labels": ["block"], "test_cases": 1, "validation_cases": 1},
+            "data": {"window": [8, 8, 8], "labels": ["block"], **sides},
             "network": {"channels": 8, "channel_mult": [1, 2], "patch_size": 2, "dropout": 0.1},
             "training": {"batch_size": 2, "max_steps": 4, "validate_every": 2, "precision": "fp32", **training},
             "inference": {"steps": 2},

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from medseg_diffusion.methods.calibration import Calibration, TemperatureFit, fit_temperature, not_exceeded
-from medseg_diffusion.methods.ensemble import temperature_scaled
+from medseg_diffusion.methods.calibration import Calibration, CalibrationFit, Sampling, fit_temperature, not_exceeded
+from medseg_diffusion.methods.ensemble import Ensemble, temperature_scaled
 from tests.helpers.ensembles import member, normal
+
+SAMPLING = Sampling("dpm++", 5, 5, "mean")
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -34,35 +37,48 @@ def test_honest_borders_do_not_make_empty_background_uncertain() -> None:
     assert fit_temperature() == 1
 
 
-def test_a_calibration_has_a_temperature_for_every_number_of_members_and_a_bound_of_agreement() -> None:
-    fit = TemperatureFit("dpm++", 5)
+def added(fit: CalibrationFit, patient: str, members: Tensor, labels: Tensor) -> None:
+    ensemble = Ensemble.of(members)
+    agreement = float(ensemble.pairwise_dice().nanmean()) if len(members) > 1 else None
+    fit.add(patient, ensemble.mean, ensemble.mean.argmax(0), labels, agreement)
+
+
+def test_a_calibration_has_a_temperature_a_usual_agreement_and_volume_errors() -> None:
+    several, alone = CalibrationFit(SAMPLING), CalibrationFit(Sampling("", 1, 1, "mean"))
     generator = torch.Generator().manual_seed(0)
-    cases = 6
-    for case in range(cases):
+    for patient in range(6):
         labels = torch.zeros(16, 16, dtype=torch.int64)
         labels[4:12, 4:12] = 1
         # Certain members that are wrong in 10 % of voxels: overconfident alone, less so together.
-        wrong = torch.rand(5, 16, 16, generator=generator) < 0.1 + 0.02 * case
+        wrong = torch.rand(5, 16, 16, generator=generator) < 0.1 + 0.02 * patient
         members = torch.stack([member(torch.where(w, 1 - labels, labels), certainty=0.999) for w in wrong])
-        fit.add(members, labels)
-    found = fit.result()
-    assert (found.sampler, found.steps, found.cases, len(found.temperatures)) == ("dpm++", 5, cases, 5)
-    assert found.temperature(1) > 1.5 > found.temperature(5) > 0
-    assert found.temperature(50) == found.temperature(5)
-    assert found.ece[1] < found.ece[0]
-    assert found.agreement is not None and 0.5 < found.agreement < 0.8
-    alone = TemperatureFit("ddim", 1)
-    alone.add(member(labels)[None], labels)
-    only = alone.result()
-    assert only.agreement is None and None not in only.ece
-    assert only.volume_errors == [0.0] and only.level == 0.5
-    assert found.level == pytest.approx(cases / (cases + 1), abs=1e-4) and 0 < found.volume_errors[0] < 1
+        added(several, f"{patient}", members, labels)
+        added(alone, f"{patient}", members[:1], labels)
+    result, single = several.result(), alone.result()
+    assert (result.sampling, result.cases, result.patients) == (SAMPLING, 6, 6)
+    assert single.temperature > 1.5 > result.temperature > 0
+    assert result.ece[1] < result.ece[0]
+    assert result.agreement is not None and 0.5 < result.agreement < 0.8 and single.agreement is None
+    assert result.level == pytest.approx(6 / 7, abs=1e-4) and 0 < result.volume_errors[0] < 1
+
+
+def test_the_volume_error_of_a_patient_is_the_largest_of_the_scans() -> None:
+    """Three scans of two patients: the interval is of two, and its level 2 / 3."""
+    fit, labels = CalibrationFit(SAMPLING), torch.zeros(10, 10, dtype=torch.int64)
+    labels[:3, :3] = 1  # 9 voxels
+    for patient, size in (("a", 3), ("a", 1), ("b", 2)):
+        predicted = torch.zeros_like(labels)
+        predicted[:size, :size] = 1
+        fit.add(patient, member(predicted), predicted, labels, None)
+    result = fit.result()
+    assert (result.patients, result.cases, result.level) == (2, 3, pytest.approx(2 / 3, abs=1e-4))
+    assert result.volume_errors == [pytest.approx(np.log(10 / 2), abs=1e-4)]
 
 
 def test_cases_without_a_reference_have_no_calibration_error_near_one() -> None:
-    fit = TemperatureFit("dpm++", 1)
+    fit = CalibrationFit(SAMPLING)
     empty = torch.zeros(16, 16, dtype=torch.int64)
-    fit.add(member(empty)[None], empty)
+    fit.add("a", member(empty), empty, empty, None)
     assert fit.result().ece == [None, None]
 
 
@@ -82,7 +98,7 @@ def test_intervals_hold_a_further_case_as_often_as_promised(cases: int, promised
 
 
 def test_the_interval_of_a_volume_is_symmetric_in_the_logarithm() -> None:
-    known = Calibration("dpm++", 1, [1.0], [0.1, 0.1], None, 20, [np.log(2.0), 0.0], 0.95)
+    known = Calibration("dpm++", 5, 3, "mean", 1.0, [0.1, 0.1], None, 20, 20, [np.log(2.0), 0.0], 0.95)
     assert known.volume_interval(1, 7.0, 1.0) == pytest.approx((3.0, 15.0))
     assert known.volume_interval(2, 7.0, 1.0) == pytest.approx((7.0, 7.0))
-    assert known.volume_interval(1, 0.0, 1.0) == pytest.approx((0.0, 1.0))  # nothing found: at most a position
+    assert known.volume_interval(1, 0.0, 1.0) == pytest.approx((0.0, 1.0))  # nothing found: at most a voxel

@@ -26,19 +26,25 @@ def test_members_do_not_depend_on_the_size_of_the_ensemble(tmp_path: Path, tiny_
     assert not torch.equal(three.mean, one.mean)
 
 
-def test_a_calibration_for_other_steps_is_not_used_and_that_is_said(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_calibration_for_other_options_is_not_used_and_that_is_said(tmp_path: Path, tiny_model: Path) -> None:
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
-    other = load_segmenter(calibrated(tiny_model, tmp_path / "calibrated"), "cpu", steps=3)
-    assert other.notes == ["probabilities are not calibrated: the model's calibration is for dpm++ with 2 steps"]
-    expected = load_segmenter(tiny_model, "cpu", steps=3).segment(volume)
-    torch.testing.assert_close(other.segment(volume).probabilities, expected.probabilities)
+    path = calibrated(tiny_model, tmp_path / "calibrated")
+    assert load_segmenter(path, "cpu", ensemble=3).segment(volume).intervals_ml
+    for options in ({"steps": 3}, {"sampler": "ddim"}, {"ensemble": 4}, {"fusion": "majority"}):
+        other = load_segmenter(path, "cpu", **{"ensemble": 3, **options})  # type: ignore[arg-type]
+        claims = "no intervals, no quality and no calibrated probabilities"
+        assert other.notes == [f"{claims}: the model's calibration is for dpm++ with 2 steps, 3 members, fusion mean"]
+        found = other.segment(volume)
+        assert not found.intervals_ml and found.level is None and found.quality is None
+        expected = load_segmenter(tiny_model, "cpu", **{"ensemble": 3, **options})  # type: ignore[arg-type]
+        torch.testing.assert_close(found.probabilities, expected.segment(volume).probabilities)
     with pytest.raises(ModelError, match="calibration is of another version"):
         load_segmenter(calibrated(tiny_model, tmp_path / "newer", kind="isotonic"), "cpu")
 
 
 def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
     plain = make_model(tmp_path / "plain", tiny_config(method="baseline"))
-    path = calibrated(plain, tmp_path / "model", sampler="ddim", steps=7, volume_errors=[0.1], level=0.95)
+    path = calibrated(plain, tmp_path / "model", sampler="", steps=1, ensemble=1, volume_errors=[0.1])
     for options in ({"steps": 3}, {"sampler": "ddim"}):
         with pytest.raises(UsageError, match="this model is feed-forward; leave --steps and --sampler out"):
             load_segmenter(path, "cpu", **options)  # type: ignore[arg-type]

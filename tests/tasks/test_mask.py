@@ -447,7 +447,10 @@ def test_pixels_are_drawn_from_their_own_probabilities(num_classes) -> None:
         def forward(self, x: Tensor, timesteps: Tensor, cond: object = None) -> Tensor:
             return bias[None, :, None, None].expand(len(x), -1, *x.shape[2:])
 
-    model, image = FeedForward(Constant(), MaskEncoding(num_classes), dice=False, pixels=True), torch.zeros(2, 1, 40, 40)
+    model, image = (
+        FeedForward(Constant(), MaskEncoding(num_classes), dice=False, pixels=True),
+        torch.zeros(2, 1, 40, 40),
+    )
     members = model.probabilities(image, [[1, 2, 3], [4, 5, 6]], DDIM(), [1, 0])
     assert members.shape == (2, 3, num_classes, 40, 40) and set(members.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(model.probabilities(image[1:], [[6]], DDIM(), [1, 0])[0, 0], members[1, 2])

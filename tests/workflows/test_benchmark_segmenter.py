@@ -41,7 +41,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(method: str) -> dict[str, Any]:
     return {
         "method": method,
-        "data": {"window": [8, 8, 8], "labels": ["block"], "test_cases": 2, "validation_cases": 3},
+        "data": {
+            "window": [8, 8, 8],
+            "labels": ["block"],
+            "test_cases": 2,
+            "validation_cases": 3,
+            "calibration_cases": 1,
+        },
         "network": {"channels": 8, "channel_mult": [1, 2]},
         "diffusion": {"head": "logits", "scale": 0.5, "dice_ce_weight": 1.0},
         "training": {"batch_size": 2, "max_steps": 4, "validate_every": 2, "precision": "fp32"},
@@ -61,9 +67,9 @@ def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 def test_training_stores_a_calibration(models) -> None:
     diffusion, baseline = (load_model_files(models[name]).card["calibration"] for name in ("ensemdiff", "baseline"))
-    assert (diffusion["sampler"], diffusion["steps"], diffusion["cases"]) == ("dpm++", 2, 3)
-    assert len(diffusion["temperatures"]) == 5 and 0 <= diffusion["agreement"] <= 1
-    assert len(baseline["temperatures"]) == 1 and baseline["agreement"] is None
+    assert (diffusion["sampler"], diffusion["steps"], diffusion["ensemble"]) == ("dpm++", 2, 1)
+    assert diffusion["cases"] == diffusion["patients"] == 1 and diffusion["agreement"] is None
+    assert (baseline["sampler"], baseline["ensemble"], baseline["agreement"]) == ("", 1, None)
     for name in models:
         assert load_segmenter(models[name], "cpu").aggregation.calibration is not None
 
@@ -130,16 +136,15 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
 
 
 def test_both_calibration_errors_are_reported(models, data, tmp_path: Path) -> None:
-    """The temperature holds for the model's own sampler and steps; elsewhere the two are the same."""
+    """The temperature holds for the model's own sampler, steps and ensemble; elsewhere the two are the same."""
     own, other = benchmark_segmenter(
         [str(models["ensemdiff"])],
         data,
         tmp_path,
-        BenchmarkOptions(settings=[("dpm++", 2, 1), ("dpm++", 3, 1)], device="cpu"),
+        BenchmarkOptions(settings=[("dpm++", 2, 1), ("dpm++", 2, 2)], device="cpu"),
     )
     assert own.ece != own.ece_uncalibrated and other.ece == other.ece_uncalibrated
-    temperatures = load_model_files(models["ensemdiff"]).card["calibration"]["temperatures"]
-    assert temperatures[0] != 1
+    assert load_model_files(models["ensemdiff"]).card["calibration"]["temperature"] != 1
 
 
 @pytest.mark.filterwarnings("ignore:.*distinct times remain")

@@ -243,25 +243,30 @@ def test_unusual_disagreement_is_flagged(tmp_path: Path, tiny_model: Path) -> No
         (result,) = run([scan], path, ensemble=3, statistics=True)
         statistics = json.loads(result.outputs["statistics"].read_text())
         assert statistics["quality"] == result.quality == quality
-        assert not result.intervals_ml and "interval_level" not in statistics  # a calibration of an older version
         assert 0 <= statistics["classes"]["bright"]["pairwise_dice"] <= 1
         assert any("agree less than is usual" in note for note in result.warnings) == (quality == "check")
 
 
-def test_intervals_are_those_of_the_errors_on_validation_cases(tmp_path: Path, tiny_model: Path) -> None:
+def test_intervals_are_those_of_the_errors_on_calibration_patients(tmp_path: Path, tiny_model: Path) -> None:
     path = calibrated(tiny_model, tmp_path / "model", volume_errors=[math.log(1.5)], level=0.9)
-    for ensemble in (1, 3):
+    for ensemble, level in ((3, 0.9), (1, None)):
         (result,) = run([save(tmp_path / "scan.nii.gz")], path, ensemble=ensemble, statistics=True)
+        assert result.level == level
         statistics = json.loads(result.outputs["statistics"].read_text())
         found = statistics["classes"]["bright"]
+        if level is None:
+            assert "interval_ml" not in found and "interval_level" not in statistics
+            assert any("the model's calibration is for dpm++ with 2 steps, 3 members" in w for w in result.warnings)
+            continue
         unit = abs(np.linalg.det(OBLIQUE[:3, :3])) / 1000
         low, high = (found["volume_ml"] + unit) / 1.5 - unit, (found["volume_ml"] + unit) * 1.5 - unit
         assert found["interval_ml"] == pytest.approx([low, high], abs=1e-3)
-        assert statistics["interval_level"] == result.level == 0.9 and ("members_ml" in found) == (ensemble > 1)
+        assert statistics["interval_level"] == 0.9 and "members_ml" in found
     report = tmp_path / "report.html"
     run([tmp_path / "scan.nii.gz"], path, ensemble=3, report=report)
     assert "90 % interval" in report.read_text() and "Sampled masks" in report.read_text()
-    shown = CliRunner().invoke(app, ["segment", str(tmp_path / "scan.nii.gz"), "-m", str(path), "--verbose"])
+    command = ["segment", str(tmp_path / "scan.nii.gz"), "-m", str(path), "--ensemble", "3", "--verbose"]
+    shown = CliRunner().invoke(app, command)
     assert "(90 %: " in shown.output
 
 

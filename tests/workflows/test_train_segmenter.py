@@ -98,7 +98,7 @@ def test_two_processes_train_a_segmenter(block_scans: Path, tmp_path: Path) -> N
     run = tmp_path / "run"
     finish(start_two(f"train_segmenter_in({str(run)!r}, {str(block_scans)!r})"))
     assert resume_file(run)["state"]["step"] == 4
-    assert load_model_files(run).card["calibration"]["cases"] == 1
+    assert load_model_files(run).card["x_t"]["cases"] == 1
     assert not list(run.rglob("*.tmp"))
 
 
@@ -118,15 +118,16 @@ def test_a_run_does_not_go_on_with_cases_on_other_sides(block_scans: Path, tmp_p
     train_segmenter(config(), data, run, device="cpu", resume=True)
 
 
-def test_validation_cases_without_the_class_leave_a_model(block_scans: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(block_scans, tmp_path / "data")
-    train_segmenter(config(), data, tmp_path / "first", device="cpu", max_steps=2)
-    for name in json.loads((tmp_path / "first" / "split.json").read_text())["validation"]:
+def test_held_out_cases_without_the_class_leave_a_model(block_scans: Path, tmp_path: Path) -> None:
+    data, settings = shutil.copytree(block_scans, tmp_path / "data"), config(calibration_cases=1)
+    train_segmenter(settings, data, tmp_path / "first", device="cpu", max_steps=2)
+    split = json.loads((tmp_path / "first" / "split.json").read_text())
+    for name in (*split["validation"], *split["calibration"]):
         file = data / "labels" / f"{name}.nii.gz"
         nib.save(nib.Nifti1Image(np.zeros((9, 8, 8), np.uint8), np.eye(4)), file)
-    run = train_segmenter(config(), data, tmp_path / "run", device="cpu")
+    run = train_segmenter(settings, data, tmp_path / "run", device="cpu")
     assert load_model_files(run).card["calibration"]["ece"] == [None, None]
-    assert "from 1 validation cases" in (run / "README.md").read_text()
+    assert "from 1 scans of 1 calibration patient |" in (run / "README.md").read_text()
 
 
 def test_ctrl_c_leaves_a_segmenter_that_can_be_used(block_scans: Path, tmp_path: Path) -> None:

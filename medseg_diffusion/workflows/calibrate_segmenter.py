@@ -1,0 +1,103 @@
+"""`medseg calibrate-segmenter`: fit the calibration of a trained segmenter to labelled scans of other patients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from medseg_diffusion.data.cases import Case, digest, find_cases
+from medseg_diffusion.data.mask_examples import CaseFormat, read_case
+from medseg_diffusion.device import choose_device, keep_freed_memory, tune
+from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.methods.calibration import Calibration, CalibrationFit
+from medseg_diffusion.models.card import render_card
+from medseg_diffusion.models.segmenter import MaskSegmenter
+from medseg_diffusion.models.store import load_model_files, save_model
+
+OnPrepare = Callable[[str, int, int], None]
+"""Called with (what is done, done, total)."""
+
+
+def calibrate_segmenter(
+    model: str | Path,
+    data: Path,
+    output: Path,
+    *,
+    device: str = "auto",
+    on_prepare: OnPrepare = lambda what, done, total: None,
+) -> Calibration:
+    """Fit the calibration of a trained segmenter to the labelled scans of a folder, and write it as a new model.
+
+    The calibration holds for the model's default sampler, steps, ensemble and fusion. Scans of the model's validation
+    patients are not used, because they chose its weights.
+
+    Args:
+        model: Folder or installed name.
+        data: Folder of labelled scans (`find_cases`) of patients that the model was not trained on.
+        output: The new model directory.
+        device: auto, cpu, cuda, cuda:N or mps.
+        on_prepare: Called with (what is done, done, total).
+
+    Raises:
+        ModelError: No usable model.
+        InputError: Unusable scans, scans of several readers, or none that may be used.
+        UsageError: An output that exists, or a model that is no mask segmenter.
+    """
+    if output.exists():
+        raise UsageError(f"{output}: exists; choose a new folder")
+    chosen = choose_device(device)
+    tune(chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    saved = load_model_files(model)
+    if saved.card.get("task") != "mask":
+        raise UsageError(f"{saved.path}: is no model of `medseg train-segmenter`; only those are calibrated")
+    chose_weights = saved.card["training"].get("held_out", {}).get("validation", ())
+    folder = find_cases(data)
+    cases = [case for case in folder.cases if digest(case.name) not in chose_weights]
+    if not cases:
+        raise InputError(data, "only validation cases of the model", "scans of other patients", "choose another folder")
+    if several := [case for case in cases if case.further_labels]:
+        raise InputError(
+            several[0].image, "several readers", "one label file a scan", "copy one reader's masks to labels/"
+        )
+    calibration = _fitted(saved.path, cases, folder.labels, device, on_prepare)
+    patients = len({case.patient for case in cases})
+    entries = {"calibration": asdict(calibration), "calibrated_on": {"scans": len(cases), "patients": patients}}
+    card: dict[str, Any] = {**saved.card, **entries}
+    save_model(output, card, saved.weights, render_card(card))
+    return calibration
+
+
+def store_calibration(
+    model: Path, cases: Sequence[Case], device: str, on_prepare: OnPrepare = lambda what, done, total: None
+) -> Calibration:
+    """Calibrate the model directory ``model`` on ``cases``, and store the calibration in it."""
+    calibration = _fitted(model, cases, (), device, on_prepare)
+    saved = load_model_files(model)
+    card = {**saved.card, "calibration": asdict(calibration)}
+    save_model(model, card, saved.weights, render_card(card))
+    return calibration
+
+
+def _fitted(
+    path: Path, cases: Sequence[Case], named_labels: Collection[int], device: str, on_prepare: OnPrepare
+) -> Calibration:
+    """Segment the cases exactly as `medseg segment` does without options, and fit a calibration to the results."""
+    saved = load_model_files(path)
+    uncalibrated = {name: value for name, value in saved.card.items() if name != "calibration"}
+    model = MaskSegmenter(replace(saved, card=uncalibrated), choose_device(device))
+    expected = CaseFormat(model.channels, len(model.labels), model.merge_labels, named_labels)
+    fit = CalibrationFit(model.sampling)
+    for done, case in enumerate(cases):
+        on_prepare("the calibration: scan", done, len(cases))
+        volume, labels = read_case(case, expected)
+        found = model.segment(volume, derive_seed(0, case.name))
+        agreement = [dice for dice in found.agreement.values() if dice == dice]
+        pairwise = fmean(agreement) if agreement else None
+        fit.add(case.patient, found.probabilities, found.labels, labels.data[0], pairwise)
+    return fit.result()

@@ -1,0 +1,88 @@
+"""`medseg calibrate-segmenter`: a trained model is calibrated on patients that it has not seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.models.load import load_segmenter
+from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.workflows.calibrate_segmenter import calibrate_segmenter
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
+from tests.helpers.cli import medseg
+from tests.helpers.training import config
+
+
+@pytest.fixture(scope="module")
+def trained(block_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_segmenter(config(), block_scans, tmp_path_factory.mktemp("run") / "run", device="cpu")
+
+
+def test_the_training_calibrates_on_a_side_of_its_own(block_scans: Path, tmp_path: Path) -> None:
+    settings = config(calibration_cases=2)
+    settings = settings.model_copy(update={"inference": settings.inference.model_copy(update={"ensemble": 2})})
+    model = train_segmenter(settings, block_scans, tmp_path / "run", device="cpu")
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert {name: len(cases) for name, cases in split.items()} == {
+        "train": 2, "validation": 1, "test": 1, "calibration": 2,
+    }  # fmt: skip
+    card = load_model_files(model).card
+    assert card["calibration"]["patients"] == card["calibration"]["ensemble"] == 2
+    assert len(card["training"]["held_out"]["calibration"]) == 2
+    assert card["training"]["data"]["calibration_patients"] == 2
+    # It is what the final masks of exactly these scans say.
+    own, ratios = load_segmenter(model, "cpu"), []
+    for name in split["calibration"]:
+        found = own.segment(read_volume(block_scans / "images" / f"{name}.nii.gz"), 0)
+        assert found.intervals_ml and found.level == pytest.approx(2 / 3, abs=1e-4)
+        reference = (np.asarray(nib.load(block_scans / "labels" / f"{name}.nii.gz").dataobj) > 0).sum()
+        ratios.append(abs(np.log((reference + 1) / (int((found.labels > 0).sum()) + 1))))
+    assert card["calibration"]["volume_errors"] == [pytest.approx(max(ratios), rel=0.2)]  # other noise, weak model
+
+
+def test_without_calibration_patients_nothing_is_claimed(trained: Path) -> None:
+    assert "calibration" not in load_model_files(trained).card
+
+
+def test_the_command_writes_a_new_model(trained: Path, block_scans: Path, tmp_path: Path) -> None:
+    before = load_model_files(trained)
+    result = medseg(
+        "calibrate-segmenter", str(trained), "--data", str(block_scans), "-o", str(tmp_path / "new"), "--json"
+    )
+    assert result.exit_code == 0, result.output
+    calibration = json.loads(result.stdout)["calibration"]
+    # Five of six: the validation case chose the weights.
+    assert calibration["patients"] == calibration["cases"] == 5
+    after = load_model_files(tmp_path / "new")
+    assert after.card["calibration"] == calibration and after.card["calibrated_on"] == {"scans": 5, "patients": 5}
+    assert before.card == {k: v for k, v in after.card.items() if k not in ("calibration", "calibrated_on")}
+    assert load_segmenter(tmp_path / "new", "cpu").aggregation.calibration is not None
+    with pytest.raises(UsageError, match="exists; choose a new folder"):
+        calibrate_segmenter(trained, block_scans, tmp_path / "new", device="cpu")
+
+
+def test_patients_of_a_file_are_counted_once(trained: Path, block_scans: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(block_scans, tmp_path / "data")
+    names = sorted(path.name.removesuffix(".nii.gz") for path in (data / "images").iterdir())
+    rows = "\n".join(f"{name},{'one' if i < 3 else 'two'}" for i, name in enumerate(names))
+    (data / "patients.csv").write_text(f"case,patient\n{rows}\n")
+    result = calibrate_segmenter(trained, data, tmp_path / "new", device="cpu")
+    assert (result.patients, result.cases) == (2, 5) and result.level == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_unusable_scans_are_refused(trained: Path, block_scans: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(block_scans, tmp_path / "data")
+    (data / "labels").rename(data / "raters")
+    shutil.copytree(data / "raters", tmp_path / "masks")
+    for reader in ("1", "2"):
+        shutil.copytree(tmp_path / "masks", data / "raters" / reader)
+    with pytest.raises(InputError, match="found several readers"):
+        calibrate_segmenter(trained, data, tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
