@@ -31,6 +31,13 @@ def sample(
     classifier_scale: Annotated[
         float, typer.Option(min=0.0, help="Strength of the classifier's guidance; 0 for none.")
     ] = 1.0,
+    clip_first: Annotated[
+        bool,
+        typer.Option(
+            "--clip-first",
+            help="Clip predicted pixels before the classifier's gradient, as guided diffusion.",
+        ),
+    ] = False,
     upsampler: Annotated[
         str | None,
         typer.Option(
@@ -55,6 +62,7 @@ def sample(
         guidance=guidance,
         classifier=classifier,
         classifier_scale=classifier_scale,
+        clip_first=clip_first,
         upsampler=upsampler,
         batch_size=batch_size,
         device=device,

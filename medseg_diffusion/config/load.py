@@ -121,7 +121,10 @@ def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
         if first["type"] == "extra_forbidden":
             names = _fields(schema, first["loc"][:-1])
             raise UsageError(f"{source}: unknown key {key}{_nearest(str(first['loc'][-1]), names)}") from error
-        raise UsageError(f"{source}: {key or 'configuration'}: {first['msg']} (got {first['input']!r})") from error
+        message = first["msg"].removeprefix("Value error, ")
+        # A rule about several keys names them itself; its input is the whole section.
+        given = "" if isinstance(first["input"], Mapping) else f" (got {first['input']!r})"
+        raise UsageError(f"{source}: {key or 'configuration'}: {message}{given}") from error
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

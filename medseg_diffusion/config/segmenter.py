@@ -109,9 +109,9 @@ class DiffusionSection(Section):
     certain class in x0, and the standard deviation of latents. The smaller it is, the harder the mask is to see through
     the noise. With ``normalised`` the network sees x_t divided by its standard deviation.
 
-    Cross-entropy of x0 given x_t is minimised by the true probabilities at every time. Dice is not: it turns the mean
-    mask at early steps, on which every sample depends, into one mask. ``dice_ce_log_snr`` therefore limits Dice +
-    cross-entropy to times at which x_t tells little (`tasks.mask.auxiliary_weight`). Times are drawn, and steps spaced,
+    Cross-entropy of x0 given x_t is minimised by the true probabilities at every time. Dice is not: its minimum is one
+    mask, also where several are possible. ``dice_ce_log_snr`` keeps Dice + cross-entropy from the times at which x_t
+    chooses between masks (`tasks.mask.auxiliary_weight`). Times are drawn, and steps spaced,
     where log(scale^2 alpha^2 / sigma^2) lies in ``log_snr`` (`diffusion.mask_noise`). Categorical diffusion has the
     schedule and ``cross_entropy_weight``, beside the variational bound.
     """

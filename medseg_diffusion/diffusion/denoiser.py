@@ -95,8 +95,8 @@ class NetworkDenoiser(nn.Module):
 class Clipped:
     """A denoiser whose x0 is clipped to [low, high], with eps recomputed to match (as in guided diffusion).
 
-    It must be the outermost wrapper, because guidance works on the unclipped prediction. Not for latents, inversion or
-    likelihoods.
+    It goes around guidance, which works on the unclipped prediction. Guided diffusion's code clips inside it instead,
+    and leaves what the gradient adds (`models.generator.Generator.sample`). Not for latents, inversion or likelihoods.
     """
 
     denoiser: Denoiser

@@ -65,6 +65,7 @@ class Generator:
         low: Tensor | None = None,
         guidance: float = 1.0,
         classifier: ClassifierGradient | None = None,
+        clip_first: bool = False,
     ) -> Tensor:
         """Sample images (B, C, H, W) in [-1, 1]. A seed gives the same image in any batch, up to rounding.
 
@@ -76,6 +77,8 @@ class Generator:
             low: Low-resolution images (B, C, H / factor, W / factor), for an upsampler.
             guidance: Strength of classifier-free guidance, 1 for none.
             classifier: Gradient of a noisy classifier.
+            clip_first: Clip the predicted pixels before the classifier's gradient is added, as guided diffusion's code
+                does, and not after it.
 
         Raises:
             UsageError: A patched model.
@@ -86,10 +89,12 @@ class Generator:
         denoiser: Denoiser = task.denoiser
         if guidance != 1:
             denoiser = ClassifierFreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
-        if classifier is not None:
-            denoiser = ClassifierGuided(denoiser, classifier)
-        if self.codec is None:  # pixels have a range, latents have none
-            denoiser = Clipped(denoiser)
+        pixels = self.codec is None  # pixels have a range, latents have none
+        if classifier is not None and clip_first and pixels:
+            denoiser = ClassifierGuided(Clipped(denoiser), classifier)
+        else:
+            denoiser = denoiser if classifier is None else ClassifierGuided(denoiser, classifier)
+            denoiser = Clipped(denoiser) if pixels else denoiser
         noise_generators = generators(seeds)
         source = build.noise_source(self.config.diffusion.noise)
         noise = source(self.shape, noise_generators, torch.zeros((), device=device))

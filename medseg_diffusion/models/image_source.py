@@ -40,6 +40,7 @@ class SampleOptions:
     guidance: float = 1.0
     classifier: str | None = None
     classifier_scale: float = 1.0
+    clip_first: bool = False
     upsampler: str | None = None
     batch_size: int = 16
     device: str = "auto"
@@ -95,7 +96,7 @@ class ImageSource:
         with autocast(self.device, self.generator.config.training.precision):
             classes = label if task.num_classes else None
             image = self.generator.sample(
-                seeds, options.sampler, options.steps, classes, None, options.guidance, gradient
+                seeds, options.sampler, options.steps, classes, None, options.guidance, gradient, options.clip_first
             )
             if self.upsampler:
                 upsampler_seeds = [derive_seed(seed, "upsampled") for seed in seeds]
@@ -120,6 +121,8 @@ class ImageSource:
             raise UsageError(f"{path}: an upsampler enlarges the images of another model: give it with --upsampler")
         if options.label is not None and not task.num_classes and options.classifier is None:
             raise UsageError(f"{path}: this model has no classes; leave --class out")
+        if options.clip_first and self.classifier is None:
+            raise UsageError(f"{path}: --clip-first is about a classifier's guidance; give --classifier")
         if options.guidance != 1 and not (task.num_classes and self.generator.config.condition.drop):
             raise UsageError(f"{path}: --guidance needs a model that was trained with condition.drop above 0")
         if task.num_classes:

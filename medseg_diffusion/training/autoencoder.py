@@ -30,8 +30,7 @@ class LossWeights:
         perceptual: of the perceptual distance.
         regularisation: of the KL divergence in nats (KL) or the commitment loss (VQ).
         adversarial: of the adversarial loss, which is multiplied by `balance` as well; 0 leaves it out.
-        adversarial_start: step from which the autoencoder sees the adversarial loss; the discriminator learns from
-            the first step on.
+        adversarial_start: step from which the discriminator learns and the autoencoder sees the adversarial loss.
     """
 
     perceptual: float = 1.0
@@ -44,7 +43,8 @@ class AutoencoderTraining(nn.Module):
     """Autoencoder and discriminator in one training step: batch -> the sum of both losses.
 
     The discriminator sees the reconstruction detached, and the autoencoder sees the discriminator with constant
-    weights. Each loss thus trains its own network only, and one backward pass and one optimiser serve both.
+    weights. Each loss thus trains its own network only, and one backward pass serves both. Each network has its own
+    optimiser and gradient clip (`training.trainer.SeveralParts`).
 
     Args:
         autoencoder: KL or VQ.
@@ -84,6 +84,11 @@ class AutoencoderTraining(nn.Module):
         self.discriminator.requires_grad_(weights.adversarial > 0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def optimised_parts(self) -> list[list[nn.Parameter]]:
+        """The parameters of the autoencoder and, with an adversarial loss, those of the discriminator."""
+        parts = [list(self.autoencoder.parameters())]
+        return parts + ([list(self.discriminator.parameters())] if self.weights.adversarial > 0 else [])
+
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar, of "image" (B, C, *S) in [-1, 1] and "seed" (B,) int64.
 
@@ -105,11 +110,13 @@ class AutoencoderTraining(nn.Module):
         self.step += 1
         if self.weights.adversarial == 0:
             return loss
-        if step >= self.weights.adversarial_start:
-            constant = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-            adversarial_loss = -functional_call(self.discriminator, constant, (reconstruction,))[-1].mean()
-            ratio = balance(reconstruction_loss, adversarial_loss, self.autoencoder.last_layer)
-            loss = loss + self.weights.adversarial * ratio * adversarial_loss
+        if step < self.weights.adversarial_start:
+            # A gradient of zero: several processes would wait for parameters that have none.
+            return loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
+        constant = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        adversarial_loss = -functional_call(self.discriminator, constant, (reconstruction,))[-1].mean()
+        ratio = balance(reconstruction_loss, adversarial_loss, self.autoencoder.last_layer)
+        loss = loss + self.weights.adversarial * ratio * adversarial_loss
         real, fake = self.discriminator(image)[-1], self.discriminator(reconstruction.detach())[-1]
         return loss + 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 

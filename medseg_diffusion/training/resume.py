@@ -21,7 +21,7 @@ class TrainingState:
 
     Attributes:
         model: on its device, wrapped if there are several processes.
-        optimizer: of the model's parameters.
+        optimizers: of the model's parameters, one for each of its parts.
         ema: averaged weights.
         step: number of completed optimiser steps.
         loss: exponentially smoothed training loss.
@@ -30,7 +30,7 @@ class TrainingState:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     ema: EMA
     step: int = 0
     loss: float = 0.0
@@ -45,7 +45,7 @@ def save_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
         "model": runtime.unwrap(state.model).state_dict(),
         "ema": state.ema.module.state_dict(),
         "ema_updates": state.ema.updates,
-        "optimizer": state.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it saved
@@ -67,7 +67,10 @@ def load_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
         runtime.unwrap(state.model).load_state_dict(content["model"])
         state.ema.module.load_state_dict(content["ema"])
         state.ema.updates = content["ema_updates"]
-        state.optimizer.load_state_dict(content["optimizer"])
+        # Earlier versions had one optimiser.
+        stored = content["optimizers"] if "optimizers" in content else [content["optimizer"]]
+        for optimizer, moments in zip(state.optimizers, stored, strict=True):
+            optimizer.load_state_dict(moments)
         numbers = content["state"]
         state.step, state.loss = numbers["step"], numbers["loss"]
         state.score, state.best = numbers["score"], numbers["best"]

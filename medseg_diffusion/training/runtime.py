@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -66,9 +66,12 @@ class Runtime:
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Returns the model on the device (wrapped if there are several processes) and its optimiser."""
-        return self.accelerator.prepare(model, optimizer)
+    def prepare(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        """Returns the model on the device (wrapped if there are several processes) and its optimisers."""
+        wrapped, *prepared = self.accelerator.prepare(model, *optimizers)
+        return wrapped, prepared
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -76,9 +79,9 @@ class Runtime:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip(self, model: nn.Module, max_norm: float) -> float:
-        """Clips the gradient to ``max_norm`` and returns its norm before."""
-        return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        """Clips the gradient of ``parameters`` to ``max_norm`` and returns its norm before."""
+        return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
 
     def mean(self, value: Tensor) -> float:
         """Mean of a scalar over the processes."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,13 @@ class TrainingRun:
         return self.folder / "checkpoints" / "last.pt"
 
 
+@runtime_checkable
+class SeveralParts(Protocol):
+    """A model whose parts have an optimiser and a gradient clip each, such as a generator and its discriminator."""
+
+    def optimised_parts(self) -> Sequence[list[nn.Parameter]]: ...
+
+
 def fit(
     model: nn.Module,
     draws: Dataset[dict[str, Tensor]],
@@ -121,7 +128,7 @@ def fit(
     before Ctrl-C or a limit ends the call.
 
     Args:
-        model: called with a batch, returns the loss.
+        model: called with a batch, returns the loss. With `SeveralParts` it is the sum of losses of one part each.
         draws: the n-th training example by number (`medseg_diffusion.data.draws.Draws`).
         options: the optimisation.
         callbacks: validation, model writing, progress.
@@ -159,14 +166,16 @@ def fit(
 
             # Backward
             runtime.backward(loss)
-            norm = runtime.clip(state.model, options.gradient_clip)
-            value = runtime.mean(loss)
+            norms = [runtime.clip(_parameters(one), options.gradient_clip) for one in state.optimizers]
+            value, norm = runtime.mean(loss), math.hypot(*norms)
             _require_finite(value, norm, state.step)
 
-            # Step
-            _set_learning_rate(state.optimizer, learning_rate(state.step, options))
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            # Step. A network whose loss has not begun has no gradient, and its moments must not count that.
+            for optimizer, own_norm in zip(state.optimizers, norms, strict=True):
+                _set_learning_rate(optimizer, learning_rate(state.step, options))
+                if own_norm > 0:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             state.ema.update(runtime.unwrap(state.model))
             state.step += 1
             state.loss = value if state.step == 1 else 0.98 * state.loss + 0.02 * value
@@ -212,6 +221,10 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
     return options.learning_rate * max(0.0, 1 - progress) ** power
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -219,11 +232,13 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _initial_state(model: nn.Module, options: TrainingOptions, run: TrainingRun, runtime: Runtime) -> TrainingState:
     """The state that this call starts from: a new one, or that of the resume file."""
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        model.parameters(), options.learning_rate, weight_decay=options.weight_decay, fused=runtime.device.type != "mps"
-    )
-    wrapped, optimizer = runtime.prepare(model, optimizer)
-    state = TrainingState(wrapped, optimizer, EMA(runtime.unwrap(wrapped), options.ema_decay))
+    parts = model.optimised_parts() if isinstance(model, SeveralParts) else [list(model.parameters())]
+    fused = runtime.device.type != "mps"
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(part, options.learning_rate, weight_decay=options.weight_decay, fused=fused) for part in parts
+    ]
+    wrapped, optimizers = runtime.prepare(model, optimizers)
+    state = TrainingState(wrapped, optimizers, EMA(runtime.unwrap(wrapped), options.ema_decay))
     if run.resume and (run.resume_file.is_file() or not _has_only_begun(run.folder)):
         load_state(run.resume_file, state, runtime)
     return state
@@ -325,7 +340,7 @@ class _Recorder:
         if numbers["score"] > state.best.get("score", float("-inf")):
             state.best = {**numbers, "step": float(state.step)}
             self.callbacks.save(state.ema.module, state.step, numbers)
-        self.log.validation(state.step, state.loss, state.optimizer.param_groups[0]["lr"], numbers)
+        self.log.validation(state.step, state.loss, state.optimizers[0].param_groups[0]["lr"], numbers)
         state.score = numbers["score"]
 
     def _save(self) -> None:

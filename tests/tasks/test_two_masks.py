@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from scipy.stats import binom
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.methods.ablation import without_x_t
 from medseg_diffusion.sampling.ddpm import DDPM
 
 CHANCE = 0.3
@@ -23,22 +27,31 @@ def masks() -> Tensor:
     return both
 
 
-def config(method: str) -> SegmenterConfig:
+HONEST: dict[str, Any] = {"head": "logits", "cross_entropy_weight": 1.0, "log_snr": (-6.0, 2.5)}
+"""Cross-entropy of x0 at the times at which x_t decides."""
+GAUSSIAN = ("ensemdiff", "segdiff", "medsegdiff", "medsegdiff-v2")
+
+
+def config(method: str, diffusion: Mapping[str, Any] = HONEST) -> SegmenterConfig:
+    own = diffusion if method in GAUSSIAN else {}
     return SegmenterConfig.model_validate(
         {
             "method": method,
             "data": {"window": [12, 12]},
             "network": {"dims": 2, "channels": 16, "channel_mult": [1, 2], "patch_size": 2, "norm_groups": 8},
             "probabilistic_unet": {"features": 16, "latent_channels": 2, "beta": 1.0},
-            "diffusion": {"schedule": {"name": "cosine", "num_steps": 100}},
+            "image_encoder": {"encoder_channels": 8, "encoder_blocks": 1, "encoder_growth": 8},
+            "dynamic_encoding": {"bands": 5},
+            "semantic_condition": {"depth": 1, "head_channels": 16, "dropout": 0.0},
+            "diffusion": {"schedule": {"name": "cosine", "num_steps": 100}, **own},
             "inference": {"sampler": "ddpm", "steps": 20},
         }
     )
 
 
-def trained(method: str, steps: int) -> build.Segmenter:
+def trained(method: str, steps: int, diffusion: Mapping[str, Any] = HONEST) -> build.Segmenter:
     torch.manual_seed(0)
-    model = build.segmenter(config(method), 2)
+    model = build.segmenter(config(method, diffusion), 2)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, image = torch.Generator().manual_seed(0), torch.zeros(16, 1, 12, 12)
@@ -61,13 +74,40 @@ def shares(samples: Tensor) -> tuple[float, float]:
     return float((dice[0] > 0.9).float().mean()), float((dice[1] > 0.9).float().mean())
 
 
-@pytest.mark.parametrize(("method", "steps"), [("categorical", 250), ("probabilistic-unet", 400)])
-def test_each_mask_is_sampled_as_often_as_it_is_true(method: str, steps: int) -> None:
-    model = trained(method, steps)
-    times = build.times(config(method), 20)
-    samples = model.probabilities(torch.zeros(1, 1, 12, 12), [list(range(SAMPLES))], DDPM(), times)[0].argmax(1)
+def as_often_as_true(samples: Tensor) -> bool:
+    """Whether nearly every sample is one of the masks, and the first has its share of them."""
     first, second = shares(samples.float())
-    assert first + second > 0.95
     # The interval of 99 % of a binomial share, and 0.1 for what a small network has not learnt.
     low, high = (value / SAMPLES for value in binom.interval(0.99, SAMPLES, CHANCE))
-    assert low - 0.1 <= first <= high + 0.1
+    return first + second > 0.95 and low - 0.1 <= first <= high + 0.1
+
+
+def samples_of(model: build.Segmenter, times: list[int]) -> Tensor:
+    return model.probabilities(torch.zeros(1, 1, 12, 12), [list(range(SAMPLES))], DDPM(), times)[0].argmax(1)
+
+
+SLOW = pytest.mark.slow
+EPS: dict[str, Any] = {"target": "eps", "schedule": {"name": "linear", "num_steps": 100}}
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "diffusion"),
+    [
+        ("categorical", 250, {}),
+        ("probabilistic-unet", 400, {}),
+        ("ensemdiff", 250, HONEST),
+        pytest.param("segdiff", 250, HONEST, marks=SLOW),
+        pytest.param("medsegdiff", 250, HONEST, marks=SLOW),
+        pytest.param("medsegdiff-v2", 250, HONEST, marks=SLOW),
+        pytest.param("segdiff", 400, EPS, marks=SLOW),
+        ("ensemdiff", 400, {**EPS, "learned_variance": True}),
+    ],
+)
+def test_each_mask_is_sampled_as_often_as_it_is_true(method: str, steps: int, diffusion: Mapping[str, Any]) -> None:
+    """Also with the published objectives: noise, and noise with a learned variance."""
+    model, times = trained(method, steps, diffusion), build.times(config(method, diffusion), 20)
+    assert as_often_as_true(samples_of(model, times))
+    if method in (*GAUSSIAN, "categorical"):  # a network that cannot see x_t fails this test
+        for replacement in ("fresh", "shared", "zeros"):
+            with without_x_t(model.network, replacement, method == "categorical"):
+                assert not as_often_as_true(samples_of(model, times)), replacement

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor, nn
 
+from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
-from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights
+from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights, balance
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, TrainingRun, fit
 
 
 def test_the_loss_of_an_autoencoder_is_float32_under_autocast() -> None:
@@ -37,3 +44,72 @@ def test_whatever_asks_for_a_gradient_gets_one(adversarial) -> None:
     assert not missing
     asking = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("discriminator")]
     assert bool(asking) == (adversarial > 0)
+
+
+def small_training(**weights: float) -> AutoencoderTraining:
+    torch.manual_seed(0)
+    codec = KLAutoencoder(2, 1, 1, 2, channels=(32, 32), attention_levels=(False, False))
+    return AutoencoderTraining(codec, GradientSSIM(), LossWeights(**weights), 8, 1).train()  # type: ignore[arg-type]
+
+
+BATCH = {"image": torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), "seed": torch.arange(2)}
+
+
+class Images:
+    """Two images of noise."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
+        return {"image": BATCH["image"][index]}
+
+
+def test_the_discriminator_waits_for_the_start_of_the_adversarial_loss() -> None:
+    model = small_training(adversarial_start=2)
+    for step in range(4):
+        model.zero_grad()
+        model(BATCH).backward()
+        moved = any(bool(p.grad.any()) for p in model.discriminator.parameters() if p.grad is not None)
+        assert moved == (step >= 2), step
+
+
+def test_the_balance_is_that_of_the_gradients_of_both_losses() -> None:
+    """Not a constant: ten times the reconstruction loss has ten times the weight, and a weak discriminator more."""
+    layer = nn.Parameter(torch.tensor([1.0, 2.0]))
+    reconstruction, adversarial = (layer * torch.tensor([3.0, 4.0])).sum(), (layer * torch.tensor([0.0, 0.5])).sum()
+    assert float(balance(reconstruction, adversarial, layer)) == pytest.approx(10.0, rel=1e-4)
+    assert float(balance(10 * reconstruction, adversarial, layer)) == pytest.approx(100.0, rel=1e-4)
+    assert float(balance(reconstruction, 0 * adversarial, layer)) == 1e4
+
+
+def test_the_adversarial_gradient_has_its_balanced_share_at_the_last_layer() -> None:
+    """What the whole loss adds to the gradient of the reconstruction alone has 0.5 times that gradient's norm."""
+    gradients = []
+    for adversarial in (0.0, 0.5):
+        model = small_training(adversarial=adversarial, adversarial_start=0, regularisation=0.0)
+        model(BATCH).backward()
+        gradient = model.autoencoder.last_layer.grad
+        assert gradient is not None
+        gradients.append(gradient.clone())
+    alone, both = gradients
+    assert float((both - alone).norm() / alone.norm()) == pytest.approx(0.5, rel=0.02)
+
+
+def test_each_network_has_an_optimiser_and_a_clip_of_its_own(tmp_path: Path) -> None:
+    """In the trainer: the discriminator's moments begin with its loss, and its gradient does not shrink the other's."""
+    model = small_training(adversarial_start=2)
+    before = [p.clone() for p in model.discriminator.parameters()]
+    options = TrainingOptions(batch_size=2, max_steps=3, warmup_steps=0, validate_every=3, gradient_clip=1e-3)
+    draws = Draws(Images(), 0)
+    callbacks = Callbacks(lambda averaged: {"score": 0.0}, lambda averaged, step, numbers: None)
+    fit(model, draws, options, callbacks, TrainingRun(tmp_path), Runtime("cpu", "fp32"))
+    content = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    first, second = content["optimizers"]
+    assert {int(state["step"]) for state in first["state"].values()} == {3}
+    assert {int(state["step"]) for state in second["state"].values()} == {1}, "the first two steps had no such loss"
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.discriminator.parameters(), strict=True))
+    for moments, parts in ((second, 1), (first, 3)):
+        # Adam's first moment is 0.1 of the clipped gradients; that of one step has the norm of the clip.
+        norm = sum(float(state["exp_avg"].square().sum()) for state in moments["state"].values()) ** 0.5
+        assert 0 < norm <= 1.001e-3 * (1 - 0.9**parts)
