@@ -41,6 +41,10 @@ class _Group(TyperGroup):
         except MedsegError as error:
             fail(str(error))
             raise typer.Exit(error.exit_code) from error
+        except OSError as error:  # a full disk, a folder that cannot be written to, ...
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}")
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             fail("interrupted", kind="stopped")
             raise typer.Exit(130) from error

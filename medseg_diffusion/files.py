@@ -12,6 +12,8 @@ from tempfile import mkdtemp
 from typing import Any
 from uuid import uuid4
 
+from medseg_diffusion.errors import UsageError
+
 
 @contextmanager
 def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
@@ -95,6 +97,19 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
         for path in temporary.values():
             path.unlink(missing_ok=True)
     return tuple(folder / name for name in contents)
+
+
+def require_folder(path: Path) -> None:
+    """UsageError unless ``path`` is a folder that can be written to, or can become one; nothing is made."""
+    existing = path
+    while not existing.exists():
+        if existing.is_symlink():
+            raise UsageError(f"{existing}: is a link to a path that does not exist; remove it or choose another folder")
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"{existing}: is a file, but results need a folder; choose another output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{existing}: cannot be written to; choose another output")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.inputs import scan_files
@@ -26,7 +27,8 @@ SplitName = Literal["train", "validation", "test", "calibration"]
 class Case:
     """One labelled scan. All cases of one ``patient`` are in the same split.
 
-    ``label`` is the first reader's; ``further_labels`` are those of other readers of the same image.
+    ``label`` is the first reader's; ``further_labels`` are those of other readers of the same image. ``image`` holds
+    all channels, or the first one if the others are in ``further_channels``.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Case:
     label: Path
     patient: str
     further_labels: tuple[Path, ...] = ()
+    further_channels: tuple[Path, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The files of the image, one for each channel or one for all."""
+        return (self.image, *self.further_channels)
 
     @property
     def labels(self) -> tuple[Path, ...]:
@@ -58,6 +66,9 @@ class CaseFolder:
 
 def find_cases(folder: Path) -> CaseFolder:
     """Find the cases of a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
+
+    A folder of nnU-Net is one of either kind: its images are named CASE_0000, CASE_0001, ..., one file for each
+    channel, and version 2 lists its labels by name and no cases.
 
     In an image-mask folder, a mask has the name of its image, with or without "_seg" or "_segmentation". The suffixes
     may differ (image.jpg, image.png). Several readers have folders raters/1, raters/2, ... instead; a reader's file may
@@ -100,6 +111,8 @@ def _decathlon(folder: Path) -> CaseFolder:
     source = folder / "dataset.json"
     try:
         info = json.loads(source.read_text())
+        if "training" not in info and "channel_names" in info:
+            return _nnunet(folder, info)
         pairs = [(folder / entry["image"], folder / entry["label"]) for entry in info["training"]]
         labels = {int(value): str(name) for value, name in info.get("labels", {}).items()}
         modality = info.get("modality", info.get("channel_names", {"0": "image"}))
@@ -108,8 +121,37 @@ def _decathlon(folder: Path) -> CaseFolder:
         raise InputError(
             source, f"an unreadable entry ({error!r})", "a Decathlon dataset.json", "correct the file"
         ) from error
-    cases = [Case(scan_name(image), image, label, scan_name(image)) for image, label in pairs]
+    cases = []
+    for image, label in pairs:
+        name = scan_name(image)
+        # nnU-Net's version 1 lists CASE.nii.gz, but its files are CASE_0000.nii.gz, ...
+        first, *others = [image] if image.is_file() else _channel_files(image.parent, name) or [image]
+        cases.append(Case(name, first, label, name, further_channels=tuple(others)))
     return CaseFolder(_checked(folder, cases), labels, channels)
+
+
+_CHANNEL = re.compile(r"_\d{4}$")
+
+
+def _channel_files(folder: Path, name: str) -> list[Path]:
+    """nnU-Net's files NAME_0000, NAME_0001, ... of a case."""
+    return sorted(path for path in folder.glob(f"{glob.escape(name)}_[0-9][0-9][0-9][0-9].*") if path.is_file())
+
+
+def _nnunet(folder: Path, info: Mapping[str, Any]) -> CaseFolder:
+    """A raw folder of nnU-Net, version 2: labels by name, and no list of cases."""
+    regions = [name for name, value in info["labels"].items() if not isinstance(value, int)]
+    if regions:
+        raise InputError(
+            folder / "dataset.json",
+            f"the region {regions[0]} of several labels",
+            "one value for each label",
+            "list the labels themselves; regions overlap, and a label map cannot hold them",
+        )
+    labels = {int(value): str(name) for name, value in info["labels"].items() if name != "ignore"}
+    found = _image_mask(folder / "imagesTr", folder / "labelsTr")
+    names = info["channel_names"]
+    return replace(found, labels=labels, channels=tuple(str(names[key]) for key in sorted(names, key=int)))
 
 
 def _image_mask(images: Path, labels: Path) -> CaseFolder:
@@ -121,11 +163,17 @@ def _image_mask(images: Path, labels: Path) -> CaseFolder:
     }
     cases = []
     for group in groups:
+        relative = group.relative_to(images)
+        by_case: dict[str, list[Path]] = {}
         for image in scan_files(group):
-            name, relative = scan_name(image), group.relative_to(images)
-            label = masks.get((relative, name), labels / relative / image.name)
+            name, plain = scan_name(image), _CHANNEL.sub("", scan_name(image))
+            numbered = name != plain and (relative, name) not in masks and (relative, plain) in masks
+            by_case.setdefault(plain if numbered else name, []).append(image)
+        for name, (first, *others) in by_case.items():
+            label = masks.get((relative, name), labels / relative / first.name)
             patient = name if group == images else group.name
-            cases.append(Case(name if group == images else f"{group.name}/{name}", image, label, patient))
+            full = name if group == images else f"{group.name}/{name}"
+            cases.append(Case(full, first, label, patient, further_channels=tuple(others)))
     checked = _checked(images.parent, cases)
     return CaseFolder(checked, {}, _channels(checked))
 
@@ -153,6 +201,8 @@ def _several_readers(images: Path, raters: Path) -> CaseFolder:
 
 def _channels(cases: Sequence[Case]) -> tuple[str, ...]:
     """Names of the channels of the first image."""
+    if cases and cases[0].further_channels:
+        return tuple(f"channel {i}" for i in range(len(cases[0].images)))
     first = cases[0].image if cases else None
     colour = first is not None and is_image(first) and len(read_map(first).data) == len(COLOURS)
     return COLOURS if colour else ("image",)
@@ -162,7 +212,7 @@ def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
     if not cases:
         raise InputError(folder, "no labelled case", "at least one image with its label", "check the folder's layout")
     for case in cases:
-        for path in (case.image, *case.labels):
+        for path in (*case.images, *case.labels):
             if not path.is_file():
                 raise InputError(
                     path,
@@ -282,6 +332,10 @@ def split_of_patients(
             "lower what the configuration holds out: data.test_cases, validation_cases and calibration_cases, or "
             "test_images and validation_images",
         )
-    sides: list[SplitName] = ["test"] * test + ["validation"] * validation + ["calibration"] * calibration
-    sides += ["train"] * (len(ordered) - len(sides))
-    return dict(zip(ordered, sides, strict=True))
+    held_out: tuple[tuple[SplitName, int], ...] = (
+        ("test", test),
+        ("validation", validation),
+        ("calibration", calibration),
+    )
+    sides = [name for name, count in held_out for _ in range(count)]
+    return {name: sides[i] if i < len(sides) else "train" for i, name in enumerate(ordered)}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.inputs import find_scans
@@ -57,7 +57,12 @@ def find_healthy(folder: Path) -> list[HealthyScan]:
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names & {"dataset.json", "labels", "masks", "labelsTr"}:
-        return [HealthyScan(case.name, case.image, case.label, case.patient) for case in find_cases(folder).cases]
+        cases = find_cases(folder).cases
+        if several := [case.image for case in cases if case.further_channels]:
+            raise InputError(
+                several[0], "one of several channels of a scan", "scans of one channel", "give one of them"
+            )
+        return [HealthyScan(case.name, case.image, case.label, case.patient) for case in cases]
     files = find_scans(folder)
     for file in files:
         require_volume(file)
@@ -102,10 +107,16 @@ def healthy_source(
 
     Raises:
         InputError: no scans, or too few to hold out this many.
+        UsageError: ``exclude_labelled`` for scans without labels.
     """
     scans = find_healthy(healthy)
     splits = split_of_patients([scan.patient for scan in scans], *held_out)
     others = find_healthy(unhealthy) if unhealthy is not None else []
+    if exclude_labelled is not None and all(scan.label is None for scan in scans):
+        raise UsageError(
+            f"{healthy}: has no labels, so --exclude-labelled {exclude_labelled} leaves nothing out and lesions would "
+            "be trained on as healthy; add labels, or leave the option out if all scans are healthy"
+        )
     # Patients of the healthy folder keep their split. All other patients are for training.
     return HealthySource(tuple(scans), exclude_labelled, tuple(others), splits)
 

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.fitting import to_generator_grid
@@ -223,6 +223,7 @@ def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
             source, f"no readable zip ({error})", "a zip or a folder of images", "download or unpack it again"
         ) from error
     names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+    names = [name for name in names if not _is_hidden(name)]
 
     def read(name: str) -> bytes:
         try:
@@ -233,11 +234,15 @@ def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
     return sorted(names), read
 
 
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
 def _folder(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
     if not source.is_dir():
         raise InputError(source, "no such file or folder", "a zip or folder of images", "check the path")
     files = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    names = sorted(path.as_posix() for path in files if not any(part.startswith(".") for part in path.parts))
+    names = sorted(path.as_posix() for path in files if not _is_hidden(path.as_posix()))
     return names, lambda name: (source / name).read_bytes()
 
 
@@ -314,8 +319,10 @@ def open_image(source: Path, name: str, content: bytes) -> Image.Image:
         InputError: a broken image, or levels that are not integers of 8 or 16 bits.
     """
     try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
+        stored = Image.open(io.BytesIO(content))
+        stored.load()
+        # As every viewer and `volumes.raster` do; a turned photograph would be another image to a segmenter.
+        image = ImageOps.exif_transpose(stored)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
             f"{source}/{name}",

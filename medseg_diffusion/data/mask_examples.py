@@ -69,8 +69,29 @@ def read_case(case: Case, expected: CaseFormat) -> tuple[Volume, Volume]:
     Raises:
         InputError: an unusable file, labels on another grid than their image, or an unexpected label value.
     """
-    volume = read_volume(case.image, channels=expected.channels)
+    volume = read_case_image(case, expected.channels)
     return volume, read_case_labels(case.label, volume, expected)
+
+
+def read_case_image(case: Case, channels: int) -> Volume:
+    """Read a case's image from one file, or from one file for each channel.
+
+    Raises:
+        InputError: an unusable file, files on different grids, or another number of channels.
+    """
+    if not case.further_channels:
+        return read_volume(case.image, channels=channels)
+    if len(case.images) != channels:
+        raise InputError(
+            case.image,
+            f"{len(case.images)} files, one for each channel",
+            f"{channels} channels",
+            "set data.channels in the configuration",
+        )
+    first, *others = (read_volume(path) for path in case.images)
+    for other in others:
+        first.require_same_grid(other)
+    return first.like(torch.cat([volume.data for volume in (first, *others)]))
 
 
 def read_case_labels(path: Path, volume: Volume, expected: CaseFormat) -> Volume:
@@ -80,13 +101,7 @@ def read_case_labels(path: Path, volume: Volume, expected: CaseFormat) -> Volume
         InputError: an unusable file, labels on another grid than their image, or an unexpected label value.
     """
     labels = read_labels(path)
-    if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
-        raise InputError(
-            path,
-            f"a grid of {labels.shape}",
-            f"that of its image {Path(volume.source or '').name}, {volume.shape}, with the same affine",
-            "resample the label onto its image",
-        )
+    volume.require_same_grid(labels)
     if expected.merge_labels:
         _check_merged(labels, path, expected.named_labels)
         labels = labels.like(labels.data.clamp(max=1))
@@ -136,14 +151,14 @@ def prepare(
         endings = ["", *(f"-{reader}" for reader in range(2, len(case.labels) + 1))]
         label_files = [cache / f"{stem}.label{ending}.npy" for ending in endings]
         # A case is read again if one of its files or the way of reading it has changed.
-        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (case.image, *case.labels)]
+        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (*case.images, *case.labels)]
         reading = [expected.channels, expected.num_classes, expected.merge_labels, sorted(expected.named_labels)]
         state = json.dumps([*files, repr(preprocessing), *reading, slices])
         state_file = cache / f"{stem}.json"
         cached_state = state_file.read_text() if state_file.exists() else ""
         if cached_state != state or not all(file.exists() for file in (image_file, *label_files)):
             state_file.unlink(missing_ok=True)
-            volume = read_volume(case.image, channels=expected.channels)
+            volume = read_case_image(case, expected.channels)
             if slices:
                 require_slices(volume, preprocessing.orientation)
             image, placement = preprocessing.apply(volume)

@@ -258,8 +258,8 @@ class Aggregation:
         if self.calibration is None or self.calibration.agreement is None or not agreement:
             return None
         defined = [dice for dice in agreement.values() if dice == dice]
-        if not defined:  # all members have an empty mask, so they agree
-            return "usual"
+        if not defined:  # all members have an empty mask: they agree on nothing
+            return "check"
         return "usual" if sum(defined) / len(defined) >= self.calibration.agreement else "check"
 
 

@@ -99,11 +99,20 @@ def save_model(
         weights: Tensors on any device.
         readme: The model card in Markdown.
         dtype: Type of the stored floating-point tensors; None for float32.
+
+    Raises:
+        ModelError: Weights that are not finite in this type.
     """
     import torch
     from safetensors.torch import save_file
 
     dtype = torch.float32 if dtype is None else dtype
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.detach().cpu().to(dtype).isfinite().all()):
+            raise ModelError(
+                f"{path}: the weights {name} have values that are not finite as {str(dtype).removeprefix('torch.')}; "
+                "nothing was written"
+            )
     with whole_folder(path, replace=True) as folder:
         content = {**card, "schema_version": SCHEMA_VERSION}
         (folder / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -138,6 +147,10 @@ def load_model_files(name_or_path: str | Path) -> SavedModel:
         if listed.get(name) != _sha256(path / name):
             raise ModelError(f"{path / name}: its SHA-256 differs from SHA256SUMS; the model is damaged, copy it again")
     weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path / "weights.safetensors").items()}
+    if bad := [name for name, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())]:
+        raise ModelError(
+            f"{path}: the weights {bad[0]} have values that are not finite; the model is unusable, copy it again"
+        )
     return SavedModel(path, card, weights, listed["weights.safetensors"])
 
 

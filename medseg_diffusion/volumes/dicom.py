@@ -1,98 +1,351 @@
-"""DICOM series: a folder of slices as one volume. SimpleITK reads the voxels, pydicom reads the headers."""
+"""DICOM: the slices of a series, or the frames of one file, as one volume.
+
+pydicom reads every header and every pixel. Each frame has its own position, orientation, voxel size and rescaling: a
+reader that takes those of the first slice for all gives wrong numbers without a word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 import pydicom
-import SimpleITK as sitk
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from medseg_diffusion.errors import InputError
 
-from .itk import affine_of
-from .volume import FileImage, Header
+from .volume import FileImage, FloatArray, Header
 
-_TAGS = ["Modality", "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames"]
 # Both as a share of the distance between slices.
 _UNEVEN = 0.05  # largest variation of the distance: many files round the positions
 _TILTED = 0.05  # largest shift of a slice against its neighbour
+_TURNED = 1e-3  # largest difference between the direction cosines of two slices
+_LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_TYPES: dict[tuple[int, int], npt.DTypeLike] = {
+    (8, 0): np.uint8, (8, 1): np.int8, (16, 0): np.uint16, (16, 1): np.int16, (32, 0): np.uint32, (32, 1): np.int32,
+}  # fmt: skip
+
+Opener = Callable[[], AbstractContextManager[BinaryIO]]
 
 
-def open_image(folder: Path) -> FileImage:
-    """Read the headers of the one series in a folder: slices in order of their position, or one multi-frame file.
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """One slice: the header of its file, its number within the file, its place, and its rescaling."""
+
+    name: str
+    open: Opener
+    header: Dataset
+    index: int
+    position: FloatArray
+    axes: FloatArray
+    spacing: tuple[float, float]
+    slope: float
+    intercept: float
+
+
+def open_image(path: Path) -> FileImage:
+    """Read the headers of the one series in a folder or a zip, or of one multi-frame file.
 
     Raises:
-        InputError: several series; missing, repeated, unevenly spaced or sheared slices; a single slice; or a damaged
-            file.
+        InputError: several series; slices of different sizes, orientations or voxel sizes; missing, repeated, unevenly
+            spaced or sheared slices; a single slice; colours; or a damaged file.
     """
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        raise InputError(
-            folder, f"{len(series)} DICOM series", "one series", "put every series into a folder of its own"
-        )
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    try:
-        headers = [pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS)) for file in files]
-    except Exception as error:
-        raise _unreadable(folder) from error
-    if len(headers) > 1 or int(headers[0].get("NumberOfFrames") or 1) == 1:
-        _require_even(folder, headers)
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files)
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise _unreadable(folder) from error
-    array = sitk.GetArrayViewFromImage(image)  # (K, J, I[, components])
-    order = [2, 1, 0, 3][: array.ndim]
-    shape = tuple(array.shape[axis] for axis in order)
+    files = _images(path)
+    _require_one_series(path, files)
+    frames = [frame for name, opener, header in files for frame in _frames(path, name, opener, header)]
+    frames = _stacked(path, frames)
+    header = frames[0].header
+    shape = int(header.Columns), int(header.Rows), len(frames)
+    scaled = any((frame.slope, frame.intercept) != (1.0, 0.0) for frame in frames)
+    key = int(header.get("BitsAllocated", 16)), int(header.get("PixelRepresentation", 0))
+    whole = "FloatPixelData" not in header and "DoubleFloatPixelData" not in header and not scaled
+    dtype = np.dtype(_TYPES.get(key, np.float32) if whole else np.float32)
 
     def load() -> npt.NDArray[np.generic]:
-        return np.asarray(sitk.GetArrayFromImage(image).transpose(order))
+        voxels = np.empty(shape, dtype)
+        stored: dict[str, npt.NDArray[np.generic]] = {}
+        for k, frame in enumerate(frames):
+            if frame.name not in stored:
+                stored = {frame.name: _pixels(path, frame)}  # one file at a time
+            pixels = stored[frame.name]
+            pixels = pixels[frame.index] if pixels.ndim == 3 else pixels
+            if pixels.shape != (shape[1], shape[0]):
+                raise _unreadable(path, f"{frame.name}: {pixels.shape} pixels where the header has {shape[1::-1]}")
+            if scaled:
+                pixels = pixels.astype(np.float64) * frame.slope + frame.intercept
+            voxels[:, :, k] = pixels.T.astype(dtype)
+        return voxels
 
-    return FileImage(shape, array.dtype, affine_of(image), Header(modality=str(headers[0].get("Modality", ""))), load)
+    return FileImage(shape, dtype, _affine(frames), Header(modality=str(header.get("Modality", ""))), load)
 
 
-def _require_even(folder: Path, headers: Sequence[Dataset]) -> None:
-    """InputError unless the slices are stacked evenly along their normal."""
-    axes = headers[0].get("ImageOrientationPatient")
-    positions = [header.get("ImagePositionPatient") for header in headers]
-    if not axes or not all(positions):
-        raise InputError(
-            folder, "slices without position or orientation", "both in every file", "export the series again"
-        )
-    if len(headers) == 1:
-        raise InputError(folder, "a series of one slice", "a volume of several", "export the whole series")
-    normal = np.cross(*np.array(axes, float).reshape(2, 3))
-    steps = np.diff(np.array(positions, float), axis=0)
+def _affine(frames: Sequence[_Frame]) -> FloatArray:
+    """(4, 4) voxel -> RAS mm; the array's axes are column, row and slice."""
+    first, last = frames[0], frames[-1]
+    affine = np.eye(4)
+    affine[:3, 0] = first.axes[0] * first.spacing[1]
+    affine[:3, 1] = first.axes[1] * first.spacing[0]
+    affine[:3, 2] = (last.position - first.position) / (len(frames) - 1)
+    affine[:3, 3] = first.position
+    result: FloatArray = _LPS_RAS @ affine
+    return result
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _images(path: Path) -> list[tuple[str, Opener, Dataset]]:
+    """Name, opener and header of every DICOM file with pixels, sorted by name; InputError if there is none."""
+    found = []
+    for name, opener in _files(path):
+        header = _header(path, name, opener)
+        if header is not None and "Rows" in header and "Columns" in header:
+            found.append((name, opener, header))
+    if not found:
+        raise InputError(path, "no DICOM image", "the slices of one series", "check the path")
+    return found
+
+
+def _files(path: Path) -> Iterator[tuple[str, Opener]]:
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.is_file() and not file.name.startswith(".") and file.name.upper() != "DICOMDIR":
+                yield file.name, lambda file=file: file.open("rb")  # type: ignore[misc]
+    elif zipfile.is_zipfile(path):
+        # Members are read in place, and none is ever written to a path that the archive names.
+        archive = zipfile.ZipFile(path)
+        for info in sorted(archive.infolist(), key=lambda info: info.filename):
+            base = info.filename.rpartition("/")[2]
+            hidden = base.startswith(".") or info.filename.startswith("__MACOSX/") or base.upper() == "DICOMDIR"
+            if not info.is_dir() and not hidden:
+                yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
+    else:
+        yield path.name, lambda: path.open("rb")
+
+
+def _header(path: Path, name: str, opener: Opener) -> Dataset | None:
+    """The header of a DICOM file, with or without its preamble; None for a file of another kind."""
+    for force in (False, True):
+        try:
+            with opener() as file:
+                header = pydicom.dcmread(file, stop_before_pixels=True, force=force)
+                # Elements are parsed when they are read, so that a damaged one is found here.
+                return header if "SOPClassUID" in header and header.SOPClassUID else None
+        except InvalidDicomError:
+            continue
+        except Exception as error:  # pydicom raises nearly anything for damaged files
+            if force:
+                return None
+            raise _unreadable(path, f"{name}: {_text(error)}") from error
+    return None
+
+
+def _require_one_series(path: Path, files: Sequence[tuple[str, Opener, Dataset]]) -> None:
+    series: dict[str, list[Dataset]] = defaultdict(list)
+    for _, _, header in files:
+        series[str(header.get("SeriesInstanceUID", ""))].append(header)
+    if len(series) == 1:
+        return
+    named = [f"{_described(headers[0])} ({len(headers)} files)" for headers in series.values()]
+    shown = ", ".join(named[:4]) + (", ..." if len(named) > 4 else "")
+    raise InputError(
+        path, f"{len(series)} DICOM series: {shown}", "one series", "put every series into a folder of its own"
+    )
+
+
+def _described(header: Dataset) -> str:
+    parts = [str(header.get(name, "")).strip() for name in ("SeriesNumber", "Modality", "SeriesDescription")]
+    return " ".join(part for part in parts if part) or "unnamed"
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[_Frame]:
+    """The frames of one file, each with the values of its own functional groups, else those of the whole file."""
+    try:
+        count = int(header.get("NumberOfFrames") or 1)
+        shared = cast(Sequence[Dataset], header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+        each = cast(Sequence[Dataset], header.get("PerFrameFunctionalGroupsSequence") or [])
+        if each and len(each) != count:
+            raise ValueError(f"{len(each)} descriptions of {count} frames")
+        for index in range(count):
+            groups = [each[index], shared, header] if each else [shared, header]
+            position = _value(groups, "PlanePositionSequence", "ImagePositionPatient")
+            axes = _value(groups, "PlaneOrientationSequence", "ImageOrientationPatient")
+            spacing = _value(groups, "PixelMeasuresSequence", "PixelSpacing")
+            if not position or not axes:
+                raise InputError(
+                    path, "slices without position or orientation", "both for every slice", "export the series again"
+                )
+            if not spacing:
+                raise InputError(
+                    path,
+                    f"no PixelSpacing in {name}",
+                    "the distance between pixels in every file",
+                    "export the series again",
+                )
+            slope = _value(groups, "PixelValueTransformationSequence", "RescaleSlope")
+            intercept = _value(groups, "PixelValueTransformationSequence", "RescaleIntercept")
+            yield _Frame(
+                name,
+                opener,
+                header,
+                index,
+                _numbers(position, 3),
+                _numbers(axes, 6).reshape(2, 3),
+                tuple(_numbers(spacing, 2).tolist()),
+                1.0 if slope is None else float(slope),
+                0.0 if intercept is None else float(intercept),
+            )
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # values of an impossible kind, such as a position of two numbers
+        raise _unreadable(path, f"{name}: {_text(error)}") from error
+
+
+def _value(groups: Sequence[Dataset], sequence: str, name: str) -> Any:
+    """An attribute from the first of the functional groups that has it, or from the file itself, the last of them."""
+    *functional, whole = groups
+    for group in functional:
+        for item in cast(Sequence[Dataset], group.get(sequence) or []):
+            if item.get(name) is not None:
+                return item.get(name)
+    return whole.get(name)
+
+
+def _numbers(values: Any, count: int) -> FloatArray:
+    array = np.array(values, dtype=np.float64)
+    if array.shape != (count,) or not np.isfinite(array).all():
+        raise ValueError(f"expected {count} numbers, got {values}")
+    return array
+
+
+def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
+    """The frames in the order of their position; InputError unless they are one evenly stacked volume."""
+    _require_same(path, frames)
+    if len(frames) == 1:
+        raise InputError(path, "a series of one slice", "a volume of several", "export the whole series")
+    normal = np.cross(*frames[0].axes)
+    along = [float(frame.position @ normal) for frame in frames]
+    frames = [frames[i] for i in np.argsort(along, kind="stable")]
+    steps = np.diff([frame.position for frame in frames], axis=0)
     gaps = steps @ normal
     typical = float(np.median(gaps))
-    if abs(gaps).min() < 1e-3:
+    if gaps.min() < 1e-3:
+        kinds = _differences(frames)
         raise InputError(
-            folder,
-            "several images at one position",
+            path,
+            f"several images at one position{kinds}",
             "one image at each position of a slice",
             "export one time point, echo or reconstruction alone",
         )
-    if abs(gaps - typical).max() > _UNEVEN * abs(typical):
+    if abs(gaps - typical).max() > _UNEVEN * typical:
         raise InputError(
-            folder,
-            f"slices {abs(gaps).min():.3g} to {abs(gaps).max():.3g} mm apart",
+            path,
+            f"slices {gaps.min():.3g} to {gaps.max():.3g} mm apart",
             "slices at one distance",
             "add the missing slices, or resample the series elsewhere",
         )
-    if np.linalg.norm(steps - gaps[:, None] * normal, axis=1).max() > _TILTED * abs(typical):
+    if np.linalg.norm(steps - gaps[:, None] * normal, axis=1).max() > _TILTED * typical:
         raise InputError(
-            folder,
+            path,
             "slices shifted against each other (a tilted gantry)",
             "slices stacked at a right angle",
             "resample the series elsewhere",
         )
+    return frames
 
 
-def _unreadable(folder: Path) -> InputError:
-    return InputError(folder, "an unreadable DICOM series", "complete files", "copy or export the series again")
+def _require_same(path: Path, frames: Sequence[_Frame]) -> None:
+    """InputError unless all frames have the same size, orientation and voxel size, and one number per pixel."""
+
+    def differing(what: str, values: Sequence[str], remedy: str) -> None:
+        kinds = list(dict.fromkeys(values))
+        if len(kinds) > 1:
+            counts = ", ".join(f"{kind} in {values.count(kind)}" for kind in kinds[:3])
+            raise InputError(path, f"slices of different {what} ({counts})", f"one {what} in all slices", remedy)
+
+    export = "export the series again"
+    differing(
+        "size",
+        [f"{frame.header.Columns} x {frame.header.Rows}" for frame in frames],
+        "take the slices of another size out (often a localizer)",
+    )
+    first = frames[0]
+    turned = [float(np.abs(frame.axes - first.axes).max()) > _TURNED for frame in frames]
+    differing("orientation", ["another" if other else "that of the first" for other in turned], export)
+    differing("pixel spacing", [" x ".join(f"{mm:.6g}" for mm in frame.spacing) + " mm" for frame in frames], export)
+    lengths, angle = np.linalg.norm(first.axes, axis=1), float(first.axes[0] @ first.axes[1])
+    if np.abs(lengths - 1).max() > 0.01 or abs(angle) > 0.01:
+        raise InputError(path, "an orientation that is no pair of perpendicular unit vectors", "one", export)
+    if min(first.spacing) <= 0:
+        raise InputError(path, f"a pixel spacing of {first.spacing[0]:g} x {first.spacing[1]:g} mm", "above 0", export)
+    if int(first.header.get("SamplesPerPixel", 1)) != 1:
+        raise InputError(path, "colour images", "one number per pixel", "export the original series")
+
+
+def _differences(frames: Sequence[_Frame]) -> str:
+    """What tells images at the same position apart, in brackets; empty if the headers do not say it."""
+    named: Mapping[str, tuple[str, str]] = {
+        "echo time": ("MREchoSequence", "EffectiveEchoTime"),
+        "stack": ("FrameContentSequence", "StackID"),
+        "time": ("FrameContentSequence", "TemporalPositionIndex"),
+    }
+    alone = {"echo time": "EchoTime", "time": "TemporalPositionIdentifier", "image type": "ImageType"}
+    for what in (*named, "image type"):
+        values = set()
+        for frame in frames:
+            each = cast(Sequence[Dataset], frame.header.get("PerFrameFunctionalGroupsSequence") or [])
+            value = _value([each[frame.index], Dataset()], *named[what]) if each and what in named else None
+            values.add(str(frame.header.get(alone.get(what, ""), "") if value is None else value))
+        if len(values) > 1:
+            return f" ({what} {', '.join(sorted(values)[:3])})"
+    return ""
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
+    """The stored values of a file: (rows, columns), or (frames, rows, columns)."""
+    try:
+        with frame.open() as file:
+            return np.asarray(_with_syntax(pydicom.dcmread(file, force=True)).pixel_array)
+    except (RuntimeError, NotImplementedError) as error:
+        syntax = UID(str(frame.header.file_meta.get("TransferSyntaxUID", "")))
+        if not syntax.is_compressed:
+            raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+        raise InputError(
+            path,
+            f"pixels compressed as {syntax.name}, which cannot be decoded here",
+            "a transfer syntax with a decoder",
+            "pip install 'medseg-diffusion[dicom]', or export the series uncompressed",
+        ) from error
+    except Exception as error:  # pydicom raises nearly anything for damaged files
+        raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+
+
+def _with_syntax(dataset: Dataset) -> Dataset:
+    """The dataset with a transfer syntax: a file without preamble and meta header has that of its encoding."""
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit = dataset.original_encoding[0] is not False
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return dataset
+
+
+def _text(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120].rstrip(".")
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    return InputError(path, f"an unreadable DICOM series ({reason})", "complete files", "copy or export it again")

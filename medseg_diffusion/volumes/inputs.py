@@ -16,11 +16,15 @@ def scan_files(folder: Path) -> list[Path]:
     If there is a volume that is no result, images are taken for pictures of volumes and left out. The previews that
     `medseg` writes are always left out.
     """
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()
-    )
+    named = [p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")]
+    files = sorted(path for path in named if path.is_file())
+    if lost := sorted(path.name for path in named if path.is_symlink() and not path.exists()):
+        raise InputError(
+            folder / lost[0],
+            f"a link to a file that does not exist{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}",
+            "the file itself",
+            "fetch it (datalad get, git annex get), or remove the link",
+        )
     if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
         return [path for path in files if not is_image(path)]
     return [path for path in files if not path.name.lower().endswith(SEGMENTATION["preview"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -16,8 +17,8 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
 
 from . import nifti
-from .paths import is_image, require_file, suffix_of
-from .volume import FileImage, Volume, check_affine, grid_distance
+from .paths import is_dicom, is_image, require_file, suffix_of
+from .volume import FileImage, Volume, check_affine, check_spacing, grid_distance
 
 _MAX_LABEL = 65535
 
@@ -26,7 +27,7 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
     """Read an image of three spatial axes.
 
     Args:
-        path: a file with one of `SUFFIXES`, or the folder of a DICOM series.
+        path: a file with one of `SUFFIXES`, or a DICOM series: its folder, a zip of it, or a multi-frame file.
         channels: number of channels that it must have (last axis in the file; a colour image has three). None accepts
             any number.
 
@@ -170,7 +171,7 @@ def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.N
 
         opened = raster.open_labels(path) if labels else raster.open_image(path)
         _check_colours(path, opened.shape, channels, labels)
-    elif path.is_dir():
+    elif is_dicom(path):
         from . import dicom
 
         opened = dicom.open_image(path)
@@ -181,6 +182,8 @@ def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.N
         kind = "colour (RGB)" if opened.dtype.fields is not None else str(opened.dtype)
         raise InputError(path, f"{kind} voxels", "one number per voxel", "convert the scan to greyscale")
     check_affine(opened.affine, path)
+    if not is_image(path):
+        check_spacing(opened.affine, path)
     array: npt.NDArray[Any] = opened.load()
     array = np.moveaxis(array.reshape(*array.shape[:3], -1), -1, 0)
     if array.dtype.kind == "f":
@@ -237,7 +240,9 @@ def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
     with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         module.write(temporary, array, like)
-        _verify(module.open_image(temporary), array, like, path)
+        with warnings.catch_warnings(action="ignore"):  # of a header that is the scan's
+            written = module.open_image(temporary)
+        _verify(written, array, like, path)
         parts = sorted(Path(folder).iterdir(), key=lambda part: part == temporary)  # the header last
         for part in parts:
             os.replace(part, path.parent / part.name)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import logging
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +22,7 @@ from .volume import FileImage, FloatArray, Header, Volume, grid_distance
 # What nibabel, gzip and numpy raise for files that are truncated, damaged or of another format.
 _BROKEN = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError)
 _BROKEN_HEADER = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
+_CHUNK = 2**20
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI unit codes of metres and micrometres; all others count as millimetres
 
 
@@ -26,17 +33,22 @@ def open_image(path: Path) -> FileImage:
         InputError: a file of another format, or a damaged one.
     """
     try:
-        image = nib.load(path)
+        with warnings.catch_warnings(action="ignore"), _quiet():  # its remarks do not name the file; ours do
+            image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):
             raise InputError(path, f"a {type(image).__name__}", "a NIfTI volume", "convert it to a NIfTI volume")
+        _require_plausible(path, image.header)
         dtype = np.dtype(image.header.get_data_dtype())
-        affine, header = _geometry(image)
+        affine, header = _geometry(path, image)
     except (*_BROKEN, *_BROKEN_HEADER) as error:
         raise _unreadable(path, error) from error
 
     def load() -> npt.NDArray[np.generic]:
         try:
-            return np.asanyarray(image.dataobj)
+            array = np.asanyarray(image.dataobj)
+            if path.name.lower().endswith(".gz"):
+                _require_sum(path)
+            return array
         except _BROKEN as error:
             raise _unreadable(path, error) from error
 
@@ -59,17 +71,96 @@ def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
     nib.save(kind(array, None, header), path)
 
 
-def _geometry(image: nib.Nifti1Image) -> tuple[FloatArray, Header]:
+def _require_sum(path: Path) -> None:
+    """InputError unless the check sum at the end of a gzip file is right: nibabel stops reading before it."""
+    try:
+        with gzip.open(path) as file:
+            while file.read(_CHUNK):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            path, f"a damaged file ({' '.join(str(error).split())})", "the check sum of its content", "copy it again"
+        ) from error
+
+
+def _require_plausible(path: Path, header: nib.Nifti1Header) -> None:
+    """InputError for voxels that would begin inside the header, or a voxel size that is no size."""
+    stored = _stored(path, header)
+    size, offset = int(header["sizeof_hdr"]) + 4, float(stored["vox_offset"])
+    begin = int(offset) if np.isfinite(offset) else 0
+    if header.is_single and begin < size:
+        raise InputError(
+            path, f"voxels from byte {begin} on, inside the header", f"byte {size} or later", "convert the scan again"
+        )
+    sizes = [float(mm) for mm in stored["pixdim"][1:4]]
+    if not int(header["sform_code"]) and (min(sizes) <= 0 or not np.isfinite(sizes).all()):
+        found = " x ".join(f"{mm:g}" for mm in sizes)
+        raise InputError(path, f"a voxel size of {found} mm", "sizes above 0", "repair the header or convert it again")
+
+
+def _stored(path: Path, header: nib.Nifti1Header) -> np.void:
+    """The header as it is in the file: nibabel's copy has a vox_offset of 0, and 1 for a missing voxel size."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        content = file.read(int(header["sizeof_hdr"]))
+    return cast(np.void, np.frombuffer(content, header.template_dtype.newbyteorder(header.endianness), 1)[0])
+
+
+def _geometry(path: Path, image: nib.Nifti1Image) -> tuple[FloatArray, Header]:
     raw = image.header
     units = int(raw["xyzt_units"])
     scale = _MILLIMETRES.get(units & 7, 1.0)
     to_mm = np.diag([scale, scale, scale, 1.0])
     affine: FloatArray = to_mm @ np.asarray(image.affine, dtype=np.float64)
     qform_code, sform_code = int(raw["qform_code"]), int(raw["sform_code"])
-    qform: FloatArray | None = to_mm @ raw.get_qform() if qform_code and sform_code else None
-    if qform is not None and grid_distance(qform, affine, tuple(image.shape)) < 1e-3:
-        qform = None
+    if not qform_code and not sform_code:
+        warnings.warn(
+            f"{path.name}: its header has no orientation (qform and sform codes are 0), so left and right are a guess",
+            stacklevel=2,
+        )
+    qform = _qform(raw, to_mm) if qform_code and sform_code else None
+    if qform_code and sform_code and qform is None:
+        qform_code = 0  # an unusable quaternion is not written again
+        warnings.warn(f"{path.name}: its qform is unusable; the sform is used alone", stacklevel=2)
+    elif qform is not None:
+        own, other = (np.linalg.norm(one[:3, :3], axis=0) for one in (affine, qform))
+        if np.abs(own - other).max() > 0.1 * own.min():
+            sizes = [" x ".join(f"{mm:g}" for mm in one) for one in (own, other)]
+            warnings.warn(
+                f"{path.name}: its sform has voxels of {sizes[0]} mm, its qform of {sizes[1]} mm; the sform is used",
+                stacklevel=2,
+            )
+        if grid_distance(qform, affine, tuple(image.shape)) < 1e-3:
+            qform = None
     return affine, Header(qform_code, sform_code, units, qform)
+
+
+def _qform(raw: nib.Nifti1Header, to_mm: FloatArray) -> FloatArray | None:
+    """The transform of the quaternion in mm; None if it is unusable. A norm above 1 by rounding counts as 1."""
+    quaternion = np.array([raw[name] for name in ("quatern_b", "quatern_c", "quatern_d")], dtype=np.float64)
+    norm = float(np.linalg.norm(quaternion))
+    if not np.isfinite(quaternion).all() or norm > 1.01:
+        return None
+    copy = raw.copy()
+    if norm > 1:
+        for name, value in zip(("quatern_b", "quatern_c", "quatern_d"), quaternion / norm * (1 - 1e-7), strict=True):
+            copy[name] = value
+    try:
+        qform = to_mm @ np.asarray(copy.get_qform(), dtype=np.float64)
+    except (ValueError, *_BROKEN_HEADER):
+        return None
+    usable = np.isfinite(qform).all() and abs(np.linalg.det(qform[:3, :3])) > 0
+    return qform if usable else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without nibabel's log lines on stderr."""
+    level = nib.imageglobals.logger.level
+    nib.imageglobals.logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        nib.imageglobals.logger.setLevel(level)
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

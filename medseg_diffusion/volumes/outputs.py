@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.files import require_folder
 
-from .paths import SUFFIXES, VOLUME_SUFFIXES, is_image, scan_name, suffix_of
+from .paths import SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, scan_name, suffix_of
 
 Outputs = dict[str, Path]
 """Kind of output -> its file."""
@@ -34,6 +35,8 @@ MASK_OF_IMAGE = "_seg.png"
 """File ending of the segmentation of an image without geometry."""
 MASKS = tuple(scan_name(ending) for ending in (SEGMENTATION["segmentation"], ANOMALY["mask"]))
 """Endings of the names of masks, without suffix."""
+_OTHER_FORMATS = (".dcm", ".mgz", ".mgh", ".mnc", ".img", ".hdr", ".gz", ".bz2", ".zip", ".npy", ".npz")
+"""Formats that a file given with -o may be meant to have, but does not get."""
 _ENDINGS = (*SEGMENTATION.values(), *ANOMALY.values())
 RESULTS = tuple(scan_name(ending) for ending in _ENDINGS if ending.endswith(VOLUME_SUFFIXES))
 """Endings of the names of all volumes that the commands write for a scan, without suffix."""
@@ -80,8 +83,15 @@ def labelled_outputs(scan: Path, folder: Path) -> Outputs:
 
 
 def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
-    """UsageError if a result would overwrite a scan or another result; ``outputs`` are the files of each scan."""
+    """UsageError if a result cannot be written, or would overwrite a scan or another result, or join a DICOM series.
+
+    ``outputs`` are the files of each scan.
+    """
     owners: dict[Path, Path] = {}
+    for folder in {path.parent for files in outputs.values() for path in files.values()}:
+        require_folder(folder)
+        if is_series(folder):
+            raise UsageError(f"{folder}: holds a DICOM series, which results must not join; give -o another folder")
     for scan, files in outputs.items():
         targets = [path.absolute() for path in files.values()]
         if scan.absolute() in targets:
@@ -94,8 +104,12 @@ def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
 
 
 def _is_file(output: Path | None, count: int) -> bool:
-    """Whether ``output`` names a file; UsageError if it does and there are several scans."""
-    if output is None or not output.name.lower().endswith(SUFFIXES):
+    """Whether ``output`` names a file; UsageError if there are several scans for it, or if it cannot be written."""
+    if output is None:
+        return False
+    if output.name.lower().endswith(_OTHER_FORMATS) and not output.name.lower().endswith(SUFFIXES):
+        raise UsageError(f"-o {output}: masks are written as {', '.join(VOLUME_SUFFIXES)} or .png; use one of them")
+    if not output.name.lower().endswith(SUFFIXES):
         return False
     if count > 1:
         raise UsageError(f"-o {output} is a file, but there are {count} scans; give a folder")
@@ -103,7 +117,9 @@ def _is_file(output: Path | None, count: int) -> bool:
 
 
 def _named(scan: Path, folder: Path | None, ending: str) -> Path:
-    return (scan.parent if folder is None else folder) / f"{scan_name(scan)}{ending}"
+    # The folder "." is beside nothing by its name.
+    beside = scan.resolve().parent if scan.name in ("", "..") else scan.parent
+    return (beside if folder is None else folder) / f"{scan_name(scan)}{ending}"
 
 
 def _beside(scan: Path, folder: Path | None, endings: Mapping[str, str]) -> Outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from medseg_diffusion.errors import InputError
 
 from .resample import resample, sized_grid, spacing_grid
 from .volume import FloatArray, Shape, Volume, inverse_reorientation, orientation_transform, reorient, spacing_of
@@ -23,6 +26,8 @@ _COARSE_MM = 4.0  # voxel size of the search for the head
 _HEAD_PART_MM3 = 1000.0  # components up to this size are noise or dirt, not head
 _HEAD_MARGIN_MM = 10.0
 _MEDIAN = -0.3  # intensity to which "median" maps the foreground's median
+_MOST_ENLARGED = 512  # voxels of the model's grid for each of the scan's
+_MOST_VOXELS = 2**28  # on the model's grid; more is a header in another unit, and would not fit into memory
 _FEW = 0.01  # if fewer voxels than this share are above the minimum, statistics are taken from all voxels
 
 
@@ -199,6 +204,15 @@ class Preprocessing:
         elif self.square_pixels:
             x, y, z = spacing_of(affine)
             grid, shape = spacing_grid(shape, box_affine, (min(x, y), min(x, y), z))
+        enlarged = math.prod(shape) / math.prod(volume.shape)
+        if enlarged > _MOST_ENLARGED or (enlarged > 64 and math.prod(shape) > _MOST_VOXELS):
+            found, size = (" x ".join(f"{mm:g}" for mm in spacing_of(one)) for one in (volume.affine, grid))
+            raise InputError(
+                volume.source,
+                f"voxels of {found} mm, each of which would become {enlarged:.0f} of the model's",
+                f"voxels nearer to {size} mm",
+                "check the unit and the voxel size in its header",
+            )
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
         model = resample(data, box_affine, grid, shape)
         scaled = torch.empty_like(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -215,6 +216,27 @@ def check_affine(affine: FloatArray, source: Path | str | None) -> None:
         raise InputError(source, f"a voxel size of {_by(spacing.tolist())} mm", expected, remedy)
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-4:
         raise InputError(source, "a singular affine (its axes lie in one plane)", expected, remedy)
+
+
+SMALLEST_MM, LARGEST_MM = 1e-4, 100.0
+"""A voxel size out of this range is no size of a scan: a header in another unit."""
+_USUAL_MM, _USUAL_SLICE_MM = (0.05, 6.0), 30.0
+
+
+def check_spacing(affine: FloatArray, source: Path | str) -> None:
+    """Refuse voxel sizes that no scan has, and warn of unusual ones.
+
+    Unusual are more than 30 mm between slices, and less than 0.05 mm or more than 6 mm within them.
+
+    Raises:
+        InputError: a voxel size below `SMALLEST_MM` or above `LARGEST_MM`.
+    """
+    sizes = sorted(spacing_of(affine))
+    found, remedy = f"voxels of {_by(list(spacing_of(affine)))} mm", "check the unit and the voxel size in the header"
+    if sizes[0] < SMALLEST_MM or sizes[2] > LARGEST_MM:
+        raise InputError(source, found, "0.05 to 6 mm, and up to 30 mm between slices", remedy)
+    if sizes[0] < _USUAL_MM[0] or sizes[1] > _USUAL_MM[1] or sizes[2] > _USUAL_SLICE_MM:
+        warnings.warn(f"{Path(source).name}: {found}, which is unusual for a scan; {remedy}", stacklevel=2)
 
 
 def _by(numbers: tuple[int, ...] | list[float]) -> str:

@@ -30,7 +30,7 @@ from medseg_diffusion.data.mask_examples import CaseFormat, read_case, read_case
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.ensemble import temperature_scaled
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement, ReaderSummary
@@ -194,6 +194,7 @@ def benchmark_segmenter(
         InputError: Unusable data, or a case whose labels are on another grid or of other classes.
         ModelError: No usable model.
     """
+    require_folder(output)
     keep_freed_memory()  # as `medseg segment` does
     named_labels = find_cases(data).labels
     plan: list[tuple[str, Setting, list[Case]]] = []

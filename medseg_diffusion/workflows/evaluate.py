@@ -21,7 +21,7 @@ from medseg_diffusion.data.pairs import (
 )
 from medseg_diffusion.data.patients import read_patients
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
@@ -123,6 +123,7 @@ def evaluate(
         UsageError: A foreground without scores, or a `lesion_overlap` out of range.
     """
     options.require_valid()
+    require_folder(output)
     inputs, warnings = _find_inputs(Path(prediction), Path(reference), options)
     requested = _label_names(options.labels)
     counts = {pair.name: _compare(pair, requested) for pair in inputs.pairs}

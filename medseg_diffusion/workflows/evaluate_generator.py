@@ -28,7 +28,7 @@ from medseg_diffusion.data.image_cache import PackedImages, packed, to_unit
 from medseg_diffusion.data.images import find_images
 from medseg_diffusion.device import choose_device
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.metrics.generation import NEIGHBOUR, Features, Scores, scores
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import home
@@ -153,6 +153,7 @@ def evaluate_generator(
         InputError: An unusable reference.
         ModelError: No usable model or extractor, or an extractor that a model was trained with.
     """
+    require_folder(output)
     device = choose_device(options.sampling.device)
     extract = extractor(options.extractor, device, options.inception, download=options.download)
     _check_models(models, options, extract)

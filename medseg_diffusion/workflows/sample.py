@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medseg_diffusion.data.image_cache import to_unit
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.reports.pictures import as_pictures, grid, png
 from medseg_diffusion.volumes.io import read_map, write_map
@@ -35,6 +35,7 @@ def sample_images(
         UsageError: Options that do not fit the model, or a folder with samples of other options.
         ModelError: No usable model.
     """
+    require_folder(output)
     source = ImageSource(name_or_path, options)
     about = {
         "model": str(name_or_path),

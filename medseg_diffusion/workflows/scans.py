@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -123,22 +125,40 @@ def each_scan(
             result = ScanResult(path, "skipped", {work.last: files[work.last]})
         else:
             report = _share_of(path, on_progress)
-            try:
-                # The scan is read before the model is loaded, so that a broken file is reported at once.
-                volume = work.read(path)
-                model = work.load() if model is None else model
-                result = work.run(model, Scan(path, volume, files, report, started=time.monotonic()))
-            except MedsegError as error:
-                if model is None and error.exit_code != 3:
-                    raise
-                result = ScanResult(path, "failed", error=str(error), exit_code=error.exit_code)
-            except Exception as error:
-                text = " ".join(str(error).split()) or type(error).__name__
-                result = ScanResult(path, "failed", error=f"{path}: {type(error).__name__}: {text}", exit_code=1)
+            with _remarks() as remarks:
+                try:
+                    # The scan is read before the model is loaded, so that a broken file is reported at once.
+                    volume = work.read(path)
+                    model = work.load() if model is None else model
+                    result = work.run(model, Scan(path, volume, files, report, started=time.monotonic()))
+                except MedsegError as error:
+                    if model is None and error.exit_code != 3:
+                        raise
+                    result = ScanResult(path, "failed", error=str(error), exit_code=error.exit_code)
+                except Exception as error:
+                    text = " ".join(str(error).split()) or type(error).__name__
+                    result = ScanResult(path, "failed", error=f"{path}: {type(error).__name__}: {text}", exit_code=1)
+            result = replace(result, warnings=(*remarks, *result.warnings))
         results.append(result)
         if on_case is not None:
             on_case(result)
     return results
+
+
+@contextmanager
+def _remarks() -> Iterator[list[str]]:
+    """The messages of the package's own warnings in the block, each once; all others are shown as usual."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield messages
+        finally:
+            own = [one for one in caught if one.category is UserWarning]
+            messages += dict.fromkeys(str(one.message) for one in own)
+    for other in caught:
+        if other.category is not UserWarning:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
 
 
 def all_scans(paths: Sequence[Path]) -> list[Path]:

@@ -25,7 +25,7 @@ from medseg_diffusion.reports.html import SegmentedCase, segment_report
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
 from medseg_diffusion.volumes.outputs import Outputs, refuse_collisions, segmentation_outputs
-from medseg_diffusion.volumes.paths import is_image, scan_name
+from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.volume import Volume
 
@@ -161,7 +161,9 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
         written |= _write(scan, "statistics", _statistics(scan, segmentation, model))
     write_labels(segmentation.labels, scan.volume, scan.outputs["segmentation"])
     warnings = list(model.notes)
-    if segmentation.quality == "check":
+    if not bool((segmentation.labels > 0).any()):
+        warnings.append("nothing was found: the mask is empty; check the scan and whether the model is for it")
+    elif segmentation.quality == "check":
         warnings.append("the sampled masks agree less than is usual for this model; check the result")
     result = ScanResult(
         scan.path,
@@ -308,5 +310,5 @@ def _check_fits(volume: Volume, model: SegmentationModel) -> None:
 
 
 def _shard_of(scan: Path, count: int) -> int:
-    """The part of a scan, 1..count. It depends only on the name, so that further scans do not change it."""
-    return int(hashlib.sha256(scan_name(scan).encode()).hexdigest(), 16) % count + 1
+    """The part of a scan, 1..count. It depends only on the path as given, so that further scans do not change it."""
+    return int(hashlib.sha256(scan.as_posix().encode()).hexdigest(), 16) % count + 1

@@ -132,7 +132,29 @@ def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dic
             f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels names "
             f"labels 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
         )
+    if folder.labels and not config.data.merge_labels:
+        _require_same_names(labels, folder.labels, data)
     return labels
+
+
+def _require_same_names(configured: dict[int, str], stored: dict[int, str], data: Path) -> None:
+    """UsageError if dataset.json gives a label the name that the configuration gives to another one.
+
+    Names need not be equal: "Anterior" is the "anterior hippocampus".
+    """
+
+    def words(name: str) -> set[str]:
+        return set(name.lower().replace("_", " ").replace("-", " ").split())
+
+    for value, name in stored.items():
+        shared = {label: len(words(name) & words(other)) for label, other in configured.items()}
+        best = max(shared.values())
+        if value and best > shared[value]:
+            other = next(label for label, count in shared.items() if count == best)
+            raise UsageError(
+                f"{data}: dataset.json names label {value} {name!r}, but data.labels names it {configured[value]!r} "
+                f"and label {other} {configured[other]!r}; put data.labels into the order of dataset.json"
+            )
 
 
 def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase) -> SegmenterData:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import torch
 from medseg_cli.main import app
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from typer.testing import CliRunner
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.outputs import refuse_collisions, segmentation_outputs
 from medseg_diffusion.volumes.paths import scan_name
 
 ROWS, COLUMNS, SLICES = 7, 5, 6
@@ -97,6 +100,9 @@ def test_folders_of_series_are_scans_beside_files(values, tmp_path: Path) -> Non
         ({"places": [0, 3, 6, 6, 9, 12]}, "several images at one position"),
         ({"shift": 1.0}, "tilted gantry"),
         ({"ImagePositionPatient": None}, "slices without position"),
+        ({"PixelSpacing": None}, r"no PixelSpacing in .*IMA"),
+        ({"PixelSpacing": [0, 1]}, "a pixel spacing of 0 x 1 mm"),
+        ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "colour images"),
     ],
 )
 def test_slices_that_are_no_volume_are_refused(changes, message, values, tmp_path: Path) -> None:
@@ -104,17 +110,150 @@ def test_slices_that_are_no_volume_are_refused(changes, message, values, tmp_pat
         read_volume(series(tmp_path / "s", values, **changes))
 
 
+def edited(folder: Path, number: int, **changes: object) -> Path:
+    """The series with changed attributes in one of its files."""
+    file = sorted(folder.iterdir())[number]
+    data = pydicom.dcmread(file)
+    for name, value in changes.items():
+        setattr(data, name, value)
+    data.save_as(file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, "slices of different orientation .* another in 1"),
+        ({"PixelSpacing": [0.7, 0.7]}, "slices of different pixel spacing .*0.7 x 0.7 mm in 1"),
+        ({"Rows": 4, "PixelData": bytes(2 * 4 * COLUMNS)}, r"slices of different size .*5 x 4 in 1.* localizer"),
+    ],
+)
+def test_a_slice_that_differs_is_named(changes, message, values, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read_volume(edited(series(tmp_path / "s", values), 2, **changes))
+
+
+def test_every_slice_has_its_own_slope(values, tmp_path: Path) -> None:
+    """As PET series and some MR scanners have it; that of the first slice gives wrong numbers for all others."""
+    plain = read_volume(series(tmp_path / "a", values))
+    folder = series(tmp_path / "b", values)
+    factors = {}
+    for number, file in enumerate(sorted(folder.iterdir())):
+        data = pydicom.dcmread(file)
+        data.RescaleSlope, data.RescaleIntercept = str(0.01 * (number + 1)), "-3"
+        place = float(np.array(data.ImagePositionPatient, float) @ turned()[2])
+        factors[place] = 0.01 * (number + 1)
+        data.save_as(file)
+    scaled = read_volume(folder)
+    for k, place in enumerate(sorted(factors)):
+        np.testing.assert_allclose(scaled.data[..., k], plain.data[..., k] * factors[place] - 3, rtol=1e-5, atol=1e-4)
+
+
+def enhanced(path: Path, values: np.ndarray, order: list[int], **frames: list[object]) -> Path:
+    """One multi-frame file of the series' slices, in any order, each with its place in its functional groups."""
+    first = pydicom.dcmread(sorted(series(path.parent / "slices", values).iterdir())[0])
+    along, down, normal = turned()
+    data = FileDataset("", {}, file_meta=first.file_meta, preamble=b"\0" * 128)
+    for name in [
+        "SeriesInstanceUID",
+        "StudyInstanceUID",
+        "Modality",
+        "Rows",
+        "Columns",
+        "SamplesPerPixel",
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+        "PhotometricInterpretation",
+    ]:
+        setattr(data, name, getattr(first, name))
+    data.SOPClassUID, data.SOPInstanceUID = EnhancedMRImageStorage, generate_uid()
+    data.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    shared, measures, orientation = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing = [SPACING[0], SPACING[1]]
+    orientation.ImageOrientationPatient = [round(float(v), 8) for v in (*along, *down)]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+    data.SharedFunctionalGroupsSequence = [shared]
+    groups = []
+    for number, k in enumerate(order):
+        group, place, content, scaling = Dataset(), Dataset(), Dataset(), Dataset()
+        position = np.array([10.0, -20.0, 30.0]) + k * SPACING[2] * normal
+        place.ImagePositionPatient = [round(float(v), 6) for v in position]
+        content.StackID = str(frames.get("stack", ["1"] * len(order))[number])
+        scaling.RescaleSlope, scaling.RescaleIntercept = str(k + 1), "0"
+        group.PlanePositionSequence, group.FrameContentSequence = [place], [content]
+        group.PixelValueTransformationSequence = [scaling]
+        groups.append(group)
+    data.PerFrameFunctionalGroupsSequence = groups
+    data.NumberOfFrames = len(order)
+    data.PixelData = np.stack([values[k] for k in order]).astype(np.uint16).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_frames_of_one_file_are_ordered_by_their_places(values, tmp_path: Path) -> None:
+    """With the slope of each frame. A folder that holds the file, and the file itself, are the same scan."""
+    plain = read_volume(series(tmp_path / "a", values))
+    file = enhanced(tmp_path / "frames" / "e" / "1.dcm", values, [3, 0, 5, 1, 4, 2])
+    for path in (file, file.parent):
+        volume = read_volume(path)
+        np.testing.assert_allclose(volume.affine, plain.affine, atol=1e-4)
+        np.testing.assert_allclose(volume.data, plain.data * torch.arange(1, SLICES + 1))
+    assert scan_name(file) == "1"
+
+
+def test_stacks_of_one_file_are_told_apart(values, tmp_path: Path) -> None:
+    twice = enhanced(tmp_path / "e" / "1.dcm", values, [0, 1, 2, 0, 1, 2], stack=["1"] * 3 + ["2"] * 3)
+    with pytest.raises(InputError, match=r"several images at one position \(stack 1, 2\)"):
+        read_volume(twice)
+
+
+def test_a_zip_and_files_without_preamble_are_the_same_series(values, tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", values)
+    expected = read_volume(folder)
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"study/{file.name}")
+        archive.writestr("__MACOSX/._1", b"no image")
+        archive.writestr("study/readme.txt", b"no image")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for number, file in enumerate(folder.iterdir()):
+        data = pydicom.dcmread(file)
+        buffer = pydicom.filebase.DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, False
+        pydicom.filewriter.write_dataset(buffer, data)
+        (bare / str(number)).write_bytes(buffer.getvalue())
+    assert scan_name(tmp_path / "s.zip") == "s" and find_scans(bare) == [bare]
+    for path in (tmp_path / "s.zip", bare):
+        volume = read_volume(path)
+        np.testing.assert_allclose(volume.affine, expected.affine)
+        assert torch.equal(volume.data, expected.data)
+
+
+def test_results_lie_beside_a_series_and_never_in_it(values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = series(tmp_path / "s", values)
+    monkeypatch.chdir(folder)
+    files = segmentation_outputs(Path("."), None, 1)
+    assert files["segmentation"] == tmp_path / "s_seg.nii.gz"
+    for output in (folder, Path(".")):
+        with pytest.raises(UsageError, match="holds a DICOM series, which results must not join"):
+            refuse_collisions({folder: segmentation_outputs(folder, output, 1)})
+
+
 def test_other_folders_are_refused(values, tmp_path: Path) -> None:
     series(tmp_path / "two", values)
     for file in (tmp_path / "two").iterdir():
         file.rename(file.with_name("x" + file.name))
     series(tmp_path / "two", values)
-    with pytest.raises(InputError, match="2 DICOM series; expected one series"):
+    with pytest.raises(InputError, match=r"2 DICOM series: MR \(6 files\), MR \(6 files\); expected one series"):
         read_volume(tmp_path / "two")
     with pytest.raises(InputError, match="a series of one slice"):
         read_volume(series(tmp_path / "one", values[:1]))
     slice_of = next((tmp_path / "one").iterdir()).rename(tmp_path / "one" / "1.dcm")
-    with pytest.raises(InputError, match=r"one slice of a DICOM series; .* name its folder"):
+    with pytest.raises(InputError, match=r"a series of one slice; expected a volume of several"):
         read_volume(slice_of)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="a folder without scans"):

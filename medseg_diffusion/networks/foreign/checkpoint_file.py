@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,6 +51,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give a .pt, .pth, .ckpt or .safetensors file")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ModelError(f"{path}: an empty file, expected a checkpoint; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path}: a Git LFS pointer, not the checkpoint; download the file itself (git lfs pull)")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -65,8 +70,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path}: holds {what}, expected a plain state dict; nothing was executed. "
             "Save the state dict alone with torch.save(model.state_dict(), ...)"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise ModelError(f"{path}: unreadable ({str(error).splitlines()[0]}); copy the file again") from error
+    except Exception as error:  # torch.load raises nearly anything for a damaged file
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ModelError(f"{path}: unreadable ({reason}); copy the file again") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):

@@ -27,14 +27,25 @@ def latent_diffusion(state: State, settings: Mapping[str, Any]) -> Foreign:
             scale = autoencoder.weights["scale"]
             autoencoder.weights["scale"] = torch.full_like(scale, float(state["scale_factor"]))
         return autoencoder
-    denoiser = openai_unet(unet or state, settings)
+    averaged = _averaged(unet, state)
+    denoiser = openai_unet(averaged or unet or state, settings)
+    if averaged:
+        denoiser.assumed.append("the averaged weights (model_ema) are taken, as latent-diffusion samples with them")
     denoiser.betas = state.get("betas")
     if first:
         denoiser.assumed.append("the autoencoder is left out (--set part=autoencoder imports it)")
-    others = sorted({name.split(".")[0] for name in state if "." in name} - {"model", "first_stage_model"})
+    others = sorted({name.split(".")[0] for name in state if "." in name} - {"model", "first_stage_model", "model_ema"})
     if unet and others:
         denoiser.assumed.append(f"left out: {', '.join(others)}")
     return denoiser
+
+
+def _averaged(unet: State, state: State) -> dict[str, Tensor]:
+    """The averaged weights of a denoiser, stored under the names of the weights without their dots; empty if absent."""
+    names = {name: f"model_ema.diffusion_model{name.replace('.', '')}" for name in unet}
+    if not names or not all(own in state for own in names.values()):
+        return {}
+    return {name: state[own] for name, own in names.items()}
 
 
 def _below(state: State, prefix: str) -> dict[str, Tensor]:
