@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def open_image(path: Path) -> FileImage:
     shape = tuple(int(n) for n in reader.GetSize()) + ((components,) if components > 1 else ())
 
     def load() -> npt.NDArray[np.generic]:
+        _require_sum(path)
         try:
             array = sitk.GetArrayFromImage(reader.Execute())  # (..., K, J, I[, components])
         except RuntimeError as error:
@@ -42,6 +44,48 @@ def open_image(path: Path) -> FileImage:
     affine = _affine(reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection(), axes)
     dtype = np.dtype(_dtype(reader.GetPixelID()))
     return FileImage(shape, dtype, affine, Header(), load)
+
+
+def _require_sum(path: Path) -> None:
+    """InputError unless the check sum of compressed voxels is right: ITK stops reading before it."""
+    try:
+        compressed, file, begin = _compressed(path)
+        if not compressed:
+            return
+        decoder = zlib.decompressobj(32 + zlib.MAX_WBITS)  # zlib (MetaImage) or gzip (NRRD)
+        with file.open("rb") as content:
+            content.seek(begin)
+            while not decoder.eof and (chunk := content.read(2**20)):
+                decoder.decompress(chunk)
+        if not decoder.eof:
+            raise zlib.error("the stream ends early")
+    except (zlib.error, OSError, ValueError) as error:
+        raise InputError(
+            path, f"a damaged file ({' '.join(str(error).split())})", "the check sum of its content", "copy it again"
+        ) from error
+
+
+def _compressed(path: Path) -> tuple[bool, Path, int]:
+    """Whether the voxels have a check sum, the file that holds them, and the byte at which they begin."""
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        while line := file.readline(2**16):
+            text = line.decode("latin-1").strip()
+            if not text:
+                break  # the end of an NRRD header
+            name, sign, value = text.partition("=") if path.suffix.lower() != ".nrrd" else text.partition(":")
+            if sign:
+                fields[name.strip().lower()] = value.strip()
+            if name.strip().lower() == "elementdatafile":
+                break  # the end of a MetaImage header
+        begin = file.tell()
+    nrrd = fields.get("encoding", "").lower() in ("gzip", "gz")
+    meta = fields.get("compresseddata", "").lower() == "true"
+    other = fields.get("elementdatafile", "LOCAL") if meta else fields.get("data file", fields.get("datafile", "LOCAL"))
+    if other.upper() == "LOCAL":
+        return nrrd or meta, path, begin
+    detached = path.parent / other
+    return (nrrd or meta) and detached.is_file(), detached, 0
 
 
 def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:

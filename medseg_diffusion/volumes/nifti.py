@@ -123,7 +123,8 @@ def _geometry(path: Path, image: nib.Nifti1Image) -> tuple[FloatArray, Header]:
         warnings.warn(f"{path.name}: its qform is unusable; the sform is used alone", stacklevel=2)
     elif qform is not None:
         own, other = (np.linalg.norm(one[:3, :3], axis=0) for one in (affine, qform))
-        if np.abs(own - other).max() > 0.1 * own.min():
+        sound = bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) > 0  # else refused later
+        if sound and np.abs(own - other).max() > 0.1 * own.min():
             sizes = [" x ".join(f"{mm:g}" for mm in one) for one in (own, other)]
             warnings.warn(
                 f"{path.name}: its sform has voxels of {sizes[0]} mm, its qform of {sizes[1]} mm; the sform is used",

@@ -98,6 +98,7 @@ def _decoded(path: Path, exact: bool = False) -> Image.Image:
         # Read into memory first: Pillow (13.0) maps an uncompressed TIFF that it opens by name, and mistakes the sides
         # of one whose header asks for a quarter turn. Pillow's warnings concern metadata; unreadable pixels raise.
         content = io.BytesIO(path.read_bytes())
+        _require_sums(content)
         with warnings.catch_warnings(action="ignore"), Image.open(content, formats=_FORMATS) as image:
             jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further images, which are previews
             count = 1 if jpeg else getattr(image, "n_frames", 1)
@@ -118,6 +119,14 @@ def _decoded(path: Path, exact: bool = False) -> Image.Image:
         reason = " ".join(text.split())[:120].rstrip(".") or type(error).__name__
         wrong = (f"an unreadable file ({reason})", "a complete PNG, JPEG, TIFF or BMP image", "copy or export it again")
     raise InputError(path, *wrong)
+
+
+def _require_sums(content: io.BytesIO) -> None:
+    """What Pillow raises unless the check sums of all chunks of a PNG are right: decoding skips those of pixels."""
+    if content.getbuffer()[:8] == b"\x89PNG\r\n\x1a\n":
+        with warnings.catch_warnings(action="ignore"), Image.open(content, formats=("PNG",)) as image:
+            image.verify()
+        content.seek(0)
 
 
 def _colours(path: Path, image: Image.Image) -> Image.Image:

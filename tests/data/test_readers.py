@@ -68,7 +68,7 @@ def test_every_readers_mask_is_checked_and_prepared(tmp_path: Path) -> None:
     for first, second in zip(a.labels, again.labels, strict=True):
         torch.testing.assert_close(first, second)
     save(folder / "raters" / "10" / "a.png", np.zeros((8, 9)))
-    with pytest.raises(InputError, match=r"10/a\.png: found a grid of"):
+    with pytest.raises(InputError, match=r"10/a\.png: found 9 x 8 x 1 voxels"):
         prepare(cases, preprocessing, FORMAT, tmp_path / "cache")
     save(folder / "raters" / "10" / "a.png", np.full((8, 8), 3))
     with pytest.raises(InputError, match=r"10/a\.png: found label 3; expected labels 0 to 1"):

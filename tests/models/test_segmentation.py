@@ -42,10 +42,10 @@ def test_a_calibrated_model_is_less_sure_of_the_same_labels(tmp_path: Path, tiny
         assert float(soft.uncertainty.mean()) >= float(raw.uncertainty.mean())
 
 
-def test_members_that_all_find_nothing_agree(tmp_path: Path, tiny_model: Path) -> None:
+def test_members_that_all_find_nothing_are_to_be_checked(tmp_path: Path, tiny_model: Path) -> None:
     whole = load_segmenter(calibrated(tiny_model, tmp_path / "calibrated", agreement=0.9), "cpu", ensemble=3)
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
     _, placement = whole.sample(volume, 0)
     empty = torch.zeros(3, len(whole.labels), *placement.shape)
     empty[:, 0] = 1
-    assert whole.aggregation.combine(Ensemble.of(empty), placement).quality == "usual"
+    assert whole.aggregation.combine(Ensemble.of(empty), placement).quality == "check"

@@ -167,7 +167,7 @@ def test_a_bad_case_is_named_before_anything_is_measured(kind, models, data, tmp
     label = np.asarray(nib.load(file).dataobj)
     changed = label[:-1] if kind == "grid" else label * 3
     nib.save(nib.Nifti1Image(changed, np.eye(4)), file)
-    message = r"found a grid of \(8, 8, 8\)" if kind == "grid" else "found the values 0 and 3"
+    message = r"found 8 x 8 x 8 voxels" if kind == "grid" else "found the values 0 and 3"
     with pytest.raises(InputError, match=message):
         benchmark_segmenter(
             [str(models["baseline"])], copy, tmp_path / "out", BenchmarkOptions(side="test", device="cpu")
