@@ -11,7 +11,7 @@ from ._options import AsJson, Device, ModelArgument, Quiet, Sampler, Seed, exist
 from ._shared import print_json, progress
 
 
-# many: one parameter for each option of the command
+# many, long: one parameter, with its help, for each option of the command
 def sample(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the images.")],

@@ -113,6 +113,7 @@ class SeveralParts(Protocol):
     def optimised_parts(self) -> Sequence[list[nn.Parameter]]: ...
 
 
+# long: one headed block for each part of a step, in the order in which they happen
 def fit(
     model: nn.Module,
     draws: Dataset[dict[str, Tensor]],

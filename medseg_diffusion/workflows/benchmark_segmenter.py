@@ -112,7 +112,8 @@ class BenchmarkRow:
         patients: Number of patients.
         pairwise_dice: Mean Dice of pairs of members, over cases; 1 for members that are equal or all empty.
         readers: The members compared with several readers; None for data of one reader.
-        by_case: The numbers behind the means, and volumes: one entry per case and class.
+        by_case: The numbers behind the means, and volumes: one entry per case and class. The energy distance is of all
+            classes together.
     """
 
     model: str
@@ -364,6 +365,7 @@ def _measure_case(
             "hd95_mm": hd95(predicted == value, truth == value, reference.spacing),
             "ml": float((predicted == value).sum()) * voxel_ml,
             "reference_ml": float((truth == value).sum()) * voxel_ml,
+            **({} if agreement is None else {"energy_distance": agreement.energy_distance}),
         }
         for value, label in _classes(model)
     ]
