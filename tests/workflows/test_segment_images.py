@@ -122,7 +122,8 @@ def test_a_preset_trains_on_real_images_and_its_masks_are_evaluated(tmp_path: Pa
         for name in names:
             shutil.copy(source / part / name, tmp_path / "data" / part)
     tiny = [
-        "data.window=[64, 64]", "data.test_cases=2", "data.validation_cases=1", "data.calibration_cases=1", "network.channels=8",
+        "data.window=[64, 64]", "data.test_cases=2", "data.validation_cases=1", "data.calibration_cases=1",
+        "network.channels=8",
         "training.batch_size=2", "training.max_steps=2", "training.validate_every=2", "inference.steps=1",
     ]  # fmt: skip
     config = load_segmenter_config("ensemdiff-nuclei-small", tiny)
