@@ -17,6 +17,7 @@ from .config.shared import AugmentationSection, PreprocessingSection, ScheduleSe
 from .data.augmentation import Augmentation
 from .data.healthy import HEALTHY
 from .diffusion import schedule
+from .diffusion.categorical import label_noise
 from .diffusion.denoiser import Denoiser, Head, NetworkDenoiser
 from .diffusion.guidance import Classifier, FixedCondition
 from .diffusion.noise import NoiseSource, gaussian
@@ -40,7 +41,7 @@ from .networks.unet import UNet
 from .sampling.ddim import DDIM
 from .sampling.ddpm import DDPM
 from .sampling.dpm_solver import DPMSolver
-from .sampling.loop import Sampler, Spacing, spaced
+from .sampling.loop import Sampler, spaced
 from .tasks.categorical_mask import CategoricalMaskDiffusion
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
@@ -92,19 +93,20 @@ def samplers(config: SegmenterConfig) -> tuple[str, ...]:
 def times(config: SegmenterConfig, steps: int) -> list[int]:
     """The times that a segmenter's sampler visits in ``steps`` steps, with the warnings of `spaced`.
 
-    Labels have no signal-to-noise ratio, so categorical diffusion visits evenly spaced times. A method without a
-    sampler takes one step.
+    Categorical diffusion visits evenly spaced times. A method without a sampler takes one step.
     """
     if not samplers(config):
         return [1, 0]
-    spacing: Spacing = "trailing" if config.method == "categorical" else "log-snr"
     schedule = noise_schedule(config.diffusion.schedule)
-    first, last = _times_between(config.diffusion, schedule)
-    return spaced(schedule, steps, spacing, last, first)
+    if config.method != "categorical":
+        first, last = _times_between(config.diffusion, schedule)
+        return spaced(schedule, steps, "log-snr", last, first)
+    first, last = _times_between(config.diffusion, label_noise(schedule))
+    return spaced(schedule, steps, "trailing" if config.diffusion.log_snr is None else "linspace", last, first)
 
 
 def _times_between(section: DiffusionSection, schedule: NoiseSchedule) -> tuple[int, int]:
-    """The first and the last time of training and sampling."""
+    """The first and the last time of training and sampling; ``schedule`` is `label_noise` for labels."""
     if section.log_snr is None:
         return 1, schedule.num_steps
     try:
@@ -170,7 +172,8 @@ def _categorical(config: SegmenterConfig, encoding: MaskEncoding) -> Categorical
     classes, section = encoding.num_classes, config.diffusion
     network = UNet(in_channels=classes + config.data.channels, out_channels=classes, **config.network.model_dump())
     schedule = noise_schedule(section.schedule)
-    return CategoricalMaskDiffusion(network, schedule, classes, section.cross_entropy_weight)
+    between = _times_between(section, label_noise(schedule))
+    return CategoricalMaskDiffusion(network, schedule, classes, section.cross_entropy_weight, between)
 
 
 def _mask_diffusion(config: SegmenterConfig, encoding: MaskEncoding) -> MaskDiffusion | LatentMaskDiffusion:

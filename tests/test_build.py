@@ -15,6 +15,7 @@ from medseg_diffusion.config.shared import InferenceSection
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.ablation import without_x_t
 from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.tasks.categorical_mask import CategoricalMaskDiffusion
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
 from medseg_diffusion.training.autoencoder import standardise
 from medseg_diffusion.training.job import training_options
@@ -202,3 +203,21 @@ def test_two_cases_are_learnt_by_heart(method, dims) -> None:
     if one_image:
         with without_x_t(model.network, "zeros", method == "categorical"):
             assert not both(answers())
+
+
+def test_steps_on_labels_lie_between_the_bounds_of_their_log_snr() -> None:
+    content = {
+        "method": "categorical",
+        "data": {"window": [8, 8], "labels": ["one"]},
+        "network": {"dims": 2, "channels": 16, "channel_mult": [1, 2]},
+        "diffusion": {"schedule": {"name": "cosine"}, "log_snr": (-11.0, 1.5)},
+        "inference": {"sampler": "ddpm", "steps": 20},
+    }
+    config = parse_config(content, "test")
+    assert isinstance(config, SegmenterConfig)
+    times = build.times(config, 20)
+    assert len(times) == 21 and 950 < times[0] < 970 and 190 < times[-2] < 210 and times[-1] == 0
+    model = build.segmenter(config, 2)
+    assert isinstance(model, CategoricalMaskDiffusion) and model.times == (times[-2], times[0])
+    every = parse_config({**content, "diffusion": {"schedule": {"name": "cosine"}}}, "test")
+    assert isinstance(every, SegmenterConfig) and build.times(every, 20)[:2] == [1000, 950]

@@ -112,7 +112,8 @@ class DiffusionSection(Section):
     Cross-entropy of x0 given x_t is minimised by the true probabilities at every time. Dice is not: its minimum is one
     mask, also where several are possible. ``dice_ce_log_snr`` keeps Dice + cross-entropy from the times at which x_t
     chooses between masks (`tasks.mask.auxiliary_weight`). Times are drawn, and steps spaced,
-    where log(scale^2 alpha^2 / sigma^2) lies in ``log_snr`` (`diffusion.mask_noise`). Categorical diffusion has the
+    where log(scale^2 alpha^2 / sigma^2) lies in ``log_snr`` (`diffusion.mask_noise`; for labels it is that of
+    `diffusion.categorical.label_noise`). Categorical diffusion has the
     schedule and ``cross_entropy_weight``, beside the variational bound.
     """
 
@@ -215,8 +216,8 @@ class SegmenterConfig(Section):
         logits = self.method == "categorical" or self.diffusion.head == "logits"
         if self.diffusion.cross_entropy_weight > 0 and not logits:
             raise ValueError("diffusion.cross_entropy_weight needs head: logits or method: categorical")
-        if self.diffusion.log_snr is not None and self.method in ("categorical", "latent-mask"):
-            raise ValueError("diffusion.log_snr is for masks that Gaussian noise is added to")
+        if self.diffusion.log_snr is not None and self.method == "latent-mask":
+            raise ValueError("diffusion.log_snr is for masks, not for their latents")
         if self.method == "categorical" and self.inference.sampler != "ddpm":
             raise ValueError("method: categorical has one sampler; set inference.sampler: ddpm")
         return self

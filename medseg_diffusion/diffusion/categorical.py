@@ -45,6 +45,14 @@ class NoisedLabels:
     x_t: Tensor
 
 
+def label_noise(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule of Gaussian noise that hides a mask of two values as much as ``schedule`` hides two classes.
+
+    As -1 and 1, noised labels have the mean alpha_bar x_0 and the variance 1 - alpha_bar^2.
+    """
+    return NoiseSchedule(schedule.alpha_bar.square())
+
+
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Labels (B, *S) as float32 one-hot (B, K, *S)."""
     return F.one_hot(labels, num_classes).movedim(-1, 1).float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.categorical import bound_loss, draw_noised_labels, one_hot, uniform_labels
 from medseg_diffusion.diffusion.denoiser import Condition
-from medseg_diffusion.diffusion.noise import generators
+from medseg_diffusion.diffusion.noise import generators, uniform_times
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 from medseg_diffusion.sampling.categorical import sample_categorical
 from medseg_diffusion.sampling.loop import Sampler
@@ -33,21 +33,30 @@ class CategoricalMaskDiffusion(nn.Module):
         schedule: its ``alpha_bar`` is the share of labels that are still those of x_0.
         num_classes: K.
         cross_entropy_weight: weight of the cross-entropy of x_0 beside the variational bound.
+        times: the first and the last time that training draws; None for 1 and T.
     """
 
     def __init__(
-        self, network: nn.Module, schedule: NoiseSchedule, num_classes: int, cross_entropy_weight: float = 0.0
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        num_classes: int,
+        cross_entropy_weight: float = 0.0,
+        times: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.schedule = schedule
         self.num_classes = num_classes
         self.cross_entropy_weight = cross_entropy_weight
+        self.times = times or (1, schedule.num_steps)
 
     def forward(self, batch: Batch) -> Tensor:
         """Training loss, a scalar. Times and noised labels come from the examples' own seeds."""
         labels = batch["label"]
-        noised = draw_noised_labels(self.schedule, labels, self.num_classes, generators(batch["seed"].tolist()))
+        own = generators(batch["seed"].tolist())
+        first, last = self.times
+        noised = draw_noised_labels(self.schedule, labels, self.num_classes, own, uniform_times(last, own, first))
         cond = self.network.encode_condition(batch["image"])  # type: ignore[operator]
         logits = self._logits(noised.x_t, noised.t, cond, batch["image"])
         loss = bound_loss(self.schedule, logits, noised).mean()

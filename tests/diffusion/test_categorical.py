@@ -13,6 +13,7 @@ from medseg_diffusion.diffusion.categorical import (
     bound_loss,
     draw,
     draw_noised_labels,
+    label_noise,
     noised_probabilities,
     one_hot,
     posterior,
@@ -141,3 +142,11 @@ def test_one_step_gives_the_likelier_mask_alone() -> None:
 def test_times_that_do_not_decrease_to_zero_are_refused() -> None:
     with pytest.raises(ValueError, match="decrease to 0"):
         sample_categorical(exact, SCHEDULE, torch.zeros(1, 16, dtype=torch.int64), [500, 700, 0], generators([0]))
+
+
+def test_the_gaussian_noise_of_labels_has_their_mean_and_variance() -> None:
+    labels = torch.ones(2, 40_000, dtype=torch.int64)
+    noised = draw_noised_labels(SCHEDULE, labels, 2, generators([0, 1]), torch.tensor([500, 500])).x_t
+    signed = 2 * noised.double() - 1
+    snr = float(label_noise(SCHEDULE).snr(500))
+    assert float(signed.mean() ** 2 / signed.var()) == pytest.approx(snr, rel=0.05)
