@@ -6,12 +6,14 @@ reader that takes those of the first slice for all gives wrong numbers without a
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -196,6 +198,8 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
                 )
             slope = _value(groups, "PixelValueTransformationSequence", "RescaleSlope")
             intercept = _value(groups, "PixelValueTransformationSequence", "RescaleIntercept")
+            if slope is not None and float(slope) == 0:
+                raise ValueError("a RescaleSlope of 0")
             yield _Frame(
                 name,
                 opener,
@@ -325,6 +329,8 @@ def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
         syntax = UID(str(frame.header.file_meta.get("TransferSyntaxUID", "")))
         if not syntax.is_compressed:
             raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+        if (stored := _decoded_by_itk(frame)) is not None:
+            return stored
         raise InputError(
             path,
             f"pixels compressed as {syntax.name}, which cannot be decoded here",
@@ -333,6 +339,26 @@ def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
         ) from error
     except Exception as error:  # pydicom raises nearly anything for damaged files
         raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+
+
+def _decoded_by_itk(frame: _Frame) -> npt.NDArray[np.generic] | None:
+    """The stored values (rows, columns) of a file of one frame; None if ITK has no decoder for it either.
+
+    pydicom decodes most kinds of JPEG only with plug-ins, ITK without. ITK rescales, which is undone: the values are
+    those of one frame, so that its slope is the right one.
+    """
+    import SimpleITK as sitk
+
+    if int(frame.header.get("NumberOfFrames") or 1) != 1:
+        return None
+    with frame.open() as file, NamedTemporaryFile(suffix=".dcm") as copy:  # ITK reads named files, not members of a zip
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        try:
+            values = sitk.GetArrayFromImage(sitk.ReadImage(copy.name)).astype(np.float64)
+        except RuntimeError:
+            return None
+    return np.asarray(np.rint((values.reshape(values.shape[-2:]) - frame.intercept) / frame.slope))
 
 
 def _with_syntax(dataset: Dataset) -> Dataset:

@@ -57,8 +57,8 @@ def _require_sum(path: Path) -> None:
             content.seek(begin)
             while not decoder.eof and (chunk := content.read(2**20)):
                 decoder.decompress(chunk)
-        if not decoder.eof:
-            raise zlib.error("the stream ends early")
+        if not decoder.eof:  # cut off
+            raise _unreadable(path)
     except (zlib.error, OSError, ValueError) as error:
         raise InputError(
             path, f"a damaged file ({' '.join(str(error).split())})", "the check sum of its content", "copy it again"

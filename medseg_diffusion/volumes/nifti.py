@@ -22,7 +22,6 @@ from .volume import FileImage, FloatArray, Header, Volume, grid_distance
 # What nibabel, gzip and numpy raise for files that are truncated, damaged or of another format.
 _BROKEN = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError)
 _BROKEN_HEADER = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
-_CHUNK = 2**20
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI unit codes of metres and micrometres; all others count as millimetres
 
 
@@ -45,10 +44,10 @@ def open_image(path: Path) -> FileImage:
 
     def load() -> npt.NDArray[np.generic]:
         try:
-            array = np.asanyarray(image.dataobj)
-            if path.name.lower().endswith(".gz"):
-                _require_sum(path)
-            return array
+            if not path.name.lower().endswith(".gz"):
+                return np.asanyarray(image.dataobj)
+            with _quiet():
+                return np.asanyarray(type(image).from_bytes(_decompressed(path)).dataobj)
         except _BROKEN as error:
             raise _unreadable(path, error) from error
 
@@ -71,13 +70,15 @@ def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
     nib.save(kind(array, None, header), path)
 
 
-def _require_sum(path: Path) -> None:
-    """InputError unless the check sum at the end of a gzip file is right: nibabel stops reading before it."""
+def _decompressed(path: Path) -> bytes:
+    """The whole content of a gzip file; InputError unless the check sum at its end is right, EOFError if it is cut off.
+
+    nibabel stops reading before that sum. Reading the file once more for it would take as long again.
+    """
     try:
         with gzip.open(path) as file:
-            while file.read(_CHUNK):
-                pass
-    except (OSError, EOFError, zlib.error) as error:
+            return file.read()
+    except gzip.BadGzipFile as error:
         raise InputError(
             path, f"a damaged file ({' '.join(str(error).split())})", "the check sum of its content", "copy it again"
         ) from error

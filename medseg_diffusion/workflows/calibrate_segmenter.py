@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -32,8 +32,8 @@ def calibrate_segmenter(
 ) -> Calibration:
     """Fit the calibration of a trained segmenter to the labelled scans of a folder, and write it as a new model.
 
-    The calibration holds for the model's default sampler, steps, ensemble and fusion. Scans of the model's validation
-    patients are not used, because they chose its weights.
+    The calibration holds for the model's default sampler, steps, ensemble and fusion. In the folder of the model's
+    training, only scans that were held out for testing or calibration are used.
 
     Args:
         model: Folder or installed name.
@@ -56,11 +56,11 @@ def calibrate_segmenter(
     saved = load_model_files(model)
     if saved.card.get("task") != "mask":
         raise UsageError(f"{saved.path}: is no model of `medseg train-segmenter`; only those are calibrated")
-    chose_weights = saved.card["training"].get("held_out", {}).get("validation", ())
     folder = find_cases(data)
-    cases = [case for case in folder.cases if digest(case.name) not in chose_weights]
+    cases = _unseen(folder.cases, saved.card["training"].get("held_out", {}))
     if not cases:
-        raise InputError(data, "only validation cases of the model", "scans of other patients", "choose another folder")
+        seen = "only scans that the model was trained or chosen on"
+        raise InputError(data, seen, "scans of other patients", "choose another folder")
     if several := [case for case in cases if case.further_labels]:
         raise InputError(
             several[0].image, "several readers", "one label file a scan", "copy one reader's masks to labels/"
@@ -71,6 +71,17 @@ def calibrate_segmenter(
     card: dict[str, Any] = {**saved.card, **entries}
     save_model(output, card, saved.weights, render_card(card))
     return calibration
+
+
+def _unseen(cases: Sequence[Case], held_out: Mapping[str, Sequence[str]]) -> list[Case]:
+    """The cases that neither trained a model nor chose its weights.
+
+    A folder with any of the held-out cases is that of the training, where all others were trained on.
+    """
+    sides = {name: side for side, names in held_out.items() for name in names}
+    if not any(digest(case.name) in sides for case in cases):
+        return list(cases)
+    return [case for case in cases if sides.get(digest(case.name)) in ("test", "calibration")]
 
 
 def store_calibration(

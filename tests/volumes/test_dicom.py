@@ -11,11 +11,13 @@ import pydicom
 import pytest
 import torch
 from medseg_cli.main import app
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from typer.testing import CliRunner
 
 from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.volumes import dicom
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.outputs import refuse_collisions, segmentation_outputs
@@ -283,3 +285,39 @@ def test_an_oblique_series_is_where_its_headers_say(data_folder: Path) -> None:
     apart = np.linalg.norm(first[:, None] - places * LPS_RAS, axis=2)
     assert apart.min(0).max() < 0.01 and sorted(apart.argmin(0)) == list(range(22))
     assert volume.shape[2] == 22 and volume.spacing[2] == pytest.approx(6.5, abs=0.01)
+
+
+def two_slices(folder: Path, name: str) -> Path:
+    """A series of two slices, both of a file of pydicom's, the second one 5 mm further."""
+    folder.mkdir()
+    file = get_testdata_file(name, download=False)
+    assert isinstance(file, str)
+    for k in range(2):
+        data = pydicom.dcmread(file)
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        normal = np.cross(*np.array(data.ImageOrientationPatient, float).reshape(2, 3))
+        data.ImagePositionPatient = [
+            round(float(v), 6) for v in np.array(data.ImagePositionPatient, float) + 5 * k * normal
+        ]
+        data.RescaleSlope, data.RescaleIntercept = str(2 + k), "-7"
+        data.save_as(folder / f"{k}.dcm")
+    return folder
+
+
+@pytest.mark.parametrize("compression", ["jpeg_ls_lossless", "jp2klossless", "RLE"])
+def test_lossless_compression_changes_no_voxel(compression: str, tmp_path: Path) -> None:
+    """The same image, stored plainly and compressed; each slice has its own slope. Also from a zip."""
+    plain = read_volume(two_slices(tmp_path / "plain", "MR_small.dcm"))
+    folder = two_slices(tmp_path / "compressed", f"MR_small_{compression}.dcm")
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, file.name)
+    for path in (folder, tmp_path / "c.zip"):
+        assert torch.equal(read_volume(path).data, plain.data)
+
+
+def test_pixels_without_a_decoder_name_their_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = two_slices(tmp_path / "s", "MR_small_jpeg_ls_lossless.dcm")
+    monkeypatch.setattr(dicom, "_decoded_by_itk", lambda frame: None)
+    with pytest.raises(InputError, match=r"compressed as JPEG-LS Lossless.*pip install 'medseg-diffusion\[dicom\]'"):
+        read_volume(folder)
