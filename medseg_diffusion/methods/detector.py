@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+
+from medseg_diffusion.diffusion.noise import NoiseSource, generators
 
 
 class Detector(Protocol):
@@ -35,3 +38,13 @@ def residual(image: Tensor, healthy: Tensor, kind: Residual = "absolute") -> Ten
     """
     difference = image - healthy
     return (difference.abs() if kind == "absolute" else difference.clamp(min=0)).mean(dim=1, keepdim=True)
+
+
+def noise_by_seed(noise: NoiseSource, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Noise (B, C, *S) for images of that shape. Images with the same seed have the same noise, which is drawn once.
+
+    The slices of a scan share their noise, because simplex noise takes longer than the network.
+    """
+    place = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
+    drawn = noise(images.shape[1:], generators(list(place)), images)
+    return drawn[torch.tensor([place[seed] for seed in seeds], device=drawn.device)]

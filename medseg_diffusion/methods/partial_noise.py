@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser
-from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed, generators
+from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import sample, spread
 
-from .detector import Residual, residual
+from .detector import Residual, noise_by_seed, residual
 
 
 class PartialNoise:
@@ -33,7 +33,8 @@ class PartialNoise:
         noise: Gaussian or simplex (published).
         start: time to which images are noised, 1..T (published: 250).
         steps: denoiser calls from ``start`` to the clean image.
-        draws: number of draws of noise. Their healthy images are averaged, because random differences are no anomaly.
+        draws: number of draws of noise, every second one the opposite of the one before. Their healthy images are
+            averaged, because random differences are no anomaly.
         residual: see `methods.detector.residual`.
 
     Raises:
@@ -64,12 +65,17 @@ class PartialNoise:
 
     @torch.no_grad()
     def healthy(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The healthy versions (B, C, *S) of images (B, C, *S). All draws are denoised in one batch."""
-        draws = generators([derive_seed(seed, i) for seed in seeds for i in range(self.draws)])
-        x0 = images.repeat_interleave(self.draws, dim=0)
-        x_t = self.denoiser.schedule.add_noise(x0, self.noise(x0.shape[1:], draws, x0), self.times[0])
-        denoised = sample(Clipped(self.denoiser), DDIM(), x_t, self.times)
-        return denoised.unflatten(0, (len(images), self.draws)).mean(dim=1)
+        """The healthy versions (B, C, *S) of images (B, C, *S), one draw of all images after the other.
+
+        Draws 2k and 2k + 1 have opposite noise, so that its odd effects cancel.
+        """
+        mean, eps = torch.zeros_like(images), torch.zeros_like(images)
+        for draw in range(self.draws):
+            opposite = draw % 2 == 1
+            eps = -eps if opposite else noise_by_seed(self.noise, images, [derive_seed(s, draw // 2) for s in seeds])
+            x_t = self.denoiser.schedule.add_noise(images, eps, self.times[0])
+            mean += sample(Clipped(self.denoiser), DDIM(), x_t, self.times) / self.draws
+        return mean
 
     def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         return residual(images, self.healthy(images, seeds), self.residual)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser
-from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed, generators
+from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed
 from medseg_diffusion.tasks.patched import boxes, inside
 
-from .detector import Residual, residual
+from .detector import Residual, noise_by_seed, residual
 
 
 class Patched:
@@ -72,7 +72,7 @@ class Patched:
         t = torch.full((len(self.boxes) * len(images),), self.time, device=images.device)
         mean = torch.zeros_like(images)
         for draw in range(self.draws):
-            eps = self.noise(images.shape[1:], generators([derive_seed(seed, draw) for seed in seeds]), images)
+            eps = noise_by_seed(self.noise, images, [derive_seed(seed, draw) for seed in seeds])
             noised = self.denoiser.schedule.add_noise(images, eps, self.time)
             inputs = torch.where(in_patch, noised, images)  # (patches, B, C, *S)
             restored = Clipped(self.denoiser)(inputs.flatten(0, 1), t).x0.unflatten(0, inputs.shape[:2])

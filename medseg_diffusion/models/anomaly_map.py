@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from medseg_diffusion import build
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.data.healthy import require_usable
 from medseg_diffusion.device import autocast
-from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.methods.detector import Detector
 from medseg_diffusion.methods.healthy_scores import scan_score
@@ -114,21 +113,21 @@ def scored(
         detector: A detector of ``config``.
         config: The model's configuration.
         grid: The scan on the generator's grid.
-        seed: Seed of all randomness.
+        seed: Seed of all randomness. All slices have the same one, and so the same noise.
         device: Device of the detector.
         networks: Networks whose calls are counted.
         only: Images to score, bool (N,); the others have score 0. None scores all images.
-        on_progress: Called with the share done.
+        on_progress: Called with the share done, at every call of a network in ``networks`` and after every batch.
     """
     has_foreground = grid.inside.flatten(1).any(1)  # slices of air have nothing to score
     selected = (has_foreground if only is None else has_foreground & only).nonzero().flatten()
     maps = torch.zeros_like(grid.inside)
-    with counted(networks) as calls:
-        for part in selected.split(BATCH) if len(selected) else ():
-            seeds = [derive_seed(seed, "slice", k) for k in part.tolist()]
+    expected = max(1, detector.evaluations * len(selected))
+    with counted(networks, lambda done: on_progress(min(1.0, done / expected))) as calls:
+        for done, part in enumerate(selected.split(BATCH) if len(selected) else (), 1):
             with autocast(device, config.generator.training.precision):
-                maps[part] = detector.score(grid.images[part].to(device), seeds).float().cpu()
-            on_progress(float(part[-1] + 1) / len(maps))
+                maps[part] = detector.score(grid.images[part].to(device), [seed] * len(part)).float().cpu()
+            on_progress(min(1.0, done * BATCH / len(selected)))
     back = from_generator_grid(maps, _plane(grid.image, len(config.generator.data.shape)))
     score = back[0, 0] if len(config.generator.data.shape) == 3 else back[:, 0].movedim(0, -1)
     score = filtered(score, config)
@@ -142,10 +141,18 @@ def noise_networks(generator: Generator, classifier: nn.Module | None) -> list[n
 
 
 @contextmanager
-def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """Inside the block, every call of ``networks`` appends the size of its batch to the yielded list."""
+def counted(networks: Sequence[nn.Module], on_call: Callable[[int], None] = lambda done: None) -> Iterator[list[int]]:
+    """Inside the block, every call of ``networks`` appends the size of its batch to the yielded list.
+
+    ``on_call`` is then called with the sum of the list.
+    """
     calls: list[int] = []
-    handles = [net.register_forward_hook(lambda net, inputs, out: calls.append(len(inputs[0]))) for net in networks]
+
+    def count(network: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls.append(len(inputs[0]))
+        on_call(sum(calls))
+
+    handles = [network.register_forward_hook(count) for network in networks]
     try:
         yield calls
     finally:

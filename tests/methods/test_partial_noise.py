@@ -51,13 +51,28 @@ def test_the_expected_healthy_image_is_that_without_noise() -> None:
     assert float(found.std()) == pytest.approx(std, abs=5 * std / math.sqrt(2 * count))
 
 
-def test_the_mean_is_over_the_draws_of_one_image() -> None:
-    """Two draws of opposite noise cancel in an affine walk; those of two images would not."""
-
-    def opposite(shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None) -> Tensor:
-        size = torch.tensor([(-1) ** i * (1 + i // 2) / 10 for i in range(len(generators))])
-        return size.reshape(-1, *[1] * len(shape)).expand(-1, *shape).to(like)
-
+def test_every_second_draw_is_the_opposite_of_the_one_before() -> None:
+    """In an affine walk a pair of draws cancels, and of three draws one is left, with a third of its effect."""
     x = MEAN + 0.1 * normal(2, 3, 1, 2, 2)
-    wanted = PartialNoise(NORMAL, no_noise).healthy(x, range(3))
-    torch.testing.assert_close(PartialNoise(NORMAL, opposite, draws=2).healthy(x, range(3)), wanted)
+    without = PartialNoise(NORMAL, no_noise).healthy(x, range(3))
+    one, two, three = (PartialNoise(NORMAL, gaussian, draws=n).healthy(x, range(3)) for n in (1, 2, 3))
+    torch.testing.assert_close(two, without)
+    assert float((one - without).abs().min()) > 0
+    assert not torch.allclose(3 * (three - without), one - without), "the third draw has noise of its own"
+    wide = MEAN + torch.zeros(500, 1, 1, 1).double()
+    spread = [float(PartialNoise(NORMAL, gaussian, draws=n).healthy(wide, range(500)).std()) for n in (1, 3)]
+    assert spread[0] / spread[1] == pytest.approx(3, abs=0.4)
+
+
+def test_images_with_one_seed_share_their_noise() -> None:
+    drawn = []
+
+    def counting(shape: Sequence[int], generators: Sequence[torch.Generator], like: Tensor | None = None) -> Tensor:
+        drawn.append(len(generators))
+        return gaussian(shape, generators, like)
+
+    x = torch.full((4, 1, 3, 3), MEAN).double()
+    healthy = PartialNoise(NORMAL, counting, draws=3).healthy(x, [5, 6, 5, 5])
+    assert drawn == [2, 2], "one field for each seed and pair of draws"
+    assert torch.equal(healthy[0], healthy[2]) and torch.equal(healthy[0], healthy[3])
+    assert not torch.allclose(healthy[0], healthy[1])
