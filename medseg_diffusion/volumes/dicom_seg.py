@@ -165,7 +165,7 @@ def _segmentation(
         PRIVATE_SCHEME, name="Classes of medseg-diffusion", responsible_organization="medseg-diffusion"
     )
     now = datetime.now()
-    return highdicom.seg.Segmentation(
+    dataset = highdicom.seg.Segmentation(
         source_images=_as_single_images(slices),
         pixel_array=np.ascontiguousarray(labels.transpose(2, 1, 0), dtype=np.min_scalar_type(len(segments))),
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
@@ -186,7 +186,11 @@ def _segmentation(
         content_time=now.time(),
         coding_schemes=[own] if any(segment.type is None for segment in segments) else None,
         specific_character_set="ISO_IR 192",  # UTF-8: the names of classes are free
+        omit_empty_frames=bool(labels.any()),
     )
+    size = -(-int(dataset.NumberOfFrames) * labels[:, :, 0].size // 8)
+    dataset.PixelData = dataset.PixelData[:size] + bytes(size % 2)  # highdicom pads with the digit 0, not with a null
+    return dataset
 
 
 def _description(number: int, segment: Segment, algorithm: Algorithm) -> SegmentDescription:
@@ -244,12 +248,12 @@ def _as_single_images(slices: Sequence[SourceSlice]) -> list[Dataset]:
             setattr(first, keyword, None)
     if first.PatientSex not in ("M", "F", "O"):
         first.PatientSex = None
-    gap = float(np.linalg.norm(slices[1].position - slices[0].position))
+    gap = round(float(np.linalg.norm(slices[1].position - slices[0].position)), 6)
     images = [first, *(Dataset() for _ in slices[1:])]
-    for number, (image, one) in enumerate(zip(images, slices, strict=True), start=1):
+    for number, (image, one) in enumerate(zip(images, slices, strict=True)):
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Rows", "Columns"):
             setattr(image, keyword, one.header.get(keyword))
-        image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, f"2.25.{number}"
+        image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, _stand_in(number)
         image.ImagePositionPatient = [format_number_as_ds(float(mm)) for mm in one.position]
         image.ImageOrientationPatient = [format_number_as_ds(float(part)) for part in slices[0].axes.ravel()]
         image.PixelSpacing = [format_number_as_ds(mm) for mm in slices[0].spacing]
@@ -258,18 +262,25 @@ def _as_single_images(slices: Sequence[SourceSlice]) -> list[Dataset]:
     return images
 
 
+def _stand_in(number: int) -> str:
+    """UID in the place of that of a slice's image."""
+    return f"2.25.{number}"
+
+
 def _refer_to(segmentation: Dataset, slices: Sequence[SourceSlice]) -> None:
     """Put the real images of the slices into a segmentation of `_as_single_images`: in its frames, and as a whole."""
     from pydicom.dataset import Dataset
 
+    real = {_stand_in(number): one for number, one in enumerate(slices)}
     for group in segmentation.PerFrameFunctionalGroupsSequence:
-        for derivation in group.DerivationImageSequence:
-            for reference in derivation.SourceImageSequence:
-                one = slices[int(reference.ReferencedSOPInstanceUID.rpartition(".")[2]) - 1]
-                reference.ReferencedSOPClassUID = one.header.SOPClassUID
-                reference.ReferencedSOPInstanceUID = one.header.SOPInstanceUID
-                if one.frame is not None:
-                    reference.ReferencedFrameNumber = one.frame
+        (derivation,) = group.DerivationImageSequence
+        (reference,) = derivation.SourceImageSequence
+        if reference.ReferencedSOPInstanceUID in real:  # the frames of all classes of a slice share one item
+            one = real[reference.ReferencedSOPInstanceUID]
+            reference.ReferencedSOPClassUID = one.header.SOPClassUID
+            reference.ReferencedSOPInstanceUID = one.header.SOPInstanceUID
+            if one.frame is not None:
+                reference.ReferencedFrameNumber = one.frame
     references = {}
     for one in slices:
         reference = Dataset()
