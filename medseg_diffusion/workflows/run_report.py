@@ -91,7 +91,7 @@ class RunReport:
         self._results.append(
             {
                 **asdict(result),
-                "sha256": _sha256(result.scan),
+                "sha256": None if result.status == "skipped" else _sha256(result.scan),
                 "read_seconds": self._reading.get(result.scan),
                 "finished": _now(),
             }

@@ -13,6 +13,8 @@ import pytest
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
+from medseg_diffusion.workflows.scans import ScanResult
+from medseg_diffusion.workflows.segment import SegmentOptions, segment
 from tests.helpers.cli import error_lines, medseg
 from tests.helpers.dicom_series import series
 from tests.helpers.segmenters import run, save
@@ -52,7 +54,8 @@ def test_what_was_used_and_what_became_of_every_scan(tmp_path: Path, tiny_model:
     states = {Path(scan["scan"]).name: scan for scan in report["scans"]}
     assert [states[scan.name]["status"] for scan in scans] == ["skipped", "failed", "done"]
     assert "bb.nii.gz" in states["bb.nii.gz"]["error"] and states["bb.nii.gz"]["exit_code"] == 3
-    for scan in scans:
+    assert states["a.nii.gz"]["sha256"] is None, "a skipped scan is not read"
+    for scan in scans[1:]:
         assert states[scan.name]["sha256"] == hashlib.sha256(scan.read_bytes()).hexdigest()
     assert states["ccc.nii.gz"]["read_seconds"] > 0 and states["a.nii.gz"]["read_seconds"] is None
     assert [path.name for path in file.parent.iterdir()] == ["run.json"], "nothing half-written stays behind"
@@ -77,6 +80,20 @@ def test_a_run_that_stops_is_reported(tmp_path: Path) -> None:
     report = read(tmp_path / "run.json")
     assert report["status"] == "stopped" and "no-such-model" in report["error"]
     assert report["model"] is None and report["device"] is None and report["scans"] == []
+
+
+def test_ctrl_c_leaves_the_report_of_what_was_done(tmp_path: Path, tiny_model: Path) -> None:
+    scans = [save(tmp_path / f"{name}.nii.gz") for name in "ab"]
+
+    def interrupt(result: ScanResult) -> None:
+        raise KeyboardInterrupt
+
+    options = SegmentOptions(model=str(tiny_model), device="cpu", run_report=tmp_path / "run.json")
+    with pytest.raises(KeyboardInterrupt):
+        segment(scans, options, on_case=interrupt)
+    report = read(tmp_path / "run.json")
+    assert (report["status"], report["error"]) == ("stopped", "KeyboardInterrupt")
+    assert [Path(scan["scan"]).name for scan in report["scans"]] == ["a.nii.gz"]
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, tiny_model: Path) -> None:
