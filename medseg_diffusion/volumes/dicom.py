@@ -152,11 +152,14 @@ def _affine(frames: Sequence[_Frame]) -> FloatArray:
 
 
 def _images(path: Path) -> list[tuple[str, Opener, Dataset]]:
-    """Name, opener and header of every DICOM file with pixels, sorted by name; InputError if there is none."""
+    """Name, opener and header of every DICOM image, sorted by name; InputError if there is none.
+
+    A segmentation is no image: a result that was exported with its series changes nothing.
+    """
     found = []
     for name, opener in _files(path):
         header = _header(path, name, opener)
-        if header is not None and "Rows" in header and "Columns" in header:
+        if header is not None and "Rows" in header and "Columns" in header and header.get("Modality") != "SEG":
             found.append((name, opener, header))
     if not found:
         raise InputError(path, "no DICOM image", "the slices of one series", "check the path")

@@ -79,6 +79,7 @@ class RunReport:
             "name": saved.name,
             "path": saved.path.resolve(),
             "sha256": saved.sha256,
+            "schema_version": saved.card["schema_version"],
             "method": saved.card["method"],
             "versions": saved.card.get("versions", {}),
             "settings": dict(settings),

@@ -251,6 +251,16 @@ def test_results_are_no_series(tmp_path: Path) -> None:
         refuse_collisions({scans[0]: segmentation_outputs(scans[0], scans[1], 1, "dicom-seg")})
 
 
+def test_a_segmentation_is_no_scan(tmp_path: Path) -> None:
+    scan = series(tmp_path / "scan")
+    before = read_volume(scan)
+    written(scan, tmp_path / "mask.dcm")
+    with pytest.raises(InputError, match=r"mask\.dcm: found no DICOM image"):
+        read_volume(tmp_path / "mask.dcm")
+    shutil.move(tmp_path / "mask.dcm", scan)  # as archives export a study
+    assert torch.equal(read_volume(scan).data, before.data) and is_series(scan)
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["hippocampus_crop", "t1post"])
 def test_real_series(name: str, data_folder: Path, tmp_path: Path) -> None:
