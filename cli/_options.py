@@ -129,4 +129,12 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name or folder of a model.", callback=existing_model)
 ]
 Preview = Annotated[bool, typer.Option("--preview", help="Write a preview as PNG.")]
+RunReport = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-report",
+        metavar="FILE",
+        help="Write versions, device, model, options, times, memory and the results of all scans to this JSON file.",
+    ),
+]
 SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans that already have a result.")]

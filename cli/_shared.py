@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from medseg_diffusion.files import plain
+
 if TYPE_CHECKING:
     from medseg_diffusion.training.trainer import Progress
     from medseg_diffusion.workflows.scans import ScanResult
@@ -28,19 +30,7 @@ def fail(message: str, kind: str = "error") -> None:
 
 def print_json(value: Any) -> None:
     """Print strict JSON: numbers that are not finite become null, paths become strings."""
-    typer.echo(json.dumps(_plain(value), indent=2))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):  # a numpy or torch scalar
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    typer.echo(json.dumps(plain(value), indent=2))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ._detection import Erosion, LatentQuantile, Median, MinVolume
-from ._options import AsJson, Device, Model, Output, Preview, Quiet, Seed, SkipExisting, Volumes
+from ._options import AsJson, Device, Model, Output, Preview, Quiet, RunReport, Seed, SkipExisting, Volumes
 from ._shared import run_scans
 
 
@@ -40,6 +40,7 @@ def anomaly(
     min_volume: MinVolume = None,
     output: Output = None,
     preview: Preview = False,
+    run_report: RunReport = None,
     skip_existing: SkipExisting = False,
     device: Device = "auto",
     seed: Seed = 0,
@@ -59,5 +60,6 @@ def anomaly(
         device=device,
         preview=preview,
         skip_existing=skip_existing,
+        run_report=run_report,
     )
     run_scans(lambda on_case, show: workflow.anomaly(scans, options, on_case, show), quiet, as_json)

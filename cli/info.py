@@ -13,7 +13,17 @@ import typer
 from ._options import AsJson
 from ._shared import print_json
 
-PACKAGES = ("medseg-diffusion", "torch", "monai", "numpy", "nibabel", "SimpleITK", "pydicom", "scikit-image")
+PACKAGES = (
+    "medseg-diffusion",
+    "torch",
+    "monai",
+    "numpy",
+    "nibabel",
+    "SimpleITK",
+    "pydicom",
+    "highdicom",
+    "scikit-image",
+)
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Device, Model, Output, Preview, Quiet, Sampler, Scans, Seed, SkipExisting
+from ._options import AsJson, Device, Model, Output, Preview, Quiet, RunReport, Sampler, Scans, Seed, SkipExisting
 from ._shared import run_scans
 
 
@@ -32,6 +32,7 @@ class Format(StrEnum):
     """File formats of the mask."""
 
     NIFTI = "nifti"
+    DICOM_SEG = "dicom-seg"
 
 
 def _parse_shard(value: str | None) -> tuple[int, int] | None:
@@ -70,10 +71,17 @@ def segment(
         float,
         typer.Option(min=0.0, max=1.0, help="Mutual information of the members above which a pseudo-label is 255."),
     ] = 0.1,
-    statistics: Annotated[bool, typer.Option("--statistics", help="Write *_statistics.json: volumes in ml.")] = False,
+    statistics: Annotated[
+        bool,
+        typer.Option("--statistics", help="Write *_statistics.json: volume, extent, place and intensity of classes."),
+    ] = False,
     preview: Preview = False,
-    output_format: Annotated[Format, typer.Option("--format", help="File format of the mask.")] = Format.NIFTI,
+    output_format: Annotated[
+        Format | None,
+        typer.Option("--format", help="Format of the mask; default: that of the file -o, or nifti."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write one HTML page about all scans to this file.")] = None,
+    run_report: RunReport = None,
     skip_existing: SkipExisting = False,
     shard: Annotated[
         str | None, typer.Option(metavar="i/n", help="Segment only part i of n of the scans (1/4 to 4/4).")
@@ -105,8 +113,9 @@ def segment(
         statistics=statistics,
         preview=preview,
         report=report,
+        run_report=run_report,
         skip_existing=skip_existing,
         shard=part,
-        output_format=output_format.value,
+        output_format=output_format.value if output_format else None,
     )
     run_scans(lambda on_case, show: workflow.segment(scans, options, on_case, show), quiet, as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -110,6 +111,19 @@ def require_folder(path: Path) -> None:
         raise UsageError(f"{existing}: is a file, but results need a folder; choose another output")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{existing}: cannot be written to; choose another output")
+
+
+def plain(value: Any) -> Any:
+    """The value in the types of strict JSON: numbers that are not finite become null, paths and the like strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):  # a numpy or torch scalar
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,19 +8,21 @@ from pydantic import (
     Field,
 )
 
-from .shared import AugmentationSection, Section
+from .shared import AugmentationSection, ClassCodesSection, Section
 
 
 class LabelledDataSection(Section):
     """Labelled images for pixel classifiers.
 
-    ``labels`` names the classes above background if the folder does not. The split is that of `DataSection` with the
-    same numbers; None takes the numbers that the generator held out or, if these are unknown, the defaults of
-    `DataSection`. ``copies`` is the number of augmented copies of every labelled case or slice; the published method
-    has 0. ``pixels_per_class`` pixels are sampled from a case or slice and its copies together.
+    ``labels`` names the classes above background if the folder does not; ``codes`` says what they mean. The split is
+    that of `DataSection` with the same numbers; None takes the numbers that the generator held out or, if these are
+    unknown, the defaults of `DataSection`. ``copies`` is the number of augmented copies of every labelled case or
+    slice; the published method has 0. ``pixels_per_class`` pixels are sampled from a case or slice and its copies
+    together.
     """
 
     labels: tuple[str, ...] = ()
+    codes: dict[str, ClassCodesSection] = Field(default_factory=dict)
     test_cases: int | None = Field(None, ge=0)
     validation_cases: int | None = Field(None, ge=0)
     pixels_per_class: int = Field(1000, ge=20)

@@ -12,6 +12,7 @@ from pydantic import (
 
 from .shared import (
     AugmentationSection,
+    ClassCodesSection,
     InferenceSection,
     PreprocessingSection,
     ScheduleSection,
@@ -150,12 +151,14 @@ class DataSection(Section):
 
     ``source`` "scans" trains on labelled scans; "brain-labelmaps" synthesises T1 images from a folder of label maps.
     ``labels`` names the classes above background if the data folder does not. ``merge_labels`` merges all labels above
-    background into one class. ``test_cases``, ``validation_cases`` and ``calibration_cases`` are numbers of patients.
-    Without patients to calibrate on, volumes have no intervals (`methods.calibration`).
+    background into one class. ``codes`` says what classes mean, by their names. ``test_cases``, ``validation_cases``
+    and ``calibration_cases`` are numbers of patients. Without patients to calibrate on, volumes have no intervals
+    (`methods.calibration`).
     """
 
     source: Literal["scans", "brain-labelmaps"] = "scans"
     labels: tuple[str, ...] = ()
+    codes: dict[str, ClassCodesSection] = Field(default_factory=dict)
     channels: int = Field(1, ge=1)
     window: tuple[PositiveInt, ...]
     foreground_share: float = Field(0.33, ge=0, le=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,6 +21,34 @@ class Section(BaseModel):
     """Base of all sections: no unknown keys, no changes after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Code = tuple[
+    Annotated[str, Field(min_length=1, max_length=16)],
+    Annotated[str, Field(min_length=1, max_length=16)],
+    Annotated[str, Field(min_length=1, max_length=64)],
+]
+"""Value, scheme and meaning of a code of DICOM, such as [39607008, SCT, Lung]; SCT is SNOMED CT."""
+
+
+class ClassCodesSection(Section):
+    """What a class means, for DICOM segmentations (`medseg_diffusion.volumes.dicom_seg.Segment`)."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the values of SNOMED CT as numbers
+
+    category: Code
+    type: Code
+    modifiers: tuple[Code, ...] = ()
+    region: Code | None = None
+
+
+def warn_of_unused(codes: Mapping[str, ClassCodesSection], classes: Collection[str]) -> None:
+    """Warn of codes without a class: a preset keeps its codes where its classes are renamed."""
+    if unused := [name for name in codes if name not in classes]:
+        warnings.warn(
+            f"data.codes of {', '.join(unused)} have no effect: the classes are {', '.join(classes)}",
+            stacklevel=2,
+        )
 
 
 class UNetSection(Section):

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel
 
 TEMPLATES = {
@@ -83,6 +82,8 @@ def render_card(card: Mapping[str, Any], name: str = "", command: str = "", data
     Raises:
         KeyError: An imported model (`template_of`).
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     template = template_of(card)
     if template is None:
         raise KeyError(card["task"])

@@ -61,10 +61,7 @@ def open_image(path: Path) -> FileImage:
         InputError: several series; slices of different sizes, orientations or voxel sizes; missing, repeated, unevenly
             spaced or sheared slices; a single slice; colours; or a damaged file.
     """
-    files = _images(path)
-    _require_one_series(path, files)
-    frames = [frame for name, opener, header in files for frame in _frames(path, name, opener, header)]
-    frames = _stacked(path, frames)
+    frames = _volume_frames(path)
     header = frames[0].header
     shape = int(header.Columns), int(header.Rows), len(frames)
     scaled = any((frame.slope, frame.intercept) != (1.0, 0.0) for frame in frames)
@@ -90,6 +87,55 @@ def open_image(path: Path) -> FileImage:
     return FileImage(shape, dtype, _affine(frames), Header(modality=str(header.get("Modality", ""))), load)
 
 
+@dataclass(frozen=True, eq=False)
+class SourceSlice:
+    """Where a slice of `open_image` comes from.
+
+    Attributes:
+        header: the file's header, without pixels.
+        frame: number of the frame in the file, from 1; None in a file of one image.
+        position: (3,) centre of the first voxel, LPS mm.
+        axes: (2, 3) unit vectors along which columns and rows are counted, LPS.
+        spacing: distance in mm between rows, and between columns.
+        thickness: in mm; None if the headers do not tell it.
+    """
+
+    header: Dataset
+    frame: int | None
+    position: FloatArray
+    axes: FloatArray
+    spacing: tuple[float, float]
+    thickness: float | None
+
+
+def source_slices(path: Path) -> tuple[list[SourceSlice], FloatArray]:
+    """The source of every slice of `open_image`, in the order of the slices, and the affine that it gives them.
+
+    Raises:
+        InputError: as `open_image`.
+    """
+    slices, frames = [], _volume_frames(path)
+    for frame in frames:
+        shared = cast(Sequence[Dataset], frame.header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+        each = cast(Sequence[Dataset], frame.header.get("PerFrameFunctionalGroupsSequence") or [])
+        groups = [each[frame.index], shared, frame.header] if each else [shared, frame.header]
+        thickness = _value(groups, "PixelMeasuresSequence", "SliceThickness")
+        number = frame.index + 1 if "NumberOfFrames" in frame.header else None
+        slices.append(
+            SourceSlice(
+                frame.header, number, frame.position, frame.axes, frame.spacing, float(thickness) if thickness else None
+            )
+        )
+    return slices, _affine(frames)
+
+
+def _volume_frames(path: Path) -> list[_Frame]:
+    """The frames of the one volume in a folder, a zip or a file, in the order of its slices."""
+    files = _images(path)
+    _require_one_series(path, files)
+    return _stacked(path, [frame for name, opener, header in files for frame in _frames(path, name, opener, header)])
+
+
 def _affine(frames: Sequence[_Frame]) -> FloatArray:
     """(4, 4) voxel -> RAS mm; the array's axes are column, row and slice."""
     first, last = frames[0], frames[-1]
@@ -106,11 +152,14 @@ def _affine(frames: Sequence[_Frame]) -> FloatArray:
 
 
 def _images(path: Path) -> list[tuple[str, Opener, Dataset]]:
-    """Name, opener and header of every DICOM file with pixels, sorted by name; InputError if there is none."""
+    """Name, opener and header of every DICOM image, sorted by name; InputError if there is none.
+
+    A segmentation is no image: a result that was exported with its series changes nothing.
+    """
     found = []
     for name, opener in _files(path):
         header = _header(path, name, opener)
-        if header is not None and "Rows" in header and "Columns" in header:
+        if header is not None and "Rows" in header and "Columns" in header and header.get("Modality") != "SEG":
             found.append((name, opener, header))
     if not found:
         raise InputError(path, "no DICOM image", "the slices of one series", "check the path")

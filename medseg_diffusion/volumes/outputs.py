@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Literal
 
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder
@@ -12,6 +13,8 @@ from .paths import SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, scan_name, su
 
 Outputs = dict[str, Path]
 """Kind of output -> its file."""
+Format = Literal["nifti", "dicom-seg"]
+"""File format of a mask: "nifti" stands for all formats of volumes and, for image files, PNG."""
 
 SEGMENTATION = {
     "segmentation": "_seg.nii.gz",
@@ -33,6 +36,8 @@ ANOMALY = {
 """File endings of `medseg anomaly`."""
 MASK_OF_IMAGE = "_seg.png"
 """File ending of the segmentation of an image without geometry."""
+DICOM_SEGMENTATION = "_seg.dcm"
+"""File ending of the segmentation in the format "dicom-seg"."""
 MASKS = tuple(scan_name(ending) for ending in (SEGMENTATION["segmentation"], ANOMALY["mask"]))
 """Endings of the names of masks, without suffix."""
 _OTHER_FORMATS = (".dcm", ".mgz", ".mgh", ".mnc", ".img", ".hdr", ".gz", ".bz2", ".zip", ".npy", ".npz")
@@ -42,17 +47,36 @@ RESULTS = tuple(scan_name(ending) for ending in _ENDINGS if ending.endswith(VOLU
 """Endings of the names of all volumes that the commands write for a scan, without suffix."""
 
 
-def segmentation_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
+def format_of_masks(output: Path | None, wanted: Format | None) -> Format:
+    """The format of the masks: the one that is wanted, or that of the file ``output``, or NIfTI.
+
+    Raises:
+        UsageError: a file of one format where another one is wanted.
+    """
+    suffix = "" if output is None else output.name.lower()
+    if suffix.endswith(".dcm"):
+        if wanted == "nifti":
+            raise UsageError(f"-o {output}: --format nifti does not write .dcm; leave one of the two out")
+        return "dicom-seg"
+    if wanted == "dicom-seg" and suffix.endswith(SUFFIXES):
+        raise UsageError(f"-o {output}: --format dicom-seg writes .dcm; give a file of this name, or a folder")
+    return wanted or "nifti"
+
+
+def segmentation_outputs(scan: Path, output: Path | None, count: int, mask_format: Format = "nifti") -> Outputs:
     """The output files of a segmented scan.
 
     Args:
         scan: the scan.
         output: file of the mask, a folder, or None for the scan's own folder. The other outputs lie beside the mask.
         count: number of scans in the call.
+        mask_format: format of the mask (`format_of_masks`).
 
     Raises:
         UsageError: a file for several scans, or a file format that cannot hold the mask.
     """
+    if mask_format == "dicom-seg":
+        return _with_dicom_mask(scan, output, count)
     if not _is_file(output, count):
         ending = MASK_OF_IMAGE if is_image(scan) else SEGMENTATION["segmentation"]
         return {**_beside(scan, output, SEGMENTATION), "segmentation": _named(scan, output, ending)}
@@ -61,6 +85,15 @@ def segmentation_outputs(scan: Path, output: Path | None, count: int) -> Outputs
         formats = ".png or .nii.gz" if is_image(scan) else ".nii.gz"
         raise UsageError(f"-o {output}: the mask of {scan.name} is not written as {suffix_of(output)}; use {formats}")
     base = output.parent / scan_name(output).removesuffix(scan_name(SEGMENTATION["segmentation"]))
+    return {**_ended(base, SEGMENTATION), "segmentation": output}
+
+
+def _with_dicom_mask(scan: Path, output: Path | None, count: int) -> Outputs:
+    if output is None or not output.name.lower().endswith(".dcm"):
+        return {**_beside(scan, output, SEGMENTATION), "segmentation": _named(scan, output, DICOM_SEGMENTATION)}
+    if count > 1:
+        raise UsageError(f"-o {output} is a file, but there are {count} scans; give a folder")
+    base = output.with_name(output.name[: -len(".dcm")].removesuffix("_seg"))
     return {**_ended(base, SEGMENTATION), "segmentation": output}
 
 
@@ -101,6 +134,17 @@ def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
             if target in owners:
                 raise UsageError(f"{owners[target]} and {scan} would both be written to {target}; segment them apart")
             owners[target] = scan
+
+
+def require_report(report: Path, scans: Collection[Path]) -> None:
+    """UsageError if a report on a run cannot be written, or would overwrite a scan or join a DICOM series."""
+    require_folder(report.parent)
+    if report.is_dir():
+        raise UsageError(f"{report}: is a folder; give the report the name of a file")
+    if report.absolute() in {scan.absolute() for scan in scans}:
+        raise UsageError(f"{report}: the report would overwrite the scan; give it another name")
+    if is_series(report.parent):
+        raise UsageError(f"{report.parent}: holds a DICOM series, which results must not join; choose another folder")
 
 
 def _is_file(output: Path | None, count: int) -> bool:

@@ -13,6 +13,8 @@ SUFFIXES = VOLUME_SUFFIXES + IMAGE_SUFFIXES
 _DICOM = b"DICM"  # bytes 128 to 131 of a DICOM file
 # The first element of a DICOM file without its preamble: group 2 or 8, little endian.
 _BARE_DICOM = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")
+# UIDs of segmentations (66.4, 66.7, ...) begin like this; it stands in the first elements of a file.
+_DICOM_SEGMENTATION = b"1.2.840.10008.5.1.4.1.1.66."
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima", ".zip")
 
 
@@ -47,8 +49,10 @@ def is_image(path: Path | str) -> bool:
 
 
 def is_series(folder: Path) -> bool:
-    """Whether DICOM files, of any name, lie directly in a folder."""
-    return folder.is_dir() and any(_has_dicom(path) for path in sorted(folder.iterdir()) if path.is_file())
+    """Whether DICOM files, of any name, lie directly in a folder. Segmentations are results, no series of a scan."""
+    return folder.is_dir() and any(
+        _has_dicom(path) and not _is_segmentation(path) for path in sorted(folder.iterdir()) if path.is_file()
+    )
 
 
 def is_dicom(path: Path) -> bool:
@@ -75,3 +79,8 @@ def _has_dicom(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(132)
     return start[128:] == _DICOM or (start[:4] in _BARE_DICOM and not path.name.lower().endswith(SUFFIXES))
+
+
+def _is_segmentation(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _DICOM_SEGMENTATION in file.read(512)

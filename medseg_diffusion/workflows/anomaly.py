@@ -24,6 +24,7 @@ from medseg_diffusion.volumes.io import read_volume, upright, write_labels, writ
 from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions
 from medseg_diffusion.volumes.volume import Volume
 
+from .run_report import RunReport
 from .scans import Scan, ScanResult, Work, all_scans, each_scan
 
 DEFAULT_MODEL = "flair-anomaly"
@@ -42,6 +43,7 @@ class AnomalyOptions:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         preview: Write *_anomaly_preview.png.
         skip_existing: Skip scans whose mask exists.
+        run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
     """
 
     model: str | None = None
@@ -52,6 +54,7 @@ class AnomalyOptions:
     device: str = "auto"
     preview: bool = False
     skip_existing: bool = False
+    run_report: Path | None = None
 
 
 def anomaly(
@@ -80,8 +83,22 @@ def anomaly(
     paths = all_scans(scans)
     outputs = {path: anomaly_outputs(path, options.output, len(paths)) for path in paths}
     refuse_collisions(outputs)
-    work = Work(_read, lambda: _load(options), lambda model, scan: _score_one(model, scan, options), "mask")
-    return each_scan(outputs, work, skip_existing=options.skip_existing, on_case=on_case, on_progress=on_progress)
+
+    def load() -> AnomalyModel:
+        model = _load(options)
+        threshold = chosen_threshold(options.threshold, model)
+        settings = {"method": model.method, "threshold": threshold, "seed": options.seed}
+        run_report.uses(model.saved, model.device, settings)
+        return model
+
+    def add(result: ScanResult) -> None:
+        run_report.add(result)
+        if on_case is not None:
+            on_case(result)
+
+    with RunReport(options.run_report, "anomaly", options, paths) as run_report:
+        work = Work(run_report.timed(_read), load, lambda model, scan: _score_one(model, scan, options), "mask")
+        return each_scan(outputs, work, skip_existing=options.skip_existing, on_case=add, on_progress=on_progress)
 
 
 def _read(path: Path) -> Volume:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.segmenter import DataSection
+from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
 from medseg_diffusion.data.mask_examples import CaseFormat, PreparedCase, prepare
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -103,6 +104,7 @@ def labelled_units(
             "put the masks to learn from into labels/",
         )  # fmt: skip
     labels = _class_names(config, folder, data)
+    warn_of_unused(config.data.codes, [name for value, name in labels.items() if value])
     held_out = _held_out(config, generator, data, folder.cases)
     split = split_by_hash(folder.cases, *held_out)
     training = [case for case in folder.cases if case.name in split.train]

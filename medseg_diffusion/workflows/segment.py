@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +15,29 @@ from medseg_diffusion.data.mask_examples import require_slices
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import write_files, write_json
 from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
 from medseg_diffusion.models.segmentation import Segmentation, SegmentationModel
-from medseg_diffusion.models.store import is_deterministic
 from medseg_diffusion.reports.html import SegmentedCase, segment_report
 from medseg_diffusion.reports.preview import preview_png
+from medseg_diffusion.volumes.dicom_seg import Algorithm, Segment, SegmentationFile, require_series
 from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
-from medseg_diffusion.volumes.outputs import Outputs, refuse_collisions, segmentation_outputs
+from medseg_diffusion.volumes.outputs import (
+    Format,
+    Outputs,
+    format_of_masks,
+    refuse_collisions,
+    require_report,
+    segmentation_outputs,
+)
 from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.volume import Volume
 
+from .run_report import RunReport
 from .scans import Scan, ScanResult, Work, all_scans, each_scan
+from .segmentation_statistics import segmentation_statistics
 
 IGNORED = 255
 """Value of pseudo-labels that are too uncertain to train on."""
@@ -59,9 +67,11 @@ class SegmentOptions:
         statistics: Write *_statistics.json.
         preview: Write *_preview.png.
         report: Write one HTML page about all scans to this file.
+        run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         skip_existing: Skip scans whose mask exists.
         shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the name.
-        output_format: "nifti".
+        output_format: Format of the mask: "nifti" (or the format of the file ``output``), or "dicom-seg", which refers
+            to the images of a DICOM series. None takes that of the file ``output``, or "nifti".
     """
 
     model: str | None = None
@@ -81,9 +91,10 @@ class SegmentOptions:
     statistics: bool = False
     preview: bool = False
     report: Path | None = None
+    run_report: Path | None = None
     skip_existing: bool = False
     shard: tuple[int, int] | None = None
-    output_format: Literal["nifti"] = "nifti"
+    output_format: Format | None = None
 
 
 def segment(
@@ -103,25 +114,42 @@ def segment(
         on_progress: Called with (scan name, share done).
 
     Raises:
-        UsageError: Contradictory options, or two scans with the same output.
+        UsageError: Contradictory options, two scans with the same output, or a DICOM segmentation of a scan that is no
+            DICOM.
         InputError: A path that does not exist, or a folder without scans.
         ModelError: No usable model.
     """
     paths = all_scans(scans)
-    outputs = {path: segmentation_outputs(path, options.output, len(paths)) for path in paths}
+    mask_format = format_of_masks(options.output, options.output_format)
+    outputs = {path: segmentation_outputs(path, options.output, len(paths), mask_format) for path in paths}
     refuse_collisions(outputs)
+    if mask_format == "dicom-seg":
+        require_series(paths)
+    if options.report is not None:
+        require_report(options.report, paths)
     if options.shard is not None:
         part, count = options.shard
         outputs = {path: files for path, files in outputs.items() if _shard_of(path, count) == part}
     cards: list[SegmentedCase] = []
+
+    def load() -> SegmentationModel:
+        model = _load(options)
+        run_report.uses(model.saved, model.device, _settings(model, options))
+        return model
 
     def run(model: SegmentationModel, scan: Scan) -> ScanResult:
         result, card = _segment_one(model, scan, options)
         cards.append(card)
         return result
 
-    work = Work(lambda path: read_volume(path, channels=None), lambda: _load(options), run, "segmentation")
-    results = each_scan(outputs, work, skip_existing=options.skip_existing, on_case=on_case, on_progress=on_progress)
+    def add(result: ScanResult) -> None:
+        run_report.add(result)
+        if on_case is not None:
+            on_case(result)
+
+    with RunReport(options.run_report, "segment", options, paths) as run_report:
+        work = Work(run_report.timed(lambda path: read_volume(path, channels=None)), load, run, "segmentation")
+        results = each_scan(outputs, work, skip_existing=options.skip_existing, on_case=add, on_progress=on_progress)
     if options.report is not None and cards:
         write_files(options.report.parent, {options.report.name: segment_report(cards)})
     return results
@@ -148,6 +176,7 @@ def _load(options: SegmentOptions) -> SegmentationModel:
 def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> tuple[ScanResult, SegmentedCase]:
     """Segment a scan and write its files, the mask last."""
     _check_fits(scan.volume, model)
+    write_mask = _mask_writer(model, scan, options)  # refuses before the computation what cannot be written after it
     ensemble, placement = model.sample(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
     segmentation = model.aggregation.combine(ensemble, placement)
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
@@ -156,10 +185,12 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
     if options.preview or options.report is not None:
         picture = _picture(scan, segmentation, model, options)
     if options.preview:
-        written |= _write(scan, "preview", picture)
+        write_files(scan.outputs["preview"].parent, {scan.outputs["preview"].name: picture})
+        written["preview"] = scan.outputs["preview"]
     if options.statistics:
-        written |= _write(scan, "statistics", _statistics(scan, segmentation, model))
-    write_labels(segmentation.labels, scan.volume, scan.outputs["segmentation"])
+        write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
+        written["statistics"] = scan.outputs["statistics"]
+    write_mask(segmentation.labels)
     warnings = list(model.notes)
     if not bool((segmentation.labels > 0).any()):
         warnings.append("nothing was found: the mask is empty; check the scan and whether the model is for it")
@@ -206,10 +237,34 @@ def _write_maps(
     return {kind: files[kind] for kind in written}
 
 
-def _write(scan: Scan, kind: str, content: str | bytes) -> Outputs:
-    path = scan.outputs[kind]
-    write_files(path.parent, {path.name: content})
-    return {kind: path}
+def _mask_writer(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> Callable[[Tensor], None]:
+    """A function that writes the mask.
+
+    Raises:
+        InputError: A series to which a DICOM segmentation cannot refer.
+    """
+    path = scan.outputs["segmentation"]
+    if path.suffix.lower() != ".dcm":
+        return lambda labels: write_labels(labels, scan.volume, path)
+    codes, names = model.config.data.codes, model.aggregation.foreground
+    segments = [
+        Segment(names[value], **(codes[names[value]].model_dump() if names[value] in codes else {}))
+        for value in range(1, max(names) + 1)
+    ]
+    file = SegmentationFile(
+        scan.volume, segments, Algorithm(model.saved.name, model.saved.sha256, _settings(model, options))
+    )
+    return lambda labels: file.write(labels, path)
+
+
+def _settings(model: SegmentationModel, options: SegmentOptions) -> dict[str, str]:
+    """The settings that change the mask, after the model's defaults."""
+    return {
+        **({"sampler": model.sampler_name, "steps": str(model.num_steps)} if model.samplers else {}),
+        "ensemble": str(model.ensemble),
+        "fusion": options.fusion,
+        "seed": str(options.seed),
+    }
 
 
 def _pseudo_labels(ensemble: Ensemble, placement: Placement, labels: Tensor, max_disagreement: float) -> Tensor:
@@ -246,40 +301,10 @@ def _report_card(
         level=result.level,
         seconds=result.seconds,
         model=model.saved.name,
-        options={
-            **({"sampler": model.sampler_name, "steps": str(model.num_steps)} if model.samplers else {}),
-            "ensemble": str(model.ensemble),
-            "fusion": options.fusion,
-            "seed": str(options.seed),
-            "device": str(model.device),
-        },
+        options={**_settings(model, options), "device": str(model.device)},
         files=[str(path) for path in result.outputs.values()],
         warnings=list(result.warnings),
     )
-
-
-def _statistics(scan: Scan, segmentation: Segmentation, model: SegmentationModel) -> str:
-    classes: dict[str, Any] = {name: {"volume_ml": round(ml, 4)} for name, ml in segmentation.volumes_ml.items()}
-    for key, ends in (("interval_ml", segmentation.intervals_ml), ("members_ml", segmentation.members_ml)):
-        for name, both in ends.items():
-            classes[name][key] = [round(end, 4) for end in both]
-    for name, dice in segmentation.agreement.items():
-        classes[name]["pairwise_dice"] = round(dice, 4) if dice == dice else None
-    content: dict[str, Any] = {
-        "scan": scan.path.name,
-        "model": model.saved.name,
-        "seconds": round(scan.seconds, 2),
-        "classes": classes,
-    }
-    if segmentation.disagreement is not None:
-        content["disagreement"] = round(segmentation.disagreement, 5)
-    if segmentation.level is not None:
-        content["interval_level"] = segmentation.level
-    if is_deterministic(model.saved.card):
-        content["deterministic"] = True
-    if segmentation.quality is not None:
-        content["quality"] = segmentation.quality
-    return json.dumps(content, indent=2) + "\n"
 
 
 def _check_fits(volume: Volume, model: SegmentationModel) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
@@ -72,8 +73,11 @@ def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: On
         InputError: Unusable data.
     """
     if config.data.source == "brain-labelmaps":
-        return _synthetic_brains(config, data, on_case)
-    return _labelled_scans(config, data, cache, on_case)
+        prepared = _synthetic_brains(config, data, on_case)
+    else:
+        prepared = _labelled_scans(config, data, cache, on_case)
+    warn_of_unused(config.data.codes, [name for value, name in prepared.labels.items() if value])
+    return prepared
 
 
 def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:

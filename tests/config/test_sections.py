@@ -16,9 +16,11 @@ from medseg_diffusion.config.segmenter import (
 )
 from medseg_diffusion.config.shared import (
     AugmentationSection,
+    ClassCodesSection,
     PreprocessingSection,
     TrainingSection,
     UNetSection,
+    warn_of_unused,
 )
 from medseg_diffusion.data.augmentation import Augmentation
 from medseg_diffusion.networks.medsegdiff import MedSegDiff
@@ -27,6 +29,7 @@ from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.tasks.mask import AnchorLoss
 from medseg_diffusion.training.trainer import TrainingOptions
+from medseg_diffusion.volumes.dicom_seg import Segment
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 GIVEN_BY_THE_TASK = ("num_classes", "context_channels", "transformer_depth")
@@ -63,3 +66,20 @@ def test_a_section_mirrors_the_constructor_it_feeds(section, kind, given_elsewhe
 def test_options_without_a_default_are_none() -> None:
     assert all(field.default is not MISSING for field in fields(TrainingOptions))
     assert DataSection.model_fields["window"].is_required()
+
+
+def test_codes_of_a_class_are_the_arguments_of_its_segment() -> None:
+    """Values of SNOMED CT, which YAML reads as numbers, become text."""
+    section = ClassCodesSection.model_validate({"category": [91723000, "SCT", "A"], "type": ["1", "SCT", "B"]})
+    segment = Segment("name", **section.model_dump())
+    assert (segment.category, segment.type) == (("91723000", "SCT", "A"), ("1", "SCT", "B"))
+    assert set(ClassCodesSection.model_fields) | {"name"} == {one.name for one in fields(Segment)}
+    with pytest.raises(ValueError, match="at most 16 characters"):
+        ClassCodesSection.model_validate({"category": ["1" * 17, "SCT", "A"], "type": ["1", "SCT", "B"]})
+
+
+def test_codes_without_a_class_are_mentioned() -> None:
+    section = ClassCodesSection.model_validate({"category": ["1", "SCT", "A"], "type": ["1", "SCT", "B"]})
+    warn_of_unused({"nodule": section}, ["nodule", "cyst"])
+    with pytest.warns(UserWarning, match="data.codes of nodul have no effect: the classes are nodule, cyst"):
+        warn_of_unused({"nodul": section}, ["nodule", "cyst"])

@@ -319,5 +319,10 @@ def test_lossless_compression_changes_no_voxel(compression: str, tmp_path: Path)
 def test_pixels_without_a_decoder_name_their_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = two_slices(tmp_path / "s", "MR_small_jpeg_ls_lossless.dcm")
     monkeypatch.setattr(dicom, "_decoded_by_itk", lambda frame: None)
+
+    def no_decoder(self: Dataset) -> None:  # as without pyjpegls and pylibjpeg
+        raise RuntimeError("Unable to decompress: no plug-in")
+
+    monkeypatch.setattr(Dataset, "pixel_array", property(no_decoder))
     with pytest.raises(InputError, match=r"compressed as JPEG-LS Lossless.*pip install 'medseg-diffusion\[dicom\]'"):
         read_volume(folder)

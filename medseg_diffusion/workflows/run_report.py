@@ -1,0 +1,164 @@
+"""The report on a run over scans, as JSON: what was used, and what became of every scan."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.files import plain, write_json
+from medseg_diffusion.models.card import versions
+from medseg_diffusion.models.store import SavedModel
+from medseg_diffusion.volumes.outputs import require_report
+from medseg_diffusion.volumes.volume import Volume
+
+from .scans import ScanResult
+
+VERSION = 1
+"""Version of the report's keys. Keys may be added under the same version."""
+
+
+class RunReport:
+    """Collects the report inside a ``with`` block, and writes it at the end, also if an error ends the block.
+
+    Args:
+        path: The file; None collects and writes nothing.
+        command: "segment" or "anomaly".
+        options: The options, a dataclass.
+        scans: All scans of the run.
+
+    Raises:
+        UsageError: A file that cannot be written.
+    """
+
+    def __init__(self, path: Path | None, command: str, options: Any, scans: Sequence[Path]) -> None:
+        if path is not None:
+            require_report(path, scans)
+        self._path, self._command, self._options = path, command, options
+        self._started, self._clock = _now(), time.monotonic()
+        self._model: dict[str, Any] | None = None
+        self._device: torch.device | None = None
+        self._reading: dict[Path, float] = {}
+        self._results: list[dict[str, Any]] = []
+
+    def __enter__(self) -> RunReport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is not None:
+            write_json(self._path, plain(self._content(error)))
+
+    def timed(self, read: Callable[[Path], Volume]) -> Callable[[Path], Volume]:
+        """The same function, whose time is noted for the scan that it reads."""
+
+        def timed_read(path: Path) -> Volume:
+            started = time.monotonic()
+            try:
+                return read(path)
+            finally:
+                self._reading[path] = time.monotonic() - started
+
+        return timed_read
+
+    def uses(self, saved: SavedModel, device: torch.device, settings: Mapping[str, Any]) -> None:
+        """Note the model, and the settings in force after its defaults."""
+        self._device = device
+        self._model = {
+            "name": saved.name,
+            "path": saved.path.resolve(),
+            "sha256": saved.sha256,
+            "schema_version": saved.card["schema_version"],
+            "method": saved.card["method"],
+            "versions": saved.card.get("versions", {}),
+            "settings": dict(settings),
+        }
+
+    def add(self, result: ScanResult) -> None:
+        """Note the result of a scan."""
+        if self._path is None:
+            return
+        self._results.append(
+            {
+                **asdict(result),
+                "sha256": None if result.status == "skipped" else _sha256(result.scan),
+                "read_seconds": self._reading.get(result.scan),
+                "finished": _now(),
+            }
+        )
+
+    def _content(self, error: BaseException | None) -> dict[str, Any]:
+        states = [result["status"] for result in self._results]
+        return {
+            "version": VERSION,
+            "command": self._command,
+            "status": "stopped" if error is not None else "failed" if "failed" in states else "done",
+            "error": None if error is None else _described(error),
+            "started": self._started,
+            "finished": _now(),
+            "seconds": time.monotonic() - self._clock,
+            "versions": versions(),
+            "platform": platform.platform(),
+            "device": None if self._device is None else _device(self._device),
+            "peak_memory_mb": _peak_memory_mb(),
+            "options": asdict(self._options),
+            "model": self._model,
+            "counts": {state: states.count(state) for state in ("done", "skipped", "failed")},
+            "scans": self._results,
+        }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _described(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MedsegError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"name": str(device), "description": platform.processor() or platform.machine(), "peak_memory_mb": None}
+    return {
+        "name": str(device),
+        "description": torch.cuda.get_device_name(device),
+        "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6,
+    }
+
+
+def _peak_memory_mb() -> float | None:
+    """Largest memory of this process until now; None where the system does not tell it (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _sha256(scan: Path) -> str | None:
+    """Hash of a file; of a folder, that of the lines that ``sha256sum`` prints of its files, sorted by name.
+
+    None if a file cannot be read.
+    """
+    try:
+        if scan.is_file():
+            with scan.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        files = sorted((path for path in scan.iterdir() if path.is_file()), key=lambda path: path.name)
+        lines = "".join(f"{_sha256(path)}  {path.name}\n" for path in files)
+    except OSError:
+        return None
+    return hashlib.sha256(lines.encode()).hexdigest()
