@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError
@@ -52,12 +53,46 @@ def is_series(folder: Path) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a path is the folder of a DICOM series, a zip, or a DICOM file whose suffix names no other format."""
+    """Whether a path is a folder with DICOM files at any depth, a zip, or DICOM whose suffix names no other format."""
     if path.is_dir():
-        return is_series(path)
+        return any(_has_dicom(file) for file in dicom_files(path))
     if not path.is_file() or path.name.lower().endswith(SUFFIXES):
         return False
     return path.suffix.lower() == ".zip" or _has_dicom(path)
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """The visible files directly in the folder of a DICOM series; if none of them is DICOM, those of all subfolders.
+
+    A DICOMDIR is left out: it lists the images, but holds none, and names paths that are not to be trusted.
+    """
+    direct = [path for path in sorted(folder.iterdir()) if path.is_file() and _may_be_slice(path)]
+    if any(_has_dicom(path) for path in direct):
+        return direct
+    return [
+        path
+        for inner in folders_below(folder)
+        for path in sorted(inner.iterdir())
+        if path.is_file() and _may_be_slice(path)
+    ]
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """The folder and all its visible subfolders, sorted; links to folders are not followed."""
+    folders = []
+    for root, inner, _ in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        folders.append(Path(root))
+    return folders
+
+
+def is_dicomdir(path: Path) -> bool:
+    """Whether a path is the index of a DICOM medium."""
+    return path.name.upper() == "DICOMDIR" and path.is_file()
+
+
+def _may_be_slice(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
 
 
 def require_file(path: Path) -> None:

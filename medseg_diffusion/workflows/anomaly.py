@@ -19,12 +19,15 @@ from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
 from medseg_diffusion.models.anomaly_map import AnomalyMap, mask_of
+from medseg_diffusion.models.store import model_input
 from medseg_diffusion.reports.preview import preview_png
-from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
+from medseg_diffusion.volumes.io import upright, write_labels, write_map
+from medseg_diffusion.volumes.modality import ModelInput
 from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions
+from medseg_diffusion.volumes.sources import InputOptions, Source, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
-from .scans import Scan, ScanResult, Work, all_scans, each_scan
+from .scans import Scan, ScanResult, Work, each_scan
 
 DEFAULT_MODEL = "flair-anomaly"
 
@@ -42,6 +45,7 @@ class AnomalyOptions:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         preview: Write *_anomaly_preview.png.
         skip_existing: Skip scans whose mask exists.
+        inputs: What is read: pattern, DICOM series.
     """
 
     model: str | None = None
@@ -52,6 +56,7 @@ class AnomalyOptions:
     device: str = "auto"
     preview: bool = False
     skip_existing: bool = False
+    inputs: InputOptions = InputOptions()
 
 
 def anomaly(
@@ -66,7 +71,7 @@ def anomaly(
     scores count) and *_anomaly.json. The mask is written last, so that a scan with a mask is finished.
 
     Args:
-        scans: Files, or folders of them.
+        scans: Files, lists and folders (`volumes.sources.find_sources`).
         options: The options.
         on_case: Called after every scan.
         on_progress: Called with (scan name, share done).
@@ -77,16 +82,25 @@ def anomaly(
         ModelError: No usable model, or "auto" for a model without calibration.
     """
     parse_threshold(options.threshold)
-    paths = all_scans(scans)
-    outputs = {path: anomaly_outputs(path, options.output, len(paths)) for path in paths}
+    takes = model_input(options.model or DEFAULT_MODEL)
+    sources = {source.path: source for source in find_sources(scans, takes, options.inputs)}
+    outputs = {
+        path: anomaly_outputs(source.named, source.output(options.output), len(sources))
+        for path, source in sources.items()
+    }
     refuse_collisions(outputs)
-    work = Work(_read, lambda: _load(options), lambda model, scan: _score_one(model, scan, options), "mask")
+    work = Work(
+        lambda path: _read(sources[path], takes, options),
+        lambda: _load(options),
+        lambda model, scan: _score_one(model, scan, options),
+        "mask",
+    )
     return each_scan(outputs, work, skip_existing=options.skip_existing, on_case=on_case, on_progress=on_progress)
 
 
-def _read(path: Path) -> Volume:
-    require_volume(path)
-    return read_volume(path)
+def _read(source: Source, takes: ModelInput, options: AnomalyOptions) -> Volume:
+    require_volume(source.path)
+    return read_source(source, takes, options.inputs.series, channels=1)
 
 
 def _load(options: AnomalyOptions) -> AnomalyModel:
