@@ -31,9 +31,7 @@ from .modality import BIDS_SUFFIX, DICOM_MODALITY, SeriesChoice, kind_of
 from .paths import dicom_files, is_dicomdir
 from .volume import FileImage, FloatArray, Header
 
-# Both as a share of the distance between slices.
-_UNEVEN = 0.05  # largest variation of the distance: many files round the positions
-_TILTED = 0.05  # largest shift of a slice against its neighbour
+_UNEVEN = 0.05  # largest variation of the step between slices, as a share of it: many files round the positions
 _TURNED = 1e-3  # largest difference between the direction cosines of two slices
 _LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _TYPES: dict[tuple[int, int], npt.DTypeLike] = {
@@ -393,12 +391,13 @@ def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
             "slices at one distance",
             "add the missing slices, or resample the series elsewhere",
         )
-    if np.linalg.norm(steps - gaps[:, None] * normal, axis=1).max() > _TILTED * typical:
+    # A tilted gantry shifts every slice by the same distance against its neighbour: the axes are sheared.
+    if np.linalg.norm(steps - steps.mean(0), axis=1).max() > _UNEVEN * typical:
         raise InputError(
             path,
-            "slices shifted against each other (a tilted gantry)",
-            "slices stacked at a right angle",
-            "resample the series elsewhere",
+            "slices shifted unevenly against each other",
+            "slices in one line",
+            "export the series again, or resample it elsewhere",
         )
     return frames
 

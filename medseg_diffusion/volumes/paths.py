@@ -48,8 +48,8 @@ def is_image(path: Path | str) -> bool:
 
 
 def is_series(folder: Path) -> bool:
-    """Whether DICOM files, of any name, lie directly in a folder."""
-    return folder.is_dir() and any(_has_dicom(path) for path in sorted(folder.iterdir()) if path.is_file())
+    """Whether DICOM files, of any name but DICOMDIR, lie directly in a folder."""
+    return folder.is_dir() and any(_has_dicom(path) for path in _visible_files(folder))
 
 
 def is_dicom(path: Path) -> bool:
@@ -66,15 +66,10 @@ def dicom_files(folder: Path) -> list[Path]:
 
     A DICOMDIR is left out: it lists the images, but holds none, and names paths that are not to be trusted.
     """
-    direct = [path for path in sorted(folder.iterdir()) if path.is_file() and _may_be_slice(path)]
+    direct = _visible_files(folder)
     if any(_has_dicom(path) for path in direct):
         return direct
-    return [
-        path
-        for inner in folders_below(folder)
-        for path in sorted(inner.iterdir())
-        if path.is_file() and _may_be_slice(path)
-    ]
+    return [path for inner in folders_below(folder) for path in _visible_files(inner)]
 
 
 def folders_below(folder: Path) -> list[Path]:
@@ -91,8 +86,9 @@ def is_dicomdir(path: Path) -> bool:
     return path.name.upper() == "DICOMDIR" and path.is_file()
 
 
-def _may_be_slice(path: Path) -> bool:
-    return not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
+def _visible_files(folder: Path) -> list[Path]:
+    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in files if path.is_file() and not is_dicomdir(path)]
 
 
 def require_file(path: Path) -> None:

@@ -128,7 +128,7 @@ def _sources(path: Path, takes: ModelInput, pattern: str | None, listed: bool = 
     if path.is_file() and path.suffix.lower() == _LIST and not listed:
         return _listed(path, takes)
     if is_dicomdir(path):
-        return _studies(path.parent)
+        return _folder(path.parent)
     if not path.is_dir():
         require_file(path)
         return [Source(path)]
@@ -250,7 +250,7 @@ def _bids_images(folder: Path, kind: str) -> dict[Path, Path]:
 
 def _folder(folder: Path) -> list[Source]:
     """The scans directly in a folder and the DICOM series of its subfolders; without files, all DICOM studies below."""
-    if is_series(folder) and not any(is_dicomdir(path) for path in folder.iterdir()):
+    if is_series(folder):
         return [Source(folder)]
     files = scan_files(folder)
     scans = [Source(file) for file in files if not scan_name(file).endswith(RESULTS)]

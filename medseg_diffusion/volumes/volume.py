@@ -99,6 +99,11 @@ class Volume:
         return spacing_of(self.affine)
 
     @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel in cubic millimetres; of a sheared one less than the product of `spacing`."""
+        return abs(float(np.linalg.det(self.affine[:3, :3])))
+
+    @property
     def axcodes(self) -> str:
         """The directions of the axes, such as "RAS" or "LPI"."""
         return "".join(nib.orientations.aff2axcodes(self.affine))

@@ -148,7 +148,7 @@ def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Scan
     volume, files = scan.volume, scan.outputs
     scored = model.score(volume, derive_seed(options.seed, scan.name), scan.on_progress)
     threshold = chosen_threshold(options.threshold, model)
-    voxel_mm3 = float(np.prod(volume.spacing))
+    voxel_mm3 = volume.voxel_mm3
     mask = mask_of(scored, threshold, voxel_mm3, model.config.postprocessing.min_volume_mm3)
     files["mask"].parent.mkdir(parents=True, exist_ok=True)
     write_map(scored.score, volume, files["map"])
@@ -192,7 +192,7 @@ def _entries(
 ) -> dict[str, Any]:
     """The content of *_anomaly.json."""
     inside = max(1, int(scored.foreground.sum()))
-    voxel_ml = float(np.prod(scan.volume.spacing)) / 1000
+    voxel_ml = scan.volume.voxel_mm3 / 1000
     content: dict[str, Any] = {
         "scan": scan.path.name,
         "model": model.name,

@@ -13,6 +13,7 @@ import torch
 from medseg_cli.main import app
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.pixels.decoders import JPEGLSLosslessDecoder
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from typer.testing import CliRunner
 
@@ -37,7 +38,7 @@ def series(folder: Path, values: np.ndarray, *, uid: str = "", modality: str = "
     """Writes ``values`` (SLICES, ROWS, COLUMNS), the slices in an order that names and numbers do not tell."""
     folder.mkdir(parents=True, exist_ok=True)
     places = changes.pop("places", [k * SPACING[2] for k in range(len(values))])
-    shift = changes.pop("shift", 0.0)  # of every slice along the rows, in mm
+    shifts = changes.pop("shifts", [0.0] * len(values))  # of each slice along its rows, in mm
     along, down, normal = turned()
     uid = uid or generate_uid()
     for k in np.random.default_rng(0).permutation(len(values)):
@@ -54,7 +55,7 @@ def series(folder: Path, values: np.ndarray, *, uid: str = "", modality: str = "
         data.PhotometricInterpretation = "MONOCHROME2"
         data.PixelSpacing = [SPACING[0], SPACING[1]]
         data.ImageOrientationPatient = [round(float(v), 8) for v in (*along, *down)]
-        place = np.array([10.0, -20.0, 30.0]) + places[k] * normal + k * shift * along
+        place = np.array([10.0, -20.0, 30.0]) + places[k] * normal + shifts[k] * along
         data.ImagePositionPatient = [round(float(v), 6) for v in place]
         data.PixelData = values[k].astype(np.uint16).tobytes()
         for name, value in changes.items():
@@ -100,7 +101,7 @@ def test_folders_of_series_are_scans_beside_files(values, tmp_path: Path) -> Non
     [
         ({"places": [0, 3, 6, 12, 15, 18]}, "slices 3 to 6 mm apart; expected slices at one distance"),
         ({"places": [0, 3, 6, 6, 9, 12]}, "several images at one position"),
-        ({"shift": 1.0}, "tilted gantry"),
+        ({"shifts": [0, 1, 2, 1, 0, 1]}, "slices shifted unevenly against each other"),
         ({"ImagePositionPatient": None}, "slices without position"),
         ({"PixelSpacing": None}, r"no PixelSpacing in .*IMA"),
         ({"PixelSpacing": [0, 1]}, "a pixel spacing of 0 x 1 mm"),
@@ -321,5 +322,6 @@ def test_lossless_compression_changes_no_voxel(compression: str, tmp_path: Path)
 def test_pixels_without_a_decoder_name_their_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = two_slices(tmp_path / "s", "MR_small_jpeg_ls_lossless.dcm")
     monkeypatch.setattr(dicom, "_decoded_by_itk", lambda frame: None)
+    monkeypatch.setattr(JPEGLSLosslessDecoder, "_available", {})  # as without the extra
     with pytest.raises(InputError, match=r"compressed as JPEG-LS Lossless.*pip install 'medseg-diffusion\[dicom\]'"):
         read_volume(folder)
