@@ -17,7 +17,7 @@ from .volume import FloatArray, Shape, spacing_of
 _GRID_BYTES = 64 * 2**20  # largest coordinate grid in memory at once
 _ALIGNED = 1e-4  # voxels: axes that diverge by less than this over the whole grid count as parallel
 _SAME_SPACING = 1e-3  # relative: a voxel size this close to the requested one is left as it is
-_SHEARED = 0.05  # cosine of the angle between two axes: 3 degrees from perpendicular
+_SHEARED = 0.1  # cosine of the angle between two axes: 6 degrees from perpendicular
 _MARGIN = 1e-3  # voxels: tolerance for positions that rounding puts beyond the outer edge
 _BLUR_ABOVE = 1.2  # ratio of voxel sizes above which an image is smoothed before it is sampled
 
@@ -62,7 +62,7 @@ def straight_grid(shape: Sequence[int], affine: FloatArray) -> tuple[FloatArray,
         affine: (4, 4) voxel -> RAS mm.
 
     Returns:
-        The new affine and the new shape; those given if no two axes are more than 3 degrees from perpendicular.
+        The new affine and the new shape; those given if no two axes are more than 6 degrees from perpendicular.
     """
     i, j, k = shape
     spacing = np.array(spacing_of(affine))
