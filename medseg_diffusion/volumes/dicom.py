@@ -116,16 +116,16 @@ def _affine(frames: Sequence[_Frame]) -> FloatArray:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def first_header(folder: Path) -> Dataset | None:
-    """The header of the first DICOM file directly in a folder; None if it holds none that can be read."""
+def study_of(folder: Path) -> tuple[str, str]:
+    """UID of the study and modality of the first DICOM file of a folder; empty where the file does not tell it."""
     for file in dicom_files(folder):
         try:
             header = _header(folder, file.name, lambda file=file: file.open("rb"))  # type: ignore[misc]
         except InputError:
             continue
         if header is not None:
-            return header
-    return None
+            return str(_attribute(header, "StudyInstanceUID")), str(_attribute(header, "Modality"))
+    return "", ""
 
 
 def _images(path: Path) -> list[_File]:
@@ -188,16 +188,16 @@ class _Series:
 
     def text(self, *names: str) -> str:
         """The values of attributes, joined by spaces."""
-        values = (" ".join(str(self.header.get(name) or "").split()) for name in names)
+        values = (" ".join(str(_attribute(self.header, name)).split()) for name in names)
         return " ".join(value for value in values if value)
 
     @property
     def slices(self) -> int:
-        return sum(int(header.get("NumberOfFrames") or 1) for _, _, header in self.files)
+        return sum(int(_attribute(header, "NumberOfFrames") or 1) for _, _, header in self.files)
 
     @property
     def kind(self) -> str | None:
-        agent = " contrast" if self.header.get("ContrastBolusAgent") else ""
+        agent = " contrast" if _attribute(self.header, "ContrastBolusAgent") else ""
         described = self.text("SeriesDescription") or self.text("ProtocolName")
         return kind_of(described + agent)
 
@@ -270,8 +270,16 @@ def _with_uid(series: Sequence[_Series]) -> Callable[[_Series], str]:
 
 
 def _is_localizer(file: _File) -> bool:
-    kinds = file[2].get("ImageType")
-    return "LOCALIZER" in ([kinds] if isinstance(kinds, str) else list(kinds or []))
+    kinds = _attribute(file[2], "ImageType")
+    return "LOCALIZER" in ([kinds] if isinstance(kinds, str) else list(kinds))
+
+
+def _attribute(header: Dataset, name: str) -> Any:
+    """The value of an attribute that a scan can do without; "" if it is missing or damaged."""
+    try:
+        return header.get(name) or ""
+    except Exception:  # pydicom raises nearly anything for damaged values
+        return ""
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -387,7 +395,7 @@ def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
     if abs(gaps - typical).max() > _UNEVEN * typical:
         raise InputError(
             path,
-            f"slices {gaps.min():.3g} to {gaps.max():.3g} mm apart",
+            f"slices {gaps.min():.3g} to {gaps.max():.3g} mm apart{_differences(frames)}",
             "slices at one distance",
             "add the missing slices, or resample the series elsewhere",
         )

@@ -99,7 +99,10 @@ def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
         # An image and a volume of the same name have masks with different suffixes, but the same map files.
         for target in targets:
             if target in owners:
-                raise UsageError(f"{owners[target]} and {scan} would both be written to {target}; segment them apart")
+                raise UsageError(
+                    f"{owners[target]} and {scan} would both be written to {target}; segment them apart, "
+                    "or name their folder with --pattern, which keeps subfolders"
+                )
             owners[target] = scan
 
 

@@ -115,7 +115,7 @@ def find_sources(paths: Sequence[Path], takes: ModelInput, options: InputOptions
             raise UsageError("--channel names the files of one scan; leave SCAN and --pattern out")
         sources = [_of_channels(options.channels, takes)]
     else:
-        found = [source for path in paths for source in _sources(path, takes, options.pattern)]
+        found = [source for path in map(Path, paths) for source in _sources(path, takes, options.pattern)]
         sources = _cases(dict.fromkeys(found), len(takes.channels))
     if options.series is not None and not any(is_dicom(file) for source in sources for file in source.files):
         raise UsageError("--series chooses one of several DICOM series, but none of the scans is DICOM; leave it out")
@@ -125,7 +125,7 @@ def find_sources(paths: Sequence[Path], takes: ModelInput, options: InputOptions
 def _sources(path: Path, takes: ModelInput, pattern: str | None, listed: bool = False) -> list[Source]:
     if pattern is not None:
         return _matching(path, pattern)
-    if path.is_file() and path.suffix.lower() == _LIST and not listed:
+    if not listed and path.suffix.lower() == _LIST and path.is_file() and not is_dicom(path):
         return _listed(path, takes)
     if is_dicomdir(path):
         return _folder(path.parent)
@@ -268,21 +268,18 @@ def _studies(folder: Path) -> list[Source]:
     Series of one study are one scan, of which one series is read, if a folder holds them and no other series. Otherwise
     each series is a scan. DICOM segmentations are results.
     """
-    from .dicom import first_header
+    from .dicom import study_of
 
-    series = [(path, first_header(path)) for path in folders_below(folder) if is_series(path)]
-    study_of = {
-        path: header.get("StudyInstanceUID") or str(path)
-        for path, header in series
-        if header is not None and header.get("Modality") != "SEG"
-    }
     studies: dict[str, list[Path]] = defaultdict(list)
-    for path, study in study_of.items():
-        studies[study].append(path)
+    for path in filter(is_series, folders_below(folder)):
+        study, modality = study_of(path)
+        if modality != "SEG":
+            studies[study or str(path)].append(path)
+    series = [path for members in studies.values() for path in members]
     paths = []
     for members in studies.values():
         common = Path(os.path.commonpath(members))
-        inside = [path for path in study_of if path == common or path.is_relative_to(common)]
+        inside = [path for path in series if path.is_relative_to(common)]
         paths += [common] if inside == members and common not in members else members
     return [Source(path, folder=path.parent.relative_to(folder) if path != folder else Path()) for path in paths]
 

@@ -12,7 +12,7 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.modality import ModelInput, SeriesChoice
 from medseg_diffusion.volumes.sources import find_sources
-from tests.volumes.test_dicom import COLUMNS, ROWS, edited, series, turned
+from tests.volumes.test_dicom import COLUMNS, ROWS, edited, enhanced, series, turned
 
 T1, FLAIR, CT = SeriesChoice(kind="T1"), SeriesChoice(kind="FLAIR"), SeriesChoice(kind="CT")
 BRAIN = ModelInput("brain", ("T1",))
@@ -159,3 +159,36 @@ def test_a_turned_slice_of_the_stack_is_no_localizer(tmp_path: Path) -> None:
 def test_only_localizers_are_a_series(tmp_path: Path) -> None:
     volume = read_volume(series(tmp_path / "s", values(), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]))
     assert volume.data.shape[1:] == (COLUMNS, ROWS, 6)
+
+
+def test_abutting_stacks_are_named_with_their_gap(tmp_path: Path) -> None:
+    """Two stacks of one file at different heights: the message says that they are stacks."""
+    file = enhanced(tmp_path / "e" / "1.dcm", values(), [0, 1, 2, 4, 5], stack=["1"] * 3 + ["2"] * 2)
+    with pytest.raises(InputError, match=r"slices 3 to 6 mm apart \(stack 1, 2\)"):
+        read_volume(file)
+
+
+def test_damaged_names_of_a_series_do_not_matter(tmp_path: Path) -> None:
+    """A number that is none can only be read as missing; the voxels are sound."""
+    folder = series(tmp_path / "s", values(), SeriesNumber=7)
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        at = content.index(b"\x20\x00\x11\x00IS")
+        file.write_bytes(content[: at + 8] + b"x " + content[at + 10 :])
+    assert float(read_volume(folder).data.max()) < 1000
+
+
+@pytest.mark.data
+@pytest.mark.filterwarnings("ignore:read the DICOM series")
+def test_real_series_of_one_study_are_told_apart(data_folder: Path) -> None:
+    """The two series lie in folders of their own: one scan, of which the user or the model names the series."""
+    (source,) = find_sources([data_folder / "dicom"], BRAIN)
+    assert source.path == data_folder / "dicom"
+    with pytest.raises(
+        InputError, match=r"2 DICOM series: MR HippoCrop \(32 slices\); 12 MR T1post \(22 slices\); .* one T1 "
+    ):
+        read_volume(source.path, series=T1)
+    after = read_volume(source.path, series=SeriesChoice(kind="T1c"))
+    named = read_volume(source.path, series=SeriesChoice("hippo"))
+    assert (after.data == read_volume(data_folder / "dicom" / "t1post").data).all()
+    assert (named.data == read_volume(data_folder / "dicom" / "hippocampus_crop").data).all()
