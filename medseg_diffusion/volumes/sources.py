@@ -184,7 +184,7 @@ def _matching(folder: Path, pattern: str) -> list[Source]:
     refuse_lost(visible)
     # A slice stands for its series.
     paths = [
-        path.parent if path.is_file() and is_dicom(path) and is_series(path.parent) else path
+        path.parent if path.suffix.lower() != ".zip" and path.is_file() and is_dicom(path) else path
         for path in visible
         if (is_series(path) if path.is_dir() else path.name.lower().endswith(SUFFIXES) or is_dicom(path))
     ]
