@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,29 @@ def existing_scans(context: typer.Context, paths: list[Path]) -> list[Path]:
         if not path.is_dir():
             require_file(path)
     return paths
+
+
+def existing_sources(context: typer.Context, paths: list[Path] | None) -> list[Path]:
+    """`existing_scans`, also for lists of scans."""
+    existing_scans(context, [path for path in paths or () if not (path.suffix.lower() == ".txt" and path.is_file())])
+    return paths or []
+
+
+def named_scans(scans: list[Path] | None, more: list[Path] | None, channels: Sequence[str] = ()) -> list[Path]:
+    """The scans given as arguments and with -i; a usage error if there are none."""
+    named = [*(scans or ()), *(more or ())]
+    if not named and not channels:
+        raise typer.BadParameter("name at least one scan", param_hint="SCAN...")
+    return named
+
+
+def parsed_channels(values: list[str] | None) -> tuple[tuple[str, Path], ...]:
+    """Parse NAME=FILE of --channel."""
+    parts = [value.partition("=") for value in values or ()]
+    for name, _, file in parts:
+        if not name or not file:
+            raise typer.BadParameter(f"{name!r} is not NAME=FILE, for instance t1=a.nii.gz", param_hint="--channel")
+    return tuple((name, Path(file)) for name, _, file in parts)
 
 
 def existing_model(context: typer.Context, name: str | None) -> str | None:
@@ -100,11 +123,39 @@ TimeLimit = Annotated[
 Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
 
 Scans = Annotated[
-    list[Path],
+    list[Path] | None,
     typer.Argument(
-        metavar="SCAN...",
-        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files, DICOM folders, or folders of them.",
-        callback=existing_scans,
+        metavar="SCAN",
+        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files, DICOM folders or zips, folders of them, BIDS "
+        "folders, or lists (.txt, one path in each line).",
+        callback=existing_sources,
+        show_default=False,
+    ),
+]
+AlsoScans = Annotated[
+    list[Path] | None,
+    typer.Option("-i", "--input", metavar="SCAN", help="The same as SCAN; repeatable.", callback=existing_sources),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Scans below each folder SCAN, for instance '**/*_T1w.nii.gz'. Results have the same subfolders.",
+    ),
+]
+Series = Annotated[
+    str | None,
+    typer.Option(
+        help="Which of several DICOM series: its number, the start of its UID, or a part of its description; default: "
+        "the only one of the model's modality."
+    ),
+]
+Channels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--channel",
+        metavar="NAME=FILE",
+        help="File of one channel of a scan, by the model's name for it, such as flair=b.nii.gz; instead of SCAN.",
     ),
 ]
 Volumes = Annotated[

@@ -8,7 +8,22 @@ from typing import Annotated
 import typer
 
 from ._detection import Erosion, LatentQuantile, Median, MinVolume
-from ._options import AsJson, Device, Model, Output, Preview, Quiet, RunReport, Seed, SkipExisting, Volumes
+from ._options import (
+    AlsoScans,
+    AsJson,
+    Device,
+    Model,
+    Output,
+    Pattern,
+    Preview,
+    Quiet,
+    RunReport,
+    Scans,
+    Seed,
+    Series,
+    SkipExisting,
+    named_scans,
+)
 from ._shared import run_scans
 
 
@@ -25,7 +40,7 @@ class Method(StrEnum):
 
 # many: one parameter for each option of the command
 def anomaly(
-    scans: Volumes,
+    scans: Scans = None,
     model: Model = None,
     threshold: Annotated[
         str,
@@ -39,6 +54,9 @@ def anomaly(
     erosion: Erosion = None,
     min_volume: MinVolume = None,
     output: Output = None,
+    also: AlsoScans = None,
+    pattern: Pattern = None,
+    series: Series = None,
     preview: Preview = False,
     run_report: RunReport = None,
     skip_existing: SkipExisting = False,
@@ -48,7 +66,9 @@ def anomaly(
     as_json: AsJson = False,
 ) -> None:
     """Find anomalies in scans, and write a score map, a mask and the score of each scan."""
+    named = named_scans(scans, also)
     from medseg_diffusion.models.anomaly import DetectionOptions
+    from medseg_diffusion.volumes.sources import InputOptions
     from medseg_diffusion.workflows import anomaly as workflow
 
     options = workflow.AnomalyOptions(
@@ -61,5 +81,6 @@ def anomaly(
         preview=preview,
         skip_existing=skip_existing,
         run_report=run_report,
+        inputs=InputOptions(pattern, series=series),
     )
-    run_scans(lambda on_case, show: workflow.anomaly(scans, options, on_case, show), quiet, as_json)
+    run_scans(lambda on_case, show: workflow.anomaly(named, options, on_case, show), quiet, as_json)

@@ -8,7 +8,25 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Device, Model, Output, Preview, Quiet, RunReport, Sampler, Scans, Seed, SkipExisting
+from ._options import (
+    AlsoScans,
+    AsJson,
+    Channels,
+    Device,
+    Model,
+    Output,
+    Pattern,
+    Preview,
+    Quiet,
+    RunReport,
+    Sampler,
+    Scans,
+    Seed,
+    Series,
+    SkipExisting,
+    named_scans,
+    parsed_channels,
+)
 from ._shared import run_scans
 
 
@@ -46,15 +64,33 @@ def _parse_shard(value: str | None) -> tuple[int, int] | None:
 
 # many, long: one parameter, with its help, for each option of the command
 def segment(
-    scans: Scans,
+    scans: Scans = None,
     model: Model = None,
     output: Output = None,
+    also: AlsoScans = None,
+    pattern: Pattern = None,
+    channel: Channels = None,
+    series: Series = None,
     ensemble: Annotated[
         int | None, typer.Option(min=1, help="Number of masks sampled per scan; default: the model's.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; default: the model's.")] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the model's.")] = None,
     fusion: Annotated[Fusion, typer.Option(help="How to combine the masks of the ensemble.")] = Fusion.MEAN,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast", help="One denoising step and one mask, as --steps 1 --ensemble 1: less accurate for most models."
+        ),
+    ] = False,
+    keep_largest: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-largest/--keep-all",
+            help="Keep only the largest connected part of all classes, or all parts; default: the model's.",
+            show_default=False,
+        ),
+    ] = None,
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Write *_prob.nii.gz, the class probabilities.")
     ] = False,
@@ -93,6 +129,9 @@ def segment(
 ) -> None:
     """Segment scans, and write a mask for each."""
     part = _parse_shard(shard)
+    channels = parsed_channels(channel)
+    named = named_scans(scans, also, channel or ())
+    from medseg_diffusion.volumes.sources import InputOptions
     from medseg_diffusion.workflows import segment as workflow
 
     options = workflow.SegmentOptions(
@@ -117,5 +156,8 @@ def segment(
         skip_existing=skip_existing,
         shard=part,
         output_format=output_format.value if output_format else None,
+        inputs=InputOptions(pattern, channels, series),
+        fast=fast,
+        keep_largest=keep_largest,
     )
-    run_scans(lambda on_case, show: workflow.segment(scans, options, on_case, show), quiet, as_json)
+    run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json)

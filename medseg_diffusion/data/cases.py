@@ -212,6 +212,15 @@ def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
     if not cases:
         raise InputError(folder, "no labelled case", "at least one image with its label", "check the folder's layout")
     for case in cases:
+        others = [scan_name(path) for path in case.further_channels]
+        first = _CHANNEL.sub("", scan_name(case.image))
+        if others != [f"{first}_{number:04d}" for number in range(1, len(case.images))]:
+            raise InputError(
+                case.image,
+                f"the further channels {', '.join(others)}",
+                f"{first}_0000, {first}_0001, ... without a gap",
+                "add the missing file",
+            )
         for path in (*case.images, *case.labels):
             if not path.is_file():
                 raise InputError(

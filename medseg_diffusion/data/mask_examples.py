@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_file
-from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.io import read_labels, read_volume, stacked
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 from medseg_diffusion.volumes.volume import Volume, orientation_transform
 
@@ -88,10 +88,7 @@ def read_case_image(case: Case, channels: int) -> Volume:
             f"{channels} channels",
             "set data.channels in the configuration",
         )
-    first, *others = (read_volume(path) for path in case.images)
-    for other in others:
-        first.require_same_grid(other)
-    return first.like(torch.cat([volume.data for volume in (first, *others)]))
+    return stacked(read_volume(path) for path in case.images)
 
 
 def read_case_labels(path: Path, volume: Volume, expected: CaseFormat) -> Volume:

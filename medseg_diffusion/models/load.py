@@ -15,6 +15,7 @@ from .store import load_model_files
 DEFAULT_SEGMENTER = "brain-tissue-t1"
 
 
+# many: one parameter for each option of an ensemble
 def load_segmenter(
     name_or_path: str | Path = DEFAULT_SEGMENTER,
     device: str = "auto",
@@ -23,6 +24,8 @@ def load_segmenter(
     sampler: str | None = None,
     fusion: Fusion = "mean",
     uncertainty: Uncertainty = "entropy",
+    keep_largest: bool | None = None,
+    fast: bool = False,
 ) -> SegmentationModel:
     """Load a segmenter once for many scans.
 
@@ -34,6 +37,8 @@ def load_segmenter(
         sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
         fusion: "mean", "majority" or "staple".
         uncertainty: "entropy", "mutual-information" or "variance" (`Ensemble.uncertainty`).
+        keep_largest: Keep only the largest connected part of the foreground; None takes the model's default.
+        fast: One step and one mask, as far as the model has both.
 
     Raises:
         ModelError: A model that is missing, unusable or not a segmenter.
@@ -42,7 +47,7 @@ def load_segmenter(
     chosen = choose_device(device)
     tune(chosen)
     saved = load_model_files(name_or_path)
-    options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty)
+    options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty, keep_largest, fast)
     if saved.card.get("method") == "label-efficient":
         return PixelSegmenter(saved, chosen, options)
     return MaskSegmenter(saved, chosen, options)

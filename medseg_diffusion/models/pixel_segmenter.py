@@ -29,7 +29,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .generator import Generator, restore_generator
 from .restore import ready, typed_config, usable
-from .segmentation import PROBABILITIES_AT_ONCE, Aggregation, EnsembleOptions, Pass, Segmentation, counter
+from .segmentation import NOT_FASTER, PROBABILITIES_AT_ONCE, Aggregation, EnsembleOptions, Pass, Segmentation, counter
 from .store import SavedModel
 
 GENERATOR = "generator"
@@ -66,12 +66,14 @@ class PixelSegmenter:
         self.preprocessing = pixel_preprocessing(generator)
         self.inference = pixel_inference(generator, self.config)
         self.ensemble = options.ensemble or self.inference.ensemble
-        self.notes: list[str] = []
+        # The classifiers share the activations, which take nearly all of the time: fewer of them would not be faster.
+        self.notes: list[str] = [NOT_FASTER] if options.fast else []
         # Activations need much more memory than samples of masks.
         batch_size = 1 if device.type == "cpu" else 4
         windows = Windows(self.inference.window, self.inference.overlap, batch_size)
         self.way = Pass(DDIM(), [1, 0], windows, self.dims, generator.config.training.precision)
-        self.aggregation = Aggregation(self.labels, options.fusion, options.uncertainty, self.inference.largest_part)
+        largest_part = self.inference.largest_part if options.keep_largest is None else options.keep_largest
+        self.aggregation = Aggregation(self.labels, options.fusion, options.uncertainty, largest_part)
 
     def without_x_t(self, replacement: Replacement, seed: int = 0) -> AbstractContextManager[None]:
         raise ValueError(f"{self.saved.path}: classifies pixels, so it has no x_t")

@@ -32,6 +32,9 @@ from .store import SavedModel
 PROBABILITIES_AT_ONCE = 2**28
 """Largest number of values of all members in memory (1 GB). Large scans take fewer members or slices at once."""
 
+NOT_FASTER = "--fast changes nothing: this model has no setting with fewer steps or masks"
+"""Note on the option ``fast``."""
+
 Quality = Literal["usual", "check"]
 
 
@@ -45,6 +48,8 @@ class EnsembleOptions:
         sampler: "ddpm", "ddim" or "dpm++".
         fusion: "mean", "majority" or "staple" (`Ensemble.fuse`).
         uncertainty: Kind of the uncertainty map (`Ensemble.uncertainty`).
+        keep_largest: Whether only the largest connected part of the foreground is kept.
+        fast: One step and one mask instead of the model's defaults, as far as the model has both.
     """
 
     ensemble: int | None = None
@@ -52,6 +57,8 @@ class EnsembleOptions:
     sampler: str | None = None
     fusion: Fusion = "mean"
     uncertainty: Uncertainty = "entropy"
+    keep_largest: bool | None = None
+    fast: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .restore import ready, typed_config, usable
 from .segmentation import (
+    NOT_FASTER,
     PROBABILITIES_AT_ONCE,
     Aggregation,
     EnsembleOptions,
@@ -62,11 +63,12 @@ class MaskSegmenter:
         self.preprocessing = build.preprocessing(self.config.preprocessing)
         self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
         self.notes: list[str] = []
-        self.ensemble = (options.ensemble or self.inference.ensemble) if self.samples_masks else 1
+        default = 1 if options.fast else self.inference.ensemble
+        self.ensemble = (options.ensemble or default) if self.samples_masks else 1
         self.samplers = build.samplers(self.config)
         self._check(options)
         self.sampler_name = (options.sampler or self.inference.sampler) if self.samplers else ""
-        self.times = self._times(options.steps or self.inference.steps)
+        self.times = self._times(options.steps or (1 if options.fast else self.inference.steps))
         self.num_steps = len(self.times) - 1
         self.way = Pass(
             build.sampler(self.sampler_name or self.inference.sampler),
@@ -76,14 +78,15 @@ class MaskSegmenter:
             self.config.training.precision,
         )
         self.sampling = Sampling(self.sampler_name, self.num_steps, self.ensemble, options.fusion)
+        largest_part = self.inference.largest_part if options.keep_largest is None else options.keep_largest
         self.aggregation = Aggregation(
             self.labels,
             options.fusion,
             options.uncertainty,
-            self.inference.largest_part,
+            largest_part,
             shape_prior(saved),
             self.inference.shape_prior_mm,
-            self._calibration(self.sampling),
+            self._calibration(self.sampling, largest_part),
         )
 
     @property
@@ -132,6 +135,9 @@ class MaskSegmenter:
             raise UsageError(f"{self.saved.path}: this model {kind}; leave --steps and --sampler out")
         if options.sampler in build.SAMPLERS and options.sampler not in self.samplers and self.samplers:
             raise UsageError(f"{self.saved.path}: {options.sampler} is no sampler of labels; use {self.samplers[0]}")
+        usual = (self.inference.steps if self.samplers else 1, self.inference.ensemble if self.samples_masks else 1)
+        if options.fast and usual == (1, 1):
+            self.notes.append(NOT_FASTER)
         if (options.ensemble or 1) == 1:
             return
         if self.samples_masks and is_deterministic(self.saved.card):
@@ -139,14 +145,16 @@ class MaskSegmenter:
         if not self.samples_masks:
             self.notes.append("a feed-forward model has one mask; the ensemble size has no effect")
 
-    def _calibration(self, sampling: Sampling) -> Calibration | None:
+    def _calibration(self, sampling: Sampling, largest_part: bool) -> Calibration | None:
         """The model's calibration, if it holds for these options."""
         calibration = stored_calibration(self.saved)
-        if calibration is None or calibration.sampling == sampling:
+        same_part = largest_part == self.inference.largest_part
+        if calibration is None or (calibration.sampling == sampling and same_part):
             return calibration
+        parts = "" if same_part else f", {'only the largest part' if self.inference.largest_part else 'all parts'}"
         self.notes.append(
             f"no intervals, no quality and no calibrated probabilities: the model's calibration is for "
-            f"{calibration.sampling}"
+            f"{calibration.sampling}{parts}"
         )
         return None
 

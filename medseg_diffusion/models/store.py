@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.files import whole_folder
+from medseg_diffusion.volumes.modality import ModelInput
 
 if TYPE_CHECKING:  # listing models and showing their cards needs no torch
     import torch
@@ -63,7 +64,7 @@ class SavedModel:
     @property
     def name(self) -> str:
         """Name of the folder, or of the run folder for RUN/model."""
-        return self.path.resolve().parent.name if self.path.name == "model" else self.path.name
+        return _name_of(self.path)
 
     def part(self, name: str) -> SavedModel:
         """A model inside this one. Its card is the entry ``name``, and its weights are those with the prefix "name.".
@@ -157,6 +158,21 @@ def load_model_files(name_or_path: str | Path) -> SavedModel:
 def load_card(name_or_path: str | Path) -> dict[str, Any]:
     """The content of a model's model.json."""
     return _read_card(find_model(name_or_path))
+
+
+def model_input(name_or_path: str | Path) -> ModelInput:
+    """What a model takes, by its card alone.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    path = find_model(name_or_path)
+    return ModelInput.of(_name_of(path), _read_card(path))
+
+
+def _name_of(path: Path) -> str:
+    """Name of a model's folder, or of the run folder for RUN/model."""
+    return path.resolve().parent.name if path.name == "model" else path.name
 
 
 def find_model(name_or_path: str | Path) -> Path:

@@ -6,7 +6,9 @@ reader that takes those of the first slice for all gives wrong numbers without a
 
 from __future__ import annotations
 
+import re
 import shutil
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +27,11 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from medseg_diffusion.errors import InputError
 
+from .modality import BIDS_SUFFIX, DICOM_MODALITY, SeriesChoice, kind_of
+from .paths import dicom_files, is_dicomdir
 from .volume import FileImage, FloatArray, Header
 
-# Both as a share of the distance between slices.
-_UNEVEN = 0.05  # largest variation of the distance: many files round the positions
-_TILTED = 0.05  # largest shift of a slice against its neighbour
+_UNEVEN = 0.05  # largest variation of the step between slices, as a share of it: many files round the positions
 _TURNED = 1e-3  # largest difference between the direction cosines of two slices
 _LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _TYPES: dict[tuple[int, int], npt.DTypeLike] = {
@@ -37,6 +39,8 @@ _TYPES: dict[tuple[int, int], npt.DTypeLike] = {
 }  # fmt: skip
 
 Opener = Callable[[], AbstractContextManager[BinaryIO]]
+_File = tuple[str, Opener, Dataset]  # name, opener and header
+_LOCALIZER = re.compile(r"locali[sz]er|scout|topogram|surview|(?<![a-z])(loc|survey)(?![a-z])")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +58,21 @@ class _Frame:
     intercept: float
 
 
-def open_image(path: Path) -> FileImage:
-    """Read the headers of the one series in a folder or a zip, or of one multi-frame file.
+def open_image(path: Path, choice: SeriesChoice = SeriesChoice()) -> FileImage:
+    """Read the headers of one series in a folder (its subfolders, if it has no slices itself), a zip, or a file.
+
+    Of several series, the one is read that the user named, or else the only one of the kind that fits. Localizers are
+    left out, with a warning.
+
+    Args:
+        path: the folder, zip, multi-frame file or DICOMDIR.
+        choice: which series is read.
 
     Raises:
-        InputError: several series; slices of different sizes, orientations or voxel sizes; missing, repeated, unevenly
-            spaced or sheared slices; a single slice; colours; or a damaged file.
+        InputError: none or several of the series fit; slices of different sizes, orientations or voxel sizes; missing,
+            repeated or unevenly spaced slices; a single slice; colours; or a damaged file.
     """
-    frames = _volume_frames(path)
+    frames = _volume_frames(path, choice)
     header = frames[0].header
     shape = int(header.Columns), int(header.Rows), len(frames)
     scaled = any((frame.slope, frame.intercept) != (1.0, 0.0) for frame in frames)
@@ -84,7 +95,13 @@ def open_image(path: Path) -> FileImage:
             voxels[:, :, k] = pixels.T.astype(dtype)
         return voxels
 
-    return FileImage(shape, dtype, _affine(frames), Header(modality=str(header.get("Modality", ""))), load)
+    return FileImage(
+        shape,
+        dtype,
+        _affine(frames),
+        Header(modality=str(header.get("Modality", "")), series=str(header.get("SeriesInstanceUID", ""))),
+        load,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +125,17 @@ class SourceSlice:
     thickness: float | None
 
 
-def source_slices(path: Path) -> tuple[list[SourceSlice], FloatArray]:
+def source_slices(path: Path, series: str) -> tuple[list[SourceSlice], FloatArray]:
     """The source of every slice of `open_image`, in the order of the slices, and the affine that it gives them.
+
+    Args:
+        path: as `open_image`.
+        series: UID of the series that was read (`Header.series`).
 
     Raises:
         InputError: as `open_image`.
     """
-    slices, frames = [], _volume_frames(path)
+    slices, frames = [], _volume_frames(path, SeriesChoice(series or None))
     for frame in frames:
         shared = cast(Sequence[Dataset], frame.header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         each = cast(Sequence[Dataset], frame.header.get("PerFrameFunctionalGroupsSequence") or [])
@@ -129,11 +150,13 @@ def source_slices(path: Path) -> tuple[list[SourceSlice], FloatArray]:
     return slices, _affine(frames)
 
 
-def _volume_frames(path: Path) -> list[_Frame]:
-    """The frames of the one volume in a folder, a zip or a file, in the order of its slices."""
-    files = _images(path)
-    _require_one_series(path, files)
-    return _stacked(path, [frame for name, opener, header in files for frame in _frames(path, name, opener, header)])
+def _volume_frames(path: Path, choice: SeriesChoice) -> list[_Frame]:
+    """The frames of the chosen series of a folder, a zip or a file, in the order of the volume's slices."""
+    path = path.parent if is_dicomdir(path) else path
+    chosen = _chosen(path, _all_series(_images(path)), choice)
+    return _volume(
+        path, [frame for name, opener, header in chosen.files for frame in _frames(path, name, opener, header)]
+    )
 
 
 def _affine(frames: Sequence[_Frame]) -> FloatArray:
@@ -151,7 +174,19 @@ def _affine(frames: Sequence[_Frame]) -> FloatArray:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _images(path: Path) -> list[tuple[str, Opener, Dataset]]:
+def study_of(folder: Path) -> tuple[str, str]:
+    """UID of the study and modality of the first DICOM file of a folder; empty where the file does not tell it."""
+    for file in dicom_files(folder):
+        try:
+            header = _header(folder, file.name, lambda file=file: file.open("rb"))  # type: ignore[misc]
+        except InputError:
+            continue
+        if header is not None:
+            return str(_attribute(header, "StudyInstanceUID")), str(_attribute(header, "Modality"))
+    return "", ""
+
+
+def _images(path: Path) -> list[_File]:
     """Name, opener and header of every DICOM image, sorted by name; InputError if there is none.
 
     A segmentation is no image: a result that was exported with its series changes nothing.
@@ -168,9 +203,8 @@ def _images(path: Path) -> list[tuple[str, Opener, Dataset]]:
 
 def _files(path: Path) -> Iterator[tuple[str, Opener]]:
     if path.is_dir():
-        for file in sorted(path.iterdir()):
-            if file.is_file() and not file.name.startswith(".") and file.name.upper() != "DICOMDIR":
-                yield file.name, lambda file=file: file.open("rb")  # type: ignore[misc]
+        for file in dicom_files(path):
+            yield str(file.relative_to(path)), lambda file=file: file.open("rb")  # type: ignore[misc]
     elif zipfile.is_zipfile(path):
         # Members are read in place, and none is ever written to a path that the archive names.
         archive = zipfile.ZipFile(path)
@@ -200,22 +234,113 @@ def _header(path: Path, name: str, opener: Opener) -> Dataset | None:
     return None
 
 
-def _require_one_series(path: Path, files: Sequence[tuple[str, Opener, Dataset]]) -> None:
-    series: dict[str, list[Dataset]] = defaultdict(list)
-    for _, _, header in files:
-        series[str(header.get("SeriesInstanceUID", ""))].append(header)
-    if len(series) == 1:
-        return
-    named = [f"{_described(headers[0])} ({len(headers)} files)" for headers in series.values()]
-    shown = ", ".join(named[:4]) + (", ..." if len(named) > 4 else "")
-    raise InputError(
-        path, f"{len(series)} DICOM series: {shown}", "one series", "put every series into a folder of its own"
+# ---- series ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Series:
+    """The files of one series, each with name, opener and header."""
+
+    files: Sequence[_File]
+
+    @property
+    def header(self) -> Dataset:
+        return self.files[0][2]
+
+    def text(self, *names: str) -> str:
+        """The values of attributes, joined by spaces."""
+        values = (" ".join(str(_attribute(self.header, name)).split()) for name in names)
+        return " ".join(value for value in values if value)
+
+    @property
+    def slices(self) -> int:
+        return sum(int(_attribute(header, "NumberOfFrames") or 1) for _, _, header in self.files)
+
+    @property
+    def kind(self) -> str | None:
+        agent = " contrast" if _attribute(self.header, "ContrastBolusAgent") else ""
+        described = self.text("SeriesDescription") or self.text("ProtocolName")
+        return kind_of(described + agent)
+
+    @property
+    def is_no_scan(self) -> bool:
+        """Whether it is a localizer, of a single slice, or a segmentation."""
+        described = _LOCALIZER.search(self.text("SeriesDescription", "ProtocolName").lower())
+        localizer = described is not None or all(map(_is_localizer, self.files))
+        return localizer or self.slices == 1 or self.text("Modality") == "SEG"
+
+    def __str__(self) -> str:
+        named = self.text("SeriesNumber", "Modality", "SeriesDescription") or "unnamed"
+        return f"{named} ({self.slices} slice{'s' if self.slices > 1 else ''})"
+
+
+def _all_series(files: Sequence[_File]) -> list[_Series]:
+    """The series of files, sorted by number."""
+    by_uid: dict[str, list[_File]] = defaultdict(list)
+    for file in files:
+        by_uid[str(file[2].get("SeriesInstanceUID", ""))].append(file)
+    return sorted(
+        map(_Series, by_uid.values()), key=lambda one: (len(one.text("SeriesNumber")), one.text("SeriesNumber"))
     )
 
 
-def _described(header: Dataset) -> str:
-    parts = [str(header.get(name, "")).strip() for name in ("SeriesNumber", "Modality", "SeriesDescription")]
-    return " ".join(part for part in parts if part) or "unnamed"
+def _chosen(path: Path, series: Sequence[_Series], choice: SeriesChoice) -> _Series:
+    """The series that the user named, or the only one that fits; InputError if that is none or several."""
+    if choice.named is not None:
+        fitting = _named(series, choice.named)
+    elif len(series) == 1:
+        return series[0]
+    else:
+        scans = [one for one in series if not one.is_no_scan]
+        modality = DICOM_MODALITY.get(choice.kind or "")
+        fitting = [one for one in scans if modality in (None, one.text("Modality"))]
+        if choice.kind in BIDS_SUFFIX and len(scans) > 1:
+            fitting = [one for one in fitting if one.kind == choice.kind]
+    if len(fitting) != 1:
+        some = fitting if choice.named is not None and fitting else series
+        which = f" that {choice.named!r} names" if some is fitting else ""
+        wanted = f"one {choice.kind or ''} series".replace("  ", " ")
+        raise InputError(
+            path,
+            f"{len(some)} DICOM series{which}: {'; '.join(map(_with_uid(some), some))}",
+            wanted if choice.named is None else f"one series that is named by {choice.named!r}",
+            "choose one with --series: its number, the start of its UID, or a part of its description",
+        )
+    if choice.named is None:
+        rest = "; ".join(str(one) for one in series if one is not fitting[0])
+        warnings.warn(f"read the DICOM series {fitting[0]} and left out {rest}", stacklevel=2)
+    return fitting[0]
+
+
+def _named(series: Sequence[_Series], name: str) -> list[_Series]:
+    """The series of this number; if there is none, those of this start of the UID or part of the description."""
+    by_number = [one for one in series if one.text("SeriesNumber") == name]
+    return by_number or [
+        one
+        for one in series
+        if ("." in name and one.text("SeriesInstanceUID").startswith(name))
+        or name.lower() in one.text("SeriesDescription").lower()
+    ]
+
+
+def _with_uid(series: Sequence[_Series]) -> Callable[[_Series], str]:
+    """How series are listed: with their UIDs if number and description do not tell them apart."""
+    listed = [str(one) for one in series]
+    alike = len(set(listed)) < len(listed)
+    return lambda one: f"{one}{' ' + one.text('SeriesInstanceUID') if alike else ''}"
+
+
+def _is_localizer(file: _File) -> bool:
+    kinds = _attribute(file[2], "ImageType")
+    return "LOCALIZER" in ([kinds] if isinstance(kinds, str) else list(kinds))
+
+
+def _attribute(header: Dataset, name: str) -> Any:
+    """The value of an attribute that a scan can do without; "" if it is missing or damaged."""
+    try:
+        return header.get(name) or ""
+    except Exception:  # pydicom raises nearly anything for damaged values
+        return ""
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -283,6 +408,32 @@ def _numbers(values: Any, count: int) -> FloatArray:
     return array
 
 
+def _volume(path: Path, frames: list[_Frame]) -> list[_Frame]:
+    """The frames as one volume (`_stacked`), without localizers, which are named in a warning."""
+    localizers = _localizers(frames)
+    rest = [frame for frame in frames if frame not in localizers]
+    try:
+        stacked = _stacked(path, rest)
+    except InputError:  # without localizers, too, they are no volume: the message is about all of them
+        return _stacked(path, frames)
+    if localizers:
+        names = list(dict.fromkeys(frame.name for frame in localizers))
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(f"left out localizers: {some}", stacklevel=2)
+    return stacked
+
+
+def _localizers(frames: Sequence[_Frame]) -> list[_Frame]:
+    """The frames whose image type says so, or else up to three that lie across many others."""
+    said = [frame for frame in frames if _is_localizer((frame.name, frame.open, frame.header))]
+    if said:
+        return said if len(said) < len(frames) else []
+    normals = np.array([np.cross(*frame.axes) for frame in frames])
+    typical = np.median(normals, axis=0)
+    across = [frame for frame, normal in zip(frames, normals, strict=True) if abs(float(normal @ typical)) < 0.7]
+    return across if len(across) <= min(3, len(frames) // 4) else []
+
+
 def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
     """The frames in the order of their position; InputError unless they are one evenly stacked volume."""
     _require_same(path, frames)
@@ -305,16 +456,17 @@ def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
     if abs(gaps - typical).max() > _UNEVEN * typical:
         raise InputError(
             path,
-            f"slices {gaps.min():.3g} to {gaps.max():.3g} mm apart",
+            f"slices {gaps.min():.3g} to {gaps.max():.3g} mm apart{_differences(frames)}",
             "slices at one distance",
             "add the missing slices, or resample the series elsewhere",
         )
-    if np.linalg.norm(steps - gaps[:, None] * normal, axis=1).max() > _TILTED * typical:
+    # A tilted gantry shifts every slice by the same distance against its neighbour: the axes are sheared.
+    if np.linalg.norm(steps - steps.mean(0), axis=1).max() > _UNEVEN * typical:
         raise InputError(
             path,
-            "slices shifted against each other (a tilted gantry)",
-            "slices stacked at a right angle",
-            "resample the series elsewhere",
+            "slices shifted unevenly against each other",
+            "slices in one line",
+            "export the series again, or resample it elsewhere",
         )
     return frames
 

@@ -110,7 +110,7 @@ class SegmentationFile:
 
         assert scan.source is not None
         self._path = scan.source
-        self._slices, affine = source_slices(scan.source)
+        self._slices, affine = source_slices(scan.source, scan.header.series)
         self._shape = scan.shape
         if len(self._slices) != scan.shape[2] or grid_distance(affine, scan.affine, scan.shape) > 1e-3:
             raise self._unusable("a volume that is not made of its slices one by one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError
@@ -18,16 +19,21 @@ def scan_files(folder: Path) -> list[Path]:
     """
     named = [p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")]
     files = sorted(path for path in named if path.is_file())
-    if lost := sorted(path.name for path in named if path.is_symlink() and not path.exists()):
+    refuse_lost(named)
+    if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
+        return [path for path in files if not is_image(path)]
+    return [path for path in files if not path.name.lower().endswith(SEGMENTATION["preview"])]
+
+
+def refuse_lost(paths: Iterable[Path]) -> None:
+    """InputError if one of the paths is a link to a file that does not exist."""
+    if lost := sorted(path for path in paths if path.is_symlink() and not path.exists()):
         raise InputError(
-            folder / lost[0],
+            lost[0],
             f"a link to a file that does not exist{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}",
             "the file itself",
             "fetch it (datalad get, git annex get), or remove the link",
         )
-    if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
-        return [path for path in files if not is_image(path)]
-    return [path for path in files if not path.name.lower().endswith(SEGMENTATION["preview"])]
 
 
 def find_scans(path: Path | str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -17,19 +18,21 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError, MedsegError, UsageError
 
 from . import nifti
+from .modality import SeriesChoice
 from .paths import is_dicom, is_image, require_file, suffix_of
 from .volume import FileImage, Volume, check_affine, check_spacing, grid_distance
 
 _MAX_LABEL = 65535
 
 
-def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
+def read_volume(path: Path | str, channels: int | None = 1, series: SeriesChoice = SeriesChoice()) -> Volume:
     """Read an image of three spatial axes.
 
     Args:
         path: a file with one of `SUFFIXES`, or a DICOM series: its folder, a zip of it, or a multi-frame file.
         channels: number of channels that it must have (last axis in the file; a colour image has three). None accepts
             any number.
+        series: which of several DICOM series is read.
 
     Returns:
         (C, I, J, K) float32, slope and intercept applied.
@@ -38,7 +41,7 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
         InputError: a file that is missing, damaged or of another kind; another number of axes or channels; voxels
             that are NaN, infinite or beyond float32; a constant channel; an unusable affine (`check_affine`).
     """
-    volume = read_map(path, channels)
+    volume = read_map(path, channels, series)
     flat = [index for index, channel in enumerate(volume.data) if channel.min() == channel.max()]
     # One or two channels of a colour image may be constant: a blue stain leaves red and green black.
     if flat and not (is_image(path) and len(flat) < len(volume.data)):
@@ -48,10 +51,22 @@ def read_volume(path: Path | str, channels: int | None = 1) -> Volume:
     return volume
 
 
-def read_map(path: Path | str, channels: int | None = None) -> Volume:
+def stacked(volumes: Iterable[Volume]) -> Volume:
+    """Stack volumes on one grid, one for each channel, into one volume: (C, I, J, K) with the header of the first.
+
+    Raises:
+        InputError: a volume on another grid than the first.
+    """
+    first, *others = volumes
+    for other in others:
+        first.require_same_grid(other)
+    return first.like(torch.cat([volume.data for volume in (first, *others)])) if others else first
+
+
+def read_map(path: Path | str, channels: int | None = None, series: SeriesChoice = SeriesChoice()) -> Volume:
     """`read_volume` for maps, such as probabilities: a channel may be constant."""
     path = Path(path)
-    array, opened = _read(path, channels)
+    array, opened = _read(path, channels, series=series)
     limit = float(np.finfo(np.float32).max)
     if array.dtype.itemsize > 4 and max(float(array.max()), -float(array.min())) > limit:
         raise InputError(path, "voxels beyond 3.4e38", "values that fit float32", "rescale the intensities")
@@ -162,7 +177,9 @@ def format_of(path: Path | str) -> ModuleType:
     return itk
 
 
-def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.NDArray[Any], FileImage]:
+def _read(
+    path: Path, channels: int | None, labels: bool = False, series: SeriesChoice = SeriesChoice()
+) -> tuple[npt.NDArray[Any], FileImage]:
     """Open a file and check its header, then its voxels: (C, I, J, K) of finite numbers in the file's own type."""
     require_file(path)
     opened: FileImage
@@ -174,7 +191,7 @@ def _read(path: Path, channels: int | None, labels: bool = False) -> tuple[npt.N
     elif is_dicom(path):
         from . import dicom
 
-        opened = dicom.open_image(path)
+        opened = dicom.open_image(path, series)
     else:
         opened = format_of(path).open_image(path)
     _check_shape(path, opened.shape, channels)

@@ -63,6 +63,11 @@ def format_of_masks(output: Path | None, wanted: Format | None) -> Format:
     return wanted or "nifti"
 
 
+def is_output_file(output: Path) -> bool:
+    """Whether -o names the file of a mask or map, not a folder."""
+    return output.name.lower().endswith((*SUFFIXES, ".dcm"))
+
+
 def segmentation_outputs(scan: Path, output: Path | None, count: int, mask_format: Format = "nifti") -> Outputs:
     """The output files of a segmented scan.
 
@@ -132,7 +137,10 @@ def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
         # An image and a volume of the same name have masks with different suffixes, but the same map files.
         for target in targets:
             if target in owners:
-                raise UsageError(f"{owners[target]} and {scan} would both be written to {target}; segment them apart")
+                raise UsageError(
+                    f"{owners[target]} and {scan} would both be written to {target}; segment them apart, "
+                    "or name their folder with --pattern, which keeps subfolders"
+                )
             owners[target] = scan
 
 

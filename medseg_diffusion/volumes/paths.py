@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError
@@ -49,19 +50,50 @@ def is_image(path: Path | str) -> bool:
 
 
 def is_series(folder: Path) -> bool:
-    """Whether DICOM files, of any name, lie directly in a folder. Segmentations are results, no series of a scan."""
-    return folder.is_dir() and any(
-        _has_dicom(path) and not _is_segmentation(path) for path in sorted(folder.iterdir()) if path.is_file()
-    )
+    """Whether DICOM files, of any name but DICOMDIR, lie directly in a folder.
+
+    Segmentations are results, no series of a scan.
+    """
+    return folder.is_dir() and any(_has_dicom(path) and not _is_segmentation(path) for path in _visible_files(folder))
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a path is the folder of a DICOM series, a zip, or a DICOM file whose suffix names no other format."""
+    """Whether a path is a folder with DICOM files at any depth, a zip, or DICOM whose suffix names no other format."""
     if path.is_dir():
-        return is_series(path)
+        return any(_has_dicom(file) for file in dicom_files(path))
     if not path.is_file() or path.name.lower().endswith(SUFFIXES):
         return False
     return path.suffix.lower() == ".zip" or _has_dicom(path)
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """The visible files directly in the folder of a DICOM series; if none of them is DICOM, those of all subfolders.
+
+    A DICOMDIR is left out: it lists the images, but holds none, and names paths that are not to be trusted.
+    """
+    direct = _visible_files(folder)
+    if any(_has_dicom(path) for path in direct):
+        return direct
+    return [path for inner in folders_below(folder) for path in _visible_files(inner)]
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """The folder and all its visible subfolders, sorted; links to folders are not followed."""
+    folders = []
+    for root, inner, _ in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        folders.append(Path(root))
+    return folders
+
+
+def is_dicomdir(path: Path) -> bool:
+    """Whether a path is the index of a DICOM medium."""
+    return path.name.upper() == "DICOMDIR" and path.is_file()
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in files if path.is_file() and not is_dicomdir(path)]
 
 
 def require_file(path: Path) -> None:

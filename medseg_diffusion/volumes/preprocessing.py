@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 
-from .resample import resample, sized_grid, spacing_grid
+from .resample import resample, sized_grid, spacing_grid, straight_grid
 from .volume import FloatArray, Shape, Volume, inverse_reorientation, orientation_transform, reorient, spacing_of
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last voxel of each of the three axes
@@ -195,15 +195,14 @@ class Preprocessing:
         start[:3, 3] = [first for first, _ in box]
         box_affine: FloatArray = affine @ start
         i, j, k = data.shape[1:]
-        grid, shape = box_affine, (i, j, k)
+        grid, shape = straight_grid((i, j, k), box_affine)
         if self.spacing_mm is not None:
-            grid, shape = spacing_grid(shape, box_affine, self.spacing_mm)
+            grid, shape = spacing_grid(shape, grid, self.spacing_mm)
         elif self.size is not None:
-            shape = (*self.size, k)
-            grid = sized_grid((i, j, k), box_affine, shape)
+            grid, shape = sized_grid(shape, grid, (*self.size, shape[2])), (*self.size, shape[2])
         elif self.square_pixels:
-            x, y, z = spacing_of(affine)
-            grid, shape = spacing_grid(shape, box_affine, (min(x, y), min(x, y), z))
+            x, y, z = spacing_of(grid)
+            grid, shape = spacing_grid(shape, grid, (min(x, y), min(x, y), z))
         enlarged = math.prod(shape) / math.prod(volume.shape)
         if enlarged > _MOST_ENLARGED or (enlarged > 64 and math.prod(shape) > _MOST_VOXELS):
             found, size = (" x ".join(f"{mm:g}" for mm in spacing_of(one)) for one in (volume.affine, grid))

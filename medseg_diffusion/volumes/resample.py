@@ -17,6 +17,7 @@ from .volume import FloatArray, Shape, spacing_of
 _GRID_BYTES = 64 * 2**20  # largest coordinate grid in memory at once
 _ALIGNED = 1e-4  # voxels: axes that diverge by less than this over the whole grid count as parallel
 _SAME_SPACING = 1e-3  # relative: a voxel size this close to the requested one is left as it is
+_SHEARED = 0.1  # cosine of the angle between two axes: 6 degrees from perpendicular
 _MARGIN = 1e-3  # voxels: tolerance for positions that rounding puts beyond the outer edge
 _BLUR_ABOVE = 1.2  # ratio of voxel sizes above which an image is smoothed before it is sampled
 
@@ -48,6 +49,45 @@ def spacing_grid(shape: Sequence[int], affine: FloatArray, spacing_mm: Sequence[
         new_shape.append(m)
     i, j, k = new_shape
     return affine @ step, (i, j, k)
+
+
+def straight_grid(shape: Sequence[int], affine: FloatArray) -> tuple[FloatArray, Shape]:
+    """The grid with perpendicular axes that covers a sheared grid, such as that of a CT with a tilted gantry.
+
+    The two axes that are closest to perpendicular stay, and so do the planes that they span: voxels are shifted within
+    their slices. The distance of the planes becomes the third voxel size.
+
+    Args:
+        shape: voxels along the three axes.
+        affine: (4, 4) voxel -> RAS mm.
+
+    Returns:
+        The new affine and the new shape; those given if no two axes are more than 6 degrees from perpendicular.
+    """
+    i, j, k = shape
+    spacing = np.array(spacing_of(affine))
+    axes = affine[:3, :3] / spacing
+    cosines = {(a, b): abs(float(axes[:, a] @ axes[:, b])) for a, b in ((0, 1), (0, 2), (1, 2))}
+    if max(cosines.values()) < _SHEARED:
+        return affine, (i, j, k)
+    a, b = min(cosines, key=lambda pair: cosines[pair])
+    c = 3 - a - b
+    straight = axes.copy()
+    straight[:, b] -= axes[:, b] @ axes[:, a] * axes[:, a]
+    straight[:, b] /= np.linalg.norm(straight[:, b])
+    normal = np.cross(straight[:, a], straight[:, b])
+    distance = float(normal @ axes[:, c])
+    straight[:, c] = normal * distance  # of unit voxels; its sign is that of the old axis
+    straight *= spacing
+    # The outer edges of the old grid, in voxels of the new one.
+    corners = np.array([[x, y, z] for x in (-0.5, i - 0.5) for y in (-0.5, j - 0.5) for z in (-0.5, k - 0.5)])
+    edges = corners @ (np.linalg.inv(straight) @ affine[:3, :3]).T
+    low, high = edges.min(0), edges.max(0)
+    i, j, k = (max(1, math.ceil(n - 1e-3)) for n in (high - low).tolist())
+    result = np.eye(4)
+    result[:3, :3] = straight
+    result[:3, 3] = affine[:3, 3] + straight @ ((low + high - np.array([i, j, k]) + 1) / 2)
+    return result, (i, j, k)
 
 
 def sized_grid(shape: Sequence[int], affine: FloatArray, size: Sequence[int]) -> FloatArray:

@@ -29,6 +29,7 @@ class Header:
         xyzt_units: NIfTI code of the spatial and temporal units; 2 is millimetres.
         qform: (4, 4) voxel -> RAS mm of the quaternion transform if it differs from the affine, else None.
         modality: DICOM modality, such as "MR" or "CT"; empty if the file does not tell it.
+        series: UID of the DICOM series; empty for another format.
         white: level of white in an image file (PNG, ...): 1, 255 or 65535; 0 if the file does not tell it.
     """
 
@@ -37,6 +38,7 @@ class Header:
     xyzt_units: int = 2
     qform: FloatArray | None = None
     modality: str = ""
+    series: str = ""
     white: int = 0
 
 
@@ -97,6 +99,11 @@ class Volume:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in millimetres along the three axes of the array."""
         return spacing_of(self.affine)
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel in cubic millimetres; of a sheared one less than the product of `spacing`."""
+        return abs(float(np.linalg.det(self.affine[:3, :3])))
 
     @property
     def axcodes(self) -> str:

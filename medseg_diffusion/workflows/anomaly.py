@@ -19,13 +19,16 @@ from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
 from medseg_diffusion.models.anomaly_map import AnomalyMap, mask_of
+from medseg_diffusion.models.store import model_input
 from medseg_diffusion.reports.preview import preview_png
-from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
+from medseg_diffusion.volumes.io import upright, write_labels, write_map
+from medseg_diffusion.volumes.modality import ModelInput
 from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions
+from medseg_diffusion.volumes.sources import InputOptions, Source, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, all_scans, each_scan
+from .scans import Scan, ScanResult, Work, each_scan
 
 DEFAULT_MODEL = "flair-anomaly"
 
@@ -44,6 +47,7 @@ class AnomalyOptions:
         preview: Write *_anomaly_preview.png.
         skip_existing: Skip scans whose mask exists.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
+        inputs: What is read: pattern, DICOM series.
     """
 
     model: str | None = None
@@ -55,6 +59,7 @@ class AnomalyOptions:
     preview: bool = False
     skip_existing: bool = False
     run_report: Path | None = None
+    inputs: InputOptions = InputOptions()
 
 
 def anomaly(
@@ -69,7 +74,7 @@ def anomaly(
     scores count) and *_anomaly.json. The mask is written last, so that a scan with a mask is finished.
 
     Args:
-        scans: Files, or folders of them.
+        scans: Files, lists and folders (`volumes.sources.find_sources`).
         options: The options.
         on_case: Called after every scan.
         on_progress: Called with (scan name, share done).
@@ -80,8 +85,12 @@ def anomaly(
         ModelError: No usable model, or "auto" for a model without calibration.
     """
     parse_threshold(options.threshold)
-    paths = all_scans(scans)
-    outputs = {path: anomaly_outputs(path, options.output, len(paths)) for path in paths}
+    takes = model_input(options.model or DEFAULT_MODEL)
+    sources = {source.path: source for source in find_sources(scans, takes, options.inputs)}
+    outputs = {
+        path: anomaly_outputs(source.named, source.output(options.output), len(sources))
+        for path, source in sources.items()
+    }
     refuse_collisions(outputs)
 
     def load() -> AnomalyModel:
@@ -96,14 +105,19 @@ def anomaly(
         if on_case is not None:
             on_case(result)
 
-    with RunReport(options.run_report, "anomaly", options, paths) as run_report:
-        work = Work(run_report.timed(_read), load, lambda model, scan: _score_one(model, scan, options), "mask")
+    with RunReport(options.run_report, "anomaly", options, list(sources)) as run_report:
+        work = Work(
+            run_report.timed(lambda path: _read(sources[path], takes, options)),
+            load,
+            lambda model, scan: _score_one(model, scan, options),
+            "mask",
+        )
         return each_scan(outputs, work, skip_existing=options.skip_existing, on_case=add, on_progress=on_progress)
 
 
-def _read(path: Path) -> Volume:
-    require_volume(path)
-    return read_volume(path)
+def _read(source: Source, takes: ModelInput, options: AnomalyOptions) -> Volume:
+    require_volume(source.path)
+    return read_source(source, takes, options.inputs.series, channels=1)
 
 
 def _load(options: AnomalyOptions) -> AnomalyModel:
@@ -151,7 +165,7 @@ def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Scan
     volume, files = scan.volume, scan.outputs
     scored = model.score(volume, derive_seed(options.seed, scan.name), scan.on_progress)
     threshold = chosen_threshold(options.threshold, model)
-    voxel_mm3 = float(np.prod(volume.spacing))
+    voxel_mm3 = volume.voxel_mm3
     mask = mask_of(scored, threshold, voxel_mm3, model.config.postprocessing.min_volume_mm3)
     files["mask"].parent.mkdir(parents=True, exist_ok=True)
     write_map(scored.score, volume, files["map"])
@@ -195,7 +209,7 @@ def _entries(
 ) -> dict[str, Any]:
     """The content of *_anomaly.json."""
     inside = max(1, int(scored.foreground.sum()))
-    voxel_ml = float(np.prod(scan.volume.spacing)) / 1000
+    voxel_ml = scan.volume.voxel_mm3 / 1000
     content: dict[str, Any] = {
         "scan": scan.path.name,
         "model": model.name,

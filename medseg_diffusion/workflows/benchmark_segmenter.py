@@ -354,7 +354,7 @@ def _measure_case(
         agreement = ReaderAgreement.of(list(members), masks, len(model.labels))
     predicted, truth = segmentation.labels.numpy(), reference.data[0].numpy()
     overlap = label_overlap(predicted, truth, [value for value, _ in _classes(model)])
-    voxel_ml = float(np.prod(reference.spacing)) / 1000
+    voxel_ml = reference.voxel_mm3 / 1000
     classes = [
         {
             "case": case.name,

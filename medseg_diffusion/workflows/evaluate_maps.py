@@ -81,7 +81,7 @@ def evaluate_scores(
             counted,
             overlaps[name] if name in overlaps else label_overlap(predicted, lesion, [1])[1],
             Lesions.of(predicted, lesion, reference.spacing, min_overlap),
-            voxel_ml=math.prod(reference.spacing) / 1000,
+            voxel_ml=reference.voxel_mm3 / 1000,
             scan_score=_scan_score(path),
         )
     region = "all of the score maps" if foregrounds is None else "those inside the foreground masks"

@@ -19,10 +19,11 @@ from medseg_diffusion.files import write_files, write_json
 from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
 from medseg_diffusion.models.segmentation import Segmentation, SegmentationModel
+from medseg_diffusion.models.store import model_input
 from medseg_diffusion.reports.html import SegmentedCase, segment_report
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.volumes.dicom_seg import Algorithm, Segment, SegmentationFile, require_series
-from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
+from medseg_diffusion.volumes.io import upright, write_labels, write_map
 from medseg_diffusion.volumes.outputs import (
     Format,
     Outputs,
@@ -33,10 +34,11 @@ from medseg_diffusion.volumes.outputs import (
 )
 from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Placement
+from medseg_diffusion.volumes.sources import InputOptions, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, all_scans, each_scan
+from .scans import Scan, ScanResult, Work, each_scan
 from .segmentation_statistics import segmentation_statistics
 
 IGNORED = 255
@@ -72,6 +74,9 @@ class SegmentOptions:
         shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the name.
         output_format: Format of the mask: "nifti" (or the format of the file ``output``), or "dicom-seg", which refers
             to the images of a DICOM series. None takes that of the file ``output``, or "nifti".
+        inputs: What is read: pattern, channels, DICOM series.
+        fast: One step and one mask, as far as the model has both.
+        keep_largest: Keep only the largest connected part of the foreground.
     """
 
     model: str | None = None
@@ -95,6 +100,9 @@ class SegmentOptions:
     skip_existing: bool = False
     shard: tuple[int, int] | None = None
     output_format: Format | None = None
+    inputs: InputOptions = InputOptions()
+    fast: bool = False
+    keep_largest: bool | None = None
 
 
 def segment(
@@ -108,7 +116,7 @@ def segment(
     The mask is written last, so that a scan with a mask is finished.
 
     Args:
-        scans: Files, or folders of them.
+        scans: Files, lists and folders (`volumes.sources.find_sources`).
         options: The options.
         on_case: Called after every scan.
         on_progress: Called with (scan name, share done).
@@ -119,14 +127,20 @@ def segment(
         InputError: A path that does not exist, or a folder without scans.
         ModelError: No usable model.
     """
-    paths = all_scans(scans)
+    if options.fast and (options.steps, options.ensemble) != (None, None):
+        raise UsageError("--fast stands for --steps 1 --ensemble 1; leave --steps and --ensemble out")
+    takes = model_input(options.model or DEFAULT_SEGMENTER)
+    sources = {source.path: source for source in find_sources(scans, takes, options.inputs)}
     mask_format = format_of_masks(options.output, options.output_format)
-    outputs = {path: segmentation_outputs(path, options.output, len(paths), mask_format) for path in paths}
+    outputs = {
+        path: segmentation_outputs(source.named, source.output(options.output), len(sources), mask_format)
+        for path, source in sources.items()
+    }
     refuse_collisions(outputs)
     if mask_format == "dicom-seg":
-        require_series(paths)
+        require_series(list(sources))
     if options.report is not None:
-        require_report(options.report, paths)
+        require_report(options.report, list(sources))
     if options.shard is not None:
         part, count = options.shard
         outputs = {path: files for path, files in outputs.items() if _shard_of(path, count) == part}
@@ -147,8 +161,13 @@ def segment(
         if on_case is not None:
             on_case(result)
 
-    with RunReport(options.run_report, "segment", options, paths) as run_report:
-        work = Work(run_report.timed(lambda path: read_volume(path, channels=None)), load, run, "segmentation")
+    with RunReport(options.run_report, "segment", options, list(sources)) as run_report:
+        work = Work(
+            run_report.timed(lambda path: read_source(sources[path], takes, options.inputs.series)),
+            load,
+            run,
+            "segmentation",
+        )
         results = each_scan(outputs, work, skip_existing=options.skip_existing, on_case=add, on_progress=on_progress)
     if options.report is not None and cards:
         write_files(options.report.parent, {options.report.name: segment_report(cards)})
@@ -165,6 +184,8 @@ def _load(options: SegmentOptions) -> SegmentationModel:
         options.sampler,
         options.fusion,
         options.uncertainty,
+        options.keep_largest,
+        options.fast,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
         raise UsageError("pseudo-labels need members that can disagree; use --ensemble 2 or more")
@@ -325,7 +346,11 @@ def _check_fits(volume: Volume, model: SegmentationModel) -> None:
             conversions = {1: "convert the image to greyscale", 3: "convert the image to colour"}
             remedy = conversions.get(expected, f"pass a volume of {expected} channels")
         else:
-            remedy = "pass one volume" if expected == 1 else "stack the channels along a fourth axis"
+            remedy = (
+                "pass one volume"
+                if expected == 1
+                else "name the file of each with --channel NAME=FILE, or stack them along a fourth axis"
+            )
         raise InputError(
             volume.source,
             f"{len(volume.data)} channels" if len(volume.data) > 1 else "1 channel",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from medseg_diffusion.data.synthetic_anomalies import (
@@ -118,7 +117,7 @@ def _insert_into(scan: Scan, recipe: AnomalyRecipe, options: SynthesisOptions) -
         path.parent.mkdir(parents=True, exist_ok=True)
     write_labels(mask.to(torch.uint8), volume, files["labels"])
     write_map(image, volume, files["images"])
-    volume_ml = float(mask.sum()) * float(np.prod(volume.spacing)) / 1000
+    volume_ml = float(mask.sum()) * volume.voxel_mm3 / 1000
     result = ScanResult(scan.path, "done", files, scan.seconds, {"anomaly": volume_ml})
     return result, {"scan": scan.path.name, "spread": spread, "anomalies": anomalies}
 

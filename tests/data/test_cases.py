@@ -36,6 +36,49 @@ def decathlon(folder: Path, names: list[str], **entries: object) -> Path:
     return folder
 
 
+def nnunet(folder: Path, images: list[str], masks: list[str], **entries: object) -> Path:
+    """A raw folder of nnU-Net, version 2."""
+    for name in images:
+        scan(folder / "imagesTr" / f"{name}.nii.gz")
+    for name in masks:
+        scan(folder / "labelsTr" / f"{name}.nii.gz")
+    content = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": {"background": 0, "lesion": 1}, **entries}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_nnunets_files_are_channels_of_a_case(version: int, tmp_path: Path) -> None:
+    images = ["p_1_0000", "p_1_0001", "p_2_0000", "p_2_0001"]
+    entries: dict[str, object] = {}
+    if version == 1:
+        listed = [
+            {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in ("p_1", "p_2")
+        ]
+        labels = {"0": "background", "1": "lesion"}
+        entries = {"training": listed, "modality": {"0": "T1", "1": "FLAIR"}, "labels": labels}
+    found = find_cases(nnunet(tmp_path, images, ["p_1", "p_2"], **entries))
+    assert found.channels == ("T1", "FLAIR") and found.labels == {0: "background", 1: "lesion"}
+    assert [case.name for case in found.cases] == ["p_1", "p_2"]
+    assert [path.name for path in found.cases[1].images] == ["p_2_0000.nii.gz", "p_2_0001.nii.gz"]
+
+
+def test_a_case_with_a_gap_in_its_channels_is_refused(tmp_path: Path) -> None:
+    """Read by order alone, the third channel would pass for the second."""
+    folder = nnunet(tmp_path, ["p_0000", "p_0002"], ["p"])
+    with pytest.raises(
+        InputError, match=r"p_0000.nii.gz: found the further channels p_0002; expected p_0000, p_0001, \.\.\."
+    ):
+        find_cases(folder)
+
+
+def test_nnunets_regions_are_refused_by_name(tmp_path: Path) -> None:
+    labels = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3]}
+    folder = nnunet(tmp_path, ["p_0000", "p_0001"], ["p"], labels=labels, regions_class_order=[1, 2])
+    with pytest.raises(InputError, match=r"dataset.json: found the region whole tumour of several labels"):
+        find_cases(folder)
+
+
 def cases_of(*patients: str) -> list[Case]:
     return [Case(name, Path(name), Path(name), name) for name in patients]
 

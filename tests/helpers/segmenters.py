@@ -39,7 +39,7 @@ def make_model(path: Path, config: SegmenterConfig, labels: int = 2) -> Path:
     card = {
         "method": config.method,
         "labels": {"0": "background", "1": "bright"} | ({"2": "dark"} if labels == 3 else {}),
-        "channels": ["T1"] * config.data.channels,
+        "channels": ["T1", "FLAIR", "T2"][: config.data.channels],
         "config": config.model_dump(mode="json"),
     }
     save_model(path, card, model.state_dict(), "# card")

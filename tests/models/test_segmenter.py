@@ -42,6 +42,25 @@ def test_a_calibration_for_other_options_is_not_used_and_that_is_said(tmp_path: 
         load_segmenter(calibrated(tiny_model, tmp_path / "newer", kind="isotonic"), "cpu")
 
 
+def test_a_calibration_holds_for_the_parts_it_was_fitted_to(tmp_path: Path, tiny_model: Path) -> None:
+    path = calibrated(tiny_model, tmp_path / "calibrated")
+    assert load_segmenter(path, "cpu", ensemble=3, keep_largest=False).aggregation.calibration is not None
+    largest = load_segmenter(path, "cpu", ensemble=3, keep_largest=True)
+    assert largest.aggregation.largest_part and largest.aggregation.calibration is None
+    (note,) = largest.notes
+    assert note.startswith("no intervals") and note.endswith("3 members, fusion mean, all parts")
+
+
+def test_fast_is_one_step_and_one_mask_where_the_model_has_more(tmp_path: Path, tiny_model: Path) -> None:
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    fast = load_segmenter(tiny_model, "cpu", fast=True)
+    assert (fast.num_steps, fast.ensemble, fast.notes) == (1, 1, [])
+    same = load_segmenter(tiny_model, "cpu", steps=1, ensemble=1)
+    assert torch.equal(fast.segment(volume).probabilities, same.segment(volume).probabilities)
+    plain = load_segmenter(make_model(tmp_path / "plain", tiny_config(method="baseline")), "cpu", fast=True)
+    assert plain.notes == ["--fast changes nothing: this model has no setting with fewer steps or masks"]
+
+
 def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
     plain = make_model(tmp_path / "plain", tiny_config(method="baseline"))
     path = calibrated(plain, tmp_path / "model", sampler="", steps=1, ensemble=1, volume_errors=[0.1])

@@ -37,7 +37,7 @@ def series(folder: Path, values: np.ndarray, *, uid: str = "", modality: str = "
     """Writes ``values`` (SLICES, ROWS, COLUMNS), the slices in an order that names and numbers do not tell."""
     folder.mkdir(parents=True, exist_ok=True)
     places = changes.pop("places", [k * SPACING[2] for k in range(len(values))])
-    shift = changes.pop("shift", 0.0)  # of every slice along the rows, in mm
+    shifts = changes.pop("shifts", [0.0] * len(values))  # of each slice along its rows, in mm
     along, down, normal = turned()
     uid = uid or generate_uid()
     for k in np.random.default_rng(0).permutation(len(values)):
@@ -54,7 +54,7 @@ def series(folder: Path, values: np.ndarray, *, uid: str = "", modality: str = "
         data.PhotometricInterpretation = "MONOCHROME2"
         data.PixelSpacing = [SPACING[0], SPACING[1]]
         data.ImageOrientationPatient = [round(float(v), 8) for v in (*along, *down)]
-        place = np.array([10.0, -20.0, 30.0]) + places[k] * normal + k * shift * along
+        place = np.array([10.0, -20.0, 30.0]) + places[k] * normal + shifts[k] * along
         data.ImagePositionPatient = [round(float(v), 6) for v in place]
         data.PixelData = values[k].astype(np.uint16).tobytes()
         for name, value in changes.items():
@@ -100,7 +100,7 @@ def test_folders_of_series_are_scans_beside_files(values, tmp_path: Path) -> Non
     [
         ({"places": [0, 3, 6, 12, 15, 18]}, "slices 3 to 6 mm apart; expected slices at one distance"),
         ({"places": [0, 3, 6, 6, 9, 12]}, "several images at one position"),
-        ({"shift": 1.0}, "tilted gantry"),
+        ({"shifts": [0, 1, 2, 1, 0, 1]}, "slices shifted unevenly against each other"),
         ({"ImagePositionPatient": None}, "slices without position"),
         ({"PixelSpacing": None}, r"no PixelSpacing in .*IMA"),
         ({"PixelSpacing": [0, 1]}, "a pixel spacing of 0 x 1 mm"),
@@ -250,7 +250,9 @@ def test_other_folders_are_refused(values, tmp_path: Path) -> None:
     for file in (tmp_path / "two").iterdir():
         file.rename(file.with_name("x" + file.name))
     series(tmp_path / "two", values)
-    with pytest.raises(InputError, match=r"2 DICOM series: MR \(6 files\), MR \(6 files\); expected one series"):
+    with pytest.raises(
+        InputError, match=r"2 DICOM series: MR \(6 slices\) [0-9.]+; MR \(6 slices\) [0-9.]+; expected one series"
+    ):
         read_volume(tmp_path / "two")
     with pytest.raises(InputError, match="a series of one slice"):
         read_volume(series(tmp_path / "one", values[:1]))

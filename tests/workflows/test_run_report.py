@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from datetime import datetime
 from pathlib import Path
@@ -73,12 +74,15 @@ def test_the_hash_of_a_folder_is_that_of_its_sums(tmp_path: Path, tiny_model: Pa
     assert noted["status"] == "done" and noted["sha256"] == sums.stdout.split()[0]
 
 
-def test_a_run_that_stops_is_reported(tmp_path: Path) -> None:
-    scan = save(tmp_path / "scan.nii.gz")
-    with pytest.raises(ModelError, match="no-such-model"):
-        run([scan], Path("no-such-model"), run_report=tmp_path / "run.json")
+def test_a_run_that_stops_is_reported(tmp_path: Path, tiny_model: Path) -> None:
+    scan, damaged = save(tmp_path / "scan.nii.gz"), tmp_path / "damaged"
+    shutil.copytree(tiny_model, damaged)
+    weights = next(damaged.rglob("weights.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="SHA-256"):
+        run([scan], damaged, run_report=tmp_path / "run.json")
     report = read(tmp_path / "run.json")
-    assert report["status"] == "stopped" and "no-such-model" in report["error"]
+    assert report["status"] == "stopped" and "SHA-256" in report["error"]
     assert report["model"] is None and report["device"] is None and report["scans"] == []
 
 

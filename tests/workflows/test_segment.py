@@ -161,7 +161,7 @@ def test_wrong_channel_count(tmp_path: Path) -> None:
     config = tiny_config(data={"window": [8, 8, 8], "channels": 2})
     path = make_model(tmp_path / "model", config)
     (result,) = run([save(tmp_path / "scan.nii.gz")], path)
-    assert result.exit_code == 3 and "1 channel" in str(result.error) and "expected 2 (T1, T1)" in str(result.error)
+    assert result.exit_code == 3 and "1 channel" in str(result.error) and "expected 2 (T1, FLAIR)" in str(result.error)
     data = np.random.default_rng(0).random((8, 8, 8, 2)).astype(np.float32)
     (result,) = run([save(tmp_path / "two.nii.gz", data)], path)
     assert result.status == "done", result.error

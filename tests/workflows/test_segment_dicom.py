@@ -153,7 +153,7 @@ def test_statistics_of_every_class_and_channel(tmp_path: Path) -> None:
         found = classes[name]
         assert found["voxels"] == (labels == value).sum() > 0
         assert list(found["extent_mm"]) == list(found["centroid_ras_mm"]) == ["R", "A", "S"]
-        assert list(found["intensity"]) == ["T1 1", "T1 2"]  # the model's channels have the same name
+        assert list(found["intensity"]) == ["T1", "FLAIR"]
         for channel, both in enumerate(found["intensity"].values()):
             inside = data[..., channel][labels == value]
             assert both["mean"] == pytest.approx(inside.mean(), rel=1e-4)

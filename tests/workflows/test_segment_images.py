@@ -91,7 +91,7 @@ def test_an_image_that_does_not_fit_the_model_is_refused(tmp_path: Path, tiny_mo
         )
     (result,) = run([tmp_path / "cell.png"], flat_model)
     assert result.exit_code == 3
-    assert "found 1 channel; expected 3 (T1, T1, T1)" in str(result.error)
+    assert "found 1 channel; expected 3 (T1, FLAIR, T2)" in str(result.error)
     assert str(result.error).endswith("convert the image to colour")
     assert not list(tmp_path.glob("*_seg*"))
 
