@@ -9,6 +9,7 @@ import typer
 
 from ._detection import Erosion, LatentQuantile, Median, MinVolume
 from ._options import AsJson, Device, Model, Output, Preview, Quiet, Seed, SkipExisting, Volumes
+from ._shards import Shard, failures_file, parse_shard
 from ._shared import run_scans
 
 
@@ -41,12 +42,15 @@ def anomaly(
     output: Output = None,
     preview: Preview = False,
     skip_existing: SkipExisting = False,
+    shard: Shard = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Find anomalies in scans, and write a score map, a mask and the score of each scan."""
+    part = parse_shard(shard)
+    failures = failures_file(output, part)
     from medseg_diffusion.models.anomaly import DetectionOptions
     from medseg_diffusion.workflows import anomaly as workflow
 
@@ -59,5 +63,7 @@ def anomaly(
         device=device,
         preview=preview,
         skip_existing=skip_existing,
+        shard=part,
+        failures=failures,
     )
-    run_scans(lambda on_case, show: workflow.anomaly(scans, options, on_case, show), quiet, as_json)
+    run_scans(lambda on_case, show: workflow.anomaly(scans, options, on_case, show), quiet, as_json, failures)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ._options import AsJson, Device, Model, Output, Preview, Quiet, Sampler, Scans, Seed, SkipExisting
+from ._shards import Shard, failures_file, parse_shard
 from ._shared import run_scans
 
 
@@ -32,15 +33,6 @@ class Format(StrEnum):
     """File formats of the mask."""
 
     NIFTI = "nifti"
-
-
-def _parse_shard(value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    part, _, count = value.partition("/")
-    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
-        raise typer.BadParameter(f"{value!r} is not i/n with 1 <= i <= n, for instance 1/4", param_hint="--shard")
-    return int(part), int(count)
 
 
 # many, long: one parameter, with its help, for each option of the command
@@ -75,16 +67,15 @@ def segment(
     output_format: Annotated[Format, typer.Option("--format", help="File format of the mask.")] = Format.NIFTI,
     report: Annotated[Path | None, typer.Option(help="Write one HTML page about all scans to this file.")] = None,
     skip_existing: SkipExisting = False,
-    shard: Annotated[
-        str | None, typer.Option(metavar="i/n", help="Segment only part i of n of the scans (1/4 to 4/4).")
-    ] = None,
+    shard: Shard = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Segment scans, and write a mask for each."""
-    part = _parse_shard(shard)
+    part = parse_shard(shard)
+    failures = failures_file(output, part)
     from medseg_diffusion.workflows import segment as workflow
 
     options = workflow.SegmentOptions(
@@ -107,6 +98,7 @@ def segment(
         report=report,
         skip_existing=skip_existing,
         shard=part,
+        failures=failures,
         output_format=output_format.value,
     )
-    run_scans(lambda on_case, show: workflow.segment(scans, options, on_case, show), quiet, as_json)
+    run_scans(lambda on_case, show: workflow.segment(scans, options, on_case, show), quiet, as_json, failures)

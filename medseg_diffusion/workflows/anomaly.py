@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from medseg_diffusion.volumes.io import read_volume, upright, write_labels, writ
 from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions
 from medseg_diffusion.volumes.volume import Volume
 
-from .scans import Scan, ScanResult, Work, all_scans, each_scan
+from .scans import Scan, ScanResult, Work, Write, all_scans, each_scan, part_of
 
 DEFAULT_MODEL = "flair-anomaly"
 
@@ -42,6 +43,8 @@ class AnomalyOptions:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         preview: Write *_anomaly_preview.png.
         skip_existing: Skip scans whose mask exists.
+        shard: (i, n) with 1 <= i <= n: score only part i of the scans, chosen by a hash of the path.
+        failures: CSV file of the scans that fail (`each_scan`). A single scan writes none.
     """
 
     model: str | None = None
@@ -52,6 +55,8 @@ class AnomalyOptions:
     device: str = "auto"
     preview: bool = False
     skip_existing: bool = False
+    shard: tuple[int, int] | None = None
+    failures: Path | None = None
 
 
 def anomaly(
@@ -69,7 +74,7 @@ def anomaly(
         scans: Files, or folders of them.
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, share done).
+        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
 
     Raises:
         UsageError: Contradictory options, or two scans with the same output.
@@ -81,7 +86,14 @@ def anomaly(
     outputs = {path: anomaly_outputs(path, options.output, len(paths)) for path in paths}
     refuse_collisions(outputs)
     work = Work(_read, lambda: _load(options), lambda model, scan: _score_one(model, scan, options), "mask")
-    return each_scan(outputs, work, skip_existing=options.skip_existing, on_case=on_case, on_progress=on_progress)
+    return each_scan(
+        part_of(outputs, options.shard),
+        work,
+        skip_existing=options.skip_existing,
+        on_case=on_case,
+        on_progress=on_progress,
+        failures=options.failures if len(paths) > 1 else None,
+    )
 
 
 def _read(path: Path) -> Volume:
@@ -129,13 +141,20 @@ def chosen_threshold(text: str, model: AnomalyModel) -> float:
     return healthy.automatic if text == "auto" else healthy.threshold(float(text[1:]))
 
 
-def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> ScanResult:
-    """Score a scan and write its files, the mask last."""
-    volume, files = scan.volume, scan.outputs
-    scored = model.score(volume, derive_seed(options.seed, scan.name), scan.on_progress)
+def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Write:
+    """Score a scan; the returned function writes its files."""
+    scored = model.score(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
     threshold = chosen_threshold(options.threshold, model)
-    voxel_mm3 = float(np.prod(volume.spacing))
+    voxel_mm3 = float(np.prod(scan.volume.spacing))
     mask = mask_of(scored, threshold, voxel_mm3, model.config.postprocessing.min_volume_mm3)
+    return partial(_write_results, model, scan, options, scored, threshold, mask)
+
+
+def _write_results(
+    model: AnomalyModel, scan: Scan, options: AnomalyOptions, scored: AnomalyMap, threshold: float, mask: Tensor
+) -> ScanResult:
+    """Write the files of a scored scan, the mask last."""
+    volume, files = scan.volume, scan.outputs
     files["mask"].parent.mkdir(parents=True, exist_ok=True)
     write_map(scored.score, volume, files["map"])
     write_labels(scored.foreground.to(torch.uint8), volume, files["foreground"])
@@ -143,7 +162,7 @@ def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Scan
     if options.preview:
         write_files(files["preview"].parent, {files["preview"].name: _picture(scan, scored, mask)})
         written.append("preview")
-    volume_ml = float(mask.sum()) * voxel_mm3 / 1000
+    volume_ml = float(mask.sum()) * float(np.prod(volume.spacing)) / 1000
     entries = _entries(scan, model, options, scored, threshold, mask)
     write_files(files["scores"].parent, {files["scores"].name: json.dumps(entries, indent=2) + "\n"})
     write_labels(mask.to(torch.uint8), volume, files["mask"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.volume import Volume
 
-from .scans import Scan, ScanResult, Work, all_scans, each_scan
+from .scans import Scan, ScanResult, Work, Write, all_scans, each_scan, part_of
 
 IGNORED = 255
 """Value of pseudo-labels that are too uncertain to train on."""
@@ -60,7 +60,8 @@ class SegmentOptions:
         preview: Write *_preview.png.
         report: Write one HTML page about all scans to this file.
         skip_existing: Skip scans whose mask exists.
-        shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the name.
+        shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the path.
+        failures: CSV file of the scans that fail (`each_scan`). A single scan writes none.
         output_format: "nifti".
     """
 
@@ -83,6 +84,7 @@ class SegmentOptions:
     report: Path | None = None
     skip_existing: bool = False
     shard: tuple[int, int] | None = None
+    failures: Path | None = None
     output_format: Literal["nifti"] = "nifti"
 
 
@@ -100,7 +102,7 @@ def segment(
         scans: Files, or folders of them.
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, share done).
+        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
 
     Raises:
         UsageError: Contradictory options, or two scans with the same output.
@@ -110,18 +112,20 @@ def segment(
     paths = all_scans(scans)
     outputs = {path: segmentation_outputs(path, options.output, len(paths)) for path in paths}
     refuse_collisions(outputs)
-    if options.shard is not None:
-        part, count = options.shard
-        outputs = {path: files for path, files in outputs.items() if _shard_of(path, count) == part}
     cards: list[SegmentedCase] = []
 
-    def run(model: SegmentationModel, scan: Scan) -> ScanResult:
-        result, card = _segment_one(model, scan, options)
-        cards.append(card)
-        return result
+    def compute(model: SegmentationModel, scan: Scan) -> Write:
+        return partial(_write_results, model, scan, options, *_segment_one(model, scan, options), cards)
 
-    work = Work(lambda path: read_volume(path, channels=None), lambda: _load(options), run, "segmentation")
-    results = each_scan(outputs, work, skip_existing=options.skip_existing, on_case=on_case, on_progress=on_progress)
+    work = Work(lambda path: read_volume(path, channels=None), lambda: _load(options), compute, "segmentation")
+    results = each_scan(
+        part_of(outputs, options.shard),
+        work,
+        skip_existing=options.skip_existing,
+        on_case=on_case,
+        on_progress=on_progress,
+        failures=options.failures if len(paths) > 1 else None,
+    )
     if options.report is not None and cards:
         write_files(options.report.parent, {options.report.name: segment_report(cards)})
     return results
@@ -145,11 +149,28 @@ def _load(options: SegmentOptions) -> SegmentationModel:
     return model
 
 
-def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> tuple[ScanResult, SegmentedCase]:
-    """Segment a scan and write its files, the mask last."""
+def _segment_one(
+    model: SegmentationModel, scan: Scan, options: SegmentOptions
+) -> tuple[Segmentation, Ensemble | None, Placement]:
+    """Segment a scan. What is not written is left out: it would stay in memory while the next scan is segmented."""
     _check_fits(scan.volume, model)
     ensemble, placement = model.sample(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
     segmentation = model.aggregation.combine(ensemble, placement)
+    if not options.save_probabilities:
+        segmentation = replace(segmentation, probabilities=torch.empty(0))
+    return segmentation, ensemble if options.save_pseudo_labels else None, placement
+
+
+def _write_results(
+    model: SegmentationModel,
+    scan: Scan,
+    options: SegmentOptions,
+    segmentation: Segmentation,
+    ensemble: Ensemble | None,
+    placement: Placement,
+    cards: list[SegmentedCase],
+) -> ScanResult:
+    """Write the files of a segmented scan, the mask last, and add its card to those of the report."""
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
     written = _write_maps(model, scan, options, segmentation, ensemble, placement)
     picture = b""
@@ -177,7 +198,8 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
         segmentation.quality,
         warnings=tuple(warnings),
     )
-    return result, _report_card(result, model, options, picture)
+    cards.append(_report_card(result, model, options, picture))
+    return result
 
 
 def _write_maps(
@@ -185,7 +207,7 @@ def _write_maps(
     scan: Scan,
     options: SegmentOptions,
     segmentation: Segmentation,
-    ensemble: Ensemble,
+    ensemble: Ensemble | None,
     placement: Placement,
 ) -> Outputs:
     """Write the requested maps beside the mask."""
@@ -199,7 +221,7 @@ def _write_maps(
     if options.save_members:
         write_labels(model.aggregation.members_on_scan(segmentation, placement), volume, files["members"])
         written.append("members")
-    if options.save_pseudo_labels:
+    if ensemble is not None:
         pseudo = _pseudo_labels(ensemble, placement, segmentation.labels, options.max_disagreement)
         write_labels(pseudo, volume, files["pseudo-labels"])
         written.append("pseudo-labels")
@@ -307,8 +329,3 @@ def _check_fits(volume: Volume, model: SegmentationModel) -> None:
             f"{expected} ({', '.join(model.saved.card['channels'])}) for model {model.saved.name}",
             remedy,
         )
-
-
-def _shard_of(scan: Path, count: int) -> int:
-    """The part of a scan, 1..count. It depends only on the path as given, so that further scans do not change it."""
-    return int(hashlib.sha256(scan.as_posix().encode()).hexdigest(), 16) % count + 1
