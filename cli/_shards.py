@@ -16,8 +16,8 @@ Shard = Annotated[
     typer.Option(
         "--shard",
         metavar="i/n|auto|auto/n",
-        help="Take only part i of n of the scans (1/4 to 4/4). auto reads i and n from torchrun, srun or a SLURM array; "
-        "auto/n reads i from the index of a Kubernetes job.",
+        help="Take only part i of n of the scans (1/4 to 4/4). auto reads i and n from torchrun, srun or a SLURM "
+        "array; auto/n reads i from the index of a Kubernetes job.",
     ),
 ]
 

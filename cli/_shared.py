@@ -206,11 +206,9 @@ def _summary(results: Sequence[ScanResult], seconds: float) -> str:
     """How many scans were done, skipped and failed, and the seconds from one scan to the next."""
     if not results:
         return "no scans in this part"
-    counts = {
-        status: len([1 for result in results if result.status == status]) for status in ("done", "skipped", "failed")
-    }
-    each = f"; {seconds / counts['done']:.1f} s per scan" if counts["done"] else ""
-    return f"{len(results)} scans: {', '.join(f'{count} {status}' for status, count in counts.items())}{each}"
+    count = Counter(result.status for result in results)
+    each = f"; {seconds / count['done']:.1f} s per scan" if count["done"] else ""
+    return f"{len(results)} scans: {count['done']} done, {count['skipped']} skipped, {count['failed']} failed{each}"
 
 
 @contextmanager

@@ -10,15 +10,15 @@ import csv
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from medseg_diffusion.errors import MedsegError, remark, remarks
+from medseg_diffusion.errors import MedsegError, ModelError, remark, remarks
 from medseg_diffusion.files import remove_left_over
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.outputs import Outputs
@@ -153,12 +153,17 @@ def each_scan(
 
     model: Model | None = None
     behind: Future[None] | None = None
-    with _thread("read") as reader, _thread("write") as writer:
-        steps = _one_ahead(reader, [partial(read, *item) for item in outputs.items()])
+    jobs = [partial(read, *item) for item in outputs.items()]
+    # At the end, also after Ctrl-C, what was computed is written, and nothing else is begun.
+    with (
+        ThreadPoolExecutor(1, "read") as reader,
+        ThreadPoolExecutor(1, "write") as writer,
+        closing(_one_ahead(reader, jobs)) as steps,
+    ):
         for number, ((path, files), step) in enumerate(zip(outputs.items(), steps, strict=True), 1):
             if model is None and isinstance(step.value, Volume):
                 # The first scan has been read by now, so that a broken file is reported at once.
-                model = work.load()
+                model = _loaded(work)
             place = f"{number} of {len(outputs)}: " if len(outputs) > 1 else ""
             report = _share_of(f"{place}{scan_name(path)}", on_progress)
             computed = step.then(partial(_compute, work, model, path, files, report))
@@ -171,6 +176,15 @@ def each_scan(
             behind.result()
     remove_left_over((file for files in outputs.values() for file in files.values()), before=begun)
     return results
+
+
+def _loaded(work: Work[Model]) -> Model:
+    try:
+        return work.load()
+    except (MedsegError, OSError):
+        raise
+    except Exception as error:  # no memory, for instance
+        raise ModelError(f"the model cannot be loaded: {_described(error)}") from error
 
 
 def _compute(
@@ -210,32 +224,30 @@ class _Step(Generic[Before]):
         return _Step(value, (*self.remarks, *said))
 
 
-@contextmanager
-def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """A thread in the background. At the end, also after Ctrl-C, it completes what it has begun and nothing else."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _one_ahead(executor: ThreadPoolExecutor, jobs: Iterable[Callable[[], After]]) -> Iterator[After]:
+def _one_ahead(executor: ThreadPoolExecutor, jobs: Iterable[Callable[[], After]]) -> Generator[After, None, None]:
     """The results of jobs, in their order; while one is used, the next job runs."""
     ahead: Future[After] | None = None
-    for job in jobs:
-        current, ahead = ahead, executor.submit(job)
-        if current is not None:
-            yield current.result()
-    if ahead is not None:
-        yield ahead.result()
+    try:
+        for job in jobs:
+            current, ahead = ahead, executor.submit(job)
+            if current is not None:
+                yield current.result()
+        if ahead is not None:
+            yield ahead.result()
+    finally:
+        if ahead is not None:
+            ahead.cancel()
 
 
 def _failed(path: Path, error: Exception) -> ScanResult:
     if isinstance(error, MedsegError):
         return ScanResult(path, "failed", error=str(error), exit_code=error.exit_code)
-    text = " ".join(str(error).split()) or type(error).__name__
-    return ScanResult(path, "failed", error=f"{path}: {type(error).__name__}: {text}", exit_code=1)
+    return ScanResult(path, "failed", error=f"{path}: {_described(error)}", exit_code=1)
+
+
+def _described(error: Exception) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'without a message'}"
 
 
 def _add_failure(file: Path, result: ScanResult) -> None:
@@ -246,7 +258,7 @@ def _add_failure(file: Path, result: ScanResult) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             rows.writerow(("scan", "exit_code", "error"))
-        rows.writerow((result.scan, result.exit_code, result.error))
+        rows.writerow((result.scan, result.exit_code, " ".join(str(result.error).split())))
         with file.open("ab", buffering=0) as out:
             out.write(text.getvalue().encode(errors="surrogateescape"))
     except OSError as error:
