@@ -58,7 +58,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def twenty_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("twenty")
     for i in range(20):
-        save(folder / f"case{i:02d}.nii.gz", np.random.default_rng(i).random((40, 36, 30)).astype(np.float32))
+        save(folder / f"case{i:02d}.nii.gz", np.random.default_rng(i).random((20, 18, 16)).astype(np.float32))
     return folder
 
 
@@ -110,6 +110,7 @@ def test_two_processes_give_the_files_of_one(
     assert contents(tmp_path) == contents(undisturbed[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_no_temporary_file(
     number: signal.Signals,

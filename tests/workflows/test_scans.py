@@ -337,6 +337,6 @@ def test_parts_are_of_similar_size_whatever_the_names(pattern: str) -> None:
     assert all(70 <= len(part) <= 130 for part in parts), [len(part) for part in parts]
     # A further scan changes no other's part.
     more = {**outputs, Path("sub-new/anat/T1.nii.gz"): {}}
-    assert Counter(path for i in range(1, 5) for path in part_of(more, (i, 4))) == Counter(more)
+    assert Counter(path for i in range(1, 5) for path in part_of(more, (i, 4))) == Counter(list(more))
     assert all(set(part) <= set(part_of(more, (i, 4))) for i, part in enumerate(parts, 1))
     assert part_of(outputs, None) == outputs
