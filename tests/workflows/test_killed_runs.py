@@ -21,21 +21,10 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "SLURM_", "JOB_COMPLETION_INDEX")
 
 def start(scans: Path, model: Path, output: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     """`medseg segment` with maps, so that much of the time goes into writing."""
-    command = [
-        *COMMAND,
-        "segment",
-        str(scans),
-        "-m",
-        str(model),
-        "-o",
-        str(output),
-        "--device",
-        "cpu",
-        "--skip-existing",
-    ]
+    words = ["--device", "cpu", "--skip-existing", "--save-probabilities", "--save-uncertainty"]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
     return subprocess.Popen(
-        [*command, "--save-probabilities", "--save-uncertainty", *options],
+        [*COMMAND, "segment", str(scans), "-m", str(model), "-o", str(output), *words, *options],
         env={**clean, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
