@@ -134,12 +134,23 @@ def each_scan(
         MedsegError: An error in the model or the options, which concerns every scan.
     """
     begun, results = time.time(), list[ScanResult]()
+    model: Model | None = None
     if failures is not None:
         failures.unlink(missing_ok=True)  # of an earlier run
 
     def read(path: Path, files: Outputs) -> _Step[Volume | None]:
-        skip = skip_existing and files[work.last].exists()
-        return _Step(path).then(lambda path: None if skip else work.read(path))
+        return _Step(path).then(lambda path: None if skip_existing and files[work.last].exists() else work.read(path))
+
+    def compute(number: int, path: Path, files: Outputs, volume: Volume | None) -> Write:
+        if volume is None:
+            return lambda: ScanResult(path, "skipped", {work.last: files[work.last]})
+        assert model is not None
+        place = f"{number} of {len(outputs)}: " if len(outputs) > 1 else ""
+        scan = Scan(path, volume, files, _share_of(f"{place}{scan_name(path)}", on_progress))
+        started = time.monotonic()
+        write = work.compute(model, scan)
+        scan.seconds = time.monotonic() - started
+        return write
 
     def finish(path: Path, computed: _Step[Write]) -> None:
         written = computed.then(lambda write: write())
@@ -151,7 +162,6 @@ def each_scan(
         if on_case is not None:
             on_case(result)
 
-    model: Model | None = None
     behind: Future[None] | None = None
     jobs = [partial(read, *item) for item in outputs.items()]
     # At the end, also after Ctrl-C, what was computed is written, and nothing else is begun.
@@ -164,9 +174,7 @@ def each_scan(
             if model is None and isinstance(step.value, Volume):
                 # The first scan has been read by now, so that a broken file is reported at once.
                 model = _loaded(work)
-            place = f"{number} of {len(outputs)}: " if len(outputs) > 1 else ""
-            report = _share_of(f"{place}{scan_name(path)}", on_progress)
-            computed = step.then(partial(_compute, work, model, path, files, report))
+            computed = step.then(partial(compute, number, path, files))
             del step  # the writer holds what it needs
             if behind is not None:
                 behind.result()
@@ -187,23 +195,6 @@ def _loaded(work: Work[Model]) -> Model:
         raise ModelError(f"the model cannot be loaded: {_described(error)}") from error
 
 
-def _compute(
-    work: Work[Model],
-    model: Model | None,
-    path: Path,
-    files: Outputs,
-    report: Callable[[float], None],
-    volume: Volume | None,
-) -> Write:
-    if volume is None:
-        return lambda: ScanResult(path, "skipped", {work.last: files[work.last]})
-    assert model is not None
-    scan, started = Scan(path, volume, files, report), time.monotonic()
-    write = work.compute(model, scan)
-    scan.seconds = time.monotonic() - started
-    return write
-
-
 @dataclass(frozen=True, eq=False)
 class _Step(Generic[Before]):
     """What a scan has become: the value of its last step, or the first error; and the remarks made on the way."""
@@ -220,7 +211,7 @@ class _Step(Generic[Before]):
             try:
                 value = step(self.value)
             except Exception as error:
-                value = error
+                value = error.with_traceback(None)  # which would keep the volume in memory
         return _Step(value, (*self.remarks, *said))
 
 
