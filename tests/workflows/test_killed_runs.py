@@ -37,6 +37,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def wait_for(process: subprocess.Popen[str], scans: int) -> None:
+    """Wait until so many scans are done or skipped."""
+    assert process.stdout is not None
+    while scans > 0:
+        line = process.stdout.readline()
+        assert line, "the process has ended"
+        scans -= "segmentation: " in line
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -56,7 +65,7 @@ def undisturbed(twenty_scans: Path, tiny_model: Path, tmp_path_factory: pytest.T
     """The output folder of one run, and the seconds from its first result to its end."""
     output = tmp_path_factory.mktemp("undisturbed")
     process = start(twenty_scans, tiny_model, output)
-    assert process.stdout is not None and process.stdout.readline()
+    wait_for(process, 1)
     began = time.monotonic()
     finish(process)
     assert len(contents(output)) == 60
@@ -70,15 +79,12 @@ def test_a_killed_run_leaves_whole_files_and_the_same_command_does_the_rest(
     expected, seconds = contents(undisturbed[0]), undisturbed[1]
     moments = random.Random(kills)
     finished: list[int] = []
-    for _ in range(kills):
+    for scans in sorted(moments.sample(range(1, 18), kills)):
         process = start(twenty_scans, tiny_model, tmp_path)
-        assert process.stdout is not None and process.stdout.readline()  # the first scan is done
-        time.sleep(moments.uniform(0, 1.5 * seconds / kills))
+        wait_for(process, scans)
+        time.sleep(moments.uniform(0, seconds / 20))
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        assert process.stderr is not None
-        process.stderr.close()
+        process.communicate()
         whole = {name: content for name, content in contents(tmp_path).items() if not name.startswith(".")}
         assert whole.items() <= expected.items()
         finished.append(len([name for name in whole if name.endswith("_seg.nii.gz")]))
@@ -110,7 +116,7 @@ def test_a_stopped_run_leaves_no_temporary_file(
     tmp_path: Path,
 ) -> None:
     process = start(twenty_scans, tiny_model, tmp_path)
-    assert process.stdout is not None and process.stdout.readline()
+    wait_for(process, 1)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err
