@@ -172,7 +172,10 @@ def test_bad_scans_are_one_line_and_code_3(array, message, anomaly_models, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["bad.nii.gz"]
 
 
-def test_one_bad_scan_stops_no_other(anomaly_scans, anomaly_models, tmp_path: Path) -> None:
+def test_one_bad_scan_stops_no_other(
+    anomaly_scans, anomaly_models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where failures.csv is written without -o
     write(tmp_path / "a.nii.gz", np.full((4, 4, 4), 1, np.float32))
     write(tmp_path / "b.nii.gz", head(3)[0])
     result = CliRunner().invoke(app, ["anomaly", str(tmp_path), "-m", str(anomaly_models["pixel"]), "--device", "cpu"])
