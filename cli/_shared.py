@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,9 +31,9 @@ def fail(message: str, kind: str = "error") -> None:
     typer.echo(f"medseg: {kind}: {' '.join(message.split())}", err=True)
 
 
-def print_json(value: Any) -> None:
-    """Print strict JSON: numbers that are not finite become null, paths become strings."""
-    typer.echo(json.dumps(plain(value), indent=2))
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print strict JSON: numbers that are not finite become null, paths become strings. No indent gives one line."""
+    typer.echo(json.dumps(plain(value), indent=indent))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -51,12 +54,15 @@ def _cell(value: Any) -> str:
 
 
 @contextmanager
-def warnings_at_once() -> Iterator[None]:
-    """Inside the block, print every warning at once as one line on stderr, and the same warning only once."""
+def warnings_at_once(quiet: bool | None = None) -> Iterator[None]:
+    """Inside the block, print every warning at once as one line on stderr, and the same warning only once.
+
+    Nothing is printed if quiet.
+    """
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-        if issubclass(category, UserWarning) and str(message) not in said:
+        if not quiet and issubclass(category, UserWarning) and str(message) not in said:
             said.add(str(message))
             fail(str(message), kind="warning")
 
@@ -149,29 +155,67 @@ def print_scan(result: ScanResult, volumes: bool) -> None:
 
 
 def run_scans(
-    run: Callable[[Callable[[ScanResult], None] | None, ProgressCallback], list[ScanResult]],
+    run: Callable[[Callable[[ScanResult], None], ProgressCallback], list[ScanResult]],
     quiet: bool | None,
     as_json: bool,
+    failures: Path | None = None,
 ) -> None:
     """Run a command on scans and print its results.
 
     Failures are listed on stderr. A single failed scan decides the exit code; a failure among several scans gives 1.
 
     Args:
-        run: Called with a function that prints a result (None to print nothing), and with the progress callback.
+        run: Called with a function that prints a result, and with the progress callback.
         quiet: Print only failures; False also prints volumes.
-        as_json: Print all results as JSON.
+        as_json: Print each result as one line of JSON.
+        failures: File that lists the failures among several scans.
     """
-    with progress(quiet) as on_progress:
-        on_case = None if quiet or as_json else lambda result: print_scan(result, volumes=quiet is False)
-        results = run(on_case, on_progress)
-    if as_json:
-        print_json([asdict(result) for result in results])
+
+    def show(result: ScanResult) -> None:
+        if as_json:
+            print_json(asdict(result), indent=None)
+        elif not quiet:
+            print_scan(result, volumes=quiet is False)
+
+    started = time.monotonic()
+    with progress(quiet) as on_progress, warnings_at_once(quiet), _ended_by_sigterm():
+        results = run(show, on_progress)
     failed = [result for result in results if result.status == "failed"]
+    if len(results) != 1 and not quiet:
+        typer.echo(_summary(results, time.monotonic() - started), err=as_json)
     for result in failed:
         error = result.error or "failed"
         fail(error if result.scan.name in error else f"{result.scan}: {error}")
     if failed:
         if len(results) > 1:
-            fail(f"{len(failed)} of {len(results)} scans failed")
+            fail(f"{len(failed)} of {len(results)} scans failed{f'; see {failures}' if failures else ''}")
         raise typer.Exit(failed[0].exit_code if len(results) == 1 else 1)
+
+
+def _summary(results: Sequence[ScanResult], seconds: float) -> str:
+    """How many scans were done, skipped and failed, and the seconds from one scan to the next."""
+    if not results:
+        return "no scans in this part"
+    count = Counter(result.status for result in results)
+    each = f"; {seconds / count['done']:.1f} s per scan" if count["done"] else ""
+    return f"{len(results)} scans: {count['done']} done, {count['skipped']} skipped, {count['failed']} failed{each}"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside the block, SIGTERM ends the process as Ctrl-C does: the result that is being written is completed.
+
+    Schedulers send it before they kill. Without this, a process that is the first of its container ignores it.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

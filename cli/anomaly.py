@@ -24,6 +24,7 @@ from ._options import (
     SkipExisting,
     named_scans,
 )
+from ._shards import Shard, failures_file, parse_shard
 from ._shared import run_scans
 
 
@@ -60,6 +61,7 @@ def anomaly(
     preview: Preview = False,
     run_report: RunReport = None,
     skip_existing: SkipExisting = False,
+    shard: Shard = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
@@ -67,6 +69,8 @@ def anomaly(
 ) -> None:
     """Find anomalies in scans, and write a score map, a mask and the score of each scan."""
     named = named_scans(scans, also)
+    part = parse_shard(shard)
+    failures = failures_file(output, part)
     from medseg_diffusion.models.anomaly import DetectionOptions
     from medseg_diffusion.volumes.sources import InputOptions
     from medseg_diffusion.workflows import anomaly as workflow
@@ -82,5 +86,7 @@ def anomaly(
         skip_existing=skip_existing,
         run_report=run_report,
         inputs=InputOptions(pattern, series=series),
+        shard=part,
+        failures=failures,
     )
-    run_scans(lambda on_case, show: workflow.anomaly(named, options, on_case, show), quiet, as_json)
+    run_scans(lambda on_case, show: workflow.anomaly(named, options, on_case, show), quiet, as_json, failures)

@@ -27,6 +27,7 @@ from ._options import (
     named_scans,
     parsed_channels,
 )
+from ._shards import Shard, failures_file, parse_shard
 from ._shared import run_scans
 
 
@@ -51,15 +52,6 @@ class Format(StrEnum):
 
     NIFTI = "nifti"
     DICOM_SEG = "dicom-seg"
-
-
-def _parse_shard(value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    part, _, count = value.partition("/")
-    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
-        raise typer.BadParameter(f"{value!r} is not i/n with 1 <= i <= n, for instance 1/4", param_hint="--shard")
-    return int(part), int(count)
 
 
 # many, long: one parameter, with its help, for each option of the command
@@ -119,16 +111,15 @@ def segment(
     report: Annotated[Path | None, typer.Option(help="Write one HTML page about all scans to this file.")] = None,
     run_report: RunReport = None,
     skip_existing: SkipExisting = False,
-    shard: Annotated[
-        str | None, typer.Option(metavar="i/n", help="Segment only part i of n of the scans (1/4 to 4/4).")
-    ] = None,
+    shard: Shard = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Segment scans, and write a mask for each."""
-    part = _parse_shard(shard)
+    part = parse_shard(shard)
+    failures = failures_file(output, part)
     channels = parsed_channels(channel)
     named = named_scans(scans, also, channel or ())
     from medseg_diffusion.volumes.sources import InputOptions
@@ -159,5 +150,6 @@ def segment(
         inputs=InputOptions(pattern, channels, series),
         fast=fast,
         keep_largest=keep_largest,
+        failures=failures,
     )
-    run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json)
+    run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json, failures)

@@ -1,7 +1,16 @@
-"""The exceptions that a user can meet. Each carries the exit code that the command line returns for it."""
+"""What a user is told: exceptions, each with the exit code of the command line, and remarks on files and options.
+
+Scans are read, computed and written in several threads at once. Python's filters of warnings belong to the whole
+process: two threads that change and restore them leave them broken. Remarks are therefore collected without them.
+"""
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 
@@ -35,3 +44,39 @@ class ModelError(MedsegError):
     """A model that is missing, incomplete or does not fit what is asked of it (exit code 4)."""
 
     exit_code = 4
+
+
+# ---- remarks ---------------------------------------------------------------------------------------------------------
+
+_collected: ContextVar[list[str] | None] = ContextVar("remarks", default=None)
+_quieting = threading.RLock()
+
+
+def remark(message: str) -> None:
+    """Say something that the user should know about a file or an option: to `remarks`, or else as a UserWarning."""
+    said = _collected.get()
+    if said is None:
+        warnings.warn(message, stacklevel=3)
+    elif message not in said:
+        said.append(message)
+
+
+@contextmanager
+def remarks() -> Iterator[list[str]]:
+    """The remarks made inside the block by this thread, each once, in their order."""
+    said: list[str] = []
+    token = _collected.set(said)
+    try:
+        yield said
+    finally:
+        _collected.reset(token)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No warning is shown inside the block; our own remarks are made all the same.
+
+    For short calls of libraries: only one thread at a time can be in such a block.
+    """
+    with _quieting, warnings.catch_warnings(action="ignore"):
+        yield

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 from uuid import uuid4
 
@@ -74,6 +75,48 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` for the parts of a result before they are renamed; it is removed at the end.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    with TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+        yield Path(folder)
+
+
+def remove_left_over(targets: Iterable[Path], before: float) -> None:
+    """Removes temporary files and folders of results that a killed process has left.
+
+    Whether another machine still writes one cannot be asked, but what is being written changes all the time. Hence
+    nothing is removed that has changed since ``before``. A process that is robbed of its file all the same reports an
+    error; it never publishes half a file.
+
+    Args:
+        targets: the results of this run. Those of other runs, in the same folders, are not touched.
+        before: the time at which this run began; seconds since the epoch.
+    """
+    names: dict[Path, set[str]] = {}
+    for target in targets:
+        names.setdefault(target.parent, set()).add(target.name)
+    for folder, ours in names.items():
+        with suppress(OSError):  # a folder that does not exist, or that another process is cleaning as well
+            for entry in list(os.scandir(folder)):
+                temporary = _TEMPORARY.fullmatch(entry.name)
+                if temporary and temporary[1] in ours and _last_change(entry) < before:
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        Path(entry.path).unlink(missing_ok=True)
+
+
+def _last_change(entry: os.DirEntry[str]) -> float:
+    """The time of the last change of a file, or of a folder and the files in it."""
+    inside = list(os.scandir(entry.path)) if entry.is_dir(follow_symlinks=False) else []
+    return max(one.stat(follow_symlinks=False).st_mtime for one in (entry, *inside))
+
+
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path, ...]:
     """Writes files into a folder. None of them is renamed before all of them are on the disk.
 
@@ -129,6 +172,10 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Writes strict, indented JSON; ValueError for a number that is not finite."""
     write_files(path.parent, {path.name: json.dumps(content, indent=2, allow_nan=False) + "\n"})
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.tmp")
+"""Names of `_temporary_name` and `temporary_folder`; the group is the name of the result."""
 
 
 def _temporary_name(name: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from medseg_diffusion import files
 from medseg_diffusion.files import write_files
 
 
@@ -28,3 +30,41 @@ def test_files_appear_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         write_files(folder, {"a.txt": "changed", "b.bin": b"22"})
     assert sorted(os.listdir(folder)) == ["a.txt", "b.bin"]
     assert (folder / "a.txt").read_text(encoding="utf-8") == "ä" and (folder / "b.bin").read_bytes() == b"1"
+
+
+def test_what_a_killed_process_has_left_of_these_results_is_removed(tmp_path: Path) -> None:
+    before, now = time.time(), time.time() + 60
+
+    def left(name: str, changed: float, *, folder: bool = False) -> Path:
+        path = tmp_path / name
+        if folder:
+            path.mkdir()
+            (path / "part.nii.gz").touch()
+            os.utime(path / "part.nii.gz", (changed, changed))
+        else:
+            path.touch()
+        os.utime(path, (before - 1000, before - 1000) if folder else (changed, changed))
+        return path
+
+    old = [left(".a_seg.nii.gz.k3j_2l1m.tmp", before - 10, folder=True), left(".a.json.71-0a1b2c3d.tmp", before - 10)]
+    kept = [
+        left(".a_seg.nii.gz.abcdefgh.tmp", now, folder=True),  # another process writes a file in it
+        left(".a.json.72-0a1b2c3d.tmp", now),
+        left(".b_seg.nii.gz.k3j_2l1m.tmp", before - 10, folder=True),  # of another part of the scans
+        left(".a.json", before - 10),
+        left("a.json", before - 10),
+    ]
+    targets = [tmp_path / "a_seg.nii.gz", tmp_path / "a.json", tmp_path / "no-such-folder" / "a.json"]
+    files.remove_left_over(targets, before)
+    assert not [path.name for path in old if path.exists()]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in kept)
+
+
+def test_temporary_names_are_recognised(tmp_path: Path) -> None:
+    """Otherwise nothing would be removed after a kill."""
+    target = tmp_path / "scan.1_seg.nii.gz"
+    with files.temporary_folder(target) as folder:
+        names = [folder.name, files._temporary_name(target.name)]
+    for name in names:
+        temporary = files._TEMPORARY.fullmatch(name)
+        assert temporary and temporary[1] == target.name

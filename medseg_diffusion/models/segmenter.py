@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import cast
@@ -14,7 +13,7 @@ from medseg_diffusion.build import SHAPE_PRIOR, Segmenter
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import UsageError
+from medseg_diffusion.errors import UsageError, remarks
 from medseg_diffusion.methods.ablation import Replacement, without_x_t
 from medseg_diffusion.methods.calibration import Calibration, Sampling
 from medseg_diffusion.methods.ensemble import Ensemble
@@ -122,10 +121,9 @@ class MaskSegmenter:
         return self.aggregation.combine(*self.sample(volume, seed, on_progress))
 
     def _times(self, steps: int) -> list[int]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with remarks() as said:
             times = build.times(self.config, steps)
-        self.notes += [str(warning.message) for warning in caught]
+        self.notes += said
         return times
 
     def _check(self, options: EnsembleOptions) -> None:

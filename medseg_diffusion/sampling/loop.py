@@ -6,7 +6,6 @@ The visited times are a plain list, so that a number of steps never changes the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -18,6 +17,7 @@ from medseg_diffusion.diffusion.denoiser import Condition, Denoiser
 from medseg_diffusion.diffusion.noise import gaussian
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
+from medseg_diffusion.errors import remark
 
 Spacing = Literal["log-snr", "trailing", "leading", "linspace"]
 LOWEST_HALF_LOG_SNR = -5.1
@@ -83,9 +83,7 @@ def spaced(
         times = [round(float(value)) for value in torch.linspace(last, stop, count, dtype=torch.float64)]
     unique = sorted({t for t in times if t >= 1}, reverse=True)
     if len(unique) < count:
-        warnings.warn(
-            f"{count} steps asked for, but only {len(unique)} distinct times remain after rounding", stacklevel=2
-        )
+        remark(f"{count} steps asked for, but only {len(unique)} distinct times remain after rounding")
     return [*unique, 0]
 
 

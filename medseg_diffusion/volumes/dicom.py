@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, remark
 
 from .modality import BIDS_SUFFIX, DICOM_MODALITY, SeriesChoice, kind_of
 from .paths import dicom_files, is_dicomdir
@@ -308,7 +307,7 @@ def _chosen(path: Path, series: Sequence[_Series], choice: SeriesChoice) -> _Ser
         )
     if choice.named is None:
         rest = "; ".join(str(one) for one in series if one is not fitting[0])
-        warnings.warn(f"read the DICOM series {fitting[0]} and left out {rest}", stacklevel=2)
+        remark(f"read the DICOM series {fitting[0]} and left out {rest}")
     return fitting[0]
 
 
@@ -419,7 +418,7 @@ def _volume(path: Path, frames: list[_Frame]) -> list[_Frame]:
     if localizers:
         names = list(dict.fromkeys(frame.name for frame in localizers))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        warnings.warn(f"left out localizers: {some}", stacklevel=2)
+        remark(f"left out localizers: {some}")
     return stacked
 
 

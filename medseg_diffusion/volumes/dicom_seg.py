@@ -6,7 +6,6 @@ into the standard in 2024, and few viewers and archives know it yet.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.errors import InputError, UsageError, quiet_libraries
 from medseg_diffusion.files import whole_file
 
 from .paths import is_dicom
@@ -143,7 +142,7 @@ class SegmentationFile:
             if any(not one.header.get(name) for one in self._slices):
                 raise self._unusable(f"images without {name}")
         try:
-            with warnings.catch_warnings(action="ignore"):  # of values in the source that DICOM does not allow
+            with quiet_libraries():  # of values in the source that DICOM does not allow
                 dataset = _segmentation(self._slices, labels, self._segments, self._algorithm)
                 _refer_to(dataset, self._slices)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

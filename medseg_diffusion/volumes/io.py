@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medseg_diffusion.errors import InputError, MedsegError, UsageError
+from medseg_diffusion.errors import InputError, MedsegError, UsageError, remarks
+from medseg_diffusion.files import temporary_folder
 
 from . import nifti
 from .modality import SeriesChoice
@@ -254,13 +253,13 @@ def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
 
         raster.require_mask(path, array)
     # A temporary folder, not a temporary name: an .mhd file stores the name of its data file.
-    with TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    with temporary_folder(path) as folder:
+        temporary = folder / path.name
         module.write(temporary, array, like)
-        with warnings.catch_warnings(action="ignore"):  # of a header that is the scan's
+        with remarks():  # not made again: the header is the scan's
             written = module.open_image(temporary)
         _verify(written, array, like, path)
-        parts = sorted(Path(folder).iterdir(), key=lambda part: part == temporary)  # the header last
+        parts = sorted(folder.iterdir(), key=lambda part: part == temporary)  # the header last
         for part in parts:
             os.replace(part, path.parent / part.name)
 

@@ -175,7 +175,7 @@ def _named(scan: Path, folder: Path | None, ending: str) -> Path:
 
 
 def _beside(scan: Path, folder: Path | None, endings: Mapping[str, str]) -> Outputs:
-    return {kind: _named(scan, folder, ending) for kind, ending in endings.items()}
+    return _ended(_named(scan, folder, ""), endings)
 
 
 def _ended(base: Path, endings: Mapping[str, str]) -> Outputs:

@@ -108,9 +108,11 @@ def require_file(path: Path) -> None:
 
 
 def _has_dicom(path: Path) -> bool:
+    if path.name.lower().endswith(SUFFIXES):  # a folder of 100,000 other scans is not opened file by file
+        return False
     with path.open("rb") as file:
         start = file.read(132)
-    return start[128:] == _DICOM or (start[:4] in _BARE_DICOM and not path.name.lower().endswith(SUFFIXES))
+    return start[128:] == _DICOM or start[:4] in _BARE_DICOM
 
 
 def _is_segmentation(path: Path) -> bool:

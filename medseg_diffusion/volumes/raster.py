@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.errors import InputError, UsageError, quiet_libraries
 
 from .volume import FileImage, Header, Volume
 
@@ -99,7 +98,7 @@ def _decoded(path: Path, exact: bool = False) -> Image.Image:
         # of one whose header asks for a quarter turn. Pillow's warnings concern metadata; unreadable pixels raise.
         content = io.BytesIO(path.read_bytes())
         _require_sums(content)
-        with warnings.catch_warnings(action="ignore"), Image.open(content, formats=_FORMATS) as image:
+        with quiet_libraries(), Image.open(content, formats=_FORMATS) as image:
             jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further images, which are previews
             count = 1 if jpeg else getattr(image, "n_frames", 1)
             if jpeg and exact:
@@ -124,7 +123,7 @@ def _decoded(path: Path, exact: bool = False) -> Image.Image:
 def _require_sums(content: io.BytesIO) -> None:
     """What Pillow raises unless the check sums of all chunks of a PNG are right: decoding skips those of pixels."""
     if content.getbuffer()[:8] == b"\x89PNG\r\n\x1a\n":
-        with warnings.catch_warnings(action="ignore"), Image.open(content, formats=("PNG",)) as image:
+        with quiet_libraries(), Image.open(content, formats=("PNG",)) as image:
             image.verify()
         content.seek(0)
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from medseg_diffusion.volumes.sources import InputOptions, Source, find_sources,
 from medseg_diffusion.volumes.volume import Volume
 
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, each_scan
+from .scans import Scan, ScanResult, Work, Write, each_scan, part_of
 
 DEFAULT_MODEL = "flair-anomaly"
 
@@ -48,6 +49,8 @@ class AnomalyOptions:
         skip_existing: Skip scans whose mask exists.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         inputs: What is read: pattern, DICOM series.
+        shard: (i, n) with 1 <= i <= n: score only part i of the scans, chosen by a hash of the path.
+        failures: CSV file of the scans that fail (`each_scan`). A single scan writes none.
     """
 
     model: str | None = None
@@ -60,6 +63,8 @@ class AnomalyOptions:
     skip_existing: bool = False
     run_report: Path | None = None
     inputs: InputOptions = InputOptions()
+    shard: tuple[int, int] | None = None
+    failures: Path | None = None
 
 
 def anomaly(
@@ -77,7 +82,7 @@ def anomaly(
         scans: Files, lists and folders (`volumes.sources.find_sources`).
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, share done).
+        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
 
     Raises:
         UsageError: Contradictory options, or two scans with the same output.
@@ -112,7 +117,14 @@ def anomaly(
             lambda model, scan: _score_one(model, scan, options),
             "mask",
         )
-        return each_scan(outputs, work, skip_existing=options.skip_existing, on_case=add, on_progress=on_progress)
+        return each_scan(
+            part_of(outputs, options.shard),
+            work,
+            skip_existing=options.skip_existing,
+            on_case=add,
+            on_progress=on_progress,
+            failures=options.failures if len(sources) > 1 else None,
+        )
 
 
 def _read(source: Source, takes: ModelInput, options: AnomalyOptions) -> Volume:
@@ -160,13 +172,20 @@ def chosen_threshold(text: str, model: AnomalyModel) -> float:
     return healthy.automatic if text == "auto" else healthy.threshold(float(text[1:]))
 
 
-def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> ScanResult:
-    """Score a scan and write its files, the mask last."""
-    volume, files = scan.volume, scan.outputs
-    scored = model.score(volume, derive_seed(options.seed, scan.name), scan.on_progress)
+def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Write:
+    """Score a scan; the returned function writes its files."""
+    scored = model.score(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
     threshold = chosen_threshold(options.threshold, model)
-    voxel_mm3 = volume.voxel_mm3
+    voxel_mm3 = scan.volume.voxel_mm3
     mask = mask_of(scored, threshold, voxel_mm3, model.config.postprocessing.min_volume_mm3)
+    return partial(_write_results, model, scan, options, scored, threshold, mask)
+
+
+def _write_results(
+    model: AnomalyModel, scan: Scan, options: AnomalyOptions, scored: AnomalyMap, threshold: float, mask: Tensor
+) -> ScanResult:
+    """Write the files of a scored scan, the mask last."""
+    volume, files = scan.volume, scan.outputs
     files["mask"].parent.mkdir(parents=True, exist_ok=True)
     write_map(scored.score, volume, files["map"])
     write_labels(scored.foreground.to(torch.uint8), volume, files["foreground"])
@@ -174,7 +193,7 @@ def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Scan
     if options.preview:
         write_files(files["preview"].parent, {files["preview"].name: _picture(scan, scored, mask)})
         written.append("preview")
-    volume_ml = float(mask.sum()) * voxel_mm3 / 1000
+    volume_ml = float(mask.sum()) * float(np.prod(volume.spacing)) / 1000
     entries = _entries(scan, model, options, scored, threshold, mask)
     write_files(files["scores"].parent, {files["scores"].name: json.dumps(entries, indent=2) + "\n"})
     write_labels(mask.to(torch.uint8), volume, files["mask"])

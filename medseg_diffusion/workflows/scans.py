@@ -1,22 +1,35 @@
-"""The loop over scans of several commands: it skips finished scans, and a scan that fails does not stop the others."""
+"""The loop over scans of several commands.
+
+While one scan is computed, the next one is read and the results of the last one are written. Finished scans are
+skipped, and a scan that fails does not stop the others.
+"""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.errors import MedsegError, ModelError, remark, remarks
+from medseg_diffusion.files import remove_left_over
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 Model = TypeVar("Model")
+Before = TypeVar("Before")
+After = TypeVar("After")
+Write = Callable[[], "ScanResult"]
+"""Writes the results of one scan."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class ScanResult:
         scan: The file, or the folder of a DICOM series.
         status: "done", "failed", or "skipped" if the result existed.
         outputs: Kind (segmentation, preview, ...) -> file that was written.
-        seconds: Time taken, without reading the scan and loading the model.
+        seconds: Time taken, without reading, writing and loading the model.
         volumes_ml: Name of a class or anomaly -> its volume.
         members_ml: Class name -> smallest and largest volume of the members.
         intervals_ml: Class name -> calibrated interval of its volume.
@@ -52,7 +65,7 @@ class ScanResult:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Scan:
     """The scan that a command is processing.
 
@@ -61,24 +74,19 @@ class Scan:
         volume: The loaded scan.
         outputs: Kind -> file to write.
         on_progress: To be called with the share done.
-        started: `time.monotonic` when it had been read.
+        seconds: Time that it took to compute the results; known when they are written.
     """
 
     path: Path
     volume: Volume
     outputs: Outputs
     on_progress: Callable[[float], None]
-    started: float
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
         """Name of the file without its suffix, from which the scan's seed is derived."""
         return scan_name(self.path)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the scan had been read."""
-        return time.monotonic() - self.started
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,14 @@ class Work(Generic[Model]):
     Attributes:
         read: Reads the volume of a path.
         load: Loads the model, before the first scan that needs it.
-        run: Writes the results of one scan, the output ``last`` at the end.
+        compute: Computes the results of one scan, and returns the function that writes them, the output ``last`` at the
+            end. Whatever that function holds stays in memory while the next scan is computed.
         last: Kind of output whose file marks a finished scan.
     """
 
     read: Callable[[Path], Volume]
     load: Callable[[], Model]
-    run: Callable[[Model, Scan], ScanResult]
+    compute: Callable[[Model, Scan], Write]
     last: str
 
 
@@ -105,60 +114,146 @@ def each_scan(
     skip_existing: bool = False,
     on_case: Callable[[ScanResult], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
+    failures: Path | None = None,
 ) -> list[ScanResult]:
-    """Process scans one after another. A scan that fails does not stop the others.
+    """Process scans in their order. A scan that fails does not stop the others.
+
+    Three scans are in memory at most: one is read, one computed and one written. Temporary files that an earlier run
+    left for these outputs when it was killed are removed at the end.
 
     Args:
         outputs: Scan -> kind -> file to write, in the order of processing.
         work: The steps for each scan.
         skip_existing: Skip finished scans.
-        on_case: Called after every scan.
-        on_progress: Called with (scan name, share done).
+        on_case: Called after every scan, in their order, from the thread that writes.
+        on_progress: Called with (scan name after its place, such as "3 of 8: scan", share done).
+        failures: CSV file of the scans that fail (scan, exit_code, error), each added when it fails. It does not exist
+            if none does. None writes no file.
 
     Raises:
         MedsegError: An error in the model or the options, which concerns every scan.
     """
+    begun, results = time.time(), list[ScanResult]()
     model: Model | None = None
-    results: list[ScanResult] = []
-    for path, files in outputs.items():
-        if skip_existing and files[work.last].exists():
-            result = ScanResult(path, "skipped", {work.last: files[work.last]})
-        else:
-            report = _share_of(path, on_progress)
-            with _remarks() as remarks:
-                try:
-                    # The scan is read before the model is loaded, so that a broken file is reported at once.
-                    volume = work.read(path)
-                    model = work.load() if model is None else model
-                    result = work.run(model, Scan(path, volume, files, report, started=time.monotonic()))
-                except MedsegError as error:
-                    if model is None and error.exit_code != 3:
-                        raise
-                    result = ScanResult(path, "failed", error=str(error), exit_code=error.exit_code)
-                except Exception as error:
-                    text = " ".join(str(error).split()) or type(error).__name__
-                    result = ScanResult(path, "failed", error=f"{path}: {type(error).__name__}: {text}", exit_code=1)
-            result = replace(result, warnings=(*remarks, *result.warnings))
+    if failures is not None:
+        failures.unlink(missing_ok=True)  # of an earlier run
+
+    def read(path: Path, files: Outputs) -> _Step[Volume | None]:
+        return _Step(path).then(lambda path: None if skip_existing and files[work.last].exists() else work.read(path))
+
+    def compute(number: int, path: Path, files: Outputs, volume: Volume | None) -> Write:
+        if volume is None:
+            return lambda: ScanResult(path, "skipped", {work.last: files[work.last]})
+        assert model is not None
+        place = f"{number} of {len(outputs)}: " if len(outputs) > 1 else ""
+        scan = Scan(path, volume, files, _share_of(f"{place}{scan_name(path)}", on_progress))
+        started = time.monotonic()
+        write = work.compute(model, scan)
+        scan.seconds = time.monotonic() - started
+        return write
+
+    def finish(path: Path, computed: _Step[Write]) -> None:
+        written = computed.then(lambda write: write())
+        result = _failed(path, written.value) if isinstance(written.value, Exception) else written.value
+        result = replace(result, warnings=tuple(dict.fromkeys((*written.remarks, *result.warnings))))
         results.append(result)
+        if result.status == "failed" and failures is not None:
+            _add_failure(failures, result)
         if on_case is not None:
             on_case(result)
+
+    behind: Future[None] | None = None
+    jobs = [partial(read, *item) for item in outputs.items()]
+    # At the end, also after Ctrl-C, what was computed is written, and nothing else is begun.
+    with (
+        ThreadPoolExecutor(1, "read") as reader,
+        ThreadPoolExecutor(1, "write") as writer,
+        closing(_one_ahead(reader, jobs)) as steps,
+    ):
+        for number, ((path, files), step) in enumerate(zip(outputs.items(), steps, strict=True), 1):
+            if model is None and isinstance(step.value, Volume):
+                # The first scan has been read by now, so that a broken file is reported at once.
+                model = _loaded(work)
+            computed = step.then(partial(compute, number, path, files))
+            del step  # the writer holds what it needs
+            if behind is not None:
+                behind.result()
+            behind = writer.submit(finish, path, computed)
+            del computed
+        if behind is not None:
+            behind.result()
+    remove_left_over((file for files in outputs.values() for file in files.values()), before=begun)
     return results
 
 
-@contextmanager
-def _remarks() -> Iterator[list[str]]:
-    """The messages of the package's own warnings in the block, each once; all others are shown as usual."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield messages
-        finally:
-            own = [one for one in caught if one.category is UserWarning]
-            messages += dict.fromkeys(str(one.message) for one in own)
-    for other in caught:
-        if other.category is not UserWarning:
-            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+def _loaded(work: Work[Model]) -> Model:
+    try:
+        return work.load()
+    except (MedsegError, OSError):
+        raise
+    except Exception as error:  # no memory, for instance
+        raise ModelError(f"the model cannot be loaded: {_described(error)}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Step(Generic[Before]):
+    """What a scan has become: the value of its last step, or the first error; and the remarks made on the way."""
+
+    value: Before | Exception
+    remarks: tuple[str, ...] = ()
+
+    def then(self, step: Callable[[Before], After]) -> _Step[After]:
+        """The next step, in the thread that calls this."""
+        value: After | Exception
+        if isinstance(self.value, Exception):
+            return _Step(self.value, self.remarks)
+        with remarks() as said:
+            try:
+                value = step(self.value)
+            except Exception as error:
+                value = error.with_traceback(None)  # which would keep the volume in memory
+        return _Step(value, (*self.remarks, *said))
+
+
+def _one_ahead(executor: ThreadPoolExecutor, jobs: Iterable[Callable[[], After]]) -> Generator[After, None, None]:
+    """The results of jobs, in their order; while one is used, the next job runs."""
+    ahead: Future[After] | None = None
+    try:
+        for job in jobs:
+            current, ahead = ahead, executor.submit(job)
+            if current is not None:
+                yield current.result()
+        if ahead is not None:
+            yield ahead.result()
+    finally:
+        if ahead is not None:
+            ahead.cancel()
+
+
+def _failed(path: Path, error: Exception) -> ScanResult:
+    if isinstance(error, MedsegError):
+        return ScanResult(path, "failed", error=str(error), exit_code=error.exit_code)
+    return ScanResult(path, "failed", error=f"{path}: {_described(error)}", exit_code=1)
+
+
+def _described(error: Exception) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'without a message'}"
+
+
+def _add_failure(file: Path, result: ScanResult) -> None:
+    """Add a scan to the CSV file, in a single write: a run that is killed loses no failure and leaves no half line."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            rows.writerow(("scan", "exit_code", "error"))
+        rows.writerow((result.scan, result.exit_code, " ".join(str(result.error).split())))
+        with file.open("ab", buffering=0) as out:
+            out.write(text.getvalue().encode(errors="surrogateescape"))
+    except OSError as error:
+        remark(f"{file}: {error.strerror or error}; failed scans are only listed here")
 
 
 def all_scans(paths: Sequence[Path]) -> list[Path]:
@@ -170,8 +265,18 @@ def all_scans(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(scan for path in paths for scan in find_scans(path)))
 
 
-def _share_of(path: Path, on_progress: Callable[[str, float], None] | None) -> Callable[[float], None]:
-    if on_progress is None:
-        return lambda done: None
-    name = scan_name(path)
-    return lambda done: on_progress(name, done)
+def part_of(outputs: Mapping[Path, Outputs], shard: tuple[int, int] | None) -> dict[Path, Outputs]:
+    """The scans of part i of n, for a shard (i, n) with 1 <= i <= n; all for None.
+
+    The part of a scan depends only on its whole path as given, so that further scans change no other's part.
+    """
+    part, count = shard or (1, 1)
+
+    def number(scan: Path) -> int:
+        return int(hashlib.sha256(scan.as_posix().encode(errors="surrogateescape")).hexdigest(), 16) % count + 1
+
+    return {scan: files for scan, files in outputs.items() if number(scan) == part}
+
+
+def _share_of(name: str, on_progress: Callable[[str, float], None] | None) -> Callable[[float], None]:
+    return (lambda done: None) if on_progress is None else partial(on_progress, name)

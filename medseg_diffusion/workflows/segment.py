@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from medseg_diffusion.volumes.sources import InputOptions, find_sources, read_so
 from medseg_diffusion.volumes.volume import Volume
 
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, each_scan
+from .scans import Scan, ScanResult, Work, Write, each_scan, part_of
 from .segmentation_statistics import segmentation_statistics
 
 IGNORED = 255
@@ -71,7 +71,8 @@ class SegmentOptions:
         report: Write one HTML page about all scans to this file.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         skip_existing: Skip scans whose mask exists.
-        shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the name.
+        shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the path.
+        failures: CSV file of the scans that fail (`each_scan`). A single scan writes none.
         output_format: Format of the mask: "nifti" (or the format of the file ``output``), or "dicom-seg", which refers
             to the images of a DICOM series. None takes that of the file ``output``, or "nifti".
         inputs: What is read: pattern, channels, DICOM series.
@@ -99,6 +100,7 @@ class SegmentOptions:
     run_report: Path | None = None
     skip_existing: bool = False
     shard: tuple[int, int] | None = None
+    failures: Path | None = None
     output_format: Format | None = None
     inputs: InputOptions = InputOptions()
     fast: bool = False
@@ -119,7 +121,7 @@ def segment(
         scans: Files, lists and folders (`volumes.sources.find_sources`).
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, share done).
+        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
 
     Raises:
         UsageError: Contradictory options, two scans with the same output, or a DICOM segmentation of a scan that is no
@@ -141,9 +143,6 @@ def segment(
         require_series(list(sources))
     if options.report is not None:
         require_report(options.report, list(sources))
-    if options.shard is not None:
-        part, count = options.shard
-        outputs = {path: files for path, files in outputs.items() if _shard_of(path, count) == part}
     cards: list[SegmentedCase] = []
 
     def load() -> SegmentationModel:
@@ -151,10 +150,8 @@ def segment(
         run_report.uses(model.saved, model.device, _settings(model, options))
         return model
 
-    def run(model: SegmentationModel, scan: Scan) -> ScanResult:
-        result, card = _segment_one(model, scan, options)
-        cards.append(card)
-        return result
+    def compute(model: SegmentationModel, scan: Scan) -> Write:
+        return partial(_write_results, model, scan, options, _segment_one(model, scan, options), cards)
 
     def add(result: ScanResult) -> None:
         run_report.add(result)
@@ -165,10 +162,17 @@ def segment(
         work = Work(
             run_report.timed(lambda path: read_source(sources[path], takes, options.inputs.series)),
             load,
-            run,
+            compute,
             "segmentation",
         )
-        results = each_scan(outputs, work, skip_existing=options.skip_existing, on_case=add, on_progress=on_progress)
+        results = each_scan(
+            part_of(outputs, options.shard),
+            work,
+            skip_existing=options.skip_existing,
+            on_case=add,
+            on_progress=on_progress,
+            failures=options.failures if len(sources) > 1 else None,
+        )
     if options.report is not None and cards:
         write_files(options.report.parent, {options.report.name: segment_report(cards)})
     return results
@@ -194,14 +198,34 @@ def _load(options: SegmentOptions) -> SegmentationModel:
     return model
 
 
-def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> tuple[ScanResult, SegmentedCase]:
-    """Segment a scan and write its files, the mask last."""
+@dataclass(frozen=True, eq=False)
+class _Segmented:
+    """A segmented scan that is to be written; ``ensemble`` is there if it is needed for that."""
+
+    segmentation: Segmentation
+    ensemble: Ensemble | None
+    placement: Placement
+    write_mask: Callable[[Tensor], None]
+
+
+def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> _Segmented:
+    """Segment a scan. What is not written is left out: it would stay in memory while the next scan is segmented."""
     _check_fits(scan.volume, model)
     write_mask = _mask_writer(model, scan, options)  # refuses before the computation what cannot be written after it
     ensemble, placement = model.sample(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
     segmentation = model.aggregation.combine(ensemble, placement)
+    if not options.save_probabilities:
+        segmentation = replace(segmentation, probabilities=torch.empty(0))
+    return _Segmented(segmentation, ensemble if options.save_pseudo_labels else None, placement, write_mask)
+
+
+def _write_results(
+    model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented, cards: list[SegmentedCase]
+) -> ScanResult:
+    """Write the files of a segmented scan, the mask last, and add its card to those of the report."""
+    segmentation = segmented.segmentation
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
-    written = _write_maps(model, scan, options, segmentation, ensemble, placement)
+    written = _write_maps(model, scan, options, segmented)
     picture = b""
     if options.preview or options.report is not None:
         picture = _picture(scan, segmentation, model, options)
@@ -211,7 +235,7 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
     if options.statistics:
         write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
         written["statistics"] = scan.outputs["statistics"]
-    write_mask(segmentation.labels)
+    segmented.write_mask(segmentation.labels)
     warnings = list(model.notes)
     if not bool((segmentation.labels > 0).any()):
         warnings.append("nothing was found: the mask is empty; check the scan and whether the model is for it")
@@ -229,18 +253,13 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
         segmentation.quality,
         warnings=tuple(warnings),
     )
-    return result, _report_card(result, model, options, picture)
+    cards.append(_report_card(result, model, options, picture))
+    return result
 
 
-def _write_maps(
-    model: SegmentationModel,
-    scan: Scan,
-    options: SegmentOptions,
-    segmentation: Segmentation,
-    ensemble: Ensemble,
-    placement: Placement,
-) -> Outputs:
+def _write_maps(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented) -> Outputs:
     """Write the requested maps beside the mask."""
+    segmentation, ensemble, placement = segmented.segmentation, segmented.ensemble, segmented.placement
     files, volume, written = scan.outputs, scan.volume, []
     if options.save_probabilities:
         write_map(segmentation.probabilities, volume, files["probabilities"])
@@ -251,7 +270,7 @@ def _write_maps(
     if options.save_members:
         write_labels(model.aggregation.members_on_scan(segmentation, placement), volume, files["members"])
         written.append("members")
-    if options.save_pseudo_labels:
+    if ensemble is not None:
         pseudo = _pseudo_labels(ensemble, placement, segmentation.labels, options.max_disagreement)
         write_labels(pseudo, volume, files["pseudo-labels"])
         written.append("pseudo-labels")
@@ -357,8 +376,3 @@ def _check_fits(volume: Volume, model: SegmentationModel) -> None:
             f"{expected} ({', '.join(model.saved.card['channels'])}) for model {model.saved.name}",
             remedy,
         )
-
-
-def _shard_of(scan: Path, count: int) -> int:
-    """The part of a scan, 1..count. It depends only on the path as given, so that further scans do not change it."""
-    return int(hashlib.sha256(scan.as_posix().encode()).hexdigest(), 16) % count + 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from medseg_diffusion.data.synthetic_anomalies import (
     FINEST_RADIUS,
@@ -26,7 +28,7 @@ from medseg_diffusion.volumes.outputs import labelled_outputs, refuse_collisions
 from medseg_diffusion.volumes.paths import SUFFIXES
 from medseg_diffusion.volumes.volume import Volume
 
-from .scans import Scan, ScanResult, Work, all_scans, each_scan
+from .scans import Scan, ScanResult, Work, Write, all_scans, each_scan
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def synthesize_anomalies(
         scans: Files of one channel, or folders of them.
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, share done).
+        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
 
     Raises:
         UsageError: Impossible options, or two scans with the same name.
@@ -85,19 +87,22 @@ def synthesize_anomalies(
     refuse_collisions(outputs)
     described: list[dict[str, Any]] = []
 
-    def run(recipe: AnomalyRecipe, scan: Scan) -> ScanResult:
-        result, description = _insert_into(scan, recipe, options)
+    def write(scan: Scan, image: Tensor, mask: Tensor, description: dict[str, Any]) -> ScanResult:
+        result = _write_results(scan, image, mask)
         described.append(description)
         write_json(options.output / "anomalies.json", {"seed": options.seed, "scans": described})
         return result
 
-    work = Work(read_volume, lambda: recipe, run, "images")
+    def compute(recipe: AnomalyRecipe, scan: Scan) -> Write:
+        return partial(write, scan, *_insert_into(scan, recipe, options))
+
+    work = Work(read_volume, lambda: recipe, compute, "images")
     return each_scan(outputs, work, on_case=on_case, on_progress=on_progress)
 
 
-def _insert_into(scan: Scan, recipe: AnomalyRecipe, options: SynthesisOptions) -> tuple[ScanResult, dict[str, Any]]:
-    """Write the image and its label; return the result and the scan's entry in anomalies.json."""
-    volume, files = scan.volume, scan.outputs
+def _insert_into(scan: Scan, recipe: AnomalyRecipe, options: SynthesisOptions) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The image and the mask of its anomalies, bool, both (I, J, K), and the scan's entry in anomalies.json."""
+    volume = scan.volume
     image = volume.data[0]
     free = scan_foreground(volume)
     spread = robust_spread(image, free)
@@ -113,13 +118,18 @@ def _insert_into(scan: Scan, recipe: AnomalyRecipe, options: SynthesisOptions) -
         image, mask, free = anomaly.image, mask | anomaly.mask, free & ~anomaly.touched
         anomalies.append(_entry(anomaly, volume, recipe, seed))
         scan.on_progress((number + 1) / options.count)
+    return image, mask, {"scan": scan.path.name, "spread": spread, "anomalies": anomalies}
+
+
+def _write_results(scan: Scan, image: Tensor, mask: Tensor) -> ScanResult:
+    """Write the label, then the image."""
+    volume, files = scan.volume, scan.outputs
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     write_labels(mask.to(torch.uint8), volume, files["labels"])
     write_map(image, volume, files["images"])
     volume_ml = float(mask.sum()) * volume.voxel_mm3 / 1000
-    result = ScanResult(scan.path, "done", files, scan.seconds, {"anomaly": volume_ml})
-    return result, {"scan": scan.path.name, "spread": spread, "anomalies": anomalies}
+    return ScanResult(scan.path, "done", files, scan.seconds, {"anomaly": volume_ml})
 
 
 def _entry(anomaly: Anomaly, volume: Volume, recipe: AnomalyRecipe, seed: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def segment(*arguments: object) -> list[str]:
     """Run the command and return the masks that it wrote."""
     result = medseg("segment", *arguments, "--device", "cpu", "--json")
     assert result.exit_code == 0, result.output
-    return [one["outputs"]["segmentation"] for one in json.loads(result.stdout)]
+    return [one["outputs"]["segmentation"] for one in map(json.loads, result.stdout.splitlines())]
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ sys.exit(status)
         (["segment", "nowhere.nii.gz"], 3),
         (["segment", "scan.nii.gz", "-m", "no-model"], 4),
         (["segment", "scan.nii.gz", "--shard", "3/2"], 2),
+        (["anomaly", "scan.nii.gz", "--shard", "auto/3"], 2),
         (["segment", "scan.nii.gz", "--device", "gpu"], 2),
         (["anomaly", "nowhere.nii.gz"], 3),
         (["evaluate", "nowhere", "scan.nii.gz", "-o", "out"], 3),

@@ -172,7 +172,10 @@ def test_bad_scans_are_one_line_and_code_3(array, message, anomaly_models, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["bad.nii.gz"]
 
 
-def test_one_bad_scan_stops_no_other(anomaly_scans, anomaly_models, tmp_path: Path) -> None:
+def test_one_bad_scan_stops_no_other(
+    anomaly_scans, anomaly_models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where failures.csv is written without -o
     write(tmp_path / "a.nii.gz", np.full((4, 4, 4), 1, np.float32))
     write(tmp_path / "b.nii.gz", head(3)[0])
     result = CliRunner().invoke(app, ["anomaly", str(tmp_path), "-m", str(anomaly_models["pixel"]), "--device", "cpu"])
@@ -196,3 +199,27 @@ def test_whole_volumes(tmp_path: Path) -> None:
     thin = write(tmp_path / "thin.nii.gz", head(9, shape=(12, 14, 2))[0])
     (case,) = anomaly([thin], AnomalyOptions(str(model), device="cpu"))
     assert case.exit_code == 3 and "found 12 x 14 x 2 voxels" in str(case.error)
+
+
+def test_parts_of_the_scans_give_the_files_of_all_and_list_their_failures(
+    anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path
+) -> None:
+    scans = tmp_path / "scans"
+    for i in range(3):
+        write(scans / f"s{i}.nii.gz", head(i)[0])
+    (scans / "bad.nii.gz").write_bytes(b"no scan")
+    command = ["anomaly", str(scans), "-m", str(anomaly_models["pixel"]), "--device", "cpu", "-o"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "all")]).exit_code == 1
+    for part in ("1/2", "2/2"):
+        CliRunner().invoke(app, [*command, str(tmp_path / "parts"), "--shard", part])
+
+    def files(folder: str) -> dict[str, bytes]:
+        found = {path.name: path.read_bytes() for path in (tmp_path / folder).glob("s*.nii.gz")}
+        assert len(found) == 9
+        return found
+
+    assert files("all") == files("parts")
+    (listed,) = (tmp_path / "parts").glob("failures.*-of-2.csv")
+    assert (
+        listed.read_text() == (tmp_path / "all" / "failures.csv").read_text() and "bad.nii.gz,3," in listed.read_text()
+    )

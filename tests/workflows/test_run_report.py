@@ -62,7 +62,9 @@ def test_what_was_used_and_what_became_of_every_scan(tmp_path: Path, tiny_model:
     assert [path.name for path in file.parent.iterdir()] == ["run.json"], "nothing half-written stays behind"
 
     own = {"sha256", "read_seconds", "finished"}  # beside them, the same as --json
-    assert [{k: v for k, v in scan.items() if k not in own} for scan in report["scans"]] == json.loads(result.stdout)
+    assert [{k: v for k, v in scan.items() if k not in own} for scan in report["scans"]] == [
+        json.loads(line) for line in result.stdout.splitlines()
+    ]
 
 
 def test_the_hash_of_a_folder_is_that_of_its_sums(tmp_path: Path, tiny_model: Path) -> None:

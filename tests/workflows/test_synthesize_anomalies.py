@@ -47,7 +47,7 @@ def test_the_command_writes_a_labelled_folder_that_it_describes(kind: str, tmp_p
     arguments = (tmp_path / "scans", "--kind", kind, "--count", 2, "--radius-mm", 4, 5)
     result = run(*arguments, "-o", out, "--json")
     assert result.exit_code == 0, result.output
-    assert [case["status"] for case in json.loads(result.stdout)] == ["done", "done"]
+    assert [json.loads(line)["status"] for line in result.stdout.splitlines()] == ["done", "done"]
     cases = find_cases(out).cases
     about = json.loads((out / "anomalies.json").read_text())
     assert about["seed"] == 0 and [scan["scan"] for scan in about["scans"]] == ["a.nii.gz", "b.nii.gz"]

@@ -1,0 +1,101 @@
+"""`--shard`: the part of the scans that one process takes, as given or from the environment of its launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medseg_diffusion.errors import UsageError
+
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="i/n|auto|auto/n",
+        help="Take only part i of n of the scans (1/4 to 4/4). auto reads i and n from torchrun, srun or a SLURM "
+        "array; auto/n reads i from the index of a Kubernetes job.",
+    ),
+]
+
+
+def parse_shard(value: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """The part (i, n), 1 <= i <= n, of a value of --shard; None for None.
+
+    Raises:
+        UsageError: another value, or variables that are missing or contradict each other.
+    """
+    if value is None:
+        return None
+    first, _, last = value.partition("/")
+    if value == "auto":
+        return _of_launcher(environment)
+    if first == "auto" and last.isdecimal() and int(last) >= 1:
+        return _part("JOB_COMPLETION_INDEX", _number("JOB_COMPLETION_INDEX", environment), int(last))
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise UsageError(f"--shard {value!r}: expected i/n with 1 <= i <= n, for instance 1/4, or auto, or auto/n")
+
+
+def failures_file(output: Path | None, part: tuple[int, int] | None) -> Path:
+    """The list of failed scans in the output folder, or else in the current one; each part has its own."""
+    name = "failures.csv" if part is None else f"failures.{part[0]}-of-{part[1]}.csv"
+    return (output or Path()) / name
+
+
+def _of_launcher(environment: Mapping[str, str]) -> tuple[int, int]:
+    """The part of a process among those of a launcher, among the tasks of a SLURM array.
+
+    The variables of torchrun come before those of srun, because srun may start torchrun, whose ranks then count all
+    processes. An array does not exclude the two: each of its tasks may be several processes.
+    """
+    array = _of_array(environment) if "SLURM_ARRAY_TASK_ID" in environment else None
+    process = None
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        process = _part("RANK", _number("RANK", environment), _number("WORLD_SIZE", environment))
+    elif "SLURM_NTASKS" in environment or ("SLURM_PROCID" in environment and array is None):
+        process = _part("SLURM_PROCID", _number("SLURM_PROCID", environment), _number("SLURM_NTASKS", environment))
+        if process[1] > 1 and "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
+            # A batch script has task number 0 of all tasks that were asked for, and is the only one.
+            raise UsageError(
+                f"--shard auto: SLURM_NTASKS is {process[1]}, but SLURM_STEP_ID is not set: this is no task of srun, "
+                "and the scans of the other tasks would be left out; start medseg with srun"
+            )
+    if array is None and process is None:
+        hint = "give --shard auto/n with the completions of the job" if "JOB_COMPLETION_INDEX" in environment else ""
+        raise UsageError(
+            "--shard auto: none of RANK (torchrun), SLURM_PROCID (srun) and SLURM_ARRAY_TASK_ID (sbatch --array) is "
+            f"set; {hint or 'start medseg with one of them, or give --shard i/n'}"
+        )
+    (i, n), (j, m) = array or (1, 1), process or (1, 1)
+    return (i - 1) * m + j, n * m
+
+
+def _of_array(environment: Mapping[str, str]) -> tuple[int, int]:
+    """The place of a task in its SLURM array, whose identifiers may begin anywhere and have steps."""
+    task, first, count = (_number(f"SLURM_ARRAY_TASK_{name}", environment) for name in ("ID", "MIN", "COUNT"))
+    step = _number("SLURM_ARRAY_TASK_STEP", {"SLURM_ARRAY_TASK_STEP": "1", **environment}) or 1
+    last = _number("SLURM_ARRAY_TASK_MAX", {"SLURM_ARRAY_TASK_MAX": str(first + (count - 1) * step), **environment})
+    if last != first + (count - 1) * step or (task - first) % step:
+        raise UsageError(
+            f"--shard auto: the {count} tasks of the SLURM array from {first} to {last} are not evenly spaced; number "
+            "them without gaps, as in --array=0-99, or give --shard i/n"
+        )
+    return _part("SLURM_ARRAY_TASK_ID", (task - first) // step, count)
+
+
+def _part(name: str, index: int, count: int) -> tuple[int, int]:
+    if not 0 <= index < count:
+        raise UsageError(f"--shard: {name} gives number {index}, counted from 0, of {count}; expected 0 to {count - 1}")
+    return index + 1, count
+
+
+def _number(name: str, environment: Mapping[str, str]) -> int:
+    value = environment.get(name, "")
+    if not value.isdecimal():
+        found = f"is {value!r}, which is no number" if value else "is not set"
+        raise UsageError(f"--shard: the environment variable {name} {found}")
+    return int(value)
