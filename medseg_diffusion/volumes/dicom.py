@@ -7,10 +7,11 @@ reader that takes those of the first slice for all gives wrong numbers without a
 from __future__ import annotations
 
 import shutil
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -52,6 +53,7 @@ class _Frame:
     spacing: tuple[float, float]
     slope: float
     intercept: float
+    rescaled: str  # what the file states of slope and intercept
 
 
 def open_image(path: Path) -> FileImage:
@@ -61,33 +63,50 @@ def open_image(path: Path) -> FileImage:
         InputError: several series; slices of different sizes, orientations or voxel sizes; missing, repeated, unevenly
             spaced or sheared slices; a single slice; colours; or a damaged file.
     """
-    files = _images(path)
-    _require_one_series(path, files)
-    frames = [frame for name, opener, header in files for frame in _frames(path, name, opener, header)]
-    frames = _stacked(path, frames)
-    header = frames[0].header
-    shape = int(header.Columns), int(header.Rows), len(frames)
-    scaled = any((frame.slope, frame.intercept) != (1.0, 0.0) for frame in frames)
-    key = int(header.get("BitsAllocated", 16)), int(header.get("PixelRepresentation", 0))
-    whole = "FloatPixelData" not in header and "DoubleFloatPixelData" not in header and not scaled
-    dtype = np.dtype(_TYPES.get(key, np.float32) if whole else np.float32)
+    with _quiet():
+        files = _images(path)
+        _require_one_series(path, files)
+        frames = [frame for name, opener, header in files for frame in _frames(path, name, opener, header)]
+        frames = _stacked(path, frames)
+        header = frames[0].header
+        shape = int(header.Columns), int(header.Rows), len(frames)
+        scaled = any((frame.slope, frame.intercept) != (1.0, 0.0) for frame in frames)
+        dtype = np.dtype(np.float32) if scaled else np.result_type(*{_type(frame.header) for frame in frames})
 
     def load() -> npt.NDArray[np.generic]:
         voxels = np.empty(shape, dtype)
         stored: dict[str, npt.NDArray[np.generic]] = {}
         for k, frame in enumerate(frames):
             if frame.name not in stored:
-                stored = {frame.name: _pixels(path, frame)}  # one file at a time
+                with _quiet():
+                    stored = {frame.name: _pixels(path, frame)}  # one file at a time
             pixels = stored[frame.name]
             pixels = pixels[frame.index] if pixels.ndim == 3 else pixels
             if pixels.shape != (shape[1], shape[0]):
                 raise _unreadable(path, f"{frame.name}: {pixels.shape} pixels where the header has {shape[1::-1]}")
-            if scaled:
-                pixels = pixels.astype(np.float64) * frame.slope + frame.intercept
-            voxels[:, :, k] = pixels.T.astype(dtype)
+            with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+                if scaled:
+                    pixels = pixels.astype(np.float64) * frame.slope + frame.intercept
+                voxels[:, :, k] = pixels.T.astype(dtype)
         return voxels
 
     return FileImage(shape, dtype, _affine(frames), Header(modality=str(header.get("Modality", ""))), load)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without pydicom's warnings of values that break the standard: they do not name the file, and most files do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pydicom")
+        yield
+
+
+def _type(header: Dataset) -> npt.DTypeLike:
+    """Type of the stored values of a file."""
+    if "FloatPixelData" in header or "DoubleFloatPixelData" in header:
+        return np.float32
+    key = int(header.get("BitsAllocated", 16)), int(header.get("PixelRepresentation", 0))
+    return _TYPES.get(key, np.float32)
 
 
 def _affine(frames: Sequence[_Frame]) -> FloatArray:
@@ -178,8 +197,10 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
         count = int(header.get("NumberOfFrames") or 1)
         shared = cast(Sequence[Dataset], header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         each = cast(Sequence[Dataset], header.get("PerFrameFunctionalGroupsSequence") or [])
-        if each and len(each) != count:
-            raise ValueError(f"{len(each)} descriptions of {count} frames")
+        for element in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation"):
+            int(header.get(element, 0))  # raises here what a damaged value raises
+        if count != (len(each) or 1):
+            raise ValueError(f"{count} frames, but the places of {len(each) or 1}")
         for index in range(count):
             groups = [each[index], shared, header] if each else [shared, header]
             position = _value(groups, "PlanePositionSequence", "ImagePositionPatient")
@@ -210,6 +231,10 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
                 tuple(_numbers(spacing, 2).tolist()),
                 1.0 if slope is None else float(slope),
                 0.0 if intercept is None else float(intercept),
+                " and ".join(
+                    f"{'no ' if value is None else ''}{what}"
+                    for value, what in ((slope, "slope"), (intercept, "intercept"))
+                ),
             )
     except (InputError, MemoryError):
         raise
@@ -289,6 +314,7 @@ def _require_same(path: Path, frames: Sequence[_Frame]) -> None:
     turned = [float(np.abs(frame.axes - first.axes).max()) > _TURNED for frame in frames]
     differing("orientation", ["another" if other else "that of the first" for other in turned], export)
     differing("pixel spacing", [" x ".join(f"{mm:.6g}" for mm in frame.spacing) + " mm" for frame in frames], export)
+    differing("rescaling", [frame.rescaled for frame in frames], export)
     lengths, angle = np.linalg.norm(first.axes, axis=1), float(first.axes[0] @ first.axes[1])
     if np.abs(lengths - 1).max() > 0.01 or abs(angle) > 0.01:
         raise InputError(path, "an orientation that is no pair of perpendicular unit vectors", "one", export)
@@ -324,10 +350,13 @@ def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
     """The stored values of a file: (rows, columns), or (frames, rows, columns)."""
     try:
         with frame.open() as file:
-            return np.asarray(_with_syntax(pydicom.dcmread(file, force=True)).pixel_array)
+            dataset = _with_syntax(pydicom.dcmread(file, force=True))
+        array = np.asarray(dataset.pixel_array)
+        compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
+        excess = 0 if compressed else len(dataset.get("PixelData", b"")) - array.nbytes
     except (RuntimeError, NotImplementedError) as error:
         syntax = UID(str(frame.header.file_meta.get("TransferSyntaxUID", "")))
-        if not syntax.is_compressed:
+        if not (syntax.is_transfer_syntax and syntax.is_compressed):
             raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
         if (stored := _decoded_by_itk(frame)) is not None:
             return stored
@@ -339,6 +368,9 @@ def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
         ) from error
     except Exception as error:  # pydicom raises nearly anything for damaged files
         raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+    if excess > 1:  # one byte fills an odd length
+        warnings.warn(f"{path.name}: {frame.name} holds more pixels than its header says", stacklevel=2)
+    return array
 
 
 def _decoded_by_itk(frame: _Frame) -> npt.NDArray[np.generic] | None:
