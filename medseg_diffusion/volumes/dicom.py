@@ -76,10 +76,11 @@ def open_image(path: Path) -> FileImage:
     def load() -> npt.NDArray[np.generic]:
         voxels = np.empty(shape, dtype)
         stored: dict[str, npt.NDArray[np.generic]] = {}
+        larger: list[str] = []
         for k, frame in enumerate(frames):
             if frame.name not in stored:
                 with _quiet():
-                    stored = {frame.name: _pixels(path, frame)}  # one file at a time
+                    stored = {frame.name: _pixels(path, frame, larger)}  # one file at a time
             pixels = stored[frame.name]
             pixels = pixels[frame.index] if pixels.ndim == 3 else pixels
             if pixels.shape != (shape[1], shape[0]):
@@ -88,6 +89,11 @@ def open_image(path: Path) -> FileImage:
                 if scaled:
                     pixels = pixels.astype(np.float64) * frame.slope + frame.intercept
                 voxels[:, :, k] = pixels.T.astype(dtype)
+        if larger:
+            text = (
+                f"{path.name}: {len(larger)} of its files hold more pixels than their headers say, such as {larger[0]}"
+            )
+            warnings.warn(text, stacklevel=2)
         return voxels
 
     return FileImage(shape, dtype, _affine(frames), Header(modality=str(header.get("Modality", ""))), load)
@@ -346,8 +352,11 @@ def _differences(frames: Sequence[_Frame]) -> str:
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
-    """The stored values of a file: (rows, columns), or (frames, rows, columns)."""
+def _pixels(path: Path, frame: _Frame, larger: list[str]) -> npt.NDArray[np.generic]:
+    """The stored values of a file: (rows, columns), or (frames, rows, columns).
+
+    A file with more bytes than its size asks for is added to ``larger``.
+    """
     try:
         with frame.open() as file:
             dataset = _with_syntax(pydicom.dcmread(file, force=True))
@@ -369,7 +378,7 @@ def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
     except Exception as error:  # pydicom raises nearly anything for damaged files
         raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
     if excess > 1:  # one byte fills an odd length
-        warnings.warn(f"{path.name}: {frame.name} holds more pixels than its header says", stacklevel=2)
+        larger.append(frame.name)
     return array
 
 
