@@ -26,6 +26,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from medseg_diffusion.errors import InputError
 
+from .archives import zip_entries
 from .volume import FileImage, FloatArray, Header
 
 # Both as a share of the distance between slices.
@@ -148,12 +149,12 @@ def _files(path: Path) -> Iterator[tuple[str, Opener]]:
             if file.is_file() and not file.name.startswith(".") and file.name.upper() != "DICOMDIR":
                 yield file.name, lambda file=file: file.open("rb")  # type: ignore[misc]
     elif zipfile.is_zipfile(path):
-        # Members are read in place, and none is ever written to a path that the archive names.
-        archive = zipfile.ZipFile(path)
-        for info in sorted(archive.infolist(), key=lambda info: info.filename):
-            base = info.filename.rpartition("/")[2]
-            hidden = base.startswith(".") or info.filename.startswith("__MACOSX/") or base.upper() == "DICOMDIR"
-            if not info.is_dir() and not hidden:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise _unreadable(path, _text(error)) from error
+        for info in zip_entries(archive, path):
+            if info.filename.rpartition("/")[2].upper() != "DICOMDIR":
                 yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
     else:
         yield path.name, lambda: path.open("rb")
