@@ -7,11 +7,10 @@ reader that takes those of the first slice for all gives wrong numbers without a
 from __future__ import annotations
 
 import shutil
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -27,6 +26,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from medseg_diffusion.errors import InputError
 
 from .archives import zip_entries
+from .remarks import quiet, remark
 from .volume import FileImage, FloatArray, Header
 
 # Both as a share of the distance between slices.
@@ -64,7 +64,7 @@ def open_image(path: Path) -> FileImage:
         InputError: several series; slices of different sizes, orientations or voxel sizes; missing, repeated, unevenly
             spaced or sheared slices; a single slice; colours; or a damaged file.
     """
-    with _quiet():
+    with quiet():
         files = _images(path)
         _require_one_series(path, files)
         frames = [frame for name, opener, header in files for frame in _frames(path, name, opener, header)]
@@ -80,7 +80,7 @@ def open_image(path: Path) -> FileImage:
         larger: list[str] = []
         for k, frame in enumerate(frames):
             if frame.name not in stored:
-                with _quiet():
+                with quiet():
                     stored = {frame.name: _pixels(path, frame, larger)}  # one file at a time
             pixels = stored[frame.name]
             pixels = pixels[frame.index] if pixels.ndim == 3 else pixels
@@ -94,18 +94,10 @@ def open_image(path: Path) -> FileImage:
             text = (
                 f"{path.name}: {len(larger)} of its files hold more pixels than their headers say, such as {larger[0]}"
             )
-            warnings.warn(text, stacklevel=2)
+            remark(text)
         return voxels
 
     return FileImage(shape, dtype, _affine(frames), Header(modality=str(header.get("Modality", ""))), load)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without pydicom's warnings of values that break the standard: they do not name the file, and most files do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pydicom")
-        yield
 
 
 def _type(header: Dataset) -> npt.DTypeLike:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import SimpleITK as sitk
 
 from medseg_diffusion.errors import InputError
 
+from .remarks import remark
 from .volume import FileImage, FloatArray, Header, Volume, spacing_of
 
 _LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
@@ -57,7 +57,7 @@ def open_image(path: Path) -> FileImage:
     named = ("TransformMatrix", "Rotation", "Orientation") if header.meta else ("space",)
     if not header.fields.keys() & set(named):
         what = f"its header has no orientation (no {named[0]}), so left and right are a guess"
-        warnings.warn(f"{path.name}: {what}", stacklevel=2)
+        remark(f"{path.name}: {what}")
     axes = reader.GetDimension()
     components = reader.GetNumberOfComponents()
     shape = tuple(int(n) for n in reader.GetSize()) + ((components,) if components > 1 else ())

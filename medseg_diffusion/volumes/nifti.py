@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import logging
 import math
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from medseg_diffusion.errors import InputError
 
+from .remarks import quiet, remark
 from .volume import FileImage, FloatArray, Header, Volume, check_affine, grid_distance
 
 # What nibabel, gzip and numpy raise for files that are truncated, damaged or of another format.
@@ -34,7 +34,7 @@ def open_image(path: Path) -> FileImage:
         InputError: a file of another format, or a damaged one.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), _quiet():  # its remarks do not name the file; ours do
+        with _quiet():
             image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):
             raise InputError(path, f"a {type(image).__name__}", "a NIfTI volume", "convert it to a NIfTI volume")
@@ -53,7 +53,8 @@ def open_image(path: Path) -> FileImage:
                 return np.asanyarray(image.dataobj)
             content = _decompressed(path, end)
             with _quiet():
-                return np.asanyarray(type(image).from_bytes(content).dataobj)
+                whole = type(image).from_bytes(content)
+            return np.asanyarray(whole.dataobj)
         except _BROKEN as error:
             raise _unreadable(path, error) from error
 
@@ -94,7 +95,7 @@ def _require_size(path: Path, end: int) -> None:
 def _say_tail(path: Path, count: int) -> None:
     if count > 0:
         text = f"{path.name}: {count} bytes follow the voxels, so its header may be damaged; check the scan's size"
-        warnings.warn(text, stacklevel=2)
+        remark(text)
 
 
 def _decompressed(path: Path, end: int) -> bytes:
@@ -166,22 +167,18 @@ def _geometry(path: Path, image: nib.Nifti1Image) -> tuple[FloatArray, Header]:
     affine: FloatArray = to_mm @ own
     qform_code, sform_code = int(raw["qform_code"]), int(raw["sform_code"])
     if not qform_code and not sform_code:
-        warnings.warn(
-            f"{path.name}: its header has no orientation (qform and sform codes are 0), so left and right are a guess",
-            stacklevel=2,
+        remark(
+            f"{path.name}: its header has no orientation (qform and sform codes are 0), so left and right are a guess"
         )
     qform = _qform(raw, to_mm) if qform_code and sform_code else None
     if qform_code and sform_code and qform is None:
         qform_code = 0  # an unusable quaternion is not written again
-        warnings.warn(f"{path.name}: its qform is unusable; the sform is used alone", stacklevel=2)
+        remark(f"{path.name}: its qform is unusable; the sform is used alone")
     elif qform is not None:
         first, other = (np.linalg.norm(one[:3, :3], axis=0) for one in (affine, qform))
         if np.abs(first - other).max() > 0.1 * first.min():
             sizes = [" x ".join(f"{mm:g}" for mm in one) for one in (first, other)]
-            warnings.warn(
-                f"{path.name}: its sform has voxels of {sizes[0]} mm, its qform of {sizes[1]} mm; the sform is used",
-                stacklevel=2,
-            )
+            remark(f"{path.name}: its sform has voxels of {sizes[0]} mm, its qform of {sizes[1]} mm; the sform is used")
         if grid_distance(qform, affine, tuple(image.shape)) < 1e-3:
             qform = None
     return affine, Header(qform_code, sform_code, units, qform)
@@ -208,13 +205,14 @@ def _qform(raw: nib.Nifti1Header, to_mm: FloatArray) -> FloatArray | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without nibabel's log lines on stderr."""
-    level = nib.imageglobals.logger.level
-    nib.imageglobals.logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        nib.imageglobals.logger.setLevel(level)
+    """Without nibabel's warnings and log lines."""
+    with quiet():
+        level = nib.imageglobals.logger.level
+        nib.imageglobals.logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            nib.imageglobals.logger.setLevel(level)
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

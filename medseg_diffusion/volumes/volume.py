@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
+
+from .remarks import remark
 
 FloatArray = npt.NDArray[np.float64]
 Shape = tuple[int, int, int]
@@ -240,7 +241,7 @@ def check_spacing(affine: FloatArray, source: Path | str) -> None:
     if sizes[0] < SMALLEST_MM or sizes[2] > LARGEST_MM:
         raise InputError(source, found, "0.05 to 6 mm, and up to 30 mm between slices", remedy)
     if sizes[0] < _USUAL_MM[0] or sizes[1] > _USUAL_MM[1] or sizes[2] > _USUAL_SLICE_MM:
-        warnings.warn(f"{Path(source).name}: {found}, which is unusual for a scan; {remedy}", stacklevel=2)
+        remark(f"{Path(source).name}: {found}, which is unusual for a scan; {remedy}")
 
 
 def _by(numbers: tuple[int, ...] | list[float]) -> str:
