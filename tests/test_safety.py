@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import stat
 import zipfile
@@ -33,8 +34,6 @@ SOURCES = sorted(
 
 
 def picture() -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(buffer, format="PNG")
     return buffer.getvalue()
