@@ -121,6 +121,20 @@ def require_folder(path: Path) -> None:
         raise UsageError(f"{existing}: cannot be written to; choose another output")
 
 
+def require_new_folder(path: Path) -> None:
+    """UsageError for a path that exists, or that cannot become a folder; nothing is made."""
+    if path.exists():
+        raise UsageError(f"{path}: exists; choose a new folder")
+    require_folder(path)
+
+
+def require_replaceable(path: Path) -> None:
+    """UsageError unless ``path`` is a file that can be replaced, or can become one; nothing is made."""
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder, but the result is a file; add a name")
+    require_folder(path.parent)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes strict, indented JSON; ValueError for a number that is not finite."""
     write_files(path.parent, {path.name: json.dumps(content, indent=2, allow_nan=False) + "\n"})

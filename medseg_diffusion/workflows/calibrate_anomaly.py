@@ -13,6 +13,7 @@ from medseg_diffusion.config.load import override_key, parse_config
 from medseg_diffusion.data.healthy import TRAINED_ON, find_healthy, refuse_lesions, refuse_trained
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.files import require_new_folder
 from medseg_diffusion.models.anomaly import (
     DetectionOptions,
     calibration_entry,
@@ -73,8 +74,7 @@ def calibrate_anomaly(
         InputError: Unusable scans, scans that the model was trained on, or lesions in healthy ones.
         UsageError: An output that exists, or values out of range.
     """
-    if output.exists():
-        raise UsageError(f"{output}: exists; choose a new folder")
+    require_new_folder(output)
     saved = load_model_files(model)
     chosen = choose_device(device)
     tune(chosen)

@@ -16,7 +16,7 @@ from medseg_diffusion.data.mask_examples import require_slices
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import require_replaceable, write_files
 from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
 from medseg_diffusion.models.segmentation import Segmentation, SegmentationModel
@@ -110,6 +110,8 @@ def segment(
     paths = all_scans(scans)
     outputs = {path: segmentation_outputs(path, options.output, len(paths)) for path in paths}
     refuse_collisions(outputs)
+    if options.report is not None:
+        require_replaceable(options.report)
     if options.shard is not None:
         part, count = options.shard
         outputs = {path: files for path, files in outputs.items() if _shard_of(path, count) == part}
