@@ -15,23 +15,30 @@ def check(
     data: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA", help="Folder or zip of images, or folder of scans.", callback=existing("images or scans")
+            metavar="DATA",
+            help="Folder or zip of images, folder of scans or DICOM series, or one scan.",
+            callback=existing("images or scans"),
         ),
     ],
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Open every file of a data set and report counts, sizes, classes and broken files."""
+    """Open every file of a data set and report counts, sizes, classes and everything that would stop a command.
+
+    Labels are opened, too: their grids, values and names. The exit code is 1 if anything is wrong.
+    """
     from medseg_diffusion.workflows.check import check as run
 
     with progress(quiet) as show:
         update = count_of(show)
         report = run(data, lambda done, total: update("files", done, total))
     if as_json:
-        print_json({**report.rows(), "broken": report.broken})
+        print_json({**report.rows(), "broken": report.broken, "remarks": report.remarks})
     elif not quiet:
         for name, value in report.rows().items():
             typer.echo(f"{name}: {value}")
+    for line in report.remarks:
+        fail(line, kind="warning")
     for line in report.broken:
         fail(line)
     if report.broken:

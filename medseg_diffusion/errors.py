@@ -50,6 +50,7 @@ class ModelError(MedsegError):
 
 _collected: ContextVar[list[str] | None] = ContextVar("remarks", default=None)
 _quieting = threading.RLock()
+_LIBRARIES = ("PIL", "highdicom", "nibabel", "numpy", "pydicom")
 
 
 def remark(message: str) -> None:
@@ -74,9 +75,11 @@ def remarks() -> Iterator[list[str]]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No warning is shown inside the block; our own remarks are made all the same.
+    """Without the warnings of the libraries that read and write files: they do not name the file.
 
-    For short calls of libraries: only one thread at a time can be in such a block.
+    Our own remarks are made all the same. Only one thread at a time can be in such a block.
     """
-    with _quieting, warnings.catch_warnings(action="ignore"):
+    with _quieting, warnings.catch_warnings():
+        for library in _LIBRARIES:
+            warnings.filterwarnings("ignore", module=library)
         yield

@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed."""
+"""Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed.
+
+Temporary files are readable by their owner alone. Finished ones have the permissions that the umask leaves.
+"""
 
 from __future__ import annotations
 
@@ -31,25 +34,27 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(_temporary_name(path.name))
     try:
+        mode = _made_private(temporary)
         yield temporary
         if durable:
             with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path, replace: bool = False, private: bool = True) -> Iterator[Path]:
     """An empty folder beside ``path`` that takes its name when the block ends without an error.
-
-    It is readable by its owner alone, unless the block changes that.
 
     Args:
         path: the folder; its parents are made.
         replace: put the new folder in place of an existing one. Otherwise the existing one stays: another process was
             faster.
+        private: keep it readable by its owner alone, as for copies of scans. Otherwise the folder and its files get
+            the permissions that the umask leaves.
 
     Raises:
         OSError: the folder cannot be written. An existing one is left as it was.
@@ -59,6 +64,8 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.old")
     try:
         yield temporary
+        if not private:
+            _make_usual(temporary)
         if path.exists() and not replace:
             return
         shutil.rmtree(old, ignore_errors=True)
@@ -133,9 +140,11 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / _temporary_name(name) for name in contents}
     try:
+        modes = {name: _made_private(path) for name, path in temporary.items()}
         for name, content in contents.items():
             temporary[name].write_bytes(content.encode() if isinstance(content, str) else content)
         for name, path in temporary.items():
+            path.chmod(modes[name])
             path.replace(folder / name)
     finally:
         for path in temporary.values():
@@ -156,6 +165,20 @@ def require_folder(path: Path) -> None:
         raise UsageError(f"{existing}: cannot be written to; choose another output")
 
 
+def require_new_folder(path: Path) -> None:
+    """UsageError for a path that exists, or that cannot become a folder; nothing is made."""
+    if path.exists():
+        raise UsageError(f"{path}: exists; choose a new folder")
+    require_folder(path)
+
+
+def require_replaceable(path: Path) -> None:
+    """UsageError unless ``path`` is a file that can be replaced, or can become one; nothing is made."""
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder, but the result is a file; add a name")
+    require_folder(path.parent)
+
+
 def plain(value: Any) -> Any:
     """The value in the types of strict JSON: numbers that are not finite become null, paths and the like strings."""
     if isinstance(value, Mapping):
@@ -172,6 +195,24 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Writes strict, indented JSON; ValueError for a number that is not finite."""
     write_files(path.parent, {path.name: json.dumps(content, indent=2, allow_nan=False) + "\n"})
+
+
+def _made_private(path: Path) -> int:
+    """Makes an empty file that only its owner can read, and returns the permissions that the umask leaves."""
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode & 0o777
+    path.chmod(0o600)
+    return mode
+
+
+def _make_usual(folder: Path) -> None:
+    """Gives a folder, which is empty but for files, the permissions that the umask leaves."""
+    probe = folder / _temporary_name("mode")
+    mode = _made_private(probe)
+    probe.unlink()
+    for file in folder.iterdir():
+        file.chmod(mode)
+    folder.chmod(mode | (mode & 0o444) >> 2)  # who may read a folder may enter it
 
 
 _TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.tmp")

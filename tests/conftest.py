@@ -126,6 +126,17 @@ def anomaly_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_scans(anomaly_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same scans under the names of other patients, so that a model may be calibrated on them."""
+    folder = tmp_path_factory.mktemp("other-scans")
+    for path in sorted(anomaly_scans.glob("*/*")):
+        copy = folder / path.parent.name / f"other-{path.name}"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def anomaly_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The configuration of the first stage of a latent model, as a file."""
     from tests.helpers import anomaly

@@ -22,7 +22,7 @@ from medseg_diffusion.volumes.paths import is_image, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
-from .cases import Bounds, SplitName, find_cases, split_of_patients
+from .cases import Bounds, SplitName, digest, find_cases, split_of_patients
 from .image_cache import VERSION, PackedImages, Row, open_packed, write_packed
 from .patients import patients_of
 
@@ -279,6 +279,29 @@ class _Heights:
         """The positions of the packed slices, each 1 to `MOST_REPEATS` times."""
         times = np.clip(np.rint(self.visible / np.maximum(self.packed, 1)), 1, MOST_REPEATS).astype(int)
         return [position for position, label, band in self.positions for _ in range(times[label, band])]
+
+
+TRAINED_ON = "trained_on"
+"""Key of a model's card: `names_of` the scans that its networks learned from."""
+
+
+def names_of(scans: Sequence[HealthyScan]) -> list[str]:
+    """The `digest` of the names of scans and of their patients, sorted."""
+    return sorted({digest(name) for scan in scans for name in (scan.name, scan.patient)})
+
+
+def refuse_trained(scans: Sequence[HealthyScan], trained_on: Sequence[str]) -> None:
+    """InputError if a scan, or its patient, has one of the names ``trained_on`` (`names_of`)."""
+    seen = set(trained_on)
+    trained = [scan for scan in scans if seen.intersection(names_of([scan]))]
+    if trained:
+        more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
+        raise InputError(
+            trained[0].image,
+            f"a scan of a name that the model was trained on{more}",
+            "scans of other patients, whose scores are not too low",
+            "take it out of the folder, or rename it if it is another patient's",
+        )
 
 
 def refuse_lesions(scan: HealthyScan, exclude_labelled: int | None) -> None:

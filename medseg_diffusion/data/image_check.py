@@ -1,21 +1,25 @@
-"""Opens every file of a collection of images and counts sizes, colours and broken files."""
+"""Opens every file of a data set, its labels too, and says what would stop a training or a segmentation."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_labels, read_map, read_volume
+from medseg_diffusion.volumes.volume import Volume
 
-from .cases import Case, find_cases
+from .cases import Case, CaseFolder, find_cases
 from .images import UNLABELLED, Entry, ImageCollection, Kind, open_image
+from .pairs import listed
 
 
 @dataclass
@@ -29,8 +33,10 @@ class ImageCheck:
         images_per_class: smallest and largest number of training files of a class; None without classes.
         sizes: the five most frequent sizes and their numbers of files.
         modes: colour mode -> number of files.
-        broken: one message per broken file.
+        broken: one message for everything that is wrong: what was found where, what is expected, and what to do.
         labelled: number of labelled cases, whose labels were opened.
+        labels: label value, with its name if it has one -> number of cases that have it.
+        remarks: one message for everything that is unusual, but would stop no training and no segmentation.
     """
 
     kind: Kind
@@ -41,6 +47,8 @@ class ImageCheck:
     modes: dict[str, int]
     broken: list[str]
     labelled: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def rows(self) -> dict[str, Any]:
         """The rows of the report, by name."""
@@ -49,40 +57,47 @@ class ImageCheck:
             "layout": self.kind,
             **{f"{part} files": count for part, count in self.parts.items()},
             **({"labelled cases": self.labelled} if self.labelled else {}),
+            **({"cases with label": _counts(self.labels)} if self.labels else {}),
             "classes": self.classes,
             "training files per class": per_class,
-            "sizes": ", ".join(f"{size} ({count})" for size, count in self.sizes.items()),
-            "colours": ", ".join(f"{mode} ({count})" for mode, count in self.modes.items()),
-            "broken files": len(self.broken),
+            "sizes": _counts(self.sizes),
+            "colours": _counts(self.modes),
+            "problems": len(self.broken),
         }
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in numbers.items())
 
 
 def check_images(
     collection: ImageCollection, on_file: Callable[[int, int], None] = lambda done, total: None
 ) -> ImageCheck:
-    """Open every file and count. Broken files are listed; no error is raised.
+    """Open every file and count. What is wrong is listed; no error is raised.
 
-    Labels beside the images are opened, too: they must be label maps on the grids of their images.
+    Labels beside the images are opened, too: they must be label maps on the grids of their images, of values that have
+    a name if any has one.
 
     Args:
         collection: the collection.
         on_file: called with (files done, files in all).
     """
-    sizes: Counter[str] = Counter()
-    modes: Counter[str] = Counter()
-    broken = []
-    cases, missing = _cases(collection.source)
-    broken += missing
-    total = len(collection.entries) + len(cases)
-    with ThreadPoolExecutor() as pool:  # reading and decompressing release the interpreter
-        opened = pool.map(partial(_open_image, collection), collection.entries)
-        for done, found in enumerate(chain(opened, pool.map(_open_labels, cases)), 1):
-            if isinstance(found, InputError):
-                broken.append(str(found))
-            elif found is not None:
-                sizes[found[0]] += 1
-                modes[found[1]] += 1
-            on_file(done, total)
+    folder, broken = _cases(collection.source)
+    cases = {case.image: case for case in folder.cases} if folder else {}
+    entries = {collection.source / entry.name: entry for entry in collection.entries}
+    # dataset.json may list images elsewhere.
+    jobs = [*entries.values(), *(Entry(relpath(path, collection.source), "") for path in cases if path not in entries)]
+    opened: list[_Opened] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        # Reading and decompressing release the interpreter. Each thread holds a scan in memory.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for one in pool.map(partial(_open, collection, cases), jobs):
+                opened.append(one)
+                on_file(len(opened), len(jobs))
+    broken += [line for one in opened for line in one.wrong]
+    if folder:
+        broken += _of_all(collection.source, folder, opened)
     parts = Counter[str](entry.part or "all" for entry in collection.entries)
     labels = [e.label for e in collection.entries if e.label != UNLABELLED and e.part in (None, "train")]
     counts = Counter(labels).values()
@@ -92,43 +107,90 @@ def check_images(
         dict(parts),
         len(collection.classes),
         per_class,
-        dict(sizes.most_common(5)),
-        dict(modes.most_common()),
+        dict(Counter(one.size for one in opened if one.size).most_common(5)),
+        dict(Counter(one.colours for one in opened if one.colours).most_common()),
         broken,
         len(cases),
+        _with_labels(opened, folder.labels if folder else {}),
+        list(dict.fromkeys(str(one.message) for one in said if one.category is UserWarning)),
     )
 
 
-def _open_image(collection: ImageCollection, entry: Entry) -> tuple[str, str] | InputError:
-    """Size and colours of a file, in words, or what is wrong with it."""
+@dataclass
+class _Opened:
+    """Size and colours of a file in words, the values in its labels, and one message for each thing that is wrong."""
+
+    size: str = ""
+    colours: str = ""
+    labels: frozenset[int] = frozenset()
+    wrong: list[str] = field(default_factory=list)
+
+
+def _open(collection: ImageCollection, cases: Mapping[Path, Case], entry: Entry) -> _Opened:
+    opened, path = _Opened(), collection.source / entry.name
     try:
+        volume = None
         if collection.kind == "scans":
-            volume = read_volume(collection.source / entry.name, channels=None)
-            return " x ".join(map(str, volume.shape)), f"{len(volume.data)} channels"
-        with open_image(collection.source, entry.name, collection.read(entry.name)) as image:
-            return "{} x {}".format(*image.size), image.mode
+            volume = read_volume(path, channels=None)
+            opened.size, opened.colours = " x ".join(map(str, volume.shape)), f"{len(volume.data)} channels"
+        else:
+            with open_image(collection.source, entry.name, collection.read(entry.name)) as image:
+                opened.size, opened.colours = "{} x {}".format(*image.size), image.mode
+        if (case := cases.get(path)) is not None:
+            _open_labels(case, read_map(path) if volume is None else volume, opened)
     except InputError as error:
-        return error
+        opened.wrong.append(str(error))
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        opened.wrong.append(str(InputError(path, f"an unreadable file ({why})", "a file", "check its permissions")))
+    return opened
 
 
-def _cases(folder: Path) -> tuple[list[Case], list[str]]:
-    """The labelled cases of a folder, and what is wrong with them as a whole; nothing for other collections."""
+def _open_labels(case: Case, image: Volume, opened: _Opened) -> None:
+    """Open the further channels of a case and the labels of all its readers."""
+    for path in case.further_channels:
+        image.require_same_grid(read_volume(path))
+    for path in case.labels:
+        try:
+            labels = read_labels(path)
+            image.require_same_grid(labels)
+            opened.labels |= frozenset(labels.data.unique().tolist())
+        except InputError as error:
+            opened.wrong.append(str(error))
+
+
+def _with_labels(opened: Sequence[_Opened], names: Mapping[int, str]) -> dict[str, int]:
+    counts = Counter(value for one in opened for value in one.labels)
+    return {f"{value} {names.get(value, '')}".strip(): counts[value] for value in sorted(counts)}
+
+
+def _of_all(source: Path, folder: CaseFolder, opened: Sequence[_Opened]) -> list[str]:
+    """What is wrong with the labels or the channels of all cases together."""
+    present, wrong = {value for one in opened for value in one.labels}, []
+    names = ", ".join(f"{value} {name}" for value, name in sorted(folder.labels.items()))
+    if folder.labels and (unnamed := sorted(present - set(folder.labels))):
+        found, remedy = f"labels without a name ({listed(unnamed)})", "name them in dataset.json, or correct the masks"
+        wrong.append(InputError(source, found, names, remedy))
+    if present and (absent := sorted(set(folder.labels) - present)):
+        found = f"no voxel of label {listed(absent)} in any case"
+        wrong.append(InputError(source, found, names, "add such a case, or take the label out of dataset.json"))
+    if folder.labels or present:
+        kinds = Counter(one.colours for one in opened if one.colours)
+        if len(kinds) > 1:
+            found = ", ".join(f"{kind} in {count} files" for kind, count in kinds.most_common())
+            wrong.append(
+                InputError(source, f"images of different kinds ({found})", "one kind", "convert the fewer ones")
+            )
+    return [str(error) for error in wrong]
+
+
+def _cases(folder: Path) -> tuple[CaseFolder | None, list[str]]:
+    """The labelled cases of a folder, and what is wrong with them as a whole; None for other collections."""
     layouts = (("images", "labels"), ("images", "masks"), ("images", "raters"), ("imagesTr", "labelsTr"))
-    if not any((folder / images).is_dir() and (folder / labels).is_dir() for images, labels in layouts):
-        return [], []
+    labelled = any((folder / images).is_dir() and (folder / labels).is_dir() for images, labels in layouts)
+    if not labelled and not (folder / "dataset.json").is_file():
+        return None, []
     try:
-        return list(find_cases(folder).cases), []
+        return find_cases(folder), []
     except InputError as error:
-        return [], [str(error)]
-
-
-def _open_labels(case: Case) -> InputError | None:
-    """What is wrong with the labels of a case; None if nothing is."""
-    try:
-        image = read_map(case.image)
-        for path in case.labels:
-            image.require_same_grid(read_labels(path))
-    except InputError as error:
-        # A broken image is reported once, by `_open_image`.
-        return None if error.source == case.image else error
-    return None
+        return None, [str(error)]

@@ -28,6 +28,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.archives import zip_entries
 from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SEGMENTATION
@@ -211,6 +212,7 @@ def _without_suffix(name: str) -> str:
     return str(Path(name).with_name(stem))
 
 
+_MOST_OF_IMAGE = 2**28  # bytes of one image file, which is read whole
 _BROKEN_ENTRY = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError)
 """What zipfile raises: RuntimeError for encryption or an unknown compression, ValueError for an entry's name."""
 
@@ -222,8 +224,7 @@ def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
         raise InputError(
             source, f"no readable zip ({error})", "a zip or a folder of images", "download or unpack it again"
         ) from error
-    names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
-    names = [name for name in names if not _is_hidden(name)]
+    names = [info.filename for info in zip_entries(archive, source, _MOST_OF_IMAGE)]
 
     def read(name: str) -> bytes:
         try:
@@ -231,7 +232,7 @@ def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
         except _BROKEN_ENTRY as error:
             raise InputError(f"{source}/{name}", f"an unreadable entry ({error})", "a whole file", _REPAIR) from error
 
-    return sorted(names), read
+    return names, read
 
 
 def _is_hidden(name: str) -> bool:

@@ -114,7 +114,7 @@ def save_model(
                 f"{path}: the weights {name} have values that are not finite as {str(dtype).removeprefix('torch.')}; "
                 "nothing was written"
             )
-    with whole_folder(path, replace=True) as folder:
+    with whole_folder(path, replace=True, private=False) as folder:
         content = {**card, "schema_version": SCHEMA_VERSION}
         (folder / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         stored = {
@@ -124,9 +124,6 @@ def save_model(
         (folder / "README.md").write_text(readme)
         sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES)
         (folder / "SHA256SUMS").write_text(sums)
-        for file in folder.iterdir():  # safetensors makes files that only the owner can read
-            file.chmod(0o644)
-        folder.chmod(0o755)
 
 
 def load_model_files(name_or_path: str | Path) -> SavedModel:

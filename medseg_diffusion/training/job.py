@@ -16,7 +16,6 @@ from medseg_diffusion.config.shared import TrainingSection
 from medseg_diffusion.data.draws import Draws, Examples
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.files import require_folder
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.store import save_model
 
@@ -108,7 +107,6 @@ class Job:
             UsageError: the run exists and is not resumed, or was started with another configuration.
             InputError: the sides have changed since the run was started.
         """
-        require_folder(self.run)
         start_run(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
         if sides is not None:
             keep_sides(self.run / sides_file, sides, data or self.run, self.resume)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.files import write_files, write_json
+from medseg_diffusion.files import require_folder, write_files, write_json
 
 
 def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
@@ -38,9 +38,10 @@ def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], re
     """Raises what `start_run` would raise, before any work is done.
 
     Raises:
-        UsageError: the run exists and ``resume`` is off, does not exist and it is on, or was started with another
-            configuration.
+        UsageError: the run exists and ``resume`` is off, does not exist and it is on, was started with another
+            configuration, or cannot be a folder.
     """
+    require_folder(run)
     file = run / "config.yaml"
     if file.is_file() and not resume:
         raise UsageError(f"{run}: holds a run already; add --resume to continue it, or choose another folder")

@@ -24,8 +24,9 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from medseg_diffusion.errors import InputError, remark
+from medseg_diffusion.errors import InputError, quiet_libraries, remark
 
+from .archives import zip_entries
 from .modality import BIDS_SUFFIX, DICOM_MODALITY, SeriesChoice, kind_of
 from .paths import dicom_files, is_dicomdir
 from .volume import FileImage, FloatArray, Header
@@ -39,6 +40,7 @@ _TYPES: dict[tuple[int, int], npt.DTypeLike] = {
 
 Opener = Callable[[], AbstractContextManager[BinaryIO]]
 _File = tuple[str, Opener, Dataset]  # name, opener and header
+_LISTED = 8  # most series in a message
 _LOCALIZER = re.compile(r"locali[sz]er|scout|topogram|surview|(?<![a-z])(loc|survey)(?![a-z])")
 
 
@@ -55,6 +57,7 @@ class _Frame:
     spacing: tuple[float, float]
     slope: float
     intercept: float
+    rescaled: str  # what the file states of slope and intercept
 
 
 def open_image(path: Path, choice: SeriesChoice = SeriesChoice()) -> FileImage:
@@ -71,27 +74,34 @@ def open_image(path: Path, choice: SeriesChoice = SeriesChoice()) -> FileImage:
         InputError: none or several of the series fit; slices of different sizes, orientations or voxel sizes; missing,
             repeated or unevenly spaced slices; a single slice; colours; or a damaged file.
     """
-    frames = _volume_frames(path, choice)
-    header = frames[0].header
-    shape = int(header.Columns), int(header.Rows), len(frames)
-    scaled = any((frame.slope, frame.intercept) != (1.0, 0.0) for frame in frames)
-    key = int(header.get("BitsAllocated", 16)), int(header.get("PixelRepresentation", 0))
-    whole = "FloatPixelData" not in header and "DoubleFloatPixelData" not in header and not scaled
-    dtype = np.dtype(_TYPES.get(key, np.float32) if whole else np.float32)
+    with quiet_libraries():
+        frames = _volume_frames(path, choice)
+        header = frames[0].header
+        shape = int(header.Columns), int(header.Rows), len(frames)
+        scaled = any((frame.slope, frame.intercept) != (1.0, 0.0) for frame in frames)
+        dtype = np.dtype(np.float32) if scaled else np.result_type(*{_type(frame.header) for frame in frames})
 
     def load() -> npt.NDArray[np.generic]:
         voxels = np.empty(shape, dtype)
         stored: dict[str, npt.NDArray[np.generic]] = {}
+        larger: list[str] = []
         for k, frame in enumerate(frames):
             if frame.name not in stored:
-                stored = {frame.name: _pixels(path, frame)}  # one file at a time
+                with quiet_libraries():
+                    stored = {frame.name: _pixels(path, frame, larger)}  # one file at a time
             pixels = stored[frame.name]
             pixels = pixels[frame.index] if pixels.ndim == 3 else pixels
             if pixels.shape != (shape[1], shape[0]):
                 raise _unreadable(path, f"{frame.name}: {pixels.shape} pixels where the header has {shape[1::-1]}")
-            if scaled:
-                pixels = pixels.astype(np.float64) * frame.slope + frame.intercept
-            voxels[:, :, k] = pixels.T.astype(dtype)
+            with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+                if scaled:
+                    pixels = pixels.astype(np.float64) * frame.slope + frame.intercept
+                voxels[:, :, k] = pixels.T.astype(dtype)
+        if larger:
+            text = (
+                f"{path.name}: {len(larger)} of its files hold more pixels than their headers say, such as {larger[0]}"
+            )
+            remark(text)
         return voxels
 
     return FileImage(
@@ -158,6 +168,14 @@ def _volume_frames(path: Path, choice: SeriesChoice) -> list[_Frame]:
     )
 
 
+def _type(header: Dataset) -> npt.DTypeLike:
+    """Type of the stored values of a file."""
+    if "FloatPixelData" in header or "DoubleFloatPixelData" in header:
+        return np.float32
+    key = int(header.get("BitsAllocated", 16)), int(header.get("PixelRepresentation", 0))
+    return _TYPES.get(key, np.float32)
+
+
 def _affine(frames: Sequence[_Frame]) -> FloatArray:
     """(4, 4) voxel -> RAS mm; the array's axes are column, row and slice."""
     first, last = frames[0], frames[-1]
@@ -205,12 +223,12 @@ def _files(path: Path) -> Iterator[tuple[str, Opener]]:
         for file in dicom_files(path):
             yield str(file.relative_to(path)), lambda file=file: file.open("rb")  # type: ignore[misc]
     elif zipfile.is_zipfile(path):
-        # Members are read in place, and none is ever written to a path that the archive names.
-        archive = zipfile.ZipFile(path)
-        for info in sorted(archive.infolist(), key=lambda info: info.filename):
-            base = info.filename.rpartition("/")[2]
-            hidden = base.startswith(".") or info.filename.startswith("__MACOSX/") or base.upper() == "DICOMDIR"
-            if not info.is_dir() and not hidden:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise _unreadable(path, _text(error)) from error
+        for info in zip_entries(archive, path):
+            if info.filename.rpartition("/")[2].upper() != "DICOMDIR":
                 yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
     else:
         yield path.name, lambda: path.open("rb")
@@ -253,7 +271,8 @@ class _Series:
 
     @property
     def slices(self) -> int:
-        return sum(int(_attribute(header, "NumberOfFrames") or 1) for _, _, header in self.files)
+        counts = (str(_attribute(header, "NumberOfFrames")) for _, _, header in self.files)
+        return sum(int(count) if count.isdecimal() else 1 for count in counts)  # a damaged number is refused later
 
     @property
     def kind(self) -> str | None:
@@ -298,16 +317,17 @@ def _chosen(path: Path, series: Sequence[_Series], choice: SeriesChoice) -> _Ser
     if len(fitting) != 1:
         some = fitting if choice.named is not None and fitting else series
         which = f" that {choice.named!r} names" if some is fitting else ""
+        more = f"; and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
         wanted = f"one {choice.kind or ''} series".replace("  ", " ")
         raise InputError(
             path,
-            f"{len(some)} DICOM series{which}: {'; '.join(map(_with_uid(some), some))}",
+            f"{len(some)} DICOM series{which}: {'; '.join(map(_with_uid(some), some[:_LISTED]))}{more}",
             wanted if choice.named is None else f"one series that is named by {choice.named!r}",
             "choose one with --series: its number, the start of its UID, or a part of its description",
         )
     if choice.named is None:
         rest = "; ".join(str(one) for one in series if one is not fitting[0])
-        remark(f"read the DICOM series {fitting[0]} and left out {rest}")
+        remark(f"{path.name}: read the DICOM series {fitting[0]} and left out {rest}")
     return fitting[0]
 
 
@@ -351,8 +371,10 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
         count = int(header.get("NumberOfFrames") or 1)
         shared = cast(Sequence[Dataset], header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         each = cast(Sequence[Dataset], header.get("PerFrameFunctionalGroupsSequence") or [])
-        if each and len(each) != count:
-            raise ValueError(f"{len(each)} descriptions of {count} frames")
+        for element in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation"):
+            int(header.get(element, 0))  # raises here what a damaged value raises
+        if count != (len(each) or 1):
+            raise ValueError(f"{count} frames, but the places of {len(each) or 1}")
         for index in range(count):
             groups = [each[index], shared, header] if each else [shared, header]
             position = _value(groups, "PlanePositionSequence", "ImagePositionPatient")
@@ -383,6 +405,10 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
                 tuple(_numbers(spacing, 2).tolist()),
                 1.0 if slope is None else float(slope),
                 0.0 if intercept is None else float(intercept),
+                " and ".join(
+                    f"{'no ' if value is None else ''}{what}"
+                    for value, what in ((slope, "slope"), (intercept, "intercept"))
+                ),
             )
     except (InputError, MemoryError):
         raise
@@ -418,7 +444,7 @@ def _volume(path: Path, frames: list[_Frame]) -> list[_Frame]:
     if localizers:
         names = list(dict.fromkeys(frame.name for frame in localizers))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        remark(f"left out localizers: {some}")
+        remark(f"{path.name}: left out localizers: {some}")
     return stacked
 
 
@@ -489,6 +515,7 @@ def _require_same(path: Path, frames: Sequence[_Frame]) -> None:
     turned = [float(np.abs(frame.axes - first.axes).max()) > _TURNED for frame in frames]
     differing("orientation", ["another" if other else "that of the first" for other in turned], export)
     differing("pixel spacing", [" x ".join(f"{mm:.6g}" for mm in frame.spacing) + " mm" for frame in frames], export)
+    differing("rescaling", [frame.rescaled for frame in frames], export)
     lengths, angle = np.linalg.norm(first.axes, axis=1), float(first.axes[0] @ first.axes[1])
     if np.abs(lengths - 1).max() > 0.01 or abs(angle) > 0.01:
         raise InputError(path, "an orientation that is no pair of perpendicular unit vectors", "one", export)
@@ -520,14 +547,20 @@ def _differences(frames: Sequence[_Frame]) -> str:
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
-    """The stored values of a file: (rows, columns), or (frames, rows, columns)."""
+def _pixels(path: Path, frame: _Frame, larger: list[str]) -> npt.NDArray[np.generic]:
+    """The stored values of a file: (rows, columns), or (frames, rows, columns).
+
+    A file with more bytes than its size asks for is added to ``larger``.
+    """
     try:
         with frame.open() as file:
-            return np.asarray(_with_syntax(pydicom.dcmread(file, force=True)).pixel_array)
+            dataset = _with_syntax(pydicom.dcmread(file, force=True))
+        array = np.asarray(dataset.pixel_array)
+        compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
+        excess = 0 if compressed else len(dataset.get("PixelData", b"")) - array.nbytes
     except (RuntimeError, NotImplementedError) as error:
         syntax = UID(str(frame.header.file_meta.get("TransferSyntaxUID", "")))
-        if not syntax.is_compressed:
+        if not (syntax.is_transfer_syntax and syntax.is_compressed):
             raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
         if (stored := _decoded_by_itk(frame)) is not None:
             return stored
@@ -539,6 +572,9 @@ def _pixels(path: Path, frame: _Frame) -> npt.NDArray[np.generic]:
         ) from error
     except Exception as error:  # pydicom raises nearly anything for damaged files
         raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+    if excess > 1:  # one byte fills an odd length
+        larger.append(frame.name)
+    return array
 
 
 def _decoded_by_itk(frame: _Frame) -> npt.NDArray[np.generic] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ import numpy.typing as npt
 
 from medseg_diffusion.errors import InputError, quiet_libraries, remark
 
-from .volume import FileImage, FloatArray, Header, Volume, grid_distance
+from .volume import FileImage, FloatArray, Header, Volume, check_affine, grid_distance
 
 # What nibabel, gzip and numpy raise for files that are truncated, damaged or of another format.
 _BROKEN = (OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError)
 _BROKEN_HEADER = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
+_MOST_PACKED = 1032  # bytes that one byte of gzip can hold
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI unit codes of metres and micrometres; all others count as millimetres
 
 
@@ -37,15 +39,18 @@ def open_image(path: Path) -> FileImage:
             raise InputError(path, f"a {type(image).__name__}", "a NIfTI volume", "convert it to a NIfTI volume")
         _require_plausible(path, image.header)
         dtype = np.dtype(image.header.get_data_dtype())
+        _require_size(path, _end_of_voxels(image))
         affine, header = _geometry(path, image)
     except (*_BROKEN, *_BROKEN_HEADER) as error:
         raise _unreadable(path, error) from error
 
     def load() -> npt.NDArray[np.generic]:
         try:
+            end = _end_of_voxels(image)
             if not path.name.lower().endswith(".gz"):
+                _say_tail(path, path.stat().st_size - end)
                 return np.asanyarray(image.dataobj)
-            content = _decompressed(path)
+            content = _decompressed(path, end)
             with _quiet():
                 whole = type(image).from_bytes(content)
             return np.asanyarray(whole.dataobj)
@@ -71,18 +76,54 @@ def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
     nib.save(kind(array, None, header), path)
 
 
-def _decompressed(path: Path) -> bytes:
-    """The whole content of a gzip file; InputError unless the check sum at its end is right, EOFError if it is cut off.
+def _end_of_voxels(image: nib.Nifti1Image) -> int:
+    """The byte behind the last voxel, by the header."""
+    count = math.prod(int(n) for n in image.shape)
+    return int(cast(nib.arrayproxy.ArrayProxy, image.dataobj).offset) + count * int(
+        image.header.get_data_dtype().itemsize
+    )
 
-    nibabel stops reading before that sum. Reading the file once more for it would take as long again.
+
+def _require_size(path: Path, end: int) -> None:
+    """InputError for a header that asks for more voxels than the file can hold; said before memory is asked for."""
+    size = path.stat().st_size
+    if end > (size * _MOST_PACKED + 2**10 if path.name.lower().endswith(".gz") else size):
+        raise _unreadable(path, EOFError(f"{size} bytes, where its header asks for {end}"))
+
+
+def _say_tail(path: Path, count: int) -> None:
+    if count > 0:
+        text = f"{path.name}: {count} bytes follow the voxels, so its header may be damaged; check the scan's size"
+        remark(text)
+
+
+def _decompressed(path: Path, end: int) -> bytes:
+    """The first ``end`` bytes in a gzip file, after the whole of it was read.
+
+    nibabel stops reading before the check sum. Reading the file once more for it would take as long again.
+
+    Raises:
+        InputError: a wrong check sum, or more than twice as many bytes.
+        EOFError: a file that is cut off.
     """
     try:
         with gzip.open(path) as file:
-            return file.read()
+            content, more = file.read(end), 0
+            while rest := file.read(2**20):
+                more += len(rest)
+                if more > max(end, 2**20):
+                    raise InputError(
+                        path,
+                        f"more than {more} bytes behind the voxels",
+                        f"about {end} bytes, as its header says",
+                        "convert the scan again",
+                    )
     except gzip.BadGzipFile as error:
         raise InputError(
             path, f"a damaged file ({' '.join(str(error).split())})", "the check sum of its content", "copy it again"
         ) from error
+    _say_tail(path, more)
+    return content
 
 
 def _require_plausible(path: Path, header: nib.Nifti1Header) -> None:
@@ -93,6 +134,14 @@ def _require_plausible(path: Path, header: nib.Nifti1Header) -> None:
     if header.is_single and begin < size:
         raise InputError(
             path, f"voxels from byte {begin} on, inside the header", f"byte {size} or later", "convert the scan again"
+        )
+    bits, expected = int(stored["bitpix"]), 8 * int(header.get_data_dtype().itemsize)
+    if bits not in (0, expected):
+        raise InputError(
+            path,
+            f"{bits} bits per voxel beside the type {header.get_data_dtype()}",
+            f"{expected} bits",
+            "repair the header or convert the scan again",
         )
     sizes = [float(mm) for mm in stored["pixdim"][1:4]]
     if not int(header["sform_code"]) and (min(sizes) <= 0 or not np.isfinite(sizes).all()):
@@ -112,7 +161,9 @@ def _geometry(path: Path, image: nib.Nifti1Image) -> tuple[FloatArray, Header]:
     units = int(raw["xyzt_units"])
     scale = _MILLIMETRES.get(units & 7, 1.0)
     to_mm = np.diag([scale, scale, scale, 1.0])
-    affine: FloatArray = to_mm @ np.asarray(image.affine, dtype=np.float64)
+    own = np.asarray(image.affine, dtype=np.float64)
+    check_affine(own, path)
+    affine: FloatArray = to_mm @ own
     qform_code, sform_code = int(raw["qform_code"]), int(raw["sform_code"])
     if not qform_code and not sform_code:
         remark(
@@ -144,16 +195,17 @@ def _qform(raw: nib.Nifti1Header, to_mm: FloatArray) -> FloatArray | None:
         for name, value in zip(("quatern_b", "quatern_c", "quatern_d"), quaternion / norm * (1 - 1e-7), strict=True):
             copy[name] = value
     try:
-        qform = to_mm @ np.asarray(copy.get_qform(), dtype=np.float64)
-    except (ValueError, *_BROKEN_HEADER):
+        with np.errstate(invalid="ignore", over="ignore"):  # of what is refused here
+            qform = np.asarray(copy.get_qform(), dtype=np.float64)
+        check_affine(qform, None)
+    except (ValueError, InputError, *_BROKEN_HEADER):
         return None
-    usable = np.isfinite(qform).all() and abs(np.linalg.det(qform[:3, :3])) > 0
-    return qform if usable else None
+    return to_mm @ qform
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without nibabel's warnings, and without its log lines on stderr."""
+    """Without nibabel's warnings and log lines."""
     with quiet_libraries():
         level = nib.imageglobals.logger.level
         nib.imageglobals.logger.setLevel(logging.CRITICAL)

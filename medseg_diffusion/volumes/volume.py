@@ -226,17 +226,21 @@ def check_affine(affine: FloatArray, source: Path | str | None) -> None:
 
 SMALLEST_MM, LARGEST_MM = 1e-4, 100.0
 """A voxel size out of this range is no size of a scan: a header in another unit."""
+FARTHEST_MM = 1e6
+"""No scan lies farther from the centre of its scanner."""
 _USUAL_MM, _USUAL_SLICE_MM = (0.05, 6.0), 30.0
 
 
 def check_spacing(affine: FloatArray, source: Path | str) -> None:
-    """Refuse voxel sizes that no scan has, and warn of unusual ones.
+    """Refuse voxel sizes and positions that no scan has, and warn of unusual sizes.
 
     Unusual are more than 30 mm between slices, and less than 0.05 mm or more than 6 mm within them.
 
     Raises:
-        InputError: a voxel size below `SMALLEST_MM` or above `LARGEST_MM`.
+        InputError: a voxel size below `SMALLEST_MM` or above `LARGEST_MM`, or a position beyond `FARTHEST_MM`.
     """
+    if (far := float(np.abs(affine[:3, 3]).max())) > FARTHEST_MM:
+        raise InputError(source, f"a position {far:.3g} mm away", "up to 1 km", "repair the header or convert it again")
     sizes = sorted(spacing_of(affine))
     found, remedy = f"voxels of {_by(list(spacing_of(affine)))} mm", "check the unit and the voxel size in the header"
     if sizes[0] < SMALLEST_MM or sizes[2] > LARGEST_MM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any, cast
 
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.load import override_key, parse_config
-from medseg_diffusion.data.healthy import find_healthy, refuse_lesions
+from medseg_diffusion.data.healthy import TRAINED_ON, find_healthy, refuse_lesions, refuse_trained
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.files import require_new_folder
 from medseg_diffusion.models.anomaly import (
     DetectionOptions,
     calibration_entry,
@@ -69,11 +71,10 @@ def calibrate_anomaly(
 
     Raises:
         ModelError: No usable model.
-        InputError: Unusable scans, or lesions in healthy ones.
+        InputError: Unusable scans, scans that the model was trained on, or lesions in healthy ones.
         UsageError: An output that exists, or values out of range.
     """
-    if output.exists():
-        raise UsageError(f"{output}: exists; choose a new folder")
+    require_new_folder(output)
     saved = load_model_files(model)
     chosen = choose_device(device)
     tune(chosen)
@@ -82,6 +83,13 @@ def calibrate_anomaly(
     trained, generator, classifier = restore_anomaly(saved, chosen)
     config = _changed(trained, options, str(saved.path))
     scans = find_healthy(healthy)
+    trained_on = saved.card.get("training", {}).get(TRAINED_ON)
+    if trained_on is None:  # a model of an older version
+        warnings.warn(
+            f"{saved.path}: does not say which scans it was trained on; make sure that none of them is in {healthy}",
+            stacklevel=2,
+        )
+    refuse_trained(scans, trained_on or ())
     for scan in scans:
         refuse_lesions(scan, options.exclude_labelled)
     fit = AnomalyCalibration(config, generator, classifier, scans, options.exclude_labelled, on_prepare)

@@ -13,6 +13,7 @@ from medseg_diffusion.data.mask_examples import CaseFormat, read_case
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.files import require_new_folder
 from medseg_diffusion.methods.calibration import Calibration, CalibrationFit
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.segmenter import MaskSegmenter
@@ -47,8 +48,7 @@ def calibrate_segmenter(
         InputError: Unusable scans, scans of several readers, or none that may be used.
         UsageError: An output that exists, or a model that is no mask segmenter.
     """
-    if output.exists():
-        raise UsageError(f"{output}: exists; choose a new folder")
+    require_new_folder(output)
     chosen = choose_device(device)
     tune(chosen)
     if chosen.type == "cpu":

@@ -1,22 +1,64 @@
-"""`medseg check`: report counts, sizes, classes and broken files of a data set."""
+"""`medseg check`: report counts, sizes, classes and whatever would stop a training or a segmentation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from medseg_diffusion.data.image_check import ImageCheck, check_images
-from medseg_diffusion.data.images import find_images
+from medseg_diffusion.data.images import Entry, ImageCollection, find_images
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES, is_dicom, is_series
 
 
 def check(data: Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> ImageCheck:
-    """Open every file of a data set. Broken files are listed in the result and raise no error.
+    """Open every file of a data set. What is wrong is listed in the result and raises no error.
 
     Args:
-        data: A folder or zip of images, or a folder of scans.
+        data: A folder or zip of images, a folder of scans or DICOM series with or without labels, or one scan.
         on_file: Called with (files done, all files).
 
     Raises:
-        InputError: The path holds no images.
+        InputError: The path holds neither images nor scans.
     """
-    return check_images(find_images(data), on_file)
+    return check_images(_everything(data), on_file)
+
+
+def _everything(data: Path) -> ImageCollection:
+    """The images of a path, and the DICOM series that `medseg segment` would read."""
+    if data.is_file() and (data.name.lower().endswith(VOLUME_SUFFIXES) or (is_dicom(data) and data.suffix != ".zip")):
+        return _scans(data.parent, [data])
+    if is_series(data):
+        return _scans(data, [data])
+    try:
+        collection = find_images(data)
+    except InputError:
+        if data.is_dir() and (series := _series_in(data)):
+            return _scans(data, series)
+        if data.is_file() and _holds_dicom(data):
+            return _scans(data.parent, [data])
+        raise
+    if collection.kind != "scans":
+        return collection
+    return replace(collection, entries=(*collection.entries, *_scans(data, _series_in(data)).entries))
+
+
+def _series_in(folder: Path) -> list[Path]:
+    return sorted(inner for inner in folder.iterdir() if is_series(inner))
+
+
+def _holds_dicom(data: Path) -> bool:
+    """Whether a zip has DICOM images, or something that would be one but for an error."""
+    from medseg_diffusion.volumes import dicom
+
+    try:
+        dicom.open_image(data)
+    except InputError as error:
+        return error.found != "no DICOM image"
+    return True
+
+
+def _scans(folder: Path, scans: list[Path]) -> ImageCollection:
+    entries = tuple(Entry(scan.relative_to(folder).as_posix(), scan.name) for scan in scans)
+    return ImageCollection(folder, "scans", entries, (), lambda name: (folder / name).read_bytes())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.errors import ModelError
+from medseg_diffusion.files import require_new_folder
 from medseg_diffusion.models.card import render_card, template_of
 from medseg_diffusion.models.store import load_model_files, save_model
 
@@ -36,8 +37,7 @@ def export_model(
         ModelError: No usable model, or an imported model.
         UsageError: An output that exists.
     """
-    if output.exists():
-        raise UsageError(f"{output}: exists; choose a new folder")
+    require_new_folder(output)
     saved = load_model_files(model)
     if template_of(saved.card) is None:
         raise ModelError(f"{saved.path}: an imported {saved.card['task']}; share the file that it was imported from")

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.files import require_new_folder
 from medseg_diffusion.models.imported import IMPORTED
 from medseg_diffusion.models.store import save_model
 from medseg_diffusion.networks.foreign import SOURCES, Foreign, Source, convert, read_state
@@ -51,8 +52,7 @@ def import_model(
     size = settings.get("size")
     if size is not None and not (isinstance(size, int) and size > 0):
         raise UsageError(f"--set size={size}: expected a whole number of pixels")
-    if output.exists():
-        raise UsageError(f"{output}: exists; choose a new folder")
+    require_new_folder(output)
     try:
         imported = convert(read_state(file), source, {k: v for k, v in settings.items() if k in _NETWORK_SETTINGS})
     except ModelError as error:

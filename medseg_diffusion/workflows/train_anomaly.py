@@ -15,7 +15,14 @@ from typing import Any
 from medseg_diffusion import build
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.generator import GeneratorConfig, NoisyClassifierConfig
-from medseg_diffusion.data.healthy import HealthySource, healthy_source, left_out, packed_healthy
+from medseg_diffusion.data.healthy import (
+    TRAINED_ON,
+    HealthySource,
+    healthy_source,
+    left_out,
+    names_of,
+    packed_healthy,
+)
 from medseg_diffusion.data.image_cache import PackedImages
 from medseg_diffusion.device import choose_device, tune
 from medseg_diffusion.errors import InputError, UsageError
@@ -166,6 +173,8 @@ def _card(
     seed: int,
 ) -> dict[str, Any]:
     sides, missing = list(source.splits.values()), left_out(images)
+    scans = (*source.scans, *source.unhealthy)
+    trained = [scan for scan in scans if source.splits.get(scan.patient, "train") == "train"]
     dims = len(config.generator.data.shape)
     what = "slices" if dims == 2 else "volumes"
     data = {
@@ -182,7 +191,7 @@ def _card(
         dims=dims,
         channels=["image"],
         labels={0: "background", 1: "anomaly"},
-        training={"seed": seed, "data": data},
+        training={"seed": seed, "data": data, TRAINED_ON: names_of(trained)},
         metrics={},
     )
     return card | {"methods": list(config.detectors), "calibration": calibration_entry(calibration)}

@@ -26,7 +26,7 @@ from medseg_diffusion.data.patients import FILE as PATIENTS_FILE
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
-from medseg_diffusion.files import write_json
+from medseg_diffusion.files import require_folder, write_json
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers
 from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
@@ -94,6 +94,7 @@ def train_pixel_classifier(
             unusable, the model has been written before.
         ModelError: No usable generator, or one without activations.
     """
+    require_folder(run)
     chosen_device = choose_device(device)
     tune(chosen_device)
     keep_freed_memory()

@@ -53,7 +53,7 @@ def study(folder: Path, nested: bool = False, uid: str = "1.2.3") -> Path:
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.filterwarnings("ignore:read the DICOM series")
+@pytest.mark.filterwarnings("ignore:.*read the DICOM series")
 def test_the_series_that_fits_or_is_named_is_read(choice, lowest, nested, tmp_path: Path) -> None:
     volume = read_volume(study(tmp_path / "s", nested), series=choice)
     assert lowest <= float(volume.data.min()) < float(volume.data.max()) < lowest + 1000
@@ -63,7 +63,7 @@ def test_the_choice_and_what_is_left_out_are_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as said:
         read_volume(study(tmp_path / "s"), series=T1)
     assert str(said[0].message) == (
-        "read the DICOM series 2 MR t1_mprage_sag (6 slices) and left out 1 MR localizer (3 slices); "
+        "s: read the DICOM series 2 MR t1_mprage_sag (6 slices) and left out 1 MR localizer (3 slices); "
         "3 MR t2_flair (6 slices); 4 CT (6 slices)"
     )
 
@@ -86,7 +86,7 @@ def test_without_one_that_fits_all_are_listed(choice, message, tmp_path: Path) -
         read_volume(study(tmp_path / "s"), series=choice)
 
 
-@pytest.mark.filterwarnings("ignore:read the DICOM series")
+@pytest.mark.filterwarnings("ignore:.*read the DICOM series")
 def test_zips_and_media_are_read_as_folders(tmp_path: Path) -> None:
     """The index of a medium is not trusted: the files below it are read, whatever it names."""
     folder = study(tmp_path / "cd", nested=True)
@@ -144,7 +144,7 @@ def scout(folder: Path, **changes: object) -> Path:
 def test_a_localizer_within_the_series_is_left_out_and_named(changes, tmp_path: Path) -> None:
     expected = read_volume(series(tmp_path / "a", values(), uid="1.2.9"))
     folder = scout(series(tmp_path / "b", values(), uid="1.2.9"), **changes)
-    with pytest.warns(UserWarning, match=r"^left out localizers: scout.IMA$"):
+    with pytest.warns(UserWarning, match=r"^\S+: left out localizers: scout.IMA$"):
         volume = read_volume(folder)
     assert (volume.data == expected.data).all() and np.allclose(volume.affine, expected.affine)
 
@@ -179,7 +179,7 @@ def test_damaged_names_of_a_series_do_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-@pytest.mark.filterwarnings("ignore:read the DICOM series")
+@pytest.mark.filterwarnings("ignore:.*read the DICOM series")
 def test_real_series_of_one_study_are_told_apart(data_folder: Path) -> None:
     """The two series lie in folders of their own: one scan, of which the user or the model names the series."""
     (source,) = find_sources([data_folder / "dicom"], BRAIN)

@@ -129,7 +129,7 @@ BAD = {
     "truncated raw nrrd": (lambda d: truncated_itk(d / "a.nrrd", False), ["unreadable"]),
     "truncated mha": (lambda d: truncated_itk(d / "a.mha", True), ["unreadable"]),
     "truncated raw mha": (lambda d: truncated_itk(d / "a.mha", False), ["unreadable"]),
-    "mhd without data": (lambda d: filled(d / "a.mhd", b"ObjectType = Image\nNDims = 3\n"), ["unreadable"]),
+    "mhd without data": (lambda d: filled(d / "a.mhd", b"ObjectType = Image\nNDims = 3\n"), ["DimSize = none"]),
     "2D": (lambda d: save(d / "a.nii", values((4, 5))), ["2D", "4 x 5", "3D volume", "stack"]),
     "4D": (lambda d: save(d / "a.nii", values((4, 5, 6, 3))), ["4D", "4 x 5 x 6 x 3", "3D volume", "extract"]),
     "5D": (lambda d: save(d / "a.nii", values((4, 5, 6, 3, 2))), ["5 axes", "extract"]),

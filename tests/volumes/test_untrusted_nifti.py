@@ -56,6 +56,22 @@ def test_a_flipped_bit_in_a_compressed_file_is_found_by_its_check_sum(sound: Pat
     assert torch.equal(read(good).data, expected.data)
 
 
+def test_a_file_that_unpacks_to_much_more_than_its_voxels_is_refused(sound: Path) -> None:
+    """Before it fills the memory: only what the header asks for is kept."""
+    bomb = sound.with_name("bomb.nii.gz")
+    bomb.write_bytes(gzip.compress(sound.read_bytes() + bytes(2**26)))
+    with pytest.raises(InputError, match=r"more than \d+ bytes behind the voxels; expected about 1360 bytes"):
+        read_volume(bomb)
+    bomb.write_bytes(gzip.compress(sound.read_bytes() + bytes(100)))
+    with pytest.warns(UserWarning, match=r"bomb\.nii\.gz: 100 bytes follow the voxels"):
+        assert torch.equal(read_volume(bomb).data, read_volume(sound).data)
+
+
+def test_a_type_that_contradicts_the_bits_of_a_voxel_is_refused(sound: Path) -> None:
+    with pytest.raises(InputError, match="16 bits per voxel beside the type float32; expected 32 bits"):
+        read_volume(changed(sound, 70, struct.pack("<h", 16)))
+
+
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 351.0, float("nan")])
 def test_voxels_do_not_begin_inside_the_header(sound: Path, suffix: str, offset: float) -> None:

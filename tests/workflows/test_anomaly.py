@@ -82,7 +82,7 @@ def test_thresholds_of_all_kinds(anomaly_scans, anomaly_models, tmp_path: Path) 
             parse_threshold(wrong)
 
 
-def test_small_parts_and_filtered_maps(anomaly_scans, anomaly_models, tmp_path: Path) -> None:
+def test_small_parts_and_filtered_maps(anomaly_scans, other_scans, anomaly_models, tmp_path: Path) -> None:
     score = torch.zeros(8, 8, 8)
     score[0, 0, 0] = score[1, 1, 1] = 2.0  # two voxels that touch at a corner
     score[4:6, 4:6, 4] = 2.0
@@ -103,7 +103,7 @@ def test_small_parts_and_filtered_maps(anomaly_scans, anomaly_models, tmp_path: 
     assert about["score"] > 0 and not [key for key in about if key.startswith("healthy")]
     found = calibrate_anomaly(
         anomaly_models["pixel"],
-        anomaly_scans,
+        other_scans,
         tmp_path / "new",
         CalibrationOptions(2, detection=DetectionOptions(median=3)),
         device="cpu",

@@ -1,0 +1,146 @@
+"""`medseg check`: opens what a training or a segmentation would open, and says what would stop it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from medseg_diffusion.workflows.check import check
+from tests.helpers import untrusted_files
+from tests.helpers.cli import error_lines, medseg
+
+
+def save(path: Path, array: np.ndarray, shift: float = 0.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.eye(4)
+    affine[0, 3] = shift
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Three cases, whose labels 1 and 2 are named."""
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        save(tmp_path / "d" / "imagesTr" / f"{name}.nii.gz", rng.random((6, 7, 8)).astype(np.float32))
+        save(tmp_path / "d" / "labelsTr" / f"{name}.nii.gz", rng.integers(0, 3, (6, 7, 8)).astype(np.uint8))
+    cases = [{"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"} for name in "abc"]
+    names = {"0": "background", "1": "head", "2": "tail"}
+    content = {"training": cases, "labels": names, "modality": {"0": "T1"}}
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(content))
+    return tmp_path / "d"
+
+
+def test_a_sound_folder_has_no_problems(labelled: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    report = check(labelled, lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert (report.broken, report.remarks, report.labelled) == ([], [], 3)
+    assert report.labels == {"0 background": 3, "1 head": 3, "2 tail": 3}
+    result = medseg("check", labelled)
+    assert result.exit_code == 0 and "cases with label: 0 background (3), 1 head (3)" in result.stdout
+
+
+def unnamed(folder: Path) -> None:
+    save(folder / "labelsTr" / "b.nii.gz", np.full((6, 7, 8), 7, np.uint8))
+
+
+def absent(folder: Path) -> None:
+    for name in "abc":
+        save(folder / "labelsTr" / f"{name}.nii.gz", np.eye(7, 8)[None].repeat(6, 0).astype(np.uint8))
+
+
+def elsewhere(folder: Path) -> None:
+    save(folder / "labelsTr" / "b.nii.gz", np.ones((6, 7, 8), np.uint8), shift=3.0)
+
+
+def other_size(folder: Path) -> None:
+    save(folder / "labelsTr" / "b.nii.gz", np.ones((6, 7, 5), np.uint8))
+
+
+def fractions(folder: Path) -> None:
+    save(folder / "labelsTr" / "b.nii.gz", np.full((6, 7, 8), 0.5, np.float32))
+
+
+def missing(folder: Path) -> None:
+    (folder / "labelsTr" / "b.nii.gz").unlink()
+
+
+def damaged(folder: Path) -> None:
+    path = folder / "labelsTr" / "b.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # in the check sum
+    path.write_bytes(bytes(content))
+
+
+def channels(folder: Path) -> None:
+    save(folder / "imagesTr" / "b.nii.gz", np.random.default_rng(0).random((6, 7, 8, 2)).astype(np.float32))
+
+
+def readers_cannot_read(folder: Path) -> None:
+    (folder / "imagesTr" / "b.nii.gz").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (unnamed, r"labels without a name \(7\); expected 0 background, 1 head, 2 tail; name them in dataset.json"),
+        (absent, r"no voxel of label 2 in any case; expected .*; add such a case, or take the label out"),
+        (elsewhere, "b.nii.gz: found a grid up to 3 mm away; .*; resample"),
+        (other_size, "labelsTr/b.nii.gz: found 6 x 7 x 5 voxels; expected 6 x 7 x 8 as in"),
+        (fractions, "labelsTr/b.nii.gz: found the label 0.5; expected whole numbers"),
+        (missing, "labelsTr/b.nii.gz: found no such file; .*; add the file or drop the case"),
+        (damaged, "labelsTr/b.nii.gz: found an? (damaged|unreadable) file .*; copy "),
+        (channels, r"images of different kinds \(1 channels in 2 files, 2 channels in 1 files\); .* convert"),
+        (readers_cannot_read, "imagesTr/b.nii.gz: found an unreadable file"),
+    ],
+)
+def test_what_would_stop_a_training_is_said_with_a_remedy(labelled: Path, change, message: str) -> None:
+    change(labelled)
+    result = medseg("check", labelled)
+    assert result.exit_code == 1
+    (line,) = error_lines(result)
+    assert line.startswith("medseg: error: ") and re.search(message, line), line
+    assert "problems: 1" in result.stdout
+
+
+def test_what_is_unusual_is_a_warning(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).random((6, 7, 8)).astype(np.float32)
+    for name in ("a", "b", "c"):
+        path = tmp_path / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(array, np.diag([10.0, 10.0, 10.0, 1.0])), path)
+    result = medseg("check", tmp_path, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["broken"] == []
+    assert [f"medseg: warning: {name}.nii.gz: voxels of 10 x 10 x 10 mm" in result.stderr for name in "abc"] == [
+        True
+    ] * 3
+
+
+def test_dicom_series_are_opened_wherever_they_are(tmp_path: Path) -> None:
+    """A series, a folder of series beside scans, a zip and one file."""
+    series = untrusted_files.write_series(tmp_path / "d" / "s1")
+    untrusted_files.write_series(tmp_path / "d" / "s2", untrusted_files.dicom_bytes(untrusted_files.dicom_slice(1)))
+    save(tmp_path / "d" / "a.nii.gz", np.random.default_rng(0).random((6, 7, 8)).astype(np.float32))
+    shutil.make_archive(str(tmp_path / "z"), "zip", series)
+    for path in (series, tmp_path / "z.zip", tmp_path / "d" / "a.nii.gz"):
+        report = check(path)
+        assert report.broken == [] and report.parts == {"all": 1}
+    report = check(tmp_path / "d")
+    (line,) = report.broken
+    assert report.parts == {"all": 3} and "d/s2: found several images at one position" in line
+
+
+def test_an_empty_folder_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no scan")
+    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
+    for name in ("empty", "notes.txt", "nowhere"):
+        result = medseg("check", tmp_path / name)
+        assert result.exit_code == 3 and len(error_lines(result)) == 1, name
