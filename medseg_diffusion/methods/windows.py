@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ Corner = tuple[int, ...]
 """Position of a window: the index of the image in its batch, then the first voxel along every axis."""
 
 _SIGMA = 0.125  # standard deviation of the weights, in sides of the window
+_SMALLEST = 32  # voxels along a window that is made smaller to save memory
 _LEAST_WEIGHT = 1e-3  # avoids a division by almost 0 in voxels that only the corner of a window covers
 
 
@@ -61,6 +62,25 @@ class Windows:
             starts.append(list(np.minimum(np.arange(0, last + step, step, dtype=np.int64), last)))
         return list(itertools.product(*starts))
 
+    def thickness(self, shape: Sequence[int], dims: int, members: int, device: torch.device) -> int:
+        """Largest number of planes in a slab of `methods.segment.segment_slabs` of an image of ``shape`` (C, I, J, K).
+
+        A 2D model takes so many slices that their windows fill batches. A batch is then that of the whole stack.
+        """
+        if dims == 3:
+            return self.of(shape[1:])[0]
+        batch = self.batch(shape[1:3], members, device)
+        return min(shape[3], batch // math.gcd(batch, len(self.corners(shape[1:3]))))
+
+    def smaller(self, spatial: Sequence[int]) -> Windows | None:
+        """Windows of half the size along the longest axes; None if they would be smaller than `_SMALLEST`."""
+        size = self.of(spatial)
+        longest = max(size)
+        if longest <= _SMALLEST:
+            return None
+        half = max(_SMALLEST, -(-longest // 32) * 16)
+        return replace(self, size=tuple(min(half, side) for side in size))
+
 
 WHOLE = Windows()
 """The whole image as its only window."""
@@ -77,6 +97,17 @@ def predict_in_windows(
         batch_size: windows per call. All windows of an image come before those of the next.
         predict: predicts (N, K, *size) from N windows (N, C, *size) and their corners.
     """
+    rows = list(rows_in_windows(image, windows, batch_size, predict))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
+
+
+def rows_in_windows(
+    image: Tensor, windows: Windows, batch_size: int, predict: Callable[[Tensor, Sequence[Corner]], Tensor]
+) -> Iterator[Tensor]:
+    """`predict_in_windows` in consecutive parts (B, K, rows, ...) of S, each as soon as it is complete.
+
+    Only the rows that further windows will add to are in memory. Several images are complete with the last of them.
+    """
     spatial = image.shape[2:]
     size, corners = windows.of(spatial), windows.corners(spatial)
     weights = gaussian_weights(size, image)
@@ -85,18 +116,28 @@ def predict_in_windows(
     for box in boxes:
         total_weight[box] += weights
     everything = [(index, window) for index in range(len(image)) for window in range(len(corners))]
-    result: Tensor | None = None
+    done, rows = 0, image.new_zeros(len(image), 0, 0, *spatial[1:])  # complete rows; those from there on
     for start in range(0, len(everything), batch_size):
         part = everything[start : start + batch_size]
         cut = [image[index : index + 1, :, *boxes[window]] for index, window in part]
         patches = torch.cat(cut) if batch_size > 1 else cut[0]
         predictions = predict(patches, [(index, *corners[window]) for index, window in part])
-        if result is None:
-            result = image.new_zeros(len(image), predictions.shape[1], *spatial)
+        end = max(int(corners[window][0]) for _, window in part) + size[0]
+        if done + rows.shape[2] < end:
+            more = image.new_zeros(len(image), predictions.shape[1], end - done - rows.shape[2], *spatial[1:])
+            rows = torch.cat([rows, more], 2) if rows.shape[2] else more
         for (index, window), values in zip(part, predictions, strict=True):
-            result[index : index + 1, :, *boxes[window]] += values * weights
-    assert result is not None
-    return result.div_(total_weight)
+            first, *others = boxes[window]
+            rows[index : index + 1, :, slice(first.start - done, first.stop - done), *others] += values * weights
+        following = everything[start + batch_size :][:1]
+        if not following:
+            stop = spatial[0]
+        else:
+            ((index, window),) = following
+            stop = int(corners[window][0]) if index == len(image) - 1 else 0
+        if stop > done:
+            yield rows[:, :, : stop - done].div_(total_weight[done:stop])
+            done, rows = stop, rows[:, :, stop - done :]
 
 
 def gaussian_weights(size: Sequence[int], like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -118,38 +118,119 @@ def resample(
     return _oblique(data, to_source, shape, mode, outside)
 
 
+def resample_slabs(
+    slabs: Iterable[Tensor],
+    axis: int,
+    shape: Shape,
+    affine: FloatArray,
+    target_affine: FloatArray,
+    target_shape: Shape,
+    values_at_once: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """`resample` ("linear", "edge") of an image that comes in slabs, to slabs: neither image is in memory as a whole.
+
+    The numbers are those of `resample`, bit for bit, however thick the slabs are.
+
+    Args:
+        slabs: consecutive parts (C, ...) of the image along ``axis``, floating point.
+        axis: 0, 1 or 2.
+        shape: sizes of the whole image.
+        affine: (4, 4) of the image.
+        target_affine: (4, 4) of the result, whose axes point in the same directions.
+        target_shape: sizes of the whole result.
+        values_at_once: largest number of values in a part of the result, if a single plane has not more.
+
+    Yields:
+        The first plane, and the planes from it on (C, ...), without gaps.
+
+    Raises:
+        ValueError: axes of other directions, or slabs that are not the whole image.
+    """
+    to_source = np.linalg.inv(affine) @ target_affine
+    scale, origin = np.diagonal(to_source)[:3], to_source[:3, 3]
+    off_diagonal = np.abs(to_source[:3, :3] - np.diag(scale)).sum(axis=1)
+    if (off_diagonal * max(target_shape)).max() >= _ALIGNED or (scale <= 0).any():
+        raise ValueError("the axes of the two grids point in different directions")
+    axes = _axes(scale, _positions(scale, origin, target_shape), shape, "linear")
+    (taps,) = (index for one, index, _ in axes if one == axis)
+    lowest, highest = taps.amin(0), taps.amax(0)  # both grow from plane to plane
+    plane = math.prod(target_shape) // target_shape[axis]
+    held: Tensor | None = None
+    first = done = 0  # the first plane that is held; the number of planes of the result that were made
+    for slab in slabs:
+        held = slab if held is None or not held.shape[axis + 1] else torch.cat([held, slab], axis + 1)
+        ready = int((highest < first + held.shape[axis + 1]).sum())
+        while done < ready:
+            stop = min(ready, done + max(1, values_at_once // (plane * len(held))))
+            low, high = int(lowest[done]), int(highest[stop - 1])
+            part = held.narrow(axis + 1, low - first, high + 1 - low)
+            cut = [(a, i[:, done:stop] - low, w[:, done:stop]) if a == axis else (a, i, w) for a, i, w in axes]
+            yield done, _gathered(part, cut)
+            done = stop
+        if done < target_shape[axis]:
+            dropped = min(int(lowest[done]) - first, held.shape[axis + 1])
+            held = held.narrow(axis + 1, dropped, held.shape[axis + 1] - dropped)
+            first += dropped
+    if done < target_shape[axis]:
+        raise ValueError(f"the slabs have fewer planes than the image of {shape}")
+
+
+def _gathered(data: Tensor, axes: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """``data`` (C, I, J, K) after `_gather` along all axes, one channel after another to limit memory."""
+    if all(_is_identity(index) and index.shape[1] == data.shape[axis + 1] for axis, index, _ in axes):
+        return data
+    sizes = dict((axis, index.shape[1]) for axis, index, _ in axes)
+    result = torch.empty((len(data), sizes[0], sizes[1], sizes[2]), dtype=data.dtype, device=data.device)
+    for channel, out in zip(data, result, strict=True):
+        for axis, index, weight in axes:
+            channel = _gather(channel, axis, index, weight)
+        out.copy_(channel)
+    return result
+
+
 def _separable(
     data: Tensor, scale: FloatArray, origin: FloatArray, shape: Shape, mode: str, outside: float | str
 ) -> Tensor:
     """Axis by axis: index i of the result lies at index `scale * i + origin` of the same axis of `data`."""
-    positions = [origin[a] + scale[a] * np.arange(shape[a]) for a in range(3)]
-    # The inverse of an affine leaves errors of 1e-16. Positions are rounded, so that crops and flips are exact.
-    positions = [np.where(np.abs(p - np.rint(p)) < 1e-6, np.rint(p), p) for p in positions]
-    sizes = data.shape[1:]
-    axes = []
-    # Axes that shrink come first, so that the later ones have less to do. Gathering along the last axis is slow: it is
-    # done while the array is small.
-    grows = [n > size for n, size in zip(shape, sizes, strict=True)]
-    for axis in sorted(range(3), key=lambda a: (grows[a], -a if grows[a] else a)):
-        sigma = _blur_sigma(abs(float(scale[axis]))) if mode == "linear" else 0.0
-        sampled = np.floor(positions[axis] + 0.5) if mode == "nearest" else positions[axis]
-        axes.append((axis, *_taps(sampled, sizes[axis], sigma)))
+    sizes: Shape = tuple(data.shape[1:])  # type: ignore[assignment]
+    positions = _positions(scale, origin, shape)
+    axes = _axes(scale, positions, sizes, mode)
     beyond = [
         torch.from_numpy(_beyond(p, n)).nonzero().flatten().to(data.device)
         for p, n in zip(positions, sizes, strict=True)
     ]
     if outside == "edge" or not any(len(b) for b in beyond):
         beyond = []
-    if not beyond and tuple(sizes) == shape and all(_is_identity(index) for _, index, _ in axes):
-        return data
-    result = torch.empty((len(data), *shape), dtype=data.dtype, device=data.device)
-    for channel, out in zip(data, result, strict=True):
-        for axis, index, weight in axes:
-            channel = _gather(channel, axis, index, weight)
-        out.copy_(channel)
-        for axis, where in enumerate(beyond):
-            out.index_fill_(axis, where, float(outside))
+    result = _gathered(data, axes)
+    if beyond and result is data:
+        result = data.clone()
+    for axis, where in enumerate(beyond):
+        result.index_fill_(axis + 1, where, float(outside))
     return result
+
+
+def _positions(scale: FloatArray, origin: FloatArray, shape: Shape) -> list[FloatArray]:
+    """Index `scale * i + origin` in the source of every index i of the result, along each axis."""
+    positions = [origin[a] + scale[a] * np.arange(shape[a]) for a in range(3)]
+    # The inverse of an affine leaves errors of 1e-16. Positions are rounded, so that crops and flips are exact.
+    return [np.where(np.abs(p - np.rint(p)) < 1e-6, np.rint(p), p) for p in positions]
+
+
+def _axes(
+    scale: FloatArray, positions: Sequence[FloatArray], sizes: Shape, mode: str
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Axis, indices and weights (`_taps`) of every axis, in the order in which they are resampled.
+
+    Axes that shrink come first, so that the later ones have less to do. Gathering along the last axis is slow: it is
+    done while the array is small.
+    """
+    axes = []
+    grows = [len(p) > size for p, size in zip(positions, sizes, strict=True)]
+    for axis in sorted(range(3), key=lambda a: (grows[a], -a if grows[a] else a)):
+        sigma = _blur_sigma(abs(float(scale[axis]))) if mode == "linear" else 0.0
+        sampled = np.floor(positions[axis] + 0.5) if mode == "nearest" else positions[axis]
+        axes.append((axis, *_taps(sampled, sizes[axis], sigma)))
+    return axes
 
 
 def _oblique(data: Tensor, to_source: FloatArray, shape: Shape, mode: str, outside: float | str) -> Tensor:

@@ -17,16 +17,15 @@ from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import write_files
-from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty
+from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
-from medseg_diffusion.models.segmentation import Segmentation, SegmentationModel
+from medseg_diffusion.models.segmentation import Map, Segmentation, SegmentationModel
 from medseg_diffusion.models.store import is_deterministic
 from medseg_diffusion.reports.html import SegmentedCase, segment_report
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.volumes.io import read_volume, upright, write_labels, write_map
 from medseg_diffusion.volumes.outputs import Outputs, refuse_collisions, segmentation_outputs
 from medseg_diffusion.volumes.paths import is_image
-from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.volume import Volume
 
 from .scans import Scan, ScanResult, Work, all_scans, each_scan
@@ -148,10 +147,10 @@ def _load(options: SegmentOptions) -> SegmentationModel:
 def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> tuple[ScanResult, SegmentedCase]:
     """Segment a scan and write its files, the mask last."""
     _check_fits(scan.volume, model)
-    ensemble, placement = model.sample(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
-    segmentation = model.aggregation.combine(ensemble, placement)
+    seed = derive_seed(options.seed, scan.name)
+    segmentation = model.segment(scan.volume, seed, scan.on_progress, _maps(options))
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
-    written = _write_maps(model, scan, options, segmentation, ensemble, placement)
+    written = _write_maps(model, scan, options, segmentation)
     picture = b""
     if options.preview or options.report is not None:
         picture = _picture(scan, segmentation, model, options)
@@ -180,27 +179,21 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
     return result, _report_card(result, model, options, picture)
 
 
-def _write_maps(
-    model: SegmentationModel,
-    scan: Scan,
-    options: SegmentOptions,
-    segmentation: Segmentation,
-    ensemble: Ensemble,
-    placement: Placement,
-) -> Outputs:
+def _write_maps(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmentation: Segmentation) -> Outputs:
     """Write the requested maps beside the mask."""
     files, volume, written = scan.outputs, scan.volume, []
-    if options.save_probabilities:
+    if segmentation.probabilities is not None:
         write_map(segmentation.probabilities, volume, files["probabilities"])
         written.append("probabilities")
-    if options.save_uncertainty:
+    if segmentation.uncertainty is not None:
         write_map(segmentation.uncertainty, volume, files["uncertainty"])
         written.append("uncertainty")
     if options.save_members:
-        write_labels(model.aggregation.members_on_scan(segmentation, placement), volume, files["members"])
+        write_labels(model.aggregation.members_on_scan(segmentation), volume, files["members"])
         written.append("members")
-    if options.save_pseudo_labels:
-        pseudo = _pseudo_labels(ensemble, placement, segmentation.labels, options.max_disagreement)
+    if segmentation.mutual_information is not None:
+        doubtful = segmentation.mutual_information > options.max_disagreement
+        pseudo = torch.where(doubtful, IGNORED, segmentation.labels.to(torch.uint8))
         write_labels(pseudo, volume, files["pseudo-labels"])
         written.append("pseudo-labels")
     return {kind: files[kind] for kind in written}
@@ -212,9 +205,14 @@ def _write(scan: Scan, kind: str, content: str | bytes) -> Outputs:
     return {kind: path}
 
 
-def _pseudo_labels(ensemble: Ensemble, placement: Placement, labels: Tensor, max_disagreement: float) -> Tensor:
-    disagreement = placement.restore(ensemble.uncertainty("mutual-information")[None])[0]
-    return torch.where(disagreement > max_disagreement, IGNORED, labels.to(torch.uint8))
+def _maps(options: SegmentOptions) -> list[Map]:
+    """The maps on the scan's grid that the options need."""
+    wanted: dict[Map, bool] = {
+        "probabilities": options.save_probabilities,
+        "uncertainty": options.save_uncertainty,
+        "mutual-information": options.save_pseudo_labels,
+    }
+    return [name for name, asked in wanted.items() if asked]
 
 
 def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, options: SegmentOptions) -> bytes:
@@ -229,7 +227,7 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
         shown(segmentation.labels),
         image.spacing,
         model.aggregation.foreground,
-        uncertainty=shown(segmentation.uncertainty) if options.save_uncertainty else None,
+        uncertainty=None if segmentation.uncertainty is None else shown(segmentation.uncertainty),
     )
 
 
