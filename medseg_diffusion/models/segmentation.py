@@ -24,6 +24,7 @@ from medseg_diffusion.methods.ensemble import (
     Uncertainty,
     entropy,
     largest_part,
+    most_probable,
     temperature_scaled,
 )
 from medseg_diffusion.methods.shape_prior import ShapePrior
@@ -230,7 +231,7 @@ class Aggregation:
         uncertain = scan.entropy
         if self.uncertainty != "entropy" and "uncertainty" in maps:
             uncertain = self._restored(members.uncertainty(self.uncertainty), placement)
-        counts = torch.bincount(labels.flatten(), minlength=len(self.labels)).tolist()
+        counts = torch.bincount(labels.permute(2, 1, 0).flatten(), minlength=len(self.labels)).tolist()
         voxel_ml = _voxel_ml(placement.native_affine)
         volumes = {name: counts[value] * voxel_ml for value, name in self.foreground.items()}
         intervals = self._intervals(volumes, voxel_ml)
@@ -259,7 +260,7 @@ class Aggregation:
         turned = placement.turned(masks.numpy())
         for member, mask in zip(segmentation.members, turned, strict=True):
             for where, shares in placement.restored(_one_hot(member, classes), 0):
-                mask[where] = shares.argmax(0).numpy()
+                mask[where] = most_probable(shares).numpy()
         return masks
 
     def _restored(self, values: Tensor, placement: Placement) -> Tensor:
@@ -268,7 +269,7 @@ class Aggregation:
     def _near_the_shape(self, ensemble: Ensemble, placement: Placement) -> Tensor | None:
         if self.prior is None or self.prior_mm is None:
             return None
-        near = self.prior.near(ensemble.mean.argmax(0).cpu() > 0, placement.spacing, self.prior_mm)
+        near = self.prior.near(most_probable(ensemble.mean).cpu() > 0, placement.spacing, self.prior_mm)
         return None if near is None else near.to(ensemble.mean.device)
 
     def _intervals(self, volumes_ml: dict[str, float], voxel_ml: float) -> dict[str, tuple[float, float]]:
@@ -309,7 +310,8 @@ class _OnScan:
     def __init__(self, how: Aggregation, placement: Placement, maps: Collection[Map]) -> None:
         self.how, self.placement, shape = how, placement, placement.native_shape
         certain = self._calibrated(torch.tensor(how.outside)[:, None])  # of voxels outside the crop
-        self.labels = np.zeros(shape, np.uint8 if len(how.labels) <= 256 else np.int32)
+        # In the order of files, so that the slabs of slices are contiguous.
+        self.labels = np.zeros(shape, np.uint8 if len(how.labels) <= 256 else np.int32, order="F")
         self.certain, self.probabilities, self.entropy = certain, None, None
         if "probabilities" in maps:
             self.probabilities = certain[..., None, None].repeat(1, *shape)
@@ -320,20 +322,25 @@ class _OnScan:
         """Fill the arrays, and return what remains of the slabs on the model's grid."""
         how, fused = self.how, self.how.fusion != "mean"
         mean_too = fused and (self.probabilities is not None or self.entropy is not None)
-        rest: list[Members] = []
+        axis, length = slabs.axis, self.placement.shape[slabs.axis]
+        rest: Members | None = None
 
         def scores() -> Iterator[Tensor]:
+            nonlocal rest
+            first = 0
             for slab in slabs.parts:
-                rest.append(slab.members(how.uncertainty == "variance"))
+                rest = slab.members(how.uncertainty == "variance").placed(rest, first, axis, length)
+                first += slab.labels.shape[axis + 1]
                 scores = slab.fuse(how.fusion)
                 yield torch.cat([scores, slab.mean]) if mean_too else scores
 
         labels = self.placement.turned(self.labels[None])[0]
-        for where, values in self.placement.restored(scores(), slabs.axis):
-            labels[where] = values[: len(how.labels)].argmax(0).cpu().numpy()
+        for where, values in self.placement.restored(scores(), axis):
+            labels[where] = most_probable(values[: len(how.labels)]).cpu().numpy()
             if mean_too or not fused:
                 self._fill_maps(where, values[-len(how.labels) :])
-        return Members.joined(rest, slabs.axis)
+        assert rest is not None
+        return rest
 
     def drop(self, dropped: Tensor) -> None:
         """Make voxels certain background."""

@@ -29,9 +29,9 @@ _HEAD_MARGIN_MM = 10.0
 _MEDIAN = -0.3  # intensity to which "median" maps the foreground's median
 _MOST_ENLARGED = 512  # voxels of the model's grid for each of the scan's
 _MOST_VOXELS = 2**28  # on the model's grid; more is a header in another unit, and would not fit into memory
-RESTORED_AT_ONCE = 2**22
-"""Largest number of values that `Placement.restored` makes at once (16 MB), unless a plane has more."""
-_SCALED_AT_ONCE = 2**22  # voxels that are scaled in float64 at once
+RESTORED_AT_ONCE = 2**24
+"""Largest number of values that `Placement.restored` makes at once (64 MB), unless a plane has more."""
+_SCALED_AT_ONCE = 2**17  # voxels that are scaled in float64 at once: 1 MB, in the caches
 _FEW = 0.01  # if fewer voxels than this share are above the minimum, statistics are taken from all voxels
 
 
@@ -345,8 +345,11 @@ def _cut(data: Tensor, box: Box) -> Tensor:
 
 def bend(values: Tensor) -> Tensor:
     """Identity in [-1, 1]. Beyond it, values are compressed smoothly and monotonically into [-1.5, 1.5]."""
-    beyond = (values.abs() - 1).clamp_(min=0)
-    return values.clamp(-1, 1) + values.sign() * 0.5 * torch.tanh(2 * beyond)
+    beyond = values.abs().sub_(1).clamp_(min=0)
+    bent = values.clamp(-1, 1)
+    if not bool(beyond.any()):
+        return bent
+    return bent.add_(beyond.mul_(2).tanh_().mul_(0.5).mul_(values.sign()))
 
 
 def _percentiles(values: npt.NDArray[np.floating], low: float, high: float) -> tuple[float, float]:

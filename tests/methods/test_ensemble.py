@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, temperature_scaled
+from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, most_probable, temperature_scaled
 from tests.helpers.ensembles import member, normal
 
 
@@ -196,3 +196,12 @@ def test_a_temperature_changes_certainty_but_no_label(seed, temperature, num_cla
     assert bool((softer >= -1e-5).all()) if temperature >= 1 else bool((softer <= 1e-5).all())
     if temperature > 0.5:
         torch.testing.assert_close(temperature_scaled(found, 1 / temperature), p, rtol=1e-2, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), num_classes=st.integers(1, 5), order=st.permutations(range(1, 4)))
+def test_the_most_probable_class_is_the_argmax_in_any_layout(seed, num_classes, order) -> None:
+    scores = normal(seed, num_classes, 3, 4, 5).mul(2).round()  # many are equal
+    turned = scores.permute(0, *order)[:, :, 1:]
+    found = most_probable(turned)
+    assert found.dtype == torch.uint8 and torch.equal(found.long(), turned.argmax(0))
