@@ -78,6 +78,12 @@ def segment(
     shard: Annotated[
         str | None, typer.Option(metavar="i/n", help="Segment only part i of n of the scans (1/4 to 4/4).")
     ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, metavar="GB", help="Most memory of the process; large scans are computed in smaller parts."
+        ),
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
@@ -108,5 +114,6 @@ def segment(
         skip_existing=skip_existing,
         shard=part,
         output_format=output_format.value,
+        max_memory=max_memory,
     )
     run_scans(lambda on_case, show: workflow.segment(scans, options, on_case, show), quiet, as_json)

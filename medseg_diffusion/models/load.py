@@ -23,6 +23,7 @@ def load_segmenter(
     sampler: str | None = None,
     fusion: Fusion = "mean",
     uncertainty: Uncertainty = "entropy",
+    max_memory: float | None = None,
 ) -> SegmentationModel:
     """Load a segmenter once for many scans.
 
@@ -34,6 +35,7 @@ def load_segmenter(
         sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
         fusion: "mean", "majority" or "staple".
         uncertainty: "entropy", "mutual-information" or "variance" (`Ensemble.uncertainty`).
+        max_memory: Most memory of the process in GB, by an estimate; None for no limit.
 
     Raises:
         ModelError: A model that is missing, unusable or not a segmenter.
@@ -43,6 +45,7 @@ def load_segmenter(
     tune(chosen)
     saved = load_model_files(name_or_path)
     options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty)
-    if saved.card.get("method") == "label-efficient":
-        return PixelSegmenter(saved, chosen, options)
-    return MaskSegmenter(saved, chosen, options)
+    pixels = saved.card.get("method") == "label-efficient"
+    model = PixelSegmenter(saved, chosen, options) if pixels else MaskSegmenter(saved, chosen, options)
+    model.max_memory = max_memory
+    return model

@@ -23,6 +23,8 @@ PROBABILITIES_AT_ONCE = 2**28
 """Largest number of values of all members in memory (1 GB). Large scans take fewer members or slices at once."""
 MEMBERS_AT_ONCE = 10
 """Largest number of members that share one encoding of the image."""
+RESULT_BYTES = 2**28
+"""Memory for the parts of the result on the scan's grid (`Placement.restored`), and for what is computed from them."""
 CPU = torch.device("cpu")
 
 Result = TypeVar("Result")
@@ -59,6 +61,7 @@ class Thrifty:
     def __init__(self, model: Segmenter, dtype: torch.dtype | None, members: int) -> None:
         self.model, self.dtype, self.members = model, dtype, members
         self.samples: int | None = None  # no limit so far
+        self.allowed: int | None = None  # a limit for the present scan
 
     def probabilities(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
@@ -67,8 +70,7 @@ class Thrifty:
             try:
                 return self._in_parts(image, seeds, sampler, times)
             except torch.cuda.OutOfMemoryError:
-                samples = min(self.members, len(seeds[0])) * len(image)
-                samples = samples if self.samples is None else min(samples, self.samples)
+                samples = self._at_once(len(image), len(seeds[0]))
                 if samples == 1:
                     raise
                 self.samples = samples // 2
@@ -76,13 +78,16 @@ class Thrifty:
             torch.cuda.empty_cache()
             warnings.warn(f"out of GPU memory: {self.samples} samples at once instead of {samples}", stacklevel=2)
 
+    def _at_once(self, windows: int, members: int) -> int:
+        limits = [limit for limit in (self.samples, self.allowed) if limit is not None]
+        return min(min(self.members, members) * windows, *limits) if limits else min(self.members, members) * windows
+
     def _in_parts(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
-        members, windows = min(self.members, len(seeds[0])), len(image)
-        if self.samples is not None:
-            members = min(members, self.samples)
-            windows = min(windows, max(1, self.samples // members))
+        samples = self._at_once(len(image), len(seeds[0]))
+        members = min(self.members, len(seeds[0]), samples)
+        windows = min(len(image), max(1, samples // members))
         context: Any = torch.autocast(image.device.type, self.dtype) if self.dtype else nullcontext()
         parts = []
         with torch.no_grad(), context:
@@ -114,6 +119,7 @@ class Pass:
         dims: dimensions of the model, 2 or 3.
         precision: precision of the network.
         values_at_once: largest number of probabilities in memory.
+        samples: largest number of samples that the network computes at once, or None for as many as are in a batch.
     """
 
     sampler: Sampler
@@ -122,6 +128,7 @@ class Pass:
     dims: int
     precision: Precision
     values_at_once: int = PROBABILITIES_AT_ONCE
+    samples: int | None = None
 
     def thrifty(self, model: Segmenter, device: torch.device) -> Thrifty:
         """The model with this precision on the device."""

@@ -61,6 +61,7 @@ class SegmentOptions:
         skip_existing: Skip scans whose mask exists.
         shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the name.
         output_format: "nifti".
+        max_memory: Most memory of the process in GB, by an estimate; None for no limit.
     """
 
     model: str | None = None
@@ -83,6 +84,7 @@ class SegmentOptions:
     skip_existing: bool = False
     shard: tuple[int, int] | None = None
     output_format: Literal["nifti"] = "nifti"
+    max_memory: float | None = None
 
 
 def segment(
@@ -136,6 +138,7 @@ def _load(options: SegmentOptions) -> SegmentationModel:
         options.sampler,
         options.fusion,
         options.uncertainty,
+        options.max_memory,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
         raise UsageError("pseudo-labels need members that can disagree; use --ensemble 2 or more")
