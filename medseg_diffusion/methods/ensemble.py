@@ -203,7 +203,7 @@ class Members:
     @property
     def disagreement(self) -> float:
         """The image's uncertainty: the mean of the largest tenth of its mutual information (Baranchuk et al. 2022)."""
-        (values,) = _in_order(self.uncertainty("mutual-information")[None])
+        (values,) = in_order(self.uncertainty("mutual-information")[None])
         return float(values.topk(max(1, len(values) // 10)).values.mean())
 
     def pairwise_dice(self) -> Tensor:
@@ -214,7 +214,7 @@ class Members:
         """
         n = len(self)
         both, size = torch.zeros(self.classes, n, n).double(), torch.zeros(self.classes, n).double()
-        for part in _in_order(self.labels).split(_AT_ONCE, 1):
+        for part in in_order(self.labels).split(_AT_ONCE, 1):
             part = part[:, (part > 0).any(0)]
             for value in range(1, self.classes):
                 one = (part == value).double()
@@ -226,11 +226,11 @@ class Members:
 
     def volumes_ml(self, voxel_mm3: float) -> Tensor:
         """Volume of each class in each member, (N, K) in ml; ``voxel_mm3`` is the volume of a voxel."""
-        counts = [torch.bincount(member, minlength=self.classes) for member in _in_order(self.labels)]
+        counts = [torch.bincount(member, minlength=self.classes) for member in in_order(self.labels)]
         return torch.stack(counts).double() * voxel_mm3 / 1000
 
 
-def _in_order(images: Tensor) -> Tensor:
+def in_order(images: Tensor) -> Tensor:
     """Images (N, *S) as (N, voxels), in any order of the voxels that needs no copy."""
     order = sorted(range(1, images.ndim), key=lambda axis: -images.stride()[axis])
     return images.permute(0, *order).flatten(1)

@@ -96,6 +96,9 @@ def segment_slabs(
     else:
         slices = windows.thickness(image.shape, dims, len(seeds), image.device)
         parts = (predict_in_windows(part, windows, batch, predict) for part in stack.split(slices))
-    for flat in parts:
-        members = flat.unflatten(1, (len(seeds), -1))
-        yield members[0] if dims == 3 else members.movedim(0, -1)
+
+    def members(flat: Tensor) -> Tensor:
+        one = flat.unflatten(1, (len(seeds), -1))
+        return one[0] if dims == 3 else one.movedim(0, -1)
+
+    yield from map(members, parts)  # a loop would keep a slab in memory while the next one is computed

@@ -124,8 +124,11 @@ def rows_in_windows(
         predictions = predict(patches, [(index, *corners[window]) for index, window in part])
         end = max(int(corners[window][0]) for _, window in part) + size[0]
         if done + rows.shape[2] < end:
-            more = image.new_zeros(len(image), predictions.shape[1], end - done - rows.shape[2], *spatial[1:])
-            rows = torch.cat([rows, more], 2) if rows.shape[2] else more
+            more = image.new_zeros(len(image), predictions.shape[1], end - done, *spatial[1:])
+            if rows.shape[2]:
+                more[:, :, : rows.shape[2]] = rows
+            rows = more
+            del more
         for (index, window), values in zip(part, predictions, strict=True):
             first, *others = boxes[window]
             rows[index : index + 1, :, slice(first.start - done, first.stop - done), *others] += values * weights
@@ -136,8 +139,10 @@ def rows_in_windows(
             ((index, window),) = following
             stop = int(corners[window][0]) if index == len(image) - 1 else 0
         if stop > done:
-            yield rows[:, :, : stop - done].div_(total_weight[done:stop])
-            done, rows = stop, rows[:, :, stop - done :]
+            complete, rows = rows[:, :, : stop - done], rows[:, :, stop - done :].clone()
+            yield complete.div_(total_weight[done:stop])
+            done = stop
+            del complete  # the next rows need its memory
 
 
 def gaussian_weights(size: Sequence[int], like: Tensor) -> Tensor:

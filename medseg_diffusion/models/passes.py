@@ -152,7 +152,7 @@ class Pass:
 
         def sampled(part: Sequence[int]) -> Iterator[Ensemble]:
             slabs = segment_slabs(model, image, part, self.sampler, self.times, self.windows, self.dims, on_batch)
-            return (Ensemble.of(slab) for slab in slabs)
+            return map(Ensemble.of, slabs)  # keeps no slab in memory while the next one is computed
 
         if len(parts) == 1:
             return Slabs(sampled(seeds), axis)
@@ -204,16 +204,17 @@ def stepping_down(
         device: where to begin.
         smaller: whether smaller windows need less memory.
     """
+    whole, on_cpu = windows, False
     while True:
         try:
             return run(windows, device)
         except torch.cuda.OutOfMemoryError:
-            less = windows.smaller(spatial) if smaller else None
-            if less is None and device == CPU:
+            if on_cpu:
                 raise
+        less = windows.smaller(spatial) if smaller else None
         if less is not None:
-            windows, way = less, f"windows of {' x '.join(map(str, less.of(spatial)))}"
+            windows, step = less, f"windows of {' x '.join(map(str, less.of(spatial)))}"
         else:
-            device, smaller, way = CPU, False, "computing on the CPU"
+            windows, device, on_cpu, step = whole, CPU, True, "computing on the CPU"
         torch.cuda.empty_cache()
-        warnings.warn(f"out of GPU memory: {way}", stacklevel=2)
+        warnings.warn(f"out of GPU memory: {step}", stacklevel=2)

@@ -23,6 +23,7 @@ from medseg_diffusion.methods.ensemble import (
     Members,
     Uncertainty,
     entropy,
+    in_order,
     largest_part,
     most_probable,
     temperature_scaled,
@@ -218,7 +219,7 @@ class Aggregation:
                 disagreement = whole.uncertainty("mutual-information") if "mutual-information" in maps else None
                 whole = whole.within(near)
             slabs = Slabs([whole], slabs.axis)
-        scan = _OnScan(self, placement, maps)
+        scan = _OnScan(self, placement, maps, slabs.axis)
         members = scan.fill(slabs)
         disagreement = members.uncertainty("mutual-information") if disagreement is None else disagreement
         mutual = self._restored(disagreement, placement) if "mutual-information" in maps else None
@@ -231,7 +232,7 @@ class Aggregation:
         uncertain = scan.entropy
         if self.uncertainty != "entropy" and "uncertainty" in maps:
             uncertain = self._restored(members.uncertainty(self.uncertainty), placement)
-        counts = torch.bincount(labels.permute(2, 1, 0).flatten(), minlength=len(self.labels)).tolist()
+        counts = torch.bincount(in_order(labels[None])[0], minlength=len(self.labels)).tolist()
         voxel_ml = _voxel_ml(placement.native_affine)
         volumes = {name: counts[value] * voxel_ml for value, name in self.foreground.items()}
         intervals = self._intervals(volumes, voxel_ml)
@@ -307,11 +308,11 @@ class _OnScan:
         entropy: (I, J, K) of the probabilities, or None.
     """
 
-    def __init__(self, how: Aggregation, placement: Placement, maps: Collection[Map]) -> None:
+    def __init__(self, how: Aggregation, placement: Placement, maps: Collection[Map], axis: int) -> None:
+        """For slabs along ``axis``; the labels have the order in which these are contiguous."""
         self.how, self.placement, shape = how, placement, placement.native_shape
         certain = self._calibrated(torch.tensor(how.outside)[:, None])  # of voxels outside the crop
-        # In the order of files, so that the slabs of slices are contiguous.
-        self.labels = np.zeros(shape, np.uint8 if len(how.labels) <= 256 else np.int32, order="F")
+        self.labels = np.zeros(shape, np.uint8 if len(how.labels) <= 256 else np.int32, "F" if axis == 2 else "C")
         self.certain, self.probabilities, self.entropy = certain, None, None
         if "probabilities" in maps:
             self.probabilities = certain[..., None, None].repeat(1, *shape)
@@ -325,17 +326,17 @@ class _OnScan:
         axis, length = slabs.axis, self.placement.shape[slabs.axis]
         rest: Members | None = None
 
-        def scores() -> Iterator[Tensor]:
-            nonlocal rest
-            first = 0
-            for slab in slabs.parts:
-                rest = slab.members(how.uncertainty == "variance").placed(rest, first, axis, length)
-                first += slab.labels.shape[axis + 1]
-                scores = slab.fuse(how.fusion)
-                yield torch.cat([scores, slab.mean]) if mean_too else scores
+        first = 0
+
+        def scores(slab: Ensemble) -> Tensor:
+            nonlocal rest, first
+            rest = slab.members(how.uncertainty == "variance").placed(rest, first, axis, length)
+            first += slab.labels.shape[axis + 1]
+            fused_scores = slab.fuse(how.fusion)
+            return torch.cat([fused_scores, slab.mean]) if mean_too else fused_scores
 
         labels = self.placement.turned(self.labels[None])[0]
-        for where, values in self.placement.restored(scores(), axis):
+        for where, values in self.placement.restored(map(scores, slabs.parts), axis):
             labels[where] = most_probable(values[: len(how.labels)]).cpu().numpy()
             if mean_too or not fused:
                 self._fill_maps(where, values[-len(how.labels) :])

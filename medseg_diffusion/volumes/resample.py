@@ -162,7 +162,8 @@ def resample_slabs(
     held: Tensor | None = None
     first = done = 0  # the first plane that is held; the number of planes of the result that were made
     for slab in slabs:
-        held = slab if held is None or not held.shape[axis + 1] else torch.cat([held, slab], axis + 1)
+        held = slab if held is None else torch.cat([held, slab], axis + 1)
+        del slab  # the next one needs its memory
         ready = int((highest < first + held.shape[axis + 1]).sum())
         while done < ready:
             stop = min(ready, done + max(1, values_at_once // (plane * len(held))))
@@ -171,7 +172,8 @@ def resample_slabs(
             done = stop
         if done < target_shape[axis]:
             dropped = min(int(lowest[done]) - first, held.shape[axis + 1])
-            held = held.narrow(axis + 1, dropped, held.shape[axis + 1] - dropped)
+            rest = held.shape[axis + 1] - dropped
+            held = held.narrow(axis + 1, dropped, rest).clone() if rest else None
             first += dropped
     if done < target_shape[axis]:
         raise ValueError(f"the slabs have fewer planes than the image of {shape}")
