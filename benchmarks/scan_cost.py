@@ -122,10 +122,12 @@ def measure(scans: list[Path], model: str, network: bool, cpu: bool) -> None:
         clock.seconds.clear()
 
     results: list[dict[str, float]] = []
-    workflow._load = loaded
-    workflow.read_volume = clock.of("read", workflow.read_volume)
-    workflow.write_labels = clock.of("write", workflow.write_labels)
-    ensemble_segmenter.on_model_grid = clock.of("to grid", ensemble_segmenter.on_model_grid)
+    here: Any = workflow
+    here._load = loaded
+    here.read_volume = clock.of("read", here.read_volume)
+    here.write_labels = clock.of("write", here.write_labels)
+    model_grid: Any = ensemble_segmenter
+    model_grid.on_model_grid = clock.of("to grid", model_grid.on_model_grid)
     options = workflow.SegmentOptions(model=model, output=scans[0].parent / "out", device="cpu", ensemble=1)
     workflow.segment(scans, options, forget)
     print(json.dumps({**results[-1], "GB": peak_gb()}))
