@@ -30,6 +30,7 @@ from medseg_diffusion.methods.ensemble import (
 )
 from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing, Where
+from medseg_diffusion.volumes.resample import Part
 from medseg_diffusion.volumes.volume import Volume
 
 from .passes import Slabs
@@ -261,7 +262,7 @@ class Aggregation:
         turned = placement.turned(masks.numpy())
         for member, mask in zip(segmentation.members, turned, strict=True):
             for where, shares in placement.restored(_one_hot(member, classes), 0):
-                mask[where] = most_probable(shares).numpy()
+                mask[where] = labels_of(shares).numpy()
         return masks
 
     def _restored(self, values: Tensor, placement: Placement) -> Tensor:
@@ -336,10 +337,14 @@ class _OnScan:
             return torch.cat([fused_scores, slab.mean]) if mean_too else fused_scores
 
         labels = self.placement.turned(self.labels[None])[0]
-        for where, values in self.placement.restored(map(scores, slabs.parts), axis):
-            labels[where] = most_probable(values[: len(how.labels)]).cpu().numpy()
-            if mean_too or not fused:
-                self._fill_maps(where, values[-len(how.labels) :])
+        classes = len(how.labels)
+        for where, part in self.placement.restored(map(scores, slabs.parts), axis):
+            if self.probabilities is None and self.entropy is None:
+                labels[where] = labels_of(part).cpu().numpy()
+            else:
+                values = part.values()
+                labels[where] = most_probable(values[:classes]).cpu().numpy()
+                self._fill_maps(where, values[-classes:])
         assert rest is not None
         return rest
 
@@ -352,8 +357,6 @@ class _OnScan:
             self.entropy[dropped] = entropy(self.certain)
 
     def _fill_maps(self, where: Where, mean: Tensor) -> None:
-        if self.probabilities is None and self.entropy is None:
-            return
         calibrated = self._calibrated(mean)
         if self.probabilities is not None:
             self.placement.turned(self.probabilities.numpy())[:, *where] = calibrated.cpu().numpy()
@@ -364,6 +367,34 @@ class _OnScan:
         calibration = self.how.calibration
         # It changes no label, so it may follow the choice of the largest class.
         return probabilities if calibration is None else temperature_scaled(probabilities, calibration.temperature)
+
+
+def labels_of(part: Part) -> Tensor:
+    """The class with the largest score, uint8 or int32, of resampled scores; those that cannot be largest are left out.
+
+    The largest of K scores is at least a K-th of their sum. So a class is interpolated only around voxels where it has
+    that much, and the background only where another class has.
+    """
+    scores = part.data
+    if scores.device.type != "cpu" or part.shape == tuple(scores.shape[1:]):
+        return most_probable(part.values())
+    least = float(scores.sum(0).min()) / len(scores) - 1e-4  # more than rounding
+    boxes = {value: part.reach(scores[value] >= least) for value in range(1, len(scores))}
+    reached = {value: box for value, box in boxes.items() if box is not None}
+    labels = torch.zeros(part.shape, dtype=torch.uint8 if len(scores) <= 256 else torch.int32)
+    if not reached:
+        return labels
+    ends = [[(box[axis].start, box[axis].stop) for box in reached.values()] for axis in range(3)]
+    union = [slice(min(start for start, _ in one), max(stop for _, stop in one)) for one in ends]
+    within, best = labels[tuple(union)].numpy(), part.within(union, 0).numpy().copy()
+    for value, box in reached.items():
+        own = tuple(
+            slice(side.start - whole.start, side.stop - whole.start) for side, whole in zip(box, union, strict=True)
+        )
+        score = part.within(box, value).numpy()
+        np.copyto(within[own], value, where=score > best[own], casting="unsafe")
+        np.maximum(best[own], score, out=best[own])
+    return labels
 
 
 def _one_hot(labels: Tensor, classes: int) -> Iterator[Tensor]:

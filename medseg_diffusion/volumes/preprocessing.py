@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 
-from .resample import resample, resample_slabs, sized_grid, spacing_grid
+from .resample import Part, resample, resample_slabs, sized_grid, spacing_grid
 from .volume import FloatArray, Shape, Volume, orientation_transform, reorient, spacing_of
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last voxel of each of the three axes
@@ -110,11 +110,11 @@ class Placement:
         if math.prod(self.native_shape) > math.prod(stop - start for start, stop in self.box):
             result.copy_(torch.tensor(fill, dtype=data.dtype)[:, None, None, None].expand_as(result))
         whole = self.turned(result.numpy())
-        for where, values in self.restored([data], 0):
-            whole[:, *where] = values.cpu().numpy()
+        for where, part in self.restored([data], 0):
+            whole[:, *where] = part.values().cpu().numpy()
         return result.to(data.device)
 
-    def restored(self, slabs: Iterable[Tensor], axis: int) -> Iterator[tuple[Where, Tensor]]:
+    def restored(self, slabs: Iterable[Tensor], axis: int) -> Iterator[tuple[Where, Part]]:
         """`restore` of data that comes in slabs, to slabs, so that large scans of many classes fit into memory.
 
         The numbers are those of `restore`, bit for bit, however thick the slabs are.
@@ -124,16 +124,16 @@ class Placement:
             axis: 0, 1 or 2.
 
         Yields:
-            The place of each part in arrays that were `turned`, and its values (C, ...), on the device of the slabs.
-            The parts cover the crop; beyond it, nothing is yielded.
+            The place of each part in arrays that were `turned`, and the part. The parts cover the crop; beyond it,
+            nothing is yielded.
         """
         i, j, k = (stop - start for start, stop in self.box)
         parts = resample_slabs(slabs, axis, self.shape, self.affine, self.box_affine, (i, j, k), RESTORED_AT_ONCE)
-        for first, values in parts:
+        for first, part in parts:
             where = [slice(start, stop) for start, stop in self.box]
             begin = self.box[axis][0] + first
-            where[axis] = slice(begin, begin + values.shape[axis + 1])
-            yield tuple(where), values
+            where[axis] = slice(begin, begin + part.shape[axis])
+            yield tuple(where), part
 
     def turned(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """A view of an array (C, I, J, K) on the scan's grid whose last three axes are those of the model's grid."""

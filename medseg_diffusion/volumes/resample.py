@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -122,6 +123,47 @@ def resample(
     return _oblique(data, to_source, shape, mode, outside)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of a resampled image, of which only what is needed is computed.
+
+    Attributes:
+        data: (C, ...) the voxels of the image that it depends on.
+        taps: indices and weights of all axes.
+    """
+
+    data: Tensor
+    taps: list[Taps]
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the part."""
+        i, j, k = (index.shape[1] for _, index, _ in sorted(self.taps, key=lambda one: one[0]))
+        return i, j, k
+
+    def values(self) -> Tensor:
+        """The resampled part, (C, *shape); ``data`` itself if nothing is interpolated."""
+        return _gathered(self.data, self.taps)
+
+    def within(self, box: Sequence[slice], channel: int) -> Tensor:
+        """The values of one channel in a box of the part."""
+        data, taps = self.data[channel : channel + 1], self.taps
+        for axis, side in enumerate(box):
+            low, high, taps = _only(taps, axis, side.start, side.stop)
+            data = data.narrow(axis + 1, low, high - low)
+        return _gathered(data, taps)[0]
+
+    def reach(self, mask: Tensor) -> tuple[slice, ...] | None:
+        """The box of the part outside of which no voxel depends on those of a mask of the image; None if none does."""
+        box = []
+        for axis, index, _ in sorted(self.taps, key=lambda one: one[0]):
+            marked = mask.movedim(axis, 0).flatten(1).any(1)[index.to(mask.device)].any(0).nonzero().flatten()
+            if len(marked) == 0:
+                return None
+            box.append(slice(int(marked[0]), int(marked[-1]) + 1))
+        return tuple(box)
+
+
 def resample_slabs(
     slabs: Iterable[Tensor],
     axis: int,
@@ -130,7 +172,7 @@ def resample_slabs(
     target_affine: FloatArray,
     target_shape: Shape,
     values_at_once: int,
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, Part]]:
     """`resample` ("linear", "edge") of an image that comes in slabs, to slabs: neither image is in memory as a whole.
 
     The numbers are those of `resample`, bit for bit, however thick the slabs are.
@@ -145,7 +187,7 @@ def resample_slabs(
         values_at_once: largest number of values in a part of the result, if a single plane has not more.
 
     Yields:
-        The first plane, and the planes from it on (C, ...), without gaps.
+        The first plane, and the planes from it on, without gaps.
 
     Raises:
         ValueError: axes of other directions, or slabs that are not the whole image.
@@ -168,7 +210,7 @@ def resample_slabs(
         while done < ready:
             stop = min(ready, done + max(1, values_at_once // (plane * len(held))))
             low, high, cut = _only(axes, axis, done, stop)
-            yield done, _gathered(held.narrow(axis + 1, low - first, high - low), cut)
+            yield done, Part(held.narrow(axis + 1, low - first, high - low), cut)
             done = stop
         if done < target_shape[axis]:
             dropped = min(int(lowest[done]) - first, held.shape[axis + 1])

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
@@ -21,9 +23,10 @@ from medseg_diffusion.methods.segment import slab_axis
 from medseg_diffusion.models.ensemble_segmenter import EnsembleSegmenter
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.passes import Slabs
-from medseg_diffusion.models.segmentation import Segmentation
+from medseg_diffusion.models.segmentation import Segmentation, labels_of
 from medseg_diffusion.volumes import preprocessing
 from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.resample import resample_slabs
 from tests.helpers.ensembles import normal
 from tests.helpers.segmenters import calibrated, make_model, run, save, tiny_config
 
@@ -70,7 +73,24 @@ def test_slabs_of_any_thickness_give_the_same(dims, spacing, fusion, tmp_path: P
         for thickness, values in ((1, 2**24), (4, 1), (100, 1)):
             monkeypatch.setattr(preprocessing, "RESTORED_AT_ONCE", values)
             assert_equal(model.aggregation.combine(slices(ensemble, axis, thickness), placement, MAPS), whole)
+            labels = model.aggregation.combine(slices(ensemble, axis, thickness), placement).labels
+            assert torch.equal(labels, whole.labels)  # without maps, only classes that can be largest are interpolated
     assert len(whole.labels.unique()) == 3
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 999), classes=st.integers(1, 6), sharp=st.sampled_from([0.0, 1.0, 8.0]))
+def test_classes_that_are_left_out_are_nowhere_the_largest(seed, classes, sharp) -> None:
+    """Small objects in much background, as in most scans; scores that are equal everywhere; a class of no voxel."""
+    shape = (9, 10, 11)
+    scores = normal(seed, classes, *shape)
+    scores[0] += 4
+    scores[-1] -= 100
+    affine, grid = np.eye(4), np.diag([0.6, 0.7, 1.6, 1.0])
+    scores = (sharp * scores).softmax(0)
+    parts = resample_slabs(scores.split(3, 1), 0, shape, affine, grid, (14, 13, 6), 5 * classes * 13 * 6)
+    for _, part in parts:
+        assert torch.equal(labels_of(part).long(), part.values().argmax(0))
 
 
 def test_maps_are_made_only_if_asked_for(tmp_path: Path, tiny_model: Path) -> None:
