@@ -112,37 +112,41 @@ def rows_in_windows(
     size, corners = windows.of(spatial), windows.corners(spatial)
     weights = gaussian_weights(size, image)
     boxes = [tuple(slice(first, first + side) for first, side in zip(corner, size, strict=True)) for corner in corners]
-    total_weight = image.new_zeros(spatial)
-    for box in boxes:
-        total_weight[box] += weights
     everything = [(index, window) for index in range(len(image)) for window in range(len(corners))]
-    done, rows = 0, image.new_zeros(len(image), 0, 0, *spatial[1:])  # complete rows; those from there on
+    last = len(image) - 1
+    done = 0
+    # Sums and their weights from the first incomplete row on. The weights are those of the last image.
+    rows, total = image.new_zeros(len(image), 0, 0, *spatial[1:]), image.new_zeros(0, *spatial[1:])
     for start in range(0, len(everything), batch_size):
         part = everything[start : start + batch_size]
         cut = [image[index : index + 1, :, *boxes[window]] for index, window in part]
         patches = torch.cat(cut) if batch_size > 1 else cut[0]
         predictions = predict(patches, [(index, *corners[window]) for index, window in part])
         end = max(int(corners[window][0]) for _, window in part) + size[0]
-        if done + rows.shape[2] < end:
-            more = image.new_zeros(len(image), predictions.shape[1], end - done, *spatial[1:])
-            if rows.shape[2]:
-                more[:, :, : rows.shape[2]] = rows
-            rows = more
-            del more
+        if done + len(total) < end:
+            rows = _longer(rows, (len(image), predictions.shape[1], end - done, *spatial[1:]), 2)
+            total = _longer(total, (end - done, *spatial[1:]), 0)
         for (index, window), values in zip(part, predictions, strict=True):
             first, *others = boxes[window]
-            rows[index : index + 1, :, slice(first.start - done, first.stop - done), *others] += values * weights
+            here = (slice(first.start - done, first.stop - done), *others)
+            rows[index : index + 1, :, *here] += values * weights
+            if index == last:
+                total[here] += weights
         following = everything[start + batch_size :][:1]
-        if not following:
-            stop = spatial[0]
-        else:
-            ((index, window),) = following
-            stop = int(corners[window][0]) if index == len(image) - 1 else 0
+        stop = spatial[0] if not following else int(corners[following[0][1]][0]) if following[0][0] == last else 0
         if stop > done:
             complete, rows = rows[:, :, : stop - done], rows[:, :, stop - done :].clone()
-            yield complete.div_(total_weight[done:stop])
-            done = stop
+            yield complete.div_(total[: stop - done])
+            done, total = stop, total[stop - done :].clone()
             del complete  # the next rows need its memory
+
+
+def _longer(rows: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """Rows with zeros behind them along ``axis``."""
+    longer = rows.new_zeros(tuple(shape))
+    if rows.shape[axis]:
+        longer.narrow(axis, 0, rows.shape[axis]).copy_(rows)
+    return longer
 
 
 def gaussian_weights(size: Sequence[int], like: Tensor) -> Tensor:

@@ -345,6 +345,8 @@ class _OnScan:
                 values = part.values()
                 labels[where] = most_probable(values[:classes]).cpu().numpy()
                 self._fill_maps(where, values[-classes:])
+                del values
+            del part  # the next one needs its memory
         assert rest is not None
         return rest
 

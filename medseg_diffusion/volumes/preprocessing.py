@@ -134,6 +134,7 @@ class Placement:
             begin = self.box[axis][0] + first
             where[axis] = slice(begin, begin + part.shape[axis])
             yield tuple(where), part
+            del part  # the next one needs its memory
 
     def turned(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """A view of an array (C, I, J, K) on the scan's grid whose last three axes are those of the model's grid."""
