@@ -22,7 +22,7 @@ from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.segment import slab_axis
 from medseg_diffusion.models.ensemble_segmenter import EnsembleSegmenter
 from medseg_diffusion.models.load import load_segmenter
-from medseg_diffusion.models.passes import Slabs
+from medseg_diffusion.models.passes import Slabs, on_model_grid
 from medseg_diffusion.models.segmentation import Segmentation, labels_of
 from medseg_diffusion.volumes import preprocessing
 from medseg_diffusion.volumes.io import read_volume
@@ -243,3 +243,23 @@ def test_a_limit_makes_batches_smaller_before_windows(tmp_path: Path, monkeypatc
     )
     assert {samples for voxels, samples, _ in ways if voxels == whole} == {1, 3}
     assert torch.equal(model.segment(volume, 1).labels, expected.labels)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("spacing", [[1.5, 1.4, 1.3], [0.7, 0.9, 2.9]])
+def test_scans_are_resampled_on_the_gpu_to_the_same_numbers(spacing, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    path = model_of(tmp_path / "model", 3, spacing)
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    model = load_segmenter(path, "cuda", ensemble=3)
+    image, placement = on_model_grid(model.preprocessing, volume, model.device)
+    expected, _ = model.preprocessing.apply(volume)
+    assert image.device.type == "cuda"
+    torch.testing.assert_close(image.cpu(), expected, rtol=0, atol=1e-4)
+    members = (3 * normal(0, 3, 3, *placement.shape)).softmax(1)
+    there, here = (
+        model.aggregation.combine(Ensemble.of(members.to(device)), placement, MAPS) for device in ("cuda", "cpu")
+    )
+    torch.testing.assert_close(there.probabilities, here.probabilities, rtol=0, atol=1e-4)
+    assert float((there.labels != here.labels).float().mean()) < 1e-3
