@@ -32,9 +32,8 @@ READER, SAMPLE = "#ffb000", "#00b4d8"
 
 def masks_of(model: SegmentationModel, case: Case) -> NDArray[np.bool_]:
     """The samples (N, H, W)."""
-    ensemble, placement = model.sample(read_volume(case.image), derive_seed(0, case.name))
-    segmentation = model.aggregation.combine(ensemble, placement)
-    return model.aggregation.members_on_scan(segmentation, placement).numpy()[..., 0].swapaxes(1, 2) > 0
+    segmentation = model.segment(read_volume(case.image), derive_seed(0, case.name))
+    return model.aggregation.members_on_scan(segmentation).numpy()[..., 0].swapaxes(1, 2) > 0
 
 
 def chosen(model: SegmentationModel, data: Path, count: int) -> list[Case]:

@@ -112,6 +112,12 @@ def segment(
     run_report: RunReport = None,
     skip_existing: SkipExisting = False,
     shard: Shard = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, metavar="GB", help="Most memory of the process; large scans are computed in smaller parts."
+        ),
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
@@ -151,5 +157,6 @@ def segment(
         fast=fast,
         keep_largest=keep_largest,
         failures=failures,
+        max_memory=max_memory,
     )
     run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json, failures)

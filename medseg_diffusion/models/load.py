@@ -26,6 +26,7 @@ def load_segmenter(
     uncertainty: Uncertainty = "entropy",
     keep_largest: bool | None = None,
     fast: bool = False,
+    max_memory: float | None = None,
 ) -> SegmentationModel:
     """Load a segmenter once for many scans.
 
@@ -39,6 +40,7 @@ def load_segmenter(
         uncertainty: "entropy", "mutual-information" or "variance" (`Ensemble.uncertainty`).
         keep_largest: Keep only the largest connected part of the foreground; None takes the model's default.
         fast: One step and one mask, as far as the model has both.
+        max_memory: Most memory of the process in GB, by an estimate; None for no limit.
 
     Raises:
         ModelError: A model that is missing, unusable or not a segmenter.
@@ -48,6 +50,7 @@ def load_segmenter(
     tune(chosen)
     saved = load_model_files(name_or_path)
     options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty, keep_largest, fast)
-    if saved.card.get("method") == "label-efficient":
-        return PixelSegmenter(saved, chosen, options)
-    return MaskSegmenter(saved, chosen, options)
+    pixels = saved.card.get("method") == "label-efficient"
+    model = PixelSegmenter(saved, chosen, options) if pixels else MaskSegmenter(saved, chosen, options)
+    model.max_memory = max_memory
+    return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
@@ -13,13 +12,11 @@ from torch import Tensor
 from medseg_diffusion import build
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.shared import InferenceSection
-from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.activations import Activations
-from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.label_efficient import PixelSegmentation
-from medseg_diffusion.methods.windows import Windows, count_batches
+from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.tasks.image import ImageDiffusion
@@ -27,16 +24,18 @@ from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
+from .ensemble_segmenter import EnsembleSegmenter
 from .generator import Generator, restore_generator
+from .passes import Pass
 from .restore import ready, typed_config, usable
-from .segmentation import NOT_FASTER, PROBABILITIES_AT_ONCE, Aggregation, EnsembleOptions, Pass, Segmentation, counter
+from .segmentation import NOT_FASTER, Aggregation, EnsembleOptions
 from .store import SavedModel
 
 GENERATOR = "generator"
 """Name of the generator among the parts of the model (`SavedModel.part`)."""
 
 
-class PixelSegmenter:
+class PixelSegmenter(EnsembleSegmenter):
     """Trained pixel classifiers with their generator (`SegmentationModel`). The classifiers form the ensemble.
 
     Args:
@@ -53,6 +52,7 @@ class PixelSegmenter:
     sampler_name, num_steps = "", 1
     samples_masks = False
     merge_labels = False
+    smaller_windows = False  # every window is brought to the size of the generator's images
 
     def __init__(self, saved: SavedModel, device: torch.device, options: EnsembleOptions = EnsembleOptions()) -> None:
         if (options.steps, options.sampler) != (None, None):
@@ -77,34 +77,6 @@ class PixelSegmenter:
 
     def without_x_t(self, replacement: Replacement, seed: int = 0) -> AbstractContextManager[None]:
         raise ValueError(f"{self.saved.path}: classifies pixels, so it has no x_t")
-
-    def sample(
-        self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
-    ) -> tuple[Ensemble, Placement]:
-        image, placement = self.preprocessing.apply(volume)
-        seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
-        slabs = self._slabs(image)
-        windows, dims = self.way.windows, self.dims
-        batches = sum(count_batches(slab.shape, windows, dims, len(seeds), self.device) for slab in slabs)
-        on_batch = counter(batches, on_progress)
-        members = (self.way.members(self.model, slab, seeds, self.device, on_batch) for slab in slabs)
-        return Ensemble.joined([Ensemble.of(part) for part in members]), placement
-
-    def segment(
-        self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
-    ) -> Segmentation:
-        return self.aggregation.combine(*self.sample(volume, seed, on_progress))
-
-    def _slabs(self, image: Tensor) -> Sequence[Tensor]:
-        """Split an image (C, I, J, K) along its last axis into slabs whose probabilities fit into memory.
-
-        All members are computed together, because they share the activations, which are the expensive part. No noise
-        depends on the number of a slice, so that the slabs give the same result as the whole image.
-        """
-        if self.dims == 3:
-            return [image]
-        of_one_slice = len(self.labels) * image[0, :, :, 0].numel()
-        return image.split(max(1, PROBABILITIES_AT_ONCE // (self.ensemble * of_one_slice)), -1)
 
 
 def restore_pixel_segmentation(saved: SavedModel) -> tuple[PixelSegmentation, PixelClassifierConfig, Generator]:

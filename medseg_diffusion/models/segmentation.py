@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import InferenceSection
-from medseg_diffusion.device import Precision, autocast_dtype
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.calibration import Calibration
-from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty, entropy, largest_part, temperature_scaled
-from medseg_diffusion.methods.segment import Segmenter, segment
+from medseg_diffusion.methods.ensemble import (
+    Ensemble,
+    Fusion,
+    Members,
+    Uncertainty,
+    entropy,
+    in_order,
+    largest_part,
+    most_probable,
+    temperature_scaled,
+)
 from medseg_diffusion.methods.shape_prior import ShapePrior
-from medseg_diffusion.methods.windows import Windows
-from medseg_diffusion.sampling.loop import Sampler
-from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing, Where
+from medseg_diffusion.volumes.resample import Part
 from medseg_diffusion.volumes.volume import Volume
 
+from .passes import Slabs
 from .store import SavedModel
-
-PROBABILITIES_AT_ONCE = 2**28
-"""Largest number of values of all members in memory (1 GB). Large scans take fewer members or slices at once."""
 
 NOT_FASTER = "--fast changes nothing: this model has no setting with fewer steps or masks"
 """Note on the option ``fast``."""
 
+Map = Literal["probabilities", "uncertainty", "mutual-information"]
+"""A map on the scan's grid, which is only made if it is asked for: large scans of many classes have large maps."""
 Quality = Literal["usual", "check"]
 
 
@@ -67,9 +73,11 @@ class Segmentation:
 
     Attributes:
         labels: Class values, (I, J, K) uint8 or int32.
-        probabilities: Class probabilities, (K, I, J, K').
+        probabilities: Class probabilities, (K, I, J, K'); None unless asked for, as the other maps.
         uncertainty: Uncertainty map of the requested kind, (I, J, K).
+        mutual_information: Disagreement of the members (`Ensemble.uncertainty`) before any part is dropped, (I, J, K).
         members: Labels of every member on the model's grid, (N, *S).
+        placement: How the model's grid lies in the scan.
         volumes_ml: Class name -> volume, without background.
         members_ml: Class name -> smallest and largest volume of the members; empty for one member.
         intervals_ml: Class name -> an interval that contains the reference's volume in a share ``level`` of patients
@@ -84,9 +92,11 @@ class Segmentation:
     """
 
     labels: Tensor
-    probabilities: Tensor
-    uncertainty: Tensor
+    probabilities: Tensor | None
+    uncertainty: Tensor | None
+    mutual_information: Tensor | None
     members: Tensor
+    placement: Placement
     volumes_ml: dict[str, float]
     members_ml: dict[str, tuple[float, float]]
     intervals_ml: dict[str, tuple[float, float]]
@@ -152,11 +162,23 @@ class SegmentationModel(Protocol):
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = ...
     ) -> tuple[Ensemble, Placement]:
-        """Sample the ensemble on the model's grid, on the CPU; also return the placement that maps back to the scan."""
+        """Sample the ensemble on the model's grid; also return the placement that maps back to the scan.
+
+        The probabilities of all classes are in memory at once; `segment` needs much less for large scans.
+        """
         ...
 
-    def segment(self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = ...) -> Segmentation:
-        """Segment a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done."""
+    def segment(
+        self,
+        volume: Volume,
+        seed: int = 0,
+        on_progress: Callable[[float], None] = ...,
+        maps: Collection[Map] = (),
+    ) -> Segmentation:
+        """Segment a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done.
+
+        ``maps`` are made beside the labels.
+        """
         ...
 
 
@@ -192,57 +214,72 @@ class Aggregation:
         """The classes without background."""
         return {value: name for value, name in self.labels.items() if value}
 
-    def combine(self, ensemble: Ensemble, placement: Placement) -> Segmentation:
-        """Combine the members into one segmentation. Probabilities, never labels, are mapped to the scan's grid."""
-        if (near := self._near_the_shape(ensemble, placement)) is not None:
-            ensemble = ensemble.within(near)
-        mean = placement.restore(ensemble.mean, self.outside)
-        scores = mean if self.fusion == "mean" else placement.restore(ensemble.fuse(self.fusion), self.outside)
-        labels = scores.argmax(0).to(torch.uint8 if len(self.labels) <= 256 else torch.int32)
+    def combine(self, ensemble: Ensemble | Slabs, placement: Placement, maps: Collection[Map] = ()) -> Segmentation:
+        """Combine the members into one segmentation, slab by slab, and make the ``maps`` that are asked for.
+
+        Probabilities, never labels, are mapped to the scan's grid.
+        """
+        slabs = Slabs([ensemble], 0) if isinstance(ensemble, Ensemble) else ensemble
+        disagreement: Tensor | None = None  # mutual information before positions are excluded
+        if self.prior is not None or self.fusion == "staple":  # they need all of the image
+            whole = slabs.joined()
+            if (near := self._near_the_shape(whole, placement)) is not None:
+                disagreement = whole.uncertainty("mutual-information") if "mutual-information" in maps else None
+                whole = whole.within(near)
+            slabs = Slabs([whole], slabs.axis)
+        scan = _OnScan(self, placement, maps, slabs.axis)
+        members = scan.fill(slabs)
+        disagreement = members.uncertainty("mutual-information") if disagreement is None else disagreement
+        mutual = self._restored(disagreement, placement) if "mutual-information" in maps else None
+        labels = torch.from_numpy(scan.labels)
         if self.largest_part:
             dropped = (labels > 0) & ~largest_part(labels)
-            labels[dropped] = 0
-            mean[:, dropped] = torch.tensor(self.outside)[:, None]
+            scan.drop(dropped)
             # All following numbers are computed after this restriction.
-            coarse = ensemble.mean.argmax(0)
-            ensemble = ensemble.within((coarse == 0) | largest_part(coarse))
-        counts = np.bincount(labels.numpy().ravel(), minlength=len(self.labels))
+            members = members.within((members.best == 0) | largest_part(members.best))
+        uncertain = scan.entropy
+        if self.uncertainty != "entropy" and "uncertainty" in maps:
+            uncertain = self._restored(members.uncertainty(self.uncertainty), placement)
+        counts = torch.bincount(in_order(labels[None])[0], minlength=len(self.labels)).tolist()
         voxel_ml = _voxel_ml(placement.native_affine)
-        volumes = {name: float(counts[value] * voxel_ml) for value, name in self.foreground.items()}
-        position_ml = _voxel_ml(placement.affine)
+        volumes = {name: counts[value] * voxel_ml for value, name in self.foreground.items()}
         intervals = self._intervals(volumes, voxel_ml)
-        if self.calibration is not None:  # changes no label, so it may follow the choice of the largest class
-            mean = temperature_scaled(mean, self.calibration.temperature)
-        kind, several = self.uncertainty, len(ensemble) > 1
-        uncertain = entropy(mean) if kind == "entropy" else placement.restore(ensemble.uncertainty(kind)[None])[0]
-        agreement = self._agreement(ensemble) if several else {}
+        several = len(members) > 1
+        agreement = self._agreement(members) if several else {}
         return Segmentation(
             labels=labels,
-            probabilities=mean,
+            probabilities=scan.probabilities,
             uncertainty=uncertain,
-            members=ensemble.labels,
+            mutual_information=mutual,
+            members=members.labels,
+            placement=placement,
             volumes_ml=volumes,
-            members_ml=self._ranges(ensemble, position_ml) if several else {},
+            members_ml=self._ranges(members, _voxel_ml(placement.affine)) if several else {},
             intervals_ml=intervals,
             level=self.calibration.level if self.calibration is not None and intervals else None,
             agreement=agreement,
             quality=self._quality(agreement),
-            disagreement=ensemble.disagreement if several else None,
+            disagreement=members.disagreement if several else None,
         )
 
-    def members_on_scan(self, segmentation: Segmentation, placement: Placement) -> Tensor:
+    def members_on_scan(self, segmentation: Segmentation) -> Tensor:
         """Masks of all members on the scan's grid, (N, I, J, K), with the data type of ``segmentation.labels``."""
-        classes = len(self.labels)
-        masks = [
-            placement.restore(F.one_hot(member.long(), classes).movedim(-1, 0).float(), self.outside).argmax(0)
-            for member in segmentation.members
-        ]
-        return torch.stack(masks).to(segmentation.labels.dtype)
+        classes, placement = len(self.labels), segmentation.placement
+        masks = torch.zeros(len(segmentation.members), *placement.native_shape, dtype=segmentation.labels.dtype)
+        turned = placement.turned(masks.numpy())
+        for member, mask in zip(segmentation.members, turned, strict=True):
+            for where, shares in placement.restored(_one_hot(member, classes), 0):
+                mask[where] = labels_of(shares).numpy()
+        return masks
+
+    def _restored(self, values: Tensor, placement: Placement) -> Tensor:
+        return placement.restore(values[None])[0]
 
     def _near_the_shape(self, ensemble: Ensemble, placement: Placement) -> Tensor | None:
         if self.prior is None or self.prior_mm is None:
             return None
-        return self.prior.near(ensemble.mean.argmax(0) > 0, placement.spacing, self.prior_mm)
+        near = self.prior.near(most_probable(ensemble.mean).cpu() > 0, placement.spacing, self.prior_mm)
+        return None if near is None else near.to(ensemble.mean.device)
 
     def _intervals(self, volumes_ml: dict[str, float], voxel_ml: float) -> dict[str, tuple[float, float]]:
         if self.calibration is None:
@@ -252,13 +289,13 @@ class Aggregation:
             for value, name in self.foreground.items()
         }
 
-    def _ranges(self, ensemble: Ensemble, position_ml: float) -> dict[str, tuple[float, float]]:
-        volumes = ensemble.volumes_ml(1000 * position_ml)
+    def _ranges(self, members: Members, position_ml: float) -> dict[str, tuple[float, float]]:
+        volumes = members.volumes_ml(1000 * position_ml)
         low, high = volumes.min(0).values, volumes.max(0).values
         return {name: (float(low[value]), float(high[value])) for value, name in self.foreground.items()}
 
-    def _agreement(self, ensemble: Ensemble) -> dict[str, float]:
-        dice = ensemble.pairwise_dice()
+    def _agreement(self, members: Members) -> dict[str, float]:
+        dice = members.pairwise_dice()
         return {name: float(dice[value - 1]) for value, name in self.foreground.items()}
 
     def _quality(self, agreement: dict[str, float]) -> Quality | None:
@@ -268,6 +305,111 @@ class Aggregation:
         if not defined:  # all members have an empty mask: they agree on nothing
             return "check"
         return "usual" if sum(defined) / len(defined) >= self.calibration.agreement else "check"
+
+
+class _OnScan:
+    """The arrays of a segmentation on the scan's grid, filled slab by slab.
+
+    Attributes:
+        labels: (I, J, K) uint8, or int32 for more than 256 classes.
+        probabilities: (K, I, J, K') after the calibration, or None if not asked for.
+        entropy: (I, J, K) of the probabilities, or None.
+    """
+
+    def __init__(self, how: Aggregation, placement: Placement, maps: Collection[Map], axis: int) -> None:
+        """For slabs along ``axis``; the labels have the order in which these are contiguous."""
+        self.how, self.placement, shape = how, placement, placement.native_shape
+        certain = self._calibrated(torch.tensor(how.outside)[:, None])  # of voxels outside the crop
+        self.labels = np.zeros(shape, np.uint8 if len(how.labels) <= 256 else np.int32, "F" if axis == 2 else "C")
+        self.certain, self.probabilities, self.entropy = certain, None, None
+        if "probabilities" in maps:
+            self.probabilities = certain[..., None, None].repeat(1, *shape)
+        if "uncertainty" in maps and how.uncertainty == "entropy":
+            self.entropy = entropy(certain).expand(*shape).clone()
+
+    def fill(self, slabs: Slabs) -> Members:
+        """Fill the arrays, and return what remains of the slabs on the model's grid."""
+        how, fused = self.how, self.how.fusion != "mean"
+        mean_too = fused and (self.probabilities is not None or self.entropy is not None)
+        axis, length = slabs.axis, self.placement.shape[slabs.axis]
+        rest: Members | None = None
+
+        first = 0
+
+        def scores(slab: Ensemble) -> Tensor:
+            nonlocal rest, first
+            rest = slab.members(how.uncertainty == "variance").placed(rest, first, axis, length)
+            first += slab.labels.shape[axis + 1]
+            fused_scores = slab.fuse(how.fusion)
+            return torch.cat([fused_scores, slab.mean]) if mean_too else fused_scores
+
+        labels = self.placement.turned(self.labels[None])[0]
+        classes = len(how.labels)
+        for where, part in self.placement.restored(map(scores, slabs.parts), axis):
+            if self.probabilities is None and self.entropy is None:
+                labels[where] = labels_of(part).cpu().numpy()
+            else:
+                values = part.values()
+                labels[where] = most_probable(values[:classes]).cpu().numpy()
+                self._fill_maps(where, values[-classes:])
+                del values
+            del part  # the next one needs its memory
+        assert rest is not None
+        return rest
+
+    def drop(self, dropped: Tensor) -> None:
+        """Make voxels certain background."""
+        self.labels[dropped.numpy()] = 0
+        if self.probabilities is not None:
+            self.probabilities[:, dropped] = self.certain
+        if self.entropy is not None:
+            self.entropy[dropped] = entropy(self.certain)
+
+    def _fill_maps(self, where: Where, mean: Tensor) -> None:
+        calibrated = self._calibrated(mean)
+        if self.probabilities is not None:
+            self.placement.turned(self.probabilities.numpy())[:, *where] = calibrated.cpu().numpy()
+        if self.entropy is not None:
+            self.placement.turned(self.entropy[None].numpy())[0][where] = entropy(calibrated).cpu().numpy()
+
+    def _calibrated(self, probabilities: Tensor) -> Tensor:
+        calibration = self.how.calibration
+        # It changes no label, so it may follow the choice of the largest class.
+        return probabilities if calibration is None else temperature_scaled(probabilities, calibration.temperature)
+
+
+def labels_of(part: Part) -> Tensor:
+    """The class with the largest score, uint8 or int32, of resampled scores; those that cannot be largest are left out.
+
+    The largest of K scores is at least a K-th of their sum. So a class is interpolated only around voxels where it has
+    that much, and the background only where another class has.
+    """
+    scores = part.data
+    if scores.device.type != "cpu" or part.shape == tuple(scores.shape[1:]):
+        return most_probable(part.values())
+    least = float(scores.sum(0).min()) / len(scores) - 1e-4  # more than rounding
+    boxes = {value: part.reach(scores[value] >= least) for value in range(1, len(scores))}
+    reached = {value: box for value, box in boxes.items() if box is not None}
+    labels = torch.zeros(part.shape, dtype=torch.uint8 if len(scores) <= 256 else torch.int32)
+    if not reached:
+        return labels
+    ends = [[(box[axis].start, box[axis].stop) for box in reached.values()] for axis in range(3)]
+    union = [slice(min(start for start, _ in one), max(stop for _, stop in one)) for one in ends]
+    within, best = labels[tuple(union)].numpy(), part.within(union, 0).numpy().copy()
+    for value, box in reached.items():
+        own = tuple(
+            slice(side.start - whole.start, side.stop - whole.start) for side, whole in zip(box, union, strict=True)
+        )
+        score = part.within(box, value).numpy()
+        np.copyto(within[own], value, where=score > best[own], casting="unsafe")
+        np.maximum(best[own], score, out=best[own])
+    return labels
+
+
+def _one_hot(labels: Tensor, classes: int) -> Iterator[Tensor]:
+    """Float masks (K, 1, ...) of the classes, plane by plane of the first axis."""
+    for plane in labels.split(1):
+        yield torch.stack([(plane == value).float() for value in range(classes)])
 
 
 def stored_calibration(saved: SavedModel) -> Calibration | None:
@@ -285,41 +427,6 @@ def stored_calibration(saved: SavedModel) -> Calibration | None:
         return Calibration(**content)
     except TypeError as error:
         raise ModelError(f"{saved.path}: its calibration is of another version; train it again") from error
-
-
-@dataclass(frozen=True)
-class Pass:
-    """How an image is sampled: model, sampler, times, windows and precision."""
-
-    sampler: Sampler
-    times: Sequence[int]
-    windows: Windows
-    dims: int
-    precision: Precision
-
-    def members(
-        self, model: Segmenter, image: Tensor, seeds: Sequence[int], device: torch.device, on_batch: Callable[[], None]
-    ) -> Tensor:
-        """Sample class probabilities (N, K, I, J, K') of ``image`` (C, I, J, K') for N seeds, float32 on the CPU."""
-        dtype = autocast_dtype(device, self.precision)
-        context: Any = torch.autocast(device.type, dtype) if dtype else nullcontext()
-        with torch.no_grad(), context:
-            probabilities = segment(
-                model, image.to(device), seeds, self.sampler, self.times, self.windows, self.dims, on_batch
-            )
-        return probabilities.float().cpu()
-
-
-def counter(total: int, on_progress: Callable[[float], None]) -> Callable[[], None]:
-    """Make a function that counts its calls and reports their share of ``total`` to ``on_progress``."""
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        on_progress(min(1.0, done / total))
-
-    return count
 
 
 def _voxel_ml(affine: np.ndarray) -> float:

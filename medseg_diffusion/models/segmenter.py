@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -12,34 +11,20 @@ from medseg_diffusion import build
 from medseg_diffusion.build import SHAPE_PRIOR, Segmenter
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.device import with_memory_format
-from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError, remarks
 from medseg_diffusion.methods.ablation import Replacement, without_x_t
 from medseg_diffusion.methods.calibration import Calibration, Sampling
-from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.shape_prior import ShapePrior
-from medseg_diffusion.methods.windows import Windows, count_batches
-from medseg_diffusion.volumes.preprocessing import Placement
-from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.methods.windows import Windows
 
+from .ensemble_segmenter import EnsembleSegmenter
+from .passes import Pass
 from .restore import ready, typed_config, usable
-from .segmentation import (
-    NOT_FASTER,
-    PROBABILITIES_AT_ONCE,
-    Aggregation,
-    EnsembleOptions,
-    Pass,
-    Segmentation,
-    counter,
-    stored_calibration,
-)
+from .segmentation import NOT_FASTER, Aggregation, EnsembleOptions, stored_calibration
 from .store import SavedModel, is_deterministic
 
-MEMBERS_AT_ONCE = 10
-"""Largest number of members that share one encoding of the image and are in memory together."""
 
-
-class MaskSegmenter:
+class MaskSegmenter(EnsembleSegmenter):
     """A trained mask-diffusion model or feed-forward baseline (`SegmentationModel`).
 
     Args:
@@ -96,29 +81,6 @@ class MaskSegmenter:
         if not self.samplers:
             raise ValueError(f"{self.saved.path}: takes no steps, so it has no x_t")
         return without_x_t(self.model.network, replacement, self.config.method == "categorical", seed)
-
-    def sample(
-        self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
-    ) -> tuple[Ensemble, Placement]:
-        image, placement = self.preprocessing.apply(volume)
-        seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
-        # As many members at once as memory holds, because they share one encoding of the image.
-        count = PROBABILITIES_AT_ONCE // (len(self.labels) * image[0].numel())
-        count = min(MEMBERS_AT_ONCE, max(1, count))
-        parts = [seeds[i : i + count] for i in range(0, len(seeds), count)]
-        shape, windows = image.shape, self.way.windows
-        batches = sum(count_batches(shape, windows, self.dims, len(part), self.device) for part in parts)
-        on_batch = counter(batches, on_progress)
-        image = image.to(self.device)
-        ensemble = Ensemble.of(self.way.members(self.model, image, parts[0], self.device, on_batch))
-        for part in parts[1:]:
-            ensemble = ensemble.add(self.way.members(self.model, image, part, self.device, on_batch))
-        return ensemble, placement
-
-    def segment(
-        self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
-    ) -> Segmentation:
-        return self.aggregation.combine(*self.sample(volume, seed, on_progress))
 
     def _times(self, steps: int) -> list[int]:
         with remarks() as said:

@@ -22,6 +22,7 @@ from .paths import is_dicom, is_image, require_file, suffix_of
 from .volume import FileImage, Volume, check_affine, check_spacing, grid_distance
 
 _MAX_LABEL = 65535
+_BLOCK = 64  # voxels along the first axis that are turned at once, so that they are in the caches
 
 
 def read_volume(path: Path | str, channels: int | None = 1, series: SeriesChoice = SeriesChoice()) -> Volume:
@@ -69,8 +70,7 @@ def read_map(path: Path | str, channels: int | None = None, series: SeriesChoice
     limit = float(np.finfo(np.float32).max)
     if array.dtype.itemsize > 4 and max(float(array.max()), -float(array.min())) > limit:
         raise InputError(path, "voxels beyond 3.4e38", "values that fit float32", "rescale the intensities")
-    data = np.array(array, dtype=np.float32, order="C")  # a copy: the file may be memory-mapped
-    return Volume(torch.from_numpy(data), opened.affine, path, opened.header)
+    return Volume(torch.from_numpy(_copied(array, np.dtype(np.float32))), opened.affine, path, opened.header)
 
 
 def read_labels(path: Path | str) -> Volume:
@@ -94,8 +94,7 @@ def read_labels(path: Path | str) -> Volume:
             raise InputError(path, f"the label {array[wrong].flat[0]:g}", expected, remedy)
     if whole.min() < 0 or whole.max() > _MAX_LABEL:
         raise InputError(path, f"labels from {whole.min():g} to {whole.max():g}", expected, remedy)
-    data = np.array(whole, dtype=np.int32, order="C")
-    return Volume(torch.from_numpy(data), opened.affine, path, opened.header)
+    return Volume(torch.from_numpy(_copied(whole, np.dtype(np.int32))), opened.affine, path, opened.header)
 
 
 def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
@@ -119,7 +118,10 @@ def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
         raise ValueError(f"labels must lie in 0..{_MAX_LABEL}, got {low}..{high}")
     if array.ndim == 4:
         array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
-    _write(array.astype(np.uint8 if high <= 255 else np.uint16), like, Path(path))
+    dtype = np.dtype(np.uint8 if high <= 255 else np.uint16)
+    # In the order of the file: turned while it is written, it takes ten times as long.
+    turned = _copied(array.T[None], dtype)[0].T if array.ndim == 3 else array.astype(dtype)
+    _write(turned, like, Path(path))
 
 
 def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
@@ -212,6 +214,21 @@ def _read(
                 "replace them, for example with the image's minimum",
             )
     return array, opened
+
+
+def _copied(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """A copy (C, I, J, K) in C order; the file may be memory-mapped.
+
+    NIfTI files have the order of Fortran. Turned block by block, this takes a third of the time of `numpy.array`.
+    """
+    if array.flags.c_contiguous:
+        return np.array(array, dtype=dtype)
+    result = np.empty(array.shape, dtype)
+    for to, channel in zip(result, array, strict=True):
+        for j in range(channel.shape[1]):
+            for i in range(0, len(channel), _BLOCK):
+                to[i : i + _BLOCK, j] = channel[i : i + _BLOCK, j]
+    return result
 
 
 def _check_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 
-from .resample import resample, sized_grid, spacing_grid, straight_grid
-from .volume import FloatArray, Shape, Volume, inverse_reorientation, orientation_transform, reorient, spacing_of
+from .resample import Part, resample, resample_slabs, same_directions, sized_grid, spacing_grid, straight_grid
+from .volume import FloatArray, Shape, Volume, orientation_transform, reorient, spacing_of
 
 Box = tuple[tuple[int, int], ...]  # first and one past the last voxel of each of the three axes
+Where = tuple[slice, ...]  # the same, to index arrays with
 
 Intensity = Literal["percentile", "zscore", "median"]
 
@@ -28,6 +29,9 @@ _HEAD_MARGIN_MM = 10.0
 _MEDIAN = -0.3  # intensity to which "median" maps the foreground's median
 _MOST_ENLARGED = 512  # voxels of the model's grid for each of the scan's
 _MOST_VOXELS = 2**28  # on the model's grid; more is a header in another unit, and would not fit into memory
+RESTORED_AT_ONCE = 2**24
+"""Largest number of values that `Placement.restored` makes at once (64 MB), unless a plane has more."""
+_SCALED_AT_ONCE = 2**17  # voxels that are scaled in float64 at once: 1 MB, in the caches
 _FEW = 0.01  # if fewer voxels than this share are above the minimum, statistics are taken from all voxels
 
 
@@ -102,18 +106,46 @@ class Placement:
             raise ValueError(f"{len(fill)} outside values were given for {len(data)} channels")
         if not data.is_floating_point():
             data = data.float()
-        back = inverse_reorientation(self.transform)
-        whole = tuple(self.native_shape[axis] for axis in back[:, 0])
-        part = tuple(stop - start for start, stop in self.box)
-        result = torch.empty((len(data), *self.native_shape), dtype=data.dtype, device=data.device)
-        for index, value in enumerate(fill):  # one by one, so that at most two more channels are in memory
-            channel = resample(data[index : index + 1], self.affine, self.box_affine, part)
-            if part != whole:
-                padded = torch.full((1, *whole), float(value), dtype=data.dtype, device=data.device)
-                _cut(padded, self.box).copy_(channel)
-                channel = padded
-            result[index] = reorient(channel, back)[0]
-        return result
+        result = torch.empty((len(data), *self.native_shape), dtype=data.dtype)
+        if math.prod(self.native_shape) > math.prod(stop - start for start, stop in self.box):
+            result.copy_(torch.tensor(fill, dtype=data.dtype)[:, None, None, None].expand_as(result))
+        whole = self.turned(result.numpy())
+        for where, part in self.restored([data], 0):
+            whole[:, *where] = part.values().cpu().numpy()
+        return result.to(data.device)
+
+    def restored(self, slabs: Iterable[Tensor], axis: int) -> Iterator[tuple[Where, Part]]:
+        """`restore` of data that comes in slabs, to slabs, so that large scans of many classes fit into memory.
+
+        The numbers are those of `restore`, bit for bit, however thick the slabs are.
+
+        Args:
+            slabs: consecutive parts (C, ...) of data on the model's grid along ``axis``, floating point.
+            axis: 0, 1 or 2.
+
+        Yields:
+            The place of each part in arrays that were `turned`, and the part. The parts cover the crop; beyond it,
+            nothing is yielded. If the model saw a straightened grid, all of it is one part.
+        """
+        i, j, k = (stop - start for start, stop in self.box)
+        if not same_directions(self.affine, self.box_affine, (i, j, k)):
+            whole = torch.cat(list(slabs), axis + 1)
+            values = resample(whole, self.affine, self.box_affine, (i, j, k))
+            yield tuple(slice(start, stop) for start, stop in self.box), Part.of(values)
+            return
+        parts = resample_slabs(slabs, axis, self.shape, self.affine, self.box_affine, (i, j, k), RESTORED_AT_ONCE)
+        for first, part in parts:
+            where = [slice(start, stop) for start, stop in self.box]
+            begin = self.box[axis][0] + first
+            where[axis] = slice(begin, begin + part.shape[axis])
+            yield tuple(where), part
+            del part  # the next one needs its memory
+
+    def turned(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """A view of an array (C, I, J, K) on the scan's grid whose last three axes are those of the model's grid."""
+        order = [int(axis) + 1 for axis in np.argsort(self.transform[:, 0])]
+        flipped = tuple(axis + 1 for axis in range(3) if self.transform[axis, 1] < 0)
+        return np.flip(array, flipped).transpose(0, *order)
 
 
 @dataclass(frozen=True)
@@ -215,10 +247,12 @@ class Preprocessing:
         placement = Placement(volume.shape, volume.affine, transform, box, box_affine, shape, grid)
         model = resample(data, box_affine, grid, shape)
         scaled = torch.empty_like(model)
+        planes = max(1, _SCALED_AT_ONCE // math.prod(shape[1:]))
         for out, channel, (centre, width) in zip(scaled, model, scaling, strict=True):
-            # float64, because a large offset or a tiny unit would lose digits in float32.
-            values = (channel.double() - centre) / width
-            out.copy_(values if self.intensity == "zscore" else bend(values))
+            for to, part in zip(out.split(planes), channel.split(planes), strict=True):
+                # float64, because a large offset or a tiny unit would lose digits in float32.
+                values = (part.double() - centre) / width
+                to.copy_(values if self.intensity == "zscore" else bend(values))
         return scaled, placement
 
     def _scaling(self, channel: Tensor, body: Tensor | None) -> tuple[float, float]:
@@ -316,8 +350,11 @@ def _cut(data: Tensor, box: Box) -> Tensor:
 
 def bend(values: Tensor) -> Tensor:
     """Identity in [-1, 1]. Beyond it, values are compressed smoothly and monotonically into [-1.5, 1.5]."""
-    beyond = (values.abs() - 1).clamp_(min=0)
-    return values.clamp(-1, 1) + values.sign() * 0.5 * torch.tanh(2 * beyond)
+    beyond = values.abs().sub_(1).clamp_(min=0)
+    bent = values.clamp(-1, 1)
+    if not bool(beyond.any()):
+        return bent
+    return bent.add_(beyond.mul_(2).tanh_().mul_(0.5).mul_(values.sign()))
 
 
 def _percentiles(values: npt.NDArray[np.floating], low: float, high: float) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,11 +16,15 @@ from torch import Tensor
 from .volume import FloatArray, Shape, spacing_of
 
 _GRID_BYTES = 64 * 2**20  # largest coordinate grid in memory at once
+_IN_CACHE = 2**20  # voxels that are resampled at once on a CPU
 _ALIGNED = 1e-4  # voxels: axes that diverge by less than this over the whole grid count as parallel
 _SAME_SPACING = 1e-3  # relative: a voxel size this close to the requested one is left as it is
 _SHEARED = 0.1  # cosine of the angle between two axes: 6 degrees from perpendicular
 _MARGIN = 1e-3  # voxels: tolerance for positions that rounding puts beyond the outer edge
 _BLUR_ABOVE = 1.2  # ratio of voxel sizes above which an image is smoothed before it is sampled
+
+Taps = tuple[int, Tensor, Tensor]
+"""Axis, and the indices and weights of its positions (`_taps`)."""
 
 
 def spacing_grid(shape: Sequence[int], affine: FloatArray, spacing_mm: Sequence[float]) -> tuple[FloatArray, Shape]:
@@ -158,38 +163,186 @@ def resample(
     return _oblique(data, to_source, shape, mode, outside)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of a resampled image, of which only what is needed is computed.
+
+    Attributes:
+        data: (C, ...) the voxels of the image that it depends on.
+        taps: indices and weights of all axes.
+    """
+
+    data: Tensor
+    taps: list[Taps]
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the part."""
+        i, j, k = (index.shape[1] for _, index, _ in sorted(self.taps, key=lambda one: one[0]))
+        return i, j, k
+
+    @classmethod
+    def of(cls, values: Tensor) -> Part:
+        """The part of these values (C, I, J, K), of which nothing is left to compute."""
+        sides = [torch.arange(n)[None] for n in values.shape[1:]]
+        return cls(values, [(axis, side, torch.ones_like(side)) for axis, side in enumerate(sides)])
+
+    def values(self) -> Tensor:
+        """The resampled part, (C, *shape); ``data`` itself if nothing is interpolated."""
+        return _gathered(self.data, self.taps)
+
+    def within(self, box: Sequence[slice], channel: int) -> Tensor:
+        """The values of one channel in a box of the part."""
+        data, taps = self.data[channel : channel + 1], self.taps
+        for axis, side in enumerate(box):
+            low, high, taps = _only(taps, axis, side.start, side.stop)
+            data = data.narrow(axis + 1, low, high - low)
+        return _gathered(data, taps)[0]
+
+    def reach(self, mask: Tensor) -> tuple[slice, ...] | None:
+        """The box of the part outside of which no voxel depends on those of a mask of the image; None if none does."""
+        box = []
+        for axis, index, _ in sorted(self.taps, key=lambda one: one[0]):
+            marked = mask.movedim(axis, 0).flatten(1).any(1)[index.to(mask.device)].any(0).nonzero().flatten()
+            if len(marked) == 0:
+                return None
+            box.append(slice(int(marked[0]), int(marked[-1]) + 1))
+        return tuple(box)
+
+
+def resample_slabs(
+    slabs: Iterable[Tensor],
+    axis: int,
+    shape: Shape,
+    affine: FloatArray,
+    target_affine: FloatArray,
+    target_shape: Shape,
+    values_at_once: int,
+) -> Iterator[tuple[int, Part]]:
+    """`resample` ("linear", "edge") of an image that comes in slabs, to slabs: neither image is in memory as a whole.
+
+    The numbers are those of `resample`, bit for bit, however thick the slabs are.
+
+    Args:
+        slabs: consecutive parts (C, ...) of the image along ``axis``, floating point.
+        axis: 0, 1 or 2.
+        shape: sizes of the whole image.
+        affine: (4, 4) of the image.
+        target_affine: (4, 4) of the result, whose axes point in the same directions.
+        target_shape: sizes of the whole result.
+        values_at_once: largest number of values in a part of the result, if a single plane has not more.
+
+    Yields:
+        The first plane, and the planes from it on, without gaps.
+
+    Raises:
+        ValueError: axes of other directions, or slabs that are not the whole image.
+    """
+    if not same_directions(affine, target_affine, target_shape):
+        raise ValueError("the axes of the two grids point in different directions")
+    to_source = np.linalg.inv(affine) @ target_affine
+    scale, origin = np.diagonal(to_source)[:3], to_source[:3, 3]
+    axes = _axes(scale, _positions(scale, origin, target_shape), shape, "linear")
+    (taps,) = (index for one, index, _ in axes if one == axis)
+    lowest, highest = taps.amin(0), taps.amax(0)  # both grow from plane to plane
+    plane = math.prod(target_shape) // target_shape[axis]
+    held: Tensor | None = None
+    first = done = 0  # the first plane that is held; the number of planes of the result that were made
+    for slab in slabs:
+        held = slab if held is None else torch.cat([held, slab], axis + 1)
+        del slab  # the next one needs its memory
+        ready = int((highest < first + held.shape[axis + 1]).sum())
+        while done < ready:
+            stop = min(ready, done + max(1, values_at_once // (plane * len(held))))
+            low, high, cut = _only(axes, axis, done, stop)
+            yield done, Part(held.narrow(axis + 1, low - first, high - low), cut)
+            done = stop
+        if done < target_shape[axis]:
+            dropped = min(int(lowest[done]) - first, held.shape[axis + 1])
+            rest = held.shape[axis + 1] - dropped
+            held = held.narrow(axis + 1, dropped, rest).clone() if rest else None
+            first += dropped
+    if done < target_shape[axis]:
+        raise ValueError(f"the slabs have fewer planes than the image of {shape}")
+
+
+def same_directions(affine: FloatArray, target_affine: FloatArray, target_shape: Shape) -> bool:
+    """Whether the axes of two grids (4, 4) point in the same directions, over the whole of the second."""
+    turn = (np.linalg.inv(affine) @ target_affine)[:3, :3]
+    scale = np.diagonal(turn)
+    off_diagonal = np.abs(turn - np.diag(scale)).sum(axis=1)
+    return bool((off_diagonal * max(target_shape)).max() < _ALIGNED and (scale > 0).all())
+
+
+def _gathered(data: Tensor, axes: Sequence[Taps]) -> Tensor:
+    """``data`` (C, I, J, K) after `_gather` along all axes, in parts that fit into a CPU's caches."""
+    if all(_is_identity(index) and index.shape[1] == data.shape[axis + 1] for axis, index, _ in axes):
+        return data
+    i, j, k = (index.shape[1] for _, index, _ in sorted(axes, key=lambda one: one[0]))
+    result = torch.empty((len(data), i, j, k), dtype=data.dtype, device=data.device)
+    planes = max(1, _IN_CACHE // (j * k)) if data.device.type == "cpu" else i
+    for start in range(0, i, planes):
+        low, high, cut = _only(axes, 0, start, start + planes)
+        for channel, out in zip(data[:, low:high], result[:, start : start + planes], strict=True):
+            for axis, index, weight in cut:
+                channel = _gather(channel, axis, index, weight)
+            out.copy_(channel)
+    return result
+
+
+def _only(axes: Sequence[Taps], axis: int, start: int, stop: int) -> tuple[int, int, list[Taps]]:
+    """The axes for the positions ``start`` to ``stop`` along one of them, and the first and last + 1 index needed."""
+    (low, high), cut = (0, 0), []
+    for one, index, weight in axes:
+        if one == axis:
+            index, weight = index[:, start:stop], weight[:, start:stop]
+            low, high = int(index.min()), int(index.max()) + 1
+            index = index - low
+        cut.append((one, index, weight))
+    return low, high, cut
+
+
 def _separable(
     data: Tensor, scale: FloatArray, origin: FloatArray, shape: Shape, mode: str, outside: float | str
 ) -> Tensor:
     """Axis by axis: index i of the result lies at index `scale * i + origin` of the same axis of `data`."""
-    positions = [origin[a] + scale[a] * np.arange(shape[a]) for a in range(3)]
-    # The inverse of an affine leaves errors of 1e-16. Positions are rounded, so that crops and flips are exact.
-    positions = [np.where(np.abs(p - np.rint(p)) < 1e-6, np.rint(p), p) for p in positions]
-    sizes = data.shape[1:]
-    axes = []
-    # Axes that shrink come first, so that the later ones have less to do. Gathering along the last axis is slow: it is
-    # done while the array is small.
-    grows = [n > size for n, size in zip(shape, sizes, strict=True)]
-    for axis in sorted(range(3), key=lambda a: (grows[a], -a if grows[a] else a)):
-        sigma = _blur_sigma(abs(float(scale[axis]))) if mode == "linear" else 0.0
-        sampled = np.floor(positions[axis] + 0.5) if mode == "nearest" else positions[axis]
-        axes.append((axis, *_taps(sampled, sizes[axis], sigma)))
+    sizes: Shape = tuple(data.shape[1:])  # type: ignore[assignment]
+    positions = _positions(scale, origin, shape)
+    axes = _axes(scale, positions, sizes, mode)
     beyond = [
         torch.from_numpy(_beyond(p, n)).nonzero().flatten().to(data.device)
         for p, n in zip(positions, sizes, strict=True)
     ]
     if outside == "edge" or not any(len(b) for b in beyond):
         beyond = []
-    if not beyond and tuple(sizes) == shape and all(_is_identity(index) for _, index, _ in axes):
-        return data
-    result = torch.empty((len(data), *shape), dtype=data.dtype, device=data.device)
-    for channel, out in zip(data, result, strict=True):
-        for axis, index, weight in axes:
-            channel = _gather(channel, axis, index, weight)
-        out.copy_(channel)
-        for axis, where in enumerate(beyond):
-            out.index_fill_(axis, where, float(outside))
+    result = _gathered(data, axes)
+    if beyond and result is data:
+        result = data.clone()
+    for axis, where in enumerate(beyond):
+        result.index_fill_(axis + 1, where, float(outside))
     return result
+
+
+def _positions(scale: FloatArray, origin: FloatArray, shape: Shape) -> list[FloatArray]:
+    """Index `scale * i + origin` in the source of every index i of the result, along each axis."""
+    positions = [origin[a] + scale[a] * np.arange(shape[a]) for a in range(3)]
+    # The inverse of an affine leaves errors of 1e-16. Positions are rounded, so that crops and flips are exact.
+    return [np.where(np.abs(p - np.rint(p)) < 1e-6, np.rint(p), p) for p in positions]
+
+
+def _axes(scale: FloatArray, positions: Sequence[FloatArray], sizes: Shape, mode: str) -> list[Taps]:
+    """Indices and weights of every axis, in the order in which they are resampled.
+
+    Axes that shrink come first, so that the later ones have less to do. Gathering along the last axis is slow: it is
+    done while the array is small.
+    """
+    axes = []
+    grows = [len(p) > size for p, size in zip(positions, sizes, strict=True)]
+    for axis in sorted(range(3), key=lambda a: (grows[a], -a if grows[a] else a)):
+        sigma = _blur_sigma(abs(float(scale[axis]))) if mode == "linear" else 0.0
+        sampled = np.floor(positions[axis] + 0.5) if mode == "nearest" else positions[axis]
+        axes.append((axis, *_taps(sampled, sizes[axis], sigma)))
+    return axes
 
 
 def _oblique(data: Tensor, to_source: FloatArray, shape: Shape, mode: str, outside: float | str) -> Tensor:
@@ -278,7 +431,7 @@ def _gather(channel: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor
     if _is_identity(index) and index.shape[1] == channel.shape[axis]:
         return channel
     index = index.to(channel.device)
-    result = channel.index_select(axis, index[0])
+    result = _taken(channel, axis, index[0])
     if len(index) == 1:
         return result
     shape = [1, 1, 1]
@@ -286,5 +439,12 @@ def _gather(channel: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor
     factors = [w.to(channel).reshape(shape) for w in weight]
     result *= factors[0]
     for neighbours, factor in zip(index[1:], factors[1:], strict=True):
-        result.addcmul_(channel.index_select(axis, neighbours), factor)
+        result.addcmul_(_taken(channel, axis, neighbours), factor)
     return result
+
+
+def _taken(channel: Tensor, axis: int, index: Tensor) -> Tensor:
+    """`index_select`, which takes 18 times as long as numpy along the last axis on a CPU."""
+    if channel.device.type != "cpu":
+        return channel.index_select(axis, index)
+    return torch.from_numpy(channel.numpy().take(index.numpy(), axis))

@@ -343,13 +343,13 @@ def _measure_case(
 ) -> _CaseMeasurement:
     """Segment a case and compare it with the labels of its first reader, and its members with those of all readers."""
     started = time.perf_counter()
-    ensemble, placement = model.sample(volume, seed)
-    segmentation = model.aggregation.combine(ensemble, placement)
+    segmentation = model.segment(volume, seed, maps=["probabilities"])
+    assert segmentation.probabilities is not None
     seconds = time.perf_counter() - started
     reference = readers[0]
     agreement = None
     if len(readers) > 1:
-        members = model.aggregation.members_on_scan(segmentation, placement).numpy()
+        members = model.aggregation.members_on_scan(segmentation).numpy()
         masks = [labels.data[0].numpy() for labels in readers]
         agreement = ReaderAgreement.of(list(members), masks, len(model.labels))
     predicted, truth = segmentation.labels.numpy(), reference.data[0].numpy()

@@ -107,7 +107,8 @@ def _fitted(
     for done, case in enumerate(cases):
         on_prepare("the calibration: scan", done, len(cases))
         volume, labels = read_case(case, expected)
-        found = model.segment(volume, derive_seed(0, case.name))
+        found = model.segment(volume, derive_seed(0, case.name), maps=["probabilities"])
+        assert found.probabilities is not None
         agreement = [dice for dice in found.agreement.values() if dice == dice]
         pairwise = fmean(agreement) if agreement else None
         fit.add(case.patient, found.probabilities, found.labels, labels.data[0], pairwise)

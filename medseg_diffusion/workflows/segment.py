@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import write_files, write_json
-from medseg_diffusion.methods.ensemble import Ensemble, Fusion, Uncertainty
+from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
-from medseg_diffusion.models.segmentation import Segmentation, SegmentationModel
+from medseg_diffusion.models.segmentation import Map, Segmentation, SegmentationModel
 from medseg_diffusion.models.store import model_input
 from medseg_diffusion.reports.html import SegmentedCase, segment_report
 from medseg_diffusion.reports.preview import preview_png
@@ -33,7 +33,6 @@ from medseg_diffusion.volumes.outputs import (
     segmentation_outputs,
 )
 from medseg_diffusion.volumes.paths import is_image
-from medseg_diffusion.volumes.preprocessing import Placement
 from medseg_diffusion.volumes.sources import InputOptions, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
@@ -78,6 +77,7 @@ class SegmentOptions:
         inputs: What is read: pattern, channels, DICOM series.
         fast: One step and one mask, as far as the model has both.
         keep_largest: Keep only the largest connected part of the foreground.
+        max_memory: Most memory of the process in GB, by an estimate; None for no limit.
     """
 
     model: str | None = None
@@ -105,6 +105,7 @@ class SegmentOptions:
     inputs: InputOptions = InputOptions()
     fast: bool = False
     keep_largest: bool | None = None
+    max_memory: float | None = None
 
 
 def segment(
@@ -190,6 +191,7 @@ def _load(options: SegmentOptions) -> SegmentationModel:
         options.uncertainty,
         options.keep_largest,
         options.fast,
+        options.max_memory,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
         raise UsageError("pseudo-labels need members that can disagree; use --ensemble 2 or more")
@@ -200,23 +202,18 @@ def _load(options: SegmentOptions) -> SegmentationModel:
 
 @dataclass(frozen=True, eq=False)
 class _Segmented:
-    """A segmented scan that is to be written; ``ensemble`` is there if it is needed for that."""
+    """A segmented scan, and the function that writes its mask."""
 
     segmentation: Segmentation
-    ensemble: Ensemble | None
-    placement: Placement
     write_mask: Callable[[Tensor], None]
 
 
 def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> _Segmented:
-    """Segment a scan. What is not written is left out: it would stay in memory while the next scan is segmented."""
+    """Segment a scan, with the maps that are written: others would stay in memory while the next one is segmented."""
     _check_fits(scan.volume, model)
     write_mask = _mask_writer(model, scan, options)  # refuses before the computation what cannot be written after it
-    ensemble, placement = model.sample(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
-    segmentation = model.aggregation.combine(ensemble, placement)
-    if not options.save_probabilities:
-        segmentation = replace(segmentation, probabilities=torch.empty(0))
-    return _Segmented(segmentation, ensemble if options.save_pseudo_labels else None, placement, write_mask)
+    seed = derive_seed(options.seed, scan.name)
+    return _Segmented(model.segment(scan.volume, seed, scan.on_progress, _maps(options)), write_mask)
 
 
 def _write_results(
@@ -225,7 +222,7 @@ def _write_results(
     """Write the files of a segmented scan, the mask last, and add its card to those of the report."""
     segmentation = segmented.segmentation
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
-    written = _write_maps(model, scan, options, segmented)
+    written = _write_maps(model, scan, options, segmentation)
     picture = b""
     if options.preview or options.report is not None:
         picture = _picture(scan, segmentation, model, options)
@@ -257,21 +254,21 @@ def _write_results(
     return result
 
 
-def _write_maps(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented) -> Outputs:
+def _write_maps(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmentation: Segmentation) -> Outputs:
     """Write the requested maps beside the mask."""
-    segmentation, ensemble, placement = segmented.segmentation, segmented.ensemble, segmented.placement
     files, volume, written = scan.outputs, scan.volume, []
-    if options.save_probabilities:
+    if segmentation.probabilities is not None:
         write_map(segmentation.probabilities, volume, files["probabilities"])
         written.append("probabilities")
-    if options.save_uncertainty:
+    if segmentation.uncertainty is not None:
         write_map(segmentation.uncertainty, volume, files["uncertainty"])
         written.append("uncertainty")
     if options.save_members:
-        write_labels(model.aggregation.members_on_scan(segmentation, placement), volume, files["members"])
+        write_labels(model.aggregation.members_on_scan(segmentation), volume, files["members"])
         written.append("members")
-    if ensemble is not None:
-        pseudo = _pseudo_labels(ensemble, placement, segmentation.labels, options.max_disagreement)
+    if segmentation.mutual_information is not None:
+        doubtful = segmentation.mutual_information > options.max_disagreement
+        pseudo = torch.where(doubtful, IGNORED, segmentation.labels.to(torch.uint8))
         write_labels(pseudo, volume, files["pseudo-labels"])
         written.append("pseudo-labels")
     return {kind: files[kind] for kind in written}
@@ -307,9 +304,14 @@ def _settings(model: SegmentationModel, options: SegmentOptions) -> dict[str, st
     }
 
 
-def _pseudo_labels(ensemble: Ensemble, placement: Placement, labels: Tensor, max_disagreement: float) -> Tensor:
-    disagreement = placement.restore(ensemble.uncertainty("mutual-information")[None])[0]
-    return torch.where(disagreement > max_disagreement, IGNORED, labels.to(torch.uint8))
+def _maps(options: SegmentOptions) -> list[Map]:
+    """The maps on the scan's grid that the options need."""
+    wanted: dict[Map, bool] = {
+        "probabilities": options.save_probabilities,
+        "uncertainty": options.save_uncertainty,
+        "mutual-information": options.save_pseudo_labels,
+    }
+    return [name for name, asked in wanted.items() if asked]
 
 
 def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, options: SegmentOptions) -> bytes:
@@ -324,7 +326,7 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
         shown(segmentation.labels),
         image.spacing,
         model.aggregation.foreground,
-        uncertainty=shown(segmentation.uncertainty) if options.save_uncertainty else None,
+        uncertainty=None if segmentation.uncertainty is None else shown(segmentation.uncertainty),
     )
 
 

@@ -202,7 +202,7 @@ def measure_x_t(
             on_prepare(what, done, len(cases))
             seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(MEMBERS_OF_X_T)]
             ensemble = Ensemble.of(predict(case, seeds).float().cpu())
-            agreement = [value for value in ensemble.pairwise_dice().tolist() if value == value]
+            agreement = [value for value in ensemble.members().pairwise_dice().tolist() if value == value]
             pairwise.append(fmean(agreement) if agreement else 1.0)  # members that are all empty agree
             overlap = label_overlap(ensemble.mean.argmax(0).numpy(), case.label.numpy(), range(1, len(data.labels)))
             dice += [one.dice for one in overlap.values() if one.dice == one.dice]

@@ -39,7 +39,7 @@ def test_honest_borders_do_not_make_empty_background_uncertain() -> None:
 
 def added(fit: CalibrationFit, patient: str, members: Tensor, labels: Tensor) -> None:
     ensemble = Ensemble.of(members)
-    agreement = float(ensemble.pairwise_dice().nanmean()) if len(members) > 1 else None
+    agreement = float(ensemble.members().pairwise_dice().nanmean()) if len(members) > 1 else None
     fit.add(patient, ensemble.mean, ensemble.mean.argmax(0), labels, agreement)
 
 

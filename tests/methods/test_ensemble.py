@@ -10,20 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, temperature_scaled
+from medseg_diffusion.methods.ensemble import Ensemble, entropy, largest_part, most_probable, temperature_scaled
 from tests.helpers.ensembles import member, normal
 
 
 def test_members_that_agree_have_no_disagreement() -> None:
     member = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(1)
     same = Ensemble.of(member.expand(4, -1, -1, -1))
-    assert float(same.uncertainty("mutual-information").max()) < 1e-6 and same.disagreement < 1e-6
+    assert float(same.uncertainty("mutual-information").max()) < 1e-6 and same.members().disagreement < 1e-6
     torn = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[:, :, None, None].expand(2, 2, 8, 8).clone()
-    assert Ensemble.of(torn).disagreement == pytest.approx(1)  # log 2 / log 2
+    assert Ensemble.of(torn).members().disagreement == pytest.approx(1)  # log 2 / log 2
     torn[:, :, 2:] = torch.tensor([1.0, 0.0])[:, None, None]
-    assert Ensemble.of(torn).disagreement == pytest.approx(1)  # 16 of 64 positions: more than the tenth that counts
+    assert Ensemble.of(torn).members().disagreement == pytest.approx(
+        1
+    )  # 16 of 64 positions: more than the tenth that counts
     torn[:, :, :, 1:] = torch.tensor([1.0, 0.0])[:, None, None]
-    assert Ensemble.of(torn).disagreement == pytest.approx(2 / 6)  # 2 of the 6 that count
+    assert Ensemble.of(torn).members().disagreement == pytest.approx(2 / 6)  # 2 of the 6 that count
 
 
 def truth(num_classes: int = 2, shape: tuple[int, ...] = (12, 12)) -> Tensor:
@@ -117,7 +119,7 @@ def test_entropy_lies_between_zero_and_one(seed, num_classes, spread) -> None:
 def test_volumes_are_counted_in_millilitres() -> None:
     labels = torch.zeros(10, 10, 10, dtype=torch.int64)
     labels[:5] = 2
-    found = Ensemble.of(torch.stack([member(labels, 3), member(0 * labels, 3)])).volumes_ml(voxel_mm3=2.0)
+    found = Ensemble.of(torch.stack([member(labels, 3), member(0 * labels, 3)])).members().volumes_ml(voxel_mm3=2.0)
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, 1.0], [2.0, 0.0, 0.0]], dtype=torch.float64))
     assert math.isclose(float(found.sum()), 4.0)
 
@@ -147,7 +149,7 @@ def test_adding_members_in_parts_equals_all_at_once(seed, cut, num_classes) -> N
     for name in ("mean", "squares", "member_entropy"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
     assert torch.equal(parts.labels, whole.labels) and torch.equal(whole.labels.long(), members.argmax(1))
-    torch.testing.assert_close(whole.squares / 7, members.var(0, unbiased=False), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole.squares / 7, members[:, 0].var(0, unbiased=False), rtol=1e-4, atol=1e-6)
 
 
 def test_only_disagreement_is_mutual_information() -> None:
@@ -165,11 +167,11 @@ def test_only_disagreement_is_mutual_information() -> None:
 
 def test_pairwise_dice_by_hand() -> None:
     labels = torch.tensor([[1, 1, 0, 2], [1, 0, 0, 2], [1, 1, 0, 0]])
-    found = Ensemble.of(torch.stack([member(one, 4) for one in labels])).pairwise_dice()
+    found = Ensemble.of(torch.stack([member(one, 4) for one in labels])).members().pairwise_dice()
     # Class 1: 2/3, 1, 2/3; class 2: 1, 0, 0; class 3: nowhere.
     torch.testing.assert_close(found[:2], torch.tensor([7 / 9, 1 / 3], dtype=torch.float64))
     assert math.isnan(float(found[2]))
-    assert bool(Ensemble.of(member(labels[0], 4)[None]).pairwise_dice().isnan().all())
+    assert bool(Ensemble.of(member(labels[0], 4)[None]).members().pairwise_dice().isnan().all())
 
 
 def test_outside_a_mask_there_is_certain_background() -> None:
@@ -194,3 +196,12 @@ def test_a_temperature_changes_certainty_but_no_label(seed, temperature, num_cla
     assert bool((softer >= -1e-5).all()) if temperature >= 1 else bool((softer <= 1e-5).all())
     if temperature > 0.5:
         torch.testing.assert_close(temperature_scaled(found, 1 / temperature), p, rtol=1e-2, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), num_classes=st.integers(1, 5), order=st.permutations(range(1, 4)))
+def test_the_most_probable_class_is_the_argmax_in_any_layout(seed, num_classes, order) -> None:
+    scores = normal(seed, num_classes, 3, 4, 5).mul(2).round()  # many are equal
+    turned = scores.permute(0, *order)[:, :, 1:]
+    found = most_probable(turned)
+    assert found.dtype == torch.uint8 and torch.equal(found.long(), turned.argmax(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from PIL import Image
 
 from medseg_diffusion.data.images import find_images
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.models import pixel_segmenter
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
 from medseg_diffusion.volumes.fitting import to_generator_grid
@@ -20,21 +20,22 @@ from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classi
 from tests.helpers.pixel_classifiers import in_memory, quick
 
 
-def test_whole_batches_and_slabs_do_not_matter(box_scans, box_generators, tmp_path: Path, monkeypatch) -> None:
+def test_whole_batches_and_slabs_do_not_matter(box_scans, box_generators, tmp_path: Path) -> None:
     run = train_pixel_classifier(
         quick(), box_generators[2], box_scans, 1, tmp_path / "run", test=False, device="cpu"
     ).model
     volume = read_volume(box_scans / "images" / "s1.nii.gz")
-    one, other = (load_segmenter(run, "cpu").segment(volume, seed) for seed in (0, 1))
+    maps = ["probabilities", "uncertainty"]
+    one, other = (load_segmenter(run, "cpu").segment(volume, seed, maps=maps) for seed in (0, 1))
     assert torch.equal(one.probabilities, other.probabilities)  # nothing is drawn
-    # Of a volume larger than memory a slab is classified at a time; this one holds two of the six slices.
-    monkeypatch.setattr(pixel_segmenter, "PROBABILITIES_AT_ONCE", 2 * 3 * 2 * one.labels[..., 0].numel())
-    model = load_segmenter(run, "cpu")
-    assert [slab.shape[-1] for slab in model._slabs(volume.data)] == [2, 2, 2]
-    slabs = model.segment(volume)
-    torch.testing.assert_close(slabs.probabilities, one.probabilities)
-    torch.testing.assert_close(slabs.uncertainty, one.uncertainty)
-    assert torch.equal(slabs.members, one.members)
+    # A slab is as many slices as a batch.
+    for batch in (2, 4):
+        model = load_segmenter(run, "cpu")
+        model.way = replace(model.way, windows=replace(model.way.windows, batch_size=batch))
+        slabs = model.segment(volume, maps=maps)
+        torch.testing.assert_close(slabs.probabilities, one.probabilities)
+        torch.testing.assert_close(slabs.uncertainty, one.uncertainty)
+        assert torch.equal(slabs.members, one.members)
 
 
 @pytest.mark.parametrize(("mode", "white"), [("L", 255), ("I;16", 65535), ("1", 1)])

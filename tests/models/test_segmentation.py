@@ -35,8 +35,10 @@ def test_a_calibrated_model_is_less_sure_of_the_same_labels(tmp_path: Path, tiny
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
     other = calibrated(tiny_model, tmp_path / "calibrated")
     for ensemble, temperature in ((3, 2.0), (2, 1.0)):
-        raw = load_segmenter(tiny_model, "cpu", ensemble=ensemble).segment(volume)
-        soft = load_segmenter(other, "cpu", ensemble=ensemble).segment(volume)
+        raw = load_segmenter(tiny_model, "cpu", ensemble=ensemble).segment(
+            volume, maps=["probabilities", "uncertainty"]
+        )
+        soft = load_segmenter(other, "cpu", ensemble=ensemble).segment(volume, maps=["probabilities", "uncertainty"])
         assert torch.equal(raw.labels, soft.labels)
         torch.testing.assert_close(soft.probabilities, temperature_scaled(raw.probabilities, temperature))
         assert (float(soft.uncertainty.mean()) > float(raw.uncertainty.mean())) == (temperature > 1)

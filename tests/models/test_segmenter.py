@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.methods.ensemble import Ensemble
-from medseg_diffusion.models import segmenter
+from medseg_diffusion.methods.ensemble import Members
+from medseg_diffusion.models import passes
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import list_models, load_model_files, save_model
 from medseg_diffusion.volumes.io import read_volume
@@ -34,10 +35,11 @@ def test_a_calibration_for_other_options_is_not_used_and_that_is_said(tmp_path: 
         other = load_segmenter(path, "cpu", **{"ensemble": 3, **options})  # type: ignore[arg-type]
         claims = "no intervals, no quality and no calibrated probabilities"
         assert other.notes == [f"{claims}: the model's calibration is for dpm++ with 2 steps, 3 members, fusion mean"]
-        found = other.segment(volume)
+        found = other.segment(volume, maps=["probabilities"])
         assert not found.intervals_ml and found.level is None and found.quality is None
         expected = load_segmenter(tiny_model, "cpu", **{"ensemble": 3, **options})  # type: ignore[arg-type]
-        torch.testing.assert_close(found.probabilities, expected.segment(volume).probabilities)
+        plain = expected.segment(volume, maps=["probabilities"])
+        torch.testing.assert_close(found.probabilities, plain.probabilities)
     with pytest.raises(ModelError, match="calibration is of another version"):
         load_segmenter(calibrated(tiny_model, tmp_path / "newer", kind="isotonic"), "cpu")
 
@@ -56,7 +58,8 @@ def test_fast_is_one_step_and_one_mask_where_the_model_has_more(tmp_path: Path, 
     fast = load_segmenter(tiny_model, "cpu", fast=True)
     assert (fast.num_steps, fast.ensemble, fast.notes) == (1, 1, [])
     same = load_segmenter(tiny_model, "cpu", steps=1, ensemble=1)
-    assert torch.equal(fast.segment(volume).probabilities, same.segment(volume).probabilities)
+    one, other = (model.segment(volume, maps=["probabilities"]).probabilities for model in (fast, same))
+    assert one is not None and other is not None and torch.equal(one, other)
     plain = load_segmenter(make_model(tmp_path / "plain", tiny_config(method="baseline")), "cpu", fast=True)
     assert plain.notes == ["--fast changes nothing: this model has no setting with fewer steps or masks"]
 
@@ -78,14 +81,18 @@ def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("bound", "value"), [("MEMBERS_AT_ONCE", 2), ("PROBABILITIES_AT_ONCE", 1)])
+@pytest.mark.parametrize("bound", ["members", "values"])
 def test_a_large_ensemble_or_scan_walks_in_parts(
-    bound, value, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    bound, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = read_volume(save(tmp_path / "scan.nii.gz"))
-    whole = load_segmenter(tiny_model, "cpu", ensemble=5).segment(volume)
-    monkeypatch.setattr(segmenter, bound, value)
-    parts = load_segmenter(tiny_model, "cpu", ensemble=5).segment(volume)
+    whole = load_segmenter(tiny_model, "cpu", ensemble=5).segment(volume, maps=["probabilities"])
+    model = load_segmenter(tiny_model, "cpu", ensemble=5)
+    if bound == "members":
+        monkeypatch.setattr(passes, "MEMBERS_AT_ONCE", 2)
+    else:
+        model.way = replace(model.way, values_at_once=1)
+    parts = model.segment(volume, maps=["probabilities"])
     torch.testing.assert_close(parts.probabilities, whole.probabilities)
     assert torch.equal(parts.members, whole.members) and len(whole.members) == 5
 
@@ -96,13 +103,13 @@ def test_the_layout_of_the_configuration_is_used_and_the_agreement_computed_once
     plain = make_model(tmp_path / "plain", tiny_config(**FLAT), labels=3)
     last = make_model(tmp_path / "last", tiny_config(**FLAT, training={"channels_last": True}), labels=3)
     calls: list[int] = []
-    known = Ensemble.pairwise_dice
-    monkeypatch.setattr(Ensemble, "pairwise_dice", lambda self: calls.append(len(self)) or known(self))
+    known = Members.pairwise_dice
+    monkeypatch.setattr(Members, "pairwise_dice", lambda self: calls.append(len(self)) or known(self))
     volume = read_volume(save_image(tmp_path / "image.png"), channels=3)
     found = [load_segmenter(path, "cpu", ensemble=2) for path in (plain, last)]
     weights = [next(p for p in one.model.parameters() if p.ndim == 4 and p.shape[1] > 1) for one in found]
     assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
-    first, second = (one.segment(volume) for one in found)
+    first, second = (one.segment(volume, maps=["probabilities"]) for one in found)
     torch.testing.assert_close(first.probabilities, second.probabilities, rtol=0, atol=1e-3)
     assert calls == [2, 2]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from medseg_diffusion.volumes import resample as module
-from medseg_diffusion.volumes.resample import resample, spacing_grid
+from medseg_diffusion.volumes.resample import Part, resample, resample_slabs, spacing_grid
 
 
 def affine_of(spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), angles=(0.0, 0.0, 0.0)) -> np.ndarray:
@@ -139,3 +141,36 @@ def test_spacing_grid_leaves_what_fits_and_refuses_nonsense() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="three sizes"):
         resample(noise(4, 4, 4), np.eye(4), np.eye(4), (4, 4, 4))
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_slabs_of_any_thickness_give_the_whole_bit_for_bit(data: st.DataObject) -> None:
+    """In parts of any size, and any box of a part."""
+    side = st.integers(1, 12)
+    shape = (data.draw(side), data.draw(side), data.draw(side))
+    image, affine = noise(2, *shape), affine_of((0.8, 1.2, 2.0), (5, -3, 7), (20, -10, 35))
+    spacing = [data.draw(st.sampled_from([0.5, 1.0, 1.37, 2.2, 4.0])) * mm for mm in (0.8, 1.2, 2.0)]
+    grid, target = spacing_grid(shape, affine, spacing)
+    expected = resample(image, affine, grid, target)
+    axis = data.draw(st.integers(0, 2), "axis")
+    cuts = sorted({0, shape[axis], *data.draw(st.lists(st.integers(0, shape[axis]), max_size=4), "cuts")})
+    slabs = (image.narrow(axis + 1, a, b - a) for a, b in itertools.pairwise(cuts))
+    at_once = data.draw(st.sampled_from([1, 100, 10**6]), "values")
+    done = 0
+    for first, part in resample_slabs(slabs, axis, shape, affine, grid, target, at_once):
+        values, whole = part.values(), expected.narrow(axis + 1, first, part.shape[axis])
+        assert first == done and tuple(values.shape[1:]) == part.shape and torch.equal(values, whole)
+        box = [slice(data.draw(st.integers(0, n - 1)), n) for n in part.shape]
+        assert torch.equal(part.within(box, 1), whole[1, *box])
+        mask = torch.zeros(part.data.shape[1:], dtype=torch.bool)
+        mask[-1, 0, 0] = True
+        reached = part.reach(mask)
+        touched = Part(mask[None].float(), part.taps).values()[0]
+        if reached is None:
+            assert not touched.any()
+        else:
+            inside = touched[reached].sum()
+            torch.testing.assert_close(inside, touched.sum())
+        done += part.shape[axis]
+    assert done == target[axis]

@@ -294,11 +294,8 @@ def test_members_and_other_uncertainties_are_written_on_the_grid_of_the_scan(tmp
     np.testing.assert_allclose(members.affine, nib.load(scan).affine, atol=1e-6)
     volume = read_volume(scan)
     whole = load_segmenter(tiny_model, "cpu", ensemble=3)
-    ensemble, placement = whole.sample(volume, derive_seed(0, "scan"))
-    found = whole.aggregation.combine(ensemble, placement)
-    np.testing.assert_array_equal(
-        members.get_fdata().transpose(3, 0, 1, 2), whole.aggregation.members_on_scan(found, placement)
-    )
+    found = whole.segment(volume, derive_seed(0, "scan"), maps=["uncertainty"])
+    np.testing.assert_array_equal(members.get_fdata().transpose(3, 0, 1, 2), whole.aggregation.members_on_scan(found))
     disagreement = nib.load(result.outputs["uncertainty"]).get_fdata()
     assert 0 < disagreement.max() <= 1
     assert (disagreement <= found.uncertainty.numpy() + 1e-5).all(), "at most the whole entropy"

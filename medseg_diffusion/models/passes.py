@@ -1,0 +1,220 @@
+"""Samples the members of an ensemble slab by slab, with as many at once as memory holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from medseg_diffusion.device import Precision, autocast_dtype
+from medseg_diffusion.methods.ensemble import Ensemble
+from medseg_diffusion.methods.segment import Segmenter, segment_slabs, slab_axis
+from medseg_diffusion.methods.windows import Windows, count_batches
+from medseg_diffusion.sampling.loop import Sampler
+from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.volume import Volume
+
+PROBABILITIES_AT_ONCE = 2**28
+"""Largest number of values of all members in memory (1 GB). Large scans take fewer members or slices at once."""
+MEMBERS_AT_ONCE = 10
+"""Largest number of members that share one encoding of the image."""
+RESULT_BYTES = 2**28
+"""Memory for the parts of the result on the scan's grid (`Placement.restored`), and for what is computed from them."""
+CPU = torch.device("cpu")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Slabs:
+    """The ensemble of an image in consecutive slabs, each computed when it is its turn.
+
+    Attributes:
+        parts: the slabs; they can be walked through once.
+        axis: the image's axis along which they follow each other.
+    """
+
+    parts: Iterable[Ensemble]
+    axis: int
+
+    def joined(self) -> Ensemble:
+        """The ensemble of the whole image."""
+        return Ensemble.joined(self.parts, self.axis)
+
+
+class Thrifty:
+    """A segmenter that computes fewer samples at once after the GPU ran out of memory (`methods.segment.Segmenter`).
+
+    A sample's noise depends on its seed alone, so that this changes results by rounding only.
+
+    Args:
+        model: the segmenter.
+        dtype: type for autocast, or None.
+        members: largest number of members of a window at once.
+    """
+
+    def __init__(self, model: Segmenter, dtype: torch.dtype | None, members: int) -> None:
+        self.model, self.dtype, self.members = model, dtype, members
+        self.samples: int | None = None  # no limit so far
+        self.allowed: int | None = None  # a limit for the present scan
+
+    def probabilities(
+        self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
+    ) -> Tensor:
+        while True:
+            try:
+                return self._in_parts(image, seeds, sampler, times)
+            except torch.cuda.OutOfMemoryError:
+                samples = self._at_once(len(image), len(seeds[0]))
+                if samples == 1:
+                    raise
+                self.samples = samples // 2
+            # Outside of the handler, whose traceback keeps the tensors alive.
+            torch.cuda.empty_cache()
+            warnings.warn(f"out of GPU memory: {self.samples} samples at once instead of {samples}", stacklevel=2)
+
+    def _at_once(self, windows: int, members: int) -> int:
+        limits = [limit for limit in (self.samples, self.allowed) if limit is not None]
+        return min(min(self.members, members) * windows, *limits) if limits else min(self.members, members) * windows
+
+    def _in_parts(
+        self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
+    ) -> Tensor:
+        samples = self._at_once(len(image), len(seeds[0]))
+        members = min(self.members, len(seeds[0]), samples)
+        windows = min(len(image), max(1, samples // members))
+        context: Any = torch.autocast(image.device.type, self.dtype) if self.dtype else nullcontext()
+        parts = []
+        with torch.no_grad(), context:
+            for i in range(0, len(image), windows):
+                own = seeds[i : i + windows]
+                parts.append(
+                    [
+                        self.model.probabilities(
+                            image[i : i + windows], [s[j : j + members] for s in own], sampler, times
+                        ).float()
+                        for j in range(0, len(seeds[0]), members)
+                    ]
+                )
+        return _joined([_joined(part, 1) for part in parts], 0)
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How an image is sampled: sampler, times, windows and precision.
+
+    Attributes:
+        sampler: update rule.
+        times: list of times.
+        windows: cutting and batching.
+        dims: dimensions of the model, 2 or 3.
+        precision: precision of the network.
+        values_at_once: largest number of probabilities in memory.
+        samples: largest number of samples that the network computes at once, or None for as many as are in a batch.
+    """
+
+    sampler: Sampler
+    times: Sequence[int]
+    windows: Windows
+    dims: int
+    precision: Precision
+    values_at_once: int = PROBABILITIES_AT_ONCE
+    samples: int | None = None
+
+    def thrifty(self, model: Segmenter, device: torch.device) -> Thrifty:
+        """The model with this precision on the device."""
+        return Thrifty(model, autocast_dtype(device, self.precision), MEMBERS_AT_ONCE)
+
+    def slabs(
+        self, model: Segmenter, image: Tensor, seeds: Sequence[int], classes: int, on_progress: Callable[[float], None]
+    ) -> Slabs:
+        """Sample the ensemble of N seeds for ``image`` (C, I, J, K) of preprocessed intensities, on its device.
+
+        If the slabs of all members do not fit into memory, some members are sampled after others. Then the whole image
+        is one slab.
+        """
+        axis, shape = slab_axis(self.dims), tuple(image.shape)
+        thickness = self.windows.thickness(shape, self.dims, len(seeds), image.device)
+        values = classes * image[0].numel() // image.shape[axis + 1] * thickness
+        count = max(1, self.values_at_once // values)
+        parts = [seeds[i : i + count] for i in range(0, len(seeds), count)]
+        batches = sum(count_batches(shape, self.windows, self.dims, len(part), image.device) for part in parts)
+        on_batch = counter(batches, on_progress)
+
+        def sampled(part: Sequence[int]) -> Iterator[Ensemble]:
+            slabs = segment_slabs(model, image, part, self.sampler, self.times, self.windows, self.dims, on_batch)
+            return map(Ensemble.of, slabs)  # keeps no slab in memory while the next one is computed
+
+        if len(parts) == 1:
+            return Slabs(sampled(seeds), axis)
+        whole = Ensemble.joined(sampled(parts[0]), axis)
+        for part in parts[1:]:
+            whole = whole.and_others(Ensemble.joined(sampled(part), axis))
+        return Slabs([whole], axis)
+
+
+def counter(total: int, on_progress: Callable[[float], None]) -> Callable[[], None]:
+    """Make a function that counts its calls and reports their share of ``total`` to ``on_progress``."""
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_progress(min(1.0, done / total))
+
+    return count
+
+
+def on_model_grid(preprocessing: Preprocessing, volume: Volume, device: torch.device) -> tuple[Tensor, Placement]:
+    """`Preprocessing.apply` on a GPU if the scan fits there, else on the CPU."""
+    if device.type == "cuda":
+        try:
+            return preprocessing.apply(volume.like(volume.data.to(device)))
+        except torch.cuda.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()
+    return preprocessing.apply(volume)
+
+
+def stepping_down(
+    run: Callable[[Windows, torch.device], Result],
+    windows: Windows,
+    spatial: Sequence[int],
+    device: torch.device,
+    smaller: bool = True,
+) -> Result:
+    """The result of ``run(windows, device)``; after the GPU ran out of memory, with smaller windows, then on the CPU.
+
+    Each step is one warning. `Thrifty` has tried smaller batches before. Every scan begins anew, so that results do not
+    depend on the scans before.
+
+    Args:
+        run: the computation.
+        windows: cutting and batching.
+        spatial: size of the images that are cut.
+        device: where to begin.
+        smaller: whether smaller windows need less memory.
+    """
+    whole, on_cpu = windows, False
+    while True:
+        try:
+            return run(windows, device)
+        except torch.cuda.OutOfMemoryError:
+            if on_cpu:
+                raise
+        less = windows.smaller(spatial) if smaller else None
+        if less is not None:
+            windows, step = less, f"windows of {' x '.join(map(str, less.of(spatial)))}"
+        else:
+            windows, device, on_cpu, step = whole, CPU, True, "computing on the CPU"
+        torch.cuda.empty_cache()
+        warnings.warn(f"out of GPU memory: {step}", stacklevel=2)
