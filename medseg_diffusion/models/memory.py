@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.device import process_bytes
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, remark
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.volumes.volume import Volume
 
@@ -76,7 +75,7 @@ class Limit:
                 if total <= self.limit:
                     if windows is not way.windows:
                         size = " x ".join(map(str, windows.of(image.shape[1 : 1 + way.dims])))
-                        warnings.warn(f"windows of {size} to stay below --max-memory", stacklevel=2)
+                        remark(f"windows of {size} to stay below --max-memory")
                     return replace(way, windows=windows, samples=samples, values_at_once=values)
         self._require(volume, least)
         raise AssertionError

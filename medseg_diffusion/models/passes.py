@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.device import Precision, autocast_dtype
+from medseg_diffusion.errors import remark
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.segment import Segmenter, segment_slabs, slab_axis
 from medseg_diffusion.methods.windows import Windows, count_batches
@@ -76,7 +76,7 @@ class Thrifty:
                 self.samples = samples // 2
             # Outside of the handler, whose traceback keeps the tensors alive.
             torch.cuda.empty_cache()
-            warnings.warn(f"out of GPU memory: {self.samples} samples at once instead of {samples}", stacklevel=2)
+            remark(f"out of GPU memory: {self.samples} samples at once instead of {samples}")
 
     def _at_once(self, windows: int, members: int) -> int:
         limits = [limit for limit in (self.samples, self.allowed) if limit is not None]
@@ -217,4 +217,4 @@ def stepping_down(
         else:
             windows, device, on_cpu, step = whole, CPU, True, "computing on the CPU"
         torch.cuda.empty_cache()
-        warnings.warn(f"out of GPU memory: {step}", stacklevel=2)
+        remark(f"out of GPU memory: {step}")

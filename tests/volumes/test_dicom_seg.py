@@ -18,6 +18,7 @@ from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.volumes.dicom_seg import PRIVATE_SCHEME, Algorithm, Segment, SegmentationFile, require_series
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.volumes.modality import SeriesChoice
 from medseg_diffusion.volumes.outputs import refuse_collisions, segmentation_outputs
 from medseg_diffusion.volumes.paths import is_series
 from medseg_diffusion.volumes.volume import Volume
@@ -114,6 +115,32 @@ def test_every_voxel_is_where_it_was_and_refers_to_its_image(kind: str, tmp_path
     assert sorted(one.ReferencedSOPInstanceUID for one in named) == sorted(sources)
     classes = {one.ReferencedSOPClassUID for one in [*named, *file.SourceImageSequence]}
     assert classes == {MRImageStorage if kind in ("files", "zip") else EnhancedMRImageStorage}
+
+
+def test_frames_of_a_tilted_gantry_are_where_their_images_are(tmp_path: Path) -> None:
+    scan = series(tmp_path / "scan")
+    for path in scan.iterdir():
+        data = pydicom.dcmread(path)
+        along = np.array(data.ImageOrientationPatient[3:], float)
+        k = np.argmin([np.linalg.norm(np.subtract(data.ImagePositionPatient, place(k))) for k in range(SLICES)])
+        data.ImagePositionPatient = [round(float(mm), 6) for mm in place(int(k)) + 0.9 * k * along]
+        data.save_as(path)
+    volume = read_volume(scan)
+    file = written(scan, tmp_path / "mask.dcm")
+    np.testing.assert_array_equal(read_by_hand(file, volume), labels_for(volume).numpy())
+
+
+@pytest.mark.filterwarnings("ignore:.*read the DICOM series")
+def test_a_mask_refers_to_the_series_that_was_read(tmp_path: Path) -> None:
+    """Of several in one folder, by --series."""
+    for name, number in (("one", 1), ("two", 2)):
+        series(tmp_path / "study" / name, SeriesNumber=number, StudyInstanceUID="1.2.3")
+    volume = read_volume(tmp_path / "study", series=SeriesChoice("2"))
+    SegmentationFile(volume, SEGMENTS, ALGORITHM).write(labels_for(volume), tmp_path / "mask.dcm")
+    file = pydicom.dcmread(tmp_path / "mask.dcm")
+    source = pydicom.dcmread(tmp_path / "study" / "two" / "0.dcm")
+    assert file.ReferencedSeriesSequence[0].SeriesInstanceUID == source.SeriesInstanceUID
+    assert file.SeriesNumber == 1002
 
 
 def test_an_empty_mask_is_written_with_all_its_frames(tmp_path: Path) -> None:
