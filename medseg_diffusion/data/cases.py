@@ -139,19 +139,37 @@ def _channel_files(folder: Path, name: str) -> list[Path]:
 
 
 def _nnunet(folder: Path, info: Mapping[str, Any]) -> CaseFolder:
-    """A raw folder of nnU-Net, version 2: labels by name, and no list of cases."""
-    regions = [name for name, value in info["labels"].items() if not isinstance(value, int)]
-    if regions:
-        raise InputError(
-            folder / "dataset.json",
-            f"the region {regions[0]} of several labels",
-            "one value for each label",
-            "list the labels themselves; regions overlap, and a label map cannot hold them",
-        )
-    labels = {int(value): str(name) for name, value in info["labels"].items() if name != "ignore"}
+    """A raw folder of nnU-Net, version 2: labels by name, and no list of cases.
+
+    Regions of several labels overlap, but the files hold labels. These are trained, with names from the regions.
+    """
+    values = {
+        str(name): frozenset([value] if isinstance(value, int) else map(int, value))
+        for name, value in info["labels"].items()
+        if name != "ignore"
+    }
+    labels = _names_in_regions(values)
     found = _image_mask(folder / "imagesTr", folder / "labelsTr")
     names = info["channel_names"]
     return replace(found, labels=labels, channels=tuple(str(names[key]) for key in sorted(names, key=int)))
+
+
+def _names_in_regions(regions: Mapping[str, frozenset[int]]) -> dict[int, str]:
+    """The name of each label: the smallest region that holds it, without the regions inside of that one.
+
+    With whole tumour {1, 2, 3} and core {2, 3}, label 1 is the whole tumour without core, and 2 and 3 are core 2 and
+    core 3.
+    """
+    names: dict[int, str] = {}
+    for value in sorted(frozenset().union(*regions.values())):
+        holding = {name: values for name, values in regions.items() if value in values}
+        own = [name for name in holding if not any(values < holding[name] for values in holding.values())]
+        common = frozenset.intersection(*(holding[name] for name in own))
+        inside = {name: values for name, values in regions.items() if values < common}
+        outer = [name for name in inside if not any(inside[name] < values for values in inside.values())]
+        names[value] = " and ".join(own) + (f" without {' and '.join(outer)}" if outer else "")
+    alike = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {value: f"{name} {value}" if name in alike else name for value, name in names.items()}
 
 
 def _image_mask(images: Path, labels: Path) -> CaseFolder:

@@ -72,11 +72,22 @@ def test_a_case_with_a_gap_in_its_channels_is_refused(tmp_path: Path) -> None:
         find_cases(folder)
 
 
-def test_nnunets_regions_are_refused_by_name(tmp_path: Path) -> None:
-    labels = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3]}
-    folder = nnunet(tmp_path, ["p_0000", "p_0001"], ["p"], labels=labels, regions_class_order=[1, 2])
-    with pytest.raises(InputError, match=r"dataset.json: found the region whole tumour of several labels"):
-        find_cases(folder)
+@pytest.mark.parametrize(
+    ("regions", "names"),
+    [
+        (
+            {"whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3},
+            {1: "whole tumour without core", 2: "core without enhancing", 3: "enhancing"},
+        ),
+        ({"whole tumour": [1, 2, 3], "core": [2, 3]}, {1: "whole tumour without core", 2: "core 2", 3: "core 3"}),
+        ({"a": [1, 2], "b": [2, 3]}, {1: "a", 2: "a and b", 3: "b"}),
+        ({"one": [1], "two": 2}, {1: "one", 2: "two"}),
+    ],
+)
+def test_labels_of_nnunets_regions_are_named_by_the_regions(regions, names, tmp_path: Path) -> None:
+    labels = {"background": 0, **regions, "ignore": 4}
+    folder = nnunet(tmp_path, ["p_0000", "p_0001"], ["p"], labels=labels, regions_class_order=[1, 2, 3])
+    assert find_cases(folder).labels == {0: "background", **names}
 
 
 def cases_of(*patients: str) -> list[Case]:
