@@ -97,7 +97,9 @@ Quiet = Annotated[
         "--quiet/--verbose", help="Print only errors, or details and progress line by line.", show_default=False
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout; of several scans, one line for each.")
+]
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`medseg configs list`) or a YAML file.")]
 Overrides = Annotated[
@@ -126,8 +128,8 @@ Scans = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="SCAN",
-        help="NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files, DICOM folders or zips, folders of them, BIDS "
-        "folders, or lists (.txt, one path in each line).",
+        help="NIfTI, NRRD or MetaImage files (segment: PNG, JPEG, TIFF and BMP, too), DICOM folders or zips, folders "
+        "of them, BIDS folders, or lists (.txt, one path in each line).",
         callback=existing_sources,
         show_default=False,
     ),
@@ -168,7 +170,12 @@ Volumes = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="File (for one scan) or folder to write; default: next to each scan."),
+    typer.Option(
+        "-o",
+        "--output",
+        help="Folder to write, or for one scan the file of the mask (segment) or score map (anomaly); default: next to "
+        "each scan.",
+    ),
 ]
 Model = Annotated[
     str | None,

@@ -54,7 +54,8 @@ app = typer.Typer(
     name="medseg",
     cls=_Group,
     help="Medical image segmentation with diffusion models. For research only, not for clinical use.",
-    epilog="Exit codes: 0 done, 1 some cases failed, 2 wrong usage, 3 bad input, 4 model missing or unusable.",
+    epilog="Exit codes: 0 done, 1 some cases failed, 2 wrong usage, 3 bad input, 4 model missing or unusable, "
+    "130 or 143 stopped by Ctrl-C or SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

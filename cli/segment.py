@@ -79,7 +79,8 @@ def segment(
         bool | None,
         typer.Option(
             "--keep-largest/--keep-all",
-            help="Keep only the largest connected part of all classes, or all parts; default: the model's.",
+            help="Keep only the largest connected part of the foreground (all classes together), or every part; "
+            "default: the model's.",
             show_default=False,
         ),
     ] = None,
@@ -87,7 +88,9 @@ def segment(
         bool, typer.Option("--save-probabilities", help="Write *_prob.nii.gz, the class probabilities.")
     ] = False,
     save_uncertainty: Annotated[bool, typer.Option("--save-uncertainty", help="Write *_uncertainty.nii.gz.")] = False,
-    uncertainty: Annotated[Uncertainty, typer.Option(help="Kind of the uncertainty map.")] = Uncertainty.ENTROPY,
+    uncertainty: Annotated[
+        Uncertainty, typer.Option(help="With --save-uncertainty: kind of the map.")
+    ] = Uncertainty.ENTROPY,
     save_members: Annotated[
         bool, typer.Option("--save-members", help="Write *_members.nii.gz, the mask of every member.")
     ] = False,
@@ -97,7 +100,11 @@ def segment(
     ] = False,
     max_disagreement: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Mutual information of the members above which a pseudo-label is 255."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="With --save-pseudo-labels: mutual information of the members above which a label is 255.",
+        ),
     ] = 0.1,
     statistics: Annotated[
         bool,
@@ -108,14 +115,21 @@ def segment(
         Format | None,
         typer.Option("--format", help="Format of the mask; default: that of the file -o, or nifti."),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write one HTML page about all scans to this file.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one HTML page about the scans that this call segments; with --shard, one for each part."
+        ),
+    ] = None,
     run_report: RunReport = None,
     skip_existing: SkipExisting = False,
     shard: Shard = None,
     max_memory: Annotated[
         float | None,
         typer.Option(
-            min=0.1, metavar="GB", help="Most memory of the process; large scans are computed in smaller parts."
+            min=0.1,
+            metavar="GB",
+            help="Most memory of the process, by an estimate: large scans take smaller parts, or are refused.",
         ),
     ] = None,
     device: Device = "auto",

@@ -49,7 +49,8 @@ class ModelError(MedsegError):
 # ---- remarks ---------------------------------------------------------------------------------------------------------
 
 _collected: ContextVar[list[str] | None] = ContextVar("remarks", default=None)
-_quieting = threading.RLock()
+_quieting = threading.Lock()
+_quiet: list[warnings.catch_warnings] = []  # one entry for each block that a thread is in
 _LIBRARIES = ("PIL", "highdicom", "nibabel", "numpy", "pydicom")
 
 
@@ -77,9 +78,21 @@ def remarks() -> Iterator[list[str]]:
 def quiet_libraries() -> Iterator[None]:
     """Without the warnings of the libraries that read and write files: they do not name the file.
 
-    Our own remarks are made all the same. Only one thread at a time can be in such a block.
+    Our own remarks are made all the same. Several threads may be in such a block: the first one that comes changes the
+    filters, and the last one that leaves restores them.
     """
-    with _quieting, warnings.catch_warnings():
-        for library in _LIBRARIES:
-            warnings.filterwarnings("ignore", module=library)
+    with _quieting:
+        if not _quiet:
+            _quiet.append(warnings.catch_warnings())
+            _quiet[0].__enter__()
+            for library in _LIBRARIES:
+                warnings.filterwarnings("ignore", module=library)
+        else:
+            _quiet.append(_quiet[0])
+    try:
         yield
+    finally:
+        with _quieting:
+            first = _quiet.pop()
+            if not _quiet:
+                first.__exit__(None, None, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, remarks
 from medseg_diffusion.volumes.io import read_labels, read_map, read_volume
 from medseg_diffusion.volumes.volume import Volume
 
@@ -88,13 +87,11 @@ def check_images(
     # dataset.json may list images elsewhere.
     jobs = [*entries.values(), *(Entry(relpath(path, collection.source), "") for path in cases if path not in entries)]
     opened: list[_Opened] = []
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
-        # Reading and decompressing release the interpreter. Each thread holds a scan in memory.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for one in pool.map(partial(_open, collection, cases), jobs):
-                opened.append(one)
-                on_file(len(opened), len(jobs))
+    # Reading and decompressing release the interpreter. Each thread holds a scan in memory.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for one in pool.map(partial(_open, collection, cases), jobs):
+            opened.append(one)
+            on_file(len(opened), len(jobs))
     broken += [line for one in opened for line in one.wrong]
     if folder:
         broken += _of_all(collection.source, folder, opened)
@@ -112,21 +109,29 @@ def check_images(
         broken,
         len(cases),
         _with_labels(opened, folder.labels if folder else {}),
-        list(dict.fromkeys(str(one.message) for one in said if one.category is UserWarning)),
+        list(dict.fromkeys(line for one in opened for line in one.remarks)),
     )
 
 
 @dataclass
 class _Opened:
-    """Size and colours of a file in words, the values in its labels, and one message for each thing that is wrong."""
+    """Size and colours of a file in words, the values in its labels, what is wrong, and what is worth a remark."""
 
     size: str = ""
     colours: str = ""
     labels: frozenset[int] = frozenset()
     wrong: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def _open(collection: ImageCollection, cases: Mapping[Path, Case], entry: Entry) -> _Opened:
+    with remarks() as said:
+        opened = _opened(collection, cases, entry)
+    opened.remarks += said
+    return opened
+
+
+def _opened(collection: ImageCollection, cases: Mapping[Path, Case], entry: Entry) -> _Opened:
     opened, path = _Opened(), collection.source / entry.name
     try:
         volume = None

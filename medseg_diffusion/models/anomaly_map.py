@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,12 +123,18 @@ def scored(
     has_foreground = grid.inside.flatten(1).any(1)  # slices of air have nothing to score
     selected = (has_foreground if only is None else has_foreground & only).nonzero().flatten()
     maps = torch.zeros_like(grid.inside)
-    expected = max(1, detector.evaluations * len(selected))
-    with counted(networks, lambda done: on_progress(min(1.0, done / expected))) as calls:
-        for done, part in enumerate(selected.split(BATCH) if len(selected) else (), 1):
+    expected, batches = max(1, detector.evaluations * len(selected)), math.ceil(len(selected) / BATCH)
+    finished = 0  # batches; some detectors call further networks, which their evaluations do not count
+
+    def on_call(done: int) -> None:
+        on_progress(min(max(done / expected, finished / batches), (finished + 1) / batches))
+
+    with counted(networks, on_call) as calls:
+        for part in selected.split(BATCH) if len(selected) else ():
             with autocast(device, config.generator.training.precision):
                 maps[part] = detector.score(grid.images[part].to(device), [seed] * len(part)).float().cpu()
-            on_progress(min(1.0, done * BATCH / len(selected)))
+            finished += 1
+            on_progress(finished / batches)
     back = from_generator_grid(maps, _plane(grid.image, len(config.generator.data.shape)))
     score = back[0, 0] if len(config.generator.data.shape) == 3 else back[:, 0].movedim(0, -1)
     score = filtered(score, config)

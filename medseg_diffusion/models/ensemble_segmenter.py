@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medseg_diffusion.device import process_bytes
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.windows import Windows
@@ -82,7 +83,7 @@ class EnsembleSegmenter:
         on_cpu = self.device.type == "cpu"
         network, positions = network_bytes(self.model, self.way, self.channels, self.device) if on_cpu else (0.0, 1)
         window = None if self.smaller_windows else positions
-        return Limit(round(self.max_memory * 1e9), len(self.labels), self.ensemble, network, window)
+        return Limit(round(self.max_memory * 1e9), process_bytes(), len(self.labels), self.ensemble, network, window)
 
     def _slabs(
         self, model: Thrifty, image: Tensor, seed: int, on_progress: Callable[[float], None], way: Pass

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medseg_diffusion.device import process_bytes
 from medseg_diffusion.errors import InputError, remark
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.volumes.volume import Volume
@@ -26,6 +25,7 @@ class Limit:
 
     Attributes:
         limit: in bytes.
+        base: bytes of the process before its first scan. What it has now would depend on the scans before.
         classes: number of classes, background included.
         members: size of the ensemble.
         network: bytes of the network for each position of a sample; 0 on a GPU.
@@ -33,14 +33,18 @@ class Limit:
     """
 
     limit: int
+    base: int
     classes: int
     members: int
     network: float
     fixed_window: int | None = None
 
     def before(self, volume: Volume) -> None:
-        """InputError if the scan cannot be brought to the model's grid: it is copied, turned and sorted."""
-        self._require(volume, process_bytes() + 2 * FLOAT * volume.data.numel())
+        """InputError if the scan cannot be brought to the model's grid: it is copied, turned and sorted.
+
+        The scans before and after it are in memory, too (`workflows.scans.each_scan`); they count as large as this one.
+        """
+        self._require(volume, self.base + 4 * FLOAT * volume.data.numel())
 
     def chosen(self, way: Pass, volume: Volume, image: Tensor, maps: Collection[str]) -> Pass:
         """How the image (C, *S) on the model's grid is sampled within the limit.
@@ -55,7 +59,7 @@ class Limit:
         several = self.members > 1
         on_scan = native * (3 + FLOAT * (self.classes * ("probabilities" in maps) + 2 * len(maps)))
         on_grid = voxels * (self.members + 1 + FLOAT * several)
-        fixed = process_bytes() + on_scan + on_grid + RESULT_BYTES
+        fixed = self.base + 3 * FLOAT * volume.data.numel() + 2 * on_scan + on_grid + RESULT_BYTES
         least = math.inf
         for windows in self._windows(way.windows, image.shape[1 : 1 + way.dims]):
             planes = windows.thickness(image.shape, way.dims, self.members, image.device)
@@ -110,9 +114,9 @@ def network_bytes(model: Any, way: Pass, channels: int, device: torch.device) ->
     layers = [module for module in model.modules() if not list(module.children())]
     handles = [layer.register_forward_hook(add) for layer in layers]
     try:
-        way.thrifty(model, device).probabilities(image, [[0]], way.sampler, way.times)
+        way.thrifty(model, device).probabilities(image, [[0]], way.sampler, way.times[-2:])  # one step
     finally:
         for handle in handles:
             handle.remove()
     positions = math.prod(spatial)
-    return total / positions / max(1, len(way.times) - 1), positions
+    return total / positions, positions

@@ -224,7 +224,7 @@ class Aggregation:
         if self.prior is not None or self.fusion == "staple":  # they need all of the image
             whole = slabs.joined()
             if (near := self._near_the_shape(whole, placement)) is not None:
-                disagreement = whole.uncertainty("mutual-information") if "mutual-information" in maps else None
+                disagreement = whole.uncertainty("mutual-information").cpu() if "mutual-information" in maps else None
                 whole = whole.within(near)
             slabs = Slabs([whole], slabs.axis)
         scan = _OnScan(self, placement, maps, slabs.axis)

@@ -28,7 +28,7 @@ from medseg_diffusion.errors import InputError, quiet_libraries, remark
 
 from .archives import zip_entries
 from .modality import BIDS_SUFFIX, DICOM_MODALITY, SeriesChoice, kind_of
-from .paths import dicom_files, is_dicomdir
+from .paths import DICOM_SUFFIXES, dicom_files, is_dicomdir
 from .volume import FileImage, FloatArray, Header
 
 _UNEVEN = 0.05  # largest variation of the step between slices, as a share of it: many files round the positions
@@ -191,16 +191,16 @@ def _affine(frames: Sequence[_Frame]) -> FloatArray:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def study_of(folder: Path) -> tuple[str, str]:
-    """UID of the study and modality of the first DICOM file of a folder; empty where the file does not tell it."""
+def study_of(folder: Path) -> str:
+    """UID of the study of the first DICOM file of a folder; empty if the file does not tell it."""
     for file in dicom_files(folder):
         try:
             header = _header(folder, file.name, lambda file=file: file.open("rb"))  # type: ignore[misc]
         except InputError:
             continue
         if header is not None:
-            return str(_attribute(header, "StudyInstanceUID")), str(_attribute(header, "Modality"))
-    return "", ""
+            return str(_attribute(header, "StudyInstanceUID"))
+    return ""
 
 
 def _images(path: Path) -> list[_File]:
@@ -208,13 +208,30 @@ def _images(path: Path) -> list[_File]:
 
     A segmentation is no image: a result that was exported with its series changes nothing.
     """
-    found = []
+    found: list[_File] = []
+    others: list[str] = []
+    damaged: list[str] = []
     for name, opener in _files(path):
         header = _header(path, name, opener)
-        if header is not None and "Rows" in header and "Columns" in header and header.get("Modality") != "SEG":
+        if header is None:
+            if name.lower().endswith(DICOM_SUFFIXES):
+                damaged.append(name)
+            elif not Path(name).suffix[1:].isalpha():  # readme.txt and the like lie beside many series
+                others.append(name)
+        elif _attribute(header, "Modality") == "SEG":
+            continue
+        elif "Rows" in header and "Columns" in header:
             found.append((name, opener, header))
+        elif "Image Storage" in UID(str(header.SOPClassUID)).name:  # not a report or a presentation state
+            damaged.append(name)
     if not found:
         raise InputError(path, "no DICOM image", "the slices of one series", "check the path")
+    if damaged:  # at the end of a series, a slice that is left out would not show as a gap
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise _unreadable(path, f"{damaged[0]}{more}: no complete DICOM image")
+    if others:
+        some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        remark(f"{path.name}: left out files that are no DICOM: {some}")
     return found
 
 
@@ -282,10 +299,10 @@ class _Series:
 
     @property
     def is_no_scan(self) -> bool:
-        """Whether it is a localizer, of a single slice, or a segmentation."""
+        """Whether it is a localizer, or of a single slice."""
         described = _LOCALIZER.search(self.text("SeriesDescription", "ProtocolName").lower())
         localizer = described is not None or all(map(_is_localizer, self.files))
-        return localizer or self.slices == 1 or self.text("Modality") == "SEG"
+        return localizer or self.slices == 1
 
     def __str__(self) -> str:
         named = self.text("SeriesNumber", "Modality", "SeriesDescription") or "unnamed"
@@ -333,8 +350,10 @@ def _chosen(path: Path, series: Sequence[_Series], choice: SeriesChoice) -> _Ser
 
 def _named(series: Sequence[_Series], name: str) -> list[_Series]:
     """The series of this number; if there is none, those of this start of the UID or part of the description."""
-    by_number = [one for one in series if one.text("SeriesNumber") == name]
-    return by_number or [
+    exact = [one for one in series if name in (one.text("SeriesNumber"), one.text("SeriesInstanceUID"))]
+    if exact or name.isdecimal():  # a number is never a part of a description, which may be that of another series
+        return exact
+    return [
         one
         for one in series
         if ("." in name and one.text("SeriesInstanceUID").startswith(name))
@@ -439,8 +458,10 @@ def _volume(path: Path, frames: list[_Frame]) -> list[_Frame]:
     rest = [frame for frame in frames if frame not in localizers]
     try:
         stacked = _stacked(path, rest)
-    except InputError:  # without localizers, too, they are no volume: the message is about all of them
-        return _stacked(path, frames)
+    except InputError:
+        if not localizers:
+            raise
+        return _stacked(path, frames)  # without localizers, too, they are no volume: the message is about all of them
     if localizers:
         names = list(dict.fromkeys(frame.name for frame in localizers))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def _require_plausible(path: Path, header: _TextHeader) -> None:
     else:
         spacing, names = fields.get("space directions", fields.get("spacings", "")), "space directions"
     axes = len(fields.get("DimSize", fields.get("sizes", "")).split())
-    if sum(_is_size(size) for size in spacing.split()) < min(3, axes):
+    if sum(_is_size(size) for size in re.findall(r"\([^)]*\)|\S+", spacing)) < min(3, axes):
         raise InputError(path, f"no voxel size in {names}", "one for each axis", "convert the scan again")
     if header.data is not None and not header.data.is_file():
         raise InputError(path, f"no file {header.data.name} beside it", "the voxels", "copy both files")
@@ -178,6 +179,8 @@ def _read_header(path: Path) -> _TextHeader:
             text = line.decode("latin-1").strip()
             if not text and not meta:
                 break  # the end of an NRRD header
+            if not meta and text.startswith("#"):
+                continue
             name, sign, value = text.partition("=" if meta else ":")
             name, value = name.strip() if meta else name.strip().lower(), value.strip()
             if sign and fields.setdefault(name, value) != value:

@@ -15,8 +15,8 @@ DICOM_MODALITY = {**dict.fromkeys(BIDS_SUFFIX, "MR"), "MR": "MR", "CT": "CT", "P
 _BEFORE = r"(?<![a-z0-9])(?:3d|2d)?"
 _SEQUENCES = {
     "T1": re.compile(_BEFORE + r"(t1(?![0-9])|mprage|mp-rage|spgr|bravo)"),
-    "T2": re.compile(_BEFORE + r"t2(?![0-9*])"),
-    "FLAIR": re.compile(r"flair|(?<![a-z0-9])t2f(?![a-z])"),
+    "T2": re.compile(_BEFORE + r"t2(?![0-9*]|[-_ ]?star)"),
+    "FLAIR": re.compile(r"flair|dark[-_ ]?fluid|(?<![a-z0-9])t2f(?![a-z])"),
     "PD": re.compile(_BEFORE + r"(pd|pdw)(?![a-z0-9])"),
 }
 _GENERAL = {
@@ -25,7 +25,7 @@ _GENERAL = {
     "MR": re.compile(r"(?<![a-z0-9])mri?(?![a-z])"),
 }
 _CONTRAST = re.compile(r"post(?!er)|contrast|(?<![a-z])(gd|gad|gado|ce|t1c)(?![a-z])|\+ ?c(?![a-z])|(?<![a-z])c\+")
-_NATIVE = re.compile(r"(?<![a-z])(pre|non|no|without|w/o)(?![a-z])")
+_NATIVE = re.compile(r"(?<![a-z])(pre|non|no|without|w/o)[-_ ]*(contrast|gado?|gd|ce|c)(?![a-z])")
 
 
 def kind_of(text: str) -> str | None:
@@ -42,7 +42,7 @@ def kind_of(text: str) -> str | None:
     if len(named) > 1:
         return None
     if named == ["T1"]:
-        return "T1c" if _CONTRAST.search(text) and not _NATIVE.search(text) else "T1"
+        return "T1c" if _CONTRAST.search(_NATIVE.sub(" ", text)) else "T1"
     named = named or [name for name, pattern in _GENERAL.items() if pattern.search(text)]
     return named[0] if len(named) == 1 else None
 

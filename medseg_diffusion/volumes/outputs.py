@@ -120,11 +120,14 @@ def labelled_outputs(scan: Path, folder: Path) -> Outputs:
     return {kind: folder / kind / f"{scan_name(scan)}.nii.gz" for kind in ("labels", "images")}
 
 
-def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
+def refuse_collisions(outputs: Mapping[Path, Outputs], inputs: Collection[Path] = ()) -> None:
     """UsageError if a result cannot be written, or would overwrite a scan or another result, or join a DICOM series.
 
-    ``outputs`` are the files of each scan.
+    Args:
+        outputs: the files of each scan.
+        inputs: further files that are read, such as those of channels.
     """
+    read = {path.absolute() for path in (*outputs, *inputs)}
     owners: dict[Path, Path] = {}
     for folder in {path.parent for files in outputs.values() for path in files.values()}:
         require_folder(folder)
@@ -132,8 +135,9 @@ def refuse_collisions(outputs: Mapping[Path, Outputs]) -> None:
             raise UsageError(f"{folder}: holds a DICOM series, which results must not join; give -o another folder")
     for scan, files in outputs.items():
         targets = [path.absolute() for path in files.values()]
-        if scan.absolute() in targets:
-            raise UsageError(f"{scan}: the result would overwrite the scan; give -o another name")
+        if lost := [target for target in targets if target in read]:
+            which = "the scan" if scan.absolute() in lost else f"the scan {lost[0]}"
+            raise UsageError(f"{scan}: the result would overwrite {which}; give -o another name")
         # An image and a volume of the same name have masks with different suffixes, but the same map files.
         for target in targets:
             if target in owners:

@@ -16,7 +16,7 @@ _DICOM = b"DICM"  # bytes 128 to 131 of a DICOM file
 _BARE_DICOM = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")
 # UIDs of segmentations (66.4, 66.7, ...) begin like this; it stands in the first elements of a file.
 _DICOM_SEGMENTATION = b"1.2.840.10008.5.1.4.1.1.66."
-_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima", ".zip")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima", ".zip")
 
 
 def suffix_of(path: Path | str) -> str:
@@ -40,7 +40,7 @@ def scan_name(path: Path | str) -> str:
     if path.is_dir():
         return path.resolve().name
     if not path.name.lower().endswith(SUFFIXES) and is_dicom(path):
-        return path.stem if path.suffix.lower() in _DICOM_SUFFIXES else path.name
+        return path.stem if path.suffix.lower() in DICOM_SUFFIXES else path.name
     return path.name[: -len(suffix_of(path))]
 
 
@@ -67,13 +67,12 @@ def is_dicom(path: Path) -> bool:
 
 
 def dicom_files(folder: Path) -> list[Path]:
-    """The visible files directly in the folder of a DICOM series; if none of them is DICOM, those of all subfolders.
+    """The visible files directly in the folder of a DICOM series (`is_series`); in another, those of all subfolders.
 
     A DICOMDIR is left out: it lists the images, but holds none, and names paths that are not to be trusted.
     """
-    direct = _visible_files(folder)
-    if any(_has_dicom(path) for path in direct):
-        return direct
+    if is_series(folder):
+        return _visible_files(folder)
     return [path for inner in folders_below(folder) for path in _visible_files(inner)]
 
 

@@ -182,13 +182,17 @@ def _matching(folder: Path, pattern: str) -> list[Source]:
         ) from error
     visible = [path for path in matches if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     refuse_lost(visible)
-    # A slice stands for its series.
     paths = [
-        path.parent if path.suffix.lower() != ".zip" and path.is_file() and is_dicom(path) else path
+        path
         for path in visible
         if (is_series(path) if path.is_dir() else path.name.lower().endswith(SUFFIXES) or is_dicom(path))
     ]
-    scans = [path for path in paths if not _is_result(path)]
+    # A slice stands for its series.
+    scans = [
+        path.parent if path.suffix.lower() != ".zip" and path.is_file() and is_series(path.parent) else path
+        for path in paths
+        if not _is_result(path)
+    ]
     if not scans:
         found = f"only results ({len(paths)} files)" if paths else f"{len(visible)} files, but no scan"
         raise InputError(
@@ -217,7 +221,7 @@ def _bids(folder: Path, takes: ModelInput) -> list[Source]:
             "name them with --pattern, for instance --pattern 'sub-*/**/*_T1w.nii.gz'"
         )
     channels = [_bids_images(folder, kind) for kind in kinds]
-    if not channels[0]:
+    if not any(channels):
         ending = f"*{'_ce-*' if kinds[0] == 'T1c' else ''}_{BIDS_SUFFIX[kinds[0]]}.nii.gz"
         raise InputError(
             folder,
@@ -226,10 +230,10 @@ def _bids(folder: Path, takes: ModelInput) -> list[Source]:
             "name other images with --pattern",
         )
     sources = []
-    for key, first in channels[0].items():
-        lacking = [first.with_name(f"{key.name}_{BIDS_SUFFIX[kind]}.nii.gz") for kind in kinds]
-        files = [images.get(key, other) for images, other in zip(channels, lacking, strict=True)]
-        sources.append(Source(first, tuple(files[1:]), folder=first.parent.relative_to(folder)))
+    for key in sorted(set().union(*channels)):
+        lacking = [key.with_name(f"{key.name}_{BIDS_SUFFIX[kind]}.nii.gz") for kind in kinds]
+        first, *others = [images.get(key, other) for images, other in zip(channels, lacking, strict=True)]
+        sources.append(Source(first, tuple(others), folder=first.parent.relative_to(folder)))
     return sources
 
 
@@ -249,12 +253,12 @@ def _bids_images(folder: Path, kind: str) -> dict[Path, Path]:
 
 
 def _folder(folder: Path) -> list[Source]:
-    """The scans directly in a folder and the DICOM series of its subfolders; without files, all DICOM studies below."""
+    """The scans directly in a folder, and all DICOM studies below it."""
     if is_series(folder):
         return [Source(folder)]
     files = scan_files(folder)
     scans = [Source(file) for file in files if not scan_name(file).endswith(RESULTS)]
-    scans += _studies(folder) if not scans else [Source(p) for p in sorted(folder.iterdir()) if is_series(p)]
+    scans += _studies(folder)
     if not scans:
         found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
         remedy = "check the path; --pattern '**/*.nii.gz' reads subfolders, too"
@@ -272,9 +276,7 @@ def _studies(folder: Path) -> list[Source]:
 
     studies: dict[str, list[Path]] = defaultdict(list)
     for path in filter(is_series, folders_below(folder)):
-        study, modality = study_of(path)
-        if modality != "SEG":
-            studies[study or str(path)].append(path)
+        studies[study_of(path) or str(path)].append(path)
     series = [path for members in studies.values() for path in members]
     paths = []
     for members in studies.values():

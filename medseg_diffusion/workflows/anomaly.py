@@ -96,7 +96,8 @@ def anomaly(
         path: anomaly_outputs(source.named, source.output(options.output), len(sources))
         for path, source in sources.items()
     }
-    refuse_collisions(outputs)
+    files = {path: source.files for path, source in sources.items()}
+    refuse_collisions(outputs, [file for each in files.values() for file in each])
 
     def load() -> AnomalyModel:
         model = _load(options)
@@ -105,12 +106,7 @@ def anomaly(
         run_report.uses(model.saved, model.device, settings)
         return model
 
-    def add(result: ScanResult) -> None:
-        run_report.add(result)
-        if on_case is not None:
-            on_case(result)
-
-    with RunReport(options.run_report, "anomaly", options, list(sources)) as run_report:
+    with RunReport(options.run_report, "anomaly", options, files) as run_report:
         work = Work(
             run_report.timed(lambda path: _read(sources[path], takes, options)),
             load,
@@ -121,7 +117,7 @@ def anomaly(
             part_of(outputs, options.shard),
             work,
             skip_existing=options.skip_existing,
-            on_case=add,
+            on_case=run_report.adding(on_case),
             on_progress=on_progress,
             failures=options.failures if len(sources) > 1 else None,
         )
@@ -193,7 +189,7 @@ def _write_results(
     if options.preview:
         write_files(files["preview"].parent, {files["preview"].name: _picture(scan, scored, mask)})
         written.append("preview")
-    volume_ml = float(mask.sum()) * float(np.prod(volume.spacing)) / 1000
+    volume_ml = float(mask.sum()) * volume.voxel_mm3 / 1000
     entries = _entries(scan, model, options, scored, threshold, mask)
     write_files(files["scores"].parent, {files["scores"].name: json.dumps(entries, indent=2) + "\n"})
     write_labels(mask.to(torch.uint8), volume, files["mask"])

@@ -35,15 +35,16 @@ class RunReport:
         path: The file; None collects and writes nothing.
         command: "segment" or "anomaly".
         options: The options, a dataclass.
-        scans: All scans of the run.
+        files: All scans of the run, each with the files that are read for it.
 
     Raises:
         UsageError: A file that cannot be written.
     """
 
-    def __init__(self, path: Path | None, command: str, options: Any, scans: Sequence[Path]) -> None:
+    def __init__(self, path: Path | None, command: str, options: Any, files: Mapping[Path, Sequence[Path]]) -> None:
         if path is not None:
-            require_report(path, scans)
+            require_report(path, [file for each in files.values() for file in each])
+        self._files = files
         self._path, self._command, self._options = path, command, options
         self._started, self._clock = _now(), time.monotonic()
         self._model: dict[str, Any] | None = None
@@ -92,11 +93,23 @@ class RunReport:
         self._results.append(
             {
                 **asdict(result),
-                "sha256": None if result.status == "skipped" else _sha256(result.scan),
+                "sha256": {}
+                if result.status == "skipped"
+                else {str(file): _sha256(file) for file in self._files[result.scan]},
                 "read_seconds": self._reading.get(result.scan),
                 "finished": _now(),
             }
         )
+
+    def adding(self, on_case: Callable[[ScanResult], None] | None) -> Callable[[ScanResult], None]:
+        """A function that notes the result of a scan and passes it on."""
+
+        def add(result: ScanResult) -> None:
+            self.add(result)
+            if on_case is not None:
+                on_case(result)
+
+        return add
 
     def _content(self, error: BaseException | None) -> dict[str, Any]:
         states = [result["status"] for result in self._results]
@@ -149,7 +162,7 @@ def _peak_memory_mb() -> float | None:
 
 
 def _sha256(scan: Path) -> str | None:
-    """Hash of a file; of a folder, that of the lines that ``sha256sum`` prints of its files, sorted by name.
+    """Hash of a file; of a folder, that of the lines that ``sha256sum`` prints of all files below it, sorted by path.
 
     None if a file cannot be read.
     """
@@ -157,8 +170,8 @@ def _sha256(scan: Path) -> str | None:
         if scan.is_file():
             with scan.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        files = sorted((path for path in scan.iterdir() if path.is_file()), key=lambda path: path.name)
-        lines = "".join(f"{_sha256(path)}  {path.name}\n" for path in files)
+        files = {path.relative_to(scan).as_posix(): path for path in scan.rglob("*") if path.is_file()}
+        lines = "".join(f"{_sha256(files[name])}  {name}\n" for name in sorted(files))
     except OSError:
         return None
     return hashlib.sha256(lines.encode()).hexdigest()

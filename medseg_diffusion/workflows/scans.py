@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from medseg_diffusion.errors import MedsegError, ModelError, remark, remarks
+from medseg_diffusion.errors import MedsegError, ModelError, UsageError, remark, remarks
 from medseg_diffusion.files import remove_left_over
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.outputs import Outputs
@@ -26,6 +26,7 @@ from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 Model = TypeVar("Model")
+_LISTED = ("scan", "exit_code", "error")  # columns of the list of failed scans
 Before = TypeVar("Before")
 After = TypeVar("After")
 Write = Callable[[], "ScanResult"]
@@ -128,15 +129,16 @@ def each_scan(
         on_case: Called after every scan, in their order, from the thread that writes.
         on_progress: Called with (scan name after its place, such as "3 of 8: scan", share done).
         failures: CSV file of the scans that fail (scan, exit_code, error), each added when it fails. It does not exist
-            if none does. None writes no file.
+            if none does, and replaces that of an earlier run. None writes no file.
 
     Raises:
         MedsegError: An error in the model or the options, which concerns every scan.
+        UsageError: Another file stands in the place of ``failures``.
     """
     begun, results = time.time(), list[ScanResult]()
     model: Model | None = None
     if failures is not None:
-        failures.unlink(missing_ok=True)  # of an earlier run
+        _remove_earlier(failures)
 
     def read(path: Path, files: Outputs) -> _Step[Volume | None]:
         return _Step(path).then(lambda path: None if skip_existing and files[work.last].exists() else work.read(path))
@@ -241,6 +243,16 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'without a message'}"
 
 
+def _remove_earlier(failures: Path) -> None:
+    """Remove the list of an earlier run; UsageError for a file of the same name that is none."""
+    if not failures.exists():
+        return
+    with failures.open(errors="replace") as file:
+        if file.readline().strip() != ",".join(_LISTED):
+            raise UsageError(f"{failures}: is no list of failed scans; move it, or give -o another folder")
+    failures.unlink()
+
+
 def _add_failure(file: Path, result: ScanResult) -> None:
     """Add a scan to the CSV file, in a single write: a run that is killed loses no failure and leaves no half line."""
     text = io.StringIO()
@@ -248,7 +260,7 @@ def _add_failure(file: Path, result: ScanResult) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            rows.writerow(("scan", "exit_code", "error"))
+            rows.writerow(_LISTED)
         rows.writerow((result.scan, result.exit_code, " ".join(str(result.error).split())))
         with file.open("ab", buffering=0) as out:
             out.write(text.getvalue().encode(errors="surrogateescape"))

@@ -139,11 +139,14 @@ def segment(
         path: segmentation_outputs(source.named, source.output(options.output), len(sources), mask_format)
         for path, source in sources.items()
     }
-    refuse_collisions(outputs)
+    files = {path: source.files for path, source in sources.items()}
+    refuse_collisions(outputs, [file for each in files.values() for file in each])
     if mask_format == "dicom-seg":
         require_series(list(sources))
     if options.report is not None:
-        require_report(options.report, list(sources))
+        require_report(options.report, [file for each in files.values() for file in each])
+        if options.report == options.run_report:
+            raise UsageError(f"{options.report}: named by --report and by --run-report; give each its own file")
     cards: list[SegmentedCase] = []
 
     def load() -> SegmentationModel:
@@ -154,12 +157,7 @@ def segment(
     def compute(model: SegmentationModel, scan: Scan) -> Write:
         return partial(_write_results, model, scan, options, _segment_one(model, scan, options), cards)
 
-    def add(result: ScanResult) -> None:
-        run_report.add(result)
-        if on_case is not None:
-            on_case(result)
-
-    with RunReport(options.run_report, "segment", options, list(sources)) as run_report:
+    with RunReport(options.run_report, "segment", options, files) as run_report:
         work = Work(
             run_report.timed(lambda path: read_source(sources[path], takes, options.inputs.series)),
             load,
@@ -170,7 +168,7 @@ def segment(
             part_of(outputs, options.shard),
             work,
             skip_existing=options.skip_existing,
-            on_case=add,
+            on_case=run_report.adding(on_case),
             on_progress=on_progress,
             failures=options.failures if len(sources) > 1 else None,
         )
@@ -250,7 +248,8 @@ def _write_results(
         segmentation.quality,
         warnings=tuple(warnings),
     )
-    cards.append(_report_card(result, model, options, picture))
+    if options.report is not None:
+        cards.append(_report_card(result, model, options, picture))
     return result
 
 

@@ -220,7 +220,7 @@ def test_a_limit_makes_batches_smaller_before_windows(tmp_path: Path, monkeypatc
     volume = read_volume(save(tmp_path / "scan.nii.gz", np.random.default_rng(0).random((48, 48, 64))))
     free = load_segmenter(path, "cpu", ensemble=3)
     expected = free.segment(volume, 1)
-    monkeypatch.setattr("medseg_diffusion.models.memory.process_bytes", lambda: 0)
+    monkeypatch.setattr("medseg_diffusion.models.ensemble_segmenter.process_bytes", lambda: 0)
     model = load_segmenter(path, "cpu", ensemble=3, max_memory=1.0)
     image, _ = model.preprocessing.apply(volume)
     limit = model._limit
@@ -263,3 +263,21 @@ def test_scans_are_resampled_on_the_gpu_to_the_same_numbers(spacing, tmp_path: P
     )
     torch.testing.assert_close(there.probabilities, here.probabilities, rtol=0, atol=1e-4)
     assert float((there.labels != here.labels).float().mean()) < 1e-3
+
+
+def test_a_limit_means_the_same_for_every_scan_of_a_run(tmp_path: Path) -> None:
+    """What the scans before have left in memory changes neither windows nor refusals."""
+    path = model_of(tmp_path / "model", 3, None, window=None)
+    model = load_segmenter(path, "cpu", ensemble=3, max_memory=4.0)
+    volume = read_volume(save(tmp_path / "scan.nii.gz", np.random.default_rng(0).random((48, 48, 64))))
+    image, _ = model.preprocessing.apply(volume)
+    limit = model._limit
+    assert limit is not None
+    kept = torch.zeros(2**27)  # half a gigabyte
+    kept += 1
+    assert model._limit is limit and limit.chosen(model.way, volume, image, ()) == limit.chosen(
+        model.way, volume, image, ()
+    )
+    before = limit.base
+    model.segment(volume)
+    assert model._limit is not None and model._limit.base == before

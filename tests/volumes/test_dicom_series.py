@@ -6,12 +6,15 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import SegmentationStorage
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.modality import ModelInput, SeriesChoice
-from medseg_diffusion.volumes.sources import find_sources
+from medseg_diffusion.volumes.sources import InputOptions, find_sources
+from tests.helpers import volumes
 from tests.volumes.test_dicom import COLUMNS, ROWS, edited, enhanced, series, turned
 
 T1, FLAIR, CT = SeriesChoice(kind="T1"), SeriesChoice(kind="FLAIR"), SeriesChoice(kind="CT")
@@ -106,7 +109,10 @@ def test_the_studies_below_a_folder_are_scans(tmp_path: Path) -> None:
     study(tmp_path / "p1" / "visit", nested=True, uid="1.1")
     study(tmp_path / "p2" / "visit", nested=True, uid="1.2")
     series(tmp_path / "p3", values())
-    series(tmp_path / "out", values(), modality="SEG", StudyInstanceUID="1.1")
+    for path in series(tmp_path / "out", values(), StudyInstanceUID="1.1").iterdir():
+        mask = pydicom.dcmread(path)
+        mask.Modality, mask.SOPClassUID, mask.file_meta.MediaStorageSOPClassUID = "SEG", *2 * [SegmentationStorage]
+        mask.save_as(path)
     found = find_sources([tmp_path], BRAIN)
     assert {(str(one.path.relative_to(tmp_path)), str(one.folder)) for one in found} == {
         ("p1/visit", "p1"), ("p2/visit", "p2"), ("p3", "."),
@@ -192,3 +198,65 @@ def test_real_series_of_one_study_are_told_apart(data_folder: Path) -> None:
     named = read_volume(source.path, series=SeriesChoice("hippo"))
     assert (after.data == read_volume(data_folder / "dicom" / "t1post").data).all()
     assert (named.data == read_volume(data_folder / "dicom" / "hippocampus_crop").data).all()
+
+
+@pytest.mark.parametrize("content", ["empty", "start", "header", "zeros"])
+@pytest.mark.parametrize("suffix", [".dcm", ""])
+def test_a_damaged_slice_at_the_end_is_not_left_out_in_silence(content: str, suffix: str, tmp_path: Path) -> None:
+    """In the middle it would show as a gap; at the end the volume would only be shorter."""
+    folder = series(tmp_path / "s", values())
+    places = {path: pydicom.dcmread(path).ImagePositionPatient for path in folder.iterdir()}
+    last = max(places, key=lambda path: np.dot(places[path], turned()[2]))
+    whole = last.read_bytes()
+    last.unlink()
+    pixels = 2 * ROWS * COLUMNS
+    cut = {"empty": b"", "start": whole[:100], "header": whole[: -pixels - 400], "zeros": bytes(len(whole))}[content]
+    (folder / f"last{suffix}").write_bytes(cut)
+    if suffix or content == "header":
+        with pytest.raises(InputError, match="last"):
+            read_volume(folder)
+    else:
+        with pytest.warns(UserWarning, match="^s: left out files that are no DICOM: last$"):
+            assert read_volume(folder).shape[2] == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*read the DICOM series")
+def test_a_number_is_no_part_of_a_description(tmp_path: Path) -> None:
+    for number, name in ((1, "T1 3D MPRAGE"), (2, "T2")):
+        series(tmp_path / "p" / name, values(), uid=f"1.2.{number}", SeriesNumber=number, SeriesDescription=name,
+               StudyInstanceUID="1")  # fmt: skip
+    with pytest.raises(InputError, match="one series that is named by '3'"):
+        read_volume(tmp_path / "p", series=SeriesChoice("3"))
+
+
+@pytest.mark.filterwarnings("ignore:.*read the DICOM series")
+def test_a_whole_uid_is_one_series_though_others_begin_with_it(tmp_path: Path) -> None:
+    for uid, offset in (("1.2.3.1", 1000), ("1.2.3.10", 2000)):
+        series(tmp_path / "p" / uid, values(offset), uid=uid, StudyInstanceUID="1")
+    assert float(read_volume(tmp_path / "p", series=SeriesChoice("1.2.3.1")).data.max()) < 2000
+
+
+def test_results_in_dicom_are_no_scans_wherever_they_lie(tmp_path: Path) -> None:
+    """In a folder of series, beside the slices (sorted first), and under a pattern."""
+    study_folder = tmp_path / "p"
+    for number in (1, 2):
+        series(study_folder / f"s{number}", values(), uid=f"1.2.{number}", StudyInstanceUID="1", SeriesNumber=number)
+    mask = pydicom.dcmread(next((study_folder / "s1").iterdir()))
+    mask.Modality, mask.SOPClassUID, mask.file_meta.MediaStorageSOPClassUID = "SEG", *2 * [SegmentationStorage]
+    expected = [one.path for one in find_sources([study_folder], BRAIN)]
+    mask.save_as(study_folder / "s1_seg.dcm")
+    assert [one.path for one in find_sources([study_folder], BRAIN)] == expected == [study_folder]
+    with pytest.raises(InputError, match="2 DICOM series"):
+        read_volume(study_folder)
+    mask.save_as(study_folder / "s1" / "-first.dcm")
+    assert [one.path for one in find_sources([tmp_path], BRAIN)] == [study_folder]
+    matching = find_sources([study_folder], BRAIN, InputOptions(pattern="**/*"))
+    assert [one.path for one in matching] == [study_folder / "s1", study_folder / "s2"]
+
+
+def test_a_file_does_not_hide_the_studies_below(tmp_path: Path) -> None:
+    for patient in ("p1", "p2"):
+        series(tmp_path / patient / "st" / "s1", values(), StudyInstanceUID=patient[1:])
+    volumes.save(tmp_path / "x.nii.gz")
+    found = [one.path.relative_to(tmp_path).as_posix() for one in find_sources([tmp_path], BRAIN)]
+    assert found == ["x.nii.gz", "p1/st/s1", "p2/st/s1"]

@@ -10,6 +10,24 @@ from medseg_diffusion.volumes.modality import ModelInput, kind_of
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
+        ("T1 precontrast", "T1"),
+        ("T1 noncontrast", "T1"),
+        ("t1 pre-contrast", "T1"),
+        ("AX T1 POST NON FS", "T1c"),
+        ("T1 +C pre-op", "T1c"),
+        ("T1 MPRAGE post no fatsat contrast", "T1c"),
+        ("t2_tirm_tra_dark-fluid", "FLAIR"),
+        ("T2 star", None),
+        ("T2*", None),
+    ],
+)
+def test_kinds_by_descriptions_of_scanners(text: str, kind: str | None) -> None:
+    assert kind_of(text) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
         *[(name, "T1") for name in ("T1", "T1w", "t1n", "t1_mprage_sag", "3DT1 TFE", "t1_space", "AX T1 pre contrast")],
         *[(name, "T1c") for name in ("t1c", "T1ce", "t1gd", "T1 POST GD", "AX T1 +C", "t1 C+")],
         *[(name, "T2") for name in ("t2", "T2w", "AX T2 posterior")],

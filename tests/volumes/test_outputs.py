@@ -48,3 +48,13 @@ def test_outputs_that_cannot_be_written_are_refused() -> None:
         refuse_collisions({scan: segmentation_outputs(scan, scan, 1)})
     with pytest.raises(UsageError, match="would both be written to"):
         refuse_collisions({path: segmentation_outputs(path, Path("out"), 2) for path in (scan, Path("b/scan.nii"))})
+
+
+def test_no_scan_and_no_channel_is_overwritten(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.nii.gz", tmp_path / "a_seg.nii.gz"
+    outputs = {path: segmentation_outputs(path, None, 2) for path in (first, second)}
+    with pytest.raises(UsageError, match=r"a.nii.gz: the result would overwrite the scan .*a_seg.nii.gz; give -o"):
+        refuse_collisions(outputs)
+    channel = tmp_path / "b.nii.gz"
+    with pytest.raises(UsageError, match=r"would overwrite the scan .*b.nii.gz"):
+        refuse_collisions({first: segmentation_outputs(first, channel, 1)}, [first, channel])

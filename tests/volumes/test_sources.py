@@ -135,6 +135,15 @@ def test_channels_of_a_bids_folder_belong_together_by_subject(tmp_path: Path) ->
         read_source(second, TWO)
 
 
+def test_a_subject_without_the_first_channel_is_named(tmp_path: Path) -> None:
+    bids(
+        tmp_path, *[f"sub-01/anat/sub-01_{kind}.nii.gz" for kind in ("T1w", "FLAIR")], "sub-02/anat/sub-02_FLAIR.nii.gz"
+    )
+    _, second = find(tmp_path, TWO)
+    with pytest.raises(InputError, match=r"sub-02_T1w.nii.gz: found no such file"):
+        read_source(second, TWO)
+
+
 def test_nnunets_names_are_channels_of_one_case(tmp_path: Path) -> None:
     touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "c.nii.gz")
     sources = find(tmp_path, TWO)

@@ -13,6 +13,7 @@ import pytest
 
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.volumes.sources import InputOptions
 from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
 from medseg_diffusion.workflows.scans import ScanResult
 from medseg_diffusion.workflows.segment import SegmentOptions, segment
@@ -55,9 +56,9 @@ def test_what_was_used_and_what_became_of_every_scan(tmp_path: Path, tiny_model:
     states = {Path(scan["scan"]).name: scan for scan in report["scans"]}
     assert [states[scan.name]["status"] for scan in scans] == ["skipped", "failed", "done"]
     assert "bb.nii.gz" in states["bb.nii.gz"]["error"] and states["bb.nii.gz"]["exit_code"] == 3
-    assert states["a.nii.gz"]["sha256"] is None, "a skipped scan is not read"
+    assert states["a.nii.gz"]["sha256"] == {}, "a skipped scan is not read"
     for scan in scans[1:]:
-        assert states[scan.name]["sha256"] == hashlib.sha256(scan.read_bytes()).hexdigest()
+        assert states[scan.name]["sha256"] == {str(scan): hashlib.sha256(scan.read_bytes()).hexdigest()}
     assert states["ccc.nii.gz"]["read_seconds"] > 0 and states["a.nii.gz"]["read_seconds"] is None
     assert [path.name for path in file.parent.iterdir()] == ["run.json"], "nothing half-written stays behind"
 
@@ -67,13 +68,17 @@ def test_what_was_used_and_what_became_of_every_scan(tmp_path: Path, tiny_model:
     ]
 
 
-def test_the_hash_of_a_folder_is_that_of_its_sums(tmp_path: Path, tiny_model: Path) -> None:
-    scan = series(tmp_path / "scan")
-    run([scan], tiny_model, run_report=tmp_path / "run.json")
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_hash_of_a_folder_is_that_of_its_sums(nested: bool, tmp_path: Path, tiny_model: Path) -> None:
+    scan = tmp_path / "scan"
+    for number in (1, 2) if nested else (1,):
+        series(scan / f"s{number}" if nested else scan, SeriesNumber=number, StudyInstanceUID="1.2")
+    chosen = InputOptions(series="1")
+    run([scan], tiny_model, run_report=tmp_path / "run.json", inputs=chosen)
     (noted,) = read(tmp_path / "run.json")["scans"]
-    command = "cd scan && LC_ALL=C sha256sum * | sha256sum"
+    command = "cd scan && find . -type f -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum | sha256sum"
     sums = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert noted["status"] == "done" and noted["sha256"] == sums.stdout.split()[0]
+    assert noted["status"] == "done" and noted["sha256"] == {str(scan): sums.stdout.split()[0]}
 
 
 def test_a_run_that_stops_is_reported(tmp_path: Path, tiny_model: Path) -> None:

@@ -340,3 +340,11 @@ def test_parts_are_of_similar_size_whatever_the_names(pattern: str) -> None:
     assert Counter(path for i in range(1, 5) for path in part_of(more, (i, 4))) == Counter(list(more))
     assert all(set(part) <= set(part_of(more, (i, 4))) for i, part in enumerate(parts, 1))
     assert part_of(outputs, None) == outputs
+
+
+def test_another_file_of_the_name_is_not_replaced(tmp_path: Path) -> None:
+    listed = tmp_path / "failures.csv"
+    listed.write_text("my,own,work\n")
+    with pytest.raises(UsageError, match=r"failures.csv: is no list of failed scans; move it"):
+        each_scan(scans(tmp_path, 1), make_work(), failures=listed)
+    assert listed.read_text() == "my,own,work\n"
