@@ -73,7 +73,7 @@ class Limit:
                 (together, 1, way.values_at_once),
                 (in_turn if several else together, 1, 1),
             ]
-            for needed, samples, values in options:
+            for needed, samples, values in options[:1] if way.together else options:
                 total = needed + self.network * positions * samples
                 least = min(least, total)
                 if total <= self.limit:

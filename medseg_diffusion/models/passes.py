@@ -55,10 +55,10 @@ class Thrifty:
     Args:
         model: the segmenter.
         dtype: type for autocast, or None.
-        members: largest number of members of a window at once.
+        members: largest number of members of a window at once; None for all, always.
     """
 
-    def __init__(self, model: Segmenter, dtype: torch.dtype | None, members: int) -> None:
+    def __init__(self, model: Segmenter, dtype: torch.dtype | None, members: int | None) -> None:
         self.model, self.dtype, self.members = model, dtype, members
         self.samples: int | None = None  # no limit so far
         self.allowed: int | None = None  # a limit for the present scan
@@ -71,22 +71,24 @@ class Thrifty:
                 return self._in_parts(image, seeds, sampler, times)
             except torch.cuda.OutOfMemoryError:
                 samples = self._at_once(len(image), len(seeds[0]))
-                if samples == 1:
+                least = len(seeds[0]) if self.members is None else 1
+                if samples <= least:
                     raise
-                self.samples = samples // 2
+                self.samples = max(least, samples // 2)
             # Outside of the handler, whose traceback keeps the tensors alive.
             torch.cuda.empty_cache()
             remark(f"out of GPU memory: {self.samples} samples at once instead of {samples}")
 
     def _at_once(self, windows: int, members: int) -> int:
         limits = [limit for limit in (self.samples, self.allowed) if limit is not None]
-        return min(min(self.members, members) * windows, *limits) if limits else min(self.members, members) * windows
+        least, most = (members, members) if self.members is None else (1, min(self.members, members))
+        return max(least, min([most * windows, *limits]))
 
     def _in_parts(
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
         samples = self._at_once(len(image), len(seeds[0]))
-        members = min(self.members, len(seeds[0]), samples)
+        members = len(seeds[0]) if self.members is None else min(self.members, len(seeds[0]), samples)
         windows = min(len(image), max(1, samples // members))
         context: Any = torch.autocast(image.device.type, self.dtype) if self.dtype else nullcontext()
         parts = []
@@ -120,6 +122,7 @@ class Pass:
         precision: precision of the network.
         values_at_once: largest number of probabilities in memory.
         samples: largest number of samples that the network computes at once, or None for as many as are in a batch.
+        together: whether all members of a window are one computation, which cannot be divided.
     """
 
     sampler: Sampler
@@ -129,10 +132,11 @@ class Pass:
     precision: Precision
     values_at_once: int = PROBABILITIES_AT_ONCE
     samples: int | None = None
+    together: bool = False
 
     def thrifty(self, model: Segmenter, device: torch.device) -> Thrifty:
         """The model with this precision on the device."""
-        return Thrifty(model, autocast_dtype(device, self.precision), MEMBERS_AT_ONCE)
+        return Thrifty(model, autocast_dtype(device, self.precision), None if self.together else MEMBERS_AT_ONCE)
 
     def slabs(
         self, model: Segmenter, image: Tensor, seeds: Sequence[int], classes: int, on_progress: Callable[[float], None]
@@ -145,7 +149,7 @@ class Pass:
         axis, shape = slab_axis(self.dims), tuple(image.shape)
         thickness = self.windows.thickness(shape, self.dims, len(seeds), image.device)
         values = classes * image[0].numel() // image.shape[axis + 1] * thickness
-        count = max(1, self.values_at_once // values)
+        count = len(seeds) if self.together else max(1, self.values_at_once // values)
         parts = [seeds[i : i + count] for i in range(0, len(seeds), count)]
         batches = sum(count_batches(shape, self.windows, self.dims, len(part), image.device) for part in parts)
         on_batch = counter(batches, on_progress)

@@ -71,7 +71,7 @@ class PixelSegmenter(EnsembleSegmenter):
         # Activations need much more memory than samples of masks.
         batch_size = 1 if device.type == "cpu" else 4
         windows = Windows(self.inference.window, self.inference.overlap, batch_size)
-        self.way = Pass(DDIM(), [1, 0], windows, self.dims, generator.config.training.precision)
+        self.way = Pass(DDIM(), [1, 0], windows, self.dims, generator.config.training.precision, together=True)
         largest_part = self.inference.largest_part if options.keep_largest is None else options.keep_largest
         self.aggregation = Aggregation(self.labels, options.fusion, options.uncertainty, largest_part)
 

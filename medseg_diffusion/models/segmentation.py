@@ -323,7 +323,9 @@ class _OnScan:
         self.labels = np.zeros(shape, np.uint8 if len(how.labels) <= 256 else np.int32, "F" if axis == 2 else "C")
         self.certain, self.probabilities, self.entropy = certain, None, None
         if "probabilities" in maps:
-            self.probabilities = certain[..., None, None].repeat(1, *shape)
+            self.probabilities = torch.empty(len(certain), *shape)
+            for channel, value in zip(self.probabilities, certain.flatten().tolist(), strict=True):
+                channel.fill_(value)
         if "uncertainty" in maps and how.uncertainty == "entropy":
             self.entropy = entropy(certain).expand(*shape).clone()
 

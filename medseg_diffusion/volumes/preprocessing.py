@@ -108,7 +108,8 @@ class Placement:
             data = data.float()
         result = torch.empty((len(data), *self.native_shape), dtype=data.dtype)
         if math.prod(self.native_shape) > math.prod(stop - start for start, stop in self.box):
-            result.copy_(torch.tensor(fill, dtype=data.dtype)[:, None, None, None].expand_as(result))
+            for channel, value in zip(result, fill, strict=True):
+                channel.fill_(value)
         whole = self.turned(result.numpy())
         for where, part in self.restored([data], 0):
             whole[:, *where] = part.values().cpu().numpy()
