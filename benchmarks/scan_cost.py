@@ -1,10 +1,11 @@
-"""Seconds and peak memory of `medseg segment` for a scan, outside of the network.
+"""Seconds and peak memory of a segmentation, outside of the network.
 
     python benchmarks/scan_cost.py [--cases head slices ...] [--network] [--cpu]
 
 Two equal scans are segmented in a process of its own for each case; the seconds are of the second, for which all is
 imported and loaded. The network is replaced by a formula of the intensities, unless --network is given. "back" is
-everything from the probabilities on the model's grid to the labels on the scan's grid.
+everything from the probabilities on the model's grid to the labels on the scan's grid. `medseg segment` reads the next
+scan and writes the last one beside the network, so that only "to grid" and "back" add to its time.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from torch import Tensor
 from medseg_diffusion import build
 from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.models import ensemble_segmenter
+from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import save_model
-from medseg_diffusion.workflows import segment as workflow
+from medseg_diffusion.volumes.io import read_volume, write_labels
 
 CLASSES = 10
 HEAD, BODY = (182, 218, 182), (512, 512, 400)
@@ -103,34 +106,23 @@ class Clock:
         return timed
 
 
-def measure(scans: list[Path], model: str, network: bool, cpu: bool) -> None:
-    """Segment the scans in this process; print seconds of the last, and the peak of the memory in GB, as JSON."""
+def measure(scans: list[Path], name: str, network: bool, cpu: bool) -> None:
+    """Segment the scans one after another; print seconds of the last, and the peak of the memory in GB, as JSON."""
     clock = Clock(cpu)
-    load = workflow._load
-
-    def loaded(options: workflow.SegmentOptions) -> Any:
-        found: Any = load(options)
-        own = found.model.probabilities if network else formula(len(found.labels))
-        found.model.probabilities = clock.of("network", own)
-        found.segment = clock.of("segment", found.segment)
-        return found
-
-    def forget(result: Any) -> None:
-        if result.error:
-            raise SystemExit(result.error)
-        results.append(clock.seconds.copy())
+    keep_freed_memory()
+    model: Any = load_segmenter(name, "cpu", ensemble=1)
+    model.model.probabilities = clock.of(
+        "network", model.model.probabilities if network else formula(len(model.labels))
+    )
+    patched: Any = ensemble_segmenter
+    patched.on_model_grid = clock.of("to grid", patched.on_model_grid)
+    for scan in scans:
         clock.seconds.clear()
-
-    results: list[dict[str, float]] = []
-    here: Any = workflow
-    here._load = loaded
-    here.read_volume = clock.of("read", here.read_volume)
-    here.write_labels = clock.of("write", here.write_labels)
-    model_grid: Any = ensemble_segmenter
-    model_grid.on_model_grid = clock.of("to grid", model_grid.on_model_grid)
-    options = workflow.SegmentOptions(model=model, output=scans[0].parent / "out", device="cpu", ensemble=1)
-    workflow.segment(scans, options, forget)
-    print(json.dumps({**results[-1], "GB": peak_gb()}))
+        volume = clock.of("read", read_volume)(scan)
+        labels = clock.of("segment", model.segment)(volume).labels
+        clock.of("write", write_labels)(labels, volume, scan.parent.parent / "mask.nii.gz")
+        del volume, labels
+    print(json.dumps({**clock.seconds, "GB": peak_gb()}))
 
 
 def peak_gb() -> float:

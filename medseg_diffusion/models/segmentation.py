@@ -229,8 +229,10 @@ class Aggregation:
             slabs = Slabs([whole], slabs.axis)
         scan = _OnScan(self, placement, maps, slabs.axis)
         members = scan.fill(slabs)
-        disagreement = members.uncertainty("mutual-information") if disagreement is None else disagreement
-        mutual = self._restored(disagreement, placement) if "mutual-information" in maps else None
+        mutual: Tensor | None = None
+        if "mutual-information" in maps:
+            disagreement = members.uncertainty("mutual-information") if disagreement is None else disagreement
+            mutual = self._restored(disagreement, placement)
         labels = torch.from_numpy(scan.labels)
         if self.largest_part:
             dropped = (labels > 0) & ~largest_part(labels)
