@@ -203,8 +203,10 @@ class Members:
     @property
     def disagreement(self) -> float:
         """The image's uncertainty: the mean of the largest tenth of its mutual information (Baranchuk et al. 2022)."""
-        (values,) = in_order(self.uncertainty("mutual-information")[None])
-        return float(values.topk(max(1, len(values) // 10)).values.mean())
+        values = in_order(self.uncertainty("mutual-information")[None])[0].numpy()
+        count = max(1, len(values) // 10)
+        # torch's topk needs four times the memory, because it also returns where they lie.
+        return float(np.partition(values, len(values) - count)[-count:].mean(dtype=np.float64))
 
     def pairwise_dice(self) -> Tensor:
         """The Dice of each class above background, averaged over pairs of members, (K - 1,) float64.
