@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from medseg_diffusion.errors import UsageError
+
 from ._detection import Erosion, LatentQuantile, Median, MinVolume
 from ._options import (
     AlsoScans,
@@ -66,9 +68,18 @@ def anomaly(
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
+    fast: Annotated[bool, typer.Option("--fast", hidden=True)] = False,
+    keep_largest: Annotated[bool, typer.Option("--keep-largest", hidden=True)] = False,
 ) -> None:
     """Find anomalies in scans, and write a score map, a mask and the score of each scan."""
     named = named_scans(scans, also)
+    if fast:
+        raise UsageError(
+            "anomaly has no --fast: the number of draws is part of a model's calibration; make a faster model with "
+            "medseg calibrate-anomaly --set partial_noise.draws=2"
+        )
+    if keep_largest:
+        raise UsageError("anomaly has no --keep-largest, because anomalies may be several; use --min-volume")
     part = parse_shard(shard)
     failures = failures_file(output, part)
     from medseg_diffusion.models.anomaly import DetectionOptions

@@ -123,3 +123,11 @@ def test_anomaly_reads_folders_by_pattern(anomaly_scans: Path, anomaly_models: d
     assert result.exit_code == 0, result.output
     masks = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*_anomaly_mask.nii.gz"))
     assert masks == ["out/a/flair_anomaly_mask.nii.gz", "out/b/flair_anomaly_mask.nii.gz"]
+
+
+@pytest.mark.parametrize(("flag", "instead"), [("--fast", "partial_noise.draws=2"), ("--keep-largest", "--min-volume")])
+def test_anomaly_answers_flags_of_segment_with_the_right_one(flag: str, instead: str, tmp_path: Path) -> None:
+    result = medseg("anomaly", tmp_path, flag)
+    (line,) = error_lines(result)
+    assert result.exit_code == 2 and instead in line
+    assert flag not in medseg("anomaly", "--help").stdout
