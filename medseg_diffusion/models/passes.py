@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from medseg_diffusion.device import Precision, autocast_dtype
+from medseg_diffusion.device import Precision, autocast_dtype, return_freed_memory
 from medseg_diffusion.errors import remark
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.segment import Segmenter, segment_slabs, slab_axis
@@ -25,6 +25,8 @@ MEMBERS_AT_ONCE = 10
 """Largest number of members that share one encoding of the image."""
 RESULT_BYTES = 2**28
 """Memory for the parts of the result on the scan's grid (`Placement.restored`), and for what is computed from them."""
+LARGE_SLAB = 2**28
+"""Bytes of a slab after which freed memory is returned to the system: gaps between such slabs took up to 1 GB."""
 CPU = torch.device("cpu")
 
 Result = TypeVar("Result")
@@ -155,8 +157,12 @@ class Pass:
         on_batch = counter(batches, on_progress)
 
         def sampled(part: Sequence[int]) -> Iterator[Ensemble]:
-            slabs = segment_slabs(model, image, part, self.sampler, self.times, self.windows, self.dims, on_batch)
-            return map(Ensemble.of, slabs)  # keeps no slab in memory while the next one is computed
+            for slab in segment_slabs(model, image, part, self.sampler, self.times, self.windows, self.dims, on_batch):
+                large = slab.device.type == "cpu" and slab.nbytes >= LARGE_SLAB
+                yield Ensemble.of(slab)
+                del slab  # the next one needs its memory
+                if large:
+                    return_freed_memory()
 
         if len(parts) == 1:
             return Slabs(sampled(seeds), axis)
