@@ -146,10 +146,7 @@ def source_slices(path: Path, series: str) -> tuple[list[SourceSlice], FloatArra
     """
     slices, frames = [], _volume_frames(path, SeriesChoice(series or None))
     for frame in frames:
-        shared = cast(Sequence[Dataset], frame.header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-        each = cast(Sequence[Dataset], frame.header.get("PerFrameFunctionalGroupsSequence") or [])
-        groups = [each[frame.index], shared, frame.header] if each else [shared, frame.header]
-        thickness = _value(groups, "PixelMeasuresSequence", "SliceThickness")
+        thickness = _value(_groups(frame.header, frame.index), "PixelMeasuresSequence", "SliceThickness")
         number = frame.index + 1 if "NumberOfFrames" in frame.header else None
         slices.append(
             SourceSlice(
@@ -388,14 +385,13 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
     """The frames of one file, each with the values of its own functional groups, else those of the whole file."""
     try:
         count = int(header.get("NumberOfFrames") or 1)
-        shared = cast(Sequence[Dataset], header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         each = cast(Sequence[Dataset], header.get("PerFrameFunctionalGroupsSequence") or [])
         for element in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation"):
             int(header.get(element, 0))  # raises here what a damaged value raises
         if count != (len(each) or 1):
             raise ValueError(f"{count} frames, but the places of {len(each) or 1}")
         for index in range(count):
-            groups = [each[index], shared, header] if each else [shared, header]
+            groups = _groups(header, index)
             position = _value(groups, "PlanePositionSequence", "ImagePositionPatient")
             axes = _value(groups, "PlaneOrientationSequence", "ImageOrientationPatient")
             spacing = _value(groups, "PixelMeasuresSequence", "PixelSpacing")
@@ -433,6 +429,13 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
         raise
     except Exception as error:  # values of an impossible kind, such as a position of two numbers
         raise _unreadable(path, f"{name}: {_text(error)}") from error
+
+
+def _groups(header: Dataset, index: int) -> list[Dataset]:
+    """Where the attributes of a frame stand: in its own functional groups, in those of all frames, in the file."""
+    shared = cast(Sequence[Dataset], header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    each = cast(Sequence[Dataset], header.get("PerFrameFunctionalGroupsSequence") or [])
+    return [each[index], shared, header] if each else [shared, header]
 
 
 def _value(groups: Sequence[Dataset], sequence: str, name: str) -> Any:
