@@ -26,15 +26,27 @@ _REPLACEMENTS = {
     "shared": "one draw of noise, shared by all samples",
     "zeros": "nothing: all classes alike",
 }
-_READER_RULES = (
-    "GED\u00b2 is the generalised energy distance with 1 \u2212 IoU as the distance (Kohl et al. 2018), over all pairs "
-    "of samples and of readers; 0 is perfect. It falls with the number of samples: only equal numbers are compared.",
-    "Matched IoU: the best one-to-one assignment of samples to readers (Kohl et al. 2019). Dice of the majorities: "
-    "what at least half of the samples mark against what at least half of the readers mark.",
-    "Empty samples: share of the samples without foreground. Frequency ECE: mean difference between the share of "
-    "samples and the share of readers that mark a voxel.",
-    "Dice, IoU and HD95 are those of the final mask against the first reader.",
-)
+_RULES = {
+    "Empty masks": EMPTY_RULE,
+    "Intervals": "95 % bootstrap intervals over patients (BCa, seed 0); a patient's cases are averaged first.",
+    "Difference from the best": "Over the same cases: patients are resampled together with both of their values.",
+    "Mean Dice": "Mean over a case's classes, then over patients.",
+    "HD95": "The larger of the two directed 95th percentiles of the distances between surfaces; a class that is "
+    "missing from the prediction or the reference has none.",
+    "ECE": "Expected calibration error over the voxels around the references of all cases, with the temperature "
+    "that was fitted to the model where it holds.",
+    "Seconds": "Median over cases, from the scan in memory to the mask on its grid.",
+    "Evaluations": "Evaluations of the network for one case and window: steps times samples.",
+}
+_READER_RULES = {
+    "GED\u00b2": "Generalised energy distance with 1 \u2212 IoU as the distance (Kohl et al. 2018), over all pairs of "
+    "samples and of readers; 0 is perfect. It falls with the number of samples: only equal numbers are compared.",
+    "Matched IoU": "Of the best one-to-one assignment of samples to readers (Kohl et al. 2019).",
+    "Dice of majorities": "What at least half of the samples mark against what at least half of the readers mark.",
+    "Empty samples": "Share of the samples without foreground.",
+    "Frequency ECE": "Mean difference between the share of samples and the share of readers that mark a voxel.",
+    "Dice, IoU, HD95": "Of the final mask against the first reader.",
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +106,9 @@ def benchmark_markdown(rows: Sequence[BenchmarkRow], info: BenchmarkInfo) -> str
     tables += filter(None, [_readers_table(ordinary, names), _replaced_table(replaced, names)])
     return markdown_page(
         "Benchmark of segmenters",
-        [_lead(rows, info), *sentences(rows, info, comparison), *_warnings(rows, info, comparison)],
+        [_lead(rows, info), *sentences(rows, info, comparison)],
         [markdown_table(table) for table in tables if table.rows],
+        _warnings(rows, info, comparison),
         info.command,
     )
 
@@ -207,18 +220,10 @@ def _made(rows: Sequence[BenchmarkRow], info: BenchmarkInfo) -> dict[str, str]:
     return {"models": ", ".join(models), "data": info.data, "side": info.side, "seed": str(info.seed)}
 
 
-def _rules(rows: Sequence[BenchmarkRow]) -> list[str]:
-    rules = [
-        EMPTY_RULE,
-        "Intervals are 95 % bootstrap intervals over patients (BCa, seed 0); a patient's cases are averaged first. "
-        "A difference is of the same cases: patients are resampled together with both of their values.",
-        "Mean Dice is the mean over a case's classes, then over patients. HD95 is the larger of the two directed 95th "
-        "percentiles of the distances between surfaces; a class that is missing from prediction or reference has none.",
-        "ECE, the expected calibration error, is over the voxels around the references of all cases, with the "
-        "temperature that was fitted to the model where it holds. Seconds are the median over cases, without reading.",
-        "Evaluations are those of the network for one case and window: steps times samples.",
-    ]
-    return rules + (list(_READER_RULES) if any(row.readers for row in rows) else [])
+def _rules(rows: Sequence[BenchmarkRow]) -> Table:
+    rules = _RULES | (_READER_RULES if any(row.readers for row in rows) else {})
+    lines = [Row([Cell(name), Cell(rule)]) for name, rule in rules.items()]
+    return Table("How the numbers are computed", ["Number", "Rule"], lines, text_columns=(1,))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -338,6 +343,7 @@ def _table(
         [heading for heading, _ in everything],
         [Row([cell(row) for _, cell in everything]) for row in rows],
         sortable=True,
+        stacked=True,
         text_columns=(*range(1, len(said)), *(column + len(said) - 1 for column in text_columns)),
     )
 

@@ -18,17 +18,21 @@ _MANY = 50
 """Rows of a table that are written; a summary of more says how many it leaves out."""
 
 
-def markdown_page(title: str, sentences: Sequence[str], tables: Sequence[str], command: str = "") -> str:
-    """A summary: a heading, sentences, tables, and the command.
+def markdown_page(
+    title: str, sentences: Sequence[str], tables: Sequence[str], warnings: Sequence[str] = (), command: str = ""
+) -> str:
+    """A summary: a heading, sentences, tables, what the reader should know, and the command.
 
     Args:
-        title: Plain text, as the sentences; they are escaped.
-        sentences: One line each.
+        title: Plain text, as sentences and warnings; they are escaped.
+        sentences: What was compared, and what came out.
         tables: From `markdown_table`.
+        warnings: One sentence each.
         command: The command line; empty shows none.
     """
     made = f"medseg-diffusion {version('medseg-diffusion')}"
     parts = [f"### {markdown_text(title)}", " ".join(map(markdown_text, sentences)), *tables]
+    parts.append("\n".join(f"- {markdown_text(warning)}" for warning in warnings))
     if command:
         parts.append(f"<details><summary>{made}</summary>\n\n{markdown_code(command)}\n\n</details>")
     else:
