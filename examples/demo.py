@@ -1,7 +1,7 @@
 """Segment a whole head-sized volume without any download: the ICBM152 T1 template that nilearn carries in its package.
 
-Writes ./demo-output: the scan, a reference, the segmentation with its uncertainty, a preview, and two pages in which the
-scan can be scrolled through, whose paths it prints at the end.
+Writes ./demo-output: the scan, a reference, the segmentation with its uncertainty, a preview, and two pages in which
+the scan can be scrolled through. It prints the paths of these pages at the end.
 """
 
 from __future__ import annotations
