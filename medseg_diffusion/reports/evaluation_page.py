@@ -14,7 +14,7 @@ from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluatio
 from medseg_diffusion.metrics.registry import METRICS, Metric
 
 from .detection_page import detection_page
-from .page import Cell, Row, Table, limits, number, plural, render
+from .page import Cell, Row, Table, interval, limits, number, plural, render
 from .plots import BOX_FROM, distributions, reliability_diagram, volume_agreement
 from .summary import CALIBRATION_REGION
 from .theme import label_colour
@@ -53,13 +53,14 @@ def evaluation_page(
         command=command,
         date=date,
         made=_made(evaluation),
-        rules=_rules(evaluation, shown),
+        rules=metric_rules(evaluation, shown),
         title=_title(evaluation),
         lead=_lead(evaluation),
         facts=_facts(evaluation, flags),
         warnings=evaluation.warnings,
         cases=_cases_table(evaluation, flags, viewer, links or {}),
         classes=_classes_tables(evaluation, shown),
+        strata=_strata_table(evaluation),
         distributions=_distributions(evaluation),
         box_from=BOX_FROM,
         agreement=_agreement(evaluation),
@@ -93,7 +94,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _low_dice(evaluation: Evaluation) -> float:
-    """The mean Dice below which a case is an outlier by Tukey's rule; minus infinity for fewer than `BOX_FROM` cases."""
+    """The mean Dice below which a case is an outlier by Tukey's rule; minus infinity below `BOX_FROM` cases."""
     values = [case.mean_dice for case in evaluation.cases if not math.isnan(case.mean_dice)]
     if len(values) < BOX_FROM:
         return -math.inf
@@ -220,6 +221,28 @@ def _mean(evaluation: Evaluation, metric: Metric, label: int) -> Cell:
     return number(mean.mean, metric.digits, "\n".join(note for note in notes if note))
 
 
+def _strata_table(evaluation: Evaluation) -> Table | None:
+    """The means of every stratum by the metrics that comparisons use; None without strata."""
+    if evaluation.strata is None:
+        return None
+    metrics = [metric for metric in evaluation.metrics if metric.compared]
+    rows = [
+        Row(
+            [
+                Cell(stratum),
+                Cell(title, colour=label_colour(place)),
+                *(interval(means[metric.name][label], metric.digits) for metric in metrics),
+                number(means["dice"][label].n, 0),
+            ]
+        )
+        for stratum, means in evaluation.strata.means.items()
+        for place, (label, title) in enumerate(evaluation.labels.items())
+    ]
+    headings = ["Stratum", "Class", *(metric.heading for metric in metrics), evaluation.unit.capitalize()]
+    name = f"Means by {evaluation.strata.column}"
+    return Table(name, headings, rows, sortable=True, text_columns=(1,), stacked=True)
+
+
 def _distributions(evaluation: Evaluation) -> dict[str, Markup]:
     """Dice and surface distance of every case; empty for fewer than two cases."""
     if len(evaluation.cases) < 2:
@@ -276,8 +299,8 @@ def _made(evaluation: Evaluation) -> dict[str, str]:
     }
 
 
-def _rules(evaluation: Evaluation, shown: Sequence[Metric]) -> Table:
-    """The definition of every metric that is shown, and its value for empty masks."""
+def metric_rules(evaluation: Evaluation, metrics: Sequence[Metric]) -> Table:
+    """The definition of every metric, and its value for empty masks."""
 
     def value(rule: float | str) -> Cell:
         return Cell(rule) if isinstance(rule, str) else number(rule, 0)
@@ -290,7 +313,7 @@ def _rules(evaluation: Evaluation, shown: Sequence[Metric]) -> Table:
                 *map(value, (metric.both_empty, metric.prediction_empty, metric.reference_empty)),
             ]
         )
-        for metric in shown
+        for metric in metrics
     ]
     columns = ["Metric", "Definition", "Both empty", "Only prediction empty", "Only reference empty"]
     return Table("Metrics, and their values for empty masks", columns, rows, text_columns=(1,))
