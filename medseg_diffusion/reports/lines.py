@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from .page import ACCENT, INK, LINE, SOFT, svg
 from .slices import plain, shortened
@@ -57,7 +57,7 @@ def line_plot(
     mark: tuple[float, str] | None = None,
     size: tuple[float, float] = (6.4, 3.0),
 ) -> Markup:
-    """Lines over a common axis, with a legend below where there are several.
+    """Lines over a common axis, which begins at 0 and counts steps unless it is logarithmic, with a legend below where there are several.
 
     Args:
         lines: Drawn in this order.
@@ -78,6 +78,8 @@ def line_plot(
         axes.set_xscale("log")
         _tick_at_points(axes, sorted({x for line in lines for x in line.x}))
     else:
+        axes.set_xlim(0, 1.02 * max((float(np.max(line.x)) for line in lines if len(line.x)), default=1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     if mark is not None:
         place, name = mark
@@ -110,7 +112,7 @@ def _draw(axes: Axes, line: Line) -> None:
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
     # A name that begins with an underscore would be left out of the legend.
     label = plain(shortened(f" {line.name}" if line.name.startswith("_") else line.name)) if line.name else "_"
-    marker = _MARKERS[line.colour % len(_MARKERS)] if line.points else ""
+    marker = _MARKERS[line.colour % len(_MARKERS)] if line.points or len(x) == 1 else ""
     axes.plot(x, y, color=colour, linestyle=style, marker=marker, markersize=5, linewidth=1.6, label=label, zorder=3)
     if len(line.low):
         low, high = np.asarray(line.low, float), np.asarray(line.high, float)
