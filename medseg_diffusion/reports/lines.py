@@ -11,12 +11,15 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 from .page import ACCENT, INK, LINE, SOFT, svg
 from .slices import plain, shortened
 
 COLOURS = (ACCENT, "#D55E00", "#009E73", "#CC79A7", "#8976FF")
 """Of lines: neither a class nor reference or prediction, and strong enough on a white and on a dark page."""
+
+Values = Sequence[float] | NDArray[np.float64]
 
 _STYLES = ("-", (0, (4, 1.6)), (0, (1, 1.4)), (0, (5, 1.4, 1, 1.4)))
 _MARKERS = ("o", "s", "^", "D", "v")
@@ -38,10 +41,10 @@ class Line:
     """
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    x: Values
+    y: Values
+    low: Values = ()
+    high: Values = ()
     colour: int = 0
     style: int = 0
     points: bool = True
@@ -57,14 +60,15 @@ def line_plot(
     mark: tuple[float, str] | None = None,
     size: tuple[float, float] = (6.4, 3.0),
 ) -> Markup:
-    """Lines over a common axis, which begins at 0 and counts steps unless it is logarithmic, with a legend below where there are several.
+    """Lines over a common axis, with a legend below where there are several.
 
     Args:
         lines: Drawn in this order.
         across: Name of the horizontal axis, with its unit.
         up: Name of the vertical axis, with its unit.
         description: What the plot shows, for screen readers.
-        logarithmic: "x", "y", "xy", or empty for linear axes. A logarithmic axis across has ticks at the points.
+        logarithmic: "x", "y", "xy", or empty for linear axes. An axis across is linear for steps, from 0 on, and
+            logarithmic for costs, with ticks at the points.
         mark: A place on the horizontal axis to mark, and its name.
         size: Width and height in inches: text is the larger, the smaller they are.
     """

@@ -191,7 +191,7 @@ def duration(seconds: float) -> str:
 
 
 def _facts(run: RunSummary) -> dict[str, str]:
-    facts = {"State": run.state}
+    facts: dict[str, str] = {"State": run.state}
     if not run.networks:
         return facts
     current = next((one for one in run.networks if one.state != "finished"), run.networks[-1])
@@ -268,9 +268,9 @@ def _over_steps(steps: Values, values: Values, name: str, with_range: bool) -> l
     points = binned(steps, values)
     if not len(points.steps):
         return []
-    ends = (points.low, points.high) if with_range else ()
     logarithmic = "y" if _spans_decades(points.middle) else ""
-    line = Line("", points.steps, points.middle, *ends, points=False)
+    low, high = (points.low, points.high) if with_range else ((), ())
+    line = Line("", points.steps, points.middle, low, high, points=False)
     return [line_plot([line], "step", name, f"{name} over steps", logarithmic=logarithmic, size=_SIZE)]
 
 
@@ -292,8 +292,8 @@ def _validation_plots(network: TrainedNetwork) -> list[Markup]:
     plots = []
     for group in groups:
         lines = [
-            Line(name.replace("_", " "), *zip(*series[name], strict=True), colour=i, style=i)
-            for i, name in enumerate(group)
+            Line(name.replace("_", " "), [x for x, _ in points], [y for _, y in points], colour=i, style=i)
+            for i, (name, points) in enumerate((name, series[name]) for name in group)
         ]
         up = f"validation {lines[0].name}" if len(lines) == 1 else "validation"
         about = f"validation: {', '.join(line.name for line in lines)}"

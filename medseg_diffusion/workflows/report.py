@@ -11,7 +11,6 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,9 @@ def _score(title: str, history: History) -> str:
     if title == _MASKS:
         return "The score is the mean Dice of validation masks against their reconstructions."
     if "Autoencoder" in title:
-        return "The score is the step: the adversarial loss trades reconstruction for sharpness, so the last weights count."
+        return (
+            "The score is the step: an adversarial loss trades reconstruction for sharpness. The last weights count."
+        )
     if title != "Segmenter":
         return "The score is minus the loss."
     several = any("energy_distance" in row for row in history.validations)
@@ -198,13 +199,10 @@ def _network(folder: Path, title: str, section: Mapping[str, Any], now: float) -
 
 def _options(section: Mapping[str, Any]) -> TrainingOptions:
     """The options of the training; values of another kind, in a file that was changed by hand, are left out."""
-    kinds = {one.name: type(one.default) for one in fields(TrainingOptions)}
-    known = {}
-    for name, value in section.items():
-        kind = kinds.get(name)
-        if kind is float and isinstance(value, int | float):
-            known[name] = float(value)
-        elif kind is not None and isinstance(value, kind):
+    known: dict[str, Any] = {}
+    for name, default in vars(TrainingOptions()).items():
+        value = section.get(name)
+        if isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int)):
             known[name] = value
     return TrainingOptions(**known)
 
