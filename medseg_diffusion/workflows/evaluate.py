@@ -160,9 +160,7 @@ def evaluate(
     pairs, warnings = find_pairs(Path(prediction), reference, merged=options.merge_labels)
     inputs, remarks = _find_inputs(pairs, options)
     (result,) = _evaluate_sets([inputs], reference, options, [*warnings, *remarks], on_progress)
-    report = evaluation_report(result, _pictures(result, inputs), command=options.command)
-    files = {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
-    write_files(Path(output), files)
+    write_files(Path(output), _files(result, inputs, options))
     return result
 
 
@@ -209,11 +207,15 @@ def compare_predictions(
     paths = {name: str(path) for name, path in folders.items()}
     result = Comparison(named, paths, compare(named), left_out, tuple(warnings))
     for (name, evaluation), one in zip(named.items(), sets, strict=True):
-        report = evaluation_report(evaluation, _pictures(evaluation, one), command=options.command)
-        files = {"summary.json": summary_json(evaluation), "cases.csv": cases_csv(evaluation), "report.html": report}
-        write_files(Path(output) / name, files)
+        write_files(Path(output) / name, _files(evaluation, one, options))
     write_files(Path(output), {"comparison.json": comparison_json(result)})
     return result
+
+
+def _files(result: Evaluation, inputs: _Inputs, options: EvaluateOptions) -> dict[str, str]:
+    """The files of one set of predictions: name -> content."""
+    report = evaluation_report(result, _pictures(result, inputs), command=options.command)
+    return {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
 
 
 def _set_names(paths: Sequence[Path]) -> dict[str, Path]:
