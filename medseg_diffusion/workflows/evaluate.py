@@ -174,9 +174,9 @@ def compare_predictions(
 ) -> Comparison:
     """Compare several sets of predictions with the same references, and with each other; only cases that all have.
 
-    For each set, `NAME/summary.json`, `NAME/cases.csv` and `NAME/report.html` are written as by `evaluate`, and
-    `comparison.json` and `report.html` with the paired differences. NAME is the last part of the path, with parts before it where several
-    end alike.
+    For each set, `NAME/summary.json`, `NAME/cases.csv` and `NAME/report.html` are written as by `evaluate`;
+    `comparison.json` and `report.html` hold the paired differences. NAME is the last part of the path, with parts
+    before it where several end alike.
 
     Args:
         predictions: Two or more label maps or folders of them, paired with the references by name.
