@@ -14,7 +14,7 @@ from .overlap import ClassOverlap
 from .registry import COMPUTED, measured
 
 TOLERANCE_MM = 1.0
-"""Tolerance of the normalised surface distance of a class without one of its own."""
+"""Usual tolerance of the normalised surface distance."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,20 @@ class MeasureOptions:
     """How the classes of a case are compared.
 
     Attributes:
-        tolerances_mm: Label -> tolerance of the normalised surface distance; `TOLERANCE_MM` where it is missing.
+        tolerance_mm: Tolerance of the normalised surface distance of classes without one of their own.
+        tolerances_mm: Label -> tolerance of its own.
         lesion_overlap: Share of a lesion's voxels that must be predicted for it to be detected.
         cldice: Compute clDice, too.
     """
 
+    tolerance_mm: float = TOLERANCE_MM
     tolerances_mm: Mapping[int, float] = field(default_factory=dict)
     lesion_overlap: float = MIN_OVERLAP
     cldice: bool = False
+
+    def tolerance_of(self, label: int) -> float:
+        """Tolerance of the normalised surface distance of a class, in mm."""
+        return self.tolerances_mm.get(label, self.tolerance_mm)
 
 
 def labels_of(labels: NDArray[np.integer]) -> list[int]:
@@ -115,7 +121,6 @@ def _measure_class(
         from .surface import surface_distances
 
         surfaces = surface_distances(prediction, reference, spacing)
-        tolerance = options.tolerances_mm.get(label, TOLERANCE_MM)
         values |= {
             "dice": overlap.dice,
             "iou": overlap.iou,
@@ -123,7 +128,7 @@ def _measure_class(
             "recall": overlap.tp / overlap.n_ref,
             "hd95_mm": surfaces.hd95,
             "assd_mm": surfaces.assd,
-            "nsd": surfaces.nsd(tolerance),
+            "nsd": surfaces.nsd(options.tolerance_of(label)),
         }
         if options.cldice:
             values["cldice"] = centreline_dice(prediction, reference)
