@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import documented
+from medseg_diffusion.models.image_source import SampleOptions
+from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
+from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
+from tests.helpers import documented, segmenters
+from tests.helpers.cli import medseg
+from tests.helpers.documented import assert_documented
 
 
 def test_what_is_not_in_the_page_and_what_is_not_written_is_found(
@@ -31,3 +37,50 @@ def test_what_is_not_in_the_page_and_what_is_not_written_is_found(
     for name in good:
         with pytest.raises(AssertionError, match="in the page, but not written"):
             check({key: value for key, value in good.items() if key != name})
+
+
+# ---- benchmarks and generators ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmarks(block_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The results on data of one reader, and on data of two."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    sides = {"labels": ["bright"], "window": [8, 8, 8], "test_cases": 2, "validation_cases": 1}
+    model = segmenters.make_model(root / "model", segmenters.tiny_config(data=sides))
+    data = root / "two-readers"
+    shutil.copytree(block_scans / "images", data / "images")
+    for reader in "12":
+        shutil.copytree(block_scans / "labels", data / "raters" / reader)
+    options = BenchmarkOptions(settings=[("dpm++", 2, 2)], cases=2, side="test", device="cpu")
+    for folder in (block_scans, data):
+        benchmark_segmenter([str(model)], folder, root / f"of-{folder.name}", options)
+    return sorted(root.glob("of-*"))
+
+
+def test_benchmark_csv(benchmarks: list[Path]) -> None:
+    assert_documented("benchmark.csv", *(folder / "benchmark.csv" for folder in benchmarks))
+
+
+def test_benchmark_json(benchmarks: list[Path]) -> None:
+    assert_documented("benchmark.json", *(folder / "benchmark.json" for folder in benchmarks))
+
+
+def test_cases_csv_of_a_benchmark(benchmarks: list[Path]) -> None:
+    assert_documented("cases.csv of a benchmark", *(folder / "cases.csv" for folder in benchmarks))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scores_csv_and_json(pictures: Path, scoring_network: Path, tmp_path: Path) -> None:
+    options = GeneratorEvaluationOptions((), SampleOptions(count=8, device="cpu"), str(scoring_network))
+    evaluate_generator([str(pictures)], pictures, tmp_path, options)
+    assert_documented("scores.csv", tmp_path / "scores.csv")
+    assert_documented("scores.json", tmp_path / "scores.json")
+
+
+def test_failures_csv(tiny_model: Path, tmp_path: Path) -> None:
+    scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
+    for scan in scans:
+        scan.write_bytes(b"no scan")
+    medseg("segment", *scans, "-m", tiny_model, "-o", tmp_path / "out", "--device", "cpu")
+    assert_documented("failures.csv", tmp_path / "out" / "failures.csv")
