@@ -180,14 +180,26 @@ def _lesion_values(lesions: Lesions) -> dict[str, float]:
 
 
 def centreline_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """ClDice of two masks (*S), neither of them empty (Shit et al., CVPR 2021).
+    """ClDice of two masks (*S), 2D or 3D, neither of them empty (Shit et al., CVPR 2021)."""
+    lines = [centreline(mask) for mask in (prediction, reference)]
+    inside = [line[mask].sum() for line, mask in zip(lines, (reference, prediction), strict=True)]
+    precision, recall = (int(part) / int(line.sum()) for part, line in zip(inside, lines, strict=True))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
-    The centrelines are skeletons by thinning (Lee et al. 1994 in 3D).
+
+def centreline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The skeleton of a mask (*S) by thinning (scikit-image; Lee et al. 1994 in 3D).
+
+    Thinning in 3D deletes some components as a whole, such as tubes of exactly two voxels width. They are their own
+    centreline here, so that every component has one. So is a mask of one axis.
     """
+    from scipy import ndimage
     from skimage.morphology import skeletonize
 
-    # A row of pixels is its own centreline.
-    lines = [skeletonize(mask) if mask.ndim > 1 else mask for mask in (prediction, reference)]
-    inside = [line[mask].sum() for line, mask in ((lines[0], reference), (lines[1], prediction))]
-    precision, recall = (ratio(int(part), int(line.sum())) for part, line in zip(inside, lines, strict=True))
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    if mask.ndim == 1:
+        return mask
+    line: NDArray[np.bool_] = skeletonize(mask)
+    components, count = ndimage.label(mask, np.ones((3,) * mask.ndim, bool))
+    kept = np.bincount(components[line], minlength=count + 1) > 0
+    kept[0] = True
+    return line | ~kept[components]
