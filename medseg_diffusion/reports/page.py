@@ -18,10 +18,25 @@ from markupsafe import Markup
 from medseg_diffusion.metrics.statistics import Interval
 
 from .summary import format_number, versions
-from .theme import VARIABLES
+from .theme import PREDICTION, PREDICTION_ON_WHITE, REFERENCE, REFERENCE_ON_WHITE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+INK, SOFT, LINE, ACCENT = "#1f2933", "#5b6874", "#dde2e7", "#0b63a5"
+VARIABLES: Mapping[str, tuple[str, str]] = {
+    "ink": (INK, "#e4e8ec"),
+    "soft": (SOFT, "#9aa5b1"),
+    "line": (LINE, "#333b44"),
+    "accent": (ACCENT, "#6cb6ee"),
+    "page": ("#f5f6f8", "#14181c"),
+    "card": ("#ffffff", "#1c2126"),
+    "warn": ("#fff6e0", "#332a14"),
+    "warn-line": ("#e0b252", "#8a6d2c"),
+    "reference": (REFERENCE_ON_WHITE, REFERENCE),
+    "prediction": (PREDICTION_ON_WHITE, PREDICTION),
+}
+"""Name of a CSS variable -> its colour in the light and in the dark theme."""
 
 
 @dataclass(frozen=True)

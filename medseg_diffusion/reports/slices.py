@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .theme import PALETTE as PALETTE
+from .theme import label_colour as label_colour
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Axis held fixed -> name of the plane.
 PLANES = {2: "Axial", 1: "Coronal", 0: "Sagittal"}
-# Okabe and Ito, "Color Universal Design", 2008: colours that can be told apart with any common colour vision. Black is
-# left out because it is invisible on scans. Orange and sky blue come first as the pair that differs most on grey.
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _DPI = 150
 
 
@@ -57,18 +57,6 @@ def drawable_axes(shape: Sequence[int]) -> list[int]:
     """Axes whose planes are more than one voxel wide, axial first: all three in 3D, one for a 2D image."""
     axes = [axis for axis in PLANES if all(shape[a] > 1 for a in range(3) if a != axis)]
     return axes or [2]
-
-
-def label_colour(index: int) -> str | tuple[float, float, float, float]:
-    """Colour of the index-th class: the colour-blind-safe palette first, then evenly scattered hues."""
-    if index < len(PALETTE):
-        return PALETTE[index]
-    # Imported where used: segmenting without pictures does not need matplotlib.
-    from matplotlib import colormaps
-
-    # Steps of the golden ratio never come close to an earlier hue for long.
-    red, green, blue, alpha = colormaps["hsv"]((index * 0.618034) % 1.0)
-    return (float(red), float(green), float(blue), float(alpha))
 
 
 def plain(text: str) -> str:
