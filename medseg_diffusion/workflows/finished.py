@@ -59,14 +59,17 @@ def finished_segmentation(scan: Path, files: Outputs, names: Mapping[int, str], 
         warning = f"the finished mask cannot be read: {' '.join(str(error).split())}"
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
     known = _from_row(row, volumes) | _from_statistics(files["statistics"], volumes)
-    flags = known.pop("flags", ())
-    if not any(volumes.values()):
-        known["warnings"] = tuple(dict.fromkeys((*known.get("warnings", ()), EMPTY)))
-        flags = (*flags, "empty mask")
-    elif known.get("quality") == "check":
-        known["warnings"] = tuple(dict.fromkeys((*known.get("warnings", ()), DISAGREE)))
-        flags = (*flags, "members disagree")
-    return ScanResult(scan, "skipped", outputs, volumes_ml=volumes, flags=tuple(dict.fromkeys(flags)), **known)
+    doubts = doubts_about(volumes, known.get("quality"))
+    known["warnings"] = tuple(dict.fromkeys((*known.get("warnings", ()), *doubts.values())))
+    known["flags"] = (*doubts, *known.get("flags", ()))
+    return ScanResult(scan, "skipped", outputs, volumes_ml=volumes, **known)
+
+
+def doubts_about(volumes_ml: Mapping[str, float], quality: str | None) -> dict[str, str]:
+    """Reasons to look at a segmentation: flag -> warning."""
+    if not any(volumes_ml.values()):
+        return {"empty mask": EMPTY}
+    return {"members disagree": DISAGREE} if quality == "check" else {}
 
 
 def read_mask(path: Path) -> Volume:
@@ -79,7 +82,7 @@ def read_mask(path: Path) -> Volume:
 
 
 def _volumes(mask: Volume, names: Mapping[int, str]) -> dict[str, float]:
-    counts = torch.bincount(mask.data.flatten(), minlength=max(names) + 1).tolist()
+    counts = torch.bincount(mask.data.flatten(), minlength=max(names, default=0) + 1).tolist()
     if unknown := [value for value, count in enumerate(counts) if count and value and value not in names]:
         raise ValueError(f"{mask.source}: the label {unknown[0]} is no class of the model")
     return {name: counts[value] * mask.voxel_mm3 / 1000 for value, name in names.items()}

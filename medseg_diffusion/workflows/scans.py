@@ -206,6 +206,17 @@ def each_scan(
     return results
 
 
+def telling(*listeners: Callable[[ScanResult], None] | None) -> Callable[[ScanResult], None]:
+    """A function that tells each listener of a result, in their order."""
+
+    def tell(result: ScanResult) -> None:
+        for listener in listeners:
+            if listener is not None:
+                listener(result)
+
+    return tell
+
+
 def _loaded(work: Work[Model]) -> Model:
     try:
         return work.load()
