@@ -233,12 +233,15 @@ class Lesions:
         detected: (n,) whether the lesion was detected.
         n_predicted: components of the prediction.
         n_false: components of the prediction without any voxel of the reference.
+        matched_iou: (k,) IoU of each pair of a lesion and a component of the prediction with an IoU above 0.5. No
+            lesion and no component is in two such pairs (Kirillov et al., "Panoptic segmentation", CVPR 2019).
     """
 
     size_ml: NDArray[np.float64]
     detected: NDArray[np.bool_]
     n_predicted: int
     n_false: int
+    matched_iou: NDArray[np.float64]
 
     @classmethod
     def of(
@@ -270,14 +273,21 @@ class Lesions:
         lesions, count = ndimage.label(reference, structure)
         components, n_predicted = ndimage.label(prediction, structure)
         both = prediction & reference
-        size = np.bincount(lesions[reference], minlength=count + 1)[1:]
-        size_predicted = np.bincount(lesions[both], minlength=count + 1)[1:]
+        # Labels from 0 on.
+        size = np.bincount(lesions[reference] - 1, minlength=count)
+        size_of_component = np.bincount(components[prediction] - 1, minlength=n_predicted)
+        pairs, shared = np.unique(
+            (lesions[both] - 1).astype(np.int64) * n_predicted + components[both] - 1, return_counts=True
+        )
+        lesion, component = np.divmod(pairs, max(n_predicted, 1))
+        iou = shared / (size[lesion] + size_of_component[component] - shared)
         return cls(
             size * math.prod(spacing_mm) / 1000,
             # A division, because 0.07 * 100 is more than 7 in floating point.
-            size_predicted / size >= min_overlap,
+            np.bincount(lesion, shared, minlength=count) / size >= min_overlap,
             n_predicted,
-            n_predicted - np.unique(components[both]).size,
+            n_predicted - np.unique(component).size,
+            iou[iou > 0.5],
         )
 
     @property
@@ -300,6 +310,29 @@ class Lesions:
         """Share of predicted components that have a voxel of the reference; NaN without any predicted component."""
         return 1 - self.n_false / self.n_predicted if self.n_predicted else math.nan
 
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and sensitivity; 0 if one of them is 0 or missing, NaN if both are missing."""
+        if not (self.n or self.n_predicted):
+            return math.nan
+        total = self.precision + self.sensitivity
+        return 2 * self.precision * self.sensitivity / total if total > 0 else 0.0
+
+    @property
+    def recognition_quality(self) -> float:
+        """F1 of the pairs of `matched_iou`; NaN without any lesion and component."""
+        return ratio(2 * self.matched_iou.size, self.n + self.n_predicted)
+
+    @property
+    def segmentation_quality(self) -> float:
+        """Mean of `matched_iou`; NaN without any pair."""
+        return float(self.matched_iou.mean()) if self.matched_iou.size else math.nan
+
+    @property
+    def panoptic_quality(self) -> float:
+        """Recognition quality times segmentation quality; NaN without any lesion and component."""
+        return ratio(2 * float(self.matched_iou.sum()), self.n + self.n_predicted)
+
     @classmethod
     def pooled(cls, cases: Sequence[Lesions]) -> Lesions:
         """The lesions of all cases; at least one case."""
@@ -308,6 +341,7 @@ class Lesions:
             np.concatenate([case.detected for case in cases]),
             sum(case.n_predicted for case in cases),
             sum(case.n_false for case in cases),
+            np.concatenate([case.matched_iou for case in cases]),
         )
 
     def by_size(self, bounds_ml: Sequence[float] = SIZE_BOUNDS_ML) -> list[SizeGroup]:

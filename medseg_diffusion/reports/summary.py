@@ -7,25 +7,23 @@ import io
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS
-from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation
+from medseg_diffusion.metrics.evaluation_summary import COUNTS, EvaluatedCase, Evaluation, Means
 from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE
+from medseg_diffusion.metrics.registry import METRICS
 
 from .detection_text import CASE_NUMBERS, case_numbers, detection_json
 
-# nnU-Net's key for each field of `ClassOverlap`, in its order.
+# Key in summary.json of each count and metric; the counts and the keys Dice and IoU are nnU-Net's.
 _KEYS = {
-    "Dice": "dice", "FN": "fn", "FP": "fp", "IoU": "iou", "TN": "tn", "TP": "tp", "n_pred": "n_pred", "n_ref": "n_ref",
+    "fn": "FN", "fp": "FP", "tn": "TN", "tp": "TP", "n_pred": "n_pred", "n_ref": "n_ref",
+    **{name: metric.key for name, metric in METRICS.items()},
 }  # fmt: skip
-_CSV_COLUMNS = (
-    "case", "label", "class", "dice", "iou", "hd95_mm", "tp", "fp", "fn", "tn", "n_pred", "n_ref", "prediction_file",
-    "reference_file",
-)  # fmt: skip
 
 CALIBRATION_REGION = f"the reference's foreground and {REGION_VOXELS} voxels around it"
 """The voxels in which calibration is measured, in words."""
@@ -35,27 +33,30 @@ def summary_json(evaluation: Evaluation) -> str:
     """The text of `summary.json`: nnU-Net's three keys, so that existing scripts work, and further ones.
 
     Two differences from nnU-Net: a number that does not exist is `null`, because NaN is not JSON; and a class that is
-    absent from every case is left out of `foreground_mean` instead of turning it into NaN.
-
-    With score maps, `detection` holds the content of `detection_json`, and each case's `detection` has the keys of
-    `CASE_NUMBERS`.
+    absent from every case is left out of `foreground_mean` instead of turning it into NaN. docs/files.md describes
+    every key.
     """
     content = {
-        "foreground_mean": _with_nnunet_keys(evaluation.foreground_means()),
-        "mean": {str(label): _with_nnunet_keys(means) for label, means in evaluation.class_means().items()},
+        "foreground_mean": _with_keys(evaluation.foreground_means()),
+        "mean": {str(label): _with_keys(means) for label, means in evaluation.class_means().items()},
         "metric_per_case": [_case_json(evaluation, case) for case in evaluation.cases],
-        "confidence_interval_95": {
-            str(label): {
-                "Dice": asdict(evaluation.dice[label]),
-                "IoU": asdict(evaluation.iou[label]),
-                "HD95_mm": asdict(evaluation.hd95[label]),
-            }
-            for label in evaluation.labels
-        },
+        "confidence_interval_95": _intervals(evaluation.means, evaluation.labels),
         **_optional_sections(evaluation),
         "labels": {str(label): name for label, name in evaluation.labels.items()},
         "n_cases": len(evaluation.cases),
         **({"n_patients": len(set(evaluation.patients.values()))} if evaluation.patients else {}),
+        "metrics": {
+            metric.key: {
+                "column": metric.name,
+                "unit": metric.unit,
+                "better": metric.better,
+                "definition": metric.definition,
+                **metric.policy,
+            }
+            for metric in evaluation.metrics
+        },
+        "tolerance_mm": {str(label): tolerance for label, tolerance in evaluation.tolerances_mm.items()},
+        "lesion_overlap": evaluation.lesion_overlap,
         "policy": {**EMPTY_POLICY, "description": EMPTY_RULE},
         "bootstrap_seed": evaluation.seed,
         "warnings": list(evaluation.warnings),
@@ -64,25 +65,33 @@ def summary_json(evaluation: Evaluation) -> str:
     return json.dumps(json_ready(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _with_nnunet_keys(numbers: Mapping[str, float]) -> dict[str, float]:
-    return {key: numbers[name] for key, name in _KEYS.items()}
+def _with_keys(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {key: numbers[name] for name, key in _KEYS.items() if name in numbers}
+
+
+def _intervals(means: Means, labels: Iterable[int]) -> dict[str, dict[str, Any]]:
+    return {
+        str(label): {METRICS[name].key: asdict(intervals[label]) for name, intervals in means.items()}
+        for label in labels
+    }
 
 
 def _case_json(evaluation: Evaluation, case: EvaluatedCase) -> dict[str, Any]:
     metrics = {
-        str(label): {
-            **_with_nnunet_keys(asdict(case.overlap[label])),
-            "HD95_mm": case.hd95_mm.get(label, math.nan),
-        }
-        for label in evaluation.labels
+        str(label): _with_keys({**_counts(case, label), **case.results[label].metrics}) for label in evaluation.labels
     }
     scores = _detection_numbers(evaluation, case)
     return {
         "metrics": metrics,
         **({"detection": scores} if evaluation.detection is not None else {}),
+        **({"stratum": evaluation.strata.of_case[case.name]} if evaluation.strata is not None else {}),
         "prediction_file": case.prediction_file,
         "reference_file": case.reference_file,
     }
+
+
+def _counts(case: EvaluatedCase, label: int) -> dict[str, int]:
+    return {name: getattr(case.results[label].overlap, name) for name in COUNTS}
 
 
 def _detection_numbers(evaluation: Evaluation, case: EvaluatedCase) -> dict[str, float | int]:
@@ -112,6 +121,14 @@ def _optional_sections(evaluation: Evaluation) -> dict[str, Any]:
         }
     if evaluation.detection is not None:
         sections["detection"] = detection_json(evaluation.detection)
+    if (strata := evaluation.strata) is not None:
+        sections["strata"] = {
+            "file": strata.source,
+            "column": strata.column,
+            "confidence_interval_95": {
+                stratum: _intervals(means, evaluation.labels) for stratum, means in strata.means.items()
+            },
+        }
     return sections
 
 
@@ -122,15 +139,27 @@ def cases_csv(evaluation: Evaluation) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*_CSV_COLUMNS, *(CASE_NUMBERS if evaluation.detection is not None else ())))
+    patients, strata = evaluation.patients, evaluation.strata
+    writer.writerow(
+        (
+            *("case", "label", "class"),
+            *(("patient",) if patients else ()),
+            *(("stratum",) if strata is not None else ()),
+            *evaluation.means,
+            *COUNTS,
+            *("prediction_file", "reference_file"),
+            *(CASE_NUMBERS if evaluation.detection is not None else ()),
+        )
+    )
     for case in evaluation.cases:
         scores = [_field(number) for number in _detection_numbers(evaluation, case).values()]
+        groups = [patients[case.name]] if patients else []
+        groups += [strata.of_case[case.name]] if strata is not None else []
+        files = [case.prediction_file, case.reference_file]
         for label, name in evaluation.labels.items():
-            item = case.overlap[label]
-            numbers = (item.dice, item.iou, case.hd95_mm.get(label, math.nan))
-            counts = [item.tp, item.fp, item.fn, item.tn, item.n_pred, item.n_ref]
-            files = [case.prediction_file, case.reference_file]
-            writer.writerow([case.name, label, name, *map(_field, numbers), *counts, *files, *scores])
+            numbers = [_field(case.results[label].metrics[metric]) for metric in evaluation.means]
+            counts = _counts(case, label).values()
+            writer.writerow([case.name, label, name, *groups, *numbers, *counts, *files, *scores])
     return text.getvalue()
 
 

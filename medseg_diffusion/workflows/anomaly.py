@@ -22,9 +22,11 @@ from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
 from medseg_diffusion.models.anomaly_map import AnomalyMap, mask_of
 from medseg_diffusion.models.store import model_input
 from medseg_diffusion.reports.preview import preview_png
+from medseg_diffusion.reports.theme import ANOMALY
 from medseg_diffusion.volumes.io import upright, write_labels, write_map
 from medseg_diffusion.volumes.modality import ModelInput
 from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions
+from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.sources import InputOptions, Source, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
@@ -211,6 +213,8 @@ def _picture(scan: Scan, scored: AnomalyMap, mask: Tensor) -> bytes:
         {1: "anomaly"},
         uncertainty=shown(scored.score),
         map_name="Anomaly score",
+        map_colours=ANOMALY,
+        oriented=not is_image(scan.path),
     )
 
 

@@ -24,11 +24,10 @@ from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement
 from medseg_diffusion.metrics.calibration import Reliability, region
+from medseg_diffusion.metrics.case_metrics import ClassResult, MeasureOptions, absent, labels_of, measure
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.detection_summary import Detection
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
-from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
-from medseg_diffusion.metrics.surface import hd95
 from medseg_diffusion.reports.html import CasePicture, evaluation_report
 from medseg_diffusion.reports.plots import overlay
 from medseg_diffusion.reports.summary import cases_csv, summary_json
@@ -126,8 +125,9 @@ def evaluate(
     require_folder(output)
     inputs, warnings = _find_inputs(Path(prediction), Path(reference), options)
     requested = _label_names(options.labels)
-    counts = {pair.name: _compare(pair, requested) for pair in inputs.pairs}
-    names, remarks = _evaluated_labels(requested, counts.values(), Path(reference), scored=inputs.maps is not None)
+    how = MeasureOptions(lesion_overlap=options.lesion_overlap)
+    measured = {pair.name: _measure(pair, requested, how) for pair in inputs.pairs}
+    names, remarks = _evaluated_labels(requested, measured.values(), Path(reference), scored=inputs.maps is not None)
     warnings += remarks
     cases = []
     for pair in inputs.pairs:
@@ -139,8 +139,8 @@ def evaluate(
                 name=pair.name,
                 prediction_file=str(pair.prediction),
                 reference_file=str(pair.reference),
-                overlap=counts[pair.name].overlap_of(names),
-                hd95_mm=counts[pair.name].hd95_mm,
+                results=measured[pair.name].results_of(names, how),
+                spacing_mm=measured[pair.name].spacing_mm,
                 reliability=reliability,
                 agreement=_compare_with_raters(pair, raters, list(names)) if raters else None,
             )
@@ -148,7 +148,13 @@ def evaluate(
     detection, remarks = _detect(inputs, cases, names, options)
     warnings += remarks
     result = summarise(
-        cases, names, detection=detection, patients=inputs.patients, seed=options.seed, warnings=warnings
+        cases,
+        names,
+        lesion_overlap=options.lesion_overlap,
+        detection=detection,
+        patients=inputs.patients,
+        seed=options.seed,
+        warnings=warnings,
     )
     report = evaluation_report(result, _pictures(result, inputs), command=options.command)
     files = {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
@@ -201,20 +207,6 @@ def _find_inputs(prediction: Path, reference: Path, options: EvaluateOptions) ->
 # ---- labels ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """Overlap of the labels that occur in a case or were requested, and the number of voxels."""
-
-    overlap: Mapping[int, ClassOverlap]
-    hd95_mm: Mapping[int, float]
-    n_voxels: int
-
-    def overlap_of(self, labels: Iterable[int]) -> dict[int, ClassOverlap]:
-        """Overlap of each of `labels`; a label that does not occur is empty in both masks."""
-        absent = ClassOverlap.from_counts(tp=0, n_pred=0, n_ref=0, n_voxels=self.n_voxels)
-        return {label: self.overlap.get(label, absent) for label in labels}
-
-
 def _label_names(labels: Mapping[int, str] | Sequence[int] | None) -> dict[int, str]:
     """Label value -> class name of the requested labels in ascending order; empty if none are requested."""
     if labels is None:
@@ -224,12 +216,12 @@ def _label_names(labels: Mapping[int, str] | Sequence[int] | None) -> dict[int, 
 
 
 def _evaluated_labels(
-    requested: Mapping[int, str], counts: Iterable[_Counts], reference: Path, *, scored: bool
+    requested: Mapping[int, str], cases: Iterable[_Measured], reference: Path, *, scored: bool
 ) -> tuple[dict[int, str], list[str]]:
     """Label value -> class name of what is evaluated, and remarks on labels that are left out or absent."""
-    overlaps = [item for case in counts for item in case.overlap.items()]
-    predicted = {label for label, overlap in overlaps if overlap.n_pred}
-    expected = {label for label, overlap in overlaps if overlap.n_ref}
+    results = [item for case in cases for item in case.results.items()]
+    predicted = {label for label, result in results if result.overlap.n_pred}
+    expected = {label for label, result in results if result.overlap.n_ref}
     present = predicted | expected
     names = dict(requested)
     if not names:
@@ -255,18 +247,32 @@ def _evaluated_labels(
 # ---- one case ----------------------------------------------------------------------------------------------------
 
 
-def _compare(pair: MaskPair, requested: Iterable[int]) -> _Counts:
+@dataclass(frozen=True)
+class _Measured:
+    """The labels of a case that occur or were requested, and what is needed for those of other cases."""
+
+    results: Mapping[int, ClassResult]
+    n_voxels: int
+    spacing_mm: tuple[float, float, float]
+
+    def results_of(self, labels: Iterable[int], options: MeasureOptions) -> dict[int, ClassResult]:
+        """The result of each of `labels`; a label that does not occur is empty in both masks."""
+        return {label: self.results.get(label) or absent(self.n_voxels, options) for label in labels}
+
+
+def _measure(pair: MaskPair, requested: Iterable[int], options: MeasureOptions) -> _Measured:
     volumes = pair.read()
     prediction, reference = (volume.data[0].numpy() for volume in volumes)
-    spacing = volumes[1].spacing
     labels = set(requested)
     for path, array in ((pair.prediction, prediction), (pair.reference, reference)):
-        values = np.unique(array)
+        values = labels_of(array)
         if len(values) > _MAX_CLASSES:
-            raise InputError(path, f"{len(values)} different labels", "a label map", "check that it is not a scan")
-        labels.update(int(value) for value in values if value > 0)
-    hd95_mm = {label: hd95(prediction == label, reference == label, spacing) for label in labels}
-    return _Counts(label_overlap(prediction, reference, labels), hd95_mm, prediction.size)
+            raise InputError(
+                path, f"{len(values)} different labels above 0", "a label map", "check that it is not a scan"
+            )
+        labels.update(values)
+    spacing = volumes[1].spacing
+    return _Measured(measure(prediction, reference, sorted(labels), spacing, options), prediction.size, spacing)
 
 
 def _reliability(pair: MaskPair) -> tuple[Reliability | None, str]:

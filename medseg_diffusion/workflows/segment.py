@@ -340,6 +340,7 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
         image.spacing,
         model.aggregation.foreground,
         uncertainty=None if segmentation.uncertainty is None else shown(segmentation.uncertainty),
+        oriented=not is_image(scan.path),
     )
 
 

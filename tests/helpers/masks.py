@@ -7,8 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from medseg_diffusion.metrics.case_metrics import measure
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
-from medseg_diffusion.metrics.overlap import label_overlap
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 
@@ -31,7 +31,9 @@ def evaluation(name: str = "case_a") -> Evaluation:
     """Two cases, three classes: class 1 everywhere, class 2 in the first case only, class 3 in none."""
     pairs = {name: ([1, 1, 2, 0], [1, 0, 2, 0]), "case_b": ([1, 0, 0, 0], [1, 0, 0, 0])}
     cases = [
-        EvaluatedCase(key, f"{key}_seg.nii.gz", f"{key}.nii.gz", label_overlap(np.array([p]), np.array([r]), [1, 2, 3]))
+        EvaluatedCase(
+            key, f"{key}_seg.nii.gz", f"{key}.nii.gz", measure(np.array([p]), np.array([r]), [1, 2, 3], (1.0, 1.0))
+        )
         for key, (p, r) in pairs.items()
     ]
     return summarise(cases, {1: "one", 2: name, 3: "three"}, warnings=[f"about {name}"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from medseg_diffusion.metrics.case_metrics import measure
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, summarise
-from medseg_diffusion.metrics.overlap import label_overlap
 from tests.helpers.masks import evaluation
 
 
@@ -17,9 +17,9 @@ def test_table_has_numbers_or_none() -> None:
 
 
 def test_worst_first_puts_cases_without_classes_last() -> None:
-    nothing = label_overlap(np.array([[0]]), np.array([[0]]), [1])
-    half = label_overlap(np.array([[1, 1]]), np.array([[0, 1]]), [1])
-    full = label_overlap(np.array([[1, 1]]), np.array([[1, 1]]), [1])
+    nothing = measure(np.array([[0]]), np.array([[0]]), [1], (1.0, 1.0))
+    half = measure(np.array([[1, 1]]), np.array([[0, 1]]), [1], (1.0, 1.0))
+    full = measure(np.array([[1, 1]]), np.array([[1, 1]]), [1], (1.0, 1.0))
     cases = [EvaluatedCase(name, "", "", item) for name, item in (("a", nothing), ("b", full), ("c", half))]
     assert [case.name for case in summarise(cases, {1: "x"}).worst_first()] == ["c", "b", "a"]
 

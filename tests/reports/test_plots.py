@@ -25,8 +25,8 @@ def test_overlay_is_to_scale() -> None:
     assert sizes[0][1] / sizes[1][1] == pytest.approx(1, rel=0.03)
 
 
-def test_overlay_has_anterior_up_and_left_on_the_left() -> None:
-    # A 2D image has one panel: voxel (I, J) = (2, 9) is left and near the front.
+def test_overlay_has_anterior_up_and_the_right_side_on_the_left() -> None:
+    # A 2D image has one panel: voxel (I, J) = (2, 9) is right and near the front, as the axes are LAS.
     reference = np.zeros((12, 12, 1), np.uint8)
     reference[1:4, 8:11] = 1
     picture = pixels(overlay(reference, np.zeros_like(reference), (1.0, 1.0, 1.0)))

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from medseg_diffusion.metrics.registry import measured
 from medseg_diffusion.reports.summary import cases_csv, summary_json
 from tests.helpers.masks import evaluation
 
@@ -19,15 +20,19 @@ def refuse_constant(name: str) -> float:
 def test_summary_is_strict_json_in_nnunets_shape() -> None:
     summary = json.loads(summary_json(evaluation()), parse_constant=refuse_constant)
     assert {"foreground_mean", "mean", "metric_per_case"} <= set(summary)
-    keys = {"Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref"}
+    keys = {"Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref"} | {
+        metric.key for metric in measured(cldice=False)
+    }
     assert set(summary["foreground_mean"]) == keys
     assert set(summary["mean"]) == {"1", "2", "3"} and all(set(values) == keys for values in summary["mean"].values())
     case = summary["metric_per_case"][0]
     assert case["prediction_file"] == "case_a_seg.nii.gz" and case["reference_file"] == "case_a.nii.gz"
-    assert case["metrics"]["1"] == {
-        "Dice": 2 / 3, "IoU": 1 / 2, "TP": 1, "FP": 1, "FN": 0, "TN": 2, "n_pred": 2, "n_ref": 1,
-        "HD95_mm": None,
-    }  # fmt: skip
+    numbers = case["metrics"]["1"]
+    assert set(numbers) == keys
+    nnunet = {"Dice": 2 / 3, "IoU": 1 / 2, "TP": 1, "FP": 1, "FN": 0, "TN": 2, "n_pred": 2, "n_ref": 1}
+    assert {key: numbers[key] for key in nnunet} == nnunet
+    assert numbers["precision"] == 1 / 2 and numbers["recall"] == 1 and numbers["HD95_mm"] == pytest.approx(0.95)
+    assert case["metrics"]["3"]["HD95_mm"] is None, "a number that does not exist"
 
 
 def test_summary_averages_what_exists() -> None:
@@ -47,7 +52,7 @@ def test_summary_says_how() -> None:
     assert summary["labels"] == {"1": "one", "2": "case_a", "3": "three"}
     assert summary["policy"]["both_empty"] is None and summary["policy"]["reference_empty"] == 0.0
     interval = summary["confidence_interval_95"]["2"]["IoU"]
-    assert interval == {"mean": 1.0, "low": None, "high": None, "n": 1, "n_missing": 1}
+    assert interval == {"mean": 1.0, "low": None, "high": None, "n": 1, "n_missing": 1, "median": 1.0}
     assert {"medseg-diffusion", "numpy", "scipy", "python"} <= set(summary["versions"])
 
 
