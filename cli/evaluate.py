@@ -54,7 +54,7 @@ def evaluate(
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Scan, or folder of scans, for the pictures in the report.")
+        Path | None, typer.Option("--images", help="Scan, or folder of scans, for the viewer in the report.")
     ] = None,
     raters: Annotated[
         list[Path] | None, typer.Option("--rater", metavar="REF", help="References by a further rater; repeatable.")
@@ -85,6 +85,10 @@ def evaluate(
             help="Table of case and patient, for cases that belong together: means and intervals are over patients.",
         ),
     ] = None,
+    view: Annotated[
+        list[str] | None,
+        typer.Option("--view", metavar="CASE", help="Case that the page shows in any case; repeatable."),
+    ] = None,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -103,6 +107,7 @@ def evaluate(
         lesion_overlap=lesion_overlap,
         merge_labels=merge_labels,
         patients=patients,
+        view=view or (),
         seed=seed,
         command=shlex.join(["medseg", *sys.argv[1:]]),
     )

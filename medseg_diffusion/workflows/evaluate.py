@@ -8,7 +8,6 @@ from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
-import numpy.typing as npt
 
 from medseg_diffusion.data.pairs import (
     MaskPair,
@@ -28,13 +27,14 @@ from medseg_diffusion.metrics.case_metrics import ClassResult, MeasureOptions, a
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.detection_summary import Detection
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
-from medseg_diffusion.reports.html import CasePicture, evaluation_report
-from medseg_diffusion.reports.plots import overlay
+from medseg_diffusion.reports.evaluation_page import evaluation_page
+from medseg_diffusion.reports.page import relative_link
 from medseg_diffusion.reports.summary import cases_csv, summary_json
-from medseg_diffusion.volumes.io import read_map, read_volume, upright
-from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.reports.viewer import viewer
+from medseg_diffusion.volumes.io import read_map
 
 from .evaluate_maps import FOREGROUND_ENDINGS, MAP_ENDINGS, evaluate_scores
+from .evaluation_views import viewed_cases
 
 __all__ = ["EvaluateOptions", "Evaluation", "evaluate"]
 
@@ -66,6 +66,7 @@ class EvaluateOptions:
             trained with data.merge_labels write 1 where references may hold 255, or several classes.
         patients: CSV file with the columns case and patient, for cases that belong together, such as the slices of a
             scan. Means and intervals are over patients then, and every case needs a row.
+        view: Names of cases that the page's viewer shows beside the worst, flagged, median and best ones.
         seed: Seed of the bootstrap.
         command: The command line, for the report's footer; empty shows none.
     """
@@ -78,6 +79,7 @@ class EvaluateOptions:
     lesion_overlap: float = MIN_OVERLAP
     merge_labels: bool = False
     patients: Path | None = None
+    view: Sequence[str] = ()
     seed: int = 0
     command: str = ""
 
@@ -156,7 +158,13 @@ def evaluate(
         seed=options.seed,
         warnings=warnings,
     )
-    report = evaluation_report(result, _pictures(result, inputs), command=options.command)
+    shown = viewed_cases(result, inputs.pairs, inputs.images, inputs.maps, options.view)
+    report = evaluation_page(
+        result,
+        viewer(shown) if shown else None,
+        links={pair.name: relative_link(pair.prediction, output) for pair in inputs.pairs},
+        command=options.command,
+    )
     files = {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
     write_files(Path(output), files)
     return result
@@ -331,35 +339,3 @@ def _detect(
         patients=inputs.patients,
         seed=options.seed,
     )
-
-
-def _pictures(result: Evaluation, inputs: _Inputs) -> list[CasePicture]:
-    """Best, median and worst case; fewer if there are fewer."""
-    ranked = [case for case in result.worst_first() if not np.isnan(case.mean_dice)]
-    if len(ranked) < 2:
-        shown = [("Case", case) for case in ranked]
-    else:
-        median = [("Median case", ranked[(len(ranked) - 1) // 2])] if len(ranked) > 2 else []
-        shown = [("Best case", ranked[-1]), *median, ("Worst case", ranked[0])]
-    pairs = {pair.name: pair for pair in inputs.pairs}
-    return [
-        CasePicture(title, case.name, case.mean_dice, _picture(pairs[case.name], inputs.images, result.labels))
-        for title, case in shown
-    ]
-
-
-def _picture(pair: MaskPair, images: Mapping[str, Path], labels: Mapping[int, str]) -> bytes:
-    prediction, reference = pair.read()
-    image = None
-    if pair.name in images:
-        scan = read_volume(images[pair.name], channels=None)
-        reference.require_same_grid(scan)
-        image = upright(scan, pair.reference).data[0].numpy()
-    reference, prediction = upright(reference, pair.reference), upright(prediction, pair.reference)
-    return overlay(_only(reference, labels), _only(prediction, labels), reference.spacing, image)
-
-
-def _only(volume: Volume, labels: Mapping[int, str]) -> npt.NDArray[np.int32]:
-    """The label map (I, J, K) with every label that is not evaluated set to 0."""
-    array = volume.data[0].numpy()
-    return np.where(np.isin(array, list(labels)), array, 0)
