@@ -6,15 +6,17 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
-from .page import Cell, Row, Table
+from .page import Cell, Row, Table, relative_link
+from .summary import format_number
 from .viewer import Viewer
 
 OUTLIERS_FROM = 5
 """Fewest scans among which outliers are named."""
+FENCE = 3.0
+"""Outer fences: with the inner ones (1.5), a third of ten ordinary scans may be flagged."""
 _ORDER = ("failed", "above healthy", "empty mask", "members disagree", "outlier", "warning")
 
 
@@ -55,14 +57,11 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 def linked(files: Mapping[str, Path], page: Path) -> dict[str, tuple[str, str]]:
     """Kind -> name of a file, and its address relative to the folder of a page: both can be moved together."""
-    return {
-        kind: (path.name, quote(os.path.relpath(path, page.parent).replace(os.sep, "/")))
-        for kind, path in files.items()
-    }
+    return {kind: (path.name, relative_link(path, page.parent)) for kind, path in files.items()}
 
 
 def outliers(values: Sequence[float]) -> list[bool]:
-    """Which values lie more than 1.5 times the quartiles' distance beyond the quartiles (Tukey).
+    """Which values lie more than `FENCE` times the quartiles' distance beyond the quartiles (Tukey's outer fences).
 
     None among fewer than `OUTLIERS_FROM` values, or if the quartiles are equal. NaN is none.
     """
@@ -70,7 +69,7 @@ def outliers(values: Sequence[float]) -> list[bool]:
     if len(known) < OUTLIERS_FROM:
         return [False] * len(values)
     q1, q3 = np.quantile(known, [0.25, 0.75])
-    reach = 1.5 * (q3 - q1)
+    reach = FENCE * (q3 - q1)
     return [bool(reach > 0 and (value < q1 - reach or value > q3 + reach)) for value in values]
 
 
@@ -97,23 +96,27 @@ def overview(
         main: Kind of the file that stands in the column "File".
     """
     shown = () if viewer is None else viewer.names
+    remarks = any(scan.remarks for scan in scans)
     rows = []
-    for number, (scan, cells) in enumerate(zip(scans, numbers, strict=True), 1):
+    for place, (scan, cells) in enumerate(zip(scans, numbers, strict=True), 1):
         _, link = scan.files.get(main, ("", ""))
-        rows.append(
-            Row(
-                [
-                    Cell(scan.name, link=f"#scan-{number}"),
-                    *cells,
-                    Cell(" ".join(scan.remarks)),
-                    Cell(main if link else "\u2013", link=link),
-                ],
-                scan.flags,
-                scan.name if scan.name in shown else "",
-            )
-        )
-    headings = ["Scan", *columns, "Remarks", "File"]
-    return Table("Scans", headings, rows, sortable=True, text_columns=(len(headings) - 2, len(headings) - 1))
+        row = [Cell(scan.name, link=f"#scan-{place}"), *cells, Cell(main if link else "\u2013", link=link)]
+        row += [Cell(" ".join(scan.remarks))] if remarks else []
+        rows.append(Row(row, scan.flags, scan.name if scan.name in shown else ""))
+    headings = ["Scan", *columns, "File", *(["Remarks"] if remarks else [])]
+    texts = (len(headings) - 1,) if remarks else ()
+    return Table("Scans", headings, rows, sortable=True, text_columns=texts, stacked=True)
+
+
+def models_of(scans: Sequence[ScanOfBatch]) -> dict[str, str]:
+    """How scans were made that were all finished earlier: what their files tell of the model."""
+    return {"model": ", ".join(sorted({scan.model for scan in scans if scan.model})) or "not known"}
+
+
+def rules_table(rules: Mapping[str, str]) -> Table:
+    """What the words of a page mean, and how its numbers are computed: word -> sentences."""
+    rows = [Row([Cell(word), Cell(text)]) for word, text in rules.items()]
+    return Table("What the numbers mean", ["Word", "Meaning"], rows, text_columns=(1,))
 
 
 def common_remarks(scans: Sequence[ScanOfBatch]) -> list[str]:
@@ -122,3 +125,8 @@ def common_remarks(scans: Sequence[ScanOfBatch]) -> list[str]:
     if len(computed) < 2:
         return []
     return [remark for remark in computed[0] if all(remark in remarks for remarks in computed)]
+
+
+def millilitres(volume: float) -> str:
+    """Three decimals for small structures, fewer for large ones: about four significant digits."""
+    return format_number(volume, 3 if abs(volume) < 10 else 2 if abs(volume) < 100 else 1)

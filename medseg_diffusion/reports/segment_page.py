@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from markupsafe import Markup
 
-from .batch import OUTLIERS_FROM, ScanOfBatch, common_remarks, outliers, overview, rank
+from .batch import FENCE, OUTLIERS_FROM, ScanOfBatch, common_remarks, millilitres, outliers, overview, rank, rules_table
 from .page import INK, LINE, Cell, Row, Table, number, render, svg
-from .summary import format_number
 from .theme import label_colour
 from .viewer import Viewer
 
@@ -81,7 +80,7 @@ def segment_page(
         command=command,
         date=date,
         made=made,
-        rules=_rules(scans),
+        rules=rules_table(_rules(scans)),
         facts=_facts(scans) if len(scans) > 1 else {},
         warnings=[*([stopped] if stopped else []), *common],
         scans=[_details(scan, i, classes) for i, scan in enumerate(cards, 1)],
@@ -218,33 +217,33 @@ def _plot(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> Markup | No
     return svg(figure, "Volumes of every scan, one row per class")
 
 
-def _rules(scans: Sequence[SegmentedScan]) -> list[str]:
-    rules = ["Volume: number of the voxels of the class in the mask, times the size of a voxel."]
+def _rules(scans: Sequence[SegmentedScan]) -> dict[str, str]:
+    rules = {"Volume": "Number of the voxels of the class in the mask, times the size of a voxel."}
     levels = sorted({scan.level for scan in scans if scan.level is not None})
     if levels:
         level = " or ".join(f"{100 * level:.0f} %" for level in levels)
-        rules.append(
-            f"Interval: from the errors on the model's calibration cases. In {level} of patients like these it contains "
-            "the volume of the reference."
+        rules["Interval"] = (
+            f"From the errors on the model's calibration cases: in {level} of patients like these it contains the "
+            "volume of the reference."
         )
     if any(scan.members_ml for scan in scans):
-        rules.append(
-            "Sampled masks: smallest and largest volume in the ensemble. They show the model's own spread, not its error."
+        rules["Sampled masks"] = (
+            "Smallest and largest volume in the ensemble. They show the model's own spread, not its error."
         )
     if any(scan.quality for scan in scans):
-        rules.append(
-            "Quality: \u201ccheck\u201d and the flag \u201cmembers disagree\u201d if the sampled masks agree less than "
-            "on 95 of 100 calibration scans of the model."
+        rules["Quality"] = (
+            "\u201ccheck\u201d, with the flag \u201cmembers disagree\u201d, if the sampled masks agree less than on "
+            "95 of 100 calibration scans of the model; otherwise \u201cusual\u201d."
         )
     if len(scans) >= OUTLIERS_FROM:
-        rules.append(
-            "Outlier: a volume more than 1.5 times the quartiles' distance below the first or above the third quartile "
-            f"of the scans on this page (Tukey); from {OUTLIERS_FROM} scans on."
+        rules["Outlier"] = (
+            f"A volume more than {FENCE:g} times the quartiles' distance below the first or above the third quartile of "
+            f"the scans on this page (Tukey's outer fences); from {OUTLIERS_FROM} scans on."
         )
     if any(scan.status == "skipped" for scan in scans):
-        rules.append(
-            "Scans that an earlier call had finished: volumes are counted in their masks; intervals, quality and time "
-            "are from their statistics or the earlier table, if these are of the same volumes."
+        rules["Finished earlier"] = (
+            "Volumes are counted in the mask that an earlier call has written. Interval, quality and time are from the "
+            "scan's statistics or from the earlier table, if these are of the same volumes."
         )
     return rules
 
@@ -255,8 +254,3 @@ def _some(names: Sequence[str]) -> str:
 
 def _range(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"{millilitres(ends[0])} to {millilitres(ends[1])}"
-
-
-def millilitres(volume: float) -> str:
-    """Three decimals for small structures, fewer for large ones: about four significant digits."""
-    return format_number(volume, 3 if abs(volume) < 10 else 2 if abs(volume) < 100 else 1)

@@ -127,6 +127,7 @@ def _now() -> str:
 
 
 def described(error: BaseException) -> str:
+    """An error in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, MedsegError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 

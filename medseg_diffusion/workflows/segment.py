@@ -28,7 +28,6 @@ from medseg_diffusion.volumes.outputs import (
     Outputs,
     format_of_masks,
     refuse_collisions,
-    require_report,
     segmentation_outputs,
 )
 from medseg_diffusion.volumes.paths import is_image
@@ -41,6 +40,7 @@ from .run_report import RunReport
 from .scans import Scan, ScanResult, Work, each_scan, part_of, telling
 from .segment_report import SegmentReport
 from .segmentation_statistics import segmentation_statistics
+from .viewed import refuse_report
 
 IGNORED = 255
 """Value of pseudo-labels that are too uncertain to train on."""
@@ -149,10 +149,7 @@ def segment(
     refuse_collisions(outputs, [file for each in files.values() for file in each])
     if mask_format == "dicom-seg":
         require_series(list(sources))
-    if options.report is not None:
-        require_report(options.report, [file for each in files.values() for file in each])
-        if options.report == options.run_report:
-            raise UsageError(f"{options.report}: named by --report and by --run-report; give each its own file")
+    refuse_report(options.report, options.run_report, files)
     names = _classes(options.model or DEFAULT_SEGMENTER)
     ours = part_of(outputs, options.shard)
     masks = {path: each["segmentation"] for path, each in outputs.items()}

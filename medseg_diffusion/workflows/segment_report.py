@@ -1,4 +1,4 @@
-"""The page about the scans of a call of `medseg segment`, from what was computed and from the files that were written."""
+"""The page about the scans of a call of `medseg segment`, from its results and the files that were written."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.models.store import SavedModel
-from medseg_diffusion.reports.batch import distinct_names, linked
+from medseg_diffusion.reports.batch import distinct_names, linked, models_of
 from medseg_diffusion.reports.segment_page import SegmentedScan, segment_page, with_outliers
-from medseg_diffusion.reports.viewer import Layer, ViewedCase, viewer
-from medseg_diffusion.volumes.io import read_map, upright
+from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case, viewer
+from medseg_diffusion.volumes.io import read_map
 from medseg_diffusion.volumes.volume import Volume
 
 from .finished import read_mask
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, how_far, onto, shown
+from .viewed import MOST_VIEWED, Room, how_far, onto, remarks_of
 
 
 class SegmentReport:
@@ -66,33 +64,33 @@ class SegmentReport:
         results = dict(zip(names, self._results, strict=True))
         scans = with_outliers([_on_page(name, result, path) for name, result in results.items()], classes)
         cases = list(self._cases(chosen(scans), results))
-        made = self._made or {"model": ", ".join(sorted({scan.model for scan in scans if scan.model})) or "not known"}
         return segment_page(
             scans,
             classes,
             viewer(cases) if cases else None,
-            made=made,
+            made=self._made or models_of(scans),
             stopped=stopped,
             command=self._command,
         )
 
     def _cases(self, chosen: Sequence[tuple[str, str]], results: Mapping[str, ScanResult]) -> Iterator[ViewedCase]:
         """The chosen scans, one after the other; those whose files have gone are left out."""
+        room = Room()
         for name, reason in chosen:
             result = results[name]
             try:
                 scan = self._read(result.scan)
-                labels = onto(read_mask(result.outputs["segmentation"]), scan)
-                layers = [
-                    Layer("scan", shown(scan, result.scan)),
-                    Layer("prediction", shown(labels, result.scan).astype(np.int32), "mask", self._names),
-                ]
+                volumes: dict[LayerKind, Volume] = {
+                    "scan": scan,
+                    "prediction": onto(read_mask(result.outputs["segmentation"]), scan),
+                }
                 if "uncertainty" in result.outputs:
-                    uncertain = read_map(result.outputs["uncertainty"], 1)
-                    layers.append(Layer("uncertainty", shown(onto(uncertain, scan), result.scan)))
+                    volumes["uncertainty"] = onto(read_map(result.outputs["uncertainty"], 1), scan)
             except (MedsegError, OSError):
                 continue
-            yield ViewedCase(name, reason, upright(scan, result.scan).affine, layers)
+            if not room.for_more(volumes.values()):
+                return
+            yield viewed_case(name, reason, volumes, self._names, {"prediction": "Mask"})
 
 
 def chosen(scans: Sequence[SegmentedScan]) -> list[tuple[str, str]]:
@@ -118,7 +116,7 @@ def _on_page(name: str, result: ScanResult, page: Path) -> SegmentedScan:
         name,
         result.status,
         result.flags,
-        [result.error] if result.error else result.warnings,
+        remarks_of(result),
         result.seconds,
         result.model,
         linked(files, page),
