@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from medseg_diffusion.data.pairs import MaskPair
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.reports.evaluation_page import case_flags
-from medseg_diffusion.reports.viewer import Layer, ViewedCase
-from medseg_diffusion.volumes.io import read_map, read_volume, upright
+from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case
+from medseg_diffusion.volumes.io import read_map, read_volume
 from medseg_diffusion.volumes.volume import Volume
 
 MAX_FLAGGED = 6
@@ -78,28 +76,21 @@ def _viewed(
     pair: MaskPair, reason: str, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
 ) -> ViewedCase:
     prediction, reference = pair.read()
-    layers = []
+    volumes: dict[LayerKind, Volume] = {}
     if image is not None:
-        scan = read_volume(image, channels=None)
-        reference.require_same_grid(scan)
-        layers.append(Layer("scan", _shown(scan, pair), "scan"))
-    layers.append(Layer("reference", _only(_shown(reference, pair), labels), "reference", labels))
-    layers.append(Layer("prediction", _only(_shown(prediction, pair), labels), "prediction", labels))
+        volumes["scan"] = read_volume(image, channels=None)
+    volumes["reference"] = _only(reference, labels)
+    volumes["prediction"] = _only(prediction, labels)
     uncertainty = pair.companion("uncertainty")
     if uncertainty is not None and _on_grid(volume := read_map(uncertainty), reference):
-        layers.append(Layer("uncertainty", _shown(volume, pair), "uncertainty"))
+        volumes["uncertainty"] = volume
     if score_map is not None:
-        layers.append(Layer("anomaly", _shown(read_map(score_map), pair), "anomaly score"))
-    return ViewedCase(pair.name, reason, np.asarray(upright(reference, pair.reference).affine), layers)
-
-
-def _shown(volume: Volume, pair: MaskPair) -> npt.NDArray[Any]:
-    """A single channel (I, J, K), oriented for pictures."""
-    shown: npt.NDArray[Any] = upright(volume, pair.reference).data[0].numpy()
-    return shown
+        volumes["anomaly"] = read_map(score_map)
+    return viewed_case(pair.name, reason, volumes, labels)
 
 
 def _on_grid(volume: Volume, reference: Volume) -> bool:
+    """Whether a map that nobody asked for can be shown; one of an earlier run may not fit."""
     try:
         reference.require_same_grid(volume)
     except InputError:
@@ -107,6 +98,6 @@ def _on_grid(volume: Volume, reference: Volume) -> bool:
     return True
 
 
-def _only(labelmap: npt.NDArray[Any], labels: Mapping[int, str]) -> npt.NDArray[Any]:
+def _only(volume: Volume, labels: Mapping[int, str]) -> Volume:
     """The label map with every label that is not evaluated set to 0."""
-    return np.where(np.isin(labelmap, list(labels)), labelmap, 0)
+    return volume.like(torch.where(torch.isin(volume.data, torch.tensor(list(labels))), volume.data, 0))
