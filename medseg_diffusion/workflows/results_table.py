@@ -30,7 +30,7 @@ Row = Mapping[str, str]
 class ResultsTable:
     """Collects the rows inside a ``with`` block, and writes the table now and then and at the end, always whole.
 
-    Rows of earlier calls stay, if their output still exists and is none of this call's.
+    Rows of earlier calls stay, if their output still exists, until this call comes to the scan.
 
     Args:
         path: The file; None collects and writes nothing.
@@ -50,14 +50,14 @@ class ResultsTable:
         outputs: Mapping[Path, Path],
     ) -> None:
         self._path, self._columns, self._numbers = path, list(columns), numbers
-        self._outputs = outputs
         self._written = -EVERY_S
         self._rows: list[Row] = []
-        self._earlier = {} if path is None else {row["output"]: row for row in read_table(path)}
-        ours = {self._named(output) for output in outputs.values()}
-        self._others = [
-            row for name, row in self._earlier.items() if path and name not in ours and (path.parent / name).is_file()
-        ]
+        self._names: dict[Path, str] = {}
+        self._earlier: dict[str, Row] = {}
+        if path is not None:
+            # From the table's folder, so that both can be moved together.
+            self._names = {scan: _relative(output, path.parent) for scan, output in outputs.items()}
+            self._earlier = {row["output"]: row for row in read_table(path) if (path.parent / row["output"]).is_file()}
 
     def __enter__(self) -> ResultsTable:
         return self
@@ -70,16 +70,17 @@ class ResultsTable:
 
     def earlier(self, scan: Path) -> Row:
         """The row of a scan in the table of an earlier call; empty without one."""
-        return self._earlier.get(self._named(self._outputs[scan]), {})
+        return self._earlier.get(self._names.get(scan, ""), {})
 
     def add(self, result: ScanResult) -> None:
-        """Add the row of a scan. What an earlier call wrote stays until a scan is computed."""
+        """Add the row of a scan."""
         if self._path is None:
             return
+        self._earlier.pop(self._names[result.scan], None)
         self._rows.append(
             {
                 "scan": str(result.scan),
-                "output": "" if result.status == "failed" else self._named(self._outputs[result.scan]),
+                "output": "" if result.status == "failed" else self._names[result.scan],
                 "status": result.status,
                 **{name: _field(value) for name, value in self._numbers(result).items()},
                 "model": result.model,
@@ -90,22 +91,17 @@ class ResultsTable:
                 "error": _line(result.error or ""),
             }
         )
-        if result.status != "skipped" and time.monotonic() - self._written >= EVERY_S:
+        if time.monotonic() - self._written >= EVERY_S:
             self._write()
-
-    def _named(self, output: Path) -> str:
-        """The path of an output from the table's folder, so that both can be moved together."""
-        assert self._path is not None
-        return Path(os.path.relpath(output, self._path.parent)).as_posix()
 
     def _write(self) -> None:
         assert self._path is not None
         text = io.StringIO()
-        further = [name for row in self._others for name in row if name not in (*FIRST, *self._columns, *LAST)]
+        further = [name for row in self._earlier.values() for name in row if name not in (*FIRST, *self._columns, *LAST)]
         columns = [*FIRST, *self._columns, *dict.fromkeys(further), *LAST]
         rows = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         rows.writeheader()
-        rows.writerows([*self._others, *self._rows])
+        rows.writerows([*self._earlier.values(), *self._rows])
         try:
             write_files(self._path.parent, {self._path.name: text.getvalue().encode(errors="surrogateescape")})
         except OSError as error:
@@ -147,6 +143,10 @@ def table_path(name: str, outputs: Sequence[Path], folder: Path | None, part: tu
         return None
     (one,) = {folder} if folder is not None else folders
     return one / (f"{name}.csv" if part is None else f"{name}.{part[0]}-of-{part[1]}.csv")
+
+
+def _relative(output: Path, folder: Path) -> str:
+    return Path(os.path.relpath(output, folder)).as_posix()
 
 
 def _field(value: object) -> str:
