@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from medseg_diffusion.models.image_source import SampleOptions
+from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
 from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
 from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
 from tests.helpers import documented, segmenters
 from tests.helpers.cli import medseg
 from tests.helpers.documented import assert_documented
+from tests.helpers.segmenters import calibrated, run, save
 
 
 def test_what_is_not_in_the_page_and_what_is_not_written_is_found(
@@ -84,3 +86,24 @@ def test_failures_csv(tiny_model: Path, tmp_path: Path) -> None:
         scan.write_bytes(b"no scan")
     medseg("segment", *scans, "-m", tiny_model, "-o", tmp_path / "out", "--device", "cpu")
     assert_documented("failures.csv", tmp_path / "out" / "failures.csv")
+
+
+def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a calibrated model with several members, which has all of the numbers, and of scans that fail."""
+    monkeypatch.setattr("medseg_diffusion.workflows.segmentation_statistics.is_deterministic", lambda card: True)
+    scans = [save(tmp_path / "in" / f"{name}.nii.gz") for name in ("a", "bb", "ccc")]
+    scans[1].write_bytes(b"no scan")
+    out = tmp_path / "out"
+    model = calibrated(tiny_model, tmp_path / "known")
+    options = {"output": out, "volumes": True, "statistics": True, "failures": out / "failures.csv"}
+    run(scans, model, ensemble=3, **options)
+    assert_documented("volumes.csv", out / "volumes.csv")
+    assert_documented("*_statistics.json", out / "a_statistics.json")
+    assert_documented("failures.csv", out / "failures.csv")
+
+
+def test_anomalies(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:
+    scans = [anomaly_scans / "images" / f"s{i}.nii.gz" for i in (0, 1)]
+    anomaly(scans, AnomalyOptions(str(anomaly_models["pixel"]), output=tmp_path, device="cpu", table=True))
+    assert_documented("anomalies.csv", tmp_path / "anomalies.csv")
+    assert_documented("*_anomaly.json", tmp_path / "s0_anomaly.json")

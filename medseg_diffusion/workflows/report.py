@@ -157,9 +157,7 @@ def _score(title: str, history: History) -> str:
     if title == _MASKS:
         return "The score is the mean Dice of validation masks against their reconstructions."
     if "Autoencoder" in title:
-        return (
-            "The score is the step: an adversarial loss trades reconstruction for sharpness. The last weights count."
-        )
+        return "The score is the step: an adversarial loss trades reconstruction for sharpness. The last weights count."
     if title != "Segmenter":
         return "The score is minus the loss."
     several = any("energy_distance" in row for row in history.validations)
