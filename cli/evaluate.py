@@ -90,7 +90,7 @@ def evaluate(
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Scan, or folder of scans, for the pictures in the report.")
+        Path | None, typer.Option("--images", help="Scan, or folder of scans, for the viewer in the report.")
     ] = None,
     raters: Annotated[
         list[Path] | None, typer.Option("--rater", metavar="REF", help="References by a further rater; repeatable.")
@@ -144,6 +144,10 @@ def evaluate(
             "--jobs", min=1, help="Number of processes; default: one for each CPU, up to 8, if there is enough to do."
         ),
     ] = None,
+    view: Annotated[
+        list[str] | None,
+        typer.Option("--view", metavar="CASE", help="Case that the page shows in any case; repeatable."),
+    ] = None,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -174,6 +178,7 @@ def evaluate(
         merge_labels=merge_labels,
         patients=patients,
         strata=strata_column,
+        view=view or (),
         seed=seed,
         jobs=jobs,
         command=shlex.join(["medseg", *sys.argv[1:]]),

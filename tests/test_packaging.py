@@ -37,6 +37,7 @@ def test_configs_are_flat() -> None:
         ("medseg_diffusion", "medseg_diffusion", "py.typed"),
         ("medseg_diffusion", "medseg_diffusion", "pretrained/*/*"),
         ("medseg_diffusion", "medseg_diffusion", "reports/templates/*.j2"),
+        ("medseg_diffusion", "medseg_diffusion", "reports/vendor/*/*"),
     ],
 )
 def test_data_files_are_installed(package: str, folder: str, pattern: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from itertools import pairwise
 from typing import Any
+
+from markupsafe import Markup
 
 from medseg_diffusion.metrics.detection import SIZE_BOUNDS_ML, SizeGroup
 from medseg_diffusion.metrics.detection_summary import CaseDetection, Detection
 from medseg_diffusion.metrics.statistics import Interval
 
 from .detection_text import OPTIMISTIC, lesion_rule
+from .page import Cell, Row, Table, number
 from .plots import detection_curves
 from .summary import format_number
 
@@ -20,6 +22,12 @@ _SIZES = (
     *(f"{low:g} to below {high:g} ml" for low, high in pairwise(SIZE_BOUNDS_ML)),
     f"{SIZE_BOUNDS_ML[-1]:g} ml and more",
 )
+
+
+_HEADINGS = (
+    "Case", "AUROC", "AUPRC", "Dice", "Optimistic Dice *", "Optimistic best Dice *", "Lesions", "Detected",
+    "False positives",
+)  # fmt: skip
 
 
 def detection_page(detection: Detection) -> dict[str, Any]:
@@ -71,7 +79,13 @@ def detection_page(detection: Detection) -> dict[str, Any]:
         ],
         "n_healthy": detection.n_without_lesions,
         "n_true_negatives": detection.n_true_negatives,
-        "cases": [{"name": name, "cells": _cells(case)} for name, case in detection.cases.items()],
+        "cases": Table(
+            "Score maps, case by case",
+            _HEADINGS,
+            [Row([Cell(name), *_cells(case)]) for name, case in detection.cases.items()],
+            sortable=True,
+            sorted_by=0,
+        ),
     }
 
 
@@ -97,24 +111,20 @@ def _row(
     }
 
 
-def _cells(case: CaseDetection) -> list[dict[str, Any]]:
-    """A case's cells in the table of score maps: the value to sort by, and its text."""
-    scores, optimistic = (case.auroc, case.auprc, case.overlap.dice), (case.shared_dice, case.best_dice)
+def _cells(case: CaseDetection) -> list[Cell]:
+    """A case's cells under `_HEADINGS`, after its name."""
+    scores = (case.auroc, case.auprc, case.overlap.dice, case.shared_dice, case.best_dice)
     counts = (case.lesions.n, case.lesions.n_detected, case.lesions.n_false)
-    return [
-        *({"value": value, "text": format_number(value), "optimistic": False} for value in scores),
-        *({"value": value, "text": format_number(value), "optimistic": True} for value in optimistic),
-        *({"value": count, "text": str(count), "optimistic": False} for count in counts),
-    ]
+    return [*map(number, scores), *(number(count, 0) for count in counts)]
 
 
-def _curves(detection: Detection) -> str:
-    """The plot of the curves as base64; empty if a curve does not exist."""
+def _curves(detection: Detection) -> Markup:
+    """The plot of the curves; empty if a curve does not exist."""
     roc, precision_recall, dice = detection.roc, detection.precision_recall, detection.dice_curve
     if roc is None or precision_recall is None or dice is None:
-        return ""
+        return Markup()
     pooled = detection.pooled
-    png = detection_curves(
+    return detection_curves(
         roc,
         precision_recall,
         dice,
@@ -122,7 +132,6 @@ def _curves(detection: Detection) -> str:
         best=(detection.shared_threshold, pooled["shared_Dice"]),
         prevalence=pooled["prevalence"],
     )
-    return b64encode(png).decode("ascii")
 
 
 def _significant(value: float) -> str:

@@ -28,8 +28,11 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> npt.NDArra
 
 
 def as_pictures(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) unchanged, or the middle slice of volumes (N, C, I, J, K) with anterior up: (N, C, J, I)."""
-    return images if images.ndim == 4 else images[..., images.shape[-1] // 2].rot90(1, (2, 3))
+    """Images (N, C, H, W) unchanged, or the middle slice of RAS volumes (N, C, I, J, K): (N, C, J, I).
+
+    Anterior is up and the patient's right is on the left.
+    """
+    return images if images.ndim == 4 else images[..., images.shape[-1] // 2].transpose(2, 3).flip(2, 3)
 
 
 def png(picture: npt.NDArray[np.uint8]) -> bytes:

@@ -1,150 +1,147 @@
-"""Plots of an evaluation as PNG bytes: box plot, curves, reliability diagram, and masks outlined on slices."""
+"""Plots of an evaluation as SVG elements that follow the page's theme."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from .detection_text import OPTIMISTIC
-from .slices import (
-    PALETTE,
-    Slice,
-    display_range,
-    draw_contours,
-    drawable_axes,
-    label_colour,
-    panel_grid,
-    plain,
-    plane,
-    shortened,
-    show,
-    to_png,
-)
+from .page import ACCENT, INK, LINE, SOFT, svg
+from .slices import plain, shortened
+from .theme import label_colour
 
-REFERENCE_COLOUR, PREDICTION_COLOUR = PALETTE[0], PALETTE[1]
-_INK, _GRID = "#1f2933", "#e3e7eb"
+BOX_FROM = 5
+"""Fewest values of which a box of quartiles is drawn; fewer are points with their median."""
+
 _DASHES = (0, (3, 1.6))
+_DOTS = (0, (1, 2))
+# Neither a class nor reference or prediction (Okabe and Ito).
+_MASKS, _BEST = "#D55E00", "#F0E442"
 
 
-def box_plot(scores: Sequence[tuple[str, Sequence[float]]], *, axis_label: str = "Dice") -> bytes:
-    """Horizontal box plot of a score in [0, 1], one row per class with one point per case.
+def distributions(
+    scores: Sequence[tuple[str, Sequence[float]]],
+    axis_label: str,
+    *,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    zero: bool = False,
+) -> Markup:
+    """The values of every case, one row per class with one point per case.
 
     Boxes span the quartiles with a line at the median, whiskers reach the last point within 1.5 times the box's width
-    (Tukey). NaN values are left out. It is drawn from bars and lines because `Axes.boxplot` renamed its orientation
-    argument between versions of matplotlib.
+    (Tukey). Fewer than `BOX_FROM` values have no box. NaN values are left out. It is drawn from bars and lines because
+    `Axes.boxplot` renamed its orientation argument between versions of matplotlib.
 
     Args:
         scores: Class name and its values, one per case, for each row from the top.
-        axis_label: Name of the score.
-
-    Returns:
-        A PNG on white, 7.2 inches wide at 150 dots per inch.
+        axis_label: Name of the values, with their unit.
+        bounds: Ends of the axis; None fits it to the values.
+        zero: Draw a line at 0, for differences.
     """
-    figure = Figure(figsize=(7.2, 0.85 + 0.42 * max(len(scores), 1)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7.2, 0.75 + 0.42 * max(len(scores), 1)), layout="constrained")
     axes = figure.add_subplot()
+    if zero:
+        axes.axvline(0, color=SOFT, linewidth=1.2, linestyle=_DOTS)
     for row, (_, values) in enumerate(scores):
-        present = np.asarray([value for value in values if not np.isnan(value)])
+        present = np.asarray([value for value in values if np.isfinite(value)])
         if present.size == 0:
             continue
-        q1, median, q3 = np.quantile(present, [0.25, 0.5, 0.75])
-        reach = 1.5 * (q3 - q1)
-        low, high = present[present >= q1 - reach].min(), present[present <= q3 + reach].max()
         colour = label_colour(row)
-        axes.hlines([row, row], [low, q3], [q1, high], color=_INK, linewidth=1)
-        axes.vlines([low, high], row - 0.12, row + 0.12, color=_INK, linewidth=1)
-        axes.barh(row, q3 - q1, left=q1, height=0.56, facecolor=to_rgba(colour, 0.25), edgecolor=_INK, linewidth=1)
-        axes.vlines(median, row - 0.28, row + 0.28, color=_INK, linewidth=2)
+        if present.size >= BOX_FROM:
+            _box(axes, row, present, colour)
+        else:
+            axes.vlines(np.median(present), row - 0.22, row + 0.22, color=INK, linewidth=2)
         # The scatter across the row is fixed, so that the same numbers give the same report.
-        offset = ((np.arange(present.size) * 0.618034) % 1.0 - 0.5) * 0.4
-        axes.scatter(present, row + offset, s=14, color=to_rgba(colour, 0.9), edgecolors=_INK, linewidths=0.5, zorder=3)
+        offset = ((np.arange(present.size) * 0.618034) % 1.0 - 0.5) * (0.4 if present.size > 1 else 0)
+        axes.scatter(present, row + offset, s=14, color=to_rgba(colour, 0.9), edgecolors=INK, linewidths=0.5, zorder=3)
     axes.set_yticks(range(len(scores)), [plain(shortened(name)) for name, _ in scores])
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    axes.set_xlim(-0.015, 1.015)
-    axes.set_xticks(np.linspace(0, 1, 6))
-    axes.set_xlabel(axis_label, color=_INK)
-    axes.grid(axis="x", color=_GRID)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=_INK)
-    axes.spines[:].set_visible(False)
-    return to_png(figure)
+    if bounds is not None:
+        margin = 0.015 * (bounds[1] - bounds[0])
+        axes.set_xlim(bounds[0] - margin, bounds[1] + margin)
+    _finish(axes, axis_label, "", grid="x")
+    return svg(figure, f"{axis_label} of every case, one row per class")
 
 
-def quality_plot(
-    lines: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
-    levels: Mapping[str, float],
-    *,
-    axis_label: str = "Dice",
-) -> bytes:
-    """A score against the number of network evaluations (logarithmic axis); PNG on white.
+def _box(axes: Axes, row: int, values: NDArray[np.float64], colour: str) -> None:
+    q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75])
+    reach = 1.5 * (q3 - q1)
+    low, high = values[values >= q1 - reach].min(), values[values <= q3 + reach].max()
+    axes.hlines([row, row], [low, q3], [q1, high], color=INK, linewidth=1)
+    axes.vlines([low, high], row - 0.12, row + 0.12, color=INK, linewidth=1)
+    axes.barh(row, q3 - q1, left=q1, height=0.56, facecolor=to_rgba(colour, 0.25), edgecolor=INK, linewidth=1)
+    axes.vlines(median, row - 0.28, row + 0.28, color=INK, linewidth=2)
+
+
+def volume_agreement(name: str, reference_ml: Sequence[float], prediction_ml: Sequence[float], colour: str) -> Markup:
+    """Difference of two volumes against their mean, with bias and limits of agreement (Bland and Altman, Lancet 1986).
+
+    The limits are the mean difference plus and minus 1.96 standard deviations (divided by n - 1); they are drawn from
+    three cases on.
 
     Args:
-        lines: (model, varied factor) -> points (evaluations, score). Each model has a colour, and each factor a dash
-            pattern.
-        levels: Name -> score of a model whose number of evaluations is fixed, drawn as a horizontal line.
-        axis_label: Name of the score.
+        name: Name of the class.
+        reference_ml: Volume of the reference of every case; NaN is left out.
+        prediction_ml: Volume of the prediction.
+        colour: Colour of the points.
     """
-    figure = Figure(figsize=(8.4, 4.2), layout="constrained", facecolor="white")
+    reference, prediction = np.asarray(reference_ml, float), np.asarray(prediction_ml, float)
+    known = np.isfinite(reference) & np.isfinite(prediction)
+    reference, prediction = reference[known], prediction[known]
+    difference, mean = prediction - reference, (prediction + reference) / 2
+    figure = Figure(figsize=(4.4, 3.1), layout="constrained")
     axes = figure.add_subplot()
-    models = list(dict.fromkeys(model for model, _ in lines))
-    factors = list(dict.fromkeys(factor for _, factor in lines))
-    for (model, factor), points in lines.items():
-        evaluations, scores = zip(*sorted(points), strict=True)
-        style = ("-", _DASHES, ":", "-.")[factors.index(factor) % 4]
-        colour, name = label_colour(models.index(model)), f"{model}, {factor}"
-        axes.plot(evaluations, scores, color=colour, linestyle=style, marker="o", markersize=4, label=name)
-    for i, (name, score) in enumerate(levels.items()):
-        axes.axhline(score, color=_INK, linestyle=("-", _DASHES, ":", "-.")[i % 4], linewidth=1, label=name)
-    axes.set_xscale("log")
-    ticks = sorted({x for points in lines.values() for x, _ in points})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("network evaluations per case and window", color=_INK)
-    axes.set_ylabel(axis_label, color=_INK)
-    axes.grid(color=_GRID)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=_INK)
-    axes.spines[:].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=_INK)
-    return to_png(figure)
+    axes.axhline(0, color=SOFT, linewidth=1, linestyle=_DOTS)
+    axes.scatter(mean, difference, s=18, color=to_rgba(colour, 0.9), edgecolors=INK, linewidths=0.5, zorder=3)
+    if difference.size >= 3:
+        bias, spread = float(difference.mean()), 1.96 * float(difference.std(ddof=1))
+        lines = ((bias, "mean", "-"), (bias - spread, "\u22121.96 SD", _DASHES), (bias + spread, "+1.96 SD", _DASHES))
+        for level, label, style in lines:
+            axes.axhline(level, color=INK, linewidth=1.2, linestyle=style)
+            axes.annotate(
+                f"{label} {level:+.3g}", (1, level), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", ha="right", fontsize=8, color=INK,
+            )  # fmt: skip
+    axes.set_title(plain(shortened(name)), fontsize=10, loc="left", color=INK)
+    axes.margins(x=0.08, y=0.18)
+    _finish(axes, "mean of both volumes, ml", "prediction \u2212 reference, ml")
+    return svg(figure, f"Difference of the volumes of {name} against their mean")
 
 
 def reliability_diagram(
     confidence: NDArray[np.floating], accuracy: NDArray[np.floating], share: NDArray[np.floating]
-) -> bytes:
-    """Accuracy against confidence with one bar per bin, and below it the share of voxels in each bin; PNG on white.
+) -> Markup:
+    """Accuracy against confidence with one bar per bin, and below it the share of voxels in each bin.
 
     Args:
         confidence: (bins,) mean confidence; NaN in empty bins.
         accuracy: (bins,) share of correct voxels; NaN in empty bins.
         share: (bins,) share of all voxels.
     """
-    figure = Figure(figsize=(4.6, 4.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     edges = np.linspace(0, 1, len(share) + 1)
     middle, width = (edges[1:] + edges[:-1]) / 2, edges[1] * 0.92
-    above.bar(middle, np.nan_to_num(accuracy), width, facecolor=to_rgba(PALETTE[1], 0.5), edgecolor=_INK, linewidth=0.6)
-    above.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=_DASHES)
-    above.plot(confidence, accuracy, "o", color=PALETTE[0], markeredgecolor=_INK, markersize=5, clip_on=False)
-    below.bar(middle, share, width, facecolor=to_rgba(PALETTE[1], 0.5), edgecolor=_INK, linewidth=0.6)
-    above.set_ylabel("accuracy", color=_INK)
-    below.set_ylabel("voxels", color=_INK)
+    bar: dict[str, Any] = {"facecolor": to_rgba(ACCENT, 0.35), "edgecolor": ACCENT, "linewidth": 0.8}
+    above.bar(middle, np.nan_to_num(accuracy), width, **bar)
+    above.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=_DASHES)
+    above.plot(confidence, accuracy, "o", color=ACCENT, markeredgecolor=INK, markersize=5, clip_on=False)
+    below.bar(middle, share, width, **bar)
     below.set_ylim(0, 1)
     below.set_yticks([0.5, 1.0])
-    below.set_xlabel("confidence", color=_INK)
     above.set_xlim(0, 1)
     above.set_ylim(0, 1)
-    for axes in (above, below):
-        axes.grid(color=_GRID)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, colors=_INK)
-        axes.spines[:].set_visible(False)
-    return to_png(figure)
+    _finish(above, "", "accuracy")
+    _finish(below, "confidence", "voxels")
+    return svg(figure, "Reliability diagram: accuracy against confidence")
 
 
 def detection_curves(
@@ -155,8 +152,8 @@ def detection_curves(
     masks: tuple[float, float, float, float],
     best: tuple[float, float],
     prevalence: float,
-) -> bytes:
-    """ROC, precision-recall and Dice against threshold side by side, with the predicted masks marked; PNG on white.
+) -> Markup:
+    """ROC, precision-recall and Dice against threshold side by side, with the predicted masks marked.
 
     Args:
         roc: (m, 2) false positive rate and recall.
@@ -166,89 +163,48 @@ def detection_curves(
         best: the threshold of the largest pooled Dice, and that Dice.
         prevalence: share of positive voxels, which is the precision of random scores.
     """
-    figure = Figure(figsize=(10.4, 4.0), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     rate, recall, precision, mask_dice = masks
-    line: dict[str, Any] = {"color": PALETTE[6], "linewidth": 1.8}
+    line: dict[str, Any] = {"color": ACCENT, "linewidth": 1.8}
     dashed: dict[str, Any] = {"linewidth": 1.5, "linestyle": _DASHES}
-    chance: dict[str, Any] = {"color": _INK, "linewidth": 1, "linestyle": (0, (1, 2))}
-    mark: dict[str, Any] = {"marker": "D", "color": PALETTE[5], "markeredgecolor": _INK, "markersize": 7}
-    star: dict[str, Any] = {"marker": "*", "color": PALETTE[3], "markeredgecolor": _INK, "markersize": 14}
+    chance: dict[str, Any] = {"color": SOFT, "linewidth": 1, "linestyle": _DOTS}
+    mark: dict[str, Any] = {"marker": "D", "color": _MASKS, "markeredgecolor": INK, "markersize": 7}
+    star: dict[str, Any] = {"marker": "*", "color": _BEST, "markeredgecolor": INK, "markersize": 14}
     left.plot([0, 1], [0, 1], **chance)
     left.plot(*roc.T, **line)
     left.plot(rate, recall, **mark, clip_on=False, zorder=4)
     middle.axhline(prevalence, **chance)
     middle.plot(*precision_recall.T, drawstyle="steps-pre", **line)
     middle.plot(recall, precision, **mark, clip_on=False, zorder=4)
-    right.axhline(mask_dice, color=PALETTE[5], **dashed)
-    right.plot(dice[:, 0], dice[:, 2], color=PALETTE[1], **dashed)
+    right.axhline(mask_dice, color=_MASKS, **dashed)
+    right.plot(dice[:, 0], dice[:, 2], color=SOFT, **dashed)
     right.plot(dice[:, 0], dice[:, 1], **line)
     right.plot(*best, **star, clip_on=False, zorder=4)
     titles = ("ROC", "false positive rate", "recall"), ("Precision-recall", "recall", "precision")
     for axes, (title, across, up) in zip((left, middle, right), (*titles, ("Dice", "threshold", "Dice")), strict=True):
-        axes.set_title(title, color=_INK, fontsize=11, fontweight="bold", loc="left")
-        axes.set_xlabel(across, color=_INK)
-        axes.set_ylabel(up, color=_INK)
+        axes.set_title(title, fontsize=11, fontweight="bold", loc="left", color=INK)
         axes.set_ylim(-0.015, 1.015)
-        axes.grid(color=_GRID)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, colors=_INK)
-        axes.spines[:].set_visible(False)
+        _finish(axes, across, up)
     for axes in (left, middle):
         axes.set_xlim(-0.015, 1.015)
     right.locator_params(axis="x", nbins=6)
     handles = [
         Line2D([], [], label="all voxels of all cases pooled", **line),
-        Line2D([], [], label="mean Dice over cases with lesions", color=PALETTE[1], **dashed),
+        Line2D([], [], label="mean Dice over cases with lesions", color=SOFT, **dashed),
         Line2D([], [], label="random scores", **chance),
         Line2D([], [], label="predicted masks", **dashed, **mark),
         Line2D([], [], label=f"best pooled Dice (optimistic: {OPTIMISTIC})", linestyle="", **star),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=_INK)
-    return to_png(figure)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    return svg(figure, "ROC curve, precision-recall curve, and Dice against threshold")
 
 
-def overlay(
-    reference: NDArray[Any],
-    prediction: NDArray[Any],
-    spacing_mm: Sequence[float],
-    image: NDArray[Any] | None = None,
-) -> bytes:
-    """Outlines of reference (solid orange) and prediction (dashed blue) on up to three orthogonal slices.
-
-    Along each axis the slice with the most reference voxels is drawn. Without reference voxels it is the slice with the
-    most predicted voxels, and without predicted voxels the middle slice. Planes that are one voxel wide are not drawn,
-    so that a 2D image gives a single panel.
-
-    Args:
-        reference: Labels, `(I, J, K)`, RAS+; 0 is background.
-        prediction: Labels, same shape.
-        spacing_mm: Voxel size along I, J, K.
-        image: Background, same shape; without it the reference is shown filled on black.
-
-    Returns:
-        A PNG on black in which a millimetre has the same length along every axis and in every panel.
-    """
-    slices = _densest_slices(reference if reference.any() or not prediction.any() else prediction, spacing_mm)
-    figure, panels = panel_grid([slices], header_in=0.3)
-    backdrop = (reference > 0).astype(np.float32) * 0.3 if image is None else image
-    low, high = (0.0, 1.0) if image is None else display_range(backdrop)
-    for where, axes in zip(slices, panels[0], strict=True):
-        show(axes, where, backdrop, cmap="gray", vmin=low, vmax=high)
-        draw_contours(axes, where, reference, REFERENCE_COLOUR, "-")
-        draw_contours(axes, where, prediction, PREDICTION_COLOUR, _DASHES)
-    handles = [
-        Line2D([], [], color=REFERENCE_COLOUR, linewidth=2, label="reference"),
-        Line2D([], [], color=PREDICTION_COLOUR, linewidth=2, linestyle=_DASHES, label="prediction"),
-    ]
-    figure.legend(handles=handles, loc="upper center", ncols=2, frameon=False, labelcolor="white", fontsize=9)
-    return to_png(figure)
-
-
-def _densest_slices(labels: NDArray[Any], spacing_mm: Sequence[float]) -> list[Slice]:
-    slices = []
-    for axis in drawable_axes(labels.shape):
-        counts = np.count_nonzero(labels, axis=tuple(a for a in range(3) if a != axis))
-        index = int(counts.argmax()) if counts.any() else labels.shape[axis] // 2
-        slices.append(plane(axis, index, labels.shape, spacing_mm))
-    return slices
+def _finish(axes: Axes, across: str, up: str, grid: Literal["x", "y", "both"] = "both") -> None:
+    """Name the axes, and draw text and grid in the theme's colours, without a frame."""
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
+    axes.grid(axis=grid, color=LINE)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=INK)
+    axes.spines[:].set_visible(False)

@@ -1,19 +1,95 @@
-"""Preview of a segmentation as a PNG: the scan with coloured labels on several slices, and the uncertainty."""
+"""Still pictures of a scan with its masks and maps: the plain slice beside the same slice with what was drawn on it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .slices import Slice, display_range, drawable_axes, label_colour, panel_grid, plain, plane, shortened, show, to_png
+from .slices import (
+    INK,
+    Slice,
+    densest_slices,
+    display_range,
+    draw_contours,
+    draw_map,
+    draw_marks,
+    drawable_axes,
+    map_limit,
+    panel_grid,
+    plain,
+    shortened,
+    show,
+    to_png,
+)
+from .theme import UNCERTAINTY, label_colour
 
-_OPACITY = 0.5
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DASHES = (0, (3, 1.6))
 _LEGEND_COLUMNS = 4
 # A legend of more classes would outgrow the picture. Labels that are not in the legend are still drawn.
 _LEGEND_CLASSES = 24
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """A label map that is outlined on the scan.
+
+    Attributes:
+        labels: Integer labels, `(I, J, K)`; 0 is background.
+        colours: One colour for all labels, or the colour of each.
+        legend: Text and colour of each entry of the legend.
+        dashed: Whether the lines are dashed.
+    """
+
+    labels: NDArray[Any]
+    colours: str | Mapping[int, str]
+    legend: Sequence[tuple[str, str]] = ()
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Map:
+    """A non-negative map that is drawn over the scan: values `(I, J, K)`, its title and its colormap."""
+
+    values: NDArray[Any]
+    title: str
+    colours: str = UNCERTAINTY
+
+
+@dataclass(frozen=True)
+class Still:
+    """What a still picture shows; all arrays share one shape and are oriented as in `medseg_diffusion.reports.slices`.
+
+    Attributes:
+        image: Grey values of the scan, `(I, J, K)`.
+        spacing_mm: Voxel size along I, J, K.
+        outlines: Label maps on the scan.
+        map: A map over the scan.
+        counterpart: Another image in the grey values of the scan, such as its healthy counterpart.
+        oriented: Whether it is known which side is the patient's right; without it, there are no marks.
+    """
+
+    image: NDArray[Any]
+    spacing_mm: Sequence[float]
+    outlines: Sequence[Outlines] = ()
+    map: Map | None = None
+    counterpart: NDArray[Any] | None = None
+    oriented: bool = True
+
+    def focus(self) -> NDArray[Any]:
+        """What the slices should show: the labelled voxels, or the upper half of the map if there are none."""
+        labelled = np.zeros(self.image.shape, bool)
+        for outlines in self.outlines:
+            labelled |= outlines.labels > 0
+        if not labelled.any() and self.map is not None:
+            labelled = np.nan_to_num(self.map.values) > 0.5 * map_limit(self.map.values)
+        return labelled
 
 
 def preview_png(
@@ -24,21 +100,23 @@ def preview_png(
     uncertainty: NDArray[Any] | None = None,
     map_name: str = "Uncertainty",
     *,
-    slices_per_plane: int = 4,
+    map_colours: str = UNCERTAINTY,
+    oriented: bool = True,
 ) -> bytes:
-    """Draw a scan with its segmentation: one row per plane, and one for the uncertainty.
+    """Draw a scan with the outlines of its segmentation, and with its uncertainty: one row per plane.
 
-    Arrays are in RAS+ orientation (see `medseg_diffusion.reports.slices`). The slices are spread over the extent of the
-    labels. A 2D image (one axis of length 1) gives a single slice.
+    Arrays are oriented as in `medseg_diffusion.reports.slices`. The slices are those with the most labelled voxels. A
+    2D image (one axis of length 1) gives a single slice.
 
     Args:
         image: Grey values, `(I, J, K)`, any range.
-        labels: Integer labels, same shape; 0 is background and stays transparent.
+        labels: Integer labels, same shape; 0 is background.
         spacing_mm: Voxel size along I, J, K.
         names: Label value -> class name, for the legend; a label without a name is shown by its value.
-        uncertainty: Non-negative map of the same shape, shown below the slices of the first row.
+        uncertainty: Non-negative map of the same shape.
         map_name: Title of that map.
-        slices_per_plane: Number of slices in each row, at least 1.
+        map_colours: Colormap of that map.
+        oriented: False for an image whose sides are unknown: it gets no marks.
 
     Returns:
         A PNG on black in which a millimetre has the same length along every axis and in every panel.
@@ -46,80 +124,113 @@ def preview_png(
     Raises:
         ValueError: The arrays differ in shape or are not three-dimensional.
     """
-    # Imported where used: segmenting without pictures does not need matplotlib.
-    from matplotlib.patches import Patch
+    drawn = Map(uncertainty, map_name, map_colours) if uncertainty is not None else None
+    return to_png(still(Still(image, spacing_mm, [class_outlines(labels, names)], drawn, oriented=oriented)))
 
-    if image.ndim != 3 or labels.shape != image.shape or (uncertainty is not None and uncertainty.shape != image.shape):
-        shapes = [array.shape for array in (image, labels, uncertainty) if array is not None]
-        raise ValueError(f"shapes are {shapes}; image, labels and uncertainty must share one shape (I, J, K)")
-    rows = [_spread(labels, axis, spacing_mm, slices_per_plane) for axis in drawable_axes(image.shape)]
-    scan_rows = len(rows)
-    if uncertainty is not None:
-        rows.append(rows[0])
 
-    colours = {int(label): label_colour(i) for i, label in enumerate(sorted({*names, *_values(labels)}))}
-    shown = [label for label in colours if label in names or len(colours) <= _LEGEND_CLASSES][:_LEGEND_CLASSES]
-    legend_rows = -(-len(shown) // _LEGEND_COLUMNS)
+def class_outlines(labels: NDArray[Any], names: Mapping[int, str]) -> Outlines:
+    """A label map in the colours of its classes: the first class of `names` and `labels` has the first colour."""
+    values = sorted({*names, *(int(label) for label in np.unique(labels) if label != 0)})
+    colours = {label: label_colour(i) for i, label in enumerate(values)}
+    listed = [label for label in values if label in names or len(values) <= _LEGEND_CLASSES][:_LEGEND_CLASSES]
+    return Outlines(labels, colours, [(names.get(label, f"label {label}"), colours[label]) for label in listed])
+
+
+def still(content: Still, *, slices_per_plane: int | None = None, cell_in: float = 2.0) -> Figure:
+    """Draw slices of all planes: each plain, beside that with the outlines, with the map, and in the counterpart.
+
+    Args:
+        content: The arrays.
+        slices_per_plane: Number of slices in each row; None takes as many as fit in about six panels.
+        cell_in: Length of the longest side of all slices in inches.
+
+    Raises:
+        ValueError: The arrays differ in shape or are not three-dimensional.
+    """
+    arrays = [content.image, *(outlines.labels for outlines in content.outlines), content.counterpart]
+    arrays += [content.map.values] if content.map is not None else []
+    shapes = [array.shape for array in arrays if array is not None]
+    if content.image.ndim != 3 or len(set(shapes)) > 1:
+        raise ValueError(f"shapes are {shapes}; image, labels and maps must share one shape (I, J, K)")
+    panels_of = [name for name, given in _panels(content) if given]
+    count = slices_per_plane or max(1, 6 // len(panels_of))
+    focus, axes = content.focus(), drawable_axes(content.image.shape)
+    rows = [densest_slices(focus, axis, content.spacing_mm, count) for axis in axes]
+    legend = [entry for outlines in content.outlines for entry in outlines.legend]
     figure, panels = panel_grid(
-        rows, header_in=0.22 * legend_rows + 0.1 if shown else 0.0, footer_in=0.35 if uncertainty is not None else 0.0
+        [[where for where in row for _ in panels_of] for row in rows],
+        header_in=0.22 * -(-len(legend) // _LEGEND_COLUMNS) + 0.1 if legend else 0.0,
+        footer_in=0.45 if content.map is not None else 0.0,
+        cell_in=cell_in * (1.0 if len(axes) > 1 else 1.6),
     )
-    low, high = display_range(image)
-    for slices, axes_row in zip(rows[:scan_rows], panels[:scan_rows], strict=True):
-        for where, axes in zip(slices, axes_row, strict=True):
-            show(axes, where, image, cmap="gray", vmin=low, vmax=high)
-            _colour_labels(axes, where, labels, colours)
-    if shown:
-        figure.legend(
-            handles=[
-                Patch(color=colours[label], label=plain(shortened(names.get(label, f"label {label}"), 24)))
-                for label in shown
-            ],
-            loc="upper center",
-            ncols=min(len(shown), _LEGEND_COLUMNS),
-            frameon=False,
-            labelcolor="white",
-            fontsize=8,
-            borderaxespad=0.3,
+    limits = display_range(content.image)
+    for row, drawn in zip(rows, panels, strict=True):
+        for number, ax in enumerate(drawn):
+            where, name = row[number // len(panels_of)], panels_of[number % len(panels_of)]
+            _draw_panel(ax, where, name, content, limits)
+    if legend:
+        _draw_legend(figure, content.outlines)
+    if content.map is not None:
+        _draw_scale(figure, content.map)
+    return figure
+
+
+def _panels(content: Still) -> list[tuple[str, bool]]:
+    return [
+        ("plain", True),
+        ("outlines", bool(content.outlines)),
+        ("map", content.map is not None),
+        ("counterpart", content.counterpart is not None),
+    ]
+
+
+def _draw_panel(axes: Any, where: Slice, name: str, content: Still, limits: tuple[float, float]) -> None:
+    image = content.counterpart if name == "counterpart" and content.counterpart is not None else content.image
+    show(axes, where, image, cmap="gray", vmin=limits[0], vmax=limits[1])
+    title = where.title
+    if name == "outlines":
+        title = "outlined"
+        for outlines in content.outlines:
+            draw_contours(axes, where, outlines.labels, outlines.colours, DASHES if outlines.dashed else "-", 1.1)
+    elif name == "map" and content.map is not None:
+        title = content.map.title
+        draw_map(axes, where, content.map.values, content.map.colours, map_limit(content.map.values))
+    elif name == "counterpart":
+        title = "healthy counterpart"
+    axes.set_title(title, color=INK, fontsize=8, pad=3)
+    if content.oriented:
+        draw_marks(axes, where)
+
+
+def _draw_legend(figure: Any, drawn: Sequence[Outlines]) -> None:
+    # Imported where used: segmenting without pictures does not need matplotlib.
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [], [], color=colour, linewidth=2, linestyle=DASHES if o.dashed else "-", label=plain(shortened(text, 24))
         )
-    if uncertainty is not None:
-        _map_row(figure, rows[-1], panels[-1], uncertainty, map_name)
-    return to_png(figure)
-
-
-def _spread(labels: NDArray[Any], axis: int, spacing_mm: Sequence[float], count: int) -> list[Slice]:
-    """Up to `count` slices spread evenly over the labelled extent, or over the whole axis if nothing is labelled."""
-    occupied = np.flatnonzero(labels.any(axis=tuple(a for a in range(3) if a != axis)))
-    first, last = (occupied[0], occupied[-1]) if occupied.size else (0, labels.shape[axis] - 1)
-    # Centres of `count` equal parts. The first and the last slice are avoided, as they show next to nothing.
-    positions = first + (np.arange(count) + 0.5) / count * (last - first + 1) - 0.5
-    indices = np.unique(np.clip(np.rint(positions), first, last).astype(int))
-    return [plane(axis, int(index), labels.shape, spacing_mm) for index in indices]
-
-
-def _colour_labels(axes: Any, where: Slice, labels: NDArray[Any], colours: Mapping[int, Any]) -> None:
-    from matplotlib.colors import to_rgba
-
-    picture = labels.astype(np.int64)
-    rgba = np.zeros((*where.take(picture).shape, 4))
-    for label, colour in colours.items():
-        rgba[where.take(picture) == label] = to_rgba(colour, _OPACITY)
-    extent = (0.0, where.width_mm, 0.0, where.height_mm)
-    axes.imshow(rgba, origin="lower", extent=extent, interpolation="nearest", aspect="auto")
-
-
-def _map_row(figure: Any, slices: Sequence[Slice], panels: Sequence[Any], uncertainty: NDArray[Any], name: str) -> None:
-    finite = uncertainty[np.isfinite(uncertainty)]
-    high = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    for where, axes in zip(slices, panels, strict=True):
-        drawn = show(axes, where, uncertainty, cmap="magma", vmin=0.0, vmax=high)
-        axes.set_title(f"{name}, {where.title.lower()}", color="#c9d1d9", fontsize=8, pad=3)
-    height = figure.get_size_inches()[1]
-    bar = figure.colorbar(
-        drawn, cax=figure.add_axes((0.3, 0.22 / height, 0.4, 0.07 / height)), orientation="horizontal"
+        for o in drawn
+        for text, colour in o.legend
+    ]
+    figure.legend(
+        handles=handles,
+        loc="upper center",
+        ncols=min(len(handles), _LEGEND_COLUMNS),
+        frameon=False,
+        labelcolor="white",
+        fontsize=8,
+        borderaxespad=0.3,
     )
+
+
+def _draw_scale(figure: Any, drawn: Map) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    height = figure.get_size_inches()[1]
+    scale = ScalarMappable(Normalize(0.0, map_limit(drawn.values)), drawn.colours)
+    bar = figure.colorbar(scale, cax=figure.add_axes((0.3, 0.2 / height, 0.4, 0.07 / height)), orientation="horizontal")
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors="#c9d1d9", labelsize=7, length=0, pad=2)
-
-
-def _values(labels: NDArray[Any]) -> list[int]:
-    return [int(label) for label in np.unique(labels) if label != 0]
+    bar.ax.tick_params(colors=INK, labelsize=7, length=0, pad=2)
+    bar.ax.set_title(drawn.title, color=INK, fontsize=8, pad=2)

@@ -1,19 +1,24 @@
-"""Slices of volumes as pictures, shared by the overlay and the preview.
+"""Slices of volumes as pictures, in the radiological convention.
 
-Volumes are `(I, J, K)` arrays in RAS+ orientation: I grows to the patient's right, J to anterior, K to superior. Slices
-are shown with anterior or superior up and the patient's left on the left. The figures use matplotlib's object
-interface, without pyplot, so that calls and threads share no state.
+Volumes are `(I, J, K)` arrays in LAS+ orientation: I grows to the patient's left, J to anterior, K to superior. So the
+patient's right is drawn on the left. Axial slices have anterior on top, coronal ones superior; sagittal slices have
+anterior on the left and superior on top. The marks R and L or A and P say so in each picture. The figures use
+matplotlib's object interface, without pyplot, so that calls and threads share no state.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .theme import PALETTE as PALETTE
+from .theme import colour_scale
+from .theme import label_colour as label_colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +26,10 @@ if TYPE_CHECKING:
 
 # Axis held fixed -> name of the plane.
 PLANES = {2: "Axial", 1: "Coronal", 0: "Sagittal"}
-# Okabe and Ito, "Color Universal Design", 2008: colours that can be told apart with any common colour vision. Black is
-# left out because it is invisible on scans. Orange and sky blue come first as the pair that differs most on grey.
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+# What lies on the left and on the right side of a plane.
+MARKS = {2: ("R", "L"), 1: ("R", "L"), 0: ("A", "P")}
+INK = "#c9d1d9"  # titles on black
+MAP_OPACITY = 0.7  # of a map's highest value
 _DPI = 150
 
 
@@ -39,7 +45,7 @@ class Slice:
     def take(self, volume: NDArray[Any]) -> NDArray[Any]:
         """The plane as a picture, `(rows, columns)`, whose first row is the bottom (imshow's origin="lower")."""
         picture: NDArray[Any] = volume.take(self.index, axis=self.axis).T
-        return picture
+        return picture[:, ::-1] if self.axis == 0 else picture
 
     @property
     def title(self) -> str:
@@ -57,18 +63,6 @@ def drawable_axes(shape: Sequence[int]) -> list[int]:
     """Axes whose planes are more than one voxel wide, axial first: all three in 3D, one for a 2D image."""
     axes = [axis for axis in PLANES if all(shape[a] > 1 for a in range(3) if a != axis)]
     return axes or [2]
-
-
-def label_colour(index: int) -> str | tuple[float, float, float, float]:
-    """Colour of the index-th class: the colour-blind-safe palette first, then evenly scattered hues."""
-    if index < len(PALETTE):
-        return PALETTE[index]
-    # Imported where used: segmenting without pictures does not need matplotlib.
-    from matplotlib import colormaps
-
-    # Steps of the golden ratio never come close to an earlier hue for long.
-    red, green, blue, alpha = colormaps["hsv"]((index * 0.618034) % 1.0)
-    return (float(red), float(green), float(blue), float(alpha))
 
 
 def plain(text: str) -> str:
@@ -95,6 +89,34 @@ def display_range(image: NDArray[Any]) -> tuple[float, float]:
     high = float(np.percentile(inside, 99.5))
     low = min(float(np.percentile(inside, 1)), float(values.min()) if values.min() >= 0 else high)
     return low, high if high > low else low + 1.0
+
+
+def map_limit(values: NDArray[Any]) -> float:
+    """The value of a map that gets the brightest colour: its 99.9th percentile, or its maximum if that is 0."""
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return 1.0
+    high = float(np.percentile(finite, 99.9))
+    return high if high > 0 else max(float(finite.max()), 0.0) or 1.0
+
+
+def densest_slices(amount: NDArray[Any], axis: int, spacing_mm: Sequence[float], count: int) -> list[Slice]:
+    """Up to `count` slices along an axis, from bottom to top: the fullest one of each equal part of the extent.
+
+    Args:
+        amount: What is to be seen, `(I, J, K)`, at least 0 everywhere. All 0 gives slices spread over the whole axis.
+        axis: The axis.
+        spacing_mm: Voxel size along I, J, K.
+        count: Number of slices, at least 1.
+    """
+    totals = amount.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
+    occupied = np.flatnonzero(totals)
+    if occupied.size == 0:
+        indices = np.unique(((np.arange(count) + 0.5) / count * len(totals)).astype(int))
+    else:
+        parts = np.array_split(np.arange(occupied[0], occupied[-1] + 1), count)
+        indices = np.array([part[totals[part].argmax()] for part in parts if len(part) and totals[part].any()])
+    return [plane(axis, int(index), amount.shape, spacing_mm) for index in indices]
 
 
 def panel_grid(
@@ -129,7 +151,7 @@ def panel_grid(
             w, h = where.width_mm * scale, where.height_mm * scale
             box = (left / width, (bottom + (row_height - h) / 2) / height, w / width, h / height)
             axes = figure.add_axes(box)
-            axes.set_title(where.title, color="#c9d1d9", fontsize=8, pad=3)
+            axes.set_title(where.title, color=INK, fontsize=8, pad=3)
             panels[-1].append(axes)
             left += w + gap
         top = bottom - gap
@@ -145,25 +167,75 @@ def show(axes: Axes, where: Slice, volume: NDArray[Any], **style: Any) -> Any:
     )
 
 
-def draw_contours(axes: Axes, where: Slice, labels: NDArray[Any], colour: str, style: Any) -> None:
-    """Outline every label of one plane. A mask that touches the border is closed along the border."""
+def draw_marks(axes: Axes, where: Slice) -> None:
+    """Write which side of the patient lies left and right."""
+    from matplotlib.patheffects import withStroke
+
+    outline = [withStroke(linewidth=2, foreground="black")]
+    for text, x, side in zip(MARKS[where.axis], (0.02, 0.98), ("left", "right"), strict=True):
+        axes.text(
+            x, 0.98, text, transform=axes.transAxes, ha=side, va="top", color="white", fontsize=8, path_effects=outline
+        )  # fmt: skip
+
+
+def draw_contours(
+    axes: Axes, where: Slice, labels: NDArray[Any], colours: str | Mapping[int, str], style: Any, width: float = 1.3
+) -> None:
+    """Outline every label of one plane. A mask that touches the border is closed along the border.
+
+    Args:
+        axes: Where it is drawn.
+        where: The plane.
+        labels: Integer labels, `(I, J, K)`; 0 is background.
+        colours: One colour for all labels, or the colour of each; a label without one is left out.
+        style: Line style of matplotlib.
+        width: Width of the lines in points.
+    """
     picture = where.take(labels)
     rows, columns = picture.shape
     # Centres of the pixels in millimetres, with one ring of padding around the picture.
     y = (np.arange(rows + 2) - 0.5) * where.height_mm / rows
     x = (np.arange(columns + 2) - 0.5) * where.width_mm / columns
     for label in np.unique(picture[picture > 0]):
-        mask = np.pad(picture == label, 1).astype(np.float32)
-        axes.contour(x, y, mask, levels=[0.5], colors=[colour], linestyles=[style], linewidths=1.3)
+        colour = colours if isinstance(colours, str) else colours.get(int(label))
+        if colour is not None:
+            mask = np.pad(picture == label, 1).astype(np.float32)
+            axes.contour(x, y, mask, levels=[0.5], colors=[colour], linestyles=[style], linewidths=width)
     axes.set_xlim(0, where.width_mm)
     axes.set_ylim(0, where.height_mm)
 
 
+def draw_map(axes: Axes, where: Slice, values: NDArray[Any], colours: str, high: float) -> None:
+    """Draw a map over what is there. Its opacity grows with its value, from 0 at 0, so that the anatomy stays visible.
+
+    Args:
+        axes: Where it is drawn.
+        where: The plane.
+        values: `(I, J, K)`; negative values and NaN are drawn as 0.
+        colours: A colormap of matplotlib.
+        high: The value of the brightest colour.
+    """
+    picture = np.clip(np.nan_to_num(where.take(values).astype(np.float32)) / high, 0.0, 1.0)
+    rgba = np.concatenate([colour_scale(colours)[np.rint(picture * 255).astype(int)] / 255, 0 * picture[..., None]], -1)
+    rgba[..., 3] = MAP_OPACITY * picture
+    extent = (0.0, where.width_mm, 0.0, where.height_mm)
+    axes.imshow(rgba, origin="lower", extent=extent, interpolation="nearest", aspect="auto")
+
+
 def to_png(figure: Figure) -> bytes:
     """Render a figure as PNG bytes without date and version, so that equal figures give equal files."""
+    return _rendered(figure, "png", _DPI, metadata={"Software": None})
+
+
+def to_jpeg(figure: Figure, dpi: int = 110) -> bytes:
+    """Render a figure of scans as JPEG bytes: a third of the size of the PNG."""
+    return _rendered(figure, "jpeg", dpi, pil_kwargs={"quality": 82, "subsampling": 0, "optimize": True})
+
+
+def _rendered(figure: Figure, kind: str, dpi: int, **options: Any) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    figure.savefig(buffer, format=kind, dpi=dpi, facecolor=figure.get_facecolor(), **options)
     return buffer.getvalue()

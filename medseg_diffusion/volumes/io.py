@@ -144,20 +144,18 @@ def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
 
 
 def upright(volume: Volume, scan: Path | str) -> Volume:
-    """One channel of a volume, oriented for pictures.
+    """One channel of a volume, oriented for pictures: LAS, so that the patient's right is drawn on the left.
 
-    A volume on the grid of a scan gives its first channel in RAS: the patient's left is drawn on the left. A volume on
-    the grid of an image file gives the mean of its channels, drawn as in the file. Image files are read with ITK's
-    axes, so their left side is called the patient's right: hence LAS.
+    A volume on the grid of a scan gives its first channel. A volume on the grid of an image file gives the mean of its
+    channels, drawn as in the file: image files are read with ITK's axes, so their left side is called the patient's
+    right, although nobody knows it.
 
     Args:
         volume: anything on the grid of the scan.
         scan: the scan's file; its suffix tells the two cases apart.
     """
-    if not is_image(scan):
-        return volume.like(volume.data[:1]).oriented("RAS")
-    grey = volume.data if len(volume.data) == 1 else volume.data.mean(0, keepdim=True)
-    return volume.like(grey).oriented("LAS")
+    many = is_image(scan) and len(volume.data) > 1
+    return volume.like(volume.data.mean(0, keepdim=True) if many else volume.data[:1]).oriented("LAS")
 
 
 def format_of(path: Path | str) -> ModuleType:

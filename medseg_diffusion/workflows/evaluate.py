@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 from warnings import catch_warnings, simplefilter
-
-import numpy as np
-import numpy.typing as npt
 
 from medseg_diffusion.data.class_names import class_names
 from medseg_diffusion.data.pairs import (
@@ -31,15 +29,16 @@ from medseg_diffusion.metrics.comparison import Comparison, compare
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.detection_summary import Detection
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
-from medseg_diffusion.reports.html import CasePicture, evaluation_report
-from medseg_diffusion.reports.plots import overlay
+from medseg_diffusion.reports.comparison_page import comparison_page
+from medseg_diffusion.reports.evaluation_page import evaluation_page
+from medseg_diffusion.reports.page import relative_link
 from medseg_diffusion.reports.summary import cases_csv, comparison_json, summary_json
-from medseg_diffusion.volumes.io import read_volume, upright
+from medseg_diffusion.reports.viewer import viewer
 from medseg_diffusion.volumes.paths import scan_name
-from medseg_diffusion.volumes.volume import Volume
 
 from .evaluate_cases import CaseTask, MeasuredCase, RatersTask, compare_with_raters, measure_case
 from .evaluate_maps import FOREGROUND_ENDINGS, MAP_ENDINGS, evaluate_scores
+from .evaluation_views import viewed_cases
 from .parallel import call_each
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "compare_predictions", "evaluate"]
@@ -81,6 +80,7 @@ class EvaluateOptions:
         patients: CSV file with the columns case and patient, for cases that belong together, such as the slices of a
             scan. Means and intervals are over patients then, and every case needs a row.
         strata: CSV file and one of its columns, by which cases are grouped; joined by its column case, or by patient.
+        view: Names of cases that the page's viewer shows beside the worst, flagged, median and best ones.
         seed: Seed of the bootstrap.
         jobs: Number of processes. None takes one for each CPU, up to 8, if the time of the first case tells that
             they pay. Other numbers than 1 need a script that is safe to import (`if __name__ == "__main__"`).
@@ -99,6 +99,7 @@ class EvaluateOptions:
     merge_labels: bool = False
     patients: Path | None = None
     strata: tuple[Path, str] | None = None
+    view: Sequence[str] = ()
     seed: int = 0
     jobs: int | None = 1
     command: str = ""
@@ -160,7 +161,7 @@ def evaluate(
     pairs, warnings = find_pairs(Path(prediction), reference, merged=options.merge_labels)
     inputs, remarks = _find_inputs(pairs, options)
     (result,) = _evaluate_sets([inputs], reference, options, [*warnings, *remarks], on_progress)
-    write_files(Path(output), _files(result, inputs, options))
+    write_files(Path(output), _files(result, inputs, Path(output), options))
     return result
 
 
@@ -173,9 +174,9 @@ def compare_predictions(
 ) -> Comparison:
     """Compare several sets of predictions with the same references, and with each other; only cases that all have.
 
-    For each set, `NAME/summary.json`, `NAME/cases.csv` and `NAME/report.html` are written as by `evaluate`, and
-    `comparison.json` with the paired differences. NAME is the last part of the path, with parts before it where several
-    end alike.
+    For each set, `NAME/summary.json`, `NAME/cases.csv` and `NAME/report.html` are written as by `evaluate`;
+    `comparison.json` and `report.html` hold the paired differences. NAME is the last part of the path, with parts
+    before it where several end alike.
 
     Args:
         predictions: Two or more label maps or folders of them, paired with the references by name.
@@ -207,14 +208,23 @@ def compare_predictions(
     paths = {name: str(path) for name, path in folders.items()}
     result = Comparison(named, paths, compare(named), left_out, tuple(warnings))
     for (name, evaluation), one in zip(named.items(), sets, strict=True):
-        write_files(Path(output) / name, _files(evaluation, one, options))
-    write_files(Path(output), {"comparison.json": comparison_json(result)})
+        folder = Path(output) / name
+        write_files(folder, _files(evaluation, one, folder, options))
+    pages = {name: f"{quote(name)}/report.html" for name in named}
+    page = comparison_page(result, pages=pages, command=options.command)
+    write_files(Path(output), {"comparison.json": comparison_json(result), "report.html": page})
     return result
 
 
-def _files(result: Evaluation, inputs: _Inputs, options: EvaluateOptions) -> dict[str, str]:
-    """The files of one set of predictions: name -> content."""
-    report = evaluation_report(result, _pictures(result, inputs), command=options.command)
+def _files(result: Evaluation, inputs: _Inputs, output: Path, options: EvaluateOptions) -> dict[str, str]:
+    """The files of one set of predictions in the folder ``output``: name -> content."""
+    shown = viewed_cases(result, inputs.pairs, inputs.images, inputs.maps, options.view)
+    report = evaluation_page(
+        result,
+        viewer(shown) if shown else None,
+        links={pair.name: relative_link(pair.prediction, output) for pair in inputs.pairs},
+        command=options.command,
+    )
     return {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
 
 
@@ -429,35 +439,3 @@ def _detect(
         patients=inputs.patients,
         seed=options.seed,
     )
-
-
-def _pictures(result: Evaluation, inputs: _Inputs) -> list[CasePicture]:
-    """Best, median and worst case; fewer if there are fewer."""
-    ranked = [case for case in result.worst_first() if not np.isnan(case.mean_dice)]
-    if len(ranked) < 2:
-        shown = [("Case", case) for case in ranked]
-    else:
-        median = [("Median case", ranked[(len(ranked) - 1) // 2])] if len(ranked) > 2 else []
-        shown = [("Best case", ranked[-1]), *median, ("Worst case", ranked[0])]
-    pairs = {pair.name: pair for pair in inputs.pairs}
-    return [
-        CasePicture(title, case.name, case.mean_dice, _picture(pairs[case.name], inputs.images, result.labels))
-        for title, case in shown
-    ]
-
-
-def _picture(pair: MaskPair, images: Mapping[str, Path], labels: Mapping[int, str]) -> bytes:
-    prediction, reference = pair.read()
-    image = None
-    if pair.name in images:
-        scan = read_volume(images[pair.name], channels=None)
-        reference.require_same_grid(scan)
-        image = upright(scan, pair.reference).data[0].numpy()
-    reference, prediction = upright(reference, pair.reference), upright(prediction, pair.reference)
-    return overlay(_only(reference, labels), _only(prediction, labels), reference.spacing, image)
-
-
-def _only(volume: Volume, labels: Mapping[int, str]) -> npt.NDArray[np.int32]:
-    """The label map (I, J, K) with every label that is not evaluated set to 0."""
-    array = volume.data[0].numpy()
-    return np.where(np.isin(array, list(labels)), array, 0)

@@ -13,13 +13,13 @@ from PIL import Image
 
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.metrics.generation import Scores
+from medseg_diffusion.metrics.generation_summary import GeneratorRow
 from medseg_diffusion.models.generator import restore_generator
 from medseg_diffusion.models.image_source import SampleOptions
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.workflows.evaluate_generator import (
     GeneratorEvaluationOptions,
-    Row,
     _suspicious,
     evaluate_generator,
     parse_samplers,
@@ -108,8 +108,8 @@ def test_enlarged_samples_are_scored_at_their_own_size(image_models, pictures, s
 
 
 def test_a_fast_sampler_that_is_twice_as_bad_is_named() -> None:
-    def row(sampler: str, steps: int, fid: float) -> Row:
-        return Row("m", sampler, steps, Scores(0.5, 0.5, 2.0, fid, 1.0, 0.1, 10, 10))
+    def row(sampler: str, steps: int, fid: float) -> GeneratorRow:
+        return GeneratorRow("m", sampler, steps, Scores(0.5, 0.5, 2.0, fid, 1.0, 0.1, 10, 10))
 
     (said,) = _suspicious([row("ddim", 50, 210.1), row("ddim", 200, 190.0), row("ddpm", 1000, 100.0)])
     assert "FID 210.1 with ddim-50 is more than 2 times the 100.0 of ddpm-1000" in said
