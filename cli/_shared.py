@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from medseg_diffusion.files import plain
+from medseg_diffusion.files import plain, write_files
 
 if TYPE_CHECKING:
     from medseg_diffusion.training.trainer import Progress
@@ -51,6 +51,16 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_markdown(path: Path | None, text: Callable[[], str]) -> None:
+    """Write what ``text`` returns into a file, or print it for the path "-"; do nothing without a path."""
+    if path is None:
+        return
+    if path == Path("-"):
+        typer.echo(text(), nl=False)
+    else:
+        write_files(path.parent, {path.name: text()})
 
 
 @contextmanager
@@ -144,6 +154,8 @@ def print_scan(result: ScanResult, volumes: bool) -> None:
         return
     note = "exists, skipped" if result.status == "skipped" else f"{result.seconds:.1f} s"
     typer.echo(f"{result.scan} ({note})")
+    if result.headline:
+        typer.echo(f"  {result.headline}")
     for warning in result.warnings:
         fail(f"{result.scan}: {warning}", kind="warning")
     for kind, path in result.outputs.items():
@@ -183,6 +195,8 @@ def run_scans(
     failed = [result for result in results if result.status == "failed"]
     if len(results) != 1 and not quiet:
         typer.echo(_summary(results, time.monotonic() - started), err=as_json)
+        if to_check := _to_check(results):
+            typer.echo(to_check, err=as_json)
     for result in failed:
         error = result.error or "failed"
         fail(error if result.scan.name in error else f"{result.scan}: {error}")
@@ -199,6 +213,16 @@ def _summary(results: Sequence[ScanResult], seconds: float) -> str:
     count = Counter(result.status for result in results)
     each = f"; {seconds / count['done']:.1f} s per scan" if count["done"] else ""
     return f"{len(results)} scans: {count['done']} done, {count['skipped']} skipped, {count['failed']} failed{each}"
+
+
+def _to_check(results: Sequence[ScanResult], most: int = 5) -> str:
+    """The scans that somebody should look at, with the reasons; empty without any. Failed ones are listed elsewhere."""
+    flagged = [result for result in results if result.flags and result.status != "failed"]
+    if not flagged:
+        return ""
+    named = [f"{result.scan.name} ({', '.join(result.flags)})" for result in flagged[:most]]
+    more = f" and {len(flagged) - most} more" if len(flagged) > most else ""
+    return f"{len(flagged)} of {len(results)} scans to check: {', '.join(named)}{more}"
 
 
 @contextmanager

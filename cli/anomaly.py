@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,7 +44,7 @@ class Method(StrEnum):
     COUNTERFACTUAL = "counterfactual"
 
 
-# many: one parameter for each option of the command
+# many, long: one parameter, with its help, for each option of the command
 def anomaly(
     scans: Scans = None,
     model: Model = None,
@@ -61,6 +64,19 @@ def anomaly(
     pattern: Pattern = None,
     series: Series = None,
     preview: Preview = False,
+    save_counterpart: Annotated[
+        bool,
+        typer.Option(
+            "--save-counterpart", help="Write *_anomaly_counterpart.nii.gz, the scan as the method makes it healthy."
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one HTML page about all scans of this call, finished ones too, and the counterparts, which it "
+            "shows; with --shard, one for each part."
+        ),
+    ] = None,
     run_report: RunReport = None,
     skip_existing: SkipExisting = False,
     shard: Shard = None,
@@ -94,6 +110,10 @@ def anomaly(
         seed=seed,
         device=device,
         preview=preview,
+        save_counterpart=save_counterpart,
+        table=True,
+        report=report,
+        command=shlex.join(["medseg", *sys.argv[1:]]),
         skip_existing=skip_existing,
         run_report=run_report,
         inputs=InputOptions(pattern, series=series),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -118,7 +120,7 @@ def segment(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write one HTML page about the scans that this call segments; with --shard, one for each part."
+            help="Write one HTML page about all scans of this call, finished ones too; with --shard, one for each part."
         ),
     ] = None,
     run_report: RunReport = None,
@@ -163,6 +165,8 @@ def segment(
         statistics=statistics,
         preview=preview,
         report=report,
+        command=shlex.join(["medseg", *sys.argv[1:]]),
+        volumes=True,
         run_report=run_report,
         skip_existing=skip_existing,
         shard=part,

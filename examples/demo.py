@@ -1,6 +1,7 @@
 """Segment a whole head-sized volume without any download: the ICBM152 T1 template that nilearn carries in its package.
 
-Writes ./demo-output: the scan, a reference, the segmentation with its uncertainty, a preview and two HTML reports.
+Writes ./demo-output: the scan, a reference, the segmentation with its uncertainty, a preview, and two pages in which
+the scan can be scrolled through. It prints the paths of these pages at the end.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ def main() -> None:
     print("\nfiles:")
     for path in sorted(path for path in OUTPUT.rglob("*") if path.is_file()):
         print(f"  {path}")
+    pages = [report, OUTPUT / "evaluation" / "report.html"]
+    print("\nopen in a browser, offline:")
+    for page in pages:
+        print(f"  {page.resolve()}")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from medseg_diffusion.diffusion.guidance import Classifier, ClassifierFreeGuided
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import sample, spread
 
-from .detector import Residual, residual
+from .detector import Detection, Detector, Residual, residual
 
 
-class ClassifierCounterfactual:
+class ClassifierCounterfactual(Detector):
     """A counterfactual guided by the gradient of a classifier (Wolleb et al. 2022, arXiv 2203.04306).
 
     The published method visits every time up to ``start``.
@@ -69,11 +69,12 @@ class ClassifierCounterfactual:
         noise = sample(self.denoiser, DDIM(), images, self.times[::-1])
         return sample(guided, DDIM(), noise, self.times).clamp(-1, 1)
 
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds), self.residual)
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
+        healthy = self.healthy(images, seeds)
+        return Detection(residual(images, healthy, self.residual), healthy)
 
 
-class FreeCounterfactual:
+class FreeCounterfactual(Detector):
     """A counterfactual by classifier-free guidance (Sanchez et al. 2022, arXiv 2207.12268).
 
     MONAI's tutorial of the method encodes up to T / 4 and decodes with a strength of 3.
@@ -120,8 +121,9 @@ class FreeCounterfactual:
         guided = ClassifierFreeGuided(self.denoiser, self.null, self.guidance)
         return sample(guided, DDIM(), noise, self.times, condition).clamp(-1, 1)
 
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds), self.residual)
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
+        healthy = self.healthy(images, seeds)
+        return Detection(residual(images, healthy, self.residual), healthy)
 
 
 def _times(denoiser: Denoiser, steps: int, start: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,15 +11,31 @@ from torch import Tensor
 from medseg_diffusion.diffusion.noise import NoiseSource, generators
 
 
+class Detection(NamedTuple):
+    """What a detector makes of images.
+
+    Attributes:
+        score: Anomaly maps (B, 1, *S), 0 or above.
+        healthy: The healthy counterparts that the method produced, (B, C, *S), about [-1, 1].
+    """
+
+    score: Tensor
+    healthy: Tensor
+
+
 class Detector(Protocol):
-    """A method with its trained parts, ready to score images."""
+    """A method with its trained parts, ready to score images. Methods inherit from it."""
 
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Anomaly maps (B, 1, *S), 0 or above, of images (B, C, *S) in [-1, 1].
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
+        """Anomaly maps and healthy counterparts of images (B, C, *S) in [-1, 1].
 
-        The map of an image depends only on the image and its seed, not on the other images of the batch.
+        Those of an image depend only on the image and its seed, not on the other images of the batch.
         """
         ...
+
+    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The anomaly maps alone, (B, 1, *S)."""
+        return self.detect(images, seeds).score
 
     @property
     def evaluations(self) -> int:

@@ -47,6 +47,12 @@ class HealthyScores:
         value = values[min(int(np.ceil(quantile * (LEVELS - 1))), LEVELS - 1)]
         return float(_beyond_ties(value, values, float((values == value).float().mean()), quantile))
 
+    def share_above(self, threshold: float) -> float:
+        """The share of healthy voxels above a threshold: the expected rate of false positives, to 1 / `LEVELS`."""
+        if threshold == self.automatic:
+            return self.rate
+        return float((self.quantiles > threshold).float().mean())
+
     def percentile(self, score: float) -> float:
         """The percentage of healthy scans with a lower score. Scans with the same score count one half."""
         below = float((self.scan_scores < score).float().mean())

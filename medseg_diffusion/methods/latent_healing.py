@@ -30,7 +30,7 @@ from medseg_diffusion.networks.autoencoder import Codec
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import spaced
 
-from .detector import Residual, residual
+from .detector import Detection, Detector, Residual, residual
 
 LEVELS = 1001
 """Number of stored quantiles of the healthy maps, evenly spaced from 0 to 1."""
@@ -59,7 +59,7 @@ class HealthyLatents:
         return float(self.quantiles[low] + part * (self.quantiles[high] - self.quantiles[low]))
 
 
-class LatentHealing:
+class LatentHealing(Detector):
     """The detector. Unless ``quantile`` is 0, it needs `HealthyLatents` of held-out healthy images before it can score.
 
     Args:
@@ -189,7 +189,8 @@ class LatentHealing:
         return self.codec.decode(latent).clamp(-1, 1), self.codec.decode(healed).clamp(-1, 1)
 
     @torch.no_grad()
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
+        """Anomaly maps, and the healed images; images without an unlikely position are their own counterparts."""
         latent = self.codec.encode(images)
         if self.quantile == 0:
             mask = torch.ones_like(latent[:, :1])
@@ -198,9 +199,9 @@ class LatentHealing:
             mask = (self.unlikely(latent, seeds) > self.healthy.threshold(self.quantile)).to(images.dtype)
         # Images without an unlikely position would not change, so they are not resampled.
         touched = mask.flatten(1).any(1)
-        score = torch.zeros_like(images[:, :1])
+        score, healthy = torch.zeros_like(images[:, :1]), images.clone()
         if not touched.any():
-            return score
+            return Detection(score, healthy)
         seeds = [seed for seed, unlikely in zip(seeds, touched.tolist(), strict=True) if unlikely]
         reconstructed, healed = self.healthy_images(latent[touched], mask[touched], seeds)
         mode = "bilinear" if images.ndim == 4 else "trilinear"
@@ -208,7 +209,8 @@ class LatentHealing:
             soft = smoothed(mask[touched], self.smoothing)
             soft = F.interpolate(soft, images.shape[2:], mode=mode, align_corners=False)
         score[touched] = residual(reconstructed, healed, self.residual) * soft
-        return score
+        healthy[touched] = healed
+        return Detection(score, healthy)
 
     @staticmethod
     def _on_latents(inside: Tensor, size: Sequence[int]) -> Tensor:
@@ -236,7 +238,7 @@ def smoothed(mask: Tensor, sigma: float) -> Tensor:
     return mask
 
 
-class Reconstruction:
+class Reconstruction(Detector):
     """The baseline without diffusion: the reconstruction error of the autoencoder."""
 
     evaluations = 0
@@ -245,5 +247,6 @@ class Reconstruction:
         self.codec, self.residual = codec, residual
 
     @torch.no_grad()
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.codec.decode(self.codec.encode(images)).clamp(-1, 1), self.residual)
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
+        healthy = self.codec.decode(self.codec.encode(images)).clamp(-1, 1)
+        return Detection(residual(images, healthy, self.residual), healthy)

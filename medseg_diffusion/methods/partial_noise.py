@@ -16,10 +16,10 @@ from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.loop import sample, spread
 
-from .detector import Residual, noise_by_seed, residual
+from .detector import Detection, Detector, Residual, noise_by_seed, residual
 
 
-class PartialNoise:
+class PartialNoise(Detector):
     """The detector.
 
     The published method uses `start` steps of ancestral sampling with simplex noise. Here the steps are deterministic
@@ -77,5 +77,6 @@ class PartialNoise:
             mean += sample(Clipped(self.denoiser), DDIM(), x_t, self.times) / self.draws
         return mean
 
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds), self.residual)
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
+        healthy = self.healthy(images, seeds)
+        return Detection(residual(images, healthy, self.residual), healthy)

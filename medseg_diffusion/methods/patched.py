@@ -15,10 +15,10 @@ from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser
 from medseg_diffusion.diffusion.noise import NoiseSource, derive_seed
 from medseg_diffusion.tasks.patched import boxes, inside
 
-from .detector import Residual, noise_by_seed, residual
+from .detector import Detection, Detector, Residual, noise_by_seed, residual
 
 
-class Patched:
+class Patched(Detector):
     """The detector.
 
     Args:
@@ -83,5 +83,6 @@ class Patched:
             mean += whole / self.draws
         return mean
 
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        return residual(images, self.healthy(images, seeds), self.residual)
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
+        healthy = self.healthy(images, seeds)
+        return Detection(residual(images, healthy, self.residual), healthy)

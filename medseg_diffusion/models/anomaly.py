@@ -94,15 +94,23 @@ class AnomalyModel:
         return stored_scores(self.saved, self.method)
 
     def score(
-        self, volume: Volume, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
+        self,
+        volume: Volume,
+        seed: int = 0,
+        on_progress: Callable[[float], None] = lambda done: None,
+        counterpart: bool = False,
     ) -> AnomalyMap:
         """Score a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done.
+
+        The healthy counterpart that the method produces is kept if it is asked for.
 
         Raises:
             InputError: A scan without foreground.
         """
         grid = on_grid(self.config, volume)
-        return scored(self.detector, self.config, grid, seed, self.device, self.networks, on_progress=on_progress)
+        return scored(
+            self.detector, self.config, grid, seed, self.device, self.networks, None, on_progress, counterpart
+        )
 
 
 def _method(saved: SavedModel, config: AnomalyConfig, options: DetectionOptions) -> str:

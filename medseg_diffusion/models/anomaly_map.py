@@ -41,12 +41,15 @@ class AnomalyMap:
         foreground: Voxels whose scores count, bool: `scan_foreground`, eroded as the model's configuration says.
         scan_score: Score of the whole scan (`medseg_diffusion.methods.healthy_scores.scan_score`).
         evaluations: Calls of the denoiser and the noisy classifier, where each slice of a batch counts once.
+        counterpart: The healthy counterpart of the scan that the method produced, float32 in the scan's unit; the scan
+            itself where nothing was scored. None unless asked for.
     """
 
     score: Tensor
     foreground: Tensor
     scan_score: float
     evaluations: int
+    counterpart: Tensor | None = None
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -65,6 +68,7 @@ class OnGrid:
         foreground: Foreground, bool (I, J, K) on the model's grid.
         native: Foreground, bool on the scan's own grid.
         placement: The map back to the scan.
+        scan: The scan on its own grid.
     """
 
     images: Tensor
@@ -73,6 +77,7 @@ class OnGrid:
     foreground: Tensor
     native: Tensor
     placement: Placement
+    scan: Volume
 
 
 def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
@@ -95,9 +100,10 @@ def on_grid(config: AnomalyConfig, volume: Volume) -> OnGrid:
     stack = image[None] if len(size) == 3 else image.movedim(-1, 0)
     inside = head[None, None].float() if len(size) == 3 else head.movedim(-1, 0)[:, None].float()
     images = to_generator_grid(stack.clamp(-1, 1), size).expand(-1, config.generator.data.channels, *[-1] * len(size))
-    return OnGrid(images, to_generator_grid(inside, size, fill=0.0), image, head, native, placement)
+    return OnGrid(images, to_generator_grid(inside, size, fill=0.0), image, head, native, placement, volume)
 
 
+# many: the detector with its settings, the scan, and what is asked for
 def scored(
     detector: Detector,
     config: AnomalyConfig,
@@ -107,6 +113,7 @@ def scored(
     networks: Sequence[nn.Module] = (),
     only: Tensor | None = None,
     on_progress: Callable[[float], None] = lambda done: None,
+    counterpart: bool = False,
 ) -> AnomalyMap:
     """Score a scan: run the detector, filter the map, restore it to the scan's grid, and restrict it to the foreground.
 
@@ -119,10 +126,12 @@ def scored(
         networks: Networks whose calls are counted.
         only: Images to score, bool (N,); the others have score 0. None scores all images.
         on_progress: Called with the share done, at every call of a network in ``networks`` and after every batch.
+        counterpart: Whether the healthy counterpart is kept.
     """
     has_foreground = grid.inside.flatten(1).any(1)  # slices of air have nothing to score
     selected = (has_foreground if only is None else has_foreground & only).nonzero().flatten()
     maps = torch.zeros_like(grid.inside)
+    healthy = grid.images[:, :1].clone() if counterpart else None
     expected, batches = max(1, detector.evaluations * len(selected)), math.ceil(len(selected) / BATCH)
     finished = 0  # batches; some detectors call further networks, which their evaluations do not count
 
@@ -132,14 +141,42 @@ def scored(
     with counted(networks, on_call) as calls:
         for part in selected.split(BATCH) if len(selected) else ():
             with autocast(device, config.generator.training.precision):
-                maps[part] = detector.score(grid.images[part].to(device), [seed] * len(part)).float().cpu()
+                found = detector.detect(grid.images[part].to(device), [seed] * len(part))
+            maps[part] = found.score.float().cpu()
+            if healthy is not None:
+                healthy[part] = found.healthy.float().mean(1, keepdim=True).cpu()
             finished += 1
             on_progress(finished / batches)
-    back = from_generator_grid(maps, _plane(grid.image, len(config.generator.data.shape)))
-    score = back[0, 0] if len(config.generator.data.shape) == 3 else back[:, 0].movedim(0, -1)
-    score = filtered(score, config)
+    score = filtered(_on_model_grid(maps, grid, 0.0), config)
     native = grid.placement.restore((score * grid.foreground)[None])[0].clamp(min=0) * grid.native
-    return AnomalyMap(native, grid.native, scan_score(native[grid.native].numpy()), sum(calls))
+    return AnomalyMap(
+        native,
+        grid.native,
+        scan_score(native[grid.native].numpy()),
+        sum(calls),
+        None if healthy is None else _in_unit_of_scan(_on_model_grid(healthy, grid, -1.0), grid),
+    )
+
+
+def _on_model_grid(maps: Tensor, grid: OnGrid, fill: float) -> Tensor:
+    """Maps of the images (N, 1, *size) on the model's grid, (I, J, K)."""
+    whole = maps.ndim == 5
+    back = from_generator_grid(maps, _plane(grid.image, 3 if whole else 2), fill)
+    return back[0, 0] if whole else back[:, 0].movedim(0, -1)
+
+
+def _in_unit_of_scan(healthy: Tensor, grid: OnGrid) -> Tensor:
+    """A counterpart (I, J, K) on the model's grid, in the model's scale, as values of the scan on its own grid."""
+    # Preprocessing scales linearly within [-1, 1], so that two numbers lead back. They are fitted to the scan itself.
+    values = grid.placement.forward(grid.scan.data[:1].float())[0].double()
+    known = grid.foreground & (grid.image[0].abs() < 1)
+    scaled, unit = grid.image[0][known].double(), values[known]
+    if len(scaled) < 2 or float(scaled.std()) == 0:
+        known = torch.ones_like(known)
+        scaled, unit = grid.image[0].flatten().double(), values.flatten()
+    slope = float(((scaled - scaled.mean()) * (unit - unit.mean())).mean() / scaled.var(correction=0).clamp(min=1e-12))
+    restored = grid.placement.restore((slope * (healthy - float(scaled.mean())) + float(unit.mean())).float()[None])[0]
+    return torch.where(grid.native, restored, grid.scan.data[0].float())
 
 
 def noise_networks(generator: Generator, classifier: nn.Module | None) -> list[nn.Module]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
@@ -18,7 +18,9 @@ from .page import Cell, Row, Table, interval, limits, number, plural, render
 from .plots import BOX_FROM, distributions, reliability_diagram, volume_agreement
 from .summary import CALIBRATION_REGION
 from .theme import label_colour
-from .viewer import Viewer
+
+if TYPE_CHECKING:
+    from .viewer import Viewer
 
 MAX_CLASSES_IN_OVERVIEW = 6
 """With more classes, the table of cases has the mean and the worst class instead of a column for each."""
@@ -51,13 +53,14 @@ def evaluation_page(
         command=command,
         date=date,
         made=_made(evaluation),
-        rules=_rules(evaluation, shown),
+        rules=metric_rules(evaluation, shown),
         title=_title(evaluation),
         lead=_lead(evaluation),
         facts=_facts(evaluation, flags),
         warnings=evaluation.warnings,
         cases=_cases_table(evaluation, flags, viewer, links or {}),
         classes=_classes_tables(evaluation, shown),
+        strata=_strata_table(evaluation),
         distributions=_distributions(evaluation),
         box_from=BOX_FROM,
         agreement=_agreement(evaluation),
@@ -91,7 +94,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _low_dice(evaluation: Evaluation) -> float:
-    """The mean Dice below which a case is an outlier by Tukey's rule; minus infinity with fewer than `BOX_FROM` cases."""
+    """The mean Dice below which a case is an outlier by Tukey's rule; minus infinity below `BOX_FROM` cases."""
     values = [case.mean_dice for case in evaluation.cases if not math.isnan(case.mean_dice)]
     if len(values) < BOX_FROM:
         return -math.inf
@@ -146,8 +149,12 @@ def _cases_table(
         cells = [Cell(case.name, link=links.get(case.name, "")), number(case.mean_dice)]
         if many:
             known = {label: value for label, value in dice.items() if not math.isnan(value)}
-            worst = min(known, key=lambda label: known[label]) if known else None
-            cells += [Cell("\u2013"), number(None)] if worst is None else [Cell(evaluation.labels[worst]), number(known[worst])]
+            worst = min(known, key=lambda label: known[label], default=0)
+            cells += (
+                [Cell("\u2013"), number(None)]
+                if worst is None
+                else [Cell(evaluation.labels[worst]), number(known[worst])]
+            )
         elif not single:
             cells += [number(value) for value in dice.values()]
         cells += [
@@ -159,7 +166,7 @@ def _cases_table(
     return Table("Cases", headings, rows, sortable=True, sorted_by=1, text_columns=(2,) if many else ())
 
 
-def _largest(values: Any) -> float:
+def _largest(values: Iterable[float]) -> float:
     """The value furthest from 0, with its sign; NaN without any."""
     known = [value for value in values if not math.isnan(value)]
     return max(known, key=abs) if known else math.nan
@@ -170,15 +177,17 @@ def _largest(values: Any) -> float:
 _GROUPS: Mapping[str, Sequence[str]] = {
     "Overlap": ("dice", "iou", "precision", "recall", "cldice"),
     "Surfaces": ("nsd", "hd95_mm", "assd_mm"),
-    "Volumes": ("reference_volume_ml", "volume_ml", "volume_error_ml", "absolute_volume_error_ml", "volume_error_percent"),
+    "Volumes": (
+        "reference_volume_ml", "volume_ml", "volume_error_ml", "absolute_volume_error_ml", "volume_error_percent",
+    ),
     "Lesions (connected components)": (
-        "n_lesions", "n_predicted_lesions", "lesion_recall", "lesion_precision", "lesion_f1", "pq", "sq", "rq",
+        "reference_lesions", "predicted_lesions", "lesion_recall", "lesion_precision", "lesion_f1", "pq", "sq", "rq",
     ),
 }  # fmt: skip
 
 
 def _classes_tables(evaluation: Evaluation, shown: Sequence[Metric]) -> dict[str, Table]:
-    """Group of metrics -> a table with one row a class: mean with its interval, median, and how many cases have none."""
+    """Group of metrics -> a table with one row a class."""
     grouped = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, "Further": tuple(metric.name for metric in shown if metric.name not in grouped)}
     tables = {}
@@ -195,19 +204,43 @@ def _classes_tables(evaluation: Evaluation, shown: Sequence[Metric]) -> dict[str
             )
             for row, (label, name) in enumerate(evaluation.labels.items())
         ]
-        tables[title] = Table(f"{title} per class", ["Class", *(metric.heading for metric in metrics)], rows)
+        tables[title] = Table(
+            f"{title} per class", ["Class", *(metric.heading for metric in metrics)], rows, stacked=True
+        )
     return tables
 
 
 def _mean(evaluation: Evaluation, metric: Metric, label: int) -> Cell:
-    """Mean and interval; the median and the number of cases without a value stand behind it."""
+    """Mean; below it the ends of its interval, the median, and the number of cases without a value."""
     mean = evaluation.means[metric.name][label]
     notes = [limits(mean, metric.digits)]
-    if mean.n > 1:
+    if mean.n > 2:
         notes.append(f"median {number(mean.median, metric.digits).text}")
     if mean.n_missing:
         notes.append(f"{mean.n_missing} of {mean.n + mean.n_missing} without")
-    return number(mean.mean, metric.digits, " \u00b7 ".join(note for note in notes if note))
+    return number(mean.mean, metric.digits, "\n".join(note for note in notes if note))
+
+
+def _strata_table(evaluation: Evaluation) -> Table | None:
+    """The means of every stratum by the metrics that comparisons use; None without strata."""
+    if evaluation.strata is None:
+        return None
+    metrics = [metric for metric in evaluation.metrics if metric.compared]
+    rows = [
+        Row(
+            [
+                Cell(stratum),
+                Cell(title, colour=label_colour(place)),
+                *(interval(means[metric.name][label], metric.digits) for metric in metrics),
+                number(means["dice"][label].n, 0),
+            ]
+        )
+        for stratum, means in evaluation.strata.means.items()
+        for place, (label, title) in enumerate(evaluation.labels.items())
+    ]
+    headings = ["Stratum", "Class", *(metric.heading for metric in metrics), evaluation.unit.capitalize()]
+    name = f"Means by {evaluation.strata.column}"
+    return Table(name, headings, rows, sortable=True, text_columns=(1,), stacked=True)
 
 
 def _distributions(evaluation: Evaluation) -> dict[str, Markup]:
@@ -234,39 +267,66 @@ def _agreement(evaluation: Evaluation) -> list[Markup]:
     ]
     bias = {label: abs(evaluation.means["volume_error_percent"][label].mean) for label in labels}
     chosen = sorted(labels, key=lambda label: -bias[label] if bias[label] == bias[label] else 0)[:MAX_AGREEMENT_PLOTS]
-    places = list(evaluation.labels)
-    return [
-        volume_agreement(
-            evaluation.labels[label],
-            *(
-                [case.metrics[label][name] for case in evaluation.cases]
-                for name in ("reference_volume_ml", "volume_ml")
-            ),
-            label_colour(places.index(label)),
-        )
-        for label in labels
-        if label in chosen
-    ]
+    plots = []
+    for row, (label, name) in enumerate(evaluation.labels.items()):
+        if label in chosen:
+            reference = [case.metrics[label]["reference_volume_ml"] for case in evaluation.cases]
+            prediction = [case.metrics[label]["volume_ml"] for case in evaluation.cases]
+            plots.append(volume_agreement(name, reference, prediction, label_colour(row)))
+    return plots
 
 
 def _calibration(reliability: Reliability | None) -> dict[str, Any] | None:
     if reliability is None or not reliability.count.any():
         return None
     diagram = reliability_diagram(*reliability.diagram())
-    return {"facts": {"ECE": f"{reliability.ece:.4f}", "Brier score": f"{reliability.brier_score:.4f}"}, "diagram": diagram}
+    return {
+        "facts": {"ECE": f"{reliability.ece:.4f}", "Brier score": f"{reliability.brier_score:.4f}"},
+        "diagram": diagram,
+    }
 
 
 # ---- end ---------------------------------------------------------------------------------------------------------
 
 
 def _made(evaluation: Evaluation) -> dict[str, str]:
-    return {"intervals": f"95 % bootstrap intervals over {evaluation.unit} (BCa), seed {evaluation.seed}"}
+    unit = "Each file counts as one case."
+    if evaluation.patients:
+        unit = "The cases of a patient are averaged first."
+    return {
+        "intervals": f"95 % bootstrap intervals over {evaluation.unit} (BCa), seed {evaluation.seed}. {unit}",
+        "missing": "A value that does not exist is left out of the mean, and counted as \u201cwithout\u201d.",
+    }
 
 
-def _rules(evaluation: Evaluation, shown: Sequence[Metric]) -> list[str]:
-    rules = [f"{metric.heading}: {metric.definition} Empty masks: {metric.empty_rule}." for metric in shown]
-    rules.append(
-        "A value that does not exist is left out of the mean, and counted as \u201cwithout\u201d. "
-        + ("The cases of a patient are averaged first." if evaluation.patients else "Each file counts as one case.")
-    )
-    return rules
+def metric_rules(evaluation: Evaluation, metrics: Sequence[Metric]) -> Table:
+    """The definition of every metric, and its value for empty masks."""
+
+    def value(rule: float | str) -> Cell:
+        return Cell(rule) if isinstance(rule, str) else number(rule, 0)
+
+    rows = [
+        Row(
+            [
+                Cell(metric.heading),
+                Cell(_with_settings(metric, evaluation)),
+                *map(value, (metric.both_empty, metric.prediction_empty, metric.reference_empty)),
+            ]
+        )
+        for metric in metrics
+    ]
+    columns = ["Metric", "Definition", "Both empty", "Only prediction empty", "Only reference empty"]
+    return Table("Metrics, and their values for empty masks", columns, rows, text_columns=(1,))
+
+
+def _with_settings(metric: Metric, evaluation: Evaluation) -> str:
+    """The definition of a metric, with the tolerances or the overlap that were in force."""
+    if metric.name == "nsd":
+        tolerances = {evaluation.labels[label]: mm for label, mm in evaluation.tolerances_mm.items()}
+        if len(set(tolerances.values())) == 1:
+            return f"{metric.definition} Tolerance {next(iter(tolerances.values())):g} mm."
+        each = ", ".join(f"{name} {mm:g} mm" for name, mm in tolerances.items())
+        return f"{metric.definition} Tolerances: {each}."
+    if metric.name == "lesion_recall":
+        return f"{metric.definition} Enough is {100 * evaluation.lesion_overlap:g} %."
+    return metric.definition

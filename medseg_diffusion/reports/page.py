@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -64,7 +67,7 @@ class Row:
 
     Attributes:
         cells: One for each column.
-        flags: Reasons to look at it, in one or two words each: shown in the first cell. Flagged rows can be shown alone.
+        flags: Reasons to look at it, in a few words each, shown in the first cell. Flagged rows can be shown alone.
         case: Name of the case that the page's viewer shows when the first cell is chosen; empty without a viewer.
     """
 
@@ -84,6 +87,7 @@ class Table:
         sortable: A heading sorts the rows when it is chosen; a field filters them.
         sorted_by: The column by which the rows are sorted already, ascending.
         text_columns: Further columns that hold text, by number.
+        stacked: The note of a cell stands below its text.
     """
 
     name: str
@@ -91,7 +95,8 @@ class Table:
     rows: Sequence[Row]
     sortable: bool = False
     sorted_by: int | None = None
-    text_columns: Sequence[int] = field(default_factory=tuple)
+    text_columns: Sequence[int] = ()
+    stacked: bool = False
 
 
 def number(value: float | None, digits: int = 3, note: str = "") -> Cell:
@@ -117,13 +122,22 @@ def plural(count: int, singular: str, several: str = "") -> str:
     return f"{count:,} {singular if count == 1 else several or singular + 's'}"
 
 
+def relative_link(file: Path, folder: Path) -> str:
+    """Address of a file for a page in a folder; empty if there is no relative way, as between two drives."""
+    try:
+        path = os.path.relpath(file.absolute(), folder.absolute())
+    except ValueError:
+        return ""
+    return quote(Path(path).as_posix())
+
+
 def render(
     template: str,
     *,
     command: str = "",
     date: str | None = None,
     made: Mapping[str, str] | None = None,
-    rules: Sequence[str] = (),
+    rules: Table | None = None,
     **values: Any,
 ) -> str:
     """The text of a page.
@@ -133,7 +147,7 @@ def render(
         command: The command line; empty shows none.
         date: Date and time; None takes the present.
         made: How it was made: name -> value, shown at the end with the versions.
-        rules: How the numbers are computed, one sentence each, shown there, too.
+        rules: How the numbers are computed, shown there, too; None leaves it out.
         values: Variables of the template. Text is escaped, so that a file name cannot become markup.
     """
     # Imported where used: segmenting without a report does not need it.
@@ -156,7 +170,7 @@ def render(
         versions=", ".join(f"{name} {number}" for name, number in numbers.items()),
         command=command,
         made=dict(made or {}),
-        rules=list(rules),
+        rules=rules,
         **values,
     )
 
@@ -173,7 +187,9 @@ def svg(figure: Figure, description: str) -> Markup:
     text = io.StringIO()
     # Text stays text, in the page's font. The salt gives the same figure the same names.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "medseg"}):
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     element = text.getvalue()
     element = element[element.index("<svg") + len("<svg") :]
     element = re.sub(r' (width|height)="[^"]*pt"', "", element, count=2)  # the page decides on the size

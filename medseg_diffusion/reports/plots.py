@@ -32,7 +32,7 @@ def distributions(
     axis_label: str,
     *,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    colours: Sequence[str] | None = None,
+    zero: bool = False,
 ) -> Markup:
     """The values of every case, one row per class with one point per case.
 
@@ -44,15 +44,17 @@ def distributions(
         scores: Class name and its values, one per case, for each row from the top.
         axis_label: Name of the values, with their unit.
         bounds: Ends of the axis; None fits it to the values.
-        colours: Colour of each row; None takes those of the classes.
+        zero: Draw a line at 0, for differences.
     """
     figure = Figure(figsize=(7.2, 0.75 + 0.42 * max(len(scores), 1)), layout="constrained")
     axes = figure.add_subplot()
+    if zero:
+        axes.axvline(0, color=SOFT, linewidth=1.2, linestyle=_DOTS)
     for row, (_, values) in enumerate(scores):
         present = np.asarray([value for value in values if np.isfinite(value)])
         if present.size == 0:
             continue
-        colour = label_colour(row) if colours is None else colours[row]
+        colour = label_colour(row)
         if present.size >= BOX_FROM:
             _box(axes, row, present, colour)
         else:

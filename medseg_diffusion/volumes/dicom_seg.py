@@ -1,4 +1,4 @@
-"""Writes a mask of a DICOM series as a DICOM segmentation (DICOM-SEG), which refers to the images of the series.
+"""Writes and reads masks of DICOM series as DICOM segmentations (DICOM-SEG), which refer to the images of the series.
 
 The segmentation type is BINARY, one bit for each voxel and class: every viewer of DICOM-SEG reads it. LABELMAP came
 into the standard in 2024, and few viewers and archives know it yet.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError, UsageError, quiet_libraries
@@ -151,6 +152,28 @@ class SegmentationFile:
 
     def _unusable(self, found: str) -> InputError:
         return InputError(self._path, found, "a complete DICOM series for a DICOM segmentation", "use --format nifti")
+
+
+def read_segmentation(path: Path) -> Volume:
+    """Read a DICOM segmentation that `SegmentationFile` wrote.
+
+    Returns:
+        (1, I, J, K) int32, the number of the segment of every voxel. Its grid may be a part of the scan's, with the
+        axes in another order.
+
+    Raises:
+        InputError: Another file, or a damaged one.
+    """
+    import highdicom
+
+    try:
+        with quiet_libraries():
+            read = highdicom.seg.segread(path).get_volume(combine_segments=True)
+    except (AttributeError, EOFError, IndexError, KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
+        found = f"no readable DICOM segmentation ({' '.join(str(error).split())})"
+        raise InputError(path, found, "a DICOM segmentation", "segment the scan again") from error
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read.affine  # LPS -> RAS
+    return Volume(torch.from_numpy(read.array.astype(np.int32))[None], affine, path)
 
 
 def _segmentation(

@@ -31,6 +31,7 @@ ANOMALY = {
     "map": "_anomaly.nii.gz",
     "foreground": "_anomaly_foreground.nii.gz",
     "scores": "_anomaly.json",
+    "counterpart": "_anomaly_counterpart.nii.gz",
     "preview": "_anomaly_preview.png",
 }
 """File endings of `medseg anomaly`."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from medseg_diffusion.data.healthy import require_volume
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import write_files, write_json
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
 from medseg_diffusion.models.anomaly_map import AnomalyMap, mask_of
 from medseg_diffusion.models.store import model_input
@@ -30,8 +29,12 @@ from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.sources import InputOptions, Source, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
+from .anomaly_report import AnomalyReport
+from .anomaly_result import COLUMNS, AnomalyResult, entries_of, finished_anomaly, flags_of, numbers_of
+from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, Write, each_scan, part_of
+from .scans import Scan, ScanResult, Work, Write, each_scan, part_of, telling
+from .viewed import refuse_report
 
 DEFAULT_MODEL = "flair-anomaly"
 
@@ -48,6 +51,10 @@ class AnomalyOptions:
         seed: Seed of all randomness; every scan derives its seed from this and its name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         preview: Write *_anomaly_preview.png.
+        save_counterpart: Write *_anomaly_counterpart.nii.gz, the healthy counterpart that the method produced.
+        table: Write the numbers of all scans to one table beside the masks (`results_table.table_path`).
+        report: Write one HTML page about all scans to this file, and the counterparts, which it shows.
+        command: The command line, for the page; empty shows none.
         skip_existing: Skip scans whose mask exists.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         inputs: What is read: pattern, DICOM series.
@@ -62,6 +69,10 @@ class AnomalyOptions:
     seed: int = 0
     device: str = "auto"
     preview: bool = False
+    save_counterpart: bool = False
+    table: bool = False
+    report: Path | None = None
+    command: str = ""
     skip_existing: bool = False
     run_report: Path | None = None
     inputs: InputOptions = InputOptions()
@@ -100,26 +111,37 @@ def anomaly(
     }
     files = {path: source.files for path, source in sources.items()}
     refuse_collisions(outputs, [file for each in files.values() for file in each])
+    refuse_report(options.report, options.run_report, files)
+    ours = part_of(outputs, options.shard)
+    masks = {path: each["mask"] for path, each in outputs.items()}
+    folder = None if len(sources) == 1 else options.output
+    file = table_path("anomalies", list(masks.values()), folder, options.shard) if options.table else None
 
     def load() -> AnomalyModel:
         model = _load(options)
         threshold = chosen_threshold(options.threshold, model)
         settings = {"method": model.method, "threshold": threshold, "seed": options.seed}
         run_report.uses(model.saved, model.device, settings)
+        shown = {**settings, "threshold": f"{threshold:.6g} ({options.threshold})", "device": model.device}
+        page.uses(model, {name: str(value) for name, value in shown.items()})
         return model
 
-    with RunReport(options.run_report, "anomaly", options, files) as run_report:
+    def read(path: Path) -> Volume:
+        return _read(sources[path], takes, options)
+
+    with (
+        RunReport(options.run_report, "anomaly", options, files) as run_report,
+        ResultsTable(file, COLUMNS, numbers_of, masks) as table,
+        AnomalyReport(options.report, read, options.command, len(ours)) as page,
+    ):
         work = Work(
-            run_report.timed(lambda path: _read(sources[path], takes, options)),
-            load,
-            lambda model, scan: _score_one(model, scan, options),
-            "mask",
+            run_report.timed(read), load, lambda model, scan: _score_one(model, scan, options), "mask", finished_anomaly
         )
         return each_scan(
-            part_of(outputs, options.shard),
+            ours,
             work,
             skip_existing=options.skip_existing,
-            on_case=run_report.adding(on_case),
+            on_case=telling(run_report.add, table.add, page.add, on_case),
             on_progress=on_progress,
             failures=options.failures if len(sources) > 1 else None,
         )
@@ -172,7 +194,8 @@ def chosen_threshold(text: str, model: AnomalyModel) -> float:
 
 def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Write:
     """Score a scan; the returned function writes its files."""
-    scored = model.score(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress)
+    counterpart = options.save_counterpart or options.report is not None
+    scored = model.score(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress, counterpart)
     threshold = chosen_threshold(options.threshold, model)
     voxel_mm3 = scan.volume.voxel_mm3
     mask = mask_of(scored, threshold, voxel_mm3, model.config.postprocessing.min_volume_mm3)
@@ -188,15 +211,16 @@ def _write_results(
     write_map(scored.score, volume, files["map"])
     write_labels(scored.foreground.to(torch.uint8), volume, files["foreground"])
     written = ["mask", "map", "foreground", "scores"]
+    if scored.counterpart is not None:
+        write_map(scored.counterpart, volume, files["counterpart"])
+        written.append("counterpart")
     if options.preview:
         write_files(files["preview"].parent, {files["preview"].name: _picture(scan, scored, mask)})
         written.append("preview")
-    volume_ml = float(mask.sum()) * volume.voxel_mm3 / 1000
-    entries = _entries(scan, model, options, scored, threshold, mask)
-    write_files(files["scores"].parent, {files["scores"].name: json.dumps(entries, indent=2) + "\n"})
+    result = _result(model, scan, options, scored, threshold, mask)
+    write_json(files["scores"], entries_of(result))
     write_labels(mask.to(torch.uint8), volume, files["mask"])
-    outputs = {kind: files[kind] for kind in written}
-    return ScanResult(scan.path, "done", outputs, scan.seconds, {"anomaly": volume_ml}, warnings=model.notes)
+    return replace(result, outputs={kind: files[kind] for kind in written})
 
 
 def _picture(scan: Scan, scored: AnomalyMap, mask: Tensor) -> bytes:
@@ -218,33 +242,29 @@ def _picture(scan: Scan, scored: AnomalyMap, mask: Tensor) -> bytes:
     )
 
 
-def _entries(
-    scan: Scan,
-    model: AnomalyModel,
-    options: AnomalyOptions,
-    scored: AnomalyMap,
-    threshold: float,
-    mask: Tensor,
-) -> dict[str, Any]:
-    """The content of *_anomaly.json."""
+def _result(
+    model: AnomalyModel, scan: Scan, options: AnomalyOptions, scored: AnomalyMap, threshold: float, mask: Tensor
+) -> AnomalyResult:
+    """The numbers of a scored scan."""
     inside = max(1, int(scored.foreground.sum()))
-    voxel_ml = scan.volume.voxel_mm3 / 1000
-    content: dict[str, Any] = {
-        "scan": scan.path.name,
-        "model": model.name,
-        "method": model.method,
-        "score": round(scored.scan_score, 6),
-        "threshold": round(threshold, 6),
-        "threshold_from": options.threshold if parse_threshold(options.threshold) != threshold else "given",
-        "volume_ml": round(float(mask.sum()) * voxel_ml, 4),
-        "share_of_foreground": round(float(mask.sum()) / inside, 6),
-        "evaluations": scored.evaluations,
-        "seconds": round(scan.seconds, 2),
-    }
-    healthy = model.healthy_scores()
-    if healthy is not None and not model.notes:  # with notes, the map is not comparable
-        content["healthy_percentile"] = round(healthy.percentile(scored.scan_score), 1)
-        content["healthy_scans"] = len(healthy.scan_scores)
-        if options.threshold == "auto":
-            content["healthy_false_positive_rate"] = round(healthy.rate, 6)
-    return content
+    healthy = None if model.notes else model.healthy_scores()  # with notes, the map is not comparable
+    percentile = None if healthy is None else healthy.percentile(scored.scan_score)
+    return AnomalyResult(
+        scan.path,
+        "done",
+        seconds=scan.seconds,
+        volumes_ml={"anomaly": float(mask.sum()) * scan.volume.voxel_mm3 / 1000},
+        warnings=model.notes,
+        flags=flags_of(percentile),
+        model=model.name,
+        model_sha256=model.saved.sha256,
+        method=model.method,
+        score=scored.scan_score,
+        threshold=threshold,
+        threshold_from=options.threshold if parse_threshold(options.threshold) != threshold else "given",
+        share_of_foreground=float(mask.sum()) / inside,
+        evaluations=scored.evaluations,
+        healthy_percentile=percentile,
+        healthy_scans=None if healthy is None else len(healthy.scan_scores),
+        healthy_false_positive_rate=None if healthy is None else healthy.share_above(threshold),
+    )

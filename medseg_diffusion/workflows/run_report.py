@@ -101,23 +101,13 @@ class RunReport:
             }
         )
 
-    def adding(self, on_case: Callable[[ScanResult], None] | None) -> Callable[[ScanResult], None]:
-        """A function that notes the result of a scan and passes it on."""
-
-        def add(result: ScanResult) -> None:
-            self.add(result)
-            if on_case is not None:
-                on_case(result)
-
-        return add
-
     def _content(self, error: BaseException | None) -> dict[str, Any]:
         states = [result["status"] for result in self._results]
         return {
             "version": VERSION,
             "command": self._command,
             "status": "stopped" if error is not None else "failed" if "failed" in states else "done",
-            "error": None if error is None else _described(error),
+            "error": None if error is None else described(error),
             "started": self._started,
             "finished": _now(),
             "seconds": time.monotonic() - self._clock,
@@ -136,7 +126,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
+    """An error in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, MedsegError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 

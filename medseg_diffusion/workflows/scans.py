@@ -50,6 +50,10 @@ class ScanResult:
         error: Error message in one line, if the scan failed.
         exit_code: Exit code of that failure.
         warnings: Facts that the reader should know, one sentence each.
+        flags: Reasons to look at the scan, in one or two words each: "failed", "empty mask", "members disagree",
+            "above healthy", or "warning" for a remark on its files.
+        model: Name of the model that computed the result; empty if that is not known.
+        model_sha256: Hash of that model's weights; empty if it is not known.
     """
 
     scan: Path
@@ -64,6 +68,14 @@ class ScanResult:
     error: str | None = None
     exit_code: int = 0
     warnings: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    model: str = ""
+    model_sha256: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The numbers of the scan that are always printed; empty for none."""
+        return ""
 
 
 @dataclass(eq=False)
@@ -100,12 +112,14 @@ class Work(Generic[Model]):
         compute: Computes the results of one scan, and returns the function that writes them, the output ``last`` at the
             end. Whatever that function holds stays in memory while the next scan is computed.
         last: Kind of output whose file marks a finished scan.
+        finished: The result of a finished scan, which is not read; None tells no numbers.
     """
 
     read: Callable[[Path], Volume]
     load: Callable[[], Model]
     compute: Callable[[Model, Scan], Write]
     last: str
+    finished: Callable[[Path, Outputs], ScanResult] | None = None
 
 
 def each_scan(
@@ -145,6 +159,8 @@ def each_scan(
 
     def compute(number: int, path: Path, files: Outputs, volume: Volume | None) -> Write:
         if volume is None:
+            if work.finished is not None:
+                return partial(work.finished, path, files)
             return lambda: ScanResult(path, "skipped", {work.last: files[work.last]})
         assert model is not None
         place = f"{number} of {len(outputs)}: " if len(outputs) > 1 else ""
@@ -157,7 +173,9 @@ def each_scan(
     def finish(path: Path, computed: _Step[Write]) -> None:
         written = computed.then(lambda write: write())
         result = _failed(path, written.value) if isinstance(written.value, Exception) else written.value
-        result = replace(result, warnings=tuple(dict.fromkeys((*written.remarks, *result.warnings))))
+        if written.remarks:
+            warnings = tuple(dict.fromkeys((*written.remarks, *result.warnings)))
+            result = replace(result, warnings=warnings, flags=(*result.flags, "warning"))
         results.append(result)
         if result.status == "failed" and failures is not None:
             _add_failure(failures, result)
@@ -186,6 +204,17 @@ def each_scan(
             behind.result()
     remove_left_over((file for files in outputs.values() for file in files.values()), before=begun)
     return results
+
+
+def telling(*listeners: Callable[[ScanResult], None] | None) -> Callable[[ScanResult], None]:
+    """A function that tells each listener of a result, in their order."""
+
+    def tell(result: ScanResult) -> None:
+        for listener in listeners:
+            if listener is not None:
+                listener(result)
+
+    return tell
 
 
 def _loaded(work: Work[Model]) -> Model:
@@ -234,8 +263,8 @@ def _one_ahead(executor: ThreadPoolExecutor, jobs: Iterable[Callable[[], After]]
 
 def _failed(path: Path, error: Exception) -> ScanResult:
     if isinstance(error, MedsegError):
-        return ScanResult(path, "failed", error=str(error), exit_code=error.exit_code)
-    return ScanResult(path, "failed", error=f"{path}: {_described(error)}", exit_code=1)
+        return ScanResult(path, "failed", error=str(error), exit_code=error.exit_code, flags=("failed",))
+    return ScanResult(path, "failed", error=f"{path}: {_described(error)}", exit_code=1, flags=("failed",))
 
 
 def _described(error: Exception) -> str:

@@ -19,8 +19,7 @@ from medseg_diffusion.files import write_files, write_json
 from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
 from medseg_diffusion.models.segmentation import Map, Segmentation, SegmentationModel
-from medseg_diffusion.models.store import model_input
-from medseg_diffusion.reports.html import SegmentedCase, segment_report
+from medseg_diffusion.models.store import load_card, model_input
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.volumes.dicom_seg import Algorithm, Segment, SegmentationFile, require_series
 from medseg_diffusion.volumes.io import upright, write_labels, write_map
@@ -29,16 +28,19 @@ from medseg_diffusion.volumes.outputs import (
     Outputs,
     format_of_masks,
     refuse_collisions,
-    require_report,
     segmentation_outputs,
 )
 from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.sources import InputOptions, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
+from .finished import columns_of, doubts_about, finished_segmentation, numbers_of
+from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, Write, each_scan, part_of
+from .scans import Scan, ScanResult, Work, each_scan, part_of, telling
+from .segment_report import SegmentReport
 from .segmentation_statistics import segmentation_statistics
+from .viewed import refuse_report
 
 IGNORED = 255
 """Value of pseudo-labels that are too uncertain to train on."""
@@ -66,8 +68,10 @@ class SegmentOptions:
             `IGNORED` where members disagree more than ``max_disagreement``.
         max_disagreement: Largest mutual information of the members, 0 to 1 (`Ensemble.uncertainty`).
         statistics: Write *_statistics.json.
+        volumes: Write the volumes of all scans to one table beside the masks (`results_table.table_path`).
         preview: Write *_preview.png.
         report: Write one HTML page about all scans to this file.
+        command: The command line, for the page; empty shows none.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         skip_existing: Skip scans whose mask exists.
         shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the path.
@@ -95,8 +99,10 @@ class SegmentOptions:
     save_pseudo_labels: bool = False
     max_disagreement: float = 0.1
     statistics: bool = False
+    volumes: bool = False
     preview: bool = False
     report: Path | None = None
+    command: str = ""
     run_report: Path | None = None
     skip_existing: bool = False
     shard: tuple[int, int] | None = None
@@ -143,38 +149,51 @@ def segment(
     refuse_collisions(outputs, [file for each in files.values() for file in each])
     if mask_format == "dicom-seg":
         require_series(list(sources))
-    if options.report is not None:
-        require_report(options.report, [file for each in files.values() for file in each])
-        if options.report == options.run_report:
-            raise UsageError(f"{options.report}: named by --report and by --run-report; give each its own file")
-    cards: list[SegmentedCase] = []
+    refuse_report(options.report, options.run_report, files)
+    names = _classes(options.model or DEFAULT_SEGMENTER)
+    ours = part_of(outputs, options.shard)
+    masks = {path: each["segmentation"] for path, each in outputs.items()}
+    folder = None if len(sources) == 1 else options.output
+    file = table_path("volumes", list(masks.values()), folder, options.shard) if options.volumes else None
 
     def load() -> SegmentationModel:
         model = _load(options)
-        run_report.uses(model.saved, model.device, _settings(model, options))
+        settings = _settings(model, options)
+        run_report.uses(model.saved, model.device, settings)
+        page.uses(model.saved, {**settings, "device": str(model.device)})
         return model
 
-    def compute(model: SegmentationModel, scan: Scan) -> Write:
-        return partial(_write_results, model, scan, options, _segment_one(model, scan, options), cards)
+    def read(path: Path) -> Volume:
+        return read_source(sources[path], takes, options.inputs.series)
 
-    with RunReport(options.run_report, "segment", options, files) as run_report:
+    with (
+        RunReport(options.run_report, "segment", options, files) as run_report,
+        ResultsTable(file, columns_of(names), numbers_of, masks) as table,
+        SegmentReport(options.report, names, read, options.command, len(ours)) as page,
+    ):
         work = Work(
-            run_report.timed(lambda path: read_source(sources[path], takes, options.inputs.series)),
+            run_report.timed(read),
             load,
-            compute,
+            lambda model, scan: partial(_write_results, model, scan, options, _segment_one(model, scan, options)),
             "segmentation",
+            lambda path, files: finished_segmentation(path, files, names, table.earlier(path)),
         )
-        results = each_scan(
-            part_of(outputs, options.shard),
+        return each_scan(
+            ours,
             work,
             skip_existing=options.skip_existing,
-            on_case=run_report.adding(on_case),
+            on_case=telling(run_report.add, table.add, page.add, on_case),
             on_progress=on_progress,
             failures=options.failures if len(sources) > 1 else None,
         )
-    if options.report is not None and cards:
-        write_files(options.report.parent, {options.report.name: segment_report(cards)})
-    return results
+
+
+def _classes(model: str) -> dict[int, str]:
+    """Value -> name of the model's classes without background, by its card alone; empty for a card of another kind."""
+    try:
+        return {int(value): str(name) for value, name in load_card(model)["labels"].items() if int(value)}
+    except (KeyError, ValueError, AttributeError):  # loading the model says what is wrong
+        return {}
 
 
 def _load(options: SegmentOptions) -> SegmentationModel:
@@ -214,29 +233,21 @@ def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
     return _Segmented(model.segment(scan.volume, seed, scan.on_progress, _maps(options)), write_mask)
 
 
-def _write_results(
-    model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented, cards: list[SegmentedCase]
-) -> ScanResult:
-    """Write the files of a segmented scan, the mask last, and add its card to those of the report."""
+def _write_results(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented) -> ScanResult:
+    """Write the files of a segmented scan, the mask last."""
     segmentation = segmented.segmentation
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
     written = _write_maps(model, scan, options, segmentation)
-    picture = b""
-    if options.preview or options.report is not None:
-        picture = _picture(scan, segmentation, model, options)
     if options.preview:
+        picture = _picture(scan, segmentation, model, options)
         write_files(scan.outputs["preview"].parent, {scan.outputs["preview"].name: picture})
         written["preview"] = scan.outputs["preview"]
     if options.statistics:
         write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
         written["statistics"] = scan.outputs["statistics"]
     segmented.write_mask(segmentation.labels)
-    warnings = list(model.notes)
-    if not bool((segmentation.labels > 0).any()):
-        warnings.append("nothing was found: the mask is empty; check the scan and whether the model is for it")
-    elif segmentation.quality == "check":
-        warnings.append("the sampled masks agree less than is usual for this model; check the result")
-    result = ScanResult(
+    doubts = doubts_about(segmentation.volumes_ml, segmentation.quality)
+    return ScanResult(
         scan.path,
         "done",
         {"segmentation": scan.outputs["segmentation"], **written},
@@ -246,11 +257,11 @@ def _write_results(
         segmentation.intervals_ml,
         segmentation.level,
         segmentation.quality,
-        warnings=tuple(warnings),
+        warnings=(*model.notes, *doubts.values()),
+        flags=tuple(doubts),
+        model=model.saved.name,
+        model_sha256=model.saved.sha256,
     )
-    if options.report is not None:
-        cards.append(_report_card(result, model, options, picture))
-    return result
 
 
 def _write_maps(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmentation: Segmentation) -> Outputs:
@@ -327,25 +338,6 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
         model.aggregation.foreground,
         uncertainty=None if segmentation.uncertainty is None else shown(segmentation.uncertainty),
         oriented=not is_image(scan.path),
-    )
-
-
-def _report_card(
-    result: ScanResult, model: SegmentationModel, options: SegmentOptions, picture: bytes
-) -> SegmentedCase:
-    """The content of the report about a scan."""
-    return SegmentedCase(
-        name=result.scan.name,
-        preview=picture,
-        volumes_ml=result.volumes_ml,
-        members_ml=result.members_ml,
-        intervals_ml=result.intervals_ml,
-        level=result.level,
-        seconds=result.seconds,
-        model=model.saved.name,
-        options={**_settings(model, options), "device": str(model.device)},
-        files=[str(path) for path in result.outputs.values()],
-        warnings=list(result.warnings),
     )
 
 

@@ -28,6 +28,7 @@ def segmentation_statistics(scan: Scan, segmentation: Segmentation, model: Segme
     content: dict[str, Any] = {
         "scan": scan.path.name,
         "model": model.saved.name,
+        "model_sha256": model.saved.sha256,
         "seconds": round(scan.seconds, 2),
         "classes": classes,
     }

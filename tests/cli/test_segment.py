@@ -59,6 +59,8 @@ def test_exit_code_of_several_scans(
             seconds=1.0,
             volumes_ml={},
             warnings=(),
+            flags=(),
+            headline="",
             error="unreadable" if status == "failed" else None,
             exit_code=3 if status == "failed" else 0,
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medseg_diffusion.workflows.results_table import read_table
 from tests.helpers.segmenters import save
 
 COMMAND = [sys.executable, "-c", "from medseg_cli.main import app; app()"]
@@ -33,8 +34,16 @@ def start(scans: Path, model: Path, output: Path, *options: str, **environment: 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones included."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below a folder, hidden ones included, but for the tables, which hold times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".csv"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def volumes(folder: Path) -> dict[str, str]:
+    """Name of the scan -> volume, in all tables of a folder."""
+    rows = [row for path in folder.glob("volumes*.csv") for row in read_table(path)]
+    assert len({row["scan"] for row in rows}) == len(rows)
+    return {Path(row["scan"]).name: row["bright_volume_ml"] for row in rows}
 
 
 def wait_for(process: subprocess.Popen[str], scans: int) -> None:
@@ -87,10 +96,13 @@ def test_a_killed_run_leaves_whole_files_and_the_same_command_does_the_rest(
         process.communicate()
         whole = {name: content for name, content in contents(tmp_path).items() if not name.startswith(".")}
         assert whole.items() <= expected.items()
+        # The first scan of each call is in the table at once, later ones after ten seconds at most.
+        assert volumes(tmp_path) and volumes(tmp_path).items() <= volumes(undisturbed[0]).items()
         finished.append(len([name for name in whole if name.endswith("_seg.nii.gz")]))
     assert finished == sorted(finished) and 0 < finished[0] < 20, "the kills came while scans were segmented"
     finish(start(twenty_scans, tiny_model, tmp_path))
-    assert contents(tmp_path) == expected
+    assert contents(tmp_path) == expected and volumes(tmp_path) == volumes(undisturbed[0])
+    assert len(volumes(tmp_path)) == 20
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing temporary is left"
 
 
@@ -102,7 +114,7 @@ def test_two_processes_give_the_files_of_one(
     ]
     shares = [len([line for line in finish(rank).splitlines() if "segmentation: " in line]) for rank in ranks]
     assert sum(shares) == 20 and min(shares) > 0
-    assert contents(tmp_path) == contents(undisturbed[0])
+    assert contents(tmp_path) == contents(undisturbed[0]) and volumes(tmp_path) == volumes(undisturbed[0])
 
 
 @pytest.mark.slow
@@ -123,3 +135,4 @@ def test_a_stopped_run_leaves_no_temporary_file(
     files = contents(tmp_path)
     assert files.items() <= contents(undisturbed[0]).items() and 0 < len(files) < 60
     assert len(files) % 3 == 0, "the last result is whole"
+    assert len(volumes(tmp_path)) == len(files) // 3, "the table has it, too"

@@ -1,0 +1,167 @@
+"""The page about the scans of a call of `medseg anomaly`, from its results and the files that were written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.models.anomaly import AnomalyModel
+from medseg_diffusion.reports.anomaly_page import ScoredScan, WorstSlices, anomaly_page, worst_first
+from medseg_diffusion.reports.batch import distinct_names, linked, models_of
+from medseg_diffusion.reports.preview import Map, Still, class_outlines, still
+from medseg_diffusion.reports.slices import to_jpeg
+from medseg_diffusion.reports.theme import ANOMALY
+from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case, viewer
+from medseg_diffusion.volumes.io import read_labels, read_map, upright
+from medseg_diffusion.volumes.volume import Volume
+
+from .anomaly_result import AnomalyResult, compared
+from .scans import ScanResult
+from .viewed import MOST_VIEWED, Room, how_far, remarks_of
+
+MOST_PICTURES = 8
+"""Largest number of scans whose worst slices are drawn."""
+_MASK = {1: "anomaly"}
+
+
+class AnomalyReport:
+    """Collects the results inside a ``with`` block, and writes the page at the end, also if an error ends the block.
+
+    Args:
+        path: The page; None collects and writes nothing.
+        read: Reads a scan.
+        command: The command line; empty shows none.
+        count: Number of scans of the call.
+    """
+
+    def __init__(self, path: Path | None, read: Callable[[Path], Volume], command: str, count: int) -> None:
+        self._path, self._read, self._command, self._count = path, read, command, count
+        self._results: list[ScanResult] = []
+        self._made: dict[str, str] = {}
+        self._healthy: list[float] = []
+
+    def __enter__(self) -> AnomalyReport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is not None and self._results:
+            stopped = "" if error is None else how_far(len(self._results), self._count, error)
+            write_files(self._path.parent, {self._path.name: self._page(self._path, stopped)})
+
+    def uses(self, model: AnomalyModel, settings: Mapping[str, str]) -> None:
+        """Note the model with its healthy scans, and the settings in force after its defaults."""
+        self._made = {"model": f"{model.name} (weights {model.saved.sha256[:12]})", **settings}
+        healthy = None if model.notes else model.healthy_scores()  # with notes, scores are not comparable
+        if healthy is not None:
+            self._healthy = healthy.scan_scores.tolist()
+            scans, patients = len(self._healthy), healthy.patients
+            self._made["calibration"] = f"{scans} healthy scans of {patients} patients"
+
+    def add(self, result: ScanResult) -> None:
+        """Note the result of a scan."""
+        if self._path is not None:
+            self._results.append(result)
+
+    def _page(self, path: Path, stopped: str) -> str:
+        names = distinct_names([result.scan for result in self._results])
+        results = dict(zip(names, self._results, strict=True))
+        scans = worst_first([_on_page(name, result, path) for name, result in results.items()])
+        cases, pictures, room = list[ViewedCase](), list[WorstSlices](), Room()
+        for name, reason in chosen(scans):
+            volumes = self._volumes(results[name])
+            if volumes is None:
+                continue
+            if not room.for_more(volumes.values()):
+                break
+            cases.append(viewed_case(name, reason, volumes, _MASK, {"prediction": "Mask"}))
+            if len(pictures) < MOST_PICTURES:
+                pictures.append(WorstSlices(name, _picture(volumes)))
+        return anomaly_page(
+            scans,
+            pictures,
+            viewer(cases) if cases else None,
+            healthy=self._healthy,
+            made=self._made or models_of(scans),
+            stopped=stopped,
+            command=self._command,
+        )
+
+    def _volumes(self, result: ScanResult) -> dict[LayerKind, Volume] | None:
+        """What is shown of a scan, read from its files; None if they have gone."""
+        files = result.outputs
+        try:
+            scan = self._read(result.scan)
+            volumes: dict[LayerKind, Volume] = {
+                "scan": scan,
+                "anomaly": read_map(files["map"], 1),
+                "prediction": read_labels(files["mask"]),
+            }
+            if "counterpart" in files:
+                volumes["counterpart"] = read_map(files["counterpart"], 1)
+            for volume in volumes.values():
+                scan.require_same_grid(volume)
+        except (MedsegError, OSError, KeyError):
+            return None
+        return volumes
+
+
+def _picture(volumes: Mapping[LayerKind, Volume]) -> bytes:
+    """The worst slices of a scan, as JPEG."""
+    shown = {kind: upright(volume, "") for kind, volume in volumes.items()}
+    arrays = {kind: volume.data[0].numpy() for kind, volume in shown.items()}
+    content = Still(
+        arrays["scan"],
+        shown["scan"].spacing,
+        [class_outlines(arrays["prediction"], _MASK)],
+        Map(arrays["anomaly"], "anomaly map", ANOMALY),
+        arrays.get("counterpart"),
+    )
+    return to_jpeg(still(content))
+
+
+def chosen(scans: Sequence[ScoredScan]) -> list[tuple[str, str]]:
+    """The names of at most `MOST_VIEWED` scans for the viewer, each with the reason.
+
+    Flagged scans come first, then those with the median and the lowest score, then the others, highest score first.
+    """
+    scored = [scan for scan in scans if scan.score is not None]
+    reasons = {scan.name: ", ".join(scan.flags) for scan in scored if scan.flags}
+    by_score = sorted(scored, key=lambda scan: -(scan.score or 0.0))
+    if len(by_score) > 2:
+        for place, reason in ((0, "highest score"), (len(by_score) // 2, "median score"), (-1, "lowest score")):
+            reasons.setdefault(by_score[place].name, reason)
+    for scan in by_score:
+        reasons.setdefault(scan.name, "")
+    return list(reasons.items())[:MOST_VIEWED]
+
+
+def _on_page(name: str, result: ScanResult, page: Path) -> ScoredScan:
+    common = ScoredScan(
+        name,
+        result.status,
+        result.flags,
+        remarks_of(result),
+        result.seconds,
+        result.model,
+        linked({"scan": result.scan, **result.outputs}, page),
+        volume_ml=result.volumes_ml.get("anomaly"),
+    )
+    if not isinstance(result, AnomalyResult) or result.score is None:
+        return common
+    return replace(
+        common,
+        score=result.score,
+        percentile=result.healthy_percentile,
+        healthy_scans=result.healthy_scans,
+        compared=compared(result.healthy_percentile, result.healthy_scans),
+        share=result.share_of_foreground,
+        threshold=result.threshold,
+        expected_share=result.healthy_false_positive_rate,
+        method=result.method,
+    )

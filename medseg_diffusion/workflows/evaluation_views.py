@@ -1,0 +1,103 @@
+"""Which cases of an evaluation the page shows, and their scans, masks and maps for its viewer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from medseg_diffusion.data.pairs import MaskPair
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.metrics.evaluation_summary import Evaluation
+from medseg_diffusion.reports.evaluation_page import case_flags
+from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case
+from medseg_diffusion.volumes.io import read_map, read_volume
+from medseg_diffusion.volumes.volume import Volume
+
+MAX_FLAGGED = 6
+"""Flagged cases in the viewer beside the worst, the median and the best one."""
+
+
+def chosen_cases(evaluation: Evaluation, named: Sequence[str] = ()) -> dict[str, str]:
+    """Case -> why the page shows it: those that were named, the worst, flagged, median and best.
+
+    Args:
+        evaluation: The numbers.
+        named: Names of cases that are shown in any case.
+
+    Raises:
+        UsageError: A name that no case has.
+    """
+    names = {case.name for case in evaluation.cases}
+    for name in named:
+        if name not in names:
+            raise UsageError(f"--view {name}: no case of this name; there is, for instance, {min(names)}")
+    ranked = [case for case in evaluation.worst_first() if not math.isnan(case.mean_dice)]
+    flagged = [case.name for case in evaluation.worst_first() if case_flags(case, evaluation)]
+    chosen = dict.fromkeys(named, "named")
+    if len(ranked) == 1:
+        chosen.setdefault(ranked[0].name, "the case")
+    elif ranked:
+        chosen.setdefault(ranked[0].name, "worst case")
+        for name in flagged[:MAX_FLAGGED]:
+            chosen.setdefault(name, "flagged")
+        if len(ranked) > 2:
+            chosen.setdefault(ranked[(len(ranked) - 1) // 2].name, "median case")
+        chosen.setdefault(ranked[-1].name, "best case")
+    return chosen
+
+
+def viewed_cases(
+    evaluation: Evaluation,
+    pairs: Sequence[MaskPair],
+    images: Mapping[str, Path],
+    maps: Mapping[str, Path] | None,
+    named: Sequence[str] = (),
+) -> list[ViewedCase]:
+    """The chosen cases with their scans, where there are some, references, predictions and maps.
+
+    Args:
+        evaluation: The numbers.
+        pairs: The masks of all cases.
+        images: Case -> its scan.
+        maps: Case -> its score map.
+        named: Names of cases that are shown in any case.
+    """
+    by_name = {pair.name: pair for pair in pairs}
+    return [
+        _viewed(by_name[name], reason, images.get(name), (maps or {}).get(name), evaluation.labels)
+        for name, reason in chosen_cases(evaluation, named).items()
+    ]
+
+
+def _viewed(
+    pair: MaskPair, reason: str, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
+) -> ViewedCase:
+    prediction, reference = pair.read()
+    volumes: dict[LayerKind, Volume] = {}
+    if image is not None:
+        volumes["scan"] = read_volume(image, channels=None)
+    volumes["reference"] = _only(reference, labels)
+    volumes["prediction"] = _only(prediction, labels)
+    uncertainty = pair.companion("uncertainty")
+    if uncertainty is not None and _on_grid(volume := read_map(uncertainty), reference):
+        volumes["uncertainty"] = volume
+    if score_map is not None:
+        volumes["anomaly"] = read_map(score_map)
+    return viewed_case(pair.name, reason, volumes, labels)
+
+
+def _on_grid(volume: Volume, reference: Volume) -> bool:
+    """Whether a map that nobody asked for can be shown; one of an earlier run may not fit."""
+    try:
+        reference.require_same_grid(volume)
+    except InputError:
+        return False
+    return True
+
+
+def _only(volume: Volume, labels: Mapping[int, str]) -> Volume:
+    """The label map with every label that is not evaluated set to 0."""
+    return volume.like(torch.where(torch.isin(volume.data, torch.tensor(list(labels))), volume.data, 0))

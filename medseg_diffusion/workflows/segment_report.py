@@ -1,0 +1,131 @@
+"""The page about the scans of a call of `medseg segment`, from its results and the files that were written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.models.store import SavedModel
+from medseg_diffusion.reports.batch import distinct_names, linked, models_of
+from medseg_diffusion.reports.segment_page import SegmentedScan, segment_page, with_outliers
+from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case, viewer
+from medseg_diffusion.volumes.io import read_map
+from medseg_diffusion.volumes.volume import Volume
+
+from .finished import read_mask
+from .scans import ScanResult
+from .viewed import MOST_VIEWED, Room, how_far, onto, remarks_of
+
+
+class SegmentReport:
+    """Collects the results inside a ``with`` block, and writes the page at the end, also if an error ends the block.
+
+    Args:
+        path: The page; None collects and writes nothing.
+        names: Class value -> name, without background.
+        read: Reads a scan.
+        command: The command line; empty shows none.
+        count: Number of scans of the call.
+    """
+
+    def __init__(
+        self, path: Path | None, names: Mapping[int, str], read: Callable[[Path], Volume], command: str, count: int
+    ) -> None:
+        self._path, self._names, self._read, self._command = path, names, read, command
+        self._count = count
+        self._results: list[ScanResult] = []
+        self._made: dict[str, str] = {}
+
+    def __enter__(self) -> SegmentReport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is not None and self._results:
+            stopped = "" if error is None else how_far(len(self._results), self._count, error)
+            write_files(self._path.parent, {self._path.name: self._page(self._path, stopped)})
+
+    def uses(self, saved: SavedModel, settings: Mapping[str, str]) -> None:
+        """Note the model, and the settings in force after its defaults."""
+        self._made = {"model": f"{saved.name} (weights {saved.sha256[:12]})", **settings}
+
+    def add(self, result: ScanResult) -> None:
+        """Note the result of a scan."""
+        if self._path is not None:
+            self._results.append(result)
+
+    def _page(self, path: Path, stopped: str) -> str:
+        classes = [self._names[value] for value in sorted(self._names)]
+        names = distinct_names([result.scan for result in self._results])
+        results = dict(zip(names, self._results, strict=True))
+        scans = with_outliers([_on_page(name, result, path) for name, result in results.items()], classes)
+        cases = list(self._cases(chosen(scans), results))
+        return segment_page(
+            scans,
+            classes,
+            viewer(cases) if cases else None,
+            made=self._made or models_of(scans),
+            stopped=stopped,
+            command=self._command,
+        )
+
+    def _cases(self, chosen: Sequence[tuple[str, str]], results: Mapping[str, ScanResult]) -> Iterator[ViewedCase]:
+        """The chosen scans, one after the other; those whose files have gone are left out."""
+        room = Room()
+        for name, reason in chosen:
+            result = results[name]
+            try:
+                scan = self._read(result.scan)
+                volumes: dict[LayerKind, Volume] = {
+                    "scan": scan,
+                    "prediction": onto(read_mask(result.outputs["segmentation"]), scan),
+                }
+                if "uncertainty" in result.outputs:
+                    volumes["uncertainty"] = onto(read_map(result.outputs["uncertainty"], 1), scan)
+            except (MedsegError, OSError):
+                continue
+            if not room.for_more(volumes.values()):
+                return
+            yield viewed_case(name, reason, volumes, self._names, {"prediction": "Mask"})
+
+
+def chosen(scans: Sequence[SegmentedScan]) -> list[tuple[str, str]]:
+    """The names of at most `MOST_VIEWED` scans for the viewer, each with the reason.
+
+    Flagged scans come first, then those with the smallest, median and largest volume of all classes together, then the
+    others, in their order.
+    """
+    segmented = [scan for scan in scans if scan.volumes_ml]
+    reasons = {scan.name: ", ".join(scan.flags) for scan in segmented if scan.flags}
+    by_volume = sorted(segmented, key=lambda scan: sum(scan.volumes_ml.values()))
+    if len(by_volume) > 2:
+        for place, reason in ((0, "smallest volume"), (len(by_volume) // 2, "median volume"), (-1, "largest volume")):
+            reasons.setdefault(by_volume[place].name, reason)
+    for scan in segmented:
+        reasons.setdefault(scan.name, "")
+    return list(reasons.items())[:MOST_VIEWED]
+
+
+def _on_page(name: str, result: ScanResult, page: Path) -> SegmentedScan:
+    files = {"scan": result.scan, **{_KINDS.get(kind, kind): file for kind, file in result.outputs.items()}}
+    return SegmentedScan(
+        name,
+        result.status,
+        result.flags,
+        remarks_of(result),
+        result.seconds,
+        result.model,
+        linked(files, page),
+        result.volumes_ml,
+        result.intervals_ml,
+        result.members_ml,
+        result.level,
+        result.quality,
+    )
+
+
+_KINDS = {"segmentation": "mask"}

@@ -1,0 +1,87 @@
+"""Scans and their results, read again from their files for the viewer of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.volumes.outputs import require_report
+from medseg_diffusion.volumes.volume import Volume
+
+from .run_report import described
+from .scans import ScanResult
+
+MOST_VIEWED = 20
+"""Largest number of scans in the viewer of a page."""
+MOST_VOXELS = 250_000_000
+"""Largest number of voxels of all images in the viewer, before they are made smaller: a gigabyte."""
+
+
+def refuse_report(report: Path | None, run_report: Path | None, files: Mapping[Path, Sequence[Path]]) -> None:
+    """UsageError if a page cannot be written, or would overwrite a scan or the report on the run.
+
+    Args:
+        report: The page.
+        run_report: The report on the run.
+        files: Every scan, with the files that are read for it.
+    """
+    if report is None:
+        return
+    require_report(report, [file for each in files.values() for file in each])
+    if report == run_report:
+        raise UsageError(f"{report}: named by --report and by --run-report; give each its own file")
+
+
+def how_far(done: int, count: int, error: BaseException) -> str:
+    """What a page says of a call that an error has ended before all scans were processed."""
+    by = {"KeyboardInterrupt": "Ctrl-C", "SystemExit": "a signal"}.get(type(error).__name__) or described(error)
+    return f"the call was stopped after {done} of {count} scans: {by}"
+
+
+def remarks_of(result: ScanResult) -> tuple[str, ...]:
+    """What a page says of a scan: its warnings, or its error without the path, which stands beside it."""
+    if result.error is None:
+        return result.warnings
+    return (result.error.removeprefix(f"{result.scan}: "),)
+
+
+def onto(result: Volume, scan: Volume) -> Volume:
+    """A result on the grid of its scan.
+
+    Args:
+        result: (1, I', J', K') on the scan's grid or a part of it, with the axes in any order.
+        scan: (C, I, J, K).
+
+    Returns:
+        (1, I, J, K) of the result's type, 0 outside the part.
+    """
+    turned = result.oriented(scan.axcodes)
+    first = np.rint((np.linalg.inv(scan.affine) @ turned.affine)[:3, 3]).astype(int).tolist()
+    data = torch.zeros(1, *scan.shape, dtype=result.data.dtype)
+    # Both ends are cut: a damaged header must not end in an error of indices.
+    low = [max(0, start) for start in first]
+    high = [max(0, min(n, start + m)) for n, m, start in zip(scan.shape, turned.shape, first, strict=True)]
+    to = tuple(slice(a, max(a, b)) for a, b in zip(low, high, strict=True))
+    part = tuple(slice(a.start - start, a.stop - start) for a, start in zip(to, first, strict=True))
+    data[(slice(None), *to)] = turned.data[(slice(0, 1), *part)]
+    return scan.like(data)
+
+
+class Room:
+    """How many scans fit into the viewer: at most `MOST_VIEWED`, fewer if they are large.
+
+    All of them are in memory until the page is written.
+    """
+
+    def __init__(self) -> None:
+        self._cases, self._voxels = 0, 0
+
+    def for_more(self, volumes: Collection[Volume]) -> bool:
+        """Take the volumes of a further scan, unless they are too many. The first scan is always taken."""
+        self._cases += 1
+        self._voxels += sum(volume.data.numel() for volume in volumes)
+        return self._cases == 1 or (self._cases <= MOST_VIEWED and self._voxels <= MOST_VOXELS)
