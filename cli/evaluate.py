@@ -140,7 +140,9 @@ def evaluate(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", min=1, help="Number of processes; default: one for each CPU if there is enough to do."),
+        typer.Option(
+            "--jobs", min=1, help="Number of processes; default: one for each CPU, up to 8, if there is enough to do."
+        ),
     ] = None,
     view: Annotated[
         list[str] | None,

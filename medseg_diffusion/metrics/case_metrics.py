@@ -168,8 +168,8 @@ def _volumes(overlap: ClassOverlap, voxel_ml: float) -> dict[str, float]:
 
 def _lesion_values(lesions: Lesions) -> dict[str, float]:
     return {
-        "n_lesions": float(lesions.n),
-        "n_predicted_lesions": float(lesions.n_predicted),
+        "reference_lesions": float(lesions.n),
+        "predicted_lesions": float(lesions.n_predicted),
         "lesion_precision": lesions.precision,
         "lesion_recall": lesions.sensitivity,
         "lesion_f1": lesions.f1,

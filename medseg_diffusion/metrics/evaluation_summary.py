@@ -129,7 +129,7 @@ class Evaluation:
     def several_lesions(self) -> bool:
         """Whether any class of any case has several components, so that numbers of lesions say more than Dice."""
         return any(
-            result.metrics["n_lesions"] > 1 or result.metrics["n_predicted_lesions"] > 1
+            result.metrics["reference_lesions"] > 1 or result.metrics["predicted_lesions"] > 1
             for case in self.cases
             for result in case.results.values()
         )

@@ -82,8 +82,8 @@ class EvaluateOptions:
         strata: CSV file and one of its columns, by which cases are grouped; joined by its column case, or by patient.
         view: Names of cases that the page's viewer shows beside the worst, flagged, median and best ones.
         seed: Seed of the bootstrap.
-        jobs: Number of processes. None takes as many as there are CPUs, if the time of the first case tells that they
-            pay. Other numbers than 1 need a script that is safe to import (`if __name__ == "__main__"`).
+        jobs: Number of processes. None takes one for each CPU, up to 8, if the time of the first case tells that
+            they pay. Other numbers than 1 need a script that is safe to import (`if __name__ == "__main__"`).
         command: The command line, for the report's footer; empty shows none.
     """
 

@@ -18,6 +18,10 @@ R = TypeVar("R")
 _WORTH_SECONDS = 20.0
 """Expected time of the items left from which further processes are started: each imports torch, which takes seconds."""
 
+_MOST = 8
+"""Largest number of processes that are started unasked: each holds an item, and two maps of 512 x 512 x 400 voxels with
+what is computed from them take up to 3 GB."""
+
 
 def usable_cpus() -> int:
     """CPUs that this process may use."""
@@ -35,7 +39,7 @@ def call_each(
     Args:
         function: A function of a module: processes are spawned, and import it.
         items: What can be pickled, as the results can.
-        jobs: Number of processes. 1 calls all in this process. None starts as many as there are CPUs, if the time of
+        jobs: Number of processes. 1 calls all in this process. None starts one for each CPU, up to 8, if the time of
             the first item tells that they pay.
         on_done: Called with the number of finished items after each.
 
@@ -53,7 +57,7 @@ def call_each(
         started = time.perf_counter()
         here(items[:1])
         left = (time.perf_counter() - started) * (len(items) - 1)
-        jobs = usable_cpus() if left >= _WORTH_SECONDS else 1
+        jobs = min(usable_cpus(), _MOST) if left >= _WORTH_SECONDS else 1
     rest = items[len(results) :]
     if min(jobs, len(rest)) <= 1:
         here(rest)

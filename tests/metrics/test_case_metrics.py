@@ -85,8 +85,8 @@ def by_brute_force(prediction: np.ndarray, reference: np.ndarray, spacing, toler
         "volume_error_ml": (len(p) - len(r)) * math.prod(spacing) / 1000,
         "absolute_volume_error_ml": abs(len(p) - len(r)) * math.prod(spacing) / 1000,
         "volume_error_percent": 100 * (len(p) - len(r)) / len(r),
-        "n_lesions": len(lesions),
-        "n_predicted_lesions": len(found),
+        "reference_lesions": len(lesions),
+        "predicted_lesions": len(found),
         "lesion_precision": precision,
         "lesion_recall": recall,
         "lesion_f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
@@ -138,8 +138,8 @@ def test_empty_masks_follow_the_rule_of_the_metric(name, shape, predicted, expec
         "reference_volume_ml": ml if expected else 0,
         "volume_error_ml": ml if predicted else -ml if expected else 0,
         "absolute_volume_error_ml": ml,
-        "n_lesions": int(expected),
-        "n_predicted_lesions": int(predicted),
+        "reference_lesions": int(expected),
+        "predicted_lesions": int(predicted),
     }
     assert rule != COMPUTED or value == pytest.approx(computed[name])
 

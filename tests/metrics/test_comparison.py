@@ -73,8 +73,8 @@ def test_the_correction_is_over_all_pairs_classes_and_metrics() -> None:
 
 
 def test_lesions_are_compared_only_where_something_has_several() -> None:
-    some = evaluation([0.5] * 3, n_lesions=[1, 1, 1])
-    several = evaluation([0.5] * 3, n_lesions=[1, 2, 1])
+    some = evaluation([0.5] * 3, reference_lesions=[1, 1, 1])
+    several = evaluation([0.5] * 3, reference_lesions=[1, 2, 1])
     assert "lesion_f1" not in {one.metric for one in compare({"A": some, "B": some})}
     assert "lesion_f1" in {one.metric for one in compare({"A": several, "B": some})}
 
