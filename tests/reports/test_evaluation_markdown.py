@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from medseg_diffusion.metrics.comparison import Comparison, compare
 from medseg_diffusion.reports.evaluation_markdown import comparison_markdown, evaluation_markdown
-from tests.helpers.masks import evaluation
+from tests.helpers.cli import medseg
+from tests.helpers.masks import box, evaluation, save
 
 EVIL = "<img src=x onerror=alert(1)>|@somebody"
 INERT = "&lt;img src=x onerror=alert(1)&gt;\\|@\u2060somebody"
@@ -41,3 +43,17 @@ def test_a_comparison_says_what_can_be_concluded() -> None:
     shown = [one for one in differences if one.metric == "dice"]
     assert shown and all(one.conclusion.split(".")[0] in text.replace("\\", "") for one in shown)
     assert "| Predictions | Class |" in text and text.count("| A | ") == text.count("| B | ") == 3
+
+
+def test_the_command_prints_the_summary_alone(tmp_path: Path) -> None:
+    for folder, stop in (("a", 5), ("b", 6), ("reference", 6)):
+        for name in ("one", "two"):
+            save(tmp_path / folder / f"{name}.nii.gz", box(stop))
+    single = medseg("evaluate", tmp_path / "a", tmp_path / "reference", "-o", tmp_path / "single", "--markdown", "-")
+    assert single.exit_code == 0 and single.stdout.startswith("### Evaluation of segmentations"), single.output
+    folders = (tmp_path / "a", tmp_path / "b", "--reference", tmp_path / "reference")
+    several = medseg("evaluate", *folders, "-o", tmp_path / "several", "--markdown", tmp_path / "summary.md")
+    assert several.exit_code == 0 and "report:" in several.stdout, several.output
+    assert (tmp_path / "summary.md").read_text().startswith("### Comparison of segmentations")
+    refused = medseg("evaluate", *folders, "-o", tmp_path / "none", "--markdown", "-", "--json")
+    assert refused.exit_code == 2 and not (tmp_path / "none").exists()
