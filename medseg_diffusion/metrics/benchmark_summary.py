@@ -128,7 +128,7 @@ class Comparison:
 
     Attributes:
         score: What rows are compared by: "dice", the mean over the classes, or "energy_distance", with several readers.
-        rows: The rows without a replacement of x_t, each setting of a model once.
+        rows: Each setting of a model once; none of those that say what x_t is worth.
         best: The best of them.
         scores: The score of each row with its interval.
         differences: The score of each row minus that of the best one: mean over patients with its interval, over the
@@ -160,7 +160,7 @@ def compare(rows: Sequence[BenchmarkRow]) -> Comparison | None:
     """
     own: dict[tuple[str, Setting], BenchmarkRow] = {}
     for row in rows:
-        if row.setting.x_t == "own":
+        if row.setting.factor != "without x_t":  # which repeats a setting, and replaces its x_t
             own.setdefault((row.model, replace(row.setting, factor="setting")), row)
     distinct = tuple(own.values())
     several = bool(distinct) and all(row.readers is not None for row in distinct)

@@ -120,7 +120,7 @@ def run_page(run: RunSummary, *, now: float, command: str = "", date: str | None
                 "sentence": _capital(_sentence(network, now)) if len(run.networks) > 1 else "",
                 "score": network.score,
                 "validates_loss": network.validates_loss,
-                "plots": _plots(network),
+                "plots": _plots(network) if network.history.step else [],
                 "validations": validations_table(network),
                 "pictures": [_shown(picture) for picture in network.pictures],
                 "picture_count": network.picture_count,

@@ -54,6 +54,7 @@ def report_run(run: Path, output: Path | None = None, *, command: str = "") -> t
         UsageError: The page cannot be written.
     """
     target = output or run / "report.html"
+    _config(run)  # a folder that is no run is refused as such
     require_replaceable(target)
     now = time.time()
     summary = run_summary(run, now)
@@ -135,9 +136,12 @@ def _networks(run: Path, config: Mapping[str, Any]) -> Iterator[tuple[Path, str,
     if method == "anomaly":
         for name in _PARTS:
             if isinstance(config.get(name), dict):
-                parts = list(_networks(run / name, config[name]))
-                prefixed = [(folder, f"{name}: {title}", section) for folder, title, section in parts[:-1]]
-                yield from [*prefixed, *((folder, name.capitalize(), section) for folder, _, section in parts[-1:])]
+                for folder, title, section in _networks(run / name, config[name]):
+                    yield (
+                        folder,
+                        name.capitalize() if folder == run / name else f"{name.capitalize()}: {title}",
+                        section,
+                    )
         return
     if method == "label-efficient":
         return
@@ -146,7 +150,7 @@ def _networks(run: Path, config: Mapping[str, Any]) -> Iterator[tuple[Path, str,
         own = config.get("mask_autoencoder") or {}
         changed = {key: own[key] for key in ("max_steps", "learning_rate") if key in own}
         yield first, _MASKS, {**section, **changed, "warmup_steps": 50}
-    elif method != "autoencoder" and (first / "config.yaml").is_file():
+    elif (first / "config.yaml").is_file():
         yield first, "Autoencoder (first stage)", _section(_config(first)[0])
     if (run / "config.yaml").is_file():
         yield run, _title(method), section
