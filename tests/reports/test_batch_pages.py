@@ -98,4 +98,8 @@ def test_files_are_linked_from_the_page_and_scans_have_distinct_names() -> None:
     files = linked({"mask": Path("out/a b_seg.nii.gz"), "scan": Path("in/a b.nii.gz")}, Path("out/page.html"))
     assert files == {"mask": ("a b_seg.nii.gz", "a%20b_seg.nii.gz"), "scan": ("a b.nii.gz", "../in/a%20b.nii.gz")}
     assert distinct_names([Path("x/a.nii"), Path("y/b.nii")]) == ["a.nii", "b.nii"]
-    assert distinct_names([Path("x/1/a.nii"), Path("x/2/a.nii"), Path("x/2/b.nii")]) == ["1/a.nii", "2/a.nii", "2/b.nii"]
+    assert distinct_names([Path("x/1/a.nii"), Path("x/2/a.nii"), Path("x/2/b.nii")]) == [
+        "1/a.nii",
+        "2/a.nii",
+        "2/b.nii",
+    ]

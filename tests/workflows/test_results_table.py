@@ -10,7 +10,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medseg_diffusion.errors import UsageError
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows import results_table
 from medseg_diffusion.workflows.finished import columns_of, finished_segmentation, numbers_of
@@ -128,7 +127,9 @@ def test_masks_that_tell_nothing_are_rows_with_a_warning(tmp_path: Path, tiny_mo
     assert "the label 7 is no class of the model" in written["ccc.nii.gz"]["warnings"]
 
 
-@pytest.mark.parametrize("damage", ['{"classes"', "[]", '{"classes": {}}', '{"classes": {"bright": {"volume_ml": "x"}}}'])
+@pytest.mark.parametrize(
+    "damage", ['{"classes"', "[]", '{"classes": {}}', '{"classes": {"bright": {"volume_ml": "x"}}}']
+)
 def test_damaged_statistics_are_left_aside(damage: str, tmp_path: Path, tiny_model: Path) -> None:
     scan = save(tmp_path / "a.nii.gz")
     (result,) = run([scan], tiny_model, statistics=True)
