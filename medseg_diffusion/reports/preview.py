@@ -164,14 +164,15 @@ def still(content: Still, *, slices_per_plane: int | None = None, cell_in: float
         cell_in=cell_in * (1.0 if len(axes) > 1 else 1.6),
     )
     limits = display_range(content.image)
+    high = map_limit(content.map.values) if content.map is not None else 1.0
     for row, drawn in zip(rows, panels, strict=True):
         for number, ax in enumerate(drawn):
             where, name = row[number // len(panels_of)], panels_of[number % len(panels_of)]
-            _draw_panel(ax, where, name, content, limits)
+            _draw_panel(ax, where, name, content, limits, high)
     if legend:
         _draw_legend(figure, content.outlines)
     if content.map is not None:
-        _draw_scale(figure, content.map)
+        _draw_scale(figure, content.map, high)
     return figure
 
 
@@ -184,17 +185,17 @@ def _panels(content: Still) -> list[tuple[str, bool]]:
     ]
 
 
-def _draw_panel(axes: Any, where: Slice, name: str, content: Still, limits: tuple[float, float]) -> None:
+def _draw_panel(axes: Any, where: Slice, name: str, content: Still, limits: tuple[float, float], high: float) -> None:
     image = content.counterpart if name == "counterpart" and content.counterpart is not None else content.image
     show(axes, where, image, cmap="gray", vmin=limits[0], vmax=limits[1])
-    title = where.title
+    title = where.title if content.oriented else "image"
     if name == "outlines":
         title = "outlined"
         for outlines in content.outlines:
             draw_contours(axes, where, outlines.labels, outlines.colours, DASHES if outlines.dashed else "-", 1.1)
     elif name == "map" and content.map is not None:
         title = content.map.title
-        draw_map(axes, where, content.map.values, content.map.colours, map_limit(content.map.values))
+        draw_map(axes, where, content.map.values, content.map.colours, high)
     elif name == "counterpart":
         title = "healthy counterpart"
     axes.set_title(title, color=INK, fontsize=8, pad=3)
@@ -224,12 +225,12 @@ def _draw_legend(figure: Any, drawn: Sequence[Outlines]) -> None:
     )
 
 
-def _draw_scale(figure: Any, drawn: Map) -> None:
+def _draw_scale(figure: Any, drawn: Map, high: float) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     height = figure.get_size_inches()[1]
-    scale = ScalarMappable(Normalize(0.0, map_limit(drawn.values)), drawn.colours)
+    scale = ScalarMappable(Normalize(0.0, high), drawn.colours)
     bar = figure.colorbar(scale, cax=figure.add_axes((0.3, 0.2 / height, 0.4, 0.07 / height)), orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK, labelsize=7, length=0, pad=2)
