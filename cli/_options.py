@@ -101,6 +101,35 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout; of several scans, one line for each.")
 ]
 
+
+STDOUT = Path("-")
+
+
+def writable_markdown(context: typer.Context, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written, before anything is computed."""
+    from medseg_diffusion.files import require_replaceable
+
+    if path is not None and path != STDOUT and not context.resilient_parsing:
+        require_replaceable(path)
+    return path
+
+
+def require_one_on_stdout(markdown: Path | None, as_json: bool) -> None:
+    """A usage error if both a Markdown summary and JSON would be printed."""
+    if markdown == STDOUT and as_json:
+        raise typer.BadParameter("prints to stdout, and so does --json; name a file", param_hint="--markdown -")
+
+
+Markdown = Annotated[
+    Path | None,
+    typer.Option(
+        "--markdown",
+        metavar="FILE",
+        help="Write a short summary in Markdown, for a pull request; - prints it instead of the table.",
+        callback=writable_markdown,
+    ),
+]
+
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset (`medseg configs list`) or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,

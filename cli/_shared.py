@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from medseg_diffusion.files import plain
+from medseg_diffusion.files import plain, write_files
 
 if TYPE_CHECKING:
     from medseg_diffusion.training.trainer import Progress
@@ -51,6 +51,16 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_markdown(path: Path | None, text: Callable[[], str]) -> None:
+    """Write what ``text`` returns into a file, or print it for the path "-"; do nothing without a path."""
+    if path is None:
+        return
+    if path == Path("-"):
+        typer.echo(text(), nl=False)
+    else:
+        write_files(path.parent, {path.name: text()})
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Device, Quiet, Seed, existing, existing_models
-from ._shared import print_json, print_table, progress
+from ._options import STDOUT, AsJson, Device, Markdown, Quiet, Seed, existing, existing_models, require_one_on_stdout
+from ._shared import print_json, print_table, progress, write_markdown
 
 
 class Side(StrEnum):
@@ -47,7 +49,7 @@ def benchmark_segmenter(
             callback=existing("a folder of labelled scans"),
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the table and the plot.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the table and the page.")],
     steps: Annotated[
         str, typer.Option(help="Numbers of denoising steps to compare, for one sample.")
     ] = "1,2,5,10,20,50,100",
@@ -78,13 +80,16 @@ def benchmark_segmenter(
     ] = Side.VALIDATION,
     device: Device = "auto",
     seed: Seed = 0,
+    markdown: Markdown = None,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare step counts, ensemble sizes and samplers of segmenters: Dice, IoU, HD95, ECE and seconds per case."""
+    require_one_on_stdout(markdown, as_json)
     step_counts, ensemble_sizes = _numbers(steps, "--steps"), _numbers(ensembles, "--ensembles")
     chosen_settings = [_setting(text) for text in settings or []]
-    from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions
+    from medseg_diffusion.reports.benchmark_page import benchmark_markdown
+    from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_info
     from medseg_diffusion.workflows.benchmark_segmenter import benchmark_segmenter as run
 
     options = BenchmarkOptions(
@@ -98,6 +103,7 @@ def benchmark_segmenter(
         side=side.value,
         device=device,
         seed=seed,
+        command=shlex.join(["medseg", *sys.argv[1:]]),
     )
     with progress(quiet) as show:
         rows = run(
@@ -107,9 +113,10 @@ def benchmark_segmenter(
             options,
             on_progress=lambda what, done, total: show(f"{what}: case {done} of {total}", done / total),
         )
+    write_markdown(markdown, lambda: benchmark_markdown(rows, benchmark_info(data, options, len(rows))))
     if as_json:
         print_json([row.cells() for row in rows])
-    elif not quiet:
+    elif not quiet and markdown != STDOUT:
         print_table([row.cells() for row in rows])
         typer.echo(f"table: {output / 'benchmark.csv'}")
-        typer.echo(f"plot: {output / 'benchmark.png'}")
+        typer.echo(f"report: {output / 'report.html'}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ._options import AsJson, Quiet, Seed, existing
-from ._shared import print_json, print_table
+from ._shared import count_of, print_json, print_table, progress, warnings_at_once
 
 if TYPE_CHECKING:
-    from medseg_diffusion.metrics.evaluation_summary import Evaluation
+    from medseg_diffusion.metrics.comparison import Comparison
+    from medseg_diffusion.metrics.evaluation_summary import Evaluation, Means
+    from medseg_diffusion.metrics.statistics import Interval
 
 
 def _parse_labels(values: list[str] | None) -> dict[int, str] | None:
@@ -24,29 +27,62 @@ def _parse_labels(values: list[str] | None) -> dict[int, str] | None:
         number, _, name = text.partition("=")
         if not number.isdecimal() or int(number) == 0:
             raise typer.BadParameter(f"{text!r} is not VALUE or VALUE=NAME with a value above 0", param_hint="--label")
-        labels[int(number)] = name or f"label {number}"
+        labels[int(number)] = name
     return labels
+
+
+def _parse_tolerances(values: list[str] | None) -> tuple[float | None, dict[str, float]]:
+    """The tolerance of all classes, if one is given, and those of single classes."""
+    common, own = None, {}
+    for text in values or ():
+        name, _, number = text.rpartition("=")
+        try:
+            tolerance = float(number)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not MM or CLASS=MM", param_hint="--tolerance") from None
+        if name:
+            own[name] = tolerance
+        else:
+            common = tolerance
+    return common, own
+
+
+def _parse_strata(text: str | None) -> tuple[Path, str] | None:
+    if text is None:
+        return None
+    file, _, column = text.rpartition(":")
+    if not file or not column:
+        raise typer.BadParameter(f"{text!r} is not FILE.csv:COLUMN", param_hint="--strata")
+    return Path(file), column
+
+
+def _existing_masks(context: typer.Context, paths: list[Path]) -> list[Path]:
+    for path in paths:
+        existing("a label map or a folder of them")(context, path)
+    return paths
 
 
 # many, long: one parameter, with its help, for each option of the command
 def evaluate(
-    prediction: Annotated[
-        Path,
+    masks: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="PRED",
-            help="Predicted mask, or a folder of them.",
-            callback=existing("a label map or a folder of them"),
+            metavar="PRED... [REF]",
+            help="Predicted masks: a file or a folder; several are compared with each other. Without --reference, the "
+            "last one is the reference.",
+            callback=_existing_masks,
         ),
     ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for summary.json, cases.csv, report.html.")],
     reference: Annotated[
-        Path,
-        typer.Argument(
+        Path | None,
+        typer.Option(
+            "--reference",
             metavar="REF",
             help="Reference mask, or a folder of them.",
             callback=existing("a label map or a folder of them"),
         ),
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for summary.json, cases.csv, report.html.")],
+    ] = None,
     labels: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,6 +110,15 @@ def evaluate(
     lesion_overlap: Annotated[
         float, typer.Option("--lesion-overlap", help="Share of a lesion that must be predicted to count as detected.")
     ] = 0.1,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tolerance",
+            metavar="[CLASS=]MM",
+            help="Tolerance of the normalised surface distance, of all classes or of one; repeatable; default: 1 mm.",
+        ),
+    ] = None,
+    cldice: Annotated[bool, typer.Option("--cldice", help="Compute clDice, too, for tubes such as vessels.")] = False,
     merge_labels: Annotated[
         bool, typer.Option("--merge-labels", help="Read all labels above 0 as 1, for instance 255 in a reference.")
     ] = False,
@@ -85,6 +130,20 @@ def evaluate(
             help="Table of case and patient, for cases that belong together: means and intervals are over patients.",
         ),
     ] = None,
+    strata: Annotated[
+        str | None,
+        typer.Option(
+            "--strata",
+            metavar="CSV:COLUMN",
+            help="Group the cases by a column of a table with a column case, or patient: means of each group, too.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", min=1, help="Number of processes; default: one for each CPU, up to 8, if there is enough to do."
+        ),
+    ] = None,
     view: Annotated[
         list[str] | None,
         typer.Option("--view", metavar="CASE", help="Case that the page shows in any case; repeatable."),
@@ -93,9 +152,17 @@ def evaluate(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predicted masks and anomaly score maps with reference masks, and write a report."""
-    names = _parse_labels(labels)
-    from medseg_diffusion.workflows.evaluate import EvaluateOptions
+    """Compare predicted masks and anomaly score maps with reference masks, and write a report.
+
+    Several predictions of the same cases are also compared with each other: paired differences with tests.
+    """
+    names, strata_column = _parse_labels(labels), _parse_strata(strata)
+    common, own = _parse_tolerances(tolerance)
+    if reference is None and len(masks) < 2:
+        raise typer.BadParameter("name a prediction and its reference", param_hint="PRED... [REF]")
+    *predictions, last = masks if reference is None else [*masks, reference]
+    from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM
+    from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions
     from medseg_diffusion.workflows.evaluate import evaluate as run
 
     options = EvaluateOptions(
@@ -105,35 +172,47 @@ def evaluate(
         scores=scores,
         foreground=foreground,
         lesion_overlap=lesion_overlap,
+        tolerance_mm=TOLERANCE_MM if common is None else common,
+        tolerances_mm=own,
+        cldice=cldice,
         merge_labels=merge_labels,
         patients=patients,
+        strata=strata_column,
         view=view or (),
         seed=seed,
+        jobs=jobs,
         command=shlex.join(["medseg", *sys.argv[1:]]),
     )
-    result = run(prediction, reference, output, options)
+    with progress(quiet) as show, warnings_at_once(quiet):
+        if len(predictions) > 1:
+            comparison = compare_predictions(predictions, last, output, options, count_of(show))
+        else:
+            evaluation = run(predictions[0], last, output, options, count_of(show))
     if as_json:
-        print_json(result.table())
+        print_json(_comparison_json(comparison) if len(predictions) > 1 else evaluation.table())
     elif not quiet:
-        _print(result)
+        if len(predictions) > 1:
+            _print_comparison(comparison)
+        else:
+            _print(evaluation)
         typer.echo(f"report: {output / 'report.html'}")
+
+
+def _comparison_json(comparison: Comparison) -> dict[str, object]:
+    return {
+        "predictions": {name: evaluation.table() for name, evaluation in comparison.evaluations.items()},
+        "comparisons": [asdict(one) for one in comparison.differences],
+    }
 
 
 def _print(result: Evaluation) -> None:
     from medseg_diffusion.reports.detection_text import detection_lines
 
-    print_table(
-        [
-            {
-                "class": name,
-                "Dice": str(result.dice[label]),
-                "IoU": str(result.iou[label]),
-                "HD95 mm": result.hd95[label].mean,
-                result.unit: result.dice[label].n,
-            }
-            for label, name in result.labels.items()
-        ]
-    )
+    print_table(_rows(result.means, result, {}))
+    if (strata := result.strata) is not None:
+        typer.echo()
+        rows = [row for name, means in strata.means.items() for row in _rows(means, result, {strata.column: name})]
+        print_table(rows)
     if result.reliability is not None:
         typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
     if (readers := result.readers) is not None:
@@ -146,3 +225,51 @@ def _print(result: Evaluation) -> None:
             typer.echo(line)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from medseg_diffusion.metrics.comparison import ALPHA
+
+    print_table(
+        [
+            row
+            for name, evaluation in comparison.evaluations.items()
+            for row in _rows(evaluation.means, evaluation, {"predictions": name})
+        ]
+    )
+    typer.echo()
+    shown = [one for one in comparison.differences if one.metric == "dice" or one.p_holm < ALPHA]
+    for one in shown:
+        typer.echo(one.conclusion)
+    if further := len(comparison.differences) - len(shown):
+        typer.echo(f"{further} further comparisons show no difference: comparison.json")
+    for warning in comparison.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _rows(means: Means, evaluation: Evaluation, first: dict[str, str]) -> list[dict[str, str | int]]:
+    """One row per class of the metrics that say most, after the cells of ``first``."""
+    from medseg_diffusion.metrics.registry import METRICS
+
+    names = ["nsd", "hd95_mm", "volume_error_ml", *(["lesion_f1"] if evaluation.several_lesions else [])]
+    return [
+        {
+            **first,
+            "class": class_name,
+            "Dice": _with_missing(str(means["dice"][label]), means["dice"][label]),
+            **{
+                METRICS[name].heading: _with_missing(
+                    f"{means[name][label].mean:.{METRICS[name].digits}f}", means[name][label]
+                )
+                for name in names
+            },
+            evaluation.unit: means["dice"][label].n + means["dice"][label].n_missing,
+        }
+        for label, class_name in evaluation.labels.items()
+    ]
+
+
+def _with_missing(text: str, interval: Interval) -> str:
+    """A mean, and how many values it lacks; a dash without any value."""
+    text = text if interval.n else "-"
+    return f"{text} ({interval.n_missing} missing)" if interval.n_missing else text

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Device, Quiet, Seed, existing
-from ._shared import count_of, fail, print_json, print_table, progress
+from ._options import STDOUT, AsJson, Device, Markdown, Quiet, Seed, existing, require_one_on_stdout
+from ._shared import count_of, fail, print_json, print_table, progress, write_markdown
 
 
 # many, long: one parameter, with its help, for each option of the command
@@ -25,7 +27,7 @@ def evaluate_generator(
             callback=existing("a folder or zip of images"),
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for samples and scores.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for samples, scores and page.")],
     samplers: Annotated[
         str, typer.Option(metavar="NAME:STEPS,...", help="Samplers to compare, with their numbers of steps.")
     ] = "ddim:50,ddim:200,ddpm:1000",
@@ -48,11 +50,14 @@ def evaluate_generator(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
     device: Device = "auto",
     seed: Seed = 0,
+    markdown: Markdown = None,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Score generators against real images: recall, precision, IS, FID, sFID and KID per model and sampler."""
+    require_one_on_stdout(markdown, as_json)
     from medseg_diffusion.models.image_source import SampleOptions
+    from medseg_diffusion.reports.generator_page import generator_markdown
     from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, parse_samplers
     from medseg_diffusion.workflows.evaluate_generator import evaluate_generator as run
 
@@ -65,6 +70,7 @@ def evaluate_generator(
         inception=inception,
         download=download,
         skip_broken=skip_broken,
+        command=shlex.join(["medseg", *sys.argv[1:]]),
     )
     with progress(quiet) as show:
         result = run(
@@ -76,11 +82,13 @@ def evaluate_generator(
         )
     for warning in result.warnings:
         fail(warning, kind="warning")
+    write_markdown(markdown, lambda: generator_markdown(result, options.command))
     if as_json:
         print_json({"extractor": result.extractor, "reference": result.reference_count, "rows": result.table()})
-    elif not quiet:
+    elif not quiet and markdown != STDOUT:
         print_table(result.table())
         if upsampler:
             typer.echo(f"enlarged by: {upsampler}")
         typer.echo(f"features: {result.extractor}; sFID: {result.maps}; {result.reference_count} real images")
         typer.echo(f"scores: {output / 'scores.json'}")
+        typer.echo(f"report: {output / 'report.html'}")

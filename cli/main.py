@@ -21,6 +21,7 @@ from . import (
     evaluate_generator,
     info,
     models,
+    report,
     sample,
     segment,
     synthesize_anomalies,
@@ -73,6 +74,7 @@ app.command("calibrate-segmenter")(calibrate_segmenter.calibrate_segmenter)
 app.command("anomaly")(anomaly.anomaly)
 app.command("synthesize-anomalies")(synthesize_anomalies.synthesize_anomalies)
 app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
 app.add_typer(configs.app, name="configs")
 app.add_typer(models.app, name="models")
 app.command("check")(check.check)

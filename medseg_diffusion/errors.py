@@ -39,6 +39,10 @@ class InputError(MedsegError):
         where = f"{source}: " if source is not None else ""
         super().__init__(f"{where}found {found}; expected {expected}; {remedy}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[Path | str | None, str, str, str]]:
+        """Pickled by its parts: processes hand errors on, and an exception is otherwise rebuilt from its message."""
+        return type(self), (self.source, self.found, self.expected, self.remedy)
+
 
 class ModelError(MedsegError):
     """A model that is missing, incomplete or does not fit what is asked of it (exit code 4)."""

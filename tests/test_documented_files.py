@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.helpers import documented
+from medseg_diffusion.metrics.registry import METRICS
+from medseg_diffusion.models.image_source import SampleOptions
+from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
+from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
+from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
+from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
+from tests.helpers import documented, segmenters
+from tests.helpers.cli import medseg
+from tests.helpers.documented import assert_documented
+from tests.helpers.masks import box
+from tests.helpers.masks import save as save_mask
+from tests.helpers.segmenters import calibrated, run, save
 
 
 def test_what_is_not_in_the_page_and_what_is_not_written_is_found(
@@ -33,10 +46,104 @@ def test_what_is_not_in_the_page_and_what_is_not_written_is_found(
             check({key: value for key, value in good.items() if key != name})
 
 
+# ---- evaluations ---------------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_of_an_evaluation() -> None:
+    """The page repeats the registry: names, units, rules for empty masks and definitions."""
+    page = documented.PAGE.read_text(encoding="utf-8")
+    for metric in METRICS.values():
+        values = (metric.both_empty, metric.prediction_empty, metric.reference_empty)
+        rules = [value if isinstance(value, str) else f"{value:g}".replace("nan", "none") for value in values]
+        cells = [f"`{metric.name}`", f"`{metric.key}`", metric.unit, metric.better, *rules, metric.definition]
+        assert f"| {' | '.join(cells)} |" in page
+    assert documented.documented("Metrics") == list(METRICS)
+
+
+@pytest.fixture
+def masks(tmp_path: Path) -> tuple[Path, Path]:
+    """Two cases with a score map, probabilities and a second rater."""
+    for name in ("a", "b"):
+        save_mask(tmp_path / "ref" / f"{name}.nii.gz", box(6))
+        save_mask(tmp_path / "pred" / f"{name}_seg.nii.gz", box(4))
+        save_mask(tmp_path / "other" / f"{name}_seg.nii.gz", box(5))
+        p = np.where(box(4) == 1, 0.9, 0.1).astype(np.float32)
+        save_mask(tmp_path / "pred" / f"{name}_prob.nii.gz", np.stack([1 - p, p], axis=-1))
+        save_mask(tmp_path / "maps" / f"{name}_scores.nii.gz", p)
+    (tmp_path / "table.csv").write_text("case,patient,site\na,p,north\nb,q,south\n")
+    return tmp_path / "pred", tmp_path / "ref"
+
+
+def test_the_files_of_an_evaluation(masks: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = masks
+    table = tmp_path / "table.csv"
+    options = EvaluateOptions(
+        raters=[ref], scores=tmp_path / "maps", patients=table, strata=(table, "site"), cldice=True
+    )
+    evaluate(pred, ref, tmp_path / "plain")
+    evaluate(pred, ref, tmp_path / "all", options)
+    for name in ("summary.json", "cases.csv"):
+        assert_documented(name, tmp_path / "plain" / name, tmp_path / "all" / name)
+
+
+def test_the_file_of_a_comparison(masks: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = masks
+    save_mask(ref / "c.nii.gz", box(6))
+    compare_predictions(
+        [pred, tmp_path / "other"], ref, tmp_path / "out", EvaluateOptions(patients=tmp_path / "table.csv")
+    )
+    assert_documented("comparison.json", tmp_path / "out" / "comparison.json")
+
+
+# ---- benchmarks and generators ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmarks(block_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The results on data of one reader, and on data of two."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    sides = {"labels": ["bright"], "window": [8, 8, 8], "test_cases": 2, "validation_cases": 1}
+    model = segmenters.make_model(root / "model", segmenters.tiny_config(data=sides))
+    data = root / "two-readers"
+    shutil.copytree(block_scans / "images", data / "images")
+    for reader in "12":
+        shutil.copytree(block_scans / "labels", data / "raters" / reader)
+    options = BenchmarkOptions(settings=[("dpm++", 2, 2)], cases=2, side="test", device="cpu")
+    for folder in (block_scans, data):
+        benchmark_segmenter([str(model)], folder, root / f"of-{folder.name}", options)
+    return sorted(root.glob("of-*"))
+
+
+def test_benchmark_csv(benchmarks: list[Path]) -> None:
+    assert_documented("benchmark.csv", *(folder / "benchmark.csv" for folder in benchmarks))
+
+
+def test_benchmark_json(benchmarks: list[Path]) -> None:
+    assert_documented("benchmark.json", *(folder / "benchmark.json" for folder in benchmarks))
+
+
+def test_cases_csv_of_a_benchmark(benchmarks: list[Path]) -> None:
+    assert_documented("cases.csv of a benchmark", *(folder / "cases.csv" for folder in benchmarks))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scores_csv_and_json(pictures: Path, scoring_network: Path, tmp_path: Path) -> None:
+    options = GeneratorEvaluationOptions((), SampleOptions(count=8, device="cpu"), str(scoring_network))
+    evaluate_generator([str(pictures)], pictures, tmp_path, options)
+    assert_documented("scores.csv", tmp_path / "scores.csv")
+    assert_documented("scores.json", tmp_path / "scores.json")
+
+
+def test_failures_csv(tiny_model: Path, tmp_path: Path) -> None:
+    scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
+    for scan in scans:
+        scan.write_bytes(b"no scan")
+    medseg("segment", *scans, "-m", tiny_model, "-o", tmp_path / "out", "--device", "cpu")
+    assert_documented("failures.csv", tmp_path / "out" / "failures.csv")
+
+
 def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a calibrated model with several members, which has all of the numbers, and of scans that fail."""
-    from tests.helpers.segmenters import calibrated, run, save
-
     monkeypatch.setattr("medseg_diffusion.workflows.segmentation_statistics.is_deterministic", lambda card: True)
     scans = [save(tmp_path / "in" / f"{name}.nii.gz") for name in ("a", "bb", "ccc")]
     scans[1].write_bytes(b"no scan")
@@ -44,15 +151,13 @@ def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monke
     model = calibrated(tiny_model, tmp_path / "known")
     options = {"output": out, "volumes": True, "statistics": True, "failures": out / "failures.csv"}
     run(scans, model, ensemble=3, **options)
-    documented.assert_documented("volumes.csv", out / "volumes.csv")
-    documented.assert_documented("*_statistics.json", out / "a_statistics.json")
-    documented.assert_documented("failures.csv", out / "failures.csv")
+    assert_documented("volumes.csv", out / "volumes.csv")
+    assert_documented("*_statistics.json", out / "a_statistics.json")
+    assert_documented("failures.csv", out / "failures.csv")
 
 
 def test_anomalies(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:
-    from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
-
     scans = [anomaly_scans / "images" / f"s{i}.nii.gz" for i in (0, 1)]
     anomaly(scans, AnomalyOptions(str(anomaly_models["pixel"]), output=tmp_path, device="cpu", table=True))
-    documented.assert_documented("anomalies.csv", tmp_path / "anomalies.csv")
-    documented.assert_documented("*_anomaly.json", tmp_path / "s0_anomaly.json")
+    assert_documented("anomalies.csv", tmp_path / "anomalies.csv")
+    assert_documented("*_anomaly.json", tmp_path / "s0_anomaly.json")

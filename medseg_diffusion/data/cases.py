@@ -114,7 +114,7 @@ def _decathlon(folder: Path) -> CaseFolder:
         if "training" not in info and "channel_names" in info:
             return _nnunet(folder, info)
         pairs = [(folder / entry["image"], folder / entry["label"]) for entry in info["training"]]
-        labels = {int(value): str(name) for value, name in info.get("labels", {}).items()}
+        labels = label_names(info.get("labels", {}))
         modality = info.get("modality", info.get("channel_names", {"0": "image"}))
         channels = tuple(str(modality[key]) for key in sorted(modality, key=int))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -143,15 +143,26 @@ def _nnunet(folder: Path, info: Mapping[str, Any]) -> CaseFolder:
 
     Regions of several labels overlap, but the files hold labels. These are trained, with names from the regions.
     """
-    values = {
-        str(name): frozenset([value] if isinstance(value, int) else map(int, value))
-        for name, value in info["labels"].items()
-        if name != "ignore"
-    }
-    labels = _names_in_regions(values)
+    labels = label_names(info["labels"])
     found = _image_mask(folder / "imagesTr", folder / "labelsTr")
     names = info["channel_names"]
     return replace(found, labels=labels, channels=tuple(str(names[key]) for key in sorted(names, key=int)))
+
+
+def label_names(labels: Mapping[str, Any]) -> dict[int, str]:
+    """Label value -> class name from the ``labels`` of a dataset.json: of the Decathlon, or of nnU-Net, version 2.
+
+    Raises:
+        ValueError, TypeError, AttributeError: another content.
+    """
+    if all(isinstance(name, str) for name in labels.values()):
+        return {int(value): str(name) for value, name in labels.items()}
+    regions = {
+        str(name): frozenset([value] if isinstance(value, int) else map(int, value))
+        for name, value in labels.items()
+        if name != "ignore"
+    }
+    return _names_in_regions(regions)
 
 
 def _names_in_regions(regions: Mapping[str, frozenset[int]]) -> dict[int, str]:

@@ -103,6 +103,50 @@ def find_pairs(prediction: Path, reference: Path, *, merged: bool = False) -> tu
     return [MaskPair(name, predictions[name], path, merged) for name, path in sorted(references.items())], remarks
 
 
+def find_common_pairs(
+    predictions: Mapping[str, Path], reference: Path, *, merged: bool = False
+) -> tuple[dict[str, list[MaskPair]], dict[str, str]]:
+    """Pair several sets of predictions with the same references. Only cases that all have are paired.
+
+    Args:
+        predictions: Name of a set -> a label map or a folder of them.
+        reference: A label map or a folder of them. If all are single files, they are one case, whatever their names.
+        merged: All labels above 0 are read as label 1.
+
+    Returns:
+        Name of a set -> its pairs, sorted by case name, of the same cases for each set; and case name -> why it is left
+        out.
+
+    Raises:
+        InputError: As `find_masks`, or no case that all have.
+    """
+    references = find_masks(reference)
+    if not any(path.is_dir() for path in (reference, *predictions.values())):
+        (name,) = references
+        masks = {one: {name: path} for one, path in predictions.items() if find_masks(path)}
+    else:
+        masks = {one: find_masks(path) for one, path in predictions.items()}
+    left_out = {}
+    for name in sorted(set(references).union(*masks.values())):
+        lacking = [one for one, files in masks.items() if name not in files]
+        if name not in references:
+            left_out[name] = "no reference"
+        elif lacking:
+            left_out[name] = f"no prediction in {', '.join(lacking)}"
+    common = sorted(set(references) - set(left_out))
+    if not common:
+        raise InputError(
+            reference,
+            f"no case that {', '.join(map(str, predictions.values()))} all have a prediction for",
+            "at least one case in common",
+            "give predictions the names of their references",
+        )
+    pairs = {
+        one: [MaskPair(name, files[name], references[name], merged) for name in common] for one, files in masks.items()
+    }
+    return pairs, left_out
+
+
 def find_masks(path: Path) -> dict[str, Path]:
     """Case name -> label map, for a file or a folder.
 

@@ -25,22 +25,7 @@ def read_patients(file: Path, cases: Collection[str]) -> dict[str, str]:
     Raises:
         InputError: an unreadable file, a case that it names twice, or one of ``cases`` that it lacks.
     """
-    expected, remedy = f"a CSV file with the columns {' and '.join(COLUMNS)}", "correct the file, or remove it"
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
-            if not set(COLUMNS) <= set(reader.fieldnames or ()):
-                raise InputError(file, f"the columns {', '.join(reader.fieldnames or ()) or 'none'}", expected, remedy)
-            rows = [tuple((row[column] or "").strip() for column in COLUMNS) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(file, f"an unreadable file ({error})", expected, remedy) from error
-    patients: dict[str, str] = {}
-    for case, patient in rows:
-        if not case or not patient:
-            raise InputError(file, f"a row without {'patient' if case else 'case'}", "both in every row", remedy)
-        if case in patients:
-            raise InputError(file, f"case {case} twice", "one row for each case", "remove one of the rows")
-        patients[case] = patient
+    patients = read_columns(file, *COLUMNS)
     if missing := sorted(set(cases) - set(patients)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
@@ -49,6 +34,31 @@ def read_patients(file: Path, cases: Collection[str]) -> dict[str, str]:
     if extra := len(set(patients) - set(cases)):
         warnings.warn(f"{file}: {extra} of {len(patients)} rows are of cases that are not there", stacklevel=2)
     return {case: patients[case] for case in cases}
+
+
+def read_columns(file: Path, key: str, value: str) -> dict[str, str]:
+    """The text in one column of a CSV file by the text in another one, in the order of rows.
+
+    Raises:
+        InputError: an unreadable file, a missing column, an empty field, or a key that stands there twice.
+    """
+    expected, remedy = f"a CSV file with the columns {key} and {value}", "correct the file, or remove it"
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            if not {key, value} <= set(reader.fieldnames or ()):
+                raise InputError(file, f"the columns {', '.join(reader.fieldnames or ()) or 'none'}", expected, remedy)
+            rows = [((row[key] or "").strip(), (row[value] or "").strip()) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(file, f"an unreadable file ({error})", expected, remedy) from error
+    values: dict[str, str] = {}
+    for name, text in rows:
+        if not name or not text:
+            raise InputError(file, f"a row without {value if name else key}", "both in every row", remedy)
+        if name in values:
+            raise InputError(file, f"{key} {name} twice", f"one row for each {key}", "remove one of the rows")
+        values[name] = text
+    return values
 
 
 def patients_of(folder: Path, cases: Collection[str]) -> dict[str, str]:

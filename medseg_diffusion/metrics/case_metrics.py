@@ -14,7 +14,7 @@ from .overlap import ClassOverlap
 from .registry import COMPUTED, measured
 
 TOLERANCE_MM = 1.0
-"""Tolerance of the normalised surface distance of a class without one of its own."""
+"""Usual tolerance of the normalised surface distance."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,20 @@ class MeasureOptions:
     """How the classes of a case are compared.
 
     Attributes:
-        tolerances_mm: Label -> tolerance of the normalised surface distance; `TOLERANCE_MM` where it is missing.
+        tolerance_mm: Tolerance of the normalised surface distance of classes without one of their own.
+        tolerances_mm: Label -> tolerance of its own.
         lesion_overlap: Share of a lesion's voxels that must be predicted for it to be detected.
         cldice: Compute clDice, too.
     """
 
+    tolerance_mm: float = TOLERANCE_MM
     tolerances_mm: Mapping[int, float] = field(default_factory=dict)
     lesion_overlap: float = MIN_OVERLAP
     cldice: bool = False
+
+    def tolerance_of(self, label: int) -> float:
+        """Tolerance of the normalised surface distance of a class, in mm."""
+        return self.tolerances_mm.get(label, self.tolerance_mm)
 
 
 def labels_of(labels: NDArray[np.integer]) -> list[int]:
@@ -79,6 +85,10 @@ def measure(
     # Imported where used: reports load the types of this module alone.
     from scipy import ndimage
 
+    from .surface import without_single_axes
+
+    voxel_ml = math.prod(spacing) / 1000
+    prediction, reference, spacing = without_single_axes(prediction, reference, spacing)
     boxes = [ndimage.find_objects(array) for array in (prediction, reference)]
     results = {}
     for label in labels:
@@ -89,33 +99,44 @@ def measure(
         )
         # Without a voxel of the class, the box is that of nothing.
         masks = [array[box] == label if own else np.zeros((0,) * array.ndim, bool) for array in (prediction, reference)]
-        results[label] = _measure_class(masks[0], masks[1], prediction.size, spacing, label, options)
+        results[label] = _measure_class(
+            _Cropped(masks[0], masks[1], spacing, voxel_ml, prediction.size), options, options.tolerance_of(label)
+        )
     return results
 
 
-def _measure_class(
-    prediction: NDArray[np.bool_],
-    reference: NDArray[np.bool_],
-    n_voxels: int,
-    spacing: Sequence[float],
-    label: int,
-    options: MeasureOptions,
-) -> ClassResult:
-    """The result of one class from its cropped masks; ``n_voxels`` is the size of the whole grid."""
+def absent(n_voxels: int, options: MeasureOptions = MeasureOptions()) -> ClassResult:
+    """The result of a class that occurs in neither mask of a case of ``n_voxels`` voxels."""
+    empty = np.zeros((0, 0, 0), bool)
+    return _measure_class(_Cropped(empty, empty, (1.0, 1.0, 1.0), 0.001, n_voxels), options, options.tolerance_mm)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cropped:
+    """The masks of a class in the box around both, without axes of one voxel; and what belongs to the whole grid."""
+
+    prediction: NDArray[np.bool_]
+    reference: NDArray[np.bool_]
+    spacing: Sequence[float]
+    voxel_ml: float
+    n_voxels: int
+
+
+def _measure_class(masks: _Cropped, options: MeasureOptions, tolerance_mm: float) -> ClassResult:
+    prediction, reference, spacing = masks.prediction, masks.reference, masks.spacing
     overlap = ClassOverlap.from_counts(
         tp=int(np.count_nonzero(prediction & reference)),
         n_pred=int(np.count_nonzero(prediction)),
         n_ref=int(np.count_nonzero(reference)),
-        n_voxels=n_voxels,
+        n_voxels=masks.n_voxels,
     )
     lesions = Lesions.of(prediction, reference, spacing, options.lesion_overlap)
-    values = {**_volumes(overlap, math.prod(spacing) / 1000), **_lesion_values(lesions)}
+    values = {**_volumes(overlap, masks.voxel_ml), **_lesion_values(lesions)}
     empty = {"prediction": overlap.n_pred == 0, "reference": overlap.n_ref == 0}
     if not any(empty.values()):
         from .surface import surface_distances
 
         surfaces = surface_distances(prediction, reference, spacing)
-        tolerance = options.tolerances_mm.get(label, TOLERANCE_MM)
         values |= {
             "dice": overlap.dice,
             "iou": overlap.iou,
@@ -123,7 +144,7 @@ def _measure_class(
             "recall": overlap.tp / overlap.n_ref,
             "hd95_mm": surfaces.hd95,
             "assd_mm": surfaces.assd,
-            "nsd": surfaces.nsd(tolerance),
+            "nsd": surfaces.nsd(tolerance_mm),
         }
         if options.cldice:
             values["cldice"] = centreline_dice(prediction, reference)
@@ -132,12 +153,6 @@ def _measure_class(
         value = metric.value_if_empty(**empty)
         metrics[metric.name] = values[metric.name] if value == COMPUTED else float(value)
     return ClassResult(overlap, metrics)
-
-
-def absent(n_voxels: int, options: MeasureOptions = MeasureOptions()) -> ClassResult:
-    """The result of a class that occurs in neither mask of a case of ``n_voxels`` voxels."""
-    empty = np.zeros((0, 0, 0), bool)
-    return _measure_class(empty, empty, n_voxels, (1.0, 1.0, 1.0), 0, options)
 
 
 def _volumes(overlap: ClassOverlap, voxel_ml: float) -> dict[str, float]:
@@ -153,8 +168,8 @@ def _volumes(overlap: ClassOverlap, voxel_ml: float) -> dict[str, float]:
 
 def _lesion_values(lesions: Lesions) -> dict[str, float]:
     return {
-        "n_lesions": float(lesions.n),
-        "n_predicted_lesions": float(lesions.n_predicted),
+        "reference_lesions": float(lesions.n),
+        "predicted_lesions": float(lesions.n_predicted),
         "lesion_precision": lesions.precision,
         "lesion_recall": lesions.sensitivity,
         "lesion_f1": lesions.f1,
@@ -165,15 +180,26 @@ def _lesion_values(lesions: Lesions) -> dict[str, float]:
 
 
 def centreline_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """ClDice of two masks (*S), neither of them empty (Shit et al., CVPR 2021).
+    """ClDice of two masks (*S), 2D or 3D, neither of them empty (Shit et al., CVPR 2021)."""
+    lines = [centreline(mask) for mask in (prediction, reference)]
+    inside = [line[mask].sum() for line, mask in zip(lines, (reference, prediction), strict=True)]
+    precision, recall = (int(part) / int(line.sum()) for part, line in zip(inside, lines, strict=True))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
-    The centrelines are skeletons by thinning (Lee et al. 1994 in 3D).
+
+def centreline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The skeleton of a mask (*S) by thinning (scikit-image; Lee et al. 1994 in 3D).
+
+    Thinning in 3D deletes some components as a whole, such as tubes of exactly two voxels width. They are their own
+    centreline here, so that every component has one. So is a mask of one axis.
     """
+    from scipy import ndimage
     from skimage.morphology import skeletonize
 
-    wide = [axis for axis, size in enumerate(prediction.shape) if size > 1] or [0]
-    masks = [mask.reshape([mask.shape[axis] for axis in wide]) for mask in (prediction, reference)]
-    lines = [skeletonize(mask) if mask.ndim > 1 else mask for mask in masks]
-    inside = [line[mask].sum() for line, mask in ((lines[0], masks[1]), (lines[1], masks[0]))]
-    precision, recall = (ratio(int(part), int(line.sum())) for part, line in zip(inside, lines, strict=True))
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    if mask.ndim == 1:
+        return mask
+    line: NDArray[np.bool_] = skeletonize(mask)
+    components, count = ndimage.label(mask, np.ones((3,) * mask.ndim, bool))
+    kept = np.bincount(components[line], minlength=count + 1) > 0
+    kept[0] = True
+    return line | ~kept[components]

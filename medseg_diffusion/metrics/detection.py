@@ -4,6 +4,10 @@ A voxel is predicted if its score is strictly above the threshold. All numbers o
 without binning: the scores of the reference's voxels, and the scores of all other voxels. As the threshold falls, Dice
 and precision rise only where it reaches another voxel of the reference. The distinct scores of the reference's voxels
 are therefore the only thresholds that have to be tried.
+
+torchmetrics has the areas under the two curves, and the tests compare them. It is not used here: on a scan of 9 million
+voxels it takes 40 times as long and 6 times the memory, it has no best Dice, and it sends scores outside of [0, 1]
+through a sigmoid, in which high scores become equal (average precision 0.34 instead of 0.38).
 """
 
 from __future__ import annotations

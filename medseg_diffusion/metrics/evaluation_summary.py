@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from .ambiguity import ReaderAgreement, ReaderSummary
 from .calibration import Reliability
-from .case_metrics import TOLERANCE_MM, ClassResult
-from .detection import MIN_OVERLAP
+from .case_metrics import ClassResult, MeasureOptions
 from .detection_summary import Detection
 from .overlap import ClassOverlap
 from .registry import METRICS, Metric
@@ -130,7 +129,7 @@ class Evaluation:
     def several_lesions(self) -> bool:
         """Whether any class of any case has several components, so that numbers of lesions say more than Dice."""
         return any(
-            result.metrics["n_lesions"] > 1 or result.metrics["n_predicted_lesions"] > 1
+            result.metrics["reference_lesions"] > 1 or result.metrics["predicted_lesions"] > 1
             for case in self.cases
             for result in case.results.values()
         )
@@ -207,13 +206,11 @@ class Evaluation:
         return rows
 
 
-# many: the cases, and what belongs to all of them
 def summarise(
     cases: Sequence[EvaluatedCase],
     labels: Mapping[int, str],
     *,
-    tolerances_mm: Mapping[int, float] | None = None,
-    lesion_overlap: float = MIN_OVERLAP,
+    how: MeasureOptions = MeasureOptions(),
     detection: Detection | None = None,
     patients: Mapping[str, str] | None = None,
     strata: tuple[str, str, Mapping[str, str]] | None = None,
@@ -225,9 +222,7 @@ def summarise(
     Args:
         cases: At least one, with results that all hold every label of `labels` and the same metrics.
         labels: Label value -> class name.
-        tolerances_mm: Label value -> tolerance of the normalised surface distance that was used, where it was not
-            `TOLERANCE_MM`.
-        lesion_overlap: Passed on to the result.
+        how: The options with which the cases were measured.
         detection: Passed on to the result.
         patients: Case name -> patient of every case; None takes every case as a patient of its own.
         strata: File and column of a table of strata, and case name -> stratum of every case.
@@ -245,8 +240,8 @@ def summarise(
         cases=ordered,
         labels=dict(labels),
         means=_means(ordered, labels, patients, seed),
-        tolerances_mm={label: (tolerances_mm or {}).get(label, TOLERANCE_MM) for label in labels},
-        lesion_overlap=lesion_overlap,
+        tolerances_mm={label: how.tolerance_of(label) for label in labels},
+        lesion_overlap=how.lesion_overlap,
         reliability=sum(reliabilities[1:], reliabilities[0]) if reliabilities else None,
         readers=readers,
         detection=detection,

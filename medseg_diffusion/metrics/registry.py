@@ -87,10 +87,10 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(
-            "dice", "Dice", "Dice", "", 3, "higher", "2 |P and R| / (|P| + |R|) of predicted and reference voxels.",
+            "dice", "Dice", "Dice", "", 3, "higher", "2 TP / (2 TP + FP + FN), in voxels.",
             _NONE, 0.0, 0.0, compared=True,
         ),
-        Metric("iou", "IoU", "IoU", "", 3, "higher", "|P and R| / |P or R|.", _NONE, 0.0, 0.0),
+        Metric("iou", "IoU", "IoU", "", 3, "higher", "TP / (TP + FP + FN), in voxels.", _NONE, 0.0, 0.0),
         Metric(
             "precision", "precision", "Precision", "", 3, "higher",
             "Share of the predicted voxels that are in the reference.", _NONE, _NONE, 0.0,
@@ -136,11 +136,11 @@ METRICS: Mapping[str, Metric] = {
             "The volume error in percent of the reference's volume.", _NONE, -100.0, _NONE,
         ),
         Metric(
-            "n_lesions", "n_lesions", "Lesions", "", 0, "neither",
+            "reference_lesions", "reference_lesions", "Reference lesions", "", 0, "neither",
             "Connected components of the reference; voxels that touch at a corner are connected.", 0.0, COMPUTED, 0.0,
         ),
         Metric(
-            "n_predicted_lesions", "n_predicted_lesions", "Predicted lesions", "", 0, "neither",
+            "predicted_lesions", "predicted_lesions", "Predicted lesions", "", 0, "neither",
             "Connected components of the prediction.", 0.0, 0.0, COMPUTED,
         ),
         Metric(

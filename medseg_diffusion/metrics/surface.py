@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,12 +50,12 @@ class SurfaceDistances:
         Nikolov et al., "Clinically applicable segmentation of head and neck anatomy", JMIR 2021.
         """
         limit = tolerance_mm * (1 + _ROUNDING)
-        within = sum(np.count_nonzero(distances <= limit) for distances in (self.from_prediction, self.from_reference))
+        within = sum(int((one <= limit).sum()) for one in (self.from_prediction, self.from_reference))
         return within / (self.from_prediction.size + self.from_reference.size)
 
 
 def surface_distances(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: Sequence[float]) -> SurfaceDistances:
-    """Distances between the surfaces of two masks (*S), neither of them empty.
+    """Distances between the surfaces of two masks (*S), 2D or 3D, neither of them empty.
 
     The nearest surface voxel is found by a k-d tree over surface voxels. This is exact, and much faster than distance
     transforms, which compute the distance of every voxel.
@@ -64,11 +65,8 @@ def surface_distances(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: 
         ref: the reference mask.
         spacing: voxel size in mm along each axis.
     """
-    # Axes of one voxel are dropped. Along them every voxel of a 2D image would be a surface voxel.
-    wide = [axis for axis, size in enumerate(pred.shape) if size > 1] or [0]
-    first, second = (_surface(mask.reshape([mask.shape[axis] for axis in wide])) for mask in (pred, ref))
-    size = np.asarray([spacing[axis] for axis in wide], dtype=np.float64)
-    places = [np.argwhere(surface) * size for surface in (first, second)]
+    first, second = _surface(pred), _surface(ref)
+    places = [np.argwhere(surface) * np.asarray(spacing, dtype=np.float64) for surface in (first, second)]
     # Where the surfaces coincide, the distance is 0.
     shared = first & second
     alone = [~shared[surface] for surface in (first, second)]
@@ -81,8 +79,24 @@ def surface_distances(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: 
 
 
 def hd95(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: Sequence[float]) -> float:
-    """95th percentile Hausdorff distance in mm, or NaN if either mask is empty."""
-    return surface_distances(pred, ref, spacing).hd95 if pred.any() and ref.any() else math.nan
+    """95th percentile Hausdorff distance in mm of two masks on their whole grid; NaN if either mask is empty."""
+    if not (pred.any() and ref.any()):
+        return math.nan
+    pred, ref, spacing = without_single_axes(pred, ref, spacing)
+    return surface_distances(pred, ref, spacing).hd95
+
+
+def without_single_axes(
+    first: NDArray[Any], second: NDArray[Any], spacing: Sequence[float]
+) -> tuple[NDArray[Any], NDArray[Any], list[float]]:
+    """Two arrays of one grid and their voxel size without the axes of one voxel; at least one axis stays.
+
+    Along such an axis every voxel of a 2D image would be a surface voxel. Only the whole grid tells which axes these
+    are: a lesion in a single slice of a scan has a surface towards both neighbouring slices.
+    """
+    wide = [axis for axis, size in enumerate(first.shape) if size > 1] or [0]
+    shape = [first.shape[axis] for axis in wide]
+    return first.reshape(shape), second.reshape(shape), [spacing[axis] for axis in wide]
 
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -181,7 +181,7 @@ _GROUPS: Mapping[str, Sequence[str]] = {
         "reference_volume_ml", "volume_ml", "volume_error_ml", "absolute_volume_error_ml", "volume_error_percent",
     ),
     "Lesions (connected components)": (
-        "n_lesions", "n_predicted_lesions", "lesion_recall", "lesion_precision", "lesion_f1", "pq", "sq", "rq",
+        "reference_lesions", "predicted_lesions", "lesion_recall", "lesion_precision", "lesion_f1", "pq", "sq", "rq",
     ),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from medseg_diffusion.metrics.calibration import BINS, REGION_VOXELS
+from medseg_diffusion.metrics.comparison import ALPHA, METHOD, Comparison
 from medseg_diffusion.metrics.evaluation_summary import COUNTS, EvaluatedCase, Evaluation, Means
 from medseg_diffusion.metrics.overlap import EMPTY_POLICY, EMPTY_RULE
 from medseg_diffusion.metrics.registry import METRICS
@@ -165,6 +166,40 @@ def cases_csv(evaluation: Evaluation) -> str:
 
 def _field(number: float) -> str:
     return "" if math.isnan(number) else repr(number)
+
+
+def comparison_json(comparison: Comparison) -> str:
+    """The text of `comparison.json`: paired differences of sets of predictions, each with what can be concluded."""
+    first = comparison.first
+    content = {
+        "predictions": dict(comparison.folders),
+        "cases": [case.name for case in first.cases],
+        "left_out": dict(comparison.left_out),
+        "n_cases": len(first.cases),
+        **({"n_patients": len(set(first.patients.values()))} if first.patients else {}),
+        "unit": first.unit,
+        "method": METHOD,
+        "alpha": ALPHA,
+        "n_tests": comparison.n_tests,
+        "comparisons": [
+            {
+                "first": one.first,
+                "second": one.second,
+                "label": one.label,
+                "class": first.labels[one.label],
+                "metric": METRICS[one.metric].key,
+                "difference": asdict(one.difference),
+                "p_value": one.p_value,
+                "p_holm": one.p_holm,
+                "conclusion": one.conclusion,
+            }
+            for one in comparison.differences
+        ],
+        "bootstrap_seed": first.seed,
+        "warnings": list(comparison.warnings),
+        "versions": versions(),
+    }
+    return json.dumps(json_ready(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def format_number(value: float, digits: int = 3) -> str:

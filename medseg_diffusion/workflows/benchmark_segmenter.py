@@ -1,7 +1,7 @@
 """`medseg benchmark-segmenter`: compare step counts, ensemble sizes and samplers of segmenters.
 
+OUT/report.html                     the page: what the numbers say, table, quality against cost
 OUT/benchmark.csv, benchmark.json   one row per model and setting; one factor varies at a time
-OUT/benchmark.png                   Dice against network evaluations
 OUT/cases.csv                       one row per model, setting, case and class
 """
 
@@ -17,9 +17,8 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -34,31 +33,18 @@ from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.ensemble import temperature_scaled
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement, ReaderSummary
+from medseg_diffusion.metrics.benchmark_summary import BenchmarkRow, Setting
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
 from medseg_diffusion.metrics.surface import hd95
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.segmentation import SegmentationModel
-from medseg_diffusion.reports.plots import quality_plot
+from medseg_diffusion.reports.benchmark_page import BenchmarkInfo, benchmark_page
 from medseg_diffusion.reports.summary import json_ready
 from medseg_diffusion.volumes.volume import Volume
 
 Side = Literal["validation", "test"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a model samples; ``factor`` is the one that varies in this row.
-
-    ``x_t`` is what the network sees: its own noised mask, or a replacement (`medseg_diffusion.methods.ablation`).
-    """
-
-    factor: Literal["steps", "ensemble", "sampler", "setting", "without x_t", "feed-forward"]
-    sampler: str
-    steps: int
-    ensemble: int
-    x_t: Literal["own", Replacement] = "own"
 
 
 @dataclass(frozen=True)
@@ -78,6 +64,7 @@ class BenchmarkOptions:
         side: Held-out cases: "validation" to choose settings, "test" to report.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of the samples, as in `medseg segment`.
+        command: The command line, for the page.
     """
 
     steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)
@@ -90,81 +77,7 @@ class BenchmarkOptions:
     side: Side = "validation"
     device: str = "auto"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class BenchmarkRow:
-    """The numbers of one model at one setting.
-
-    Attributes:
-        model: The name as given.
-        setting: See `Setting`; ``steps`` is the number of distinct steps that were taken.
-        dice: Class name -> mean Dice over patients, as the following two.
-        iou: Class name -> mean IoU.
-        hd95_mm: Class name -> mean 95th percentile Hausdorff distance.
-        ece: Expected calibration error of the probabilities that `medseg segment` writes, over the voxels around the
-            references of all cases.
-        ece_uncalibrated: ``ece`` without the model's temperature, which was fitted to its own sampler and steps.
-        ece_everywhere: ``ece`` over all voxels, most of which are certain background.
-        evaluations: Network evaluations per case and window.
-        seconds: Time per case from the loaded scan to the mask on its grid; median over cases.
-        cases: Number of cases.
-        patients: Number of patients.
-        pairwise_dice: Mean Dice of pairs of members, over cases; 1 for members that are equal or all empty.
-        readers: The members compared with several readers; None for data of one reader.
-        by_case: The numbers behind the means, and volumes: one entry per case and class. The energy distance is of all
-            classes together.
-    """
-
-    model: str
-    setting: Setting
-    dice: dict[str, Interval]
-    iou: dict[str, Interval]
-    hd95_mm: dict[str, Interval]
-    ece: float
-    ece_uncalibrated: float
-    ece_everywhere: float
-    evaluations: int
-    seconds: float
-    cases: int
-    patients: int
-    pairwise_dice: float
-    readers: ReaderSummary | None
-    by_case: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def mean_dice(self) -> float:
-        """Mean over the classes of the mean Dice of each."""
-        return _mean_of(self.dice)
-
-    def cells(self) -> dict[str, Any]:
-        """The row in the form of a printable table."""
-        return {
-            **self.key(),
-            "evaluations": self.evaluations,
-            **{f"Dice {name}": str(interval) for name, interval in self.dice.items()},
-            "IoU": round(_mean_of(self.iou), 4),
-            "HD95 mm": round(_mean_of(self.hd95_mm), 2),
-            "HD95 missing": sum(interval.n_missing for interval in self.hd95_mm.values()),
-            "ECE": round(self.ece, 4),
-            "ECE uncalibrated": round(self.ece_uncalibrated, 4),
-            "ECE everywhere": round(self.ece_everywhere, 4),
-            **({} if self.setting.ensemble < 2 else {"members' Dice": round(self.pairwise_dice, 4)}),
-            **({} if self.readers is None else _reader_cells(self.readers)),
-            "s per case": round(self.seconds, 3),
-            "cases": self.cases,
-            "patients": self.patients,
-        }
-
-    def key(self) -> dict[str, Any]:
-        """The columns that identify this row."""
-        return {"model": self.model, **asdict(self.setting)}
-
-
-def _mean_of(intervals: Mapping[str, Interval]) -> float:
-    """Mean over the classes that have a mean; NaN without any, for instance of distances between empty masks."""
-    means = [interval.mean for interval in intervals.values() if not math.isnan(interval.mean)]
-    return fmean(means) if means else math.nan
+    command: str = ""
 
 
 def benchmark_segmenter(
@@ -216,15 +129,25 @@ def benchmark_segmenter(
         plan += [(name, setting, cases) for setting in settings]
     measured: dict[tuple[str, Setting], BenchmarkRow] = {}
     rows: list[BenchmarkRow] = []
-    for name, setting, cases in plan:
-        # Settings of several factors may coincide; each is measured once.
-        key = (name, replace(setting, factor="setting"))
-        if key not in measured:
-            measured[key] = _measure(name, setting, cases, named_labels, options, on_progress)
-        rows.append(replace(measured[key], setting=replace(measured[key].setting, factor=setting.factor)))
-        on_row(rows[-1])
-        _write(rows, output)
+    try:
+        for name, setting, cases in plan:
+            # Settings of several factors may coincide; each is measured once.
+            key = (name, replace(setting, factor="setting"))
+            if key not in measured:
+                measured[key] = _measure(name, setting, cases, named_labels, options, on_progress)
+            rows.append(replace(measured[key], setting=replace(measured[key].setting, factor=setting.factor)))
+            on_row(rows[-1])
+            _write(rows, output)
+    finally:
+        if rows:  # also those of a run that is stopped
+            info = benchmark_info(data, options, len(plan))
+            write_files(output, {"report.html": benchmark_page(rows, info)})
     return rows
+
+
+def benchmark_info(data: Path, options: BenchmarkOptions, planned: int) -> BenchmarkInfo:
+    """What page and Markdown say beside the rows; ``planned`` is the number of rows of a complete run."""
+    return BenchmarkInfo(str(data), options.side, planned, options.seed, options.command)
 
 
 def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[Setting]:
@@ -424,38 +347,13 @@ def _reader_summary(measurements: Sequence[_CaseMeasurement]) -> ReaderSummary |
     return ReaderSummary.of([one for one, _ in rated], [patient for _, patient in rated]) if rated else None
 
 
-def _reader_cells(readers: ReaderSummary) -> dict[str, Any]:
-    return {
-        "GED^2": str(readers.energy_distance),
-        "matched IoU": str(readers.matched_iou),
-        "Dice of majorities": str(readers.majority_dice),
-        "frequency ECE": round(readers.frequency_ece, 4),
-        "empty samples": round(readers.empty_samples.mean, 3),
-        "empty readers": round(readers.empty_readers.mean, 3),
-    }
-
-
 def _write(rows: Sequence[BenchmarkRow], output: Path) -> None:
-    short_names = {row.model: Path(row.model).name for row in rows}
-    if len(set(short_names.values())) < len(short_names):
-        short_names = {name: name for name in short_names}
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    levels: dict[str, float] = {}
-    for row in rows:
-        setting = row.setting
-        if setting.factor == "feed-forward":
-            levels[f"{short_names[row.model]}, feed-forward"] = row.mean_dice
-        elif setting.factor not in ("sampler", "without x_t"):
-            description = f"{setting.sampler}, {setting.ensemble} sample{'s' * (setting.ensemble > 1)}"
-            factor = description if setting.factor == "setting" else setting.factor
-            lines.setdefault((short_names[row.model], factor), []).append((row.evaluations, row.mean_dice))
     write_files(
         output,
         {
             "benchmark.csv": _csv([row.cells() for row in rows]),
             "cases.csv": _csv([{**row.key(), **case} for row in rows for case in row.by_case]),
             "benchmark.json": json.dumps(json_ready([asdict(row) for row in rows]), indent=2, allow_nan=False) + "\n",
-            "benchmark.png": quality_plot(lines, levels),
         },
     )
 

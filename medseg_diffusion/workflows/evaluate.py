@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 from warnings import catch_warnings, simplefilter
 
-import numpy as np
-
+from medseg_diffusion.data.class_names import class_names
 from medseg_diffusion.data.pairs import (
     MaskPair,
     find_backgrounds,
+    find_common_pairs,
     find_for_each,
     find_foregrounds_beside,
     find_pairs,
@@ -19,27 +20,35 @@ from medseg_diffusion.data.pairs import (
     listed,
 )
 from medseg_diffusion.data.patients import read_patients
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.data.strata import read_strata
+from medseg_diffusion.errors import InputError, UsageError, remark
 from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement
-from medseg_diffusion.metrics.calibration import Reliability, region
-from medseg_diffusion.metrics.case_metrics import ClassResult, MeasureOptions, absent, labels_of, measure
+from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM, MeasureOptions
+from medseg_diffusion.metrics.comparison import Comparison, compare
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.detection_summary import Detection
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
+from medseg_diffusion.reports.comparison_page import comparison_page
 from medseg_diffusion.reports.evaluation_page import evaluation_page
 from medseg_diffusion.reports.page import relative_link
-from medseg_diffusion.reports.summary import cases_csv, summary_json
+from medseg_diffusion.reports.summary import cases_csv, comparison_json, summary_json
 from medseg_diffusion.reports.viewer import viewer
-from medseg_diffusion.volumes.io import read_map
+from medseg_diffusion.volumes.paths import scan_name
 
+from .evaluate_cases import CaseTask, MeasuredCase, RatersTask, compare_with_raters, measure_case
 from .evaluate_maps import FOREGROUND_ENDINGS, MAP_ENDINGS, evaluate_scores
 from .evaluation_views import viewed_cases
+from .parallel import call_each
 
-__all__ = ["EvaluateOptions", "Evaluation", "evaluate"]
+__all__ = ["Comparison", "EvaluateOptions", "Evaluation", "compare_predictions", "evaluate"]
 
-# A label map has a few hundred classes at most. A scan that was passed by mistake has thousands of values.
-_MAX_CLASSES = 1000
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with what is done, the number of finished items, and the number of all."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class EvaluateOptions:
 
     Attributes:
         labels: Label value -> class name, or label values, to evaluate. None takes every label above 0 in any
-            prediction or reference, so that false positives of a class without reference count.
+            prediction or reference, so that false positives of a class without reference count. An empty name, or none,
+            stands for that in the files beside the masks (`class_names`), else "label N".
         images: The scans (a file or a folder, paired by name), for the background of the pictures. A case without one
             shows its reference on black.
         raters: Further references of the same cases by other raters (files or folders, paired by name). The samples of
@@ -62,12 +72,18 @@ class EvaluateOptions:
         foreground: Masks of the voxels whose scores count (a file or a folder, paired by name). None takes
             `case_anomaly_foreground.nii.gz` beside the maps, as `medseg anomaly` writes it, else all voxels.
         lesion_overlap: Share in (0, 1] of a lesion's voxels that must be predicted for it to be detected.
+        tolerance_mm: Tolerance of the normalised surface distance, above 0.
+        tolerances_mm: Class name, or label value as text -> tolerance of its own.
+        cldice: Compute clDice, too, for tubes such as vessels.
         merge_labels: Read all labels above 0 as label 1, in predictions, references and raters. Models that were
             trained with data.merge_labels write 1 where references may hold 255, or several classes.
         patients: CSV file with the columns case and patient, for cases that belong together, such as the slices of a
             scan. Means and intervals are over patients then, and every case needs a row.
+        strata: CSV file and one of its columns, by which cases are grouped; joined by its column case, or by patient.
         view: Names of cases that the page's viewer shows beside the worst, flagged, median and best ones.
         seed: Seed of the bootstrap.
+        jobs: Number of processes. None takes one for each CPU, up to 8, if the time of the first case tells that
+            they pay. Other numbers than 1 need a script that is safe to import (`if __name__ == "__main__"`).
         command: The command line, for the report's footer; empty shows none.
     """
 
@@ -77,26 +93,40 @@ class EvaluateOptions:
     scores: Path | None = None
     foreground: Path | None = None
     lesion_overlap: float = MIN_OVERLAP
+    tolerance_mm: float = TOLERANCE_MM
+    tolerances_mm: Mapping[str, float] = field(default_factory=dict)
+    cldice: bool = False
     merge_labels: bool = False
     patients: Path | None = None
+    strata: tuple[Path, str] | None = None
     view: Sequence[str] = ()
     seed: int = 0
+    jobs: int | None = 1
     command: str = ""
 
     def require_valid(self) -> None:
         """Check the options against each other.
 
         Raises:
-            UsageError: A foreground without scores, or a `lesion_overlap` out of range.
+            UsageError: A foreground without scores, or a `lesion_overlap`, tolerance or number of jobs out of range.
         """
         if self.foreground is not None and self.scores is None:
             raise UsageError("a foreground mask restricts score maps; give --scores too, or no --foreground")
         if not 0 < self.lesion_overlap <= 1:
             raise UsageError(f"a lesion overlap of {self.lesion_overlap:g}; expected a share above 0 and not above 1")
+        for tolerance in (self.tolerance_mm, *self.tolerances_mm.values()):
+            if not 0 < tolerance < float("inf"):
+                raise UsageError(f"a tolerance of {tolerance:g} mm; expected a number above 0")
+        if self.jobs is not None and self.jobs < 1:
+            raise UsageError(f"{self.jobs} jobs; expected 1 or more")
 
 
 def evaluate(
-    prediction: Path, reference: Path, output: Path, options: EvaluateOptions = EvaluateOptions()
+    prediction: Path,
+    reference: Path,
+    output: Path,
+    options: EvaluateOptions = EvaluateOptions(),
+    on_progress: ProgressCallback = _silent,
 ) -> Evaluation:
     """Compare predicted with reference masks; write `summary.json`, `cases.csv` and `report.html`.
 
@@ -112,52 +142,82 @@ def evaluate(
         reference: Reference label map, or a folder of them.
         output: Folder for the results; created. An earlier result in it is replaced.
         options: The other options.
+        on_progress: Called after each case.
 
     Returns:
         The numbers. `warnings` names predictions without a reference and labels that were left out.
 
     Raises:
         InputError: A path or file that cannot be used, a reference without a prediction, two files for one case, a
-            prediction or image on another grid than its reference, no label to evaluate, or a case without a patient
-            in the file of patients; a score map or foreground
-            mask that is missing, on another grid or not usable. Nothing is written then.
-        UsageError: A foreground without scores, or a `lesion_overlap` out of range.
+            prediction or image on another grid than its reference, no label to evaluate, a case without a row in the
+            tables of patients or strata; a score map or foreground mask that is missing, on another grid or not usable.
+            Nothing is written then.
+        UsageError: Options that contradict each other, are out of range, or name a class that does not exist.
+        MedsegError: A process that was killed.
     """
     options.require_valid()
     require_folder(output)
-    inputs, warnings = _find_inputs(Path(prediction), Path(reference), options)
-    requested = _label_names(options.labels)
-    how = MeasureOptions(lesion_overlap=options.lesion_overlap)
-    measured = {pair.name: _measure(pair, requested, how) for pair in inputs.pairs}
-    names, remarks = _evaluated_labels(requested, measured.values(), Path(reference), scored=inputs.maps is not None)
-    warnings += remarks
-    cases = []
-    for pair in inputs.pairs:
-        reliability, remark = _reliability(pair)
-        warnings += [remark] if remark else []
-        raters = [rater[pair.name] for rater in inputs.raters if pair.name in rater]
-        cases.append(
-            EvaluatedCase(
-                name=pair.name,
-                prediction_file=str(pair.prediction),
-                reference_file=str(pair.reference),
-                results=measured[pair.name].results_of(names, how),
-                spacing_mm=measured[pair.name].spacing_mm,
-                reliability=reliability,
-                agreement=_compare_with_raters(pair, raters, list(names)) if raters else None,
-            )
-        )
-    detection, remarks = _detect(inputs, cases, names, options)
-    warnings += remarks
-    result = summarise(
-        cases,
-        names,
-        lesion_overlap=options.lesion_overlap,
-        detection=detection,
-        patients=inputs.patients,
-        seed=options.seed,
-        warnings=warnings,
-    )
+    reference = Path(reference)
+    pairs, warnings = find_pairs(Path(prediction), reference, merged=options.merge_labels)
+    inputs, remarks = _find_inputs(pairs, options)
+    (result,) = _evaluate_sets([inputs], reference, options, [*warnings, *remarks], on_progress)
+    write_files(Path(output), _files(result, inputs, Path(output), options))
+    return result
+
+
+def compare_predictions(
+    predictions: Sequence[Path],
+    reference: Path,
+    output: Path,
+    options: EvaluateOptions = EvaluateOptions(),
+    on_progress: ProgressCallback = _silent,
+) -> Comparison:
+    """Compare several sets of predictions with the same references, and with each other; only cases that all have.
+
+    For each set, `NAME/summary.json`, `NAME/cases.csv` and `NAME/report.html` are written as by `evaluate`;
+    `comparison.json` and `report.html` hold the paired differences. NAME is the last part of the path, with parts
+    before it where several end alike.
+
+    Args:
+        predictions: Two or more label maps or folders of them, paired with the references by name.
+        reference: Reference label map, or a folder of them.
+        output: Folder for the results; created. An earlier result in it is replaced.
+        options: The other options. Score maps belong to a single set.
+        on_progress: Called after each case of each set.
+
+    Raises:
+        InputError: As `evaluate`; or no case that all sets have. Nothing is written then.
+        UsageError: As `evaluate`; fewer than two sets, the same one twice, or score maps.
+        MedsegError: A process that was killed.
+    """
+    options.require_valid()
+    if options.scores is not None:
+        raise UsageError("score maps belong to one set of predictions; evaluate them one by one, or leave --scores out")
+    require_folder(output)
+    reference, folders = Path(reference), _set_names([Path(path) for path in predictions])
+    pairs, left_out = find_common_pairs(folders, reference, merged=options.merge_labels)
+    inputs, warnings = _find_inputs(next(iter(pairs.values())), options)
+    sets = [
+        _Inputs(own, inputs.images, inputs.raters, None, None, inputs.patients, inputs.strata) for own in pairs.values()
+    ]
+    if left_out:
+        reasons = [f"{name} ({reason})" for name, reason in left_out.items()]
+        warnings.insert(0, f"Only cases that all have are compared. Left out: {listed(reasons)}.")
+    evaluations = _evaluate_sets(sets, reference, options, warnings, on_progress)
+    named = dict(zip(folders, evaluations, strict=True))
+    paths = {name: str(path) for name, path in folders.items()}
+    result = Comparison(named, paths, compare(named), left_out, tuple(warnings))
+    for (name, evaluation), one in zip(named.items(), sets, strict=True):
+        folder = Path(output) / name
+        write_files(folder, _files(evaluation, one, folder, options))
+    pages = {name: f"{quote(name)}/report.html" for name in named}
+    page = comparison_page(result, pages=pages, command=options.command)
+    write_files(Path(output), {"comparison.json": comparison_json(result), "report.html": page})
+    return result
+
+
+def _files(result: Evaluation, inputs: _Inputs, output: Path, options: EvaluateOptions) -> dict[str, str]:
+    """The files of one set of predictions in the folder ``output``: name -> content."""
     shown = viewed_cases(result, inputs.pairs, inputs.images, inputs.maps, options.view)
     report = evaluation_page(
         result,
@@ -165,9 +225,97 @@ def evaluate(
         links={pair.name: relative_link(pair.prediction, output) for pair in inputs.pairs},
         command=options.command,
     )
-    files = {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
-    write_files(Path(output), files)
-    return result
+    return {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
+
+
+def _set_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """A name for each set of predictions: the end of its path, as short as it is unique; then the path."""
+    if len(paths) < 2:
+        raise UsageError("a comparison needs two sets of predictions or more")
+    parts = [
+        [*path.absolute().parts[1:-1], path.absolute().name if path.is_dir() else scan_name(path)] for path in paths
+    ]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["_".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths, strict=True))
+    raise UsageError(f"the same predictions twice among {', '.join(map(str, paths))}")
+
+
+# ---- all cases ---------------------------------------------------------------------------------------------------
+
+
+def _evaluate_sets(
+    sets: Sequence[_Inputs],
+    reference: Path,
+    options: EvaluateOptions,
+    warnings: list[str],
+    on_progress: ProgressCallback,
+) -> list[Evaluation]:
+    """The evaluation of each set of predictions. Further warnings on all of them are appended to ``warnings``."""
+    pairs = [pair for one in sets for pair in one.pairs]
+    masks = [pair.reference for pair in sets[0].pairs] + [pair.prediction for pair in pairs]
+    # Merged labels are another class than those of the files.
+    known, remarks = ({}, []) if options.merge_labels else class_names(masks)
+    warnings += remarks
+    requested = _label_names(options.labels, known)
+    how = _measure_options(options, requested or known)
+    measured = call_each(
+        measure_case,
+        [CaseTask(pair, tuple(requested), how) for pair in pairs],
+        options.jobs,
+        lambda done: on_progress("cases", done, len(pairs)),
+    )
+    for text in dict.fromkeys(text for case in measured for text in case.remarks):
+        remark(text)
+    labels, remarks = _evaluated_labels(requested, known, measured, reference, scored=sets[0].maps is not None)
+    warnings += remarks
+    if unused := sorted(set(how.tolerances_mm) - set(labels)):
+        warnings.append(f"Tolerances of labels that are not evaluated: {listed(unused)}.")
+    agreements = _agreements(sets, tuple(labels), options.jobs, on_progress)
+    evaluations, remaining = [], iter(zip(measured, agreements, strict=True))
+    for inputs in sets:
+        own = [(pair, *next(remaining)) for pair in inputs.pairs]
+        cases = [
+            EvaluatedCase(
+                name=pair.name,
+                prediction_file=str(pair.prediction),
+                reference_file=str(pair.reference),
+                results=case.results_of(labels, how),
+                spacing_mm=case.spacing_mm,
+                reliability=case.reliability,
+                agreement=agreement,
+            )
+            for pair, case, agreement in own
+        ]
+        detection, remarks = _detect(inputs, cases, labels, options)
+        evaluations.append(
+            summarise(
+                cases,
+                labels,
+                how=how,
+                detection=detection,
+                patients=inputs.patients,
+                strata=inputs.strata,
+                seed=options.seed,
+                warnings=[*warnings, *(case.unused for _, case, _ in own if case.unused), *remarks],
+            )
+        )
+    return evaluations
+
+
+def _agreements(
+    sets: Sequence[_Inputs], labels: tuple[int, ...], jobs: int | None, on_progress: ProgressCallback
+) -> list[ReaderAgreement | None]:
+    """For each case of each set, its samples compared with the raters; None without further raters."""
+    tasks = [
+        RatersTask(pair, tuple(rater[pair.name] for rater in inputs.raters if pair.name in rater), labels)
+        for inputs in sets
+        for pair in inputs.pairs
+    ]
+    rated = [task for task in tasks if task.raters]
+    results = iter(call_each(compare_with_raters, rated, jobs, lambda done: on_progress("raters", done, len(rated))))
+    return [next(results) if task.raters else None for task in tasks]
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------------
@@ -183,15 +331,15 @@ class _Inputs:
     maps: Mapping[str, Path] | None
     foregrounds: Mapping[str, Path] | None
     patients: Mapping[str, str] | None
+    strata: tuple[str, str, Mapping[str, str]] | None
 
 
-def _find_inputs(prediction: Path, reference: Path, options: EvaluateOptions) -> tuple[_Inputs, list[str]]:
-    """The files, and remarks on those that are not used."""
-    pairs, remarks = find_pairs(prediction, reference, merged=options.merge_labels)
+def _find_inputs(pairs: Sequence[MaskPair], options: EvaluateOptions) -> tuple[_Inputs, list[str]]:
+    """The further files of the cases, and remarks on those that are not used."""
     images = find_backgrounds(Path(options.images), pairs) if options.images is not None else {}
     raters = [find_rater(Path(path), pairs) for path in options.raters]
     names = {pair.name for pair in pairs}
-    remarks += [
+    remarks = [
         f"No case of this rater is evaluated: {path}."
         for path, rater in zip(options.raters, raters, strict=True)
         if not names & set(rater)
@@ -209,32 +357,52 @@ def _find_inputs(prediction: Path, reference: Path, options: EvaluateOptions) ->
             simplefilter("always")
             patients = read_patients(Path(options.patients), names)
         remarks += [f"{warning.message}." for warning in caught]
-    return _Inputs(pairs, images, raters, maps, foregrounds, patients), remarks
+    strata = None
+    if options.strata is not None:
+        file, column = options.strata
+        strata = str(file), column, read_strata(Path(file), column, names, patients)
+    return _Inputs(pairs, images, raters, maps, foregrounds, patients, strata), remarks
 
 
 # ---- labels ------------------------------------------------------------------------------------------------------
 
 
-def _label_names(labels: Mapping[int, str] | Sequence[int] | None) -> dict[int, str]:
+def _label_names(labels: Mapping[int, str] | Sequence[int] | None, known: Mapping[int, str]) -> dict[int, str]:
     """Label value -> class name of the requested labels in ascending order; empty if none are requested."""
-    if labels is None:
-        return {}
-    names = labels if isinstance(labels, Mapping) else {label: f"label {label}" for label in labels}
-    return {int(label): names[label] for label in sorted(names)}
+    names = dict(labels) if isinstance(labels, Mapping) else dict.fromkeys(labels or (), "")
+    return {int(label): names[label] or known.get(label, f"label {label}") for label in sorted(names)}
+
+
+def _measure_options(options: EvaluateOptions, names: Mapping[int, str]) -> MeasureOptions:
+    """The options of the metrics, with a label for each class that has a tolerance of its own."""
+    tolerances: dict[int, float] = {}
+    for key, tolerance in options.tolerances_mm.items():
+        labels = [label for label, name in names.items() if name == key]
+        if not labels and not key.isdecimal():
+            raise UsageError(
+                f"a tolerance of {key!r}, but no class has this name; the names known are "
+                f"{listed(list(names.values())) or 'none'}; give the label's number instead"
+            )
+        tolerances |= dict.fromkeys(labels or [int(key)], tolerance)
+    return MeasureOptions(options.tolerance_mm, tolerances, options.lesion_overlap, options.cldice)
 
 
 def _evaluated_labels(
-    requested: Mapping[int, str], cases: Iterable[_Measured], reference: Path, *, scored: bool
+    requested: Mapping[int, str],
+    known: Mapping[int, str],
+    cases: Sequence[MeasuredCase],
+    reference: Path,
+    *,
+    scored: bool,
 ) -> tuple[dict[int, str], list[str]]:
     """Label value -> class name of what is evaluated, and remarks on labels that are left out or absent."""
     results = [item for case in cases for item in case.results.items()]
     predicted = {label for label, result in results if result.overlap.n_pred}
     expected = {label for label, result in results if result.overlap.n_ref}
     present = predicted | expected
-    names = dict(requested)
-    if not names:
-        # With score maps, scans without lesions in which nothing is predicted are a result, too.
-        names = {label: f"label {label}" for label in sorted(present or ({1} if scored else set()))}
+    # With score maps, scans without lesions in which nothing is predicted are a result, too.
+    default = present or ({1} if scored else set())
+    names = dict(requested) or {label: known.get(label, f"label {label}") for label in sorted(default)}
     if not names:
         raise InputError(
             reference, "no label above 0 in any reference or prediction", "at least one class", "name the labels to use"
@@ -250,74 +418,6 @@ def _evaluated_labels(
     if absent := sorted(set(names) - present):
         remarks.append(f"Labels in no reference and no prediction: {listed(absent)}.")
     return names, remarks
-
-
-# ---- one case ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """The labels of a case that occur or were requested, and what is needed for those of other cases."""
-
-    results: Mapping[int, ClassResult]
-    n_voxels: int
-    spacing_mm: tuple[float, float, float]
-
-    def results_of(self, labels: Iterable[int], options: MeasureOptions) -> dict[int, ClassResult]:
-        """The result of each of `labels`; a label that does not occur is empty in both masks."""
-        return {label: self.results.get(label) or absent(self.n_voxels, options) for label in labels}
-
-
-def _measure(pair: MaskPair, requested: Iterable[int], options: MeasureOptions) -> _Measured:
-    volumes = pair.read()
-    prediction, reference = (volume.data[0].numpy() for volume in volumes)
-    labels = set(requested)
-    for path, array in ((pair.prediction, prediction), (pair.reference, reference)):
-        values = labels_of(array)
-        if len(values) > _MAX_CLASSES:
-            raise InputError(
-                path, f"{len(values)} different labels above 0", "a label map", "check that it is not a scan"
-            )
-        labels.update(values)
-    spacing = volumes[1].spacing
-    return _Measured(measure(prediction, reference, sorted(labels), spacing, options), prediction.size, spacing)
-
-
-def _reliability(pair: MaskPair) -> tuple[Reliability | None, str]:
-    """Calibration of the probabilities beside the prediction; if they cannot be used, None and the reason."""
-    path = pair.companion("probabilities")
-    if path is None:
-        return None, ""
-    probabilities, reference = read_map(path), pair.read_labels(pair.reference)
-    p, truth = probabilities.data.numpy(), reference.data[0].numpy()
-    if probabilities.shape != reference.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
-        return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
-    if truth.max() >= len(p):
-        return None, f"Not used for calibration: {path.name} has no probability of label {truth.max()}."
-    return Reliability.of(p, truth, region(truth)), ""
-
-
-def _compare_with_raters(pair: MaskPair, raters: Sequence[Path], labels: Sequence[int]) -> ReaderAgreement:
-    """The samples of a case compared with all raters, including the reference."""
-    reference = pair.read_labels(pair.reference)
-    references = [reference]
-    for path in raters:
-        references.append(pair.read_labels(path))
-        reference.require_same_grid(references[-1])
-    members = pair.companion("members")
-    samples = pair.read_labels(pair.prediction) if members is None else read_map(members)
-    reference.require_same_grid(samples)
-    arrays = [volume.data.numpy().astype(np.int64) for volume in (samples, *references)]
-    if pair.merged:
-        arrays = [array.clip(max=1) for array in arrays]
-    # Labels become 1, 2, ...: the cost grows with the number of classes, not with their values.
-    values = np.asarray(sorted(labels))
-    classes = [np.where(np.isin(array, values), np.searchsorted(values, array) + 1, 0) for array in arrays]
-    sample_maps, *rater_maps = (list(maps) for maps in classes)
-    return ReaderAgreement.of(sample_maps, [labelmap for maps in rater_maps for labelmap in maps], len(values) + 1)
-
-
-# ---- all cases ---------------------------------------------------------------------------------------------------
 
 
 def _detect(

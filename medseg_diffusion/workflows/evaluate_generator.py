@@ -1,5 +1,6 @@
 """`medseg evaluate-generator`: sample from generators and score the samples against real images.
 
+OUT/report.html                 the page: scores, samples beside real images, warnings
 OUT/scores.json, scores.csv     one row per model and sampler, and the floor: real images against other real ones
 OUT/samples/<row>/<i>.npy       the samples, 64 in a file; a repeated call reads them instead of sampling again
 OUT/<row>.png                   the first 64 samples
@@ -11,10 +12,9 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,16 +30,17 @@ from medseg_diffusion.device import choose_device
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.metrics.generation import NEIGHBOUR, Features, Scores, scores
+from medseg_diffusion.metrics.generation_summary import FLOOR, GeneratorEvaluation, GeneratorRow
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import home
 from medseg_diffusion.networks.extractors import Extractor, extractor
+from medseg_diffusion.reports.generator_page import TILES, Pictures, generator_page
 from medseg_diffusion.reports.pictures import grid, png
 
 Images = np.ndarray | np.memmap
 """(N, H, W, C) uint8."""
 CHUNK = 64
 """Images in a file of samples, and images whose features are computed at a time."""
-FLOOR = "real images (floor)"
 _NEUTRAL_OPTIONS = ("count", "batch_size", "device")
 """Options that do not change the samples."""
 _DEFAULT_SAMPLING = SampleOptions(count=10_000)
@@ -58,6 +59,7 @@ class GeneratorEvaluationOptions:
         inception: Inception's weight file.
         download: Download Inception's weights if they are missing; nothing is downloaded otherwise.
         skip_broken: Skip files of the reference that cannot be read, instead of stopping.
+        command: The command line, for the page.
     """
 
     samplers: Sequence[tuple[str, int]] = (("ddim", 50), ("ddim", 200), ("ddpm", 1000))
@@ -66,65 +68,7 @@ class GeneratorEvaluationOptions:
     inception: Path | None = None
     download: bool = False
     skip_broken: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        model: The name as given.
-        sampler: Name of the sampler; empty for folders of samples and the floor.
-        steps: Its number of steps; 0 without a sampler.
-        scores: The scores.
-    """
-
-    model: str
-    sampler: str
-    steps: int
-    scores: Scores
-
-    def cells(self) -> dict[str, Any]:
-        """The row in the form of a printable table, with the columns in the order of published tables."""
-        s = self.scores
-        return {
-            "model": self.model,
-            "sampler": f"{self.sampler}-{self.steps}" if self.sampler else "",
-            "recall": round(s.recall, 4),
-            "precision": round(s.precision, 4),
-            "IS": None if s.inception_score is None else round(s.inception_score, 2),
-            "FID": round(s.fid, 2),
-            "sFID": None if s.sfid is None else round(s.sfid, 2),
-            "KID": round(s.kid, 5),
-            "N": s.count,
-        }
-
-
-@dataclass
-class GeneratorEvaluation:
-    """The table of scores, with what is needed to interpret it.
-
-    Attributes:
-        extractor: Name of the feature extractor.
-        maps: Name of the extractor's spatial features, which sFID compares.
-        reference: Path of the real images.
-        reference_count: Number of real images.
-        upsampler: Model that enlarged the samples, or None.
-        rows: The rows of the table.
-        warnings: Facts that the reader should know, one sentence each.
-    """
-
-    extractor: str
-    maps: str
-    reference: str
-    reference_count: int
-    upsampler: str | None = None
-    rows: list[Row] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def table(self) -> list[dict[str, Any]]:
-        """All rows, printable."""
-        return [row.cells() for row in self.rows]
+    command: str = ""
 
 
 def evaluate_generator(
@@ -134,7 +78,7 @@ def evaluate_generator(
     options: GeneratorEvaluationOptions = GeneratorEvaluationOptions(),
     *,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    on_row: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[GeneratorRow], None] = lambda row: None,
 ) -> GeneratorEvaluation:
     """Sample images of every model with every sampler and score them against real images.
 
@@ -170,19 +114,21 @@ def evaluate_generator(
     if not real.held_out:
         result.warnings.append("the reference is what generators train on: no images of it are held out")
 
-    def add(row: Row) -> None:
+    def add(row: GeneratorRow) -> None:
         result.rows.append(row)
         on_row(row)
 
-    add(Row(FLOOR, "", 0, _floor(real_features, options.sampling.count)))
+    add(GeneratorRow(FLOOR, "", 0, _floor(real_features, options.sampling.count)))
+    sampled: list[Pictures] = []
     for model in models:
-        for name, sampler, steps, images in _samples_of(model, options, output, real.size, on_progress):
-            features = _features(images, extract, partial(on_progress, f"{name}: features"))
-            write_files(output, {f"{name}.png": _picture(images)})
-            add(Row(model, sampler, steps, scores(features, real_features)))
-            _write(result, output)
+        for sample in _samples_of(model, options, output, real.size, on_progress):
+            features = _features(sample.images, extract, partial(on_progress, f"{sample.name}: features"))
+            write_files(output, {f"{sample.name}.png": _picture(sample.images)})
+            add(GeneratorRow(model, sample.sampler, sample.steps, scores(features, real_features)))
+            sampled.append(Pictures(sample.name, np.array(sample.images[:TILES]), sample.classes))
+            _write(result, [real.beside(sampled), *sampled], output, options.command)
     result.warnings += _suspicious(result.rows)
-    _write(result, output)
+    _write(result, [real.beside(sampled), *sampled], output, options.command)
     return result
 
 
@@ -216,21 +162,36 @@ def _check_counts(models: Sequence[str], real: _RealImages, count: int) -> None:
             raise UsageError(f"{model}: {n_images} images are too few: the scores need {NEIGHBOUR + 2}")
 
 
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """The images of a row: its name, sampler and steps, the images, and the classes of those that are shown."""
+
+    name: str
+    sampler: str
+    steps: int
+    images: Images
+    classes: tuple[str, ...] = ()
+
+
 def _samples_of(
     model: str,
     options: GeneratorEvaluationOptions,
     output: Path,
     size: tuple[int, int],
     on_progress: Callable[[str, int, int], None],
-) -> Iterator[tuple[str, str, int, Images]]:
-    """Name of the row, sampler, steps and samples, for every row of a model or folder of samples."""
+) -> Iterator[_Samples]:
+    """The samples of every row of a model or folder of samples."""
     if _is_samples(model):
-        yield _name(model), "", 0, _sampled(model, size)[: options.sampling.count]
+        yield _Samples(_name(model), "", 0, _sampled(model, size)[: options.sampling.count])
         return
     for sampler, steps in options.samplers:
         name, sampling = f"{_name(model)}-{sampler}-{steps}", replace(options.sampling, sampler=sampler, steps=steps)
         source = ImageSource(model, sampling)
-        yield name, sampler, steps, _samples(source, sampling, output / "samples" / name, name, on_progress)
+        names = source.generator.classes
+        shown = range(min(TILES, options.sampling.count))
+        classes = tuple(names[label] for label in source.labels(shown).tolist()) if names else ()
+        images = _samples(source, sampling, output / "samples" / name, name, on_progress)
+        yield _Samples(name, sampler, steps, images, classes)
 
 
 def _samples(
@@ -283,11 +244,28 @@ class _RealImages:
         images: The images.
         size: Side length and channels.
         held_out: Whether they were held out of the training.
+        classes: The class of each; empty for one without.
     """
 
     images: Images
     size: tuple[int, int]
     held_out: bool
+    classes: tuple[str, ...]
+
+    def beside(self, samples: Sequence[Pictures]) -> Pictures:
+        """Images to show beside samples: of the classes of the first samples that have some, else evenly spread."""
+        wanted = next((one.classes for one in samples if one.classes), ())
+        count = min(max((len(one.images) for one in samples), default=TILES), len(self.images))
+        spread = np.linspace(0, len(self.images) - 1, count).round().astype(int).tolist()
+        chosen = []
+        for i, place in enumerate(spread):
+            alike = [k for k, name in enumerate(self.classes) if name == wanted[i]] if i < len(wanted) else []
+            chosen.append(next((k for k in alike if k not in chosen), alike[0]) if alike else place)
+        return Pictures(
+            "Real images",
+            np.array(self.images[chosen]),
+            tuple(self.classes[k] for k in chosen) if wanted else (),
+        )
 
 
 @dataclass(frozen=True)
@@ -373,7 +351,8 @@ def _real_images(
     positions = test if len(test) else collection.part("train")
     if not len(positions):
         raise InputError(reference, "no image", "real images", "check --reference")
-    return _RealImages(collection.images[positions], size, held_out=bool(len(test)))
+    classes = tuple(collection.classes[label] if label >= 0 else "" for label in collection.labels[positions])
+    return _RealImages(collection.images[positions], size, bool(len(test)), classes)
 
 
 def _sampled(model: str, size: tuple[int, int]) -> Images:
@@ -406,9 +385,12 @@ def _picture(images: Images) -> bytes:
     return png(grid(to_unit(torch.from_numpy(np.array(images[:64]))).permute(0, 3, 1, 2)))
 
 
-def _suspicious(rows: Sequence[Row]) -> list[str]:
-    """Warnings about samplers that do much worse than the one with the most steps of the same model."""
+def _suspicious(rows: Sequence[GeneratorRow]) -> list[str]:
+    """Warnings about samplers that do much worse than the one with the most steps of the same model, and about N."""
+    counts = {row.scores.count for row in rows if row.model != FLOOR}
     warnings = []
+    if len(counts) > 1:
+        warnings.append(f"rows have {min(counts)} to {max(counts)} images: the FID of fewer images is larger")
     for model in dict.fromkeys(row.model for row in rows if row.sampler):
         *fast, slowest = sorted((row for row in rows if row.model == model), key=lambda row: row.steps)
         warnings += [
@@ -421,7 +403,7 @@ def _suspicious(rows: Sequence[Row]) -> list[str]:
     return warnings
 
 
-def _write(result: GeneratorEvaluation, output: Path) -> None:
+def _write(result: GeneratorEvaluation, pictures: Sequence[Pictures], output: Path, command: str) -> None:
     table = [
         {**row, "extractor": result.extractor, "reference images": result.reference_count} for row in result.table()
     ]
@@ -431,7 +413,8 @@ def _write(result: GeneratorEvaluation, output: Path) -> None:
     writer.writerows(table)
     content = {**{k: v for k, v in vars(result).items() if k != "rows"}, "rows": [asdict(row) for row in result.rows]}
     scores_json = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_files(output, {"scores.json": scores_json, "scores.csv": text.getvalue()})
+    page = generator_page(result, pictures, command=command)
+    write_files(output, {"scores.json": scores_json, "scores.csv": text.getvalue(), "report.html": page})
 
 
 def parse_samplers(text: str) -> list[tuple[str, int]]:

@@ -24,6 +24,7 @@ COMMANDS = (
     "synthesize-anomalies",
     "benchmark-segmenter",
     "evaluate",
+    "report",
     "check",
     "configs",
     "models",

@@ -103,7 +103,8 @@ def test_one_factor_changes_at_a_time(models, data, tmp_path: Path) -> None:
     truth = np.asarray(nib.load(data / "labels" / f"{case}.nii.gz").dataobj)
     assert float(by_case[0]["reference_ml"]) == pytest.approx(truth.sum() / 1000)
     assert json.loads((tmp_path / "benchmark.json").read_text())[5]["setting"]["factor"] == "feed-forward"
-    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2 and "dpm++, 3 steps, 1 sample" in page and "feed-forward" in page
 
 
 def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp_path: Path) -> None:
@@ -199,6 +200,29 @@ def test_the_command_reports_the_test_side(models, data, tmp_path: Path) -> None
     assert row["evaluations"] == 1 and row["factor"] == "feed-forward"
     wrong = CliRunner().invoke(app, [*arguments, "--steps", "1,many"])
     assert wrong.exit_code == 2
+
+
+def test_a_summary_in_markdown_is_printed_alone_or_written(models, data, tmp_path: Path) -> None:
+    arguments = ["benchmark-segmenter", str(models["baseline"]), "--data", str(data), "-o", str(tmp_path), "-n", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--markdown", "-"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("### Benchmark of segmenters\n\n1 model on 2 cases of 2 patients")
+    assert "| feed-forward | 1 |" in result.stdout
+    file = tmp_path / "summary.md"
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--markdown", str(file), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout) and file.read_text().startswith("### Benchmark")
+    assert CliRunner().invoke(app, [*arguments, "--markdown", "-", "--json"]).exit_code == 2
+
+
+def test_a_stopped_benchmark_leaves_a_page_of_what_was_measured(models, data, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if "3 steps" in what:
+            raise KeyboardInterrupt
+
+    options = BenchmarkOptions(steps=[1, 3], ensembles=[1], samplers=[], cases=1, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_segmenter([str(models["ensemdiff"])], data, tmp_path, options, on_progress=stop)
+    assert "Only 1 of 3 rows have been measured" in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_that_cannot_be_split_as_the_model_was_is_refused(models, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from medseg_diffusion.errors import InputError
-from medseg_diffusion.workflows.evaluate import EvaluateOptions, evaluate
+from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
+from tests.helpers.cli import medseg
 from tests.helpers.masks import AFFINE, box, save
 
 
@@ -314,3 +315,210 @@ def test_slices_of_one_patient_count_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no row for case b1"):
         evaluate(pred, ref, tmp_path / "bad", EvaluateOptions(patients=table))
     assert not (tmp_path / "bad").exists()
+
+
+# ---- tolerances, names, strata, processes ------------------------------------------------------------------------
+
+
+def test_class_names_come_from_the_files_beside_the_masks(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    (ref / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}}))
+    result = evaluate(*folders, tmp_path / "out")
+    assert result.labels == {1: "liver", 2: "spleen", 3: "label 3"}
+    assert evaluate(*folders, tmp_path / "out", EvaluateOptions(labels=[2])).labels == {2: "spleen"}
+    assert evaluate(*folders, tmp_path / "out", EvaluateOptions(labels={2: "mine", 1: ""})).labels == {
+        1: "liver",
+        2: "mine",
+    }
+    merged = evaluate(*folders, tmp_path / "out", EvaluateOptions(merge_labels=True))
+    assert merged.labels == {1: "label 1"}, "merged labels are not the class of label 1"
+    (pred / "a_statistics.json").write_text(json.dumps({"classes": {"spleen": {}}}))
+    assert any("Label 1 is liver in" in warning for warning in evaluate(*folders, tmp_path / "out").warnings)
+
+
+def test_a_class_may_have_a_tolerance_of_its_own(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Case a lacks two layers of 2 mm: within 4 mm all of the surface agrees, within 1 mm not."""
+    _, ref = folders
+    (ref / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}}))
+
+    def nsd(**options) -> float:
+        return evaluate(*folders, tmp_path / "out", EvaluateOptions(**options)).means["nsd"][1].mean
+
+    assert nsd(tolerance_mm=4.0) == nsd(tolerances_mm={"liver": 4.0}) == nsd(tolerances_mm={"1": 4.0}) == 1
+    assert nsd() < 1 and nsd(tolerances_mm={"spleen": 4.0}) == nsd()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["tolerance_mm"] == {"1": 1.0, "2": 1.0, "3": 1.0}
+    with pytest.raises(UsageError, match="'lever', but no class has this name; the names known are liver, spleen"):
+        nsd(tolerances_mm={"lever": 4.0})
+    unused = evaluate(*folders, tmp_path / "out", EvaluateOptions(tolerances_mm={"9": 2.0})).warnings
+    assert unused == ("Tolerances of labels that are not evaluated: 9.",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance_mm": 0.0}, "a tolerance of 0 mm; expected a number above 0"),
+        ({"tolerances_mm": {"1": float("nan")}}, "a tolerance of nan mm"),
+        ({"jobs": 0}, "0 jobs; expected 1 or more"),
+        ({"lesion_overlap": 1.5}, "a lesion overlap of 1.5"),
+    ],
+)
+def test_options_out_of_range(folders: tuple[Path, Path], tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(*folders, tmp_path / "out", EvaluateOptions(**options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_cldice_only_where_asked_for(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    plain = evaluate(*folders, tmp_path / "plain")
+    asked = evaluate(*folders, tmp_path / "asked", EvaluateOptions(cldice=True))
+    assert "cldice" not in plain.means and asked.means["cldice"][2].mean == 1
+    assert "clDice" in json.loads((tmp_path / "asked" / "summary.json").read_text())["mean"]["2"]
+
+
+def test_strata_have_means_of_their_own(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    table = tmp_path / "sites.csv"
+    table.write_text("case,site\na,north\nb,south\nc,south\nz,west\n")
+    result = evaluate(*folders, tmp_path / "out", EvaluateOptions(strata=(table, "site")))
+    assert result.strata is not None and list(result.strata.means) == ["north", "south"]
+    north, south = (result.strata.means[name]["dice"] for name in ("north", "south"))
+    assert north[1].mean == pytest.approx(2 / 3) and north[2].n == 0 and south[2].mean == 1 and south[3].mean == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["strata"]["column"] == "site"
+    assert summary["strata"]["confidence_interval_95"]["south"]["2"]["Dice"]["n"] == 1
+    with (tmp_path / "out" / "cases.csv").open(newline="") as file:
+        assert {(row["case"], row["stratum"]) for row in csv.DictReader(file)} == {
+            ("a", "north"), ("b", "south"), ("c", "south"),
+        }  # fmt: skip
+    table.write_text("case,site\na,north\nb,south\n")
+    with pytest.raises(InputError, match="no row for case c"):
+        evaluate(*folders, tmp_path / "never", EvaluateOptions(strata=(table, "site")))
+    assert not (tmp_path / "never").exists()
+
+
+def test_processes_change_nothing_and_hand_errors_on(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, _ = folders
+    p = np.where(box(4) == 1, 0.9, 0.1).astype(np.float32)
+    save(pred / "a_prob.nii.gz", np.stack([1 - p, p], axis=-1))
+    progress: list[tuple[str, int, int]] = []
+    evaluate(*folders, tmp_path / "one")
+    evaluate(*folders, tmp_path / "two", EvaluateOptions(jobs=2), on_progress=lambda *state: progress.append(state))
+    for name in ("summary.json", "cases.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert progress == [("cases", 1, 3), ("cases", 2, 3), ("cases", 3, 3)]
+    save(pred / "b.nii.gz", box(6) * np.float32(0.5))
+    with pytest.raises(InputError, match=r"found the label 0\.5; expected whole numbers"):
+        evaluate(*folders, tmp_path / "never", EvaluateOptions(jobs=2))
+    assert not (tmp_path / "never").exists()
+
+
+# ---- several sets of predictions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Twelve cases. Set first is right, second lacks layers; case 7 is in the first alone, case 8 has no reference."""
+    first, second, ref = tmp_path / "runs" / "first", tmp_path / "runs" / "second", tmp_path / "ref"
+    for i in range(12):
+        save(first / f"case{i}_seg.nii.gz", box(8))
+        if i != 7:
+            save(second / f"case{i}_seg.nii.gz", box(5 + i % 2))
+        if i != 8:
+            save(ref / f"case{i}.nii.gz", box(8))
+    return first, second, ref
+
+
+def test_sets_of_predictions_are_compared_on_the_cases_that_all_have(sets, tmp_path: Path) -> None:
+    *predictions, ref = sets
+    out = tmp_path / "out"
+    result = compare_predictions(predictions, ref, out)
+    assert list(result.evaluations) == ["first", "second"]
+    assert [case.name for case in result.first.cases] == sorted(f"case{i}" for i in range(12) if i not in (7, 8))
+    assert result.left_out == {"case7": "no prediction in second", "case8": "no reference"}
+    warning = "Only cases that all have are compared. Left out: case7 (no prediction in second), case8 (no reference)."
+    assert result.warnings == (warning,) and result.evaluations["second"].warnings == (warning,)
+    dice = next(one for one in result.differences if one.metric == "dice")
+    lacking = [1 - 2 * layers / (layers + 6) for layers in (3, 4)]  # each in half of the cases
+    assert dice.difference.mean == pytest.approx(np.mean(lacking)) and dice.difference.n == 10
+    assert dice.conclusion.startswith("Dice of label 1: first is better (first minus second: +0.2")
+
+    written = json.loads((out / "comparison.json").read_text())
+    assert written["n_cases"] == 10 and written["left_out"]["case7"] == "no prediction in second"
+    assert written["comparisons"][0]["conclusion"] == dice.conclusion
+    for name in ("first", "second"):
+        summary = json.loads((out / name / "summary.json").read_text())
+        assert summary["mean"]["1"]["Dice"] == pytest.approx(result.evaluations[name].dice[1].mean)
+        assert (out / name / "cases.csv").is_file() and (out / name / "report.html").is_file()
+
+
+def test_single_files_are_one_case_whatever_their_names(tmp_path: Path) -> None:
+    a, b, ref = (save(tmp_path / f"{name}.nii.gz", box(stop)) for name, stop in (("x", 5), ("y", 6), ("truth", 6)))
+    result = compare_predictions([a, b], ref, tmp_path / "out")
+    assert list(result.evaluations) == ["x", "y"] and [case.name for case in result.first.cases] == ["truth"]
+    assert "too few cases (1)" in result.differences[0].conclusion
+
+
+def test_sets_whose_folders_have_one_name_are_told_apart(sets, tmp_path: Path) -> None:
+    first, second, ref = sets
+    for place, old in (("a", first), ("b", second)):
+        (tmp_path / place).mkdir()
+        old.rename(tmp_path / place / "pred")
+    result = compare_predictions([tmp_path / "a" / "pred", tmp_path / "b" / "pred"], ref, tmp_path / "out")
+    assert list(result.evaluations) == ["a_pred", "b_pred"]
+
+
+def test_sets_that_cannot_be_compared(sets, tmp_path: Path) -> None:
+    first, second, ref = sets
+    with pytest.raises(UsageError, match="the same predictions twice"):
+        compare_predictions([first, first], ref, tmp_path / "out")
+    with pytest.raises(UsageError, match="two sets of predictions or more"):
+        compare_predictions([first], ref, tmp_path / "out")
+    with pytest.raises(UsageError, match="score maps belong to one set"):
+        compare_predictions([first, second], ref, tmp_path / "out", EvaluateOptions(scores=first))
+    other = save(tmp_path / "other" / "z.nii.gz", box(4)).parent
+    with pytest.raises(InputError, match=r"no case that .*first, .*other all have a prediction for"):
+        compare_predictions([first, other], ref, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_compares_and_says_what_the_numbers_show(sets, tmp_path: Path) -> None:
+    first, second, ref = map(str, sets)
+    printed = medseg("evaluate", first, second, ref, "-o", str(tmp_path / "out"))
+    assert printed.exit_code == 0, printed.output
+    assert "Dice of label 1: first is better" in printed.output
+    again = medseg("evaluate", first, second, "--reference", ref, "-o", str(tmp_path / "again"), "--json")
+    content = json.loads(again.stdout)
+    assert set(content["predictions"]) == {"first", "second"}
+    assert {one["metric"] for one in content["comparisons"]} >= {"dice", "nsd", "hd95_mm", "absolute_volume_error_ml"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PRED"], "name a prediction and its reference"),
+        (["PRED", "REF", "--strata", "table.csv"], "not FILE.csv:COLUMN"),
+        (["PRED", "REF", "--tolerance", "liver"], "not MM or CLASS=MM"),
+        (["PRED", "REF", "--tolerance", "0"], "a tolerance of 0 mm"),
+        (["PRED", "REF", "--jobs", "0"], "--jobs"),
+        (["PRED", "REF", "--label", "x=1"], "not VALUE or VALUE=NAME"),
+    ],
+)
+def test_wrong_usage_of_the_command(
+    folders: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = dict(zip(("PRED", "REF"), map(str, folders), strict=True))
+    result = medseg("evaluate", *[places.get(word, word) for word in arguments], "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_the_metrics_that_say_most(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    table = tmp_path / "sites.csv"
+    table.write_text("case,site\na,north\nb,south\nc,south\n")
+    words = ["--tolerance", "4", "--tolerance", "2=1", "--strata", f"{table}:site", "--cldice", "--jobs", "1"]
+    result = medseg("evaluate", *map(str, folders), "-o", str(tmp_path / "out"), *words)
+    assert result.exit_code == 0, result.output
+    heading, row = result.output.splitlines()[:2]
+    assert heading.split() == ["class", "Dice", "NSD", "HD95", "mm", "Volume", "error", "ml", "cases"]
+    assert row.startswith("label 1  0.667 (2 missing)  1.000 (2 missing)  4.00 (2 missing)")
+    assert re.search(r"^south +label 3 +0.000 \(1 missing\)", result.output, re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,19 +14,20 @@ from PIL import Image
 
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.metrics.generation import Scores
+from medseg_diffusion.metrics.generation_summary import GeneratorRow
 from medseg_diffusion.models.generator import restore_generator
 from medseg_diffusion.models.image_source import SampleOptions
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.workflows.evaluate_generator import (
     GeneratorEvaluationOptions,
-    Row,
     _suspicious,
     evaluate_generator,
     parse_samplers,
 )
 from medseg_diffusion.workflows.sample import sample_images
 from medseg_diffusion.workflows.train_generator import train_generator
+from tests.helpers.cli import medseg
 from tests.helpers.generators import QUIET, small_config
 
 pytestmark = QUIET
@@ -57,6 +59,24 @@ def test_the_table_has_a_row_a_sampler_and_the_floor_and_resumes(
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert again.table() == table
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["extractor"] == result.extractor
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<h3>") == 5  # real images, the three rows, and how the numbers are computed
+    assert page.count("data:image/png;base64") == 4 * 10, "as many real images as samples"
+    assert "evenly spread over the reference" in page
+
+
+def test_real_images_on_the_page_have_the_classes_of_the_samples(
+    image_models, pictures, scoring_network, tmp_path: Path
+) -> None:
+    arguments = ["evaluate-generator", image_models["class"], "--reference", pictures, "-o", tmp_path / "out"]
+    options = ["--samplers", "ddim:2", "-n", "6", "--extractor", scoring_network, "--device", "cpu"]
+    result = medseg(*arguments, *options, "--markdown", "-")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("### Evaluation of generators") and "| class | ddim, 2 steps |" in result.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    named = re.findall(r'alt="([^",]*), image (\d): (left|right)"', page)
+    real, samples = ([(n, c) for title, n, c in named if (title == "Real images") == real] for real in (True, False))
+    assert len(real) == 6 and real == samples and {name for _, name in real} == {"left", "right"}
 
 
 def test_enlarged_samples_are_scored_at_their_own_size(image_models, pictures, scoring_network, tmp_path: Path) -> None:
@@ -108,8 +128,8 @@ def test_enlarged_samples_are_scored_at_their_own_size(image_models, pictures, s
 
 
 def test_a_fast_sampler_that_is_twice_as_bad_is_named() -> None:
-    def row(sampler: str, steps: int, fid: float) -> Row:
-        return Row("m", sampler, steps, Scores(0.5, 0.5, 2.0, fid, 1.0, 0.1, 10, 10))
+    def row(sampler: str, steps: int, fid: float) -> GeneratorRow:
+        return GeneratorRow("m", sampler, steps, Scores(0.5, 0.5, 2.0, fid, 1.0, 0.1, 10, 10))
 
     (said,) = _suspicious([row("ddim", 50, 210.1), row("ddim", 200, 190.0), row("ddpm", 1000, 100.0)])
     assert "FID 210.1 with ddim-50 is more than 2 times the 100.0 of ddpm-1000" in said

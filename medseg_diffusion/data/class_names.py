@@ -1,0 +1,85 @@
+"""Names of the classes in label maps, from the files beside them. NIfTI and PNG files hold label values alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.outputs import MASKS, SEGMENTATION
+from medseg_diffusion.volumes.paths import scan_name
+
+from .cases import label_names
+
+
+def class_names(masks: Sequence[Path]) -> tuple[dict[int, str], list[str]]:
+    """Label value -> class name of label maps, as far as files tell it, and sentences on contradictions.
+
+    The names of a mask are in the first of these files that exists: `NAME_dseg.tsv` beside it, or `dseg.tsv` in its
+    folder (BIDS: columns index and name); `NAME_statistics.json` of `medseg segment`; `dataset.json` in its folder or
+    the one above (Medical Segmentation Decathlon, nnU-Net). If files name a label differently, the first name counts.
+
+    Args:
+        masks: The label maps, in order of trust.
+
+    Raises:
+        InputError: A file of names that cannot be read.
+    """
+    names: dict[int, tuple[str, Path]] = {}
+    others: dict[tuple[int, str], Path] = {}
+    read: set[Path] = set()
+    for mask in masks:
+        source = next((path for path in _sources(mask) if path.is_file()), None)
+        if source is None or source in read:
+            continue
+        read.add(source)
+        for value, name in _read(source).items():
+            if names.setdefault(value, (name, source))[0] != name:
+                others.setdefault((value, name), source)
+    remarks = [
+        f"Label {value} is {names[value][0]} in {names[value][1]}, but {name} in {source}; the first name is used."
+        for (value, name), source in others.items()
+    ]
+    return {value: name for value, (name, _) in sorted(names.items())}, remarks
+
+
+def _sources(mask: Path) -> Iterator[Path]:
+    """The files that may name the labels of a mask, in order of trust."""
+    case = scan_name(mask)
+    for ending in (*MASKS, "_dseg"):
+        case = case.removesuffix(ending)
+    yield mask.with_name(f"{case}_dseg.tsv")
+    yield mask.with_name("dseg.tsv")
+    yield mask.with_name(case + SEGMENTATION["statistics"])
+    for folder in (mask.parent, mask.absolute().parent.parent):
+        yield folder / "dataset.json"
+
+
+def _read(source: Path) -> Mapping[int, str]:
+    expected, remedy = "names of labels", "correct the file, or name the classes with --label VALUE=NAME"
+    try:
+        if source.suffix == ".tsv":
+            return _from_table(source)
+        content = json.loads(source.read_text(encoding="utf-8"))
+        if source.name == "dataset.json":
+            return {value: name for value, name in label_names(content["labels"]).items() if value}
+        return _from_statistics(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(source, f"an unreadable entry ({error!r})", expected, remedy) from error
+
+
+def _from_table(source: Path) -> dict[int, str]:
+    """The columns index and name of a table of BIDS."""
+    with source.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    if not rows or not {"index", "name"} <= set(rows[0]):
+        raise ValueError("expected the columns index and name")
+    return {int(row["index"]): row["name"].strip() for row in rows if int(row["index"])}
+
+
+def _from_statistics(content: Mapping[str, Any]) -> dict[int, str]:
+    """The classes of `medseg segment`, which are listed in the order of their labels 1, 2, ..."""
+    return {value: str(name) for value, name in enumerate(content["classes"], start=1)}

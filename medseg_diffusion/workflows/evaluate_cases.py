@@ -1,0 +1,125 @@
+"""One case of `medseg evaluate`: reads its masks and compares them. Processes of their own call these functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg_diffusion.data.pairs import MaskPair
+from medseg_diffusion.errors import InputError, remarks
+from medseg_diffusion.metrics.ambiguity import ReaderAgreement
+from medseg_diffusion.metrics.calibration import Reliability, region
+from medseg_diffusion.metrics.case_metrics import ClassResult, MeasureOptions, absent, labels_of, measure
+from medseg_diffusion.volumes.io import read_map
+
+# A label map has a few hundred classes at most. A scan that was passed by mistake has thousands of values.
+_MAX_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class CaseTask:
+    """A case to be compared, and the labels that are compared even if they do not occur."""
+
+    pair: MaskPair
+    labels: tuple[int, ...]
+    options: MeasureOptions
+
+
+@dataclass(frozen=True)
+class MeasuredCase:
+    """The numbers of a case.
+
+    Attributes:
+        results: Label -> result, of the labels that occur or were requested.
+        n_voxels: Voxels of the grid.
+        spacing_mm: Voxel size along each axis.
+        reliability: Calibration of the probabilities beside the prediction; None without any.
+        remarks: What the user should know about the files.
+        unused: Why the probabilities beside the prediction are not used; empty if they are, or if there are none.
+    """
+
+    results: Mapping[int, ClassResult]
+    n_voxels: int
+    spacing_mm: tuple[float, float, float]
+    reliability: Reliability | None
+    remarks: tuple[str, ...] = ()
+    unused: str = ""
+
+    def results_of(self, labels: Iterable[int], options: MeasureOptions) -> dict[int, ClassResult]:
+        """The result of each of `labels`; a label that does not occur is empty in both masks."""
+        return {label: self.results.get(label) or absent(self.n_voxels, options) for label in labels}
+
+
+def measure_case(task: CaseTask) -> MeasuredCase:
+    """Compare the masks of a case, and the probabilities beside the prediction with the reference.
+
+    Raises:
+        InputError: A file that cannot be used, two different grids, or a mask that is no label map.
+    """
+    with remarks() as said:
+        pair = task.pair
+        volumes = pair.read()
+        prediction, reference = (volume.data[0].numpy() for volume in volumes)
+        labels = set(task.labels)
+        for path, array in ((pair.prediction, prediction), (pair.reference, reference)):
+            values = labels_of(array)
+            if len(values) > _MAX_CLASSES:
+                count = f"{len(values)} different labels above 0"
+                raise InputError(path, count, "a label map", "check that it is not a scan")
+            labels.update(values)
+        spacing = volumes[1].spacing
+        results = measure(prediction, reference, sorted(labels), spacing, task.options)
+        reliability, unused = _reliability(pair, reference)
+    return MeasuredCase(results, prediction.size, spacing, reliability, tuple(said), unused)
+
+
+def _reliability(pair: MaskPair, truth: NDArray[np.integer]) -> tuple[Reliability | None, str]:
+    """Calibration of the probabilities beside the prediction; if they cannot be used, None and the reason."""
+    path = pair.companion("probabilities")
+    if path is None:
+        return None, ""
+    p: NDArray[Any] = read_map(path).data.numpy()
+    if p.shape[1:] != truth.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
+        return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
+    if truth.max() >= len(p):
+        return None, f"Not used for calibration: {path.name} has no probability of label {truth.max()}."
+    return Reliability.of(p, truth, region(truth)), ""
+
+
+@dataclass(frozen=True)
+class RatersTask:
+    """A case whose samples are compared with all raters: further raters' files, and the labels."""
+
+    pair: MaskPair
+    raters: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+
+def compare_with_raters(task: RatersTask) -> ReaderAgreement:
+    """The samples of a case compared with all raters, including the reference.
+
+    Raises:
+        InputError: A file that cannot be used, or is on another grid.
+    """
+    pair = task.pair
+    reference = pair.read_labels(pair.reference)
+    references = [reference]
+    for path in task.raters:
+        references.append(pair.read_labels(path))
+        reference.require_same_grid(references[-1])
+    members = pair.companion("members")
+    samples = pair.read_labels(pair.prediction) if members is None else read_map(members)
+    reference.require_same_grid(samples)
+    arrays = [volume.data.numpy().astype(np.int64) for volume in (samples, *references)]
+    if pair.merged:
+        arrays = [array.clip(max=1) for array in arrays]
+    # Labels become 1, 2, ...: the cost grows with the number of classes, not with their values.
+    values = np.asarray(sorted(task.labels))
+    classes = [np.where(np.isin(array, values), np.searchsorted(values, array) + 1, 0) for array in arrays]
+    sample_maps, *rater_maps = (list(maps) for maps in classes)
+    return ReaderAgreement.of(sample_maps, [labelmap for maps in rater_maps for labelmap in maps], len(values) + 1)

@@ -1,0 +1,72 @@
+"""Settings of a benchmark against each other: which is the best, and what the same patients leave open."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from medseg_diffusion.metrics.benchmark_summary import BenchmarkRow, compare
+from tests.helpers.benchmarks import row
+
+
+def test_differences_are_of_the_same_patients() -> None:
+    """Patients differ more than settings do: the intervals overlap, but each patient is better in one of them."""
+    first, second = row(steps=1, dice=[0.2, 0.4, 0.6, 0.8]), row(steps=5, dice=[0.25, 0.45, 0.66, 0.84])
+    found = compare([first, second])
+    assert found is not None and found.best is second and found.score == "dice"
+    (gap, own) = found.differences
+    assert gap.mean == pytest.approx(-0.05) and gap.high < 0 and gap.n == 4 and math.isnan(own.mean)
+    assert found.scores[0].high > found.scores[1].low, "the intervals of the means do not tell them apart"
+    assert found.behind == [first] and found.undecided == []
+
+
+def test_settings_that_patients_do_not_tell_apart() -> None:
+    first, second = row(steps=1, dice=[0.5, 0.9, 0.7, 0.6]), row(steps=5, dice=[0.6, 0.8, 0.75, 0.6])
+    found = compare([first, second])
+    assert found is not None and found.best is second and found.undecided == [first] and found.behind == []
+
+
+def test_equal_scores_prefer_fewer_evaluations() -> None:
+    slow, fast = row(steps=50, dice=[0.5, 0.7]), row(steps=2, dice=[0.5, 0.7])
+    found = compare([slow, fast])
+    assert found is not None and found.best is fast
+
+
+def test_a_setting_of_two_factors_counts_once_and_rows_without_x_t_never() -> None:
+    rows = [row(factor=factor, steps=2, dice=[0.5, 0.6]) for factor in ("steps", "sampler")]
+    rows.append(row(factor="without x_t", steps=2, x_t="zeros", dice=[0.9, 0.9]))
+    found = compare(rows)
+    assert found is not None and found.rows == (rows[0],)
+
+
+def test_cases_without_a_score_are_left_out_in_pairs() -> None:
+    """A class that is absent and rightly not predicted has no Dice: the pair of that case says nothing."""
+    first, second = row(steps=1, dice=[0.5, math.nan, 0.6]), row(steps=5, dice=[0.6, 0.0, 0.7])
+    found = compare([first, second])
+    assert found is not None and found.best is first
+    assert found.differences[1].n == 2 and found.differences[1].mean == pytest.approx(0.1)
+
+
+def test_models_of_other_cases_have_no_difference() -> None:
+    found = compare([row(steps=1, dice=[0.5, 0.6]), row(steps=5, dice=[0.7, 0.8], first_case=7)])
+    assert found is not None and math.isnan(found.differences[0].mean) and not found.undecided and not found.behind
+
+
+def test_the_energy_distance_of_fewer_samples_is_not_compared() -> None:
+    """It falls with the number of samples. A mask that never changes is as good as many equal ones."""
+
+    def several(factor: str, ensemble: int, energy: list[float]) -> BenchmarkRow:
+        return row(factor=factor, ensemble=ensemble, energy=energy)
+
+    one, few = several("ensemble", 1, [0.2, 0.2]), several("ensemble", 2, [0.1, 0.1])
+    many, fixed = several("ensemble", 8, [0.4, 0.5]), several("feed-forward", 1, [0.6, 0.7])
+    found = compare([one, few, many, fixed])
+    assert found is not None and found.score == "energy_distance" and found.best is many
+    assert [math.isnan(gap.mean) for gap in found.differences] == [True, True, True, False]
+    assert found.behind == [fixed]
+
+
+def test_nothing_is_compared_without_a_score() -> None:
+    assert compare([row(dice=[math.nan, math.nan])]) is None
+    assert compare([]) is None

@@ -1,0 +1,63 @@
+"""The page of a benchmark says what the numbers say, and no more."""
+
+from __future__ import annotations
+
+import pytest
+
+from medseg_diffusion.metrics.benchmark_summary import compare
+from medseg_diffusion.reports.benchmark_page import BenchmarkInfo, benchmark_markdown, benchmark_page, sentences
+from tests.helpers.benchmarks import row
+
+INFO = BenchmarkInfo("data", "test", 2, 0, "medseg benchmark-segmenter <b>")
+BETTER = [0.6, 0.7, 0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([[0.5, 0.6, 0.7, 0.85]], "1 other setting is worse on the same patients"),
+        (
+            [[0.7, 0.6, 0.8, 0.8]],
+            "1 other setting is not told apart from it by these patients: ddim, 1 step, 1 sample,",
+        ),
+        ([[0.7, 0.6, 0.8, 0.8]] * 2, "2 other settings are not told apart from it by these patients; the cheapest"),
+    ],
+)
+def test_the_best_setting_and_what_the_patients_leave_open(others: list[list[float]], expected: str) -> None:
+    rows = [row(steps=steps, dice=dice) for steps, dice in enumerate(others, 1)] + [row(steps=9, dice=BETTER)]
+    said = sentences(rows, INFO, compare(rows))
+    assert said[0].startswith("The best mean Dice is 0.750 (95 % interval 0.")
+    assert said[0].endswith("ddim, 9 steps, 1 sample, 9 network evaluations and 0.9 s a case.")
+    assert len(said) == 2 and said[1].startswith(expected)
+
+
+def test_the_page_sets_rows_without_x_t_apart_and_warns() -> None:
+    rows = [row(steps=1, dice=BETTER), row(steps=5, dice=[0.6, 0.7, 0.8, 0.95])]
+    replaced = [row(factor="without x_t", steps=5, ensemble=3, x_t=x_t, dice=BETTER) for x_t in ("own", "zeros")]
+    page = benchmark_page([*rows, *replaced], INFO)
+    settings, noise = page.split("<h2>What the noise is worth</h2>")
+    assert "nothing: all classes alike" in noise and "all classes alike" not in settings
+    assert page.count("<svg") == 2 and "choose on the validation side" in page and "4 patients are rough" in page
+    assert "have been measured" not in page
+    assert "Only 2 of 7 rows have been measured" in benchmark_page(rows, BenchmarkInfo("data", "validation", 7))
+
+
+def test_samples_are_compared_with_readers_where_there_are_several() -> None:
+    rows = [row(steps=steps, ensemble=4, energy=[0.2 / steps, 0.3 / steps]) for steps in (1, 2)]
+    page = benchmark_page(rows, INFO)
+    assert "<h2>Several readers</h2>" in page and "less is better" in page and "The best GED² is 0.125" in page
+    assert "<h2>Several readers</h2>" not in benchmark_page([row()], INFO)
+
+
+def test_hostile_names_are_inert() -> None:
+    name = "<img src=x onerror=alert(1)>|$x$ @somebody"
+    rows = [row(model=f"runs/{name}", dice=BETTER), row(model="runs/_b", dice=[0.5, 0.6, 0.7, 0.8])]
+    page, text = benchmark_page(rows, INFO), benchmark_markdown(rows, INFO)
+    assert "<img" not in page and "&lt;img src=x" in page and "<b>" not in page
+    assert "_b, ddim" in page, "a name that begins with an underscore is in the legend"
+    assert "<img" not in text and r"\|&#36;x&#36; @" + "\u2060somebody" in text
+
+
+def test_one_row_needs_no_comparison() -> None:
+    page = benchmark_page([row()], INFO)
+    assert "<svg" not in page and "other setting" not in page and "Benchmark of model" in page
