@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from medseg_diffusion.metrics.benchmark_summary import BenchmarkRow, Comparison, compare, mean_of
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
-from medseg_diffusion.metrics.statistics import Interval
+from medseg_diffusion.metrics.statistics import Interval, mean_interval
 
 from .lines import Line, line_plot
 from .markdown import markdown_page, markdown_table
@@ -234,7 +234,10 @@ _Column = tuple[str, Callable[[BenchmarkRow], Cell]]
 def settings_table(rows: Sequence[BenchmarkRow], comparison: Comparison | None, names: Mapping[str, str]) -> Table:
     """One row for each measured row, with the numbers against the reference."""
     classes = list(dict.fromkeys(name for row in rows for name in row.dice))
-    columns: list[_Column] = [("Evaluations", lambda row: number(row.evaluations, 0))]
+    columns: list[_Column] = [
+        ("Evaluations", lambda row: Cell(f"{row.evaluations:,}", row.evaluations)),
+        ("Seconds a case", lambda row: number(row.seconds, 2)),
+    ]
     if comparison is not None:
         if comparison.score != "dice" or len(classes) > 1:
             columns.append((_heading(comparison), lambda row: interval(_of(row, comparison, comparison.scores))))
@@ -244,7 +247,6 @@ def settings_table(rows: Sequence[BenchmarkRow], comparison: Comparison | None, 
         ("IoU", lambda row: number(mean_of(row.iou))),
         ("HD95 mm", lambda row: number(mean_of(row.hd95_mm), 2)),
         ("ECE", lambda row: number(row.ece)),
-        ("Seconds a case", lambda row: number(row.seconds, 2)),
     ]
     return _table("Settings", rows, columns, names)
 
@@ -263,7 +265,7 @@ def _of(row: BenchmarkRow, comparison: Comparison, values: Sequence[Interval]) -
     for other, value in zip(comparison.rows, values, strict=True):
         if other.model == row.model and str(other.setting) == str(row.setting):
             return value
-    return Interval(math.nan, math.nan, math.nan, 0, 0)
+    return mean_interval([])
 
 
 def _difference(row: BenchmarkRow, comparison: Comparison) -> Cell:

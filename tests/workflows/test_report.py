@@ -14,6 +14,7 @@ import pytest
 
 from medseg_diffusion.training import history
 from medseg_diffusion.workflows.report import report_run, run_summary
+from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers import pixel_classifiers, training
 from tests.helpers.cli import error_lines, medseg
@@ -115,8 +116,6 @@ def test_the_networks_of_an_anomaly_model(anomaly_models: dict[str, Path], tmp_p
 
 
 def test_a_pixel_classifier_has_no_steps(box_scans: Path, box_generators: dict[int, Path], tmp_path: Path) -> None:
-    from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
-
     config = pixel_classifiers.quick()
     train_pixel_classifier(config, box_generators[2], box_scans, 2, tmp_path / "run", test=False, device="cpu")
     page, summary = report_run(tmp_path / "run", tmp_path / "page.html")
