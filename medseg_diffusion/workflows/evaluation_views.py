@@ -76,11 +76,10 @@ def _viewed(
     pair: MaskPair, reason: str, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
 ) -> ViewedCase:
     prediction, reference = pair.read()
-    volumes: dict[LayerKind, Volume] = {}
+    # The reference is first: whatever lies on another grid is named in the error.
+    volumes: dict[LayerKind, Volume] = {"reference": _only(reference, labels), "prediction": _only(prediction, labels)}
     if image is not None:
         volumes["scan"] = read_volume(image, channels=None)
-    volumes["reference"] = _only(reference, labels)
-    volumes["prediction"] = _only(prediction, labels)
     uncertainty = pair.companion("uncertainty")
     if uncertainty is not None and _on_grid(volume := read_map(uncertainty), reference):
         volumes["uncertainty"] = volume

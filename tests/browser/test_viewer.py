@@ -17,6 +17,7 @@ from medseg_diffusion.reports.theme import CLASSES, PREDICTION, REFERENCE
 from medseg_diffusion.reports.viewer import Layer, LayerKind, ViewedCase, viewer
 from tests.helpers.browser import DESKTOP, PHONE, Visits, overflow
 
+SMALL = (820, 760)  # without a graphics card, drawing takes long
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 BASE = (files("medseg_diffusion.reports") / "templates" / "base.html.j2").read_text("utf-8")
 POLICY = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', BASE)
@@ -49,8 +50,8 @@ def document(*cases: ViewedCase) -> str:
     )
 
 
-def opened(visit: Visits, page: str, *arguments: Any, **options: Any) -> Any:
-    tab = visit(page, *arguments, **options)
+def opened(visit: Visits, page: str, size: tuple[int, int] = SMALL, **options: Any) -> Any:
+    tab = visit(page, size, **options)
     tab.wait_for_selector(".viewer[data-ready]", timeout=60_000)
     return tab
 
@@ -108,9 +109,9 @@ def test_it_draws_and_the_keys_and_the_wheel_move_the_slices(visit: Visits) -> N
     box = tab.locator(".viewer-canvas").bounding_box()
     tab.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + box["height"] * 0.5)
     tab.mouse.wheel(0, 240)
-    tab.wait_for_function("place => document.querySelector('.viewer-place').textContent !== place", arg=place)
+    assert not same(stage(tab), first) and tab.locator(".viewer-place").inner_text() != place
     tab.locator(".viewer-reset").click()
-    tab.wait_for_function("place => document.querySelector('.viewer-place').textContent === place", arg=place)
+    assert same(stage(tab), first) and tab.locator(".viewer-place").inner_text() == place
 
 
 def test_letters_of_the_viewers_library_do_nothing(visit: Visits) -> None:
@@ -150,6 +151,7 @@ def test_the_marks_name_the_sides(visit: Visits) -> None:
         "<body><script>const fill = CanvasRenderingContext2D.prototype.fillText; window.marks = [];"
         "CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {"
         " window.marks.push([text, x]); return fill.call(this, text, x, y); };</script>",
+        1,
     )
     tab = opened(visit, page)
 
