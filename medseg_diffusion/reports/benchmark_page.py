@@ -146,9 +146,8 @@ def sentences(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
     behind, undecided = comparison.behind, comparison.undecided
     if behind:
         verb = "is" if len(behind) == 1 else "are"
-        said.append(
-            f"{plural(len(behind), 'other setting')} {verb} worse on the same patients beyond their 95 % intervals."
-        )
+        count = plural(len(behind), "other setting")
+        said.append(f"{count} {verb} worse on the same patients: the 95 % interval of the difference leaves out 0.")
     if undecided:
         cheapest = min(undecided, key=lambda row: (row.evaluations, row.seconds))
         verb, colon = ("is", ":") if len(undecided) == 1 else ("are", "; the cheapest of them is")
@@ -193,7 +192,7 @@ def _warnings(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
             )
         if len(comparison.rows) > 2:
             found.append(
-                "Each difference has its own 95 % interval; of twenty settings that are alike, one is outside."
+                "Each difference has its own 95 % interval: of settings that are alike, one in twenty leaves out 0."
             )
     fewest = min(row.patients for row in rows)
     if fewest < 10:
@@ -276,7 +275,7 @@ def _difference(row: BenchmarkRow, comparison: Comparison) -> Cell:
     if math.isnan(gap.mean):
         return number(None)
     ends = f"{gap.low:+.3f} to {gap.high:+.3f}" if not math.isnan(gap.low) else ""
-    return Cell(f"{gap.mean:+.3f}", gap.mean, ends.replace("-", "\u2212"))
+    return Cell(f"{gap.mean:+.3f}".replace("-", "\u2212"), gap.mean, ends.replace("-", "\u2212"))
 
 
 def _readers_table(rows: Sequence[BenchmarkRow], names: Mapping[str, str]) -> Table | None:

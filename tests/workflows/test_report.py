@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from medseg_diffusion.training import history
 from medseg_diffusion.workflows.report import report_run, run_summary
 from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -178,9 +177,3 @@ def test_the_page_lies_in_the_run_unless_it_is_named(stopped: Path, tmp_path: Pa
     run = shutil.copytree(stopped, tmp_path / "run")
     os.utime(run / "config.yaml")
     assert medseg("report", run, "--quiet").output == "" and (run / "report.html").is_file()
-
-
-def test_event_files_are_read_in_the_order_of_their_time(tmp_path: Path) -> None:
-    """Names sort differently from times when the number of digits changes, or the host."""
-    names = ["events.out.tfevents.999.b.1.0", "events.out.tfevents.1000.a.1.0"]
-    assert sorted(map(Path, reversed(names)), key=history._started) == list(map(Path, names))
