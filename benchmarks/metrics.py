@@ -141,8 +141,8 @@ def main() -> None:
             taken, numbers[name] = seconds(function, maps)
             times[name].append(taken)
     own = statistics.median(times["medseg evaluate"])
-    for name, taken in times.items():
-        print(f"{name}: {statistics.median(taken):.2f} s, {statistics.median(taken) / own:.1f} times the first")
+    for name, measured in times.items():
+        print(f"{name}: {statistics.median(measured):.2f} s, {statistics.median(measured) / own:.1f} times the first")
     own_numbers, others = numbers.pop("medseg evaluate"), {"brute force": by_brute_force(*maps), **numbers}
     for metric in (*COMMON, "assd_mm"):
         differences = [

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._options import AsJson, Quiet, Seed, existing
-from ._shared import count_of, print_json, print_table, progress, warnings_at_once
+from ._options import STDOUT, AsJson, Markdown, Quiet, Seed, existing, require_one_on_stdout
+from ._shared import count_of, print_json, print_table, progress, warnings_at_once, write_markdown
 
 if TYPE_CHECKING:
     from medseg_diffusion.metrics.comparison import Comparison
@@ -149,6 +149,7 @@ def evaluate(
         typer.Option("--view", metavar="CASE", help="Case that the page shows in any case; repeatable."),
     ] = None,
     seed: Seed = 0,
+    markdown: Markdown = None,
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
@@ -156,12 +157,14 @@ def evaluate(
 
     Several predictions of the same cases are also compared with each other: paired differences with tests.
     """
+    require_one_on_stdout(markdown, as_json)
     names, strata_column = _parse_labels(labels), _parse_strata(strata)
     common, own = _parse_tolerances(tolerance)
     if reference is None and len(masks) < 2:
         raise typer.BadParameter("name a prediction and its reference", param_hint="PRED... [REF]")
     *predictions, last = masks if reference is None else [*masks, reference]
     from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM
+    from medseg_diffusion.reports.evaluation_markdown import comparison_markdown, evaluation_markdown
     from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions
     from medseg_diffusion.workflows.evaluate import evaluate as run
 
@@ -188,9 +191,13 @@ def evaluate(
             comparison = compare_predictions(predictions, last, output, options, count_of(show))
         else:
             evaluation = run(predictions[0], last, output, options, count_of(show))
+    if len(predictions) > 1:
+        write_markdown(markdown, lambda: comparison_markdown(comparison, options.command))
+    else:
+        write_markdown(markdown, lambda: evaluation_markdown(evaluation, options.command))
     if as_json:
         print_json(_comparison_json(comparison) if len(predictions) > 1 else evaluation.table())
-    elif not quiet:
+    elif not quiet and markdown != STDOUT:
         if len(predictions) > 1:
             _print_comparison(comparison)
         else:

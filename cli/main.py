@@ -51,6 +51,10 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from error
 
 
+# Groups of commands in the help.
+SCANS, RESULTS = "Use a model", "Measure and report"
+TRAINING, FILES = "Train and calibrate", "Data, configurations and models"
+
 app = typer.Typer(
     name="medseg",
     cls=_Group,
@@ -61,24 +65,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train-generator")(train_generator.train_generator)
-app.command("sample")(sample.sample)
-app.command("evaluate-generator")(evaluate_generator.evaluate_generator)
-app.command("segment")(segment.segment)
-app.command("train-segmenter")(train_segmenter.train_segmenter)
-app.command("train-pixel-classifier")(train_pixel_classifier.train_pixel_classifier)
-app.command("benchmark-segmenter")(benchmark_segmenter.benchmark_segmenter)
-app.command("train-anomaly")(train_anomaly.train_anomaly)
-app.command("calibrate-anomaly")(calibrate_anomaly.calibrate_anomaly)
-app.command("calibrate-segmenter")(calibrate_segmenter.calibrate_segmenter)
-app.command("anomaly")(anomaly.anomaly)
-app.command("synthesize-anomalies")(synthesize_anomalies.synthesize_anomalies)
-app.command("evaluate")(evaluate.evaluate)
-app.command("report")(report.report)
-app.add_typer(configs.app, name="configs")
-app.add_typer(models.app, name="models")
-app.command("check")(check.check)
-app.command("info")(info.info)
+app.command("segment", rich_help_panel=SCANS)(segment.segment)
+app.command("anomaly", rich_help_panel=SCANS)(anomaly.anomaly)
+app.command("sample", rich_help_panel=SCANS)(sample.sample)
+app.command("evaluate", rich_help_panel=RESULTS)(evaluate.evaluate)
+app.command("benchmark-segmenter", rich_help_panel=RESULTS)(benchmark_segmenter.benchmark_segmenter)
+app.command("evaluate-generator", rich_help_panel=RESULTS)(evaluate_generator.evaluate_generator)
+app.command("report", rich_help_panel=RESULTS)(report.report)
+app.command("train-segmenter", rich_help_panel=TRAINING)(train_segmenter.train_segmenter)
+app.command("train-generator", rich_help_panel=TRAINING)(train_generator.train_generator)
+app.command("train-anomaly", rich_help_panel=TRAINING)(train_anomaly.train_anomaly)
+app.command("train-pixel-classifier", rich_help_panel=TRAINING)(train_pixel_classifier.train_pixel_classifier)
+app.command("calibrate-segmenter", rich_help_panel=TRAINING)(calibrate_segmenter.calibrate_segmenter)
+app.command("calibrate-anomaly", rich_help_panel=TRAINING)(calibrate_anomaly.calibrate_anomaly)
+app.command("synthesize-anomalies", rich_help_panel=TRAINING)(synthesize_anomalies.synthesize_anomalies)
+app.add_typer(configs.app, name="configs", rich_help_panel=FILES)
+app.add_typer(models.app, name="models", rich_help_panel=FILES)
+app.command("check", rich_help_panel=FILES)(check.check)
+app.command("info", rich_help_panel=FILES)(info.info)
 
 
 def _print_version(value: bool) -> None:

@@ -16,7 +16,6 @@ from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, ben
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
 from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
 from tests.helpers import documented, segmenters
-from tests.helpers.cli import medseg
 from tests.helpers.documented import assert_documented
 from tests.helpers.masks import box
 from tests.helpers.masks import save as save_mask
@@ -132,14 +131,6 @@ def test_scores_csv_and_json(pictures: Path, scoring_network: Path, tmp_path: Pa
     evaluate_generator([str(pictures)], pictures, tmp_path, options)
     assert_documented("scores.csv", tmp_path / "scores.csv")
     assert_documented("scores.json", tmp_path / "scores.json")
-
-
-def test_failures_csv(tiny_model: Path, tmp_path: Path) -> None:
-    scans = [tmp_path / f"{name}.nii.gz" for name in "ab"]
-    for scan in scans:
-        scan.write_bytes(b"no scan")
-    medseg("segment", *scans, "-m", tiny_model, "-o", tmp_path / "out", "--device", "cpu")
-    assert_documented("failures.csv", tmp_path / "out" / "failures.csv")
 
 
 def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from medseg_diffusion.metrics.benchmark_summary import BenchmarkRow, Comparison, compare, mean_of
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
-from medseg_diffusion.metrics.statistics import Interval
+from medseg_diffusion.metrics.statistics import Interval, mean_interval
 
 from .lines import Line, line_plot
 from .markdown import markdown_page, markdown_table
@@ -146,9 +146,8 @@ def sentences(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
     behind, undecided = comparison.behind, comparison.undecided
     if behind:
         verb = "is" if len(behind) == 1 else "are"
-        said.append(
-            f"{plural(len(behind), 'other setting')} {verb} worse on the same patients beyond their 95 % intervals."
-        )
+        count = plural(len(behind), "other setting")
+        said.append(f"{count} {verb} worse on the same patients: the 95 % interval of the difference leaves out 0.")
     if undecided:
         cheapest = min(undecided, key=lambda row: (row.evaluations, row.seconds))
         verb, colon = ("is", ":") if len(undecided) == 1 else ("are", "; the cheapest of them is")
@@ -193,7 +192,7 @@ def _warnings(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
             )
         if len(comparison.rows) > 2:
             found.append(
-                "Each difference has its own 95 % interval; of twenty settings that are alike, one is outside."
+                "Each difference has its own 95 % interval: of settings that are alike, one in twenty leaves out 0."
             )
     fewest = min(row.patients for row in rows)
     if fewest < 10:
@@ -234,7 +233,10 @@ _Column = tuple[str, Callable[[BenchmarkRow], Cell]]
 def settings_table(rows: Sequence[BenchmarkRow], comparison: Comparison | None, names: Mapping[str, str]) -> Table:
     """One row for each measured row, with the numbers against the reference."""
     classes = list(dict.fromkeys(name for row in rows for name in row.dice))
-    columns: list[_Column] = [("Evaluations", lambda row: number(row.evaluations, 0))]
+    columns: list[_Column] = [
+        ("Evaluations", lambda row: Cell(f"{row.evaluations:,}", row.evaluations)),
+        ("Seconds a case", lambda row: number(row.seconds, 2)),
+    ]
     if comparison is not None:
         if comparison.score != "dice" or len(classes) > 1:
             columns.append((_heading(comparison), lambda row: interval(_of(row, comparison, comparison.scores))))
@@ -244,7 +246,6 @@ def settings_table(rows: Sequence[BenchmarkRow], comparison: Comparison | None, 
         ("IoU", lambda row: number(mean_of(row.iou))),
         ("HD95 mm", lambda row: number(mean_of(row.hd95_mm), 2)),
         ("ECE", lambda row: number(row.ece)),
-        ("Seconds a case", lambda row: number(row.seconds, 2)),
     ]
     return _table("Settings", rows, columns, names)
 
@@ -263,7 +264,7 @@ def _of(row: BenchmarkRow, comparison: Comparison, values: Sequence[Interval]) -
     for other, value in zip(comparison.rows, values, strict=True):
         if other.model == row.model and str(other.setting) == str(row.setting):
             return value
-    return Interval(math.nan, math.nan, math.nan, 0, 0)
+    return mean_interval([])
 
 
 def _difference(row: BenchmarkRow, comparison: Comparison) -> Cell:
@@ -274,7 +275,7 @@ def _difference(row: BenchmarkRow, comparison: Comparison) -> Cell:
     if math.isnan(gap.mean):
         return number(None)
     ends = f"{gap.low:+.3f} to {gap.high:+.3f}" if not math.isnan(gap.low) else ""
-    return Cell(f"{gap.mean:+.3f}", gap.mean, ends.replace("-", "\u2212"))
+    return Cell(f"{gap.mean:+.3f}".replace("-", "\u2212"), gap.mean, ends.replace("-", "\u2212"))
 
 
 def _readers_table(rows: Sequence[BenchmarkRow], names: Mapping[str, str]) -> Table | None:

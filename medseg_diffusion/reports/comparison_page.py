@@ -141,15 +141,19 @@ def _difference_plots(comparison: Comparison) -> list[Markup]:
 def _cases_table(comparison: Comparison, viewer: Viewer | None) -> Table:
     """The mean Dice of every case in every set, where they differ most first."""
     names = list(comparison.evaluations)
-    rows = []
+    rows: list[tuple[float, Row]] = []
     for cases in zip(*(evaluation.cases for evaluation in comparison.evaluations.values()), strict=True):
         dice = [case.mean_dice for case in cases]
         known = [value for value in dice if not math.isnan(value)]
         spread = max(known) - min(known) if known else math.nan
         case = cases[0].name
         in_viewer = viewer is not None and case in viewer.names
-        rows.append(Row([Cell(case), *map(number, dice), number(spread)], case=case if in_viewer else ""))
-    rows.sort(key=lambda row: -(row.cells[-1].value if row.cells[-1].value == row.cells[-1].value else -1))
+        row = Row([Cell(case), *map(number, dice), number(spread)], case=case if in_viewer else "")
+        rows.append((-1.0 if math.isnan(spread) else spread, row))
+    rows.sort(key=lambda item: -item[0])
     return Table(
-        "Cases", ["Case", *(f"Mean Dice, {name}" for name in names), "Largest difference"], rows, sortable=True
+        "Cases",
+        ["Case", *(f"Mean Dice, {name}" for name in names), "Largest difference"],
+        [row for _, row in rows],
+        sortable=True,
     )

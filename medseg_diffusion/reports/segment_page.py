@@ -237,8 +237,8 @@ def _rules(scans: Sequence[SegmentedScan]) -> dict[str, str]:
         )
     if len(scans) >= OUTLIERS_FROM:
         rules["Outlier"] = (
-            f"A volume more than {FENCE:g} times the quartiles' distance below the first or above the third quartile of "
-            f"the scans on this page (Tukey's outer fences); from {OUTLIERS_FROM} scans on."
+            f"A volume more than {FENCE:g} times the quartiles' distance below the first or above the third quartile "
+            f"of the scans on this page (Tukey's outer fences); from {OUTLIERS_FROM} scans on."
         )
     if any(scan.status == "skipped" for scan in scans):
         rules["Finished earlier"] = (

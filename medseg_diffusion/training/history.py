@@ -58,10 +58,10 @@ def read_history(folder: Path) -> History:
     )
 
 
-def _started(file: Path) -> tuple[int, str]:
-    """The time in the name of an event file, such as events.out.tfevents.1795947409.host.13308.0."""
-    parts = file.name.split(".")
-    return (int(parts[3]) if len(parts) > 3 and parts[3].isdecimal() else 0, file.name)
+def _started(file: Path) -> tuple[int, int]:
+    """Time and number in the name of an event file, such as events.out.tfevents.1795947409.host.13308.0."""
+    numbers = [int(part) for part in file.name.split(".") if part.isdecimal()]
+    return (numbers[0], numbers[-1]) if numbers else (0, 0)
 
 
 def _scalars(file: Path) -> Iterator[tuple[float, int, str, float]]:

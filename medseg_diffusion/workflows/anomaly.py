@@ -132,7 +132,7 @@ def anomaly(
     with (
         RunReport(options.run_report, "anomaly", options, files) as run_report,
         ResultsTable(file, COLUMNS, numbers_of, masks) as table,
-        AnomalyReport(options.report, read, options.command, len(ours)) as page,
+        AnomalyReport(options.report, options.model or DEFAULT_MODEL, read, options.command, len(ours)) as page,
     ):
         work = Work(
             run_report.timed(read), load, lambda model, scan: _score_one(model, scan, options), "mask", finished_anomaly

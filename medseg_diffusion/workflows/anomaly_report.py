@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.errors import MedsegError, ModelError
 from medseg_diffusion.files import write_files
-from medseg_diffusion.models.anomaly import AnomalyModel
+from medseg_diffusion.methods.healthy_scores import HealthyScores
+from medseg_diffusion.models.anomaly import AnomalyModel, stored_scores
+from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.reports.anomaly_page import ScoredScan, WorstSlices, anomaly_page, worst_first
 from medseg_diffusion.reports.batch import distinct_names, linked, models_of
 from medseg_diffusion.reports.preview import Map, Still, class_outlines, still
@@ -33,13 +36,16 @@ class AnomalyReport:
 
     Args:
         path: The page; None collects and writes nothing.
+        model: Name or folder of the model.
         read: Reads a scan.
         command: The command line; empty shows none.
         count: Number of scans of the call.
     """
 
-    def __init__(self, path: Path | None, read: Callable[[Path], Volume], command: str, count: int) -> None:
-        self._path, self._read, self._command, self._count = path, read, command, count
+    def __init__(
+        self, path: Path | None, model: str | Path, read: Callable[[Path], Volume], command: str, count: int
+    ) -> None:
+        self._path, self._model, self._read, self._command, self._count = path, model, read, command, count
         self._results: list[ScanResult] = []
         self._made: dict[str, str] = {}
         self._healthy: list[float] = []
@@ -57,11 +63,26 @@ class AnomalyReport:
     def uses(self, model: AnomalyModel, settings: Mapping[str, str]) -> None:
         """Note the model with its healthy scans, and the settings in force after its defaults."""
         self._made = {"model": f"{model.name} (weights {model.saved.sha256[:12]})", **settings}
-        healthy = None if model.notes else model.healthy_scores()  # with notes, scores are not comparable
+        self._compares_with(None if model.notes else model.healthy_scores())  # with notes, scores are not comparable
+
+    def _compares_with(self, healthy: HealthyScores | None) -> None:
         if healthy is not None:
             self._healthy = healthy.scan_scores.tolist()
-            scans, patients = len(self._healthy), healthy.patients
-            self._made["calibration"] = f"{scans} healthy scans of {patients} patients"
+            self._made["calibration"] = f"{len(self._healthy)} healthy scans of {healthy.patients} patients"
+
+    def _finished_earlier(self, scans: Sequence[ScoredScan]) -> None:
+        """Note what is known if no scan needed the model; its healthy scans, if it is the one that made the maps."""
+        self._made = models_of(scans)
+        made = {
+            (one.model_sha256, one.method)
+            for one in self._results
+            if isinstance(one, AnomalyResult) and one.healthy_scans is not None
+        }
+        with suppress(ModelError):
+            saved = load_model_files(self._model)
+            if [sha256 for sha256, _ in made] == [saved.sha256]:
+                ((_, method),) = made
+                self._compares_with(stored_scores(saved, method))
 
     def add(self, result: ScanResult) -> None:
         """Note the result of a scan."""
@@ -72,6 +93,8 @@ class AnomalyReport:
         names = distinct_names([result.scan for result in self._results])
         results = dict(zip(names, self._results, strict=True))
         scans = worst_first([_on_page(name, result, path) for name, result in results.items()])
+        if not self._made:
+            self._finished_earlier(scans)
         cases, pictures, room = list[ViewedCase](), list[WorstSlices](), Room()
         for name, reason in chosen(scans):
             volumes = self._volumes(results[name])
@@ -87,7 +110,7 @@ class AnomalyReport:
             pictures,
             viewer(cases) if cases else None,
             healthy=self._healthy,
-            made=self._made or models_of(scans),
+            made=self._made,
             stopped=stopped,
             command=self._command,
         )
@@ -141,6 +164,10 @@ def chosen(scans: Sequence[ScoredScan]) -> list[tuple[str, str]]:
     return list(reasons.items())[:MOST_VIEWED]
 
 
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
 def _on_page(name: str, result: ScanResult, page: Path) -> ScoredScan:
     common = ScoredScan(
         name,
@@ -161,7 +188,8 @@ def _on_page(name: str, result: ScanResult, page: Path) -> ScoredScan:
         healthy_scans=result.healthy_scans,
         compared=compared(result.healthy_percentile, result.healthy_scans),
         share=result.share_of_foreground,
-        threshold=result.threshold,
-        expected_share=result.healthy_false_positive_rate,
+        # As in the files, so that finished scans have the threshold of the others.
+        threshold=_rounded(result.threshold),
+        expected_share=_rounded(result.healthy_false_positive_rate),
         method=result.method,
     )

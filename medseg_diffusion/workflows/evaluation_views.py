@@ -14,6 +14,7 @@ from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.reports.evaluation_page import case_flags
 from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case
 from medseg_diffusion.volumes.io import read_map, read_volume
+from medseg_diffusion.volumes.scores import read_scores
 from medseg_diffusion.volumes.volume import Volume
 
 MAX_FLAGGED = 6
@@ -76,16 +77,15 @@ def _viewed(
     pair: MaskPair, reason: str, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
 ) -> ViewedCase:
     prediction, reference = pair.read()
-    volumes: dict[LayerKind, Volume] = {}
+    # The reference is first: whatever lies on another grid is named in the error.
+    volumes: dict[LayerKind, Volume] = {"reference": _only(reference, labels), "prediction": _only(prediction, labels)}
     if image is not None:
         volumes["scan"] = read_volume(image, channels=None)
-    volumes["reference"] = _only(reference, labels)
-    volumes["prediction"] = _only(prediction, labels)
     uncertainty = pair.companion("uncertainty")
     if uncertainty is not None and _on_grid(volume := read_map(uncertainty), reference):
         volumes["uncertainty"] = volume
     if score_map is not None:
-        volumes["anomaly"] = read_map(score_map)
+        volumes["anomaly"] = read_scores(score_map)
     return viewed_case(pair.name, reason, volumes, labels)
 
 

@@ -26,7 +26,8 @@ from medseg_diffusion.training.history import is_logged, read_history
 from medseg_diffusion.training.trainer import TrainingOptions, learning_rate
 
 QUIET_SECONDS = 600.0
-"""A training that has logged nothing for so long has been stopped. Entries reach the disk every two minutes."""
+"""A training that has logged nothing for so long, and for twice its longest step with a validation, has been stopped.
+Entries reach the disk every two minutes."""
 PICTURES = 8
 """Pictures that are shown of each network."""
 PICTURE_PIXELS = 512
@@ -212,7 +213,8 @@ def _options(section: Mapping[str, Any]) -> TrainingOptions:
 def _state(history: History, max_steps: int, now: float) -> State:
     if history.step >= max_steps:
         return "finished"
-    return "going on" if now - history.written < QUIET_SECONDS else "stopped"
+    longest = history.step_seconds[np.isfinite(history.step_seconds)].max(initial=0.0)
+    return "going on" if now - history.written < max(QUIET_SECONDS, 2 * longest) else "stopped"
 
 
 def _state_of_run(run: Path, networks: list[TrainedNetwork]) -> State:

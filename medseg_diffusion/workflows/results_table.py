@@ -97,10 +97,9 @@ class ResultsTable:
     def _write(self) -> None:
         assert self._path is not None
         text = io.StringIO()
-        further = [
-            name for row in self._earlier.values() for name in row if name not in (*FIRST, *self._columns, *LAST)
-        ]
-        columns = [*FIRST, *self._columns, *dict.fromkeys(further), *LAST]
+        known = (*FIRST, *self._columns, *LAST)
+        further = dict.fromkeys(name for row in self._earlier.values() for name in row if name not in known)
+        columns = [*FIRST, *self._columns, *further, *LAST]
         rows = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         rows.writeheader()
         rows.writerows([*self._earlier.values(), *self._rows])

@@ -1,4 +1,4 @@
-"""The pages of `segment` and `anomaly` in a browser: no request, no error, inert names, tables, viewer, phone and dark."""
+"""The pages of `segment` and `anomaly` in a browser: no request, no error, inert names, tables, viewer, phone, dark."""
 
 from __future__ import annotations
 

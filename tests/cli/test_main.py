@@ -37,6 +37,8 @@ def test_help_lists_the_commands() -> None:
     assert result.exit_code == 0
     for command in COMMANDS:
         assert command in result.output
+    places = [result.output.index(group) for group in ("Use a model", "Measure and report", "Train and calibrate")]
+    assert places == sorted(places) and result.output.index(" segment ") < places[1] < result.output.index(" evaluate ")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "configs list", "configs show", "models list", "models show"])

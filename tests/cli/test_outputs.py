@@ -31,6 +31,13 @@ COMMANDS = {
     "sample": ("sample", "{model}", "-n", "1", "-o", "{out}", *CPU),
     "evaluate-generator": ("evaluate-generator", "{model}", "--reference", "{pictures}", "-o", "{out}", *CPU),
     "benchmark-segmenter": ("benchmark-segmenter", "{model}", "--data", "{labelled}", "-o", "{out}", *CPU),
+    "benchmark-segmenter --markdown": (
+        "benchmark-segmenter", "{model}", "--data", "{labelled}", "-o", "{labelled}", "--markdown", "{out}/a.md", *CPU,
+    ),
+    "evaluate-generator --markdown": (
+        "evaluate-generator", "{model}", "--reference", "{pictures}", "-o", "{pictures}", "--markdown", "{out}/a.md",
+    ),
+    "evaluate --markdown": ("evaluate", "{scan}", "{scan}", "-o", "{labelled}", "--markdown", "{out}/a.md"),
     "calibrate-segmenter": ("calibrate-segmenter", "{model}", "--data", "{labelled}", "-o", "{out}", *CPU),
     "calibrate-anomaly": ("calibrate-anomaly", "{model}", "--healthy", "{labelled}", "-o", "{out}", *CPU),
     "models export": ("models", "export", "{model}", "-o", "{out}"),

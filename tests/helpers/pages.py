@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -11,6 +12,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
+        self.text = text
         self.tags: list[str] = []
         self.loads: list[str] = []
         self.links: list[str] = []
@@ -43,3 +45,11 @@ def require_self_contained(text: str) -> Page:
     assert "default-src 'none'" in text
     assert "@import" not in text and not re.search(r"url\((?!#|data:)", text)
     return page
+
+
+def viewed(text: str) -> dict[str, dict[str, str]]:
+    """What the viewer of a page shows: case -> kind of image -> its voxels, encoded."""
+    data = re.search(r'class="viewer-data">(.*?)</script>', text, re.DOTALL)
+    assert data is not None, "a page with a viewer"
+    cases = json.loads(data[1])["cases"]
+    return {case["name"]: {layer["kind"]: layer["data"] for layer in case["layers"]} for case in cases}

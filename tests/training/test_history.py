@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medseg_diffusion.metrics.training_history import binned
-from medseg_diffusion.training.history import is_logged, read_history
+from medseg_diffusion.training.history import _started, is_logged, read_history
 from tests.helpers.training import rows, train
 
 
@@ -73,3 +73,9 @@ def test_many_steps_become_few_points_that_keep_their_range() -> None:
     assert len(points.steps) == 50 and (points.low <= points.middle).all() and (points.middle <= points.high).all()
     assert points.high.max() == np.nanmax(values) and points.low.min() == np.nanmin(values)
     assert len(binned(steps, np.full(1000, np.nan)).steps) == 0
+
+
+def test_event_files_are_read_in_the_order_of_their_time() -> None:
+    """Names sort differently: by the digits, and by the name of the host."""
+    names = [f"events.out.tfevents.{name}" for name in ("999.b.1.0", "1000.a.1.9", "1000.a.1.10")]
+    assert sorted(map(Path, reversed(names)), key=_started) == list(map(Path, names))

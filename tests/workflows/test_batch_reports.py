@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
@@ -191,8 +192,6 @@ def test_the_page_of_anomalies(anomaly_models: dict[str, Path], tmp_path: Path) 
     first = anomaly(scans[:2], options)
     assert all((tmp_path / "out" / f"s{i}_anomaly_counterpart.nii.gz").exists() for i in (0, 1))
     assert {result.status for result in first} == {"done"}
-    from dataclasses import replace
-
     results = anomaly(scans, replace(options, skip_existing=True))
     text = page.read_text()
     rows = overview(text)
@@ -202,5 +201,5 @@ def test_the_page_of_anomalies(anomaly_models: dict[str, Path], tmp_path: Path) 
     assert text.count("data:image/jpeg;base64") >= 3 and "healthy counterpart" in text
     assert sorted(viewed(text)) == ["s0.nii.gz", "s1.nii.gz", "s2.nii.gz"]
     assert "2 healthy scans of 2 patients" in text
-    anomaly(scans, replace(options, skip_existing=True))  # without the model
-    assert "The scores of healthy scans are not known" in page.read_text()
+    anomaly(scans, replace(options, skip_existing=True))  # the model is not needed, but its healthy scans are
+    assert "healthy scans (2)" in page.read_text() and overview(page.read_text()) == rows

@@ -18,6 +18,7 @@ from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
 from tests.helpers.cli import medseg
 from tests.helpers.masks import AFFINE, box, save
+from tests.helpers.pages import viewed
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def test_folders_end_to_end(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with (out / "cases.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 3 * 3
     page = (out / "report.html").read_text()
-    assert re.findall(r"<h2>(\w+) case: (\w)", page) == [("Best", "b"), ("Median", "a"), ("Worst", "c")]
+    shown = re.findall(r"<option value=\"\d\">(\w) \(([\w ]+)\)", page)
+    assert shown == [("c", "worst case"), ("a", "median case"), ("b", "best case")]
     assert "<code>medseg" not in page, "a call of the library has no command line"
 
 
@@ -153,12 +155,10 @@ def test_images_are_the_background(folders: tuple[Path, Path], tmp_path: Path) -
     save(tmp_path / "images" / "b_0000.nii.gz", noise)
     evaluate(pred, ref, tmp_path / "pictured", EvaluateOptions(images=tmp_path / "images"))
 
-    def pictures(folder: str) -> list[str]:
-        page = (tmp_path / folder / "report.html").read_text()
-        return re.findall(r'figure class="scan"><img src="([^"]+)"', page)
-
-    same = [a == b for a, b in zip(pictures("plain"), pictures("pictured"), strict=True)]
-    assert same == [False, False, True]  # best b and median a have a scan, worst c has none
+    plain, pictured = (viewed((tmp_path / folder / "report.html").read_text()) for folder in ("plain", "pictured"))
+    assert set(plain) == set(pictured) == {"a", "b", "c"}
+    same = [plain[name]["scan"] == pictured[name]["scan"] for name in "abc"]
+    assert same == [False, False, True]  # c has no scan: masks are shown on black
     save(tmp_path / "images" / "a.nii.gz", noise[1:])
     with pytest.raises(InputError, match="9 x 9 x 8 voxels"):
         evaluate(pred, ref, tmp_path / "never", EvaluateOptions(images=tmp_path / "images"))
@@ -175,8 +175,10 @@ def test_pictures_are_the_same_whatever_the_storage_order(tmp_path: Path) -> Non
                 array, affine[0, 0], affine[0, 3] = array[::-1].copy(), -1.0, 9.0
             save(folder / f"{name}.nii.gz", array, affine)
         evaluate(folder / "p.nii.gz", folder / "r.nii.gz", folder / "out")
-        pages.append(re.findall(r"base64,([^\"]+)", (folder / "out" / "report.html").read_text()))
+        page = (folder / "out" / "report.html").read_text()
+        pages.append((viewed(page), re.findall(r"base64,([^\"]+)", page)))
     assert pages[0] == pages[1]
+    assert pages[0][1], "still pictures"
 
 
 def test_a_case_without_the_class_is_left_out_of_its_mean(tmp_path: Path) -> None:

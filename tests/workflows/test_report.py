@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from medseg_diffusion.training import history
 from medseg_diffusion.workflows.report import report_run, run_summary
+from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers import pixel_classifiers, training
 from tests.helpers.cli import error_lines, medseg
@@ -115,8 +115,6 @@ def test_the_networks_of_an_anomaly_model(anomaly_models: dict[str, Path], tmp_p
 
 
 def test_a_pixel_classifier_has_no_steps(box_scans: Path, box_generators: dict[int, Path], tmp_path: Path) -> None:
-    from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
-
     config = pixel_classifiers.quick()
     train_pixel_classifier(config, box_generators[2], box_scans, 2, tmp_path / "run", test=False, device="cpu")
     page, summary = report_run(tmp_path / "run", tmp_path / "page.html")
@@ -179,9 +177,3 @@ def test_the_page_lies_in_the_run_unless_it_is_named(stopped: Path, tmp_path: Pa
     run = shutil.copytree(stopped, tmp_path / "run")
     os.utime(run / "config.yaml")
     assert medseg("report", run, "--quiet").output == "" and (run / "report.html").is_file()
-
-
-def test_event_files_are_read_in_the_order_of_their_time(tmp_path: Path) -> None:
-    """Names sort differently from times when the number of digits changes, or the host."""
-    names = ["events.out.tfevents.999.b.1.0", "events.out.tfevents.1000.a.1.0"]
-    assert sorted(map(Path, reversed(names)), key=history._started) == list(map(Path, names))
