@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from markupsafe import Markup
 
-from .batch import ScanOfBatch, common_remarks, millilitres, overview, rank, rules_table
-from .page import ACCENT, INK, LINE, SOFT, Cell, Row, Table, number, render, svg
+from .batch import ScanOfBatch, common_remarks, millilitres, overview, rank
+from .page import ACCENT, INK, LINE, SOFT, Cell, Row, Table, number, render, rules_table, svg
 from .summary import format_number
 from .viewer import Viewer
 

@@ -113,12 +113,6 @@ def models_of(scans: Sequence[ScanOfBatch]) -> dict[str, str]:
     return {"model": ", ".join(sorted({scan.model for scan in scans if scan.model})) or "not known"}
 
 
-def rules_table(rules: Mapping[str, str]) -> Table:
-    """What the words of a page mean, and how its numbers are computed: word -> sentences."""
-    rows = [Row([Cell(word), Cell(text)]) for word, text in rules.items()]
-    return Table("What the numbers mean", ["Word", "Meaning"], rows, text_columns=(1,))
-
-
 def common_remarks(scans: Sequence[ScanOfBatch]) -> list[str]:
     """The remarks that all computed scans share; on a page with several scans they stand at its beginning."""
     computed = [scan.remarks for scan in scans if scan.status == "done"]

@@ -15,7 +15,7 @@ from medseg_diffusion.metrics.statistics import Interval, mean_interval
 
 from .lines import Line, line_plot
 from .markdown import markdown_page, markdown_table
-from .page import Cell, Row, Table, interval, limits, number, plural, render
+from .page import Cell, Row, Table, interval, limits, number, plural, render, rules_table
 
 SCORES = {"dice": "mean Dice", "energy_distance": "GED\u00b2"}
 """Name of the score by which settings are compared."""
@@ -220,9 +220,7 @@ def _made(rows: Sequence[BenchmarkRow], info: BenchmarkInfo) -> dict[str, str]:
 
 
 def _rules(rows: Sequence[BenchmarkRow]) -> Table:
-    rules = _RULES | (_READER_RULES if any(row.readers for row in rows) else {})
-    lines = [Row([Cell(name), Cell(rule)]) for name, rule in rules.items()]
-    return Table("How the numbers are computed", ["Number", "Rule"], lines, text_columns=(1,))
+    return rules_table(_RULES | (_READER_RULES if any(row.readers for row in rows) else {}))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

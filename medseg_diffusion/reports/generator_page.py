@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from medseg_diffusion.metrics.generation_summary import FLOOR, GeneratorEvaluation, GeneratorRow
 
 from .markdown import markdown_page, markdown_table
-from .page import Cell, Row, Table, number, plural, render
+from .page import Cell, Row, Table, number, plural, render, rules_table
 
 TILES = 16
 """Images of a row that are shown."""
@@ -61,14 +61,13 @@ def generator_page(
         command: The command line; empty shows none.
         date: Date and time; None takes the present.
     """
-    rules = [Row([Cell(name), Cell(rule)]) for name, rule in _RULES.items()]
     sides = {max(one.images.shape[1:3]) for one in pictures}
     return render(
         "generator.html.j2",
         command=command,
         date=date,
         made=_made(result),
-        rules=Table("How the numbers are computed", ["Number", "Rule"], rules, text_columns=(1,)),
+        rules=rules_table(_RULES),
         lead=lead(result),
         sentences=sentences(result),
         warnings=result.warnings,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -101,11 +102,11 @@ def line_plot(
     return svg(figure, description)
 
 
-def finish(axes: Axes, across: str, up: str) -> None:
+def finish(axes: Axes, across: str, up: str, grid: Literal["x", "y", "both"] = "both") -> None:
     """Name the axes, and draw text and grid in the theme's colours, without a frame."""
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(up, color=INK)
-    axes.grid(color=LINE)
+    axes.grid(axis=grid, color=LINE)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, colors=INK)
     axes.spines[:].set_visible(False)

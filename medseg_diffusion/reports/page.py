@@ -117,6 +117,12 @@ def limits(mean: Interval, digits: int = 3) -> str:
     return f"{format_number(mean.low, digits)} to {format_number(mean.high, digits)}"
 
 
+def rules_table(rules: Mapping[str, str]) -> Table:
+    """What the words of a page mean, and how its numbers are computed: word -> sentences."""
+    rows = [Row([Cell(word), Cell(text)]) for word, text in rules.items()]
+    return Table("What the numbers mean", ["Word", "Meaning"], rows, text_columns=(1,))
+
+
 def plural(count: int, singular: str, several: str = "") -> str:
     """A number with its noun, such as "1 case" or "3 cases"."""
     return f"{count:,} {singular if count == 1 else several or singular + 's'}"

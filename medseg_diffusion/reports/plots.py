@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from .detection_text import OPTIMISTIC
-from .page import ACCENT, INK, LINE, SOFT, svg
+from .lines import finish
+from .page import ACCENT, INK, SOFT, svg
 from .slices import plain, shortened
 from .theme import label_colour
 
@@ -67,7 +68,7 @@ def distributions(
     if bounds is not None:
         margin = 0.015 * (bounds[1] - bounds[0])
         axes.set_xlim(bounds[0] - margin, bounds[1] + margin)
-    _finish(axes, axis_label, "", grid="x")
+    finish(axes, axis_label, "", grid="x")
     return svg(figure, f"{axis_label} of every case, one row per class")
 
 
@@ -112,7 +113,7 @@ def volume_agreement(name: str, reference_ml: Sequence[float], prediction_ml: Se
             )  # fmt: skip
     axes.set_title(plain(shortened(name)), fontsize=10, loc="left", color=INK)
     axes.margins(x=0.08, y=0.18)
-    _finish(axes, "mean of both volumes, ml", "prediction \u2212 reference, ml")
+    finish(axes, "mean of both volumes, ml", "prediction \u2212 reference, ml")
     return svg(figure, f"Difference of the volumes of {name} against their mean")
 
 
@@ -139,8 +140,8 @@ def reliability_diagram(
     below.set_yticks([0.5, 1.0])
     above.set_xlim(0, 1)
     above.set_ylim(0, 1)
-    _finish(above, "", "accuracy")
-    _finish(below, "confidence", "voxels")
+    finish(above, "", "accuracy")
+    finish(below, "confidence", "voxels")
     return svg(figure, "Reliability diagram: accuracy against confidence")
 
 
@@ -185,7 +186,7 @@ def detection_curves(
     for axes, (title, across, up) in zip((left, middle, right), (*titles, ("Dice", "threshold", "Dice")), strict=True):
         axes.set_title(title, fontsize=11, fontweight="bold", loc="left", color=INK)
         axes.set_ylim(-0.015, 1.015)
-        _finish(axes, across, up)
+        finish(axes, across, up)
     for axes in (left, middle):
         axes.set_xlim(-0.015, 1.015)
     right.locator_params(axis="x", nbins=6)
@@ -198,13 +199,3 @@ def detection_curves(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     return svg(figure, "ROC curve, precision-recall curve, and Dice against threshold")
-
-
-def _finish(axes: Axes, across: str, up: str, grid: Literal["x", "y", "both"] = "both") -> None:
-    """Name the axes, and draw text and grid in the theme's colours, without a frame."""
-    axes.set_xlabel(across, color=INK)
-    axes.set_ylabel(up, color=INK)
-    axes.grid(axis=grid, color=LINE)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=INK)
-    axes.spines[:].set_visible(False)

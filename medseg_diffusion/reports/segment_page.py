@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from markupsafe import Markup
 
-from .batch import FENCE, OUTLIERS_FROM, ScanOfBatch, common_remarks, millilitres, outliers, overview, rank, rules_table
-from .page import INK, LINE, Cell, Row, Table, number, render, svg
+from .batch import FENCE, OUTLIERS_FROM, ScanOfBatch, common_remarks, millilitres, outliers, overview, rank
+from .page import INK, LINE, Cell, Row, Table, number, render, rules_table, svg
 from .theme import label_colour
 from .viewer import Viewer
 
