@@ -235,9 +235,9 @@ def to_png(figure: Figure) -> bytes:
     return _rendered(figure, "png", _DPI, metadata={"Software": None})
 
 
-def to_jpeg(figure: Figure, dpi: int = 110) -> bytes:
-    """Render a figure of scans as JPEG bytes: a third of the size of the PNG."""
-    return _rendered(figure, "jpeg", dpi, pil_kwargs={"quality": 82, "subsampling": 0, "optimize": True})
+def to_jpeg(figure: Figure) -> bytes:
+    """Render a figure of scans as JPEG bytes at 110 dots per inch: a third of the size of the PNG."""
+    return _rendered(figure, "jpeg", 110, pil_kwargs={"quality": 76, "subsampling": 0, "optimize": True})
 
 
 def _rendered(figure: Figure, kind: str, dpi: int, **options: Any) -> bytes:

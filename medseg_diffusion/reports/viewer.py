@@ -129,7 +129,7 @@ def viewed_case(
     return ViewedCase(name, reason, affine, layers, oriented)
 
 
-def viewer(cases: Sequence[ViewedCase], *, max_bytes: int = 12_000_000) -> Viewer:
+def viewer(cases: Sequence[ViewedCase], *, max_bytes: int = 13_500_000) -> Viewer:
     """The viewer of some cases; the first is shown first.
 
     Cases share the bytes equally. What is larger is averaged over blocks of voxels, and the page says so.
@@ -148,7 +148,7 @@ def viewer(cases: Sequence[ViewedCase], *, max_bytes: int = 12_000_000) -> Viewe
         _check(case)
     upright = [_upright(case) for case in cases]
     classes = _classes(upright)
-    stills = [_still(case, classes, dpi=110 if len(cases) <= 8 else 80) for case in upright]
+    stills = [_still(case, classes, several=len(cases) <= 8) for case in upright]
     script = _script()
     # Small cases first: what they leave of their share is the larger ones'.
     left, entries = max_bytes - len(script) - 20_000, {}
@@ -182,7 +182,7 @@ def _check(case: ViewedCase) -> None:
 
 
 def _upright(case: ViewedCase) -> ViewedCase:
-    """The case in RAS orientation, as nearly as turning its axes gets there, with its layers in the order of drawing."""
+    """The case with axes as near to RAS as turning them gets, and with its layers in the order of drawing."""
     import nibabel as nib
 
     # An image of unknown sides is drawn as it is.
@@ -224,8 +224,11 @@ def _layer(case: ViewedCase, kind: LayerKind) -> Layer | None:
 # ---- still pictures --------------------------------------------------------------------------------------------------
 
 
-def _still(case: ViewedCase, classes: Mapping[int, tuple[str, str]], dpi: int) -> dict[str, Any]:
-    """The picture of a case as base64, its size in pixels of the page, and what it shows, in words."""
+def _still(case: ViewedCase, classes: Mapping[int, tuple[str, str]], several: bool) -> dict[str, Any]:
+    """The picture of a case as base64, its size in pixels of the page, and what it shows, in words.
+
+    It has several slices of each plane if there is room for them.
+    """
     # Pictures are drawn from LAS arrays; those of unknown sides as they are.
     turn = (lambda data: data[::-1]) if case.oriented else (lambda data: data)
     prediction, reference = _layer(case, "prediction"), _layer(case, "reference")
@@ -248,10 +251,10 @@ def _still(case: ViewedCase, classes: Mapping[int, tuple[str, str]], dpi: int) -
         case.oriented,
     )
     panels = 1 + bool(outlines) + (drawn is not None) + (counterpart is not None)
-    figure = still(content, slices_per_plane=2 if panels <= 3 else 1, cell_in=1.8)
+    figure = still(content, slices_per_plane=2 if several and panels <= 3 else 1, cell_in=1.8)
     width, height = figure.get_size_inches()
     return {
-        "still": b64encode(to_jpeg(figure, dpi)).decode("ascii"),
+        "still": b64encode(to_jpeg(figure)).decode("ascii"),
         "width": round(width * 110),
         "height": round(height * 110),
         "shown": ", ".join(layer.title.lower() for layer in case.layers if layer.kind != "scan") or "nothing else",
@@ -274,28 +277,37 @@ def _encoded(case: ViewedCase, classes: Mapping[int, tuple[str, str]], max_bytes
     shape, spacing = drawn[0].data.shape, np.array(_spacing(case.affine))
     factors = np.ones(3, int)
     while (axes := np.flatnonzero(-(-np.array(shape) // factors) > _LARGEST_AXIS)).size:
-        factors[axes[(spacing * factors)[axes].argmin()]] += 1
+        _coarsen(factors, axes, spacing)
+    # Base64 of a scan takes at least a quarter of a byte a voxel: what cannot fit is not even tried.
+    voxels = max_bytes / (0.25 * sum(layer.kind not in _LABELS for layer in drawn))
+    _coarsen_to(np.prod(shape) / max(voxels, 1.0), factors, shape, spacing)
     while True:
         affine = case.affine @ _block_affine(factors)
         layers = [_encoded_layer(layer, factors, affine, window, classes) for layer in drawn]
         size = sum(len(layer["data"]) for layer in layers)
-        if size <= max_bytes or not (axes := _reducible(shape, factors)).size:
+        if size <= max_bytes or not _reducible(shape, factors).size:
             break
-        # Several steps at once where much is to be saved: encoding takes most of the time.
-        goal = np.prod(factors) * size / max(max_bytes, 1)
-        while axes.size:
-            factors[axes[(spacing * factors)[axes].argmin()]] += 1
-            if np.prod(factors) >= 0.8 * goal:
-                break
-            axes = _reducible(shape, factors)
+        _coarsen(factors, _reducible(shape, factors), spacing)
+        _coarsen_to(0.8 * np.prod(factors) * size / max(max_bytes, 1), factors, shape, spacing)
     layers[0]["empty"] = scan is None
     steps = factors.tolist()
     reduced = [-(-length // step) for length, step in zip(shape, steps, strict=True)]
     start = [index // step for index, step in zip(_start(case), steps, strict=True)]
-    note = _note(spacing, factors, shape)
+    note = _note(spacing, factors, shape) if case.oriented else _image_note(factors)
     return {
         "name": case.name, "oriented": case.oriented, "shape": reduced, "start": start, "note": note, "layers": layers
     }  # fmt: skip
+
+
+def _coarsen(factors: NDArray[Any], axes: NDArray[Any], spacing: NDArray[np.float64]) -> None:
+    """Take larger blocks along that of the axes whose blocks are smallest in millimetres."""
+    factors[axes[(spacing * factors)[axes].argmin()]] += 1
+
+
+def _coarsen_to(volume: float, factors: NDArray[Any], shape: Sequence[int], spacing: NDArray[np.float64]) -> None:
+    """Take larger blocks until they have so many voxels."""
+    while np.prod(factors) < volume and (axes := _reducible(shape, factors)).size:
+        _coarsen(factors, axes, spacing)
 
 
 def _reducible(shape: Sequence[int], factors: NDArray[Any]) -> NDArray[Any]:
@@ -319,7 +331,8 @@ def _encoded_layer(
         entry["labels"] = _values(stored)
     elif layer.kind in _MAPS:
         high = map_limit(layer.data)
-        stored = _bytes(reduced_image(np.nan_to_num(layer.data), factors), 0.0, high)
+        # 64 levels are more than the eye tells apart in a colormap, and take half the space of 256.
+        stored = _bytes(reduced_image(np.nan_to_num(layer.data), factors), 0.0, high, levels=64)
         entry |= {"high": high, "gradient": css_gradient(_MAPS[layer.kind])}
     else:
         stored = _bytes(reduced_image(layer.data, factors), *window)
@@ -369,8 +382,10 @@ def _blocks(array: NDArray[Any], factors: Sequence[int] | NDArray[Any], padding:
     return padded.reshape(sizes)
 
 
-def _bytes(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
-    return np.rint(np.clip((values - low) / (high - low), 0.0, 1.0) * 255).astype(np.uint8)
+def _bytes(values: NDArray[np.float32], low: float, high: float, levels: int = 256) -> NDArray[np.uint8]:
+    """Numbers from 0 for `low` or less to 255 for `high` or more, of so many different ones."""
+    steps = np.rint(np.clip((values - low) / (high - low), 0.0, 1.0) * (levels - 1))
+    return np.rint(steps * (255 / (levels - 1))).astype(np.uint8)
 
 
 def _nifti(data: NDArray[Any], affine: NDArray[np.float64], *, is_labels: bool) -> str:
@@ -395,21 +410,31 @@ def _spacing(affine: NDArray[np.float64]) -> list[float]:
 
 
 def _note(spacing: NDArray[np.float64], factors: NDArray[Any], shape: Sequence[int]) -> str:
+    """The resolution of a case, in words."""
+
     def millimetres(sizes: NDArray[np.float64]) -> str:
         return " x ".join(f"{size:.3g}" for size in sizes) + " mm"
 
     if (factors == 1).all():
         return f"Shown in full resolution: voxels of {millimetres(spacing)}."
     return (
-        f"Shown at a lower resolution, so that the page stays small: voxels of {millimetres(spacing * factors)}; the files"
-        f" have {millimetres(spacing)} ({' x '.join(map(str, shape))}). Grey values are averaged; every class keeps about"
-        " its volume."
+        f"Shown at a lower resolution, so that the page stays small: voxels of {millimetres(spacing * factors)}; the"
+        f" files have {millimetres(spacing)} ({' x '.join(map(str, shape))})."
+        " Grey values are averaged; every class keeps about its volume."
     )
+
+
+def _image_note(factors: NDArray[Any]) -> str:
+    """The same of an image file, whose pixels have no known size."""
+    if (factors == 1).all():
+        return "Shown in full resolution."
+    blocks = " x ".join(str(factor) for factor in factors[:2])
+    return f"Shown at a lower resolution, so that the page stays small: means of {blocks} pixels."
 
 
 def _start(case: ViewedCase) -> list[int]:
     """The voxel that is shown first: in the fullest axial slice, the labelled one nearest to the labels' centre."""
-    amount = np.zeros(case.layers[0].data.shape, bool)
+    amount: NDArray[np.bool_] = np.zeros(case.layers[0].data.shape, bool)
     for layer in case.layers:
         if layer.kind in _LABELS:
             amount |= layer.data > 0

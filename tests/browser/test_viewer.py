@@ -216,7 +216,7 @@ def test_an_image_file_is_drawn_as_it_is_and_without_marks(visit: Visits) -> Non
     _, bottom, _, right = extent(picture.min(axis=-1) > 0.8)
     assert right < picture.shape[1] / 2 and bottom < picture.shape[0] / 2
     assert not tab.locator(".viewer-sides").is_visible() and not tab.locator(".viewer-planes").is_visible()
-    assert "mm" not in tab.locator(".viewer-place").inner_text()
+    assert "mm" not in tab.locator(".viewer-place").inner_text() + tab.locator(".viewer-note").inner_text()
 
 
 def test_a_hostile_name_is_text(visit: Visits) -> None:
