@@ -56,7 +56,8 @@ class AnomalyReport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._path is not None and self._results:
+        # Where nothing was done, the errors say all.
+        if self._path is not None and any(result.status != "failed" for result in self._results):
             stopped = "" if error is None else how_far(len(self._results), self._count, error)
             write_files(self._path.parent, {self._path.name: self._page(self._path, stopped)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import Result
 
 from medseg_diffusion.errors import InputError, MedsegError, ModelError, UsageError
 from tests.helpers.cli import error_lines, medseg
+from tests.helpers.segmenters import calibrated, save
 
 
 def test_segment_names_a_missing_file(tmp_path: Path) -> None:
@@ -89,3 +91,18 @@ def _with_pipeline(monkeypatch: pytest.MonkeyPatch, folder: Path, pipeline: obje
     monkeypatch.setattr(workflows, "segment", pipeline, raising=False)
     (folder / "scan.nii.gz").touch()
     return medseg("segment", str(folder / "scan.nii.gz"))
+
+
+def test_the_scans_to_check_are_named_at_the_end(tmp_path: Path, tiny_model: Path) -> None:
+    model = calibrated(tiny_model, tmp_path / "known", agreement=1.1)
+    for i in range(7):
+        save(tmp_path / "in" / f"s{i}.nii.gz")
+    (tmp_path / "in" / "broken.nii.gz").write_bytes(b"no scan")
+    command = ("segment", tmp_path / "in", "-m", model, "--ensemble", 3, "-o", tmp_path / "out", "--device", "cpu")
+    line = medseg(*command).stdout.splitlines()[-1]
+    assert line.startswith("7 of 8 scans to check: s0.nii.gz (members disagree), s1.nii.gz (members disagree), ")
+    assert line.endswith(" and 2 more") and "broken" not in line
+    as_json = medseg(*command, "--json", "--skip-existing")
+    assert len([json.loads(text) for text in as_json.stdout.splitlines()]) == 8
+    assert "7 of 8 scans to check" in as_json.stderr
+    assert "to check" not in medseg(*command, "--quiet").stdout

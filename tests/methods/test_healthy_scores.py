@@ -61,3 +61,11 @@ def test_a_scans_score_and_its_percentile() -> None:
     assert found.percentile(0.5) == 0 and found.percentile(2.0) == 37.5 and found.percentile(9.0) == 100
     with pytest.raises(ValueError, match="no healthy foreground"):
         fit_scores([values[:0]], [], 0.9)
+
+
+def test_the_share_above_a_threshold_is_that_of_the_values() -> None:
+    values = np.random.default_rng(0).random(20_000).astype(np.float32)
+    found = fit_scores([values], [0.5], 0.975)
+    assert found.share_above(found.automatic) == found.rate
+    for threshold in (-1.0, 0.1, 0.5, 0.9, 0.999, 2.0):
+        assert found.share_above(threshold) == pytest.approx(float((values > threshold).mean()), abs=1e-3)

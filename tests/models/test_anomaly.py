@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.methods.detector import Detection, Detector
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
+from medseg_diffusion.models.anomaly_map import on_grid, scored
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_volume
+from tests.helpers.anomaly import small_config
 
 
 def test_the_threshold_has_the_rate_that_is_promised_on_the_scans_it_was_fitted_to(
@@ -73,3 +77,38 @@ def test_what_the_model_cannot_do_is_said(anomaly_scans, anomaly_models) -> None
         AnomalyModel(anomaly_models["pixel"], DetectionOptions("patched"), "cpu")
     with pytest.raises(ModelError, match="not an anomaly model"):
         AnomalyModel("brain-tissue-t1", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["latent", "pixel", "patched", "classes"])
+def test_the_counterpart_is_in_the_unit_of_the_scan_and_costs_nothing_unasked(
+    name: str, anomaly_scans: Path, anomaly_models: dict[str, Path]
+) -> None:
+    volume = read_volume(anomaly_scans / "images" / "s1.nii.gz")
+    model = AnomalyModel(anomaly_models[name], device="cpu")
+    without, found = model.score(volume, 1), model.score(volume, 1, counterpart=True)
+    assert without.counterpart is None and found.counterpart is not None
+    torch.testing.assert_close(without.score, found.score, rtol=0, atol=0)
+    assert without.evaluations == found.evaluations
+    scan = volume.data[0]
+    torch.testing.assert_close(found.counterpart[~found.foreground], scan[~found.foreground])
+    assert not torch.equal(found.counterpart, scan)
+
+
+def test_a_method_that_changes_nothing_gives_the_scan_back_as_its_counterpart(anomaly_scans: Path) -> None:
+    """The way to the model's grid and scale, and back to the unit of the scan."""
+    config = small_config("pixel", size=24)
+    volume = read_volume(anomaly_scans / "images" / "s1.nii.gz")
+    volume = volume.like(7 * volume.data - 300)
+
+    class Nothing(Detector):
+        evaluations = 0
+
+        def detect(self, images: torch.Tensor, seeds: object) -> Detection:
+            return Detection(torch.zeros_like(images), images)
+
+    grid = on_grid(config, volume)
+    found = scored(Nothing(), config, grid, 0, torch.device("cpu"), counterpart=True).counterpart
+    assert found is not None
+    inside = grid.native & (grid.placement.restore(grid.image)[0].abs() < 0.9)  # values beyond are bent
+    assert int(inside.sum()) > 1000
+    torch.testing.assert_close(found[inside], volume.data[0][inside], rtol=0, atol=0.01 * float(volume.data.std()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from medseg_diffusion.methods.detector import Detection, Detector
 from medseg_diffusion.models.anomaly_map import on_grid, scored
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows.anomaly_calibration import healthy_voxels
@@ -21,11 +22,11 @@ def test_calibration_sees_no_voxel_of_a_slice_that_was_not_scored() -> None:
     healthy = torch.ones(len(grid.images), dtype=torch.bool)
     healthy[4:7] = False
 
-    class Ones:
+    class Ones(Detector):
         evaluations = 0
 
-        def score(self, images: torch.Tensor, seeds: object) -> torch.Tensor:
-            return torch.ones_like(images)
+        def detect(self, images: torch.Tensor, seeds: object) -> Detection:
+            return Detection(torch.ones_like(images), images)
 
     config = config.model_copy(update={"postprocessing": config.postprocessing.model_copy(update={"median": 1})})
     found = scored(Ones(), config, grid, 0, torch.device("cpu"), only=healthy)
