@@ -207,6 +207,16 @@ def test_a_case_is_chosen_from_the_list_or_by_the_page(visit: Visits) -> None:
     assert tab.locator(".viewer-case").input_value() == "0"
 
 
+def test_a_case_is_asked_for_before_the_viewer_was_in_sight(visit: Visits) -> None:
+    below = document(case("first"), case("second")).replace("<body>", '<body><div style="height: 3000px"></div>', 1)
+    tab = visit(below, SMALL)
+    assert tab.locator(".viewer[data-ready]").count() == 0
+    tab.evaluate("document.dispatchEvent(new CustomEvent('show-case', {detail: 'second'}))")
+    tab.wait_for_selector(".viewer[data-ready]")
+    assert np.ptp(stage(tab)) > 0.5 and tab.locator(".viewer-case").input_value() == "1"
+    assert "second" in tab.locator(".viewer-canvas").get_attribute("aria-label")
+
+
 def test_an_image_file_is_drawn_as_it_is_and_without_marks(visit: Visits) -> None:
     image = np.zeros((40, 30, 1))
     image[2:10, 20:28] = 1.0  # left and up in the file
