@@ -400,8 +400,8 @@ def _blocks(array: NDArray[Any], factors: Sequence[int] | NDArray[Any], padding:
 
 
 def _bytes(values: NDArray[np.float32], low: float, high: float, levels: int = 256) -> NDArray[np.uint8]:
-    """Numbers from 0 for `low` or less to 255 for `high` or more, of so many different ones."""
-    steps = np.rint(np.clip((values - low) / (high - low), 0.0, 1.0) * (levels - 1))
+    """Numbers from 0 for `low` or less (and for NaN) to 255 for `high` or more, of so many different ones."""
+    steps = np.rint(np.nan_to_num(np.clip((values - low) / (high - low), 0.0, 1.0)) * (levels - 1))
     return np.rint(steps * (255 / (levels - 1))).astype(np.uint8)
 
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import warnings
 from base64 import b64decode
 from importlib.resources import files
 from pathlib import Path
@@ -103,6 +104,16 @@ def test_maps_keep_their_values() -> None:
     blank, layer = entry["layers"]
     assert blank["empty"] and layer["title"] == "Uncertainty" and layer["high"] == 0.8
     assert np.asarray(image_of(layer).dataobj)[10, 10, 10] == 255
+
+
+def test_voxels_without_a_number_are_black() -> None:
+    image = np.full((20, 20, 20), 5.0)
+    image[:10], image[0, 0, 0] = np.nan, 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entry = data_of(viewer([ViewedCase("a", "", np.eye(4), [Layer("scan", image)])]))["cases"][0]
+    shown = np.asarray(image_of(entry["layers"][0]).dataobj)
+    assert (shown[:10] == 0).all() and (shown[10:] == 255).all()
 
 
 def test_reduced_images_are_means() -> None:

@@ -74,6 +74,8 @@ def test_a_page_of_one_scan_has_no_overview(tmp_path: Path, tiny_model: Path) ->
     assert f"{low:.3f} to {high:.3f}" in text and "90 % interval" in text and "Sampled masks" in text
     assert "<details>" not in text.split("How it was made")[0]
     assert "command" not in text.split("How it was made")[1].split("What the numbers")[0], "a Python caller has none"
+    run([tmp_path / "scan.nii.gz"], model, skip_existing=True, report=page)
+    assert "finished earlier" in page.read_text() and "finished earlier" not in text.split("What the numbers")[0]
 
 
 def test_the_command_line_and_the_settings_are_on_the_page(tmp_path: Path, tiny_model: Path) -> None:
