@@ -30,7 +30,7 @@ class ScanOfBatch:
         flags: Reasons to look at it, in one or two words each.
         remarks: What the reader should know, one sentence each; of a failed scan, its error.
         seconds: Time that it took; 0 if it is not known.
-        model: Name of the model; empty if it is not known.
+        model: The model that made its results; empty if it is not known.
         files: Kind -> name of a file, and its address relative to the page.
     """
 
@@ -108,9 +108,13 @@ def overview(
     return Table("Scans", headings, rows, sortable=True, text_columns=texts, stacked=True)
 
 
-def models_of(scans: Sequence[ScanOfBatch]) -> dict[str, str]:
-    """How scans were made that were all finished earlier: what their files tell of the model."""
-    return {"model": ", ".join(sorted({scan.model for scan in scans if scan.model})) or "not known"}
+def models_of(scans: Sequence[ScanOfBatch], made: Mapping[str, str]) -> dict[str, str]:
+    """How the scans of a page were made: what is known of those of this call, and the models of the finished ones."""
+    known = {scan.model for scan in scans if scan.status == "skipped" and scan.model} - {made.get("model", "")}
+    earlier = ", ".join(sorted(known))
+    if "model" not in made:
+        return {"model": earlier or "not known", **made}
+    return {**made, **({"finished scans by": earlier} if earlier else {})}
 
 
 def common_remarks(scans: Sequence[ScanOfBatch]) -> list[str]:

@@ -134,7 +134,7 @@ def relative_link(file: Path, folder: Path) -> str:
         path = os.path.relpath(file.absolute(), folder.absolute())
     except ValueError:
         return ""
-    return quote(Path(path).as_posix())
+    return quote(os.fsencode(Path(path).as_posix()))
 
 
 def render(
@@ -170,7 +170,7 @@ def render(
     environment.globals.update(theme=VARIABLES)
     when = date if date is not None else datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     numbers = versions()
-    return environment.get_template(template).render(
+    page = environment.get_template(template).render(
         date=when,
         version=numbers["medseg-diffusion"],
         versions=", ".join(f"{name} {number}" for name, number in numbers.items()),
@@ -179,6 +179,8 @@ def render(
         rules=rules,
         **values,
     )
+    # Names of files may hold bytes that are no text; a page is UTF-8.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def svg(figure: Figure, description: str) -> Markup:

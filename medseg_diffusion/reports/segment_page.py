@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from markupsafe import Markup
 
+from medseg_diffusion.volumes.paths import is_image
+
 from .batch import FENCE, OUTLIERS_FROM, ScanOfBatch, common_remarks, millilitres, outliers, overview, rank
 from .page import INK, LINE, Cell, Row, Table, number, render, rules_table, svg
 from .theme import label_colour
@@ -219,6 +221,8 @@ def _plot(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> Markup | No
 
 def _rules(scans: Sequence[SegmentedScan]) -> dict[str, str]:
     rules = {"Volume": "Number of the voxels of the class in the mask, times the size of a voxel."}
+    if any(is_image(scan.files["scan"][0]) for scan in scans if "scan" in scan.files):
+        rules["Image files"] = "They have no voxel size: 1 mm stands in its place, so that 1000 pixels are 1 ml."
     levels = sorted({scan.level for scan in scans if scan.level is not None})
     if levels:
         level = " or ".join(f"{100 * level:.0f} %" for level in levels)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .theme import PALETTE as PALETTE
 from .theme import colour_scale
 from .theme import label_colour as label_colour
 

@@ -28,9 +28,6 @@ _SHADES = (0.0, 0.45, -0.35, 0.7, -0.6)
 UNCERTAINTY = "viridis"
 ANOMALY = "plasma"
 
-# Lines and points of plots that mean neither a class nor reference or prediction (Okabe and Ito).
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
-
 
 def label_colour(index: int) -> str:
     """Colour of the index-th class (from 0) as #RRGGBB. The first 60 differ; they are repeated after that."""
@@ -53,12 +50,3 @@ def css_gradient(name: str) -> str:
     """A colormap as a CSS background, lowest value on the left."""
     stops = ("#" + bytes(colour).hex() for colour in colour_scale(name, 9))
     return f"linear-gradient(to right, {', '.join(stops)})"
-
-
-def css_variables() -> str:
-    """Style rules that define `--reference`, `--prediction` and `--class-1` to `--class-12`, in light and dark."""
-    classes = " ".join(f"--class-{i + 1}: {colour};" for i, colour in enumerate(CLASSES))
-    return (
-        f":root {{ --reference: {REFERENCE_ON_WHITE}; --prediction: {PREDICTION_ON_WHITE}; {classes} }}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ --reference: {REFERENCE}; --prediction: {PREDICTION}; }} }}"
-    )

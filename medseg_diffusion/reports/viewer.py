@@ -282,8 +282,7 @@ def _encoded(case: ViewedCase, classes: Mapping[int, tuple[str, str]], max_bytes
     voxels = max_bytes / (0.25 * sum(layer.kind not in _LABELS for layer in drawn))
     _coarsen_to(np.prod(shape) / max(voxels, 1.0), factors, shape, spacing)
     while True:
-        affine = case.affine @ _block_affine(factors)
-        layers = [_encoded_layer(layer, factors, affine, window, classes) for layer in drawn]
+        layers = [_encoded_layer(layer, factors, spacing, window, classes) for layer in drawn]
         size = sum(len(layer["data"]) for layer in layers)
         if size <= max_bytes or not _reducible(shape, factors).size:
             break
@@ -295,7 +294,8 @@ def _encoded(case: ViewedCase, classes: Mapping[int, tuple[str, str]], max_bytes
     start = [index // step for index, step in zip(_start(case), steps, strict=True)]
     note = _note(spacing, factors, shape) if case.oriented else _image_note(factors)
     return {
-        "name": case.name, "oriented": case.oriented, "shape": reduced, "start": start, "note": note, "layers": layers
+        "name": case.name, "oriented": case.oriented, "shape": reduced, "start": start, "note": note, "layers": layers,
+        "affine": np.round(case.affine @ _block_affine(factors), 6)[:3].tolist(),
     }  # fmt: skip
 
 
@@ -317,7 +317,7 @@ def _reducible(shape: Sequence[int], factors: NDArray[Any]) -> NDArray[Any]:
 def _encoded_layer(
     layer: Layer,
     factors: NDArray[Any],
-    affine: NDArray[np.float64],
+    spacing: NDArray[np.float64],
     window: tuple[float, float],
     classes: Mapping[int, tuple[str, str]],
 ) -> dict[str, Any]:
@@ -336,6 +336,8 @@ def _encoded_layer(
         entry |= {"high": high, "gradient": css_gradient(_MAPS[layer.kind])}
     else:
         stored = _bytes(reduced_image(layer.data, factors), *window)
+    # Along the axes, as the voxels are drawn: of a scan far from the patient's axes, NiiVue would choose others.
+    affine = np.diag([*spacing * factors, 1.0])
     return entry | {"data": _nifti(stored, affine, is_labels=layer.kind in _LABELS)}
 
 
@@ -350,8 +352,8 @@ def reduced_labels(labels: NDArray[Any], factors: Sequence[int] | NDArray[Any]) 
     """A label map over blocks of `factors` voxels in which every class keeps about its volume.
 
     A class gets the blocks with its largest shares, as many as have its volume: of a large structure those that it
-    fills by half or more, of a thin one those that it fills most. At least one block of every class is left. Where two
-    classes want a block, the larger share wins.
+    fills by half or more, of a thin one those that it fills most. Where two classes want a block, the larger share
+    wins; but at least one block of every class is left, unless all its blocks are the last ones of others.
     """
     from scipy.ndimage import find_objects
 
@@ -360,17 +362,32 @@ def reduced_labels(labels: NDArray[Any], factors: Sequence[int] | NDArray[Any]) 
     if max(steps) == 1:
         return labels.astype(np.int64)
     won = np.zeros(result.shape, np.float32)
-    for label, box in enumerate(find_objects(labels.astype(np.int32)), 1):
-        if box is None:
-            continue
-        inner = tuple(slice(b.start // step, -(-b.stop // step)) for b, step in zip(box, steps, strict=True))
+    boxes = {label: box for label, box in enumerate(find_objects(labels.astype(np.int32)), 1) if box is not None}
+
+    def shares_of(label: int) -> tuple[tuple[slice, ...], NDArray[np.float32]]:
+        inner = tuple(slice(b.start // step, -(-b.stop // step)) for b, step in zip(boxes[label], steps, strict=True))
         outer = tuple(slice(i.start * step, i.stop * step) for i, step in zip(inner, steps, strict=True))
-        shares = _blocks(labels[outer] == label, steps, "constant").mean(axis=(1, 3, 5), dtype=np.float32)
+        return inner, _blocks(labels[outer] == label, steps, "constant").mean(axis=(1, 3, 5), dtype=np.float32)
+
+    for label in boxes:
+        inner, shares = shares_of(label)
         count = max(1, round(float(shares.sum())))
         least = np.partition(shares, -count, axis=None)[-count]
         takes = (shares >= max(least, 1e-6)) & (shares > won[inner])
         result[inner][takes] = label
         won[inner][takes] = shares[takes]
+    # A small structure within a large one, such as a core in its oedema, has won no block.
+    sizes = np.bincount(result.ravel(), minlength=max(boxes, default=0) + 1)
+    for label in boxes:
+        if not sizes[label]:
+            inner, shares = shares_of(label)
+            blocks = result[inner].flat
+            places = [int(place) for place in np.argsort(-shares, axis=None) if shares.flat[place] > 0]
+            free = next((place for place in places if not blocks[place] or sizes[blocks[place]] > 1), None)
+            if free is not None:
+                sizes[blocks[free]] -= 1
+                sizes[label] = 1
+                blocks[free] = label
     return result
 
 
@@ -383,8 +400,8 @@ def _blocks(array: NDArray[Any], factors: Sequence[int] | NDArray[Any], padding:
 
 
 def _bytes(values: NDArray[np.float32], low: float, high: float, levels: int = 256) -> NDArray[np.uint8]:
-    """Numbers from 0 for `low` or less to 255 for `high` or more, of so many different ones."""
-    steps = np.rint(np.clip((values - low) / (high - low), 0.0, 1.0) * (levels - 1))
+    """Numbers from 0 for `low` or less (and for NaN) to 255 for `high` or more, of so many different ones."""
+    steps = np.rint(np.nan_to_num(np.clip((values - low) / (high - low), 0.0, 1.0)) * (levels - 1))
     return np.rint(steps * (255 / (levels - 1))).astype(np.uint8)
 
 

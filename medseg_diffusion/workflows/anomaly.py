@@ -131,8 +131,8 @@ def anomaly(
 
     with (
         RunReport(options.run_report, "anomaly", options, files) as run_report,
-        ResultsTable(file, COLUMNS, numbers_of, masks) as table,
         AnomalyReport(options.report, options.model or DEFAULT_MODEL, read, options.command, len(ours)) as page,
+        ResultsTable(file, COLUMNS, numbers_of, masks) as table,  # first at the end: a page takes a while
     ):
         work = Work(
             run_report.timed(read), load, lambda model, scan: _score_one(model, scan, options), "mask", finished_anomaly
@@ -248,7 +248,8 @@ def _result(
     """The numbers of a scored scan."""
     inside = max(1, int(scored.foreground.sum()))
     healthy = None if model.notes else model.healthy_scores()  # with notes, the map is not comparable
-    percentile = None if healthy is None else healthy.percentile(scored.scan_score)
+    # As in the files, so that a finished scan has the flags and the words of a new one.
+    percentile = None if healthy is None else round(healthy.percentile(scored.scan_score), 1)
     return AnomalyResult(
         scan.path,
         "done",

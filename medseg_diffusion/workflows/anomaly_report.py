@@ -24,7 +24,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .anomaly_result import AnomalyResult, compared
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, Room, how_far, remarks_of
+from .viewed import MOST_VIEWED, Room, how_far, made_by, remarks_of
 
 MOST_PICTURES = 8
 """Largest number of scans whose worst slices are drawn."""
@@ -71,9 +71,8 @@ class AnomalyReport:
             self._healthy = healthy.scan_scores.tolist()
             self._made["calibration"] = f"{len(self._healthy)} healthy scans of {healthy.patients} patients"
 
-    def _finished_earlier(self, scans: Sequence[ScoredScan]) -> None:
-        """Note what is known if no scan needed the model; its healthy scans, if it is the one that made the maps."""
-        self._made = models_of(scans)
+    def _finished_earlier(self) -> None:
+        """Note the model's healthy scans if no scan needed the model, but it is the one that made the maps."""
         made = {
             (one.model_sha256, one.method)
             for one in self._results
@@ -95,7 +94,7 @@ class AnomalyReport:
         results = dict(zip(names, self._results, strict=True))
         scans = worst_first([_on_page(name, result, path) for name, result in results.items()])
         if not self._made:
-            self._finished_earlier(scans)
+            self._finished_earlier()
         cases, pictures, room = list[ViewedCase](), list[WorstSlices](), Room()
         for name, reason in chosen(scans):
             volumes = self._volumes(results[name])
@@ -111,7 +110,7 @@ class AnomalyReport:
             pictures,
             viewer(cases) if cases else None,
             healthy=self._healthy,
-            made=self._made,
+            made=models_of(scans, self._made),
             stopped=stopped,
             command=self._command,
         )
@@ -130,7 +129,7 @@ class AnomalyReport:
                 volumes["counterpart"] = read_map(files["counterpart"], 1)
             for volume in volumes.values():
                 scan.require_same_grid(volume)
-        except (MedsegError, OSError, KeyError):
+        except (MedsegError, OSError, KeyError, ValueError):  # ValueError: a name that libraries cannot open
             return None
         return volumes
 
@@ -176,7 +175,7 @@ def _on_page(name: str, result: ScanResult, page: Path) -> ScoredScan:
         result.flags,
         remarks_of(result),
         result.seconds,
-        result.model,
+        made_by(result),
         linked({"scan": result.scan, **result.outputs}, page),
         volume_ml=result.volumes_ml.get("anomaly"),
     )

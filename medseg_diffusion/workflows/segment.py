@@ -168,8 +168,8 @@ def segment(
 
     with (
         RunReport(options.run_report, "segment", options, files) as run_report,
-        ResultsTable(file, columns_of(names), numbers_of, masks) as table,
         SegmentReport(options.report, names, read, options.command, len(ours)) as page,
+        ResultsTable(file, columns_of(names), numbers_of, masks) as table,  # first at the end: a page takes a while
     ):
         work = Work(
             run_report.timed(read),

@@ -17,7 +17,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .finished import read_mask
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, Room, how_far, onto, remarks_of
+from .viewed import MOST_VIEWED, Room, how_far, made_by, onto, remarks_of
 
 
 class SegmentReport:
@@ -69,7 +69,7 @@ class SegmentReport:
             scans,
             classes,
             viewer(cases) if cases else None,
-            made=self._made or models_of(scans),
+            made=models_of(scans, self._made),
             stopped=stopped,
             command=self._command,
         )
@@ -87,7 +87,7 @@ class SegmentReport:
                 }
                 if "uncertainty" in result.outputs:
                     volumes["uncertainty"] = onto(read_map(result.outputs["uncertainty"], 1), scan)
-            except (MedsegError, OSError):
+            except (MedsegError, OSError, ValueError):  # ValueError: a name that libraries cannot open
                 continue
             if not room.for_more(volumes.values()):
                 return
@@ -119,7 +119,7 @@ def _on_page(name: str, result: ScanResult, page: Path) -> SegmentedScan:
         result.flags,
         remarks_of(result),
         result.seconds,
-        result.model,
+        made_by(result),
         linked(files, page),
         result.volumes_ml,
         result.intervals_ml,

@@ -49,6 +49,11 @@ def remarks_of(result: ScanResult) -> tuple[str, ...]:
     return (result.error.removeprefix(f"{result.scan}: "),)
 
 
+def made_by(result: ScanResult) -> str:
+    """The model that made a result, with its weights as far as they are known; empty if it is not known."""
+    return f"{result.model} (weights {result.model_sha256[:12]})" if result.model_sha256 else result.model
+
+
 def onto(result: Volume, scan: Volume) -> Volume:
     """A result on the grid of its scan.
 

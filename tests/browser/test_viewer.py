@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from medseg_diffusion.reports.theme import CLASSES, PREDICTION, REFERENCE
 from medseg_diffusion.reports.viewer import Layer, LayerKind, ViewedCase, viewer
@@ -142,6 +143,24 @@ def test_the_patient_is_not_mirrored(visit: Visits, radiological: bool) -> None:
         outlined = extent(near(picture, CLASSES[0], 0.06))
         assert np.abs(np.subtract(outlined, (top, bottom, left, right))).max() < 0.04 * picture.shape[0]
         tab.get_by_role("button", name="Three planes").click()
+
+
+def test_scans_far_from_the_patients_axes_are_drawn_as_they_are_marked(visit: Visits) -> None:
+    """NiiVue and nibabel choose other axes for such a scan (52 degrees): the lines would lie beside the anatomy."""
+    turn = Rotation.from_rotvec(np.deg2rad(52) * np.array([0.16, -0.82, 0.55])).as_matrix()
+    affine = np.diag([-2.0, 2.0, 2.0, 1.0])
+    affine[:3, :3] = turn @ affine[:3, :3]
+    tab = opened(visit, document(case(affine=affine)))
+    tab.get_by_role("button", name="Axial").click()
+    picture = stage(tab)
+    bright = picture.min(axis=-1) > 0.75
+    bright[:40] = False
+    assert np.abs(np.subtract(extent(near(picture, CLASSES[0], 0.06)), extent(bright))).max() < 0.04 * len(picture)
+    # The block is around (5.5, 21, 14) in the file; the cross stands within it.
+    said = tab.locator(".viewer-place").inner_text()
+    place = [float(number) * (-1 if side in "LPI" else 1) for side, number in re.findall(r"([LRPAIS]) ([\d.]+)", said)]
+    inside = np.linalg.inv(affine) @ [*place, 1.0]
+    assert (inside[:3] > [2.9, 17.9, 11.9]).all() and (inside[:3] < [8.1, 24.1, 16.1]).all()
 
 
 def test_the_marks_name_the_sides(visit: Visits) -> None:

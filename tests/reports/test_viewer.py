@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import warnings
 from base64 import b64decode
 from importlib.resources import files
 from pathlib import Path
@@ -62,10 +63,12 @@ def test_layers_stay_where_they_are_in_the_patient(max_bytes: int) -> None:
     entry = data_of(viewer([case], max_bytes=max_bytes))["cases"][0]
     scan, labels = (image_of(layer) for layer in entry["layers"])
     assert [layer["kind"] for layer in entry["layers"]] == ["scan", "prediction"]
-    assert nib.aff2axcodes(scan.affine) == ("R", "A", "S") and list(scan.shape) == entry["shape"]
+    affine = np.array([*entry["affine"], [0, 0, 0, 1]])
+    assert nib.aff2axcodes(affine) == ("R", "A", "S") and list(scan.shape) == entry["shape"]
+    assert np.allclose(scan.affine, np.diag([*nib.affines.voxel_sizes(affine), 1.0]), atol=1e-5)
     wanted = centre_mm(case.layers[0].data > 0, OBLIQUE)
-    assert np.allclose(centre_mm(np.asarray(labels.dataobj) > 0, labels.affine), wanted, atol=0.5)
-    assert np.allclose(centre_mm(np.asarray(scan.dataobj) > 250, scan.affine), wanted, atol=0.5)
+    assert np.allclose(centre_mm(np.asarray(labels.dataobj) > 0, affine), wanted, atol=0.5)
+    assert np.allclose(centre_mm(np.asarray(scan.dataobj) > 250, affine), wanted, atol=0.5)
     assert ("lower resolution" in entry["note"]) == (max_bytes < 2_000_000) == (scan.shape != (96, 80, 64))
     at = tuple(entry["start"])
     assert np.asarray(labels.dataobj)[at] == 2, "it opens within the block; classes are numbered from 1"
@@ -103,6 +106,16 @@ def test_maps_keep_their_values() -> None:
     assert np.asarray(image_of(layer).dataobj)[10, 10, 10] == 255
 
 
+def test_voxels_without_a_number_are_black() -> None:
+    image = np.full((20, 20, 20), 5.0)
+    image[:10], image[0, 0, 0] = np.nan, 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entry = data_of(viewer([ViewedCase("a", "", np.eye(4), [Layer("scan", image)])]))["cases"][0]
+    shown = np.asarray(image_of(entry["layers"][0]).dataobj)
+    assert (shown[:10] == 0).all() and (shown[10:] == 255).all()
+
+
 def test_reduced_images_are_means() -> None:
     image = np.arange(5 * 4 * 3, dtype=float).reshape(5, 4, 3)
     reduced = reduced_image(image, (2, 2, 1))
@@ -126,6 +139,21 @@ def test_reduced_labels_keep_volumes_and_small_and_thin_classes() -> None:
         assert volumes[3] >= 1 and (reduced == 4).sum() == 1
         assert set(np.unique(reduced)) == {0, 1, 2, 3, 4}
     assert np.array_equal(reduced_labels(labels, (1, 1, 1)), labels)
+
+
+def test_reduced_labels_keep_small_classes_within_large_ones() -> None:
+    """A core of a voxel wins no block from the oedema around it; two cores in one block have one each, if they can."""
+    labels = np.zeros((24, 24, 24), int)
+    labels[3:21, 3:21, 3:21] = 1
+    labels[9, 9, 9] = 2
+    labels[17, 12, 12], labels[18, 12, 12], labels[18, 13, 12] = 3, 3, 4
+    reduced = reduced_labels(labels, (3, 3, 3))
+    assert {label: int((reduced == label).sum()) for label in (2, 3, 4)} == {2: 1, 3: 1, 4: 1}
+    assert reduced[3, 3, 3] == 2 and reduced[5, 4, 4] == 3 and reduced[6, 4, 4] == 4
+    # Where they cannot, a block has one class, and nothing else changes.
+    labels[17, 12, 12] = 1
+    reduced = reduced_labels(labels, (3, 3, 3))
+    assert reduced[6, 4, 4] in (3, 4) and set(np.unique(reduced)) in ({0, 1, 2, 3}, {0, 1, 2, 4})
 
 
 def test_a_case_is_made_of_volumes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from html import unescape
@@ -11,9 +12,12 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows import segment as segment_module
+from medseg_diffusion.workflows import segment_report as segment_report_module
 from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
+from medseg_diffusion.workflows.scans import ScanResult
 from medseg_diffusion.workflows.viewed import MOST_VIEWED, onto
 from tests.helpers.anomaly import head, write
 from tests.helpers.cli import medseg
@@ -70,6 +74,8 @@ def test_a_page_of_one_scan_has_no_overview(tmp_path: Path, tiny_model: Path) ->
     assert f"{low:.3f} to {high:.3f}" in text and "90 % interval" in text and "Sampled masks" in text
     assert "<details>" not in text.split("How it was made")[0]
     assert "command" not in text.split("How it was made")[1].split("What the numbers")[0], "a Python caller has none"
+    run([tmp_path / "scan.nii.gz"], model, skip_existing=True, report=page)
+    assert "finished earlier" in page.read_text() and "finished earlier" not in text.split("What the numbers")[0]
 
 
 def test_the_command_line_and_the_settings_are_on_the_page(tmp_path: Path, tiny_model: Path) -> None:
@@ -99,6 +105,51 @@ def test_a_stopped_call_leaves_the_page_of_what_was_done(
     assert list(overview(page.read_text())) == ["s0.nii.gz", "s1.nii.gz"]
     assert "the call was stopped after 2 of 4 scans: Ctrl-C" in page.read_text()
     assert len((tmp_path / "out" / "volumes.csv").read_text().splitlines()) == 3
+
+
+def test_the_table_is_complete_before_the_page_is_made(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler kills soon after its signal, and the pictures of a page take longer than a table."""
+    lines = []
+
+    def page_of(*args: object, **options: object) -> str:
+        lines.extend((tmp_path / "out" / "volumes.csv").read_text().splitlines())
+        return "page"
+
+    monkeypatch.setattr(segment_report_module, "segment_page", page_of)
+    scans = [save(tmp_path / "in" / f"s{i}.nii.gz") for i in range(3)]
+    run(scans, tiny_model, output=tmp_path / "out", report=tmp_path / "page.html", volumes=True)
+    assert len(lines) == 4
+
+
+def test_the_page_names_the_models_of_finished_scans(tmp_path: Path, tiny_model: Path) -> None:
+    scans = [save(tmp_path / "in" / f"s{i}.nii.gz") for i in range(2)]
+    other, page = calibrated(tiny_model, tmp_path / "other"), tmp_path / "page.html"
+    run(scans[:1], other, output=tmp_path / "out", statistics=True)
+    run(scans, tiny_model, output=tmp_path / "out", statistics=True, skip_existing=True, report=page)
+    made = page.read_text().split("How it was made")[1]
+    assert re.search(r"<dt>model</dt><dd>tiny \(weights [0-9a-f]{12}\)", made)
+    assert re.search(r"<dt>finished scans by</dt><dd>other \(weights [0-9a-f]{12}\)", made)
+    run(scans, tiny_model, output=tmp_path / "out", skip_existing=True, report=page)
+    made = page.read_text().split("How it was made")[1]
+    assert re.search(r"<dt>model</dt><dd>other \(weights [0-9a-f]{12}\), tiny \(weights", made)
+    assert "finished scans by" not in made
+
+
+def test_a_name_that_is_no_text_does_not_cost_the_page(tmp_path: Path) -> None:
+    """Names are bytes on Linux. A finished scan is not read, so that it comes as far as the page."""
+    name = os.fsdecode(b"caf\xe9.nii.gz")
+    result = ScanResult(tmp_path / name, "skipped", {"segmentation": tmp_path / name}, volumes_ml={"x": 1.0})
+
+    def read(path: Path) -> Volume:
+        return read_volume(os.fsencode(path).decode("utf-8"))  # ValueError, as from libraries that take text alone
+
+    with segment_report_module.SegmentReport(tmp_path / "page.html", {1: "x"}, read, "", 2) as page:
+        page.add(result)
+        page.add(replace(result, scan=tmp_path / "plain.nii.gz", outputs={}))
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert "caf?.nii.gz" in text and 'href="caf%E9.nii.gz"' in text
 
 
 def test_nothing_done_leaves_no_page(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +183,9 @@ def test_dicom_and_images_have_pictures(tmp_path: Path, tiny_model: Path, flat_m
     page = tmp_path / "page.html"
     run([series(tmp_path / "in" / "scan")], tiny_model, output=tmp_path / "a", output_format="dicom-seg", report=page)
     assert 'id="viewer"' in page.read_text()
+    assert "1000 pixels are 1 ml" not in page.read_text()
     run([save_image(tmp_path / "picture.png")], flat_model, report=page)
-    assert 'id="viewer"' in page.read_text()
+    assert 'id="viewer"' in page.read_text() and "1000 pixels are 1 ml" in page.read_text()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from medseg_diffusion.methods.healthy_scores import HealthyScores
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows import results_table
 from medseg_diffusion.workflows.finished import columns_of, finished_segmentation, numbers_of
@@ -285,3 +286,15 @@ def test_anomalies_have_the_numbers_of_their_files(
     medseg(*command, "--skip-existing")
     edited = rows(out / "anomalies.csv")["s0.nii.gz"]
     assert float(edited["volume_ml"]) == pytest.approx(20 * 24 * 12 / 1000) and edited["score"] == ""
+
+
+def test_finished_scans_have_the_flags_and_words_of_new_ones(
+    anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files hold one decimal of a percentile: 94.96 became 95 in them, and the finished scan was flagged."""
+    monkeypatch.setattr(HealthyScores, "percentile", lambda self, score: 94.96)
+    scan = anomaly_scans / "images" / "s0.nii.gz"
+    command = ("anomaly", scan, "-m", anomaly_models["pixel"], "-o", tmp_path / "s_anomaly.nii.gz", "--json", *CPU)
+    new, finished = (json.loads(medseg(*command, *more).stdout) for more in ((), ("--skip-existing",)))
+    assert (new["status"], finished["status"]) == ("done", "skipped")
+    assert new["flags"] == finished["flags"] and new["healthy_percentile"] == finished["healthy_percentile"]
