@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from medseg_diffusion.metrics.comparison import ALPHA, Comparison
+from medseg_diffusion.metrics.comparison import Comparison
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.metrics.registry import METRICS
 
@@ -34,8 +34,7 @@ def evaluation_markdown(evaluation: Evaluation, command: str = "") -> str:
 
 def comparison_markdown(comparison: Comparison, command: str = "") -> str:
     """A summary of a comparison of several sets of predictions."""
-    shown = [one for one in comparison.differences if one.metric == "dice" or one.p_holm < ALPHA]
-    said = [_counted(comparison.first), *(one.conclusion for one in shown)]
+    said = [_counted(comparison.first), *comparison.conclusions]
     table = markdown_table(_classes_table(comparison.evaluations))
     return markdown_page("Comparison of segmentations", said, [table], comparison.warnings, command)
 

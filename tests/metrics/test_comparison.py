@@ -138,6 +138,11 @@ def test_equal_sets_and_missing_numbers() -> None:
         "Dice of liver: too few cases (1) to conclude anything. A minus B is +0.000 on average, but with fewer than 6 "
         "the test cannot show a difference of any size."
     )
+    with_gap = conclusion([0.9] * 7 + [math.nan], [*np.linspace(0.1, 0.2, 7), 0.5], "hd95_mm")
+    assert "7 cases, 1 more without a value in a set, p = " in with_gap, "a missed structure is not hidden"
+    assert conclusion([0.5, 0.7, math.nan], [0.5, 0.7, 0.9]) == (
+        "Dice of liver: A and B are equal in all 2 cases, 1 more without a value in a set."
+    )
     nothing = conclusion([math.nan] * 2, [0.5] * 2)
     assert nothing == "Dice of liver: it exists for both in no case, so nothing can be concluded."
 
