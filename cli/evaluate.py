@@ -253,19 +253,17 @@ def _print_comparison(comparison: Comparison) -> None:
 
 def _rows(means: Means, evaluation: Evaluation, first: dict[str, str]) -> list[dict[str, str | int]]:
     """One row per class of the metrics that say most, after the cells of ``first``."""
-    from medseg_diffusion.metrics.registry import METRICS
-
-    names = ["nsd", "hd95_mm", "volume_error_ml", *(["lesion_f1"] if evaluation.several_lesions else [])]
     return [
         {
             **first,
             "class": class_name,
             "Dice": _with_missing(str(means["dice"][label]), means["dice"][label]),
             **{
-                METRICS[name].heading: _with_missing(
-                    f"{means[name][label].mean:.{METRICS[name].digits}f}", means[name][label]
+                metric.heading: _with_missing(
+                    f"{means[metric.name][label].mean:.{metric.digits}f}", means[metric.name][label]
                 )
-                for name in names
+                for metric in evaluation.key_metrics
+                if metric.name != "dice"
             },
             evaluation.unit: means["dice"][label].n + means["dice"][label].n_missing,
         }

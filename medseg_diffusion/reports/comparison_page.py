@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import combinations
+
 from markupsafe import Markup
 
 from medseg_diffusion.metrics.comparison import METHOD, Comparison

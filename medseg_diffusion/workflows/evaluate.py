@@ -358,8 +358,8 @@ def _find_inputs(pairs: Sequence[MaskPair], options: EvaluateOptions) -> tuple[_
     ]
     if any(is_image(pair.reference) for pair in pairs):
         remarks.append(
-            "Image files have no voxel size: a pixel counts as 1 x 1 x 1 mm, so distances are in pixels and volumes are "
-            "areas."
+            "Image files have no voxel size: a pixel counts as 1 x 1 x 1 mm. Distances are in pixels, and volumes are "
+            "areas in thousands of pixels."
         )
     maps = foregrounds = None
     if options.scores is not None:

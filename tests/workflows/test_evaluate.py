@@ -562,8 +562,8 @@ def test_wrong_usage_of_the_command(
 
 def test_the_command_prints_the_metrics_that_say_most(folders: tuple[Path, Path], tmp_path: Path) -> None:
     table = tmp_path / "sites.csv"
-    table.write_text("case,site\na,north\nb,south\nc,south\n")
-    words = ["--tolerance", "4", "--tolerance", "2=1", "--strata", f"{table}:site", "--cldice", "--jobs", "1"]
+    table.write_text("case,class\na,north\nb,south\nc,south\n")  # a column with the name of one that is printed
+    words = ["--tolerance", "4", "--tolerance", "2=1", "--strata", f"{table}:class", "--cldice", "--jobs", "1"]
     result = medseg("evaluate", *map(str, folders), "-o", str(tmp_path / "out"), *words)
     assert result.exit_code == 0, result.output
     heading, row = result.output.splitlines()[:2]
