@@ -158,14 +158,17 @@ def _conclusion(one: PairedDifference, class_name: str, unit: str, n_tests: int)
             f"{what}: {one.first} and {one.second} differ in most {unit}, but the mean may be the same for both "
             f"({numbers}): a few {unit} with large differences in the other direction weigh against the rest."
         )
+    # The smallest p that a test of so few can have, times the number of tests: what Holm's correction makes of it.
+    hopeless = 2.0 ** (1 - difference.n) * n_tests >= ALPHA
+    limit = f" So few {unit} cannot show a difference of any size in {n_tests} comparisons." if hopeless else ""
     if excludes_zero:
         return (
             f"{what}: no difference is shown. The interval leaves 0 out, but among {n_tests} comparisons it may be "
-            f"chance ({one.first} minus {one.second}: {numbers})."
+            f"chance ({one.first} minus {one.second}: {numbers}).{limit}"
         )
     return (
         f"{what}: no difference is shown, and equality is not shown either. Mean differences within the interval "
-        f"remain possible ({one.first} minus {one.second}: {numbers})."
+        f"remain possible ({one.first} minus {one.second}: {numbers}).{limit}"
     )
 
 
