@@ -272,18 +272,19 @@ def _distributions(evaluation: Evaluation) -> dict[str, Markup]:
 
 def _agreement(evaluation: Evaluation) -> list[Markup]:
     """A plot of volumes for each class with at least three cases; those with the largest bias if there are many."""
-    labels = [
-        label
+    # Cases without the class agree on nothing: many of them would draw the limits of agreement together.
+    volumes = {
+        label: [case.metrics[label] for case in evaluation.cases if not math.isnan(case.overlap[label].dice)]
         for label in evaluation.labels
-        if sum(case.overlap[label].n_ref + case.overlap[label].n_pred > 0 for case in evaluation.cases) >= 3
-    ]
+    }
+    labels = [label for label, values in volumes.items() if len(values) >= 3]
     bias = {label: abs(evaluation.means["volume_error_percent"][label].mean) for label in labels}
     chosen = sorted(labels, key=lambda label: -bias[label] if bias[label] == bias[label] else 0)[:MAX_AGREEMENT_PLOTS]
     plots = []
     for row, (label, name) in enumerate(evaluation.labels.items()):
         if label in chosen:
-            reference = [case.metrics[label]["reference_volume_ml"] for case in evaluation.cases]
-            prediction = [case.metrics[label]["volume_ml"] for case in evaluation.cases]
+            reference = [values["reference_volume_ml"] for values in volumes[label]]
+            prediction = [values["volume_ml"] for values in volumes[label]]
             plots.append(volume_agreement(name, reference, prediction, label_colour(row)))
     return plots
 

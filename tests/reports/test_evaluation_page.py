@@ -136,6 +136,20 @@ def test_a_case_that_opens_in_the_viewer_is_marked_and_its_file_is_linked_all_th
     assert '<a href="b.nii.gz">case_b</a>' in text and "before its name opens in the viewer" in Page(text).seen
 
 
+def test_cases_without_a_class_do_not_narrow_the_limits_of_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[list[float], list[float]]] = []
+
+    def plot(name: str, reference: list[float], prediction: list[float], colour: str) -> Markup:
+        shown.append((reference, prediction))
+        return Markup("")
+
+    monkeypatch.setattr("medseg_diffusion.reports.evaluation_page.volume_agreement", plot)
+    nothing = np.zeros((20, 20, 4), np.uint8)
+    absent = [EvaluatedCase(f"no_{i}", "p", "r", measure(nothing, nothing, [1], (1.0, 1.0, 2.0))) for i in range(5)]
+    evaluation_page(summarise([*many(4, missed=1).cases, *absent], {1: "box"}))
+    assert shown == [([0.4] * 4, [0.4, 0.4, 0.4, 0.0])]  # 10 x 10 x 2 voxels of 2 mm3
+
+
 def test_comparison_page_says_what_can_be_concluded() -> None:
     sets = {"good": many(9), "bad": many(9, missed=9)}
     differences = compare(sets)
