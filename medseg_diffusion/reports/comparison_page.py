@@ -55,6 +55,7 @@ def comparison_page(
         differences=_differences_table(comparison),
         means=_means_table(comparison, pages or {}),
         plots=_difference_plots(comparison),
+        n_pairs=math.comb(len(comparison.evaluations), 2),
         cases=_cases_table(comparison),
     )
 

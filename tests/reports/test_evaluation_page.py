@@ -136,6 +136,14 @@ def test_a_case_that_opens_in_the_viewer_is_marked_and_its_file_is_linked_all_th
     assert '<a href="b.nii.gz">case_b</a>' in text and "before its name opens in the viewer" in Page(text).seen
 
 
+def test_pairs_of_sets_without_a_plot_are_said() -> None:
+    sets = {name: many(2) for name in "abcde"}
+    page = comparison_page(Comparison(sets, {}, compare(sets)))
+    assert "The first 6 of 10 pairs of sets." in page and page.count("<svg") == 6
+    two = {name: many(2) for name in "ab"}
+    assert "pairs of sets." not in comparison_page(Comparison(two, {}, compare(two)))
+
+
 def test_cases_without_a_class_do_not_narrow_the_limits_of_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[list[float], list[float]]] = []
 
