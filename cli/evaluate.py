@@ -218,7 +218,7 @@ def _print(result: Evaluation) -> None:
     print_table(_rows(result.means, result, {}))
     if (strata := result.strata) is not None:
         typer.echo()
-        rows = [row for name, means in strata.means.items() for row in _rows(means, result, {strata.column: name})]
+        rows = [row for name, means in strata.means.items() for row in _rows(means, result, {"stratum": name})]
         print_table(rows)
     if result.reliability is not None:
         typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
@@ -235,8 +235,6 @@ def _print(result: Evaluation) -> None:
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    from medseg_diffusion.metrics.comparison import ALPHA
-
     print_table(
         [
             row
@@ -245,30 +243,27 @@ def _print_comparison(comparison: Comparison) -> None:
         ]
     )
     typer.echo()
-    shown = [one for one in comparison.differences if one.metric == "dice" or one.p_holm < ALPHA]
-    for one in shown:
-        typer.echo(one.conclusion)
-    if further := len(comparison.differences) - len(shown):
-        typer.echo(f"{further} further comparisons show no difference: comparison.json")
+    for sentence in comparison.conclusions:
+        typer.echo(sentence)
+    if further := len(comparison.differences) - len(comparison.conclusions):
+        typer.echo(f"in comparison.json: {further} more, of other metrics, by which no difference is shown")
     for warning in comparison.warnings:
         typer.echo(f"warning: {warning}", err=True)
 
 
 def _rows(means: Means, evaluation: Evaluation, first: dict[str, str]) -> list[dict[str, str | int]]:
     """One row per class of the metrics that say most, after the cells of ``first``."""
-    from medseg_diffusion.metrics.registry import METRICS
-
-    names = ["nsd", "hd95_mm", "volume_error_ml", *(["lesion_f1"] if evaluation.several_lesions else [])]
     return [
         {
             **first,
             "class": class_name,
             "Dice": _with_missing(str(means["dice"][label]), means["dice"][label]),
             **{
-                METRICS[name].heading: _with_missing(
-                    f"{means[name][label].mean:.{METRICS[name].digits}f}", means[name][label]
+                metric.heading: _with_missing(
+                    f"{means[metric.name][label].mean:.{metric.digits}f}", means[metric.name][label]
                 )
-                for name in names
+                for metric in evaluation.key_metrics
+                if metric.name != "dice"
             },
             evaluation.unit: means["dice"][label].n + means["dice"][label].n_missing,
         }

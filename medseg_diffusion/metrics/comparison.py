@@ -75,6 +75,11 @@ class Comparison:
         return next(iter(self.evaluations.values()))
 
     @property
+    def conclusions(self) -> list[str]:
+        """The sentences that a summary has: those on Dice, and those on other metrics whose corrected p is small."""
+        return [one.conclusion for one in self.differences if one.metric == "dice" or one.p_holm < ALPHA]
+
+    @property
     def n_tests(self) -> int:
         """Tests that were made, over which the p values are corrected."""
         return sum(not math.isnan(one.p_value) for one in self.differences)
@@ -129,18 +134,21 @@ def _conclusion(one: PairedDifference, class_name: str, unit: str, n_tests: int)
     metric, difference = METRICS[one.metric], one.difference
     what = f"{metric.title} of {class_name}"
     count = f"{difference.n} {unit if difference.n != 1 else unit[:-1]}"
+    # A set that misses a structure has no distance there: such cases are not in the comparison, which must be said.
+    without = f", {difference.n_missing} more without a value in a set" if difference.n_missing else ""
     if difference.n == 0:
         return f"{what}: it exists for both in no {unit[:-1]}, so nothing can be concluded."
     if difference.low == difference.high == 0:
-        return f"{what}: {one.first} and {one.second} are equal in all {count}."
+        return f"{what}: {one.first} and {one.second} are equal in all {count}{without}."
     number = f"{difference.mean:+.{metric.digits}f} {metric.unit}".rstrip()
     if difference.n < MIN_PATIENTS:
         return (
-            f"{what}: too few {unit} ({difference.n}) to conclude anything. {one.first} minus {one.second} is {number} "
-            f"on average, but with fewer than {MIN_PATIENTS} the test cannot show a difference of any size."
+            f"{what}: too few {unit} ({difference.n}{without}) to conclude anything. {one.first} minus {one.second} is "
+            f"{number} on average, but with fewer than {MIN_PATIENTS} the test cannot show a difference of any size."
         )
     interval = f"95 % interval {difference.low:+.{metric.digits}f} to {difference.high:+.{metric.digits}f}"
-    numbers = f"{number}, {interval}, {count}, {_p_text(one.p_holm)} after correction over {n_tests} comparisons"
+    tested = f"{_p_text(one.p_holm)} after correction over {n_tests} comparisons"
+    numbers = f"{number}, {interval}, {count}{without}, {tested}"
     excludes_zero = difference.low > 0 or difference.high < 0
     if one.p_holm < ALPHA and excludes_zero:
         better = one.first if (difference.mean > 0) == (metric.better == "higher") else one.second
@@ -150,14 +158,17 @@ def _conclusion(one: PairedDifference, class_name: str, unit: str, n_tests: int)
             f"{what}: {one.first} and {one.second} differ in most {unit}, but the mean may be the same for both "
             f"({numbers}): a few {unit} with large differences in the other direction weigh against the rest."
         )
+    # The smallest p that a test of so few can have, times the number of tests: what Holm's correction makes of it.
+    hopeless = 2.0 ** (1 - difference.n) * n_tests >= ALPHA
+    limit = f" So few {unit} cannot show a difference of any size in {n_tests} comparisons." if hopeless else ""
     if excludes_zero:
         return (
             f"{what}: no difference is shown. The interval leaves 0 out, but among {n_tests} comparisons it may be "
-            f"chance ({one.first} minus {one.second}: {numbers})."
+            f"chance ({one.first} minus {one.second}: {numbers}).{limit}"
         )
     return (
         f"{what}: no difference is shown, and equality is not shown either. Mean differences within the interval "
-        f"remain possible ({one.first} minus {one.second}: {numbers})."
+        f"remain possible ({one.first} minus {one.second}: {numbers}).{limit}"
     )
 
 

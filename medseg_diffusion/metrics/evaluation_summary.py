@@ -135,6 +135,12 @@ class Evaluation:
         )
 
     @property
+    def key_metrics(self) -> list[Metric]:
+        """The metrics that say most, for short tables; lesion F1 only where anything has several lesions."""
+        names = ("dice", "nsd", "hd95_mm", "volume_error_ml", *(("lesion_f1",) if self.several_lesions else ()))
+        return [METRICS[name] for name in names if name in self.means]
+
+    @property
     def unit(self) -> str:
         """What means are over: "patients" or "cases"."""
         return "patients" if self.patients else "cases"

@@ -53,15 +53,8 @@ class Metric:
         return f"{self.title} {self.unit}".rstrip()
 
     @property
-    def empty_rule(self) -> str:
-        """The rule for empty masks in words: "both empty: none; only prediction empty: 0; only reference empty: 0"."""
-        values = (self.both_empty, self.prediction_empty, self.reference_empty)
-        cases = ("both empty", "only prediction empty", "only reference empty")
-        return "; ".join(f"{case}: {_in_words(value)}" for case, value in zip(cases, values, strict=True))
-
-    @property
     def policy(self) -> dict[str, EmptyValue]:
-        """The same rule for programs."""
+        """The rule for empty masks, for programs."""
         return {
             "both_empty": self.both_empty,
             "prediction_empty": self.prediction_empty,
@@ -73,12 +66,6 @@ class Metric:
         if prediction and reference:
             return self.both_empty
         return self.prediction_empty if prediction else self.reference_empty if reference else COMPUTED
-
-
-def _in_words(value: EmptyValue) -> str:
-    if isinstance(value, str):
-        return value
-    return "none" if math.isnan(value) else f"{value:g}"
 
 
 _NONE = math.nan

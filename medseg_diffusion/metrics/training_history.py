@@ -51,7 +51,7 @@ class History:
     @property
     def best(self) -> Mapping[str, float] | None:
         """The validation with the largest score, whose weights are stored; None before the first."""
-        scored = [row for row in self.validations if "score" in row]
+        scored = [row for row in self.validations if math.isfinite(row.get("score", math.nan))]
         return max(scored, key=lambda row: row["score"]) if scored else None
 
 

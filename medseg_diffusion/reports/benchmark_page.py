@@ -195,7 +195,9 @@ def _warnings(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
                 "Each difference has its own 95 % interval: of settings that are alike, one in twenty leaves out 0."
             )
     fewest = min(row.patients for row in rows)
-    if fewest < 10:
+    if fewest < 2:
+        found.append("A single patient gives no intervals: these numbers do not tell one setting from another.")
+    elif fewest < 10:
         found.append(f"Intervals over {plural(fewest, 'patient')} are rough.")
     return found
 
@@ -291,9 +293,7 @@ def _readers_table(rows: Sequence[BenchmarkRow], names: Mapping[str, str]) -> Ta
     ):
         columns.append((heading, _reader_interval(name)))
     columns.append(("Frequency ECE", lambda row: number(row.readers.frequency_ece if row.readers else None)))
-    columns.append(
-        ("Dice between samples", lambda row: number(row.pairwise_dice if row.setting.ensemble > 1 else None))
-    )
+    columns.append(("Dice between samples", _between_samples))
     return _table("Several readers", rated, columns, names)
 
 
@@ -316,9 +316,7 @@ def _replaced_table(rows: Sequence[BenchmarkRow], names: Mapping[str, str]) -> T
         )
         columns.append(("Empty samples", lambda row: number(row.readers.empty_samples.mean if row.readers else None)))
     columns.append(("Mean Dice", lambda row: number(row.mean_dice)))
-    columns.append(
-        ("Dice between samples", lambda row: number(row.pairwise_dice if row.setting.ensemble > 1 else None))
-    )
+    columns.append(("Dice between samples", _between_samples))
     return _table("Without x_t", rows, columns, names, text_columns=(1,), factor=False)
 
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from medseg_diffusion.metrics.comparison import METHOD, Comparison, PairedDifference
+from medseg_diffusion.metrics.comparison import METHOD, Comparison
 from medseg_diffusion.metrics.registry import METRICS
 
-from .evaluation_page import metric_rules
+from .evaluation_page import few_cases, metric_rules
 from .page import Cell, Row, Table, interval, number, plural, render
 from .plots import distributions
 from .theme import label_colour
-
-if TYPE_CHECKING:
-    from .viewer import Viewer
 
 MAX_PLOTS = 6
 """Pairs of sets whose differences are plotted: the first ones."""
@@ -26,7 +22,6 @@ MAX_PLOTS = 6
 
 def comparison_page(
     comparison: Comparison,
-    viewer: Viewer | None = None,
     *,
     pages: Mapping[str, str] | None = None,
     command: str = "",
@@ -36,7 +31,6 @@ def comparison_page(
 
     Args:
         comparison: The numbers.
-        viewer: Shows some of the cases; None leaves it out.
         pages: Name of a set -> address of its own page, relative to this one.
         command: The command line; empty shows none.
         date: Date and time; None takes the present.
@@ -55,24 +49,15 @@ def comparison_page(
         title=f"Comparison of {plural(len(comparison.evaluations), 'set')} of predictions",
         lead=f"{plural(len(first.cases), 'case')} that all sets have, with "
         f"{plural(len(first.labels), 'class', 'classes')}, compared with the same references.",
-        warnings=comparison.warnings,
+        warnings=[*comparison.warnings, *few_cases(first)],
         left_out=comparison.left_out,
-        conclusions=_conclusions(comparison),
+        conclusions=comparison.conclusions,
         differences=_differences_table(comparison),
         means=_means_table(comparison, pages or {}),
         plots=_difference_plots(comparison),
-        cases=_cases_table(comparison, viewer),
-        viewer=viewer,
+        n_pairs=math.comb(len(comparison.evaluations), 2),
+        cases=_cases_table(comparison),
     )
-
-
-def _conclusions(comparison: Comparison) -> list[str]:
-    """The sentences on Dice, and those on other metrics by which a difference is shown."""
-
-    def shown(one: PairedDifference) -> bool:
-        return one.metric == "dice" or (one.p_holm < 0.05 and (one.difference.low > 0 or one.difference.high < 0))
-
-    return [one.conclusion for one in comparison.differences if shown(one)]
 
 
 def _differences_table(comparison: Comparison) -> Table:
@@ -138,7 +123,7 @@ def _difference_plots(comparison: Comparison) -> list[Markup]:
     return plots
 
 
-def _cases_table(comparison: Comparison, viewer: Viewer | None) -> Table:
+def _cases_table(comparison: Comparison) -> Table:
     """The mean Dice of every case in every set, where they differ most first."""
     names = list(comparison.evaluations)
     rows: list[tuple[float, Row]] = []
@@ -146,9 +131,7 @@ def _cases_table(comparison: Comparison, viewer: Viewer | None) -> Table:
         dice = [case.mean_dice for case in cases]
         known = [value for value in dice if not math.isnan(value)]
         spread = max(known) - min(known) if known else math.nan
-        case = cases[0].name
-        in_viewer = viewer is not None and case in viewer.names
-        row = Row([Cell(case), *map(number, dice), number(spread)], case=case if in_viewer else "")
+        row = Row([Cell(cases[0].name), *map(number, dice), number(spread)])
         rows.append((-1.0 if math.isnan(spread) else spread, row))
     rows.sort(key=lambda item: -item[0])
     return Table(

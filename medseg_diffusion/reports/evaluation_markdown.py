@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from medseg_diffusion.metrics.comparison import ALPHA, Comparison
+from medseg_diffusion.metrics.comparison import Comparison
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
-from medseg_diffusion.metrics.registry import METRICS
 
 from .markdown import markdown_page, markdown_table
 from .page import Cell, Row, Table, interval, number, plural
 
+MAX_CLASSES = 6
+"""With more classes, the worst cases have their mean Dice alone."""
 WORST = 5
 """Cases with the lowest Dice that are listed."""
 
@@ -34,8 +35,7 @@ def evaluation_markdown(evaluation: Evaluation, command: str = "") -> str:
 
 def comparison_markdown(comparison: Comparison, command: str = "") -> str:
     """A summary of a comparison of several sets of predictions."""
-    shown = [one for one in comparison.differences if one.metric == "dice" or one.p_holm < ALPHA]
-    said = [_counted(comparison.first), *(one.conclusion for one in shown)]
+    said = [_counted(comparison.first), *comparison.conclusions]
     table = markdown_table(_classes_table(comparison.evaluations))
     return markdown_page("Comparison of segmentations", said, [table], comparison.warnings, command)
 
@@ -47,22 +47,18 @@ def _counted(evaluation: Evaluation) -> str:
     return f"{count}; means are over {evaluation.unit}, with 95 % intervals."
 
 
-def _metrics(evaluation: Evaluation) -> list[str]:
-    return ["dice", "nsd", "hd95_mm", "volume_error_ml", *(["lesion_f1"] if evaluation.several_lesions else [])]
-
-
 def _classes_table(evaluations: Mapping[str, Evaluation]) -> Table:
     """One row for each set and class; the column of sets is left out for a single one without a name."""
     sets = list(evaluations.items())
     first = sets[0][1]
-    names = [name for name in _metrics(first) if name in first.means]
+    metrics = first.key_metrics
     named = ["Predictions"] if len(sets) > 1 else []
     rows = [
         Row(
             [
                 *([Cell(title)] if named else []),
                 Cell(class_name),
-                *(interval(evaluation.means[name][label], METRICS[name].digits) for name in names),
+                *(interval(evaluation.means[metric.name][label], metric.digits) for metric in metrics),
                 number(evaluation.dice[label].n, 0),
                 number(evaluation.dice[label].n_missing, 0),
             ]
@@ -70,7 +66,7 @@ def _classes_table(evaluations: Mapping[str, Evaluation]) -> Table:
         for title, evaluation in sets
         for label, class_name in evaluation.labels.items()
     ]
-    headings = [*named, "Class", *(METRICS[name].heading for name in names), first.unit.capitalize(), "without Dice"]
+    headings = [*named, "Class", *(metric.heading for metric in metrics), first.unit.capitalize(), "without Dice"]
     return Table("Classes", headings, rows, text_columns=(1,) if named else ())
 
 
@@ -86,8 +82,12 @@ def _strata_table(evaluation: Evaluation) -> Table:
 
 
 def _worst_table(evaluation: Evaluation) -> Table:
-    worst = evaluation.worst_first()[:WORST]
+    """The mean Dice of the worst cases, and that of each class unless there are too many for a table."""
+    count = len(evaluation.labels)
+    labels = evaluation.labels if 1 < count <= MAX_CLASSES else {}
     rows = [
-        Row([Cell(case.name), *(number(case.overlap[label].dice) for label in evaluation.labels)]) for case in worst
+        Row([Cell(case.name), number(case.mean_dice), *(number(case.overlap[label].dice) for label in labels)])
+        for case in evaluation.worst_first()[:WORST]
     ]
-    return Table("Worst cases", ["Worst cases, Dice", *evaluation.labels.values()], rows)
+    mean = "Dice" if count == 1 else "Mean Dice"
+    return Table("Worst cases", ["Worst cases", mean, *(f"Dice {name}" for name in labels.values())], rows)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MAX_CLASSES_IN_OVERVIEW = 6
 """With more classes, the table of cases has the mean and the worst class instead of a column for each."""
 
+FEW = 10
+"""Of fewer cases or patients the page says that their intervals are rough."""
+
 MAX_AGREEMENT_PLOTS = 12
 """Classes whose volumes are plotted: those with the largest bias, if there are more."""
 
@@ -57,13 +60,14 @@ def evaluation_page(
         title=_title(evaluation),
         lead=_lead(evaluation),
         facts=_facts(evaluation, flags),
-        warnings=evaluation.warnings,
+        warnings=[*evaluation.warnings, *few_cases(evaluation)],
         cases=_cases_table(evaluation, flags, viewer, links or {}),
         classes=_classes_tables(evaluation, shown),
         strata=_strata_table(evaluation),
         distributions=_distributions(evaluation),
         box_from=BOX_FROM,
         agreement=_agreement(evaluation),
+        n_classes=len(evaluation.labels),
         calibration=_calibration(evaluation.reliability),
         calibration_region=CALIBRATION_REGION,
         readers=evaluation.readers,
@@ -72,6 +76,14 @@ def evaluation_page(
         detection=detection_page(evaluation.detection) if evaluation.detection is not None else None,
         viewer=viewer,
     )
+
+
+def few_cases(evaluation: Evaluation) -> list[str]:
+    """What is to be said about intervals over few cases: resampling cannot show what so few do not hold."""
+    count = len(set(evaluation.patients.values())) or len(evaluation.cases)
+    if not 1 < count < FEW:
+        return []
+    return [f"Intervals over {count} {evaluation.unit} are rough, and rather too narrow."]
 
 
 def case_flags(case: EvaluatedCase, evaluation: Evaluation) -> list[str]:
@@ -149,7 +161,7 @@ def _cases_table(
         cells = [Cell(case.name, link=links.get(case.name, "")), number(case.mean_dice)]
         if many:
             known = {label: value for label, value in dice.items() if not math.isnan(value)}
-            worst = min(known, key=lambda label: known[label], default=0)
+            worst = min(known, key=lambda label: known[label]) if known else None
             cells += (
                 [Cell("\u2013"), number(None)]
                 if worst is None
@@ -260,18 +272,19 @@ def _distributions(evaluation: Evaluation) -> dict[str, Markup]:
 
 def _agreement(evaluation: Evaluation) -> list[Markup]:
     """A plot of volumes for each class with at least three cases; those with the largest bias if there are many."""
-    labels = [
-        label
+    # Cases without the class agree on nothing: many of them would draw the limits of agreement together.
+    volumes = {
+        label: [case.metrics[label] for case in evaluation.cases if not math.isnan(case.overlap[label].dice)]
         for label in evaluation.labels
-        if sum(case.overlap[label].n_ref + case.overlap[label].n_pred > 0 for case in evaluation.cases) >= 3
-    ]
+    }
+    labels = [label for label, values in volumes.items() if len(values) >= 3]
     bias = {label: abs(evaluation.means["volume_error_percent"][label].mean) for label in labels}
     chosen = sorted(labels, key=lambda label: -bias[label] if bias[label] == bias[label] else 0)[:MAX_AGREEMENT_PLOTS]
     plots = []
     for row, (label, name) in enumerate(evaluation.labels.items()):
         if label in chosen:
-            reference = [case.metrics[label]["reference_volume_ml"] for case in evaluation.cases]
-            prediction = [case.metrics[label]["volume_ml"] for case in evaluation.cases]
+            reference = [values["reference_volume_ml"] for values in volumes[label]]
+            prediction = [values["volume_ml"] for values in volumes[label]]
             plots.append(volume_agreement(name, reference, prediction, label_colour(row)))
     return plots
 

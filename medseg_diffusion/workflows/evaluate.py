@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,11 @@ from medseg_diffusion.reports.evaluation_page import evaluation_page
 from medseg_diffusion.reports.page import relative_link
 from medseg_diffusion.reports.summary import cases_csv, comparison_json, summary_json
 from medseg_diffusion.reports.viewer import viewer
-from medseg_diffusion.volumes.paths import scan_name
+from medseg_diffusion.volumes.paths import is_image, scan_name
 
 from .evaluate_cases import CaseTask, MeasuredCase, RatersTask, compare_with_raters, measure_case
 from .evaluate_maps import FOREGROUND_ENDINGS, MAP_ENDINGS, evaluate_scores
-from .evaluation_views import viewed_cases
+from .evaluation_views import require_cases, viewed_cases
 from .parallel import call_each
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "compare_predictions", "evaluate"]
@@ -195,6 +196,11 @@ def compare_predictions(
         raise UsageError("score maps belong to one set of predictions; evaluate them one by one, or leave --scores out")
     require_folder(output)
     reference, folders = Path(reference), _set_names([Path(path) for path in predictions])
+    for name, path in folders.items():
+        if path.resolve() == (Path(output) / name).resolve():
+            raise UsageError(
+                f"-o {output}: the results of {name} would be written among its masks; name another folder"
+            )
     pairs, left_out = find_common_pairs(folders, reference, merged=options.merge_labels)
     inputs, warnings = _find_inputs(next(iter(pairs.values())), options)
     sets = [
@@ -207,9 +213,13 @@ def compare_predictions(
     named = dict(zip(folders, evaluations, strict=True))
     paths = {name: str(path) for name, path in folders.items()}
     result = Comparison(named, paths, compare(named), left_out, tuple(warnings))
-    for (name, evaluation), one in zip(named.items(), sets, strict=True):
-        folder = Path(output) / name
-        write_files(folder, _files(evaluation, one, folder, options))
+    # All are made before the first is written: a file that cannot be used leaves nothing behind.
+    files = {
+        Path(output) / name: _files(evaluation, one, Path(output) / name, options)
+        for (name, evaluation), one in zip(named.items(), sets, strict=True)
+    }
+    for folder, contents in files.items():
+        write_files(folder, contents)
     pages = {name: f"{quote(name)}/report.html" for name in named}
     page = comparison_page(result, pages=pages, command=options.command)
     write_files(Path(output), {"comparison.json": comparison_json(result), "report.html": page})
@@ -232,9 +242,9 @@ def _set_names(paths: Sequence[Path]) -> dict[str, Path]:
     """A name for each set of predictions: the end of its path, as short as it is unique; then the path."""
     if len(paths) < 2:
         raise UsageError("a comparison needs two sets of predictions or more")
-    parts = [
-        [*path.absolute().parts[1:-1], path.absolute().name if path.is_dir() else scan_name(path)] for path in paths
-    ]
+    # Without "..", which as a name would leave the folder of the results.
+    full = [Path(os.path.abspath(path)) for path in paths]
+    parts = [[*path.parts[1:-1], path.name if path.is_dir() else scan_name(path)] for path in full]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["_".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -255,8 +265,9 @@ def _evaluate_sets(
     """The evaluation of each set of predictions. Further warnings on all of them are appended to ``warnings``."""
     pairs = [pair for one in sets for pair in one.pairs]
     masks = [pair.reference for pair in sets[0].pairs] + [pair.prediction for pair in pairs]
-    # Merged labels are another class than those of the files.
-    known, remarks = ({}, []) if options.merge_labels else class_names(masks)
+    # Merged labels are another class than those of the files; and names that were all given need no file.
+    given = isinstance(options.labels, Mapping) and bool(options.labels) and all(options.labels.values())
+    known, remarks = ({}, []) if options.merge_labels or given else class_names(masks)
     warnings += remarks
     requested = _label_names(options.labels, known)
     how = _measure_options(options, requested or known)
@@ -339,11 +350,17 @@ def _find_inputs(pairs: Sequence[MaskPair], options: EvaluateOptions) -> tuple[_
     images = find_backgrounds(Path(options.images), pairs) if options.images is not None else {}
     raters = [find_rater(Path(path), pairs) for path in options.raters]
     names = {pair.name for pair in pairs}
+    require_cases(options.view, names)
     remarks = [
         f"No case of this rater is evaluated: {path}."
         for path, rater in zip(options.raters, raters, strict=True)
         if not names & set(rater)
     ]
+    if any(is_image(pair.reference) for pair in pairs):
+        remarks.append(
+            "Image files have no voxel size: a pixel counts as 1 x 1 x 1 mm. Distances are in pixels, and volumes are "
+            "areas in thousands of pixels."
+        )
     maps = foregrounds = None
     if options.scores is not None:
         maps = find_for_each(Path(options.scores), pairs, MAP_ENDINGS, "score map")

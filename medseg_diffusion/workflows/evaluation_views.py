@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,20 +21,24 @@ MAX_FLAGGED = 6
 """Flagged cases in the viewer beside the worst, the median and the best one."""
 
 
+def require_cases(named: Sequence[str], cases: Collection[str]) -> None:
+    """Check names of cases.
+
+    Raises:
+        UsageError: A name that no case has.
+    """
+    for name in named:
+        if name not in cases:
+            raise UsageError(f"--view {name}: no case of this name; there is, for instance, {min(cases)}")
+
+
 def chosen_cases(evaluation: Evaluation, named: Sequence[str] = ()) -> dict[str, str]:
     """Case -> why the page shows it: those that were named, the worst, flagged, median and best.
 
     Args:
         evaluation: The numbers.
-        named: Names of cases that are shown in any case.
-
-    Raises:
-        UsageError: A name that no case has.
+        named: Names of cases that are shown in any case; see `require_cases`.
     """
-    names = {case.name for case in evaluation.cases}
-    for name in named:
-        if name not in names:
-            raise UsageError(f"--view {name}: no case of this name; there is, for instance, {min(names)}")
     ranked = [case for case in evaluation.worst_first() if not math.isnan(case.mean_dice)]
     flagged = [case.name for case in evaluation.worst_first() if case_flags(case, evaluation)]
     chosen = dict.fromkeys(named, "named")

@@ -368,7 +368,8 @@ def _resume(run: Path, config: Mapping[str, Any]) -> str:
 
 def _uses(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     name, method = shlex.quote(str(run)), config["method"]
-    beside = shlex.quote(f"{run}-results")
+    # A path that ends with a name, which "." does not.
+    beside = shlex.quote(f"{run.resolve() if run.name in ('', '..') else run}-results")
     if method == "anomaly":
         return {"Find anomalies": f"medseg anomaly SCAN -m {name} -o {beside}"}
     if method == "autoencoder":

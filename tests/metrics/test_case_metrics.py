@@ -161,12 +161,6 @@ def test_a_class_of_neither_mask_has_the_result_of_two_empty_masks() -> None:
     )
 
 
-def test_rules_in_words() -> None:
-    assert METRICS["recall"].empty_rule == "both empty: none; only prediction empty: 0; only reference empty: none"
-    assert METRICS["volume_ml"].empty_rule.count("computed") == 3
-    assert METRICS["volume_error_percent"].empty_rule.count("-100") == 1
-
-
 # ---- closed forms ----------------------------------------------------------------------------------------------------
 
 

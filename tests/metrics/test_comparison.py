@@ -118,6 +118,16 @@ def test_too_few_cases_are_never_enough() -> None:
     assert stats.wilcoxon(0.9 - np.linspace(0.1, 0.2, MIN_PATIENTS)).pvalue < 0.05
 
 
+def test_a_correction_that_so_few_cases_cannot_survive_is_said() -> None:
+    """Every case of A is better by far, and four tests of seven cases leave nothing below 0.0625."""
+    a = np.linspace(0.8, 0.9, 7)
+    said = "So few cases cannot show a difference of any size in 4 comparisons."
+    text = conclusion(a, a - np.linspace(0.5, 0.6, 7))
+    assert text.endswith(said) and "p = 0.062 after" in text, text
+    enough = conclusion(np.linspace(0.8, 0.9, 8), np.linspace(0.2, 0.35, 8))
+    assert said not in enough and "A is better" in enough
+
+
 def test_no_shown_difference_is_not_called_equality() -> None:
     a = np.linspace(0.7, 0.9, 20)
     text = conclusion(a, a + np.tile([0.03, -0.03], 10))
@@ -137,6 +147,11 @@ def test_equal_sets_and_missing_numbers() -> None:
     assert conclusion([0.5], [0.5]) == (
         "Dice of liver: too few cases (1) to conclude anything. A minus B is +0.000 on average, but with fewer than 6 "
         "the test cannot show a difference of any size."
+    )
+    with_gap = conclusion([0.9] * 7 + [math.nan], [*np.linspace(0.1, 0.2, 7), 0.5], "hd95_mm")
+    assert "7 cases, 1 more without a value in a set, p = " in with_gap, "a missed structure is not hidden"
+    assert conclusion([0.5, 0.7, math.nan], [0.5, 0.7, 0.9]) == (
+        "Dice of liver: A and B are equal in all 2 cases, 1 more without a value in a set."
     )
     nothing = conclusion([math.nan] * 2, [0.5] * 2)
     assert nothing == "Dice of liver: it exists for both in no case, so nothing can be concluded."

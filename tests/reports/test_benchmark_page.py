@@ -61,3 +61,9 @@ def test_hostile_names_are_inert() -> None:
 def test_one_row_needs_no_comparison() -> None:
     page = benchmark_page([row()], INFO)
     assert "<svg" not in page and "other setting" not in page and "Benchmark of model" in page
+
+
+def test_a_single_patient_has_no_intervals_and_few_have_rough_ones() -> None:
+    one, two = benchmark_page([row(dice=[0.5])], INFO), benchmark_page([row(dice=[0.5, 0.6])], INFO)
+    assert "A single patient gives no intervals" in one and "are rough" not in one
+    assert "Intervals over 2 patients are rough." in two and "A single patient" not in two

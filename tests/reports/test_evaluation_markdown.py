@@ -6,7 +6,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from medseg_diffusion.metrics.case_metrics import measure
 from medseg_diffusion.metrics.comparison import Comparison, compare
+from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, summarise
 from medseg_diffusion.reports.evaluation_markdown import comparison_markdown, evaluation_markdown
 from tests.helpers.cli import medseg
 from tests.helpers.masks import box, evaluation, save
@@ -19,7 +23,9 @@ def test_a_summary_has_the_counts_the_means_and_the_worst_cases() -> None:
     text = evaluation_markdown(evaluation(), "medseg evaluate a b")
     assert text.startswith("### Evaluation of segmentations\n\n2 cases; means are over cases, with 95 % intervals.")
     assert "| one | 0.833 (0.667 to 1.000) |" in text and "```\nmedseg evaluate a b\n```" in text
-    assert "| Worst cases, Dice | one | case\\_a | three |" in text and "\n- about case\\_a\n" in text
+    assert (
+        "| Worst cases | Mean Dice | Dice one | Dice case\\_a | Dice three |" in text and "\n- about case\\_a\n" in text
+    )
     single = replace(evaluation(), patients={"case_a": "p", "case_b": "p"})
     assert "2 cases of 1 patient; means are over patients" in evaluation_markdown(single)
 
@@ -34,6 +40,13 @@ def test_hostile_names_are_inert_and_tables_stay_tables() -> None:
         for table in tables:
             cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
             assert len(cells) == 1, table
+
+
+def test_many_classes_make_no_wide_table() -> None:
+    mask = np.arange(1, 101, dtype=np.uint8).reshape(10, 10)
+    labels = {value: f"class {value}" for value in range(1, 61)}
+    many = summarise([EvaluatedCase("a", "p", "r", measure(mask, mask, list(labels), (1.0, 1.0)))], labels)
+    assert "| Worst cases | Mean Dice |\n| --- | ---: |\n| a | 1.000 |" in evaluation_markdown(many)
 
 
 def test_a_comparison_says_what_can_be_concluded() -> None:

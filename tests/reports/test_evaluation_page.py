@@ -7,12 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from medseg_diffusion.metrics.case_metrics import measure
 from medseg_diffusion.metrics.comparison import Comparison, compare
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
 from medseg_diffusion.reports.comparison_page import comparison_page
-from medseg_diffusion.reports.evaluation_page import case_flags, evaluation_page
+from medseg_diffusion.reports.evaluation_page import (
+    MAX_AGREEMENT_PLOTS,
+    MAX_CLASSES_IN_OVERVIEW,
+    case_flags,
+    evaluation_page,
+)
+from medseg_diffusion.reports.viewer import Viewer
 from tests.helpers.masks import evaluation
 from tests.helpers.pages import Page, require_self_contained
 
@@ -92,6 +99,63 @@ def test_one_case_has_no_plots_of_distributions() -> None:
     text = evaluation_page(many(1))
     assert "Every case" not in text and "Bland" not in text
     assert "Every case" in evaluation_page(many(3))
+
+
+def test_a_case_without_any_class_among_many_classes_has_no_worst_one() -> None:
+    empty = np.zeros((6, 6), np.uint8)
+    full = np.arange(36, dtype=np.uint8).reshape(6, 6) % 10
+    labels = {value: f"class {value}" for value in range(1, 10)}
+    cases = [
+        EvaluatedCase(name, "p", "r", measure(mask, mask, list(labels), (1.0, 1.0)))
+        for name, mask in (("full", full), ("empty", empty))
+    ]
+    assert len(labels) > MAX_CLASSES_IN_OVERVIEW
+    text = evaluation_page(summarise(cases, labels))
+    rows = re.findall(r'<tr>\s*<td data-value="(full|empty)">.*?</tr>', text[: text.index("</tbody>")], re.DOTALL)
+    assert rows == ["full", "empty"]
+
+
+def test_few_cases_and_plots_left_out_are_said() -> None:
+    assert "Intervals over 9 cases are rough" in evaluation_page(many(9))
+    assert "are rough" not in evaluation_page(many(10)) and "are rough" not in evaluation_page(many(1))
+    sets = {"a": many(3), "b": many(3)}
+    assert "Intervals over 3 cases are rough" in comparison_page(Comparison(sets, {}, compare(sets)))
+    assert "Shown are" not in evaluation_page(many(3))
+    everywhere = np.arange(1, 41, dtype=np.uint8).reshape(8, 5)
+    labels = {value: f"class {value}" for value in range(1, MAX_AGREEMENT_PLOTS + 2)}
+    cases = [
+        EvaluatedCase(str(i), "p", "r", measure(everywhere, everywhere, list(labels), (1.0, 1.0))) for i in range(3)
+    ]
+    assert f"Shown are {MAX_AGREEMENT_PLOTS} of {len(labels)} classes" in evaluation_page(summarise(cases, labels))
+
+
+def test_a_case_that_opens_in_the_viewer_is_marked_and_its_file_is_linked_all_the_same() -> None:
+    shown = Viewer(html=Markup("<p>viewer</p>"), script=Markup(""), names=("case_a",))
+    text = evaluation_page(evaluation("case_a"), shown, links={"case_a": "a.nii.gz", "case_b": "b.nii.gz"})
+    assert '<button type="button" class="show-case">case_a</button> <a class="small" href="a.nii.gz">file</a>' in text
+    assert '<a href="b.nii.gz">case_b</a>' in text and "before its name opens in the viewer" in Page(text).seen
+
+
+def test_pairs_of_sets_without_a_plot_are_said() -> None:
+    sets = {name: many(2) for name in "abcde"}
+    page = comparison_page(Comparison(sets, {}, compare(sets)))
+    assert "The first 6 of 10 pairs of sets." in page and page.count("<svg") == 6
+    two = {name: many(2) for name in "ab"}
+    assert "pairs of sets." not in comparison_page(Comparison(two, {}, compare(two)))
+
+
+def test_cases_without_a_class_do_not_narrow_the_limits_of_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[list[float], list[float]]] = []
+
+    def plot(name: str, reference: list[float], prediction: list[float], colour: str) -> Markup:
+        shown.append((reference, prediction))
+        return Markup("")
+
+    monkeypatch.setattr("medseg_diffusion.reports.evaluation_page.volume_agreement", plot)
+    nothing = np.zeros((20, 20, 4), np.uint8)
+    absent = [EvaluatedCase(f"no_{i}", "p", "r", measure(nothing, nothing, [1], (1.0, 1.0, 2.0))) for i in range(5)]
+    evaluation_page(summarise([*many(4, missed=1).cases, *absent], {1: "box"}))
+    assert shown == [([0.4] * 4, [0.4, 0.4, 0.4, 0.0])]  # 10 x 10 x 2 voxels of 2 mm3
 
 
 def test_comparison_page_says_what_can_be_concluded() -> None:

@@ -60,6 +60,17 @@ def test_what_is_no_number_in_the_log_is_left_out(run: Path) -> None:
     assert added[1] == {"step": 12, "loss": 0.5, "score": 0.25}
 
 
+def test_a_score_that_is_no_number_is_not_the_best(run: Path) -> None:
+    file = run / "log.csv"
+    head, *lines = file.read_text().splitlines()
+    column = head.split(",").index("score")
+    first = lines[0].split(",")
+    first[column] = "nan"
+    file.write_text("\n".join([head, ",".join(first), *lines[1:]]))
+    best = read_history(run).best
+    assert best is not None and best["score"] == max(float(line.split(",")[column]) for line in lines[1:])
+
+
 def test_a_folder_without_a_log_has_no_history(tmp_path: Path) -> None:
     history = read_history(tmp_path)
     assert not is_logged(tmp_path) and history.step == 0 and history.best is None

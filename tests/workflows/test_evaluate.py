@@ -338,6 +338,26 @@ def test_class_names_come_from_the_files_beside_the_masks(folders: tuple[Path, P
     assert any("Label 1 is liver in" in warning for warning in evaluate(*folders, tmp_path / "out").warnings)
 
 
+def test_names_on_the_command_line_need_no_readable_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Which is the remedy that the message on an unreadable file names."""
+    (folders[1] / "dataset.json").write_text("[]")
+    with pytest.raises(InputError, match="or name the classes with --label VALUE=NAME"):
+        evaluate(*folders, tmp_path / "out")
+    assert evaluate(*folders, tmp_path / "out", EvaluateOptions(labels={1: "liver"})).labels == {1: "liver"}
+    with pytest.raises(InputError, match="unreadable entry"):
+        evaluate(*folders, tmp_path / "out", EvaluateOptions(labels={1: "liver", 2: ""}))
+
+
+def test_pixels_of_image_files_are_not_passed_off_as_millimetres(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for folder in ("pred", "ref"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / folder / "a.png")
+    result = evaluate(tmp_path / "pred", tmp_path / "ref", tmp_path / "out")
+    assert len(result.warnings) == 1 and "a pixel counts as 1 x 1 x 1 mm" in result.warnings[0]
+
+
 def test_a_class_may_have_a_tolerance_of_its_own(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Case a lacks two layers of 2 mm: within 4 mm all of the surface agrees, within 1 mm not."""
     _, ref = folders
@@ -483,6 +503,32 @@ def test_sets_that_cannot_be_compared(sets, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_results_of_sets_stay_in_the_folder_of_results_and_away_from_masks(sets, tmp_path: Path, monkeypatch) -> None:
+    first, second, ref = sets
+    with pytest.raises(UsageError, match="the results of first would be written among its masks"):
+        compare_predictions([first, second], ref, first.parent)
+    assert not (first.parent / "report.html").exists() and not (first / "report.html").exists()
+    (first / "below").mkdir()
+    monkeypatch.chdir(first / "below")
+    result = compare_predictions([Path(".."), second], ref, tmp_path / "out")
+    assert list(result.evaluations) == ["first", "second"], "a name of .. would leave the folder"
+
+
+def test_a_set_with_a_bad_file_leaves_nothing_of_the_other_sets(sets, tmp_path: Path) -> None:
+    first, second, ref = sets
+    (second / "case0_uncertainty.nii.gz").write_bytes(b"no image")
+    with pytest.raises(InputError, match="case0_uncertainty"):
+        compare_predictions([first, second], ref, tmp_path / "out", EvaluateOptions(view=["case0"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_case_to_view_is_looked_for_before_all_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    done: list[int] = []
+    with pytest.raises(UsageError, match="--view x: no case of this name; there is, for instance, a"):
+        evaluate(*folders, tmp_path / "out", EvaluateOptions(view=["x"]), lambda what, count, of: done.append(count))
+    assert not done and not (tmp_path / "out").exists()
+
+
 def test_the_command_compares_and_says_what_the_numbers_show(sets, tmp_path: Path) -> None:
     first, second, ref = map(str, sets)
     printed = medseg("evaluate", first, second, ref, "-o", str(tmp_path / "out"))
@@ -516,8 +562,8 @@ def test_wrong_usage_of_the_command(
 
 def test_the_command_prints_the_metrics_that_say_most(folders: tuple[Path, Path], tmp_path: Path) -> None:
     table = tmp_path / "sites.csv"
-    table.write_text("case,site\na,north\nb,south\nc,south\n")
-    words = ["--tolerance", "4", "--tolerance", "2=1", "--strata", f"{table}:site", "--cldice", "--jobs", "1"]
+    table.write_text("case,class\na,north\nb,south\nc,south\n")  # a column with the name of one that is printed
+    words = ["--tolerance", "4", "--tolerance", "2=1", "--strata", f"{table}:class", "--cldice", "--jobs", "1"]
     result = medseg("evaluate", *map(str, folders), "-o", str(tmp_path / "out"), *words)
     assert result.exit_code == 0, result.output
     heading, row = result.output.splitlines()[:2]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from medseg_diffusion.workflows.report import report_run, run_summary
+from medseg_diffusion.workflows.report import _uses, report_run, run_summary
 from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers import pixel_classifiers, training
@@ -177,3 +177,9 @@ def test_the_page_lies_in_the_run_unless_it_is_named(stopped: Path, tmp_path: Pa
     run = shutil.copytree(stopped, tmp_path / "run")
     os.utime(run / "config.yaml")
     assert medseg("report", run, "--quiet").output == "" and (run / "report.html").is_file()
+
+
+def test_results_of_the_present_folder_are_named_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run, beside in ((Path("."), f"{tmp_path}-results"), (Path("runs/a"), "runs/a-results")):
+        assert _uses(run, {"method": "concatenation"})["Segment"].endswith(f" -o {beside}")
