@@ -141,10 +141,10 @@ def scored(
     with counted(networks, on_call) as calls:
         for part in selected.split(BATCH) if len(selected) else ():
             with autocast(device, config.generator.training.precision):
-                found = detector.detect(grid.images[part].to(device), [seed] * len(part))
-            maps[part] = found.score.float().cpu()
+                detected = detector.detect(grid.images[part].to(device), [seed] * len(part))
+            maps[part] = detected.score.float().cpu()
             if healthy is not None:
-                healthy[part] = found.healthy.float().mean(1, keepdim=True).cpu()
+                healthy[part] = detected.healthy.float().mean(1, keepdim=True).cpu()
             finished += 1
             on_progress(finished / batches)
     score = filtered(_on_model_grid(maps, grid, 0.0), config)

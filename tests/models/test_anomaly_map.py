@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.methods.detector import Detection, Detector
 from medseg_diffusion.models import anomaly_map
 from medseg_diffusion.models.anomaly_map import on_grid, scored
 from medseg_diffusion.volumes.volume import Volume
@@ -39,18 +40,22 @@ def test_erosion_leaves_the_border_of_a_crop() -> None:
     assert bool(on_grid(config, Volume(crop[None], np.eye(4))).native.all())
 
 
-class Calling:
+class Calling(Detector):
     """A detector that calls a network ``calls`` times and counts ``evaluations`` of them for each image."""
 
     def __init__(self, network: nn.Module, calls: int, evaluations: int) -> None:
-        self.network, self.calls, self.evaluations = network, calls, evaluations
+        self.network, self.calls, self._evaluations = network, calls, evaluations
         self.seeds: set[int] = set()
 
-    def score(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    @property
+    def evaluations(self) -> int:
+        return self._evaluations
+
+    def detect(self, images: Tensor, seeds: Sequence[int]) -> Detection:
         self.seeds |= set(seeds)
         for _ in range(self.calls):
             self.network(images)
-        return images[:, :1].abs()
+        return Detection(images[:, :1].abs(), images)
 
 
 @pytest.mark.parametrize(("calls", "evaluations"), [(3, 3), (5, 3), (1, 3), (0, 0)])
