@@ -16,7 +16,7 @@ from medseg_diffusion.metrics.detection_summary import CaseDetection, Detection,
 from medseg_diffusion.metrics.overlap import ClassOverlap, label_overlap
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.outputs import ANOMALY, SEGMENTATION
-from medseg_diffusion.volumes.paths import is_image, scan_name
+from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.scores import read_scores
 from medseg_diffusion.volumes.volume import Volume
 
@@ -58,7 +58,7 @@ def evaluate_scores(
     Raises:
         InputError: a map or mask that cannot be read, is on another grid or leaves no voxel that counts.
     """
-    measured, has_nan, without_voxel_size = {}, False, False
+    measured, has_nan = {}, False
     for name, path in maps.items():
         prediction, reference = masks(name)
         scores = read_scores(path)
@@ -72,7 +72,6 @@ def evaluate_scores(
                 raise InputError(
                     foregrounds[name], f"no voxel with a score in {path}", "the voxels that count", "check both"
                 )
-        without_voxel_size |= is_image(reference.source or "")
         predicted, lesion = (np.isin(volume.data[0].numpy(), list(labels)) for volume in (prediction, reference))
         measured[name] = _measure(
             predicted,
@@ -93,7 +92,7 @@ def evaluate_scores(
         seed=seed,
     )
     remarks = ["Score maps are compared with all evaluated labels together."] if len(labels) > 1 else []
-    return detection, remarks + _remarks(detection, without_voxel_size)
+    return detection, remarks + _remarks(detection)
 
 
 def _foreground(path: Path, reference: Volume) -> NDArray[np.bool_]:
@@ -156,7 +155,7 @@ def _scan_score(path: Path) -> float:
     return float(score)
 
 
-def _remarks(detection: Detection, without_voxel_size: bool) -> list[str]:
+def _remarks(detection: Detection) -> list[str]:
     remarks = []
     if not detection.n_with_lesions:
         remarks.append("No reference holds a lesion: AUROC, AUPRC, best Dice and lesion detection do not exist.")
@@ -169,6 +168,4 @@ def _remarks(detection: Detection, without_voxel_size: bool) -> list[str]:
     n_scan_scores = sum(detection.n_scan_scores)
     if 0 < n_scan_scores < len(detection.cases):
         remarks.append(f"Only {n_scan_scores} of {len(detection.cases)} cases have a score of the whole scan.")
-    if without_voxel_size:
-        remarks.append("Images without a voxel size: sizes in ml assume pixels of 1 mm x 1 mm x 1 mm.")
     return remarks

@@ -253,7 +253,8 @@ def test_sizes_of_images_without_a_voxel_size_are_said_to_be_a_guess(tmp_path: P
         (tmp_path / name).mkdir()
         Image.fromarray(picture).save(tmp_path / name / "a.png")
     result = evaluate(tmp_path / "pred", tmp_path / "ref", tmp_path / "out", EvaluateOptions(scores=tmp_path / "maps"))
-    assert result.warnings == ("Images without a voxel size: sizes in ml assume pixels of 1 mm x 1 mm x 1 mm.",)
+    (warning,) = result.warnings
+    assert "no voxel size" in warning and "1 x 1 x 1 mm" in warning
     assert result.detection is not None and result.detection.lesions.size_ml == [0.048]
 
 
