@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from medseg_diffusion.errors import MedsegError, ModelError
-from medseg_diffusion.files import write_files
 from medseg_diffusion.methods.healthy_scores import HealthyScores
 from medseg_diffusion.models.anomaly import AnomalyModel, stored_scores
 from medseg_diffusion.models.store import load_model_files
@@ -24,42 +22,22 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .anomaly_result import AnomalyResult, compared
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, Room, how_far, made_by, remarks_of
+from .viewed import MOST_VIEWED, BatchReport, Room, made_by, remarks_of
 
 MOST_PICTURES = 8
 """Largest number of scans whose worst slices are drawn."""
 _MASK = {1: "anomaly"}
 
 
-class AnomalyReport:
-    """Collects the results inside a ``with`` block, and writes the page at the end, also if an error ends the block.
-
-    Args:
-        path: The page; None collects and writes nothing.
-        model: Name or folder of the model.
-        read: Reads a scan.
-        command: The command line; empty shows none.
-        count: Number of scans of the call.
-    """
+class AnomalyReport(BatchReport):
+    """The page of a call. ``model`` is the name or folder of the model."""
 
     def __init__(
         self, path: Path | None, model: str | Path, read: Callable[[Path], Volume], command: str, count: int
     ) -> None:
-        self._path, self._model, self._read, self._command, self._count = path, model, read, command, count
-        self._results: list[ScanResult] = []
-        self._made: dict[str, str] = {}
+        super().__init__(path, read, command, count)
+        self._model = model
         self._healthy: list[float] = []
-
-    def __enter__(self) -> AnomalyReport:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Where nothing was done, the errors say all.
-        if self._path is not None and any(result.status != "failed" for result in self._results):
-            stopped = "" if error is None else how_far(len(self._results), self._count, error)
-            write_files(self._path.parent, {self._path.name: self._page(self._path, stopped)})
 
     def uses(self, model: AnomalyModel, settings: Mapping[str, str]) -> None:
         """Note the model with its healthy scans, and the settings in force after its defaults."""
@@ -83,11 +61,6 @@ class AnomalyReport:
             if [sha256 for sha256, _ in made] == [saved.sha256]:
                 ((_, method),) = made
                 self._compares_with(stored_scores(saved, method))
-
-    def add(self, result: ScanResult) -> None:
-        """Note the result of a scan."""
-        if self._path is not None:
-            self._results.append(result)
 
     def _page(self, path: Path, stopped: str) -> str:
         names = distinct_names([result.scan for result in self._results])

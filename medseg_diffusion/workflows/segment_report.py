@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from medseg_diffusion.errors import MedsegError
-from medseg_diffusion.files import write_files
 from medseg_diffusion.models.store import SavedModel
 from medseg_diffusion.reports.batch import distinct_names, linked, models_of
 from medseg_diffusion.reports.segment_page import SegmentedScan, segment_page, with_outliers
@@ -17,47 +15,21 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .finished import read_mask
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, Room, how_far, made_by, onto, remarks_of
+from .viewed import MOST_VIEWED, BatchReport, Room, made_by, onto, remarks_of
 
 
-class SegmentReport:
-    """Collects the results inside a ``with`` block, and writes the page at the end, also if an error ends the block.
-
-    Args:
-        path: The page; None collects and writes nothing.
-        names: Class value -> name, without background.
-        read: Reads a scan.
-        command: The command line; empty shows none.
-        count: Number of scans of the call.
-    """
+class SegmentReport(BatchReport):
+    """The page of a call. ``names`` are the classes without background, by value."""
 
     def __init__(
         self, path: Path | None, names: Mapping[int, str], read: Callable[[Path], Volume], command: str, count: int
     ) -> None:
-        self._path, self._names, self._read, self._command = path, names, read, command
-        self._count = count
-        self._results: list[ScanResult] = []
-        self._made: dict[str, str] = {}
-
-    def __enter__(self) -> SegmentReport:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Where nothing was done, the errors say all.
-        if self._path is not None and any(result.status != "failed" for result in self._results):
-            stopped = "" if error is None else how_far(len(self._results), self._count, error)
-            write_files(self._path.parent, {self._path.name: self._page(self._path, stopped)})
+        super().__init__(path, read, command, count)
+        self._names = names
 
     def uses(self, saved: SavedModel, settings: Mapping[str, str]) -> None:
         """Note the model, and the settings in force after its defaults."""
         self._made = {"model": f"{saved.name} (weights {saved.sha256[:12]})", **settings}
-
-    def add(self, result: ScanResult) -> None:
-        """Note the result of a scan."""
-        if self._path is not None:
-            self._results.append(result)
 
     def _page(self, path: Path, stopped: str) -> str:
         classes = [self._names[value] for value in sorted(self._names)]

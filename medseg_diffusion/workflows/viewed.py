@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
 
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.files import write_files
 from medseg_diffusion.volumes.outputs import require_report
 from medseg_diffusion.volumes.volume import Volume
 
@@ -40,6 +43,42 @@ def how_far(done: int, count: int, error: BaseException) -> str:
     """What a page says of a call that an error has ended before all scans were processed."""
     by = {"KeyboardInterrupt": "Ctrl-C", "SystemExit": "a signal"}.get(type(error).__name__) or described(error)
     return f"the call was stopped after {done} of {count} scans: {by}"
+
+
+class BatchReport:
+    """Collects the results inside a ``with`` block, and writes a page at the end, also if an error ends the block.
+
+    Args:
+        path: The page; None collects and writes nothing.
+        read: Reads a scan.
+        command: The command line; empty shows none.
+        count: Number of scans of the call.
+    """
+
+    def __init__(self, path: Path | None, read: Callable[[Path], Volume], command: str, count: int) -> None:
+        self._path, self._read, self._command, self._count = path, read, command, count
+        self._results: list[ScanResult] = []
+        self._made: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Where nothing was done, the errors say all.
+        if self._path is not None and any(result.status != "failed" for result in self._results):
+            stopped = "" if error is None else how_far(len(self._results), self._count, error)
+            write_files(self._path.parent, {self._path.name: self._page(self._path, stopped)})
+
+    def add(self, result: ScanResult) -> None:
+        """Note the result of a scan."""
+        if self._path is not None:
+            self._results.append(result)
+
+    def _page(self, path: Path, stopped: str) -> str:
+        """The text of the page; ``stopped`` says what ended the call early, if anything did."""
+        raise NotImplementedError
 
 
 def remarks_of(result: ScanResult) -> tuple[str, ...]:

@@ -79,6 +79,6 @@ def test_scans_are_sorted_filtered_and_lead_to_viewer_or_details(
 def test_a_scan_of_the_table_opens_in_the_viewer(kind: str, visit: Visits, request: pytest.FixtureRequest) -> None:
     page = visit(request.getfixturevalue(kind))
     page.locator("#overview button.show-case", has_text="c.nii.gz").first.click()
-    page.wait_for_function(
-        "() => document.querySelector('#viewer select').selectedOptions[0].textContent.startsWith('c.nii.gz')"
-    )
+    chosen = page.locator("#viewer option:checked", has_text="c.nii.gz")
+    chosen.wait_for(state="attached")  # the scan is decoded first
+    assert chosen.inner_text().startswith("c.nii.gz")
