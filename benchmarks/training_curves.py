@@ -2,7 +2,7 @@
 
     python benchmarks/training_curves.py OUT.png NAME=RUN... [--column loss]
 
-Time is read from the steps in RUN's TensorBoard file, so that the pauses of an interrupted run count.
+Time is that of the steps in RUN/steps.csv. Pauses of an interrupted run count.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 
 def curve(run: Path, column: str) -> tuple[list[float], list[float]]:
     """Minutes since the first step and value of every validation."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
-    began = events.Scalars("train/loss")[0].wall_time
-    minutes = {event.step: (event.wall_time - began) / 60 for event in events.Scalars(f"validation/{column}")}
+    with (run / "steps.csv").open(newline="") as file:
+        ended = {int(row["step"]): float(row["time"]) for row in csv.DictReader(file)}
+    began = ended[min(ended)]
+    minutes = {step: (time - began) / 60 for step, time in ended.items()}
     with (run / "log.csv").open(newline="") as file:
         rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
     return [minutes[step] for step, _ in rows], [value for _, value in rows]

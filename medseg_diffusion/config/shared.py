@@ -143,6 +143,7 @@ class TrainingSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = False
     compile: bool = False
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
 
 
 class InferenceSection(Section):

@@ -12,12 +12,10 @@ import numpy as np
 
 from medseg_diffusion.metrics.training_history import History
 
-_LOSS, _NORM = "train/loss", "train/gradient_norm"
-
 
 def is_logged(folder: Path) -> bool:
     """Whether a training has logged something in a folder."""
-    return (folder / "log.csv").is_file() or any(folder.glob("tensorboard/events*"))
+    return (folder / "log.csv").is_file() or (folder / "steps.csv").is_file()
 
 
 def read_history(folder: Path) -> History:
@@ -25,67 +23,37 @@ def read_history(folder: Path) -> History:
 
     A resumed call starts at a checkpoint: the steps after it, which it repeats, replace those of the call before.
     """
-    entries: dict[int, dict[str, float]] = {}
-    seconds, calls, written = 0.0, 0, math.nan
-    for file in sorted(folder.glob("tensorboard/events*"), key=_started):
-        times: list[float] = []
-        previous = math.nan
-        for time, step, name, value in _scalars(file):
-            if not times:  # the first entry of a call
-                entries = {past: entry for past, entry in entries.items() if past < step}
-            if name in (_LOSS, _NORM):
-                entry = entries.setdefault(step, {})
-                if name == _LOSS:
-                    entry["seconds"], previous = time - previous, time
-                entry[name] = value
-            times.append(time)
-        if times:
-            seconds, calls, written = seconds + times[-1] - times[0], calls + 1, times[-1]
+    entries: dict[int, tuple[float, float, float]] = {}  # step -> loss, gradient norm, seconds
+    seconds, calls, call, written = 0.0, 0, math.nan, math.nan
+    for row in _numbers(folder / "steps.csv"):
+        try:
+            step, time, loss, norm = int(row["step"]), row["time"], row["loss"], row["gradient_norm"]
+            new_call = row["call"] != call
+        except KeyError:
+            continue
+        if new_call:  # the time between two calls is not the training's
+            entries = {past: entry for past, entry in entries.items() if past < step}
+            calls, call, written = calls + 1, row["call"], math.nan
+        took = time - written
+        entries[step] = (loss, norm, took)
+        seconds, written = seconds + (0.0 if new_call else took), time
     steps = sorted(entries)
-
-    def column(name: str) -> np.ndarray:
-        return np.asarray([entries[step].get(name, math.nan) for step in steps], dtype=np.float64)
-
-    return History(
-        np.asarray(steps, dtype=np.float64),
-        column(_LOSS),
-        column(_NORM),
-        column("seconds"),
-        tuple(_validations(folder / "log.csv")),
-        seconds,
-        calls,
-        written,
-    )
+    columns = np.asarray([entries[step] for step in steps], dtype=np.float64).reshape(-1, 3)
+    validations = tuple(row for row in _numbers(folder / "log.csv") if "step" in row)
+    return History(np.asarray(steps, dtype=np.float64), *columns.T, validations, seconds, calls, written)
 
 
-def _started(file: Path) -> tuple[int, int]:
-    """Time and number in the name of an event file, such as events.out.tfevents.1795947409.host.13308.0."""
-    numbers = [int(part) for part in file.name.split(".") if part.isdecimal()]
-    return (numbers[0], numbers[-1]) if numbers else (0, 0)
-
-
-def _scalars(file: Path) -> Iterator[tuple[float, int, str, float]]:
-    """Time, step, name and value of every complete entry."""
-    # Imported where used: slow, and only reports need it.
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.compat import tf
-
-    with suppress(tf.errors.DataLossError):  # the last entry is being written
-        for event in LegacyEventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.WhichOneof("value") == "simple_value":
-                    yield event.wall_time, event.step, value.tag, value.simple_value
-
-
-def _validations(file: Path) -> Iterator[dict[str, float]]:
-    """The rows of log.csv, without what is no number."""
+def _numbers(file: Path) -> Iterator[dict[str, float]]:
+    """The rows of a file, without what is no number; a step is always one."""
     if not file.is_file():
         return
     with file.open(newline="", encoding="utf-8", errors="replace") as content:
-        for row in csv.DictReader(content):
+        lines = (line for line in content if line.endswith("\n"))  # the last one is being written
+        for row in csv.DictReader(lines):
             numbers = {}
             for name, text in row.items():
                 with suppress(TypeError, ValueError):
                     numbers[name] = float(text)
-            if math.isfinite(numbers.get("step", math.nan)):
-                yield numbers
+            if not math.isfinite(numbers.get("step", math.nan)):
+                continue
+            yield numbers

@@ -19,6 +19,7 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.store import save_model
 
+from .log import require_trackers
 from .run import keep_sides, require_startable, start_run
 from .runtime import Runtime
 from .trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
@@ -81,6 +82,9 @@ class Job:
 
     def require_startable(self, config: BaseModel, noted: Mapping[str, Any] | None = None) -> None:
         """What `start` refuses, before any work is done; see `medseg_diffusion.training.run.require_startable`."""
+        section = getattr(config, "training", None)
+        if isinstance(section, TrainingSection):
+            require_trackers(section.trackers)
         require_startable(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
 
     def start(

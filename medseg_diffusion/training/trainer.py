@@ -18,7 +18,7 @@ from medseg_diffusion.errors import MedsegError
 
 from .ema import EMA
 from .interrupt import Interrupt
-from .log import TrainingLog
+from .log import Tracker, TrainingLog
 from .resume import TrainingState, load_state, save_state
 from .runtime import Runtime
 
@@ -41,6 +41,7 @@ class TrainingOptions:
         workers: processes that prepare examples; 0 prepares them in the training process.
         validate_every: steps between validations.
         checkpoint_minutes: minutes between resume files.
+        trackers: also log to these (`medseg_diffusion.training.log`).
     """
 
     batch_size: int = 4
@@ -54,6 +55,7 @@ class TrainingOptions:
     workers: int = 0
     validate_every: int = 500
     checkpoint_minutes: float = 5.0
+    trackers: tuple[Tracker, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def fit(
 ) -> dict[str, float]:
     """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or Ctrl-C; returns the best numbers.
 
-    ``run.folder`` receives checkpoints/last.pt (everything to resume bit-exactly), log.csv and tensorboard/.
+    ``run.folder`` receives checkpoints/last.pt (everything to resume bit-exactly), log.csv and steps.csv.
     ``callbacks.save`` receives the averaged weights whenever a validation is the best so far. A resume file is written
     before Ctrl-C or a limit ends the call.
 
@@ -310,7 +312,7 @@ class _Recorder:
         self.callbacks = callbacks
         self.run = run
         self.runtime = runtime
-        self.log = TrainingLog(run.folder, state.step, run.resume)
+        self.log = TrainingLog(run.folder, state.step, run.resume, options.trackers)
         self.saved_at = time.monotonic()
         self.step_seconds = 0.0
 

@@ -1,7 +1,7 @@
 """`medseg train-generator`: train a generator, an upsampler, an autoencoder or a noisy classifier on images.
 
 RUN/config.yaml     resolved configuration
-RUN/log.csv         one row per validation; RUN/tensorboard every step
+RUN/log.csv         one row per validation; RUN/steps.csv has every step
 RUN/samples/        pictures of samples, or of images beside their reconstructions
 RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
 RUN/model/          the loadable model

@@ -2,7 +2,7 @@
 
 RUN/config.yaml     resolved configuration
 RUN/split.json      which case is on which side
-RUN/log.csv         one row per validation; RUN/tensorboard every step
+RUN/log.csv         one row per validation; RUN/steps.csv has every step
 RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
 RUN/model/          the best model by validation, always loadable
 """
