@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.files import whole_file
 from medseg_diffusion.volumes.io import read_labels, read_volume, stacked
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 from medseg_diffusion.volumes.volume import Volume, orientation_transform
 
 from .augmentation import Augmenter
+from .case_store import CaseStore
 from .cases import Case
 
 _CLASS_NUMBERS = 16
 """Labels without names are expected to be below this number, and there are at most this many."""
-READ_WHOLE = 2**20
-"""Prepared files up to this size in bytes are read into memory; larger ones are memory-mapped."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,33 @@ class CaseFormat:
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers, memory-mapped if large.
+    """A case on the model's grid: ``image`` (C, *S) float32 and ``label`` (*S) integers.
 
-    ``further_labels`` are those of other readers.
+    ``further_labels`` are those of other readers. The tensors are memory-mapped if the case is in a ``store``.
     """
 
     name: str
     image: Tensor
     label: Tensor
     further_labels: tuple[Tensor, ...] = ()
+    store: CaseStore | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles a stored case by its name alone: tensors would be copied for worker processes."""
+        if self.store is not None:
+            return stored_case, (self.store, self.name)
+        return PreparedCase, (self.name, self.image, self.label, self.further_labels)
 
     @property
     def labels(self) -> tuple[Tensor, ...]:
         """The labels of all readers."""
         return (self.label, *self.further_labels)
+
+
+def stored_case(store: CaseStore, name: str) -> PreparedCase:
+    """The case ``name`` of a store."""
+    image, label, *others = store.tensors(name)
+    return PreparedCase(name, image, label, tuple(others), store)
 
 
 def read_case(case: Case, expected: CaseFormat) -> tuple[Volume, Volume]:
@@ -133,42 +146,32 @@ def prepare(
         cases: the cases.
         preprocessing: the model's preprocessing.
         expected: format of the cases.
-        cache: folder of the preprocessed cases, a pair of .npy files for each.
+        cache: folder of the preprocessed cases (`medseg_diffusion.data.case_store`).
         on_case: called with (cases done, cases in all).
         slices: the model is 2D: `require_slices`.
 
     Raises:
         InputError: as `read_case`, and `require_slices` if ``slices`` is set.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    prepared = []
+    store = CaseStore(cache)
+    kind = np.uint8 if expected.num_classes <= 256 else np.int32
     for i, case in enumerate(cases):
-        stem = case.name.replace("/", "__")
-        image_file = cache / f"{stem}.image.npy"
-        endings = ["", *(f"-{reader}" for reader in range(2, len(case.labels) + 1))]
-        label_files = [cache / f"{stem}.label{ending}.npy" for ending in endings]
         # A case is read again if one of its files or the way of reading it has changed.
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (*case.images, *case.labels)]
         reading = [expected.channels, expected.num_classes, expected.merge_labels, sorted(expected.named_labels)]
         state = json.dumps([*files, repr(preprocessing), *reading, slices])
-        state_file = cache / f"{stem}.json"
-        cached_state = state_file.read_text() if state_file.exists() else ""
-        if cached_state != state or not all(file.exists() for file in (image_file, *label_files)):
-            state_file.unlink(missing_ok=True)
+        if not store.holds(case.name, state):
             volume = read_case_image(case, expected.channels)
             if slices:
                 require_slices(volume, preprocessing.orientation)
             image, placement = preprocessing.apply(volume)
-            kind = np.uint8 if expected.num_classes <= 256 else np.int32
-            for path, label_file in zip(case.labels, label_files, strict=True):
-                label = apply_labels(read_case_labels(path, volume, expected), placement)[0]
-                _save(label_file, label.numpy().astype(kind))
-            _save(image_file, image.numpy().astype(np.float32))
-            state_file.write_text(state)
-        first, *others = (_mapped(file) for file in label_files)
-        prepared.append(PreparedCase(case.name, _mapped(image_file), first, tuple(others)))
+            labels = [
+                apply_labels(read_case_labels(path, volume, expected), placement)[0].numpy().astype(kind)
+                for path in case.labels
+            ]
+            store.add(case.name, state, [image.numpy().astype(np.float32), *labels])
         on_case(i + 1, len(cases))
-    return prepared
+    return [stored_case(store, case.name) for case in cases]
 
 
 def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str], folder: Path) -> None:
@@ -220,17 +223,6 @@ def _check_values(labels: Volume, path: Path, num_classes: int) -> None:
     raise InputError(path, found, f"labels 0 to {num_classes - 1}", remedy)
 
 
-def _mapped(path: Path) -> Tensor:
-    # Every mapping holds a file open, and thousands of images would exceed what a process may open.
-    small = path.stat().st_size <= READ_WHOLE
-    return torch.from_numpy(np.load(path, mmap_mode=None if small else "c"))
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-
-
 class MaskExamples:
     """Random windows of labelled scans, one per scan and epoch.
 
@@ -259,7 +251,11 @@ class MaskExamples:
             if len(self.window) == 3 and 1 in case.label.shape:
                 size = " x ".join(str(n) for n in case.label.shape if n > 1)
                 raise InputError(case.name, f"a 2D image ({size})", "volumes for a 3D model", "set network.dims to 2")
-        self.foreground = [[torch.nonzero(label)[::7] for label in case.labels] for case in self.cases]
+        # One tensor for all cases and readers: worker processes share each tensor through a file of its own.
+        positions = [torch.nonzero(label)[::7].to(torch.int32) for case in self.cases for label in case.labels]
+        self.foreground = torch.cat(positions)
+        self.ends = list(accumulate(len(part) for part in positions))
+        self.first_label = list(accumulate((len(case.labels) for case in self.cases), initial=0))
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -270,7 +266,7 @@ class MaskExamples:
         # With one reader nothing is drawn.
         reader = int(torch.randint(len(case.labels), (), generator=generator)) if case.further_labels else 0
         labels = case.labels[reader]
-        positions = self.foreground[index][reader]
+        positions = self._labelled(self.first_label[index] + reader)
         labelled = len(positions) > 0 and float(torch.rand((), generator=generator)) < self.foreground_share
         centre = positions[int(torch.randint(len(positions), (), generator=generator))].tolist() if labelled else None
         corner = [
@@ -288,6 +284,10 @@ class MaskExamples:
         if self.augmenter is not None:
             image, label = self.augmenter(image, label, generator)
         return {"image": image.contiguous(), "label": label.contiguous()}
+
+    def _labelled(self, label: int) -> Tensor:
+        """(n, 3) positions of labelled voxels of the ``label``-th of all labels."""
+        return self.foreground[self.ends[label - 1] if label else 0 : self.ends[label]]
 
     @staticmethod
     def _start(size: int, width: int, centre: int | None, generator: torch.Generator) -> int:

@@ -23,24 +23,25 @@ def read_history(folder: Path) -> History:
 
     A resumed call starts at a checkpoint: the steps after it, which it repeats, replace those of the call before.
     """
-    entries: dict[int, tuple[float, float, float]] = {}  # step -> loss, gradient norm, seconds
+    entries: dict[int, tuple[float, float, float]] = {}  # step -> loss, gradient norm, seconds since the step before
     seconds, calls, call, written = 0.0, 0, math.nan, math.nan
     for row in _numbers(folder / "steps.csv"):
         try:
-            step, time, loss, norm = int(row["step"]), row["time"], row["loss"], row["gradient_norm"]
+            step, time = int(row["step"]), row["time"]
+            values = row["loss"], row["gradient_norm"]
             new_call = row["call"] != call
         except KeyError:
             continue
         if new_call:  # the time between two calls is not the training's
             entries = {past: entry for past, entry in entries.items() if past < step}
             calls, call, written = calls + 1, row["call"], math.nan
-        took = time - written
-        entries[step] = (loss, norm, took)
-        seconds, written = seconds + (0.0 if new_call else took), time
+        since = time - written
+        entries[step] = (*values, since)
+        seconds, written = seconds + (0.0 if new_call else since), time
     steps = sorted(entries)
-    columns = np.asarray([entries[step] for step in steps], dtype=np.float64).reshape(-1, 3)
+    loss, norm, took = np.asarray([entries[step] for step in steps], dtype=np.float64).reshape(-1, 3).T
     validations = tuple(row for row in _numbers(folder / "log.csv") if "step" in row)
-    return History(np.asarray(steps, dtype=np.float64), *columns.T, validations, seconds, calls, written)
+    return History(np.asarray(steps, dtype=np.float64), loss, norm, took, validations, seconds, calls, written)
 
 
 def _numbers(file: Path) -> Iterator[dict[str, float]]:

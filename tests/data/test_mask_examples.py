@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.case_store import CaseStore
 from medseg_diffusion.data.cases import find_cases
 from medseg_diffusion.data.mask_examples import CaseFormat, prepare
 from medseg_diffusion.errors import InputError, UsageError
@@ -105,8 +106,9 @@ def test_labels_can_be_merged_into_one_class(tmp_path: Path) -> None:
     merged = config(["tumour"]).model_copy(update={"data": section})
     model = train_segmenter(merged, data, tmp_path / "run", device="cpu")
     assert json.loads((model / "model.json").read_text())["labels"] == {"0": "background", "1": "tumour"}
-    cached = [np.load(file) for file in (tmp_path / "run" / "cache").glob("*.label.npy")]
-    assert all(set(np.unique(label)) == {0, 1} and label.sum() == 48 for label in cached)
+    store = CaseStore(tmp_path / "run" / "cache")
+    cached = [store.tensors(name)[1] for name in store.entries]
+    assert cached and all(set(label.unique().tolist()) == {0, 1} and int(label.sum()) == 48 for label in cached)
     train_segmenter(merged, folder(tmp_path / "unnamed", parts), tmp_path / "again", device="cpu")
     train_segmenter(merged, folder(tmp_path / "white", lambda label: 255 * label), tmp_path / "third", device="cpu")
 

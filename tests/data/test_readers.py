@@ -89,10 +89,10 @@ def test_readers_are_drawn_equally_often_by_the_examples_own_generator() -> None
         assert 60 <= drawn.count(size) <= 140
 
 
-def test_small_files_hold_no_file_open(tmp_path: Path) -> None:
+def test_any_number_of_cases_holds_one_file_open(tmp_path: Path) -> None:
     """A folder of thousands of slices would exceed the number of files that a process may open."""
     a, _ = prepare(
         find_cases(folder_of_readers(tmp_path / "data")).cases, Preprocessing(orientation=None), FORMAT, tmp_path / "c"
     )
     opened = [path.resolve() for path in Path("/proc/self/fd").iterdir()] if Path("/proc/self/fd").exists() else []
-    assert a.image.shape == (1, 8, 8, 1) and not [path for path in opened if path.is_relative_to(tmp_path)]
+    assert a.image.shape == (1, 8, 8, 1) and len([path for path in opened if path.is_relative_to(tmp_path)]) <= 1
