@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_diffusion.metrics.training_history import History
+from medseg_diffusion.metrics.training_history import THROUGHPUT, History
 
 _LOSS, _NORM = "train/loss", "train/gradient_norm"
 
@@ -78,14 +78,15 @@ def _scalars(file: Path) -> Iterator[tuple[float, int, str, float]]:
 
 
 def _validations(file: Path) -> Iterator[dict[str, float]]:
-    """The rows of log.csv, without what is no number."""
+    """The rows of log.csv, without what is no number and without the numbers of `THROUGHPUT`."""
     if not file.is_file():
         return
     with file.open(newline="", encoding="utf-8", errors="replace") as content:
         for row in csv.DictReader(content):
             numbers = {}
             for name, text in row.items():
-                with suppress(TypeError, ValueError):
-                    numbers[name] = float(text)
+                if name not in THROUGHPUT:
+                    with suppress(TypeError, ValueError):
+                        numbers[name] = float(text)
             if math.isfinite(numbers.get("step", math.nan)):
                 yield numbers

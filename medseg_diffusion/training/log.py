@@ -30,17 +30,32 @@ class TrainingLog:
             with self.path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
 
-    def step(self, step: int, loss: float, norm: float) -> None:
-        """Logs the loss of one step and the norm of its gradient before clipping."""
-        self.tensorboard.add_scalar("train/loss", loss, step)
-        self.tensorboard.add_scalar("train/gradient_norm", norm, step)
+    def step(self, step: int, loss: float, norm: float, when: float | None = None) -> None:
+        """Logs the loss of one step and the norm of its gradient before clipping.
 
-    def validation(self, step: int, loss: float, rate: float, numbers: Mapping[str, float]) -> None:
-        """Logs one validation: the smoothed training loss, the learning rate and the validation's ``numbers``."""
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(f"validation/{name}", value, step)
+        ``when`` is the time at which it was done, in seconds since the epoch; None is now.
+        """
+        self.tensorboard.add_scalar("train/loss", loss, step, walltime=when)
+        self.tensorboard.add_scalar("train/gradient_norm", norm, step, walltime=when)
+
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        rate: float,
+        numbers: Mapping[str, float],
+        throughput: Mapping[str, float] | None = None,
+    ) -> None:
+        """Logs one validation: the smoothed training loss, the learning rate and the validation's ``numbers``.
+
+        ``throughput`` is how fast the training was since the last validation.
+        """
+        throughput = throughput or {}
+        for group, values in (("validation", numbers), ("throughput", throughput)):
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
         row = {"step": step, "loss": f"{loss:.6g}", "learning_rate": f"{rate:.4g}"}
-        self.rows.append({**row, **{name: f"{value:.6g}" for name, value in numbers.items()}})
+        self.rows.append({**row, **{name: f"{value:.6g}" for name, value in {**numbers, **throughput}.items()}})
         _write_csv(self.path, self.rows)
 
     def close(self) -> None:

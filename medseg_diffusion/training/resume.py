@@ -26,6 +26,8 @@ class TrainingState:
         step: number of completed optimiser steps.
         loss: exponentially smoothed training loss.
         score: of the last validation, None before the first.
+        skipped: number of steps that were skipped because their loss or gradient was not finite.
+        skipped_in_a_row: of these, the last ones without any other step since.
         best: numbers of the best validation and its "step"; empty before the first.
     """
 
@@ -36,12 +38,18 @@ class TrainingState:
     loss: float = 0.0
     score: float | None = None
     best: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+NUMBERS = ("step", "loss", "score", "best", "skipped", "skipped_in_a_row")
+"""The fields of `TrainingState` that are plain values."""
 
 
 def save_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
     """Writes ``state`` to the resume file ``path``."""
     content = {
-        "state": {"step": state.step, "loss": state.loss, "score": state.score, "best": state.best},
+        "state": {name: getattr(state, name) for name in NUMBERS},
         "model": runtime.unwrap(state.model).state_dict(),
         "ema": state.ema.module.state_dict(),
         "ema_updates": state.ema.updates,
@@ -71,9 +79,9 @@ def load_state(path: Path, state: TrainingState, runtime: Runtime) -> None:
         stored = content["optimizers"] if "optimizers" in content else [content["optimizer"]]
         for optimizer, moments in zip(state.optimizers, stored, strict=True):
             optimizer.load_state_dict(moments)
-        numbers = content["state"]
-        state.step, state.loss = numbers["step"], numbers["loss"]
-        state.score, state.best = numbers["score"], numbers["best"]
+        for name in NUMBERS:
+            # Earlier versions counted no skipped steps.
+            setattr(state, name, content["state"].get(name, getattr(state, name)))
     except Exception as error:  # a damaged file can raise nearly anything
         raise InputError(
             path,

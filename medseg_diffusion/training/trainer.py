@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, default_collate
 
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import MedsegError
 
+from .batches import Batches, passes
 from .ema import EMA
+from .health import StepHealth, StepNumbers, ValidationHealth
 from .interrupt import Interrupt
 from .log import TrainingLog
+from .readings import Readings
 from .resume import TrainingState, load_state, save_state
 from .runtime import Runtime
+from .throughput import Throughput, flops_of_example
 
 Decay = Literal["polynomial", "linear", "constant"]
 
@@ -31,6 +33,8 @@ class TrainingOptions:
 
     Attributes:
         batch_size: examples per step over all processes together.
+        examples_at_once: largest number of examples that a device computes together; None computes its share of the
+            batch at once. The gradient stays that of the batch as long as the loss is a mean over its examples.
         max_steps: optimiser steps of the whole run.
         learning_rate: peak of AdamW's rate, after a linear warm-up.
         warmup_steps: length of the warm-up.
@@ -40,10 +44,12 @@ class TrainingOptions:
         gradient_clip: largest norm of the gradient.
         workers: processes that prepare examples; 0 prepares them in the training process.
         validate_every: steps between validations.
+        read_every: steps between two readings of losses and gradient norms from the device. It changes no result.
         checkpoint_minutes: minutes between resume files.
     """
 
     batch_size: int = 4
+    examples_at_once: int | None = None
     max_steps: int = 10_000
     learning_rate: float = 5e-4
     warmup_steps: int = 200
@@ -53,18 +59,33 @@ class TrainingOptions:
     gradient_clip: float = 1.0
     workers: int = 0
     validate_every: int = 500
+    read_every: int = 10
     checkpoint_minutes: float = 5.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a display needs: steps done and planned, the smoothed loss, seconds left, the last validation score."""
+    """What a display needs.
+
+    Attributes:
+        step: number of steps done.
+        max_steps: number of steps planned.
+        loss: smoothed loss; it and the numbers below are those of the last reading of the device.
+        seconds_left: for the other steps.
+        score: of the last validation, None before the first.
+        examples_per_s: of all processes together.
+        waiting: share of the time in which the device waited for examples.
+        skipped: number of steps that were skipped because their loss or gradient was not finite.
+    """
 
     step: int
     max_steps: int
     loss: float
     seconds_left: float
     score: float | None
+    examples_per_s: float = 0.0
+    waiting: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +134,13 @@ class SeveralParts(Protocol):
     def optimised_parts(self) -> Sequence[list[nn.Parameter]]: ...
 
 
+@runtime_checkable
+class KnowsStep(Protocol):
+    """A model whose loss depends on the step."""
+
+    def begin_step(self, step: int) -> None: ...
+
+
 # long: one headed block for each part of a step, in the order in which they happen
 def fit(
     model: nn.Module,
@@ -137,69 +165,79 @@ def fit(
         runtime: device, precision, processes.
 
     Raises:
-        MedsegError: the loss is not finite, or the processes cannot share a batch evenly.
+        MedsegError: loss or gradient were not finite in too many steps, or the processes cannot share a batch evenly.
         InputError: nothing to resume from, or an unusable resume file.
     """
     began = time.monotonic()
     state = _initial_state(model, options, run, runtime)
     last = min(options.max_steps, run.max_steps or options.max_steps)
-    loader = _loader(draws, options, state.step, last, runtime)
+    batches = Batches(draws, options.batch_size, state.step, last, options.workers, runtime)
+    readings = Readings(options.read_every, alone=runtime.world_size == 1)
+    health = StepHealth(runtime.precision)
     recorder = _Recorder(state, last, options, callbacks, run, runtime) if runtime.is_main else None
     interrupt = Interrupt()
     between_steps = True
+
+    def read_back() -> None:
+        """Waits for the device, counts what it has done, and logs it. All processes see the same numbers."""
+        numbers = readings.read()
+        if recorder is not None:
+            recorder.log_steps(numbers, batches.waited)
+        for one in numbers:
+            _count(one, state)
+            if not one.finite:
+                health.check(one, state.skipped_in_a_row, learning_rate(one.step - 1, options))
+
     # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100 times
     # slower than other numbers.
     torch.set_flush_denormal(True)
     try:
-        batches = iter(loader)
+        if recorder is not None and state.step < last:
+            recorder.begin(draws)
+        batch_iterator = iter(batches)
         stop = state.step >= last
         while not stop:
-            started, between_steps = time.monotonic(), False
+            between_steps = False
 
-            # Batch
-            batch = runtime.to_device(next(batches))
-
-            # Forward. Dropout is the only user of the global generator: seeding it by step makes resuming exact.
-            torch.manual_seed(derive_seed(run.seed, "dropout", state.step, runtime.rank))
-            state.model.train()
-            with runtime.accelerator.autocast():
-                loss = state.model(batch)
-
-            # Backward
-            runtime.backward(loss)
-            norms = [runtime.clip(_parameters(one), options.gradient_clip) for one in state.optimizers]
-            value, norm = runtime.mean(loss), math.hypot(*norms)
-            _require_finite(value, norm, state.step)
-
-            # Step. A network whose loss has not begun has no gradient, and its moments must not count that.
-            for optimizer, own_norm in zip(state.optimizers, norms, strict=True):
-                _set_learning_rate(optimizer, learning_rate(state.step, options))
-                if own_norm > 0:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            state.ema.update(runtime.unwrap(state.model))
+            # Step
+            loss, norms = _step(state, next(batch_iterator), options, run.seed, runtime)
             state.step += 1
-            state.loss = value if state.step == 1 else 0.98 * state.loss + 0.02 * value
+            readings.add(state.step, loss, norms)
             between_steps = True
-            took = time.monotonic() - started
+
+            # Decide what is next. Several processes have to agree, for which they wait for each other.
+            at_end = state.step >= last
+            validation_due = at_end or state.step % options.validate_every == 0
+            out_of_time = interrupted = file_due = False
+            if runtime.world_size == 1 or validation_due or state.step % options.read_every == 0:
+                out_of_time, interrupted, file_due = runtime.any(
+                    run.time_limit_min is not None and time.monotonic() - began > 60 * run.time_limit_min,
+                    interrupt.requested,
+                    recorder is not None and recorder.file_due,
+                )
+            stop = at_end or out_of_time
+            validation_due = validation_due or stop
+
+            # Read back
+            if validation_due or file_due or interrupted or readings.due(state.step):
+                read_back()
 
             # Validate and save
-            out_of_time = run.time_limit_min is not None and time.monotonic() - began > 60 * run.time_limit_min
-            stop = runtime.any(out_of_time) or state.step >= last
-            validation_due = stop or state.step % options.validate_every == 0
             if recorder is not None:
-                recorder.validate_and_save(validation_due)
+                recorder.validate_and_save(validation_due, file_due)
             if validation_due:
                 runtime.wait()
             if recorder is not None:
-                recorder.report(value, norm, took)
-            if interrupt.requested:
+                recorder.show()
+            if interrupted:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         # A second Ctrl-C may come within a step, when weights and averages are of different steps. The resume file
         # then stays as it is.
-        if recorder is not None and state.step and between_steps:
-            recorder.save_interrupted()
+        if between_steps and state.step:
+            read_back()
+            if recorder is not None:
+                recorder.save_interrupted()
         raise
     finally:
         torch.set_flush_denormal(False)
@@ -207,6 +245,53 @@ def fit(
         if recorder is not None:
             recorder.log.close()
     return state.best
+
+
+def _step(
+    state: TrainingState, batch: Mapping[str, Tensor], options: TrainingOptions, seed: int, runtime: Runtime
+) -> tuple[Tensor, list[Tensor]]:
+    """One step of the optimisation: the loss over all processes, and the gradient norm of each part of the model.
+
+    Both are scalars on the device, and so is the decision to skip the step because one of them is not finite: nothing
+    here waits for the device.
+    """
+    model = runtime.unwrap(state.model)
+    if isinstance(model, KnowsStep):
+        model.begin_step(state.step)
+
+    # Forward and backward. Dropout is the only user of the global generator: seeding it by step makes resuming exact.
+    torch.manual_seed(derive_seed(seed, "dropout", state.step, runtime.rank))
+    state.model.train()
+    losses = []
+    parts = passes(batch, options.examples_at_once)
+    for number, (share, part) in enumerate(parts, start=1):
+        with runtime.exchanging(state.model, number == len(parts)):
+            with runtime.accelerator.autocast():
+                loss = share * state.model(part)
+            runtime.backward(loss)
+        losses.append(loss.detach())
+    total = runtime.mean(torch.stack(losses).sum())
+
+    # Step. A network whose loss has not begun has no gradient, and its moments must not count that.
+    norms = [runtime.clip(_parameters(one), options.gradient_clip) for one in state.optimizers]
+    taken = torch.stack([total, *norms]).isfinite().all()
+    for optimizer, norm in zip(state.optimizers, norms, strict=True):
+        _set_learning_rate(optimizer, learning_rate(state.step, options))
+        runtime.step(optimizer, skip=~(taken & (norm > 0)))
+        optimizer.zero_grad(set_to_none=True)
+    state.ema.update(model, taken)
+    return total, norms
+
+
+def _count(numbers: StepNumbers, state: TrainingState) -> None:
+    """Takes the numbers of a step into the smoothed loss and into the counts of skipped steps."""
+    if not numbers.finite:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        return
+    state.skipped_in_a_row = 0
+    is_first = numbers.step == state.skipped + 1
+    state.loss = numbers.loss if is_first else 0.98 * state.loss + 0.02 * numbers.loss
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
@@ -250,48 +335,6 @@ def _has_only_begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not (folder / "log.csv").is_file()
 
 
-class _StepSampler(Sampler[int]):
-    """Numbers of the examples that this process draws: of every step's batch, its consecutive share."""
-
-    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.steps, self.batch_size = range(first_step, last_step), batch_size
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
-
-    def __iter__(self) -> Iterator[int]:
-        for step in self.steps:
-            start = step * self.batch_size + self.offset
-            yield from range(start, start + self.share)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.share
-
-
-def _loader(
-    draws: Dataset[dict[str, Tensor]], options: TrainingOptions, first_step: int, last_step: int, runtime: Runtime
-) -> DataLoader[dict[str, Tensor]]:
-    """This process's batches of the steps from ``first_step`` up to, but without, ``last_step``."""
-    if options.batch_size % runtime.world_size:
-        raise MedsegError(f"batch_size {options.batch_size} must be a multiple of the {runtime.world_size} processes")
-    return DataLoader(
-        draws,
-        batch_size=options.batch_size // runtime.world_size,
-        sampler=_StepSampler(first_step, last_step, options.batch_size, runtime.rank, runtime.world_size),
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-        multiprocessing_context="spawn" if options.workers else None,
-        pin_memory=runtime.device.type == "cuda",
-    )
-
-
-def _require_finite(loss: float, norm: float, step: int) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise MedsegError(
-            f"the loss became {loss} (gradient norm {norm}) at step {step}: "
-            "lower training.learning_rate, or use --set training.precision=fp32"
-        )
-
-
 class _Recorder:
     """What the main process does between two steps: validate, save, log and show progress."""
 
@@ -311,23 +354,48 @@ class _Recorder:
         self.run = run
         self.runtime = runtime
         self.log = TrainingLog(run.folder, state.step, run.resume)
+        self.health = ValidationHealth(options.max_steps)
+        self.throughput = Throughput(options.batch_size, 0.0, runtime)
         self.saved_at = time.monotonic()
-        self.step_seconds = 0.0
 
-    def validate_and_save(self, validation_due: bool) -> None:
-        """Validates if a validation is due, and writes the resume file after one or when enough time has passed."""
+    def begin(self, draws: Dataset[dict[str, Tensor]]) -> None:
+        """Counts the operations of a step, on one example."""
+        example = self.runtime.to_device(default_collate([draws[0]]))
+        of_one = flops_of_example(self.state.ema.module, example, self.runtime)
+        self.throughput.flops = of_one * self.options.batch_size / self.runtime.world_size
+        self.throughput.restart()
+
+    @property
+    def file_due(self) -> bool:
+        """Whether enough time has passed for a resume file."""
+        return time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
+
+    def validate_and_save(self, validation_due: bool, file_due: bool) -> None:
+        """Validates if a validation is due, and writes the resume file after one or if that is due."""
         if validation_due:
             self._validate()
-        if validation_due or time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes:
+        if validation_due or file_due:
             self._save()
+            self.throughput.restart()
 
-    def report(self, loss: float, norm: float, seconds: float) -> None:
-        """Logs a step that took so many seconds, and shows the progress."""
-        state = self.state
-        self.log.step(state.step, loss, norm)
-        self.step_seconds = seconds if self.step_seconds == 0 else 0.95 * self.step_seconds + 0.05 * seconds
-        seconds_left = (self.last_step - state.step) * self.step_seconds
-        self.callbacks.progress(Progress(state.step, self.last_step, state.loss, seconds_left, state.score))
+    def log_steps(self, steps: Sequence[StepNumbers], waited: float) -> None:
+        """Logs steps that the device has just finished."""
+        if not steps:
+            return
+        seconds, now = self.throughput.read(len(steps), waited), time.time()
+        for i, numbers in enumerate(steps, start=1):
+            self.log.step(numbers.step, numbers.loss, numbers.norm, now - (len(steps) - i) * seconds)
+
+    def show(self) -> None:
+        """Shows the progress."""
+        state, speed = self.state, self.throughput
+        seconds_left = (self.last_step - state.step) * speed.seconds_per_step
+        rate = speed.examples / speed.seconds_per_step if speed.seconds_per_step else 0.0
+        self.callbacks.progress(
+            Progress(
+                state.step, self.last_step, state.loss, seconds_left, state.score, rate, speed.waiting, state.skipped
+            )
+        )
 
     def save_interrupted(self) -> None:
         """Writes the resume file, and the model if no validation has written one yet."""
@@ -341,7 +409,9 @@ class _Recorder:
         if numbers["score"] > state.best.get("score", float("-inf")):
             state.best = {**numbers, "step": float(state.step)}
             self.callbacks.save(state.ema.module, state.step, numbers)
-        self.log.validation(state.step, state.loss, state.optimizers[0].param_groups[0]["lr"], numbers)
+        self.health.check(state.step, numbers, state.best)
+        throughput = {**self.throughput.numbers(), "skipped_steps": float(state.skipped)}
+        self.log.validation(state.step, state.loss, state.optimizers[0].param_groups[0]["lr"], numbers, throughput)
         state.score = numbers["score"]
 
     def _save(self) -> None:

@@ -101,7 +101,7 @@ def train_segmenter(
     if isinstance(model, LatentMaskDiffusion):
         stage = mask_autoencoder_job(job)
         ceiling = train_mask_autoencoder(model.autoencoder, config, prepared, stage, runtime)
-        if runtime.any(job.minutes_left == 0):  # the autoencoder may be unfinished, so the denoiser cannot start
+        if any(runtime.any(job.minutes_left == 0)):  # the autoencoder may be unfinished, so the denoiser cannot start
             return stage.model
     arranged(model.network, config.training)
 

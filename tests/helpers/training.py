@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
+from medseg_diffusion.metrics.training_history import THROUGHPUT
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -99,6 +100,11 @@ def resume_file(run: Path) -> dict[str, Any]:
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def scores(run: Path) -> list[dict[str, str]]:
+    """The rows of log.csv without the columns of speed, which are never the same twice."""
+    return [{name: value for name, value in row.items() if name not in THROUGHPUT} for row in rows(run)]
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -69,6 +69,7 @@ def test_the_discriminator_waits_for_the_start_of_the_adversarial_loss() -> None
     model = small_training(adversarial_start=2)
     for step in range(4):
         model.zero_grad()
+        model.begin_step(step)
         model(BATCH).backward()
         moved = any(bool(p.grad.any()) for p in model.discriminator.parameters() if p.grad is not None)
         assert moved == (step >= 2), step

@@ -39,6 +39,6 @@ def test_a_process_alone_keeps_its_own_failure(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("the device failed")
 
     runtime = Runtime("cpu", "fp32")
-    monkeypatch.setattr(runtime.accelerator, "reduce", fails)
+    monkeypatch.setattr(runtime.accelerator, "wait_for_everyone", fails)
     with pytest.raises(RuntimeError, match="the device failed"):
-        runtime.mean(torch.zeros(()))
+        runtime.wait()
