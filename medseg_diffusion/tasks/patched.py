@@ -54,7 +54,7 @@ class PatchedDiffusion(nn.Module):
         # The order of the draws is part of what a seed means: time, patch, noise.
         t = uniform_times(schedule.num_steps, own)
         grid = boxes(x0.shape[2:], self.patch)
-        chosen = [grid[int(torch.randint(len(grid), (), generator=g))] for g in own]
+        chosen = [grid[i] for i in torch.stack([torch.randint(len(grid), (), generator=g) for g in own]).tolist()]
         noised = draw_noised(schedule, x0, own, self.noise, t)
         within = inside(chosen, x0)
         error = (self.denoiser(torch.where(within, noised.x_t, x0), noised.t).x0 - x0).abs()

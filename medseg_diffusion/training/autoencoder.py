@@ -144,7 +144,8 @@ class GradientSSIM:
 
     def __call__(self, reconstruction: Tensor, image: Tensor) -> Tensor:
         pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
-        loss = self.ssim(reconstruction.float(), image.float())
+        with image.device:  # MONAI would make its kernel on the CPU, and wait for the device to copy it there
+            loss = self.ssim(reconstruction.float(), image.float())
         for _ in range(3):
             for axis in range(2, image.ndim):
                 loss = loss + F.l1_loss(reconstruction.diff(dim=axis), image.diff(dim=axis))
