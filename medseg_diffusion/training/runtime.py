@@ -103,12 +103,13 @@ class Runtime:
 
         The fused AdamW decides on the device, as it does for `torch.amp.GradScaler`.
         """
-        own = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has the attribute of that name
+        # Accelerate's wrapper looks for an optional package at every step, which takes a millisecond.
+        own = getattr(optimizer, "optimizer", optimizer)
         if own.defaults["fused"]:
             own.found_inf = skip.float()
-            optimizer.step()
+            own.step()
         elif not bool(skip):  # MPS
-            optimizer.step()
+            own.step()
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a scalar over the processes, on the device."""

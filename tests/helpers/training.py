@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,13 @@ class Regression(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Dropout(dropout), nn.Linear(16, 1))
         self.register_buffer("calls", torch.zeros(()))
-        self.poisoned_at = -1
+        self.poisoned: Container[int] = ()
+        self.poison: Callable[[Tensor], Tensor] = lambda loss: loss * float("nan")
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         self.calls += 1
         loss = (self.layers(batch["x"]) - batch["y"]).square().mean()
-        return loss * float("nan") if int(self.calls) == self.poisoned_at else loss
+        return self.poison(loss) if int(self.calls) in self.poisoned else loss
 
 
 OPTIONS = TrainingOptions(
@@ -73,14 +74,16 @@ def train(
     dropout: float = 0.5,
     progress: Callable[[Progress], None] = lambda progress: None,
     save: Callable[[nn.Module, int, Mapping[str, float]], None] = lambda model, step, numbers: None,
-    poisoned_at: int = -1,
+    poisoned: Container[int] = (),
+    prepare: Callable[[Regression], None] = lambda model: None,
     changes: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> dict[str, float]:
     """`fit` on the points, always from the same start."""
     torch.manual_seed(0)
     model = Regression(dropout)
-    model.poisoned_at = poisoned_at
+    model.poisoned = poisoned
+    prepare(model)
     batch = {"x": torch.eye(4), "y": torch.ones(4, 1)}
 
     def validate(averaged: nn.Module) -> dict[str, float]:
@@ -157,8 +160,21 @@ def train_slowly(run: str) -> None:
     train(Path(run), progress=lambda progress: time.sleep(0.1), changes={"checkpoint_minutes": 1e-9})
 
 
-def train_without_dropout(run: str) -> None:
-    train(Path(run), dropout=0.0)
+def train_without_dropout(run: str, **changes: Any) -> None:
+    """Writes this process's weights as RUN/RANK.pt in the end."""
+    models: list[Regression] = []
+    train(Path(run), dropout=0.0, prepare=models.append, changes=changes)
+    torch.save(models[0].state_dict(), Path(run) / f"{os.environ.get('RANK', '0')}.pt")
+
+
+def train_with_an_infinite_loss_in_one_process(run: str) -> None:
+    """At the third step, in the second process; its gradient is finite."""
+
+    def poison(model: Regression) -> None:
+        model.poisoned = [3] if os.environ["RANK"] == "1" else []
+        model.poison = lambda loss: loss + float("inf")
+
+    train(Path(run), dropout=0.0, prepare=poison)
 
 
 # ---- a whole segmenter -----------------------------------------------------------------------------------------------

@@ -75,6 +75,17 @@ def test_the_discriminator_waits_for_the_start_of_the_adversarial_loss() -> None
         assert moved == (step >= 2), step
 
 
+def test_a_batch_in_parts_is_one_step(tmp_path: Path) -> None:
+    """The step, at which the adversarial loss begins, is not counted once for each part."""
+    options = TrainingOptions(batch_size=2, examples_at_once=1, max_steps=3, warmup_steps=0, validate_every=3)
+    callbacks = Callbacks(lambda averaged: {"score": 0.0}, lambda averaged, step, numbers: None)
+    model = small_training(adversarial_start=2)
+    fit(model, Draws(Images(), 0), options, callbacks, TrainingRun(tmp_path), Runtime("cpu", "fp32"))
+    content = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    assert int(content["model"]["step"]) == int(content["ema"]["step"]) == 3
+    assert {int(state["step"]) for state in content["optimizers"][1]["state"].values()} == {1}
+
+
 def test_the_balance_is_that_of_the_gradients_of_both_losses() -> None:
     """Not a constant: ten times the reconstruction loss has ten times the weight, and a weak discriminator more."""
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))

@@ -5,25 +5,52 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed
 
 from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.training.history import read_history
 from medseg_diffusion.training.runtime import Runtime
-from tests.helpers.training import finish, resume_file, start_two, train
+from tests.helpers.training import Regression, assert_same, finish, resume_file, start_two, train
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Each takes half of every batch; the gradients are averaged, so weights agree to rounding."""
-    processes = start_two(f"train_without_dropout({str(tmp_path / 'two')!r})")
+@pytest.mark.parametrize("changes", ["", "examples_at_once=1, read_every=3"])
+def test_two_processes_train_as_one(tmp_path: Path, changes: str) -> None:
+    """Each takes half of every batch, at once or in parts; the gradients are averaged, so weights agree to rounding."""
+    processes = start_two(f"train_without_dropout({str(tmp_path / 'two')!r}, {changes})")
     train(tmp_path / "one", dropout=0.0)
     finish(processes)
     one, two = resume_file(tmp_path / "one"), resume_file(tmp_path / "two")
     assert two["state"]["step"] == 8
     for part in ("model", "ema"):
         weights = [{k: v for k, v in content[part].items() if k != "calls"} for content in (two, one)]
-        torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
-    assert two["state"]["loss"] == pytest.approx(one["state"]["loss"], rel=1e-4)
+        torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    losses = [read_history(tmp_path / name).loss for name in ("two", "one")]
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert_same(*(torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in (0, 1)))
+
+
+@pytest.mark.filterwarnings("ignore:the loss or its gradient is not finite")
+def test_all_processes_skip_the_same_steps(tmp_path: Path) -> None:
+    """Also when only one of them has a bad loss, whose gradient is good."""
+    finish(start_two(f"train_with_an_infinite_loss_in_one_process({str(tmp_path / 'two')!r})"))
+
+    def poison(model: Regression) -> None:
+        model.poison = lambda loss: loss + float("inf")
+
+    train(tmp_path / "one", dropout=0.0, poisoned=[3], prepare=poison)
+    one, two = resume_file(tmp_path / "one"), resume_file(tmp_path / "two")
+    assert one["state"]["skipped"] == two["state"]["skipped"] == 1
+    weights = [{k: v for k, v in content["model"].items() if k != "calls"} for content in (two, one)]
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_alone_initialises_nothing_distributed(tmp_path: Path) -> None:
+    train(tmp_path, max_steps=1)
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
