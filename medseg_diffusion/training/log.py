@@ -39,6 +39,8 @@ class TrainingLog:
         """Logs one validation: the smoothed training loss, the learning rate and the validation's ``numbers``."""
         for name, value in numbers.items():
             self.tensorboard.add_scalar(f"validation/{name}", value, step)
+        # A process that was killed between a validation and its resume file makes the validation again.
+        self.rows = [earlier for earlier in self.rows if int(earlier["step"]) != step]
         row = {"step": step, "loss": f"{loss:.6g}", "learning_rate": f"{rate:.4g}"}
         self.rows.append({**row, **{name: f"{value:.6g}" for name, value in numbers.items()}})
         _write_csv(self.path, self.rows)

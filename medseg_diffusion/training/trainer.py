@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -14,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.errors import MedsegError, Stopped
 
 from .ema import EMA
-from .interrupt import Interrupt
+from .interrupt import Interrupt, Interruption, apart
 from .log import TrainingLog
-from .resume import TrainingState, load_state, save_state
+from .resume import Checkpoints, TrainingState, bytes_of, full_disk
 from .runtime import Runtime
 
 Decay = Literal["polynomial", "linear", "constant"]
@@ -41,6 +43,8 @@ class TrainingOptions:
         workers: processes that prepare examples; 0 prepares them in the training process.
         validate_every: steps between validations.
         checkpoint_minutes: minutes between resume files.
+        checkpoint_steps: steps between resume files; 0 leaves it to the minutes alone.
+        checkpoints_kept: how many resume files are kept.
     """
 
     batch_size: int = 4
@@ -54,6 +58,8 @@ class TrainingOptions:
     workers: int = 0
     validate_every: int = 500
     checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    checkpoints_kept: int = 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class TrainingRun:
     Attributes:
         folder: the run directory.
         seed: of dropout; the training examples carry their own.
-        resume: continue from checkpoints/last.pt. A run that was stopped before it had one starts again.
+        resume: continue from the newest resume file. A run that was stopped before it had one starts again.
         max_steps: stop after this step even if the run is longer; the learning rate follows
             `TrainingOptions.max_steps`.
         time_limit_min: stop this call after so many minutes.
@@ -101,9 +107,28 @@ class TrainingRun:
     max_steps: int | None = None
     time_limit_min: float | None = None
 
-    @property
-    def resume_file(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+
+Ending = Literal["finished", "max_steps", "time_limit"]
+"""Why a training ended: all planned steps are done, or a limit of the call was reached."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training has reached.
+
+    Attributes:
+        run: the run directory.
+        steps: steps that are done, of ``planned``.
+        planned: steps of the whole run.
+        ended: why this call ended.
+        best: numbers of the best validation, and its "step".
+    """
+
+    run: Path
+    steps: int
+    planned: int
+    ended: Ending
+    best: dict[str, float]
 
 
 @runtime_checkable
@@ -121,12 +146,12 @@ def fit(
     callbacks: Callbacks,
     run: TrainingRun,
     runtime: Runtime,
-) -> dict[str, float]:
-    """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or Ctrl-C; returns the best numbers.
+) -> Outcome:
+    """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or a signal.
 
-    ``run.folder`` receives checkpoints/last.pt (everything to resume bit-exactly), log.csv and tensorboard/.
+    ``run.folder`` receives checkpoints/ (everything to resume bit-exactly), log.csv and tensorboard/.
     ``callbacks.save`` receives the averaged weights whenever a validation is the best so far. A resume file is written
-    before Ctrl-C or a limit ends the call.
+    before a signal or a limit ends the call.
 
     Args:
         model: called with a batch, returns the loss. With `SeveralParts` it is the sum of losses of one part each.
@@ -137,22 +162,32 @@ def fit(
         runtime: device, precision, processes.
 
     Raises:
-        MedsegError: the loss is not finite, or the processes cannot share a batch evenly.
+        Stopped: SIGTERM or SIGUSR1.
+        KeyboardInterrupt: Ctrl-C.
+        MedsegError: the loss is not finite, the disk is full, or the processes cannot share a batch evenly.
         InputError: nothing to resume from, or an unusable resume file.
     """
     began = time.monotonic()
     state = _initial_state(model, options, run, runtime)
     last = min(options.max_steps, run.max_steps or options.max_steps)
-    loader = _loader(draws, options, state.step, last, runtime)
-    recorder = _Recorder(state, last, options, callbacks, run, runtime) if runtime.is_main else None
+    batches: Iterator[dict[str, Tensor]] = iter(())
     interrupt = Interrupt()
     between_steps = True
+    recorder: _Recorder | None = None
     # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100 times
     # slower than other numbers.
     torch.set_flush_denormal(True)
     try:
-        batches = iter(loader)
+        recorder = _Recorder(state, last, options, callbacks, run, runtime, interrupt) if runtime.is_main else None
+        with interrupt.kept_from_workers():
+            batches = iter(_loader(draws, options, state.step, last, runtime))
         stop = state.step >= last
+        # A signal has kept the call before from the validation of its last step.
+        validation_due = state.validated < state.step and (stop or state.step % options.validate_every == 0)
+        if validation_due and recorder is not None:
+            recorder.validate_and_save(True)
+        if runtime.any(interrupt.requested is not None):
+            raise interrupt.error(_standing(state, options))
         while not stop:
             started, between_steps = time.monotonic(), False
 
@@ -185,28 +220,44 @@ def fit(
 
             # Validate and save
             out_of_time = run.time_limit_min is not None and time.monotonic() - began > 60 * run.time_limit_min
-            stop = runtime.any(out_of_time) or state.step >= last
-            validation_due = stop or state.step % options.validate_every == 0
+            ending = runtime.any(out_of_time or interrupt.requested is not None)
+            signalled = ending and runtime.any(interrupt.requested is not None)
+            stop = ending or state.step >= last
+            validation_due = not signalled and (stop or state.step % options.validate_every == 0)
             if recorder is not None:
                 recorder.validate_and_save(validation_due)
-            if validation_due:
-                runtime.wait()
+            if validation_due:  # the others wait here, and learn whether a signal has cut it short
+                signalled = runtime.any(interrupt.requested is not None)
             if recorder is not None:
                 recorder.report(value, norm, took)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        # A second Ctrl-C may come within a step, when weights and averages are of different steps. The resume file
-        # then stays as it is.
+            if signalled:
+                raise interrupt.error(_standing(state, options))
+        if recorder is not None:
+            recorder.log.close()
+    except (KeyboardInterrupt, Stopped) as error:
+        # A second Ctrl-C may come within a step, when weights and averages are of different steps. The resume files
+        # then stay as they are.
         if recorder is not None and state.step and between_steps:
-            recorder.save_interrupted()
+            recorder.save_interrupted(with_model=isinstance(error, KeyboardInterrupt))
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MedsegError(full_disk(run.folder, bytes_of(state))) from error
     finally:
+        batches = iter(())  # ends the workers now; an error would keep them until the process ends
         torch.set_flush_denormal(False)
         interrupt.restore()
         if recorder is not None:
-            recorder.log.close()
-    return state.best
+            with suppress(OSError):  # on a full disk, where another error is on its way
+                recorder.log.close()
+    finished = state.step >= options.max_steps
+    ended: Ending = "finished" if finished else "max_steps" if state.step >= last else "time_limit"
+    return Outcome(run.folder, state.step, options.max_steps, ended, state.best)
+
+
+def _standing(state: TrainingState, options: TrainingOptions) -> str:
+    return f"stopped after step {state.step} of {options.max_steps}, which is saved"
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
@@ -240,8 +291,9 @@ def _initial_state(model: nn.Module, options: TrainingOptions, run: TrainingRun,
     ]
     wrapped, optimizers = runtime.prepare(model, optimizers)
     state = TrainingState(wrapped, optimizers, EMA(runtime.unwrap(wrapped), options.ema_decay))
-    if run.resume and (run.resume_file.is_file() or not _has_only_begun(run.folder)):
-        load_state(run.resume_file, state, runtime)
+    checkpoints = Checkpoints(run.folder)
+    if run.resume and (checkpoints.files() or not _has_only_begun(run.folder)):
+        checkpoints.load(state, runtime)
     return state
 
 
@@ -280,6 +332,7 @@ def _loader(
         num_workers=options.workers,
         persistent_workers=options.workers > 0,
         multiprocessing_context="spawn" if options.workers else None,
+        worker_init_fn=apart,
         pin_memory=runtime.device.type == "cuda",
     )
 
@@ -303,6 +356,7 @@ class _Recorder:
         callbacks: Callbacks,
         run: TrainingRun,
         runtime: Runtime,
+        interrupt: Interrupt,
     ) -> None:
         self.state = state
         self.last_step = last_step
@@ -310,15 +364,19 @@ class _Recorder:
         self.callbacks = callbacks
         self.run = run
         self.runtime = runtime
+        self.interrupt = interrupt
+        self.checkpoints = Checkpoints(run.folder, options.checkpoints_kept)
         self.log = TrainingLog(run.folder, state.step, run.resume)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), -1
         self.step_seconds = 0.0
 
     def validate_and_save(self, validation_due: bool) -> None:
-        """Validates if a validation is due, and writes the resume file after one or when enough time has passed."""
+        """Validates if a validation is due, and writes a resume file after one or when it is time for one."""
         if validation_due:
             self._validate()
-        if validation_due or time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes:
+        steps = self.options.checkpoint_steps
+        often = steps > 0 and self.state.step % steps == 0
+        if validation_due or often or time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes:
             self._save()
 
     def report(self, loss: float, norm: float, seconds: float) -> None:
@@ -329,21 +387,27 @@ class _Recorder:
         seconds_left = (self.last_step - state.step) * self.step_seconds
         self.callbacks.progress(Progress(state.step, self.last_step, state.loss, seconds_left, state.score))
 
-    def save_interrupted(self) -> None:
-        """Writes the resume file, and the model if no validation has written one yet."""
-        self._save()
-        if not self.state.best:
+    def save_interrupted(self, with_model: bool) -> None:
+        """Writes a resume file, and the model if it is wanted and no validation has written one yet."""
+        if self.saved_step != self.state.step:
+            self._save()
+        if with_model and not self.state.best:
             self.callbacks.save(self.state.ema.module, self.state.step, {})
 
     def _validate(self) -> None:
+        """Validates, and saves the model if it is the best; nothing changes if a signal comes meanwhile."""
         state = self.state
-        numbers = dict(self.callbacks.validate(state.ema.module))
+        try:
+            with self.interrupt.at_once():
+                numbers = dict(self.callbacks.validate(state.ema.module))
+        except Interruption:  # the resumed run validates this step
+            return
         if numbers["score"] > state.best.get("score", float("-inf")):
             state.best = {**numbers, "step": float(state.step)}
             self.callbacks.save(state.ema.module, state.step, numbers)
         self.log.validation(state.step, state.loss, state.optimizers[0].param_groups[0]["lr"], numbers)
-        state.score = numbers["score"]
+        state.score, state.validated = numbers["score"], state.step
 
     def _save(self) -> None:
-        save_state(self.run.resume_file, self.state, self.runtime)
-        self.saved_at = time.monotonic()
+        self.checkpoints.save(self.state, self.runtime)
+        self.saved_at, self.saved_step = time.monotonic(), self.state.step

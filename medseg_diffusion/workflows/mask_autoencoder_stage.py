@@ -17,6 +17,7 @@ from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import MaskAutoencoder
 from medseg_diffusion.training.autoencoder import standardise
 from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks
 
@@ -29,7 +30,7 @@ STANDARDISE_CASES = 64
 def mask_autoencoder_job(job: Job) -> Job:
     """The job of the first stage of a segmenter's ``job``, in its own folder. Only the time limit ends it early."""
     folder = job.run / "autoencoder"
-    resume = job.resume and (folder / "checkpoints" / "last.pt").is_file()
+    resume = job.resume and bool(Checkpoints(folder).files())
     return replace(job, run=folder, resume=resume, max_steps=None)
 
 

@@ -3,7 +3,7 @@
 RUN/config.yaml     resolved configuration
 RUN/log.csv         one row per validation; RUN/tensorboard every step
 RUN/samples/        pictures of samples, or of images beside their reconstructions
-RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
+RUN/checkpoints/    step-000123.pt: the state to resume the run bit-exactly
 RUN/model/          the loadable model
 RUN/autoencoder/    the run of the first stage, if a latent generator trains its own autoencoder
 """

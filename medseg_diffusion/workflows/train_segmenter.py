@@ -3,7 +3,7 @@
 RUN/config.yaml     resolved configuration
 RUN/split.json      which case is on which side
 RUN/log.csv         one row per validation; RUN/tensorboard every step
-RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
+RUN/checkpoints/    step-000123.pt: the state to resume the run bit-exactly
 RUN/model/          the best model by validation, always loadable
 """
 
@@ -37,6 +37,7 @@ from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
 from medseg_diffusion.training.job import Job, arranged
+from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress
 
@@ -95,7 +96,7 @@ def train_segmenter(
     job = job.clock_started()
     job.seed_weights()
     model = build.segmenter(config, len(prepared.labels))
-    if origin is not None and not (run / "checkpoints" / "last.pt").is_file():  # a resume file has later weights
+    if origin is not None and not Checkpoints(run).files():  # a resume file has later weights
         _load_weights(model, origin)
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
@@ -114,8 +115,8 @@ def train_segmenter(
         job.save(card, weights)
 
     callbacks = Callbacks(lambda averaged: validate(averaged, config, prepared, runtime), save, on_progress)
-    numbers = job.fit(model, prepared.examples, config.training, callbacks, runtime)
-    if numbers and runtime.is_main:
+    outcome = job.fit(model, prepared.examples, config.training, callbacks, runtime)
+    if outcome.best and runtime.is_main:
         if prepared.calibration and not prepared.several_readers:
             store_calibration(job.model, prepared.calibration, str(runtime.device), job.on_prepare)
         measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
