@@ -75,7 +75,7 @@ class Checkpoints:
         """Writes ``state``, reads it back, and removes what is older than the files to keep.
 
         Raises:
-            OSError: the file cannot be written, or is damaged when it is read back. The files before it are still there.
+            OSError: the file cannot be written, or is damaged when it is read back. Those before it are still there.
         """
         content = {
             "state": state.numbers(),

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +138,8 @@ def test_worker_processes_outlive_the_signal(whole: Path, tmp_path: Path) -> Non
         f"    training.train(training.Path({str(tmp_path / 'run')!r}), progress=send, changes={{'workers': 1}})\n"
     )
     (tmp_path / "train.py").write_text(code)
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, start_new_session=True, timeout=120
-    )
+    command = [sys.executable, str(tmp_path / "train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
     assert "Stopped: SIGUSR1: stopped after step 4 of 8, which is saved" in done.stderr, done.stderr
     assert "DataLoader worker" not in done.stderr
     train(tmp_path / "run", resume=True)

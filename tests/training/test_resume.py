@@ -164,7 +164,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-FULL = r"the disk is full: [\d.]+ MB are free, and a resume file needs [\d.]+ MB; free some space and continue with --resu"
+FULL = (
+    r"the disk is full: [\d.]+ MB are free, and a resume file needs [\d.]+ MB; free some space and continue with --resu"
+)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
