@@ -136,18 +136,6 @@ def step_of(show: ProgressCallback, with_score: bool = False) -> Callable[[Progr
     return update
 
 
-def print_model(model: Path, quiet: bool | None, as_json: bool) -> None:
-    """Print the path of a trained model; only the first of several processes prints."""
-    from medseg_diffusion.training.launch import is_first
-
-    if not is_first():
-        return
-    if as_json:
-        print_json({"model": model})
-    elif not quiet:
-        typer.echo(f"model: {model}")
-
-
 def print_scan(result: ScanResult, volumes: bool) -> None:
     """Print the files of a scan, and the volumes of its classes if ``volumes``; failures are listed later."""
     if result.status == "failed":

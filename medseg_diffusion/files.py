@@ -61,7 +61,7 @@ def whole_folder(path: Path, replace: bool = False, private: bool = True) -> Ite
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    old = path.with_name(f".{path.name}.old")
+    old = _old(path)
     try:
         yield temporary
         if not private:
@@ -69,17 +69,26 @@ def whole_folder(path: Path, replace: bool = False, private: bool = True) -> Ite
         if path.exists() and not replace:
             return
         shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             temporary.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
+        except BaseException:  # a signal, too, may come between the two
+            restore_folder(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Brings back the folder that `whole_folder` was replacing when the process was killed; nothing if it is there."""
+    if not path.exists() and _old(path).exists():
+        _old(path).rename(path)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 @contextmanager

@@ -142,6 +142,8 @@ class TrainingSection(Section):
     validate_every: int = Field(500, ge=1)
     read_every: int = Field(10, ge=1)
     checkpoint_minutes: float = Field(5.0, gt=0)
+    checkpoint_steps: int = Field(0, ge=0)
+    checkpoints_kept: int = Field(2, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = False
     compile: bool = False

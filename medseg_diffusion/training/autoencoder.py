@@ -7,7 +7,7 @@ over pixels, while the published code takes sums; the weights are the published 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +154,7 @@ class GradientSSIM:
 
 
 @torch.no_grad()
-def standardise(autoencoder: KLAutoencoder | VQAutoencoder, batches: list[Tensor]) -> None:
+def standardise(autoencoder: KLAutoencoder | VQAutoencoder, batches: Iterable[Tensor]) -> None:
     """Sets the autoencoder's ``shift`` and ``scale`` from ``batches`` of images (B, C, *S).
 
     They come from the mean and standard deviation of each latent channel.

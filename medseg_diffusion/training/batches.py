@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medseg_diffusion.errors import MedsegError
 
+from .interrupt import apart
 from .runtime import Runtime
 
 
@@ -51,23 +52,24 @@ class Batches:
         self.runtime = runtime
         self.copying = torch.cuda.Stream(runtime.device) if on_gpu else None
         self.waited = 0.0
-        self.loader = DataLoader(
+        loader = DataLoader(
             draws,
             batch_size=batch_size // runtime.world_size,
             sampler=_StepSampler(first_step, last_step, batch_size, runtime.rank, runtime.world_size),
             num_workers=workers,
             persistent_workers=workers > 0,
             multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=apart,
             pin_memory=on_gpu,
         )
+        self.of_loader = iter(loader)  # starts the workers
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+    def __next__(self) -> Mapping[str, Tensor]:
         began = time.monotonic()
-        for batch in self.loader:
-            if self.runtime.is_idle:
-                self.waited += time.monotonic() - began
-            yield self._on_device(batch)
-            began = time.monotonic()
+        batch = next(self.of_loader)
+        if self.runtime.is_idle:
+            self.waited += time.monotonic() - began
+        return self._on_device(batch)
 
     def _on_device(self, batch: dict[str, Tensor]) -> Mapping[str, Tensor]:
         if self.copying is None:

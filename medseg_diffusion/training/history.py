@@ -29,11 +29,12 @@ def read_history(folder: Path) -> History:
     seconds, calls, written = 0.0, 0, math.nan
     for file in sorted(folder.glob("tensorboard/events*"), key=_started):
         times: list[float] = []
-        previous = math.nan
+        previous, first = math.nan, True
         for time, step, name, value in _scalars(file):
-            if not times:  # the first entry of a call
-                entries = {past: entry for past, entry in entries.items() if past < step}
             if name in (_LOSS, _NORM):
+                if first:  # the first step of a call; a validation of the step before it may come earlier
+                    entries = {past: entry for past, entry in entries.items() if past < step}
+                first = False
                 entry = entries.setdefault(step, {})
                 if name == _LOSS:
                     entry["seconds"], previous = time - previous, time

@@ -54,6 +54,8 @@ class TrainingLog:
         for group, values in (("validation", numbers), ("throughput", throughput)):
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        # A process that was killed between a validation and its resume file makes the validation again.
+        self.rows = [earlier for earlier in self.rows if int(earlier["step"]) != step]
         row = {"step": step, "loss": f"{loss:.6g}", "learning_rate": f"{rate:.4g}"}
         self.rows.append({**row, **{name: f"{value:.6g}" for name, value in {**numbers, **throughput}.items()}})
         _write_csv(self.path, self.rows)

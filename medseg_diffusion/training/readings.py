@@ -43,7 +43,6 @@ class Readings:
         if not self.pending:
             return []
         steps, numbers = zip(*self.pending, strict=True)
-        self.pending = []
         rows: list[list[float]] = torch.stack(numbers).tolist()
-        self.read_at = time.monotonic()
+        self.pending, self.read_at = [], time.monotonic()
         return [StepNumbers(step, loss, tuple(norms)) for step, (loss, *norms) in zip(steps, rows, strict=True)]

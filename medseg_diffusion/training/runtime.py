@@ -118,7 +118,11 @@ class Runtime:
         with self._together():
             return self.accelerator.reduce(value.detach().float(), reduction="mean")
 
-    def any(self, *flags: bool) -> list[bool]:
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
         """Whether each flag is set in any process. Several processes wait for each other."""
         if self.world_size == 1:
             return list(flags)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.errors import MedsegError, Stopped
 
 from .batches import Batches, passes
 from .ema import EMA
 from .health import StepHealth, StepNumbers, ValidationHealth
-from .interrupt import Interrupt
+from .interrupt import Interrupt, Interruption
 from .log import TrainingLog
 from .readings import Readings
-from .resume import TrainingState, load_state, save_state
+from .resume import Checkpoints, TrainingState, bytes_of, full_disk
 from .runtime import Runtime
 from .throughput import Throughput, flops_of_example
 
@@ -46,6 +49,8 @@ class TrainingOptions:
         validate_every: steps between validations.
         read_every: steps between two readings of losses and gradient norms from the device. It changes no result.
         checkpoint_minutes: minutes between resume files.
+        checkpoint_steps: steps between resume files; 0 leaves it to the minutes alone.
+        checkpoints_kept: how many resume files are kept.
     """
 
     batch_size: int = 4
@@ -61,6 +66,8 @@ class TrainingOptions:
     validate_every: int = 500
     read_every: int = 10
     checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    checkpoints_kept: int = 2
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class TrainingRun:
     Attributes:
         folder: the run directory.
         seed: of dropout; the training examples carry their own.
-        resume: continue from checkpoints/last.pt. A run that was stopped before it had one starts again.
+        resume: continue from the newest resume file. A run that was stopped before it had one starts again.
         max_steps: stop after this step even if the run is longer; the learning rate follows
             `TrainingOptions.max_steps`.
         time_limit_min: stop this call after so many minutes.
@@ -122,9 +129,28 @@ class TrainingRun:
     max_steps: int | None = None
     time_limit_min: float | None = None
 
-    @property
-    def resume_file(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+
+Ending = Literal["finished", "max_steps", "time_limit"]
+"""Why a training ended: all planned steps are done, or a limit of the call was reached."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training has reached.
+
+    Attributes:
+        run: the run directory.
+        steps: steps that are done, of ``planned``.
+        planned: steps of the whole run.
+        ended: why this call ended.
+        best: numbers of the best validation, and its "step".
+    """
+
+    run: Path
+    steps: int
+    planned: int
+    ended: Ending
+    best: dict[str, float]
 
 
 @runtime_checkable
@@ -149,12 +175,12 @@ def fit(
     callbacks: Callbacks,
     run: TrainingRun,
     runtime: Runtime,
-) -> dict[str, float]:
-    """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or Ctrl-C; returns the best numbers.
+) -> Outcome:
+    """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or a signal.
 
-    ``run.folder`` receives checkpoints/last.pt (everything to resume bit-exactly), log.csv and tensorboard/.
+    ``run.folder`` receives checkpoints/ (everything to resume bit-exactly), log.csv and tensorboard/.
     ``callbacks.save`` receives the averaged weights whenever a validation is the best so far. A resume file is written
-    before Ctrl-C or a limit ends the call.
+    before a signal or a limit ends the call.
 
     Args:
         model: called with a batch, returns the loss. With `SeveralParts` it is the sum of losses of one part each.
@@ -165,24 +191,26 @@ def fit(
         runtime: device, precision, processes.
 
     Raises:
-        MedsegError: loss or gradient were not finite in too many steps, or the processes cannot share a batch evenly.
+        Stopped: SIGTERM or SIGUSR1.
+        KeyboardInterrupt: Ctrl-C.
+        MedsegError: the loss was not finite in too many steps, the disk is full, or the processes cannot share a batch
+            evenly.
         InputError: nothing to resume from, or an unusable resume file.
     """
     began = time.monotonic()
     state = _initial_state(model, options, run, runtime)
     last = min(options.max_steps, run.max_steps or options.max_steps)
-    batches = Batches(draws, options.batch_size, state.step, last, options.workers, runtime)
-    readings = Readings(options.read_every, alone=runtime.world_size == 1)
-    health = StepHealth(runtime.precision)
-    recorder = _Recorder(state, last, options, callbacks, run, runtime) if runtime.is_main else None
+    batches: Batches | None = None
+    readings, health = Readings(options.read_every, alone=runtime.world_size == 1), StepHealth(runtime.precision)
     interrupt = Interrupt()
     between_steps = True
+    recorder: _Recorder | None = None
 
     def read_back() -> None:
-        """Waits for the device, counts what it has done, and logs it. All processes see the same numbers."""
+        """Waits for the device, counts what it has done, and logs it. All processes read the same numbers."""
         numbers = readings.read()
         if recorder is not None:
-            recorder.log_steps(numbers, batches.waited)
+            recorder.log_steps(numbers, batches.waited if batches is not None else 0.0)
         for one in numbers:
             _count(one, state)
             if not one.finite:
@@ -192,15 +220,23 @@ def fit(
     # slower than other numbers.
     torch.set_flush_denormal(True)
     try:
-        if recorder is not None and state.step < last:
-            recorder.begin(draws)
-        batch_iterator = iter(batches)
+        recorder = _Recorder(state, last, options, callbacks, run, runtime, interrupt) if runtime.is_main else None
+        with interrupt.kept_from_workers():
+            batches = Batches(draws, options.batch_size, state.step, last, options.workers, runtime)
         stop = state.step >= last
+        # A signal has kept the call before from the validation of its last step.
+        validation_due = state.validated < state.step and (stop or state.step % options.validate_every == 0)
+        if validation_due and recorder is not None:
+            recorder.validate_and_save(True, False)
+        if runtime.any(interrupt.requested is not None):
+            raise interrupt.error(_standing(state, options))
+        if recorder is not None and not stop:
+            recorder.begin(draws)
         while not stop:
             between_steps = False
 
             # Step
-            loss, norms = _step(state, next(batch_iterator), options, run.seed, runtime)
+            loss, norms = _step(state, next(batches), options, run.seed, runtime)
             state.step += 1
             readings.add(state.step, loss, norms)
             between_steps = True
@@ -208,43 +244,59 @@ def fit(
             # Decide what is next. Several processes have to agree, for which they wait for each other.
             at_end = state.step >= last
             validation_due = at_end or state.step % options.validate_every == 0
-            out_of_time = interrupted = file_due = False
-            if runtime.world_size == 1 or validation_due or state.step % options.read_every == 0:
-                out_of_time, interrupted, file_due = runtime.any(
+            file_due = options.checkpoint_steps > 0 and state.step % options.checkpoint_steps == 0
+            out_of_time = signalled = False
+            if runtime.world_size == 1 or validation_due or file_due or state.step % options.read_every == 0:
+                out_of_time, signalled, late = runtime.any_of(
                     run.time_limit_min is not None and time.monotonic() - began > 60 * run.time_limit_min,
-                    interrupt.requested,
+                    interrupt.requested is not None,
                     recorder is not None and recorder.file_due,
                 )
+                file_due = file_due or late
             stop = at_end or out_of_time
-            validation_due = validation_due or stop
+            validation_due = not signalled and (validation_due or stop)
 
             # Read back
-            if validation_due or file_due or interrupted or readings.due(state.step):
+            if validation_due or file_due or signalled or readings.due(state.step):
                 read_back()
 
             # Validate and save
             if recorder is not None:
                 recorder.validate_and_save(validation_due, file_due)
-            if validation_due:
-                runtime.wait()
+            if validation_due:  # the others wait here, and learn whether a signal has cut it short
+                signalled = runtime.any(interrupt.requested is not None)
             if recorder is not None:
                 recorder.show()
-            if interrupted:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        # A second Ctrl-C may come within a step, when weights and averages are of different steps. The resume file
-        # then stays as it is.
+            if signalled:
+                raise interrupt.error(_standing(state, options))
+        if recorder is not None:
+            recorder.log.close()
+    except (KeyboardInterrupt, Stopped) as error:
+        # A second Ctrl-C may come within a step, when weights and averages are of different steps. The resume files
+        # then stay as they are.
         if between_steps and state.step:
             read_back()
             if recorder is not None:
-                recorder.save_interrupted()
+                recorder.save_interrupted(with_model=isinstance(error, KeyboardInterrupt))
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MedsegError(full_disk(run.folder, bytes_of(state))) from error
     finally:
+        batches = None  # ends the workers now; an error would keep them until the process ends
         torch.set_flush_denormal(False)
         interrupt.restore()
         if recorder is not None:
-            recorder.log.close()
-    return state.best
+            with suppress(OSError):  # on a full disk, where another error is on its way
+                recorder.log.close()
+    finished = state.step >= options.max_steps
+    ended: Ending = "finished" if finished else "max_steps" if state.step >= last else "time_limit"
+    return Outcome(run.folder, state.step, options.max_steps, ended, state.best)
+
+
+def _standing(state: TrainingState, options: TrainingOptions) -> str:
+    return f"stopped after step {state.step} of {options.max_steps}, which is saved"
 
 
 def _step(
@@ -325,8 +377,9 @@ def _initial_state(model: nn.Module, options: TrainingOptions, run: TrainingRun,
     ]
     wrapped, optimizers = runtime.prepare(model, optimizers)
     state = TrainingState(wrapped, optimizers, EMA(runtime.unwrap(wrapped), options.ema_decay))
-    if run.resume and (run.resume_file.is_file() or not _has_only_begun(run.folder)):
-        load_state(run.resume_file, state, runtime)
+    checkpoints = Checkpoints(run.folder)
+    if run.resume and (checkpoints.files() or not _has_only_begun(run.folder)):
+        checkpoints.load(state, runtime)
     return state
 
 
@@ -346,6 +399,7 @@ class _Recorder:
         callbacks: Callbacks,
         run: TrainingRun,
         runtime: Runtime,
+        interrupt: Interrupt,
     ) -> None:
         self.state = state
         self.last_step = last_step
@@ -353,10 +407,12 @@ class _Recorder:
         self.callbacks = callbacks
         self.run = run
         self.runtime = runtime
+        self.interrupt = interrupt
+        self.checkpoints = Checkpoints(run.folder, options.checkpoints_kept)
         self.log = TrainingLog(run.folder, state.step, run.resume)
         self.health = ValidationHealth(options.max_steps)
         self.throughput = Throughput(options.batch_size, 0.0, runtime)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), -1
 
     def begin(self, draws: Dataset[dict[str, Tensor]]) -> None:
         """Counts the operations of a step, on one example."""
@@ -371,7 +427,7 @@ class _Recorder:
         return time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
 
     def validate_and_save(self, validation_due: bool, file_due: bool) -> None:
-        """Validates if a validation is due, and writes the resume file after one or if that is due."""
+        """Validates if a validation is due, and writes a resume file after one or if that is due."""
         if validation_due:
             self._validate()
         if validation_due or file_due:
@@ -397,23 +453,29 @@ class _Recorder:
             )
         )
 
-    def save_interrupted(self) -> None:
-        """Writes the resume file, and the model if no validation has written one yet."""
-        self._save()
-        if not self.state.best:
+    def save_interrupted(self, with_model: bool) -> None:
+        """Writes a resume file, and the model if it is wanted and no validation has written one yet."""
+        if self.saved_step != self.state.step:
+            self._save()
+        if with_model and not self.state.best:
             self.callbacks.save(self.state.ema.module, self.state.step, {})
 
     def _validate(self) -> None:
+        """Validates, and saves the model if it is the best; nothing changes if a signal comes meanwhile."""
         state = self.state
-        numbers = dict(self.callbacks.validate(state.ema.module))
+        try:
+            with self.interrupt.at_once():
+                numbers = dict(self.callbacks.validate(state.ema.module))
+        except Interruption:  # the resumed run validates this step
+            return
         if numbers["score"] > state.best.get("score", float("-inf")):
             state.best = {**numbers, "step": float(state.step)}
             self.callbacks.save(state.ema.module, state.step, numbers)
         self.health.check(state.step, numbers, state.best)
         throughput = {**self.throughput.numbers(), "skipped_steps": float(state.skipped)}
         self.log.validation(state.step, state.loss, state.optimizers[0].param_groups[0]["lr"], numbers, throughput)
-        state.score = numbers["score"]
+        state.score, state.validated = numbers["score"], state.step
 
     def _save(self) -> None:
-        save_state(self.run.resume_file, self.state, self.runtime)
-        self.saved_at = time.monotonic()
+        self.checkpoints.save(self.state, self.runtime)
+        self.saved_at, self.saved_step = time.monotonic(), self.state.step

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.metrics.training_history import THROUGHPUT
+from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -93,11 +94,12 @@ def train(
     options = TrainingOptions(**{**vars(OPTIONS), **(changes or {})})
     callbacks = Callbacks(validate, save, progress)
     started = TrainingRun(run, seed=1, **arguments)
-    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32"))
+    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32")).best
 
 
 def resume_file(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    """The content of the newest one."""
+    return torch.load(Checkpoints(run).files()[0], weights_only=True)
 
 
 def rows(run: Path) -> list[dict[str, str]]:

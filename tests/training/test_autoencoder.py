@@ -14,6 +14,7 @@ from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights, balance
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, TrainingRun, fit
+from tests.helpers.training import resume_file
 
 
 def test_the_loss_of_an_autoencoder_is_float32_under_autocast() -> None:
@@ -81,7 +82,7 @@ def test_a_batch_in_parts_is_one_step(tmp_path: Path) -> None:
     callbacks = Callbacks(lambda averaged: {"score": 0.0}, lambda averaged, step, numbers: None)
     model = small_training(adversarial_start=2)
     fit(model, Draws(Images(), 0), options, callbacks, TrainingRun(tmp_path), Runtime("cpu", "fp32"))
-    content = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    content = resume_file(tmp_path)
     assert int(content["model"]["step"]) == int(content["ema"]["step"]) == 3
     assert {int(state["step"]) for state in content["optimizers"][1]["state"].values()} == {1}
 
@@ -116,7 +117,7 @@ def test_each_network_has_an_optimiser_and_a_clip_of_its_own(tmp_path: Path) -> 
     draws = Draws(Images(), 0)
     callbacks = Callbacks(lambda averaged: {"score": 0.0}, lambda averaged, step, numbers: None)
     fit(model, draws, options, callbacks, TrainingRun(tmp_path), Runtime("cpu", "fp32"))
-    content = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    content = resume_file(tmp_path)
     first, second = content["optimizers"]
     assert {int(state["step"]) for state in first["state"].values()} == {3}
     assert {int(state["step"]) for state in second["state"].values()} == {1}, "the first two steps had no such loss"
