@@ -61,7 +61,7 @@ def whole_folder(path: Path, replace: bool = False, private: bool = True) -> Ite
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    old = _old(path)
+    old = path.with_name(f".{path.name}.old")
     try:
         yield temporary
         if not private:
@@ -74,7 +74,8 @@ def whole_folder(path: Path, replace: bool = False, private: bool = True) -> Ite
                 path.rename(old)
             temporary.rename(path)
         except BaseException:  # a signal, too, may come between the two
-            restore_folder(path)
+            if not path.exists() and old.exists():
+                old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -82,13 +83,15 @@ def whole_folder(path: Path, replace: bool = False, private: bool = True) -> Ite
 
 
 def restore_folder(path: Path) -> None:
-    """Brings back the folder that `whole_folder` was replacing when the process was killed; nothing if it is there."""
-    if not path.exists() and _old(path).exists():
-        _old(path).rename(path)
+    """Brings back the folder that `whole_folder` was replacing when the process was killed, and removes what it left.
 
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    No other process may be writing the folder.
+    """
+    old = path.with_name(f".{path.name}.old")
+    if not path.exists() and old.exists():
+        old.rename(path)
+    for left_over in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 @contextmanager

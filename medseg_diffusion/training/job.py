@@ -16,7 +16,7 @@ from medseg_diffusion.config.shared import TrainingSection
 from medseg_diffusion.data.draws import Draws, Examples
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.files import restore_folder
+from medseg_diffusion.files import remove_left_over, restore_folder
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.store import save_model
 
@@ -110,8 +110,9 @@ class Job:
             UsageError: the run exists and is not resumed, or was started with another configuration.
             InputError: the sides have changed since the run was started.
         """
-        if self.resume and self.run.is_dir():
+        if self.resume and self.run.is_dir():  # tidies up after a process that was killed
             restore_folder(self.model)
+            remove_left_over([self.run / name for name in ("config.yaml", "log.csv", sides_file)], time.time())
         start_run(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
         if sides is not None:
             keep_sides(self.run / sides_file, sides, data or self.run, self.resume)

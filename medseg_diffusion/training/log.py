@@ -60,6 +60,10 @@ class TrainingLog:
         self.rows.append({**row, **{name: f"{value:.6g}" for name, value in {**numbers, **throughput}.items()}})
         _write_csv(self.path, self.rows)
 
+    def flush(self) -> None:
+        """Writes what TensorBoard holds in memory, so that the steps before a resume file are not lost."""
+        self.tensorboard.flush()
+
     def close(self) -> None:
         """Writes what TensorBoard still holds in memory."""
         self.tensorboard.close()

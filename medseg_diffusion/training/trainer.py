@@ -477,5 +477,6 @@ class _Recorder:
         state.score, state.validated = numbers["score"], state.step
 
     def _save(self) -> None:
+        self.log.flush()
         self.checkpoints.save(self.state, self.runtime)
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
