@@ -106,7 +106,7 @@ def passes(batch: Mapping[str, Tensor], at_once: int | None) -> list[tuple[float
     count = len(batch["seed"])
     if at_once is None or count <= at_once:
         return [(1.0, batch)]
-    parts = []
+    parts: list[tuple[float, Mapping[str, Tensor]]] = []
     for start in range(0, count, at_once):
         part = {name: value[start : start + at_once] for name, value in batch.items()}
         parts.append((len(part["seed"]) / count, MappingProxyType(part)))  # no dict: see `Runtime.to_device`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,9 +14,9 @@ from medseg_diffusion.errors import MedsegError
 SKIPPED_IN_A_ROW = 20
 """So many steps in a row without a finite loss and gradient end a training."""
 
-EMPTY, EQUAL = "empty_samples", "equal_samples"
-"""Numbers of a validation that tell a collapse, each a share in [0, 1]: of the samples that are empty although their
-references are not, and of those that are equal to the first one although the inputs differ."""
+EMPTY, EQUAL = "empty_predictions", "equal_predictions"
+"""Numbers of a validation that tell a collapse, shares in [0, 1]: of the predictions without foreground where the
+reference has some, and of those that equal the first one, of another input (`Predictions`)."""
 
 FALL = 0.25
 """A score has fallen if it is worse than the best by this share of the best's size."""
@@ -88,8 +88,8 @@ class ValidationHealth:
     The first validations of healthy trainings are often empty, and their scores go up and down. It therefore speaks
     only after the first quarter of the steps, and only of what `PATIENCE` validations in a row have shown:
 
-    * every sample is empty although its reference is not (`EMPTY` is 1);
-    * all samples are equal (`EQUAL` is 1);
+    * every prediction is empty although its reference is not (`EMPTY` is 1);
+    * all predictions are equal although the inputs differ (`EQUAL` is 1);
     * the score is worse than the best by more than `FALL` of the best's size.
 
     Args:
@@ -106,9 +106,9 @@ class ValidationHealth:
         score, highest = numbers["score"], best.get("score", -math.inf)
         is_empty = numbers.get(EMPTY, 0.0) >= 1
         shown = {
-            "all samples are empty": is_empty,
-            "all samples are equal, whatever their inputs": not is_empty and numbers.get(EQUAL, 0.0) >= 1,
-            "the score has fallen": not score >= highest - FALL * abs(highest),
+            "all predictions were empty": is_empty,
+            "all predictions were equal, whatever the input": not is_empty and numbers.get(EQUAL, 0.0) >= 1,
+            f"the score was more than {FALL:.0%} below its best": not score >= highest - FALL * abs(highest),
         }
         for kind, is_so in shown.items():
             self.in_a_row[kind] = self.in_a_row.get(kind, 0) + 1 if is_so else 0
@@ -116,16 +116,33 @@ class ValidationHealth:
                 self.said.add(kind)
                 was = f", best {highest:.4g} at step {best['step']:.0f}" if best else ""
                 warnings.warn(
-                    f"{kind} at the last {PATIENCE} validations (step {step}, score {score:.4g}{was}); "
-                    "a lower training.learning_rate may help, or look at RUN with `medseg report`",
+                    f"{kind} in the last {PATIENCE} validations (step {step}, score {score:.4g}{was}): "
+                    "the training has probably collapsed; start again with a lower training.learning_rate",
                     stacklevel=2,
                 )
 
 
-def share_of_equal(samples: Sequence[Tensor]) -> dict[str, float]:
-    """`EQUAL` of samples of different inputs; empty for fewer than two."""
-    if len(samples) < 2:
-        return {}
-    first, *others = samples
-    equal = [first.shape == other.shape and bool((first == other).all()) for other in others]
-    return {EQUAL: (1 + sum(equal)) / len(samples) if any(equal) else 0.0}
+class Predictions:
+    """Counts what tells a collapse, over the predictions of one validation, one for each input."""
+
+    def __init__(self) -> None:
+        self.first: Tensor | None = None
+        self.count = self.equal = self.filled = self.empty = 0
+
+    def add(self, prediction: Tensor, expected: bool = False) -> None:
+        """Takes a label map or an image; ``expected`` says that it should have a foreground, labels above 0."""
+        self.count += 1
+        if self.first is None:
+            self.first = prediction
+        self.equal += self.first.shape == prediction.shape and bool((self.first == prediction).all())
+        self.filled += expected
+        self.empty += expected and not bool((prediction > 0).any())
+
+    def numbers(self) -> dict[str, float]:
+        """`EMPTY`, if any prediction should have a foreground, and `EQUAL`, if there are several."""
+        numbers = {}
+        if self.filled:
+            numbers[EMPTY] = self.empty / self.filled
+        if self.count > 1:
+            numbers[EQUAL] = (self.equal - 1) / (self.count - 1)
+        return numbers

@@ -106,7 +106,7 @@ class Runtime:
         # Accelerate's wrapper looks for an optional package at every step, which takes a millisecond.
         own = getattr(optimizer, "optimizer", optimizer)
         if own.defaults["fused"]:
-            own.found_inf = skip.float()
+            own.found_inf = skip.float()  # type: ignore[union-attr]
             own.step()
         elif not bool(skip):  # MPS
             own.step()

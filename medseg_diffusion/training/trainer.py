@@ -19,7 +19,7 @@ from medseg_diffusion.errors import MedsegError, Stopped
 
 from .batches import Batches, passes
 from .ema import EMA
-from .health import StepHealth, StepNumbers, ValidationHealth
+from .health import EMPTY, EQUAL, StepHealth, StepNumbers, ValidationHealth
 from .interrupt import Interrupt, Interruption
 from .log import TrainingLog
 from .readings import Readings
@@ -100,7 +100,8 @@ class Callbacks:
     """What differs between models: how one is validated and how one is written.
 
     Attributes:
-        validate: averaged model -> named numbers; "score" decides which weights are the best.
+        validate: averaged model -> named numbers; "score" decides which weights are the best. Those of
+            `medseg_diffusion.training.health.Predictions`, if any, are looked at and logged, but not stored.
         save: (averaged model, step, numbers) -> writes the loadable model.
         progress: called after every step of the main process.
     """
@@ -468,12 +469,14 @@ class _Recorder:
                 numbers = dict(self.callbacks.validate(state.ema.module))
         except Interruption:  # the resumed run validates this step
             return
+        signs = {name: numbers.pop(name) for name in (EMPTY, EQUAL) if name in numbers}
         if numbers["score"] > state.best.get("score", float("-inf")):
             state.best = {**numbers, "step": float(state.step)}
             self.callbacks.save(state.ema.module, state.step, numbers)
-        self.health.check(state.step, numbers, state.best)
+        self.health.check(state.step, {**numbers, **signs}, state.best)
         throughput = {**self.throughput.numbers(), "skipped_steps": float(state.skipped)}
-        self.log.validation(state.step, state.loss, state.optimizers[0].param_groups[0]["lr"], numbers, throughput)
+        rate = state.optimizers[0].param_groups[0]["lr"]
+        self.log.validation(state.step, state.loss, rate, {**numbers, **signs}, throughput)
         state.score, state.validated = numbers["score"], state.step
 
     def _save(self) -> None:

@@ -35,6 +35,7 @@ from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
 from medseg_diffusion.tasks.classifier import NoisyClassification
 from medseg_diffusion.tasks.image import ImageDiffusion, reduced
 from medseg_diffusion.tasks.patched import PatchedDiffusion
+from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
@@ -175,7 +176,10 @@ def _train_diffusion(
         with runtime.accelerator.autocast():
             pictures = _pictures(generator, images)
         write_pictures(pictures, job.run)
-        return {"score": -loss, "loss": loss}
+        predictions = Predictions()
+        for picture in pictures:
+            predictions.add(picture)
+        return {"score": -loss, "loss": loss, **predictions.numbers()}
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         card = image_card(config, images, job, step, numbers) | ({} if first is None else first.entries)

@@ -36,6 +36,7 @@ from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
+from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
@@ -162,16 +163,19 @@ def validate(
         return _compare_with_readers(predict, data.validation, len(data.labels), on_prepare)
     labels = [label for label in data.labels if label]
     dice: dict[int, list[float]] = {label: [] for label in labels}
+    predictions = Predictions()
     for done, case in enumerate(data.validation):
         on_prepare("validation: case", done, len(data.validation))
         predicted = predict(case, [derive_seed(0, case.name)])[0].argmax(0)
+        predictions.add(predicted, expected=bool((case.label > 0).any()))
         overlap = label_overlap(predicted.cpu().numpy(), case.label.numpy(), labels)
         for label in labels:
             dice[label].append(overlap[label].dice)
     means = {label: float(torch.tensor(values).nanmean()) for label, values in dice.items()}
     defined = {label: mean for label, mean in means.items() if mean == mean}
     score = sum(defined.values()) / len(defined) if defined else 0.0
-    return {"score": score, **{f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in defined.items()}}
+    named = {f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in defined.items()}
+    return {"score": score, **named, **predictions.numbers()}
 
 
 def _compare_with_readers(
@@ -181,14 +185,15 @@ def _compare_with_readers(
     on_prepare: Callable[[str, int, int], None],
 ) -> dict[str, float]:
     """The numbers of `ReaderSummary` for `SAMPLES` samples of every case; "score" is 1 - the energy distance."""
-    agreements = []
+    agreements, predictions = [], Predictions()
     for done, case in enumerate(cases):
         on_prepare("validation: case", done, len(cases))
         seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(SAMPLES)]
-        samples = predict(case, seeds).argmax(1).cpu().numpy()
-        agreements.append(ReaderAgreement.of(list(samples), [label.numpy() for label in case.labels], classes))
+        samples = predict(case, seeds).argmax(1).cpu()
+        predictions.add(samples, expected=any(bool((label > 0).any()) for label in case.labels))
+        agreements.append(ReaderAgreement.of(list(samples.numpy()), [label.numpy() for label in case.labels], classes))
     numbers = {name: value for name, value in ReaderSummary.of(agreements).numbers().items() if math.isfinite(value)}
-    return {"score": 1 - numbers["energy_distance"], **numbers}
+    return {"score": 1 - numbers["energy_distance"], **numbers, **predictions.numbers()}
 
 
 def measure_x_t(

@@ -120,8 +120,6 @@ def kill_again_and_again(family: str, data: Path, root: Path, kills: int) -> dic
 def main(family: str, data: str, root: str, kills: str) -> None:
     """Prints the result of `kill_again_and_again` as JSON in the last line."""
     # What a training would import: a fork has it already.
-    import monai.losses
-    import monai.networks.nets
     import torch
     import torch.utils.tensorboard
     import torchmetrics.functional.image  # noqa: F401
