@@ -147,6 +147,7 @@ class TrainingSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = False
     compile: bool = False
+    sharding: bool = False
 
 
 class InferenceSection(Section):

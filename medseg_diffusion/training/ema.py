@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .sharding import local
+
 
 class EMA:
     """A shadow copy whose parameters follow those of ``model`` after every optimiser step.
@@ -15,6 +17,8 @@ class EMA:
 
     Attributes:
         module: the averaged model, in evaluation mode and without gradients.
+        whole: the same, to be validated and stored. If ``module`` is sharded, it is a copy in the main process, which
+            is of the last resume file.
         updates: number of updates so far, n, those of skipped steps included.
     """
 
@@ -24,6 +28,7 @@ class EMA:
         self.decay = decay
         self.updates = 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.whole = self.module
 
     @torch.no_grad()
     def update(self, model: nn.Module, taken: Tensor | None = None) -> None:
@@ -36,8 +41,7 @@ class EMA:
         """
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        shadow: list[Tensor] = list(self.module.parameters())
-        current: list[Tensor] = list(model.parameters())
+        shadow, current = local(list(self.module.parameters())), local(list(model.parameters()))
         if shadow:
             device = shadow[0].device
             share = torch.full((), weight, device=device) * (1.0 if taken is None else taken)

@@ -24,7 +24,7 @@ from .run import keep_sides, require_startable, start_run
 from .runtime import Runtime
 from .trainer import Callbacks, Outcome, Progress, TrainingOptions, TrainingRun, fit
 
-ARITHMETIC = ("precision", "channels_last", "compile")
+ARITHMETIC = ("precision", "channels_last", "compile", "sharding")
 """Keys of the training section that say how to compute, not what."""
 
 

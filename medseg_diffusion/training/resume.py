@@ -19,6 +19,7 @@ from medseg_diffusion.files import whole_file
 
 from .ema import EMA
 from .runtime import Runtime
+from .sharding import gathered, load_model, load_optimizer
 
 
 @dataclass
@@ -54,6 +55,23 @@ class TrainingState:
         return {one.name: getattr(self, one.name) for one in fields(self)[3:]}
 
 
+def tensors_of(state: TrainingState, runtime: Runtime) -> dict[str, Any]:
+    """Weights, averages and moments, whole. Processes that share them out have to call it together.
+
+    Only the main process gets them then, on the CPU; the averages are also copied into `EMA.whole`.
+    """
+    tensors: dict[str, Any] = {
+        "model": runtime.unwrap(state.model).state_dict(),
+        "ema": state.ema.module.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
+    }
+    if runtime.sharded:
+        tensors = gathered(tensors, keep=runtime.is_main)
+        if runtime.is_main:
+            state.ema.whole.load_state_dict(tensors["ema"])
+    return tensors
+
+
 class Checkpoints:
     """The resume files in RUN/checkpoints, step-000123.pt for step 123.
 
@@ -75,19 +93,17 @@ class Checkpoints:
         last = self.folder / "last.pt"  # the only one, and so the oldest, of a run that an earlier version started
         return sorted(numbered, key=_step, reverse=True) + ([last] if last.is_file() else [])
 
-    def save(self, state: TrainingState, runtime: Runtime) -> None:
+    def save(self, state: TrainingState, tensors: dict[str, Any]) -> None:
         """Writes ``state``, reads it back, and removes what is older than the files to keep.
+
+        Args:
+            state: its numbers are written.
+            tensors: its `tensors_of`.
 
         Raises:
             OSError: the file cannot be written, or is damaged when it is read back. Those before it are still there.
         """
-        content = {
-            "state": state.numbers(),
-            "model": runtime.unwrap(state.model).state_dict(),
-            "ema": state.ema.module.state_dict(),
-            "ema_updates": state.ema.updates,
-            "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
-        }
+        content = {"state": state.numbers(), "ema_updates": state.ema.updates, **tensors}
         path = self.folder / f"step-{state.step:06d}.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_over in self.folder.glob(".*.pt.*.tmp"):  # of a process that was killed while it saved
@@ -116,7 +132,7 @@ class Checkpoints:
         refused: list[InputError] = []
         for file in files:
             try:
-                content = self.content(file, runtime.device)
+                content = self.content(file, "cpu" if runtime.sharded else runtime.device)
             except InputError as error:
                 refused.append(error)
                 continue
@@ -195,13 +211,13 @@ def _write(content: dict[str, Any], path: Path) -> None:
 def _restore(state: TrainingState, content: dict[str, Any], path: Path, runtime: Runtime) -> None:
     """Sets ``state`` to what the resume file ``path`` holds; InputError if it is of another model."""
     try:
-        runtime.unwrap(state.model).load_state_dict(content["model"])
-        state.ema.module.load_state_dict(content["ema"])
+        load_model(runtime.unwrap(state.model), content["model"])
+        load_model(state.ema.module, content["ema"])
         state.ema.updates = content["ema_updates"]
         # Earlier versions had one optimiser.
         stored = content["optimizers"] if "optimizers" in content else [content["optimizer"]]
         for optimizer, moments in zip(state.optimizers, stored, strict=True):
-            optimizer.load_state_dict(moments)
+            load_optimizer(optimizer, moments)
         numbers = {"validated": content["state"]["step"], **content["state"]}  # earlier versions always validated first
         for name in state.numbers().keys() & numbers.keys():
             setattr(state, name, numbers[name])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -32,7 +32,7 @@ def _leave_group() -> None:
 class Runtime:
     """A thin layer over accelerate, for one process or for several started by a launcher (RANK and WORLD_SIZE set)."""
 
-    def __init__(self, device: str = "auto", precision: Precision = "auto") -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "auto", sharding: bool = False) -> None:
         chosen = choose_device(device)
         if chosen.type == "cuda" and chosen.index is not None:
             torch.cuda.set_device(chosen)
@@ -48,6 +48,7 @@ class Runtime:
             # The others wait while the main process prepares data or validates.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         )
+        self.sharded = sharding and self.world_size > 1
         if self.world_size > 1:
             atexit.register(_leave_group)
 
@@ -81,14 +82,21 @@ class Runtime:
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
         """Returns the model on the device (wrapped if there are several processes) and its optimisers."""
+        if self.sharded:
+            return model, list(optimizers)
         wrapped, *prepared = self.accelerator.prepare(model, *optimizers)
         return wrapped, prepared
 
     def unwrap(self, model: nn.Module) -> nn.Module:
+        if self.sharded:
+            return model
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     def exchanging(self, model: nn.Module, exchange: bool) -> AbstractContextManager[Any]:
         """For a forward and a backward pass after which the processes exchange gradients, or add them up first."""
+        if self.sharded:
+            cast(Any, model).set_requires_gradient_sync(exchange)
+            return nullcontext()
         return nullcontext() if exchange or self.world_size == 1 else self.accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
@@ -96,7 +104,8 @@ class Runtime:
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Clips the gradient of ``parameters`` to ``max_norm``; returns its norm before, a scalar on the device."""
-        return self.accelerator.clip_grad_norm_(parameters, max_norm)
+        norm: Any = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shares
 
     def step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
         """Changes the parameters, unless ``skip``, a bool scalar on the device, is true.

@@ -6,9 +6,10 @@ import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from .health import EMPTY, EQUAL, StepHealth, StepNumbers, ValidationHealth
 from .interrupt import Interrupt, Interruption
 from .log import TrainingLog
 from .readings import Readings
-from .resume import Checkpoints, TrainingState, bytes_of, full_disk
+from .resume import Checkpoints, TrainingState, bytes_of, full_disk, tensors_of
 from .runtime import Runtime
+from .sharding import shard
 from .throughput import Throughput, flops_of_example
 
 Decay = Literal["polynomial", "linear", "constant"]
@@ -227,8 +229,10 @@ def fit(
         stop = state.step >= last
         # A signal has kept the call before from the validation of its last step.
         validation_due = state.validated < state.step and (stop or state.step % options.validate_every == 0)
-        if validation_due and recorder is not None:
-            recorder.validate_and_save(True, False)
+        if validation_due:
+            tensors = tensors_of(state, runtime)
+            if recorder is not None:
+                recorder.validate_and_save(tensors, validation_due)
         if runtime.any(interrupt.requested is not None):
             raise interrupt.error(_standing(state, options))
         if recorder is not None and not stop:
@@ -253,17 +257,19 @@ def fit(
                     interrupt.requested is not None,
                     recorder is not None and recorder.file_due,
                 )
-                file_due = file_due or late
+                file_due = file_due or late or signalled
             stop = at_end or out_of_time
             validation_due = not signalled and (validation_due or stop)
 
             # Read back
-            if validation_due or file_due or signalled or readings.due(state.step):
+            if validation_due or file_due or readings.due(state.step):
                 read_back()
 
             # Validate and save
-            if recorder is not None:
-                recorder.validate_and_save(validation_due, file_due)
+            if validation_due or file_due:
+                tensors = tensors_of(state, runtime)
+                if recorder is not None:
+                    recorder.validate_and_save(tensors, validation_due)
             if validation_due:  # the others wait here, and learn whether a signal has cut it short
                 signalled = runtime.any(interrupt.requested is not None)
             if recorder is not None:
@@ -371,13 +377,24 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _initial_state(model: nn.Module, options: TrainingOptions, run: TrainingRun, runtime: Runtime) -> TrainingState:
     """The state that this call starts from: a new one, or that of the resume file."""
+    model = model.to(runtime.device)
+    ema = EMA(model, options.ema_decay)
+    if runtime.sharded:
+        if isinstance(model, SeveralParts):
+            raise MedsegError(
+                "a training with several networks cannot share their weights out; set training.sharding=false"
+            )
+        if runtime.is_main:
+            ema.whole = deepcopy(ema.module)
+        shard(model, runtime.device)
+        shard(ema.module, runtime.device)
     parts = model.optimised_parts() if isinstance(model, SeveralParts) else [list(model.parameters())]
     fused = runtime.device.type != "mps"
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(part, options.learning_rate, weight_decay=options.weight_decay, fused=fused) for part in parts
     ]
     wrapped, optimizers = runtime.prepare(model, optimizers)
-    state = TrainingState(wrapped, optimizers, EMA(runtime.unwrap(wrapped), options.ema_decay))
+    state = TrainingState(wrapped, optimizers, ema)
     checkpoints = Checkpoints(run.folder)
     if run.resume and (checkpoints.files() or not _has_only_begun(run.folder)):
         checkpoints.load(state, runtime)
@@ -418,7 +435,7 @@ class _Recorder:
     def begin(self, draws: Dataset[dict[str, Tensor]]) -> None:
         """Counts the operations of a step, on one example."""
         example = self.runtime.to_device(default_collate([draws[0]]))
-        of_one = flops_of_example(self.state.ema.module, example, self.runtime)
+        of_one = flops_of_example(self.state.ema.whole, example, self.runtime)
         self.throughput.flops = of_one * self.options.batch_size / self.runtime.world_size
         self.throughput.restart()
 
@@ -427,13 +444,12 @@ class _Recorder:
         """Whether enough time has passed for a resume file."""
         return time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
 
-    def validate_and_save(self, validation_due: bool, file_due: bool) -> None:
-        """Validates if a validation is due, and writes a resume file after one or if that is due."""
+    def validate_and_save(self, tensors: dict[str, Any], validation_due: bool) -> None:
+        """Validates if a validation is due, and writes a resume file with the `tensors_of` the state."""
         if validation_due:
             self._validate()
-        if validation_due or file_due:
-            self._save()
-            self.throughput.restart()
+        self._save(tensors)
+        self.throughput.restart()
 
     def log_steps(self, steps: Sequence[StepNumbers], waited: float) -> None:
         """Logs steps that the device has just finished."""
@@ -456,30 +472,31 @@ class _Recorder:
 
     def save_interrupted(self, with_model: bool) -> None:
         """Writes a resume file, and the model if it is wanted and no validation has written one yet."""
-        if self.saved_step != self.state.step:
-            self._save()
+        # Processes that share the weights out had to gather them together.
+        if self.saved_step != self.state.step and not self.runtime.sharded:
+            self._save(tensors_of(self.state, self.runtime))
         if with_model and not self.state.best:
-            self.callbacks.save(self.state.ema.module, self.state.step, {})
+            self.callbacks.save(self.state.ema.whole, self.state.step, {})
 
     def _validate(self) -> None:
         """Validates, and saves the model if it is the best; nothing changes if a signal comes meanwhile."""
         state = self.state
         try:
             with self.interrupt.at_once():
-                numbers = dict(self.callbacks.validate(state.ema.module))
+                numbers = dict(self.callbacks.validate(state.ema.whole))
         except Interruption:  # the resumed run validates this step
             return
         signs = {name: numbers.pop(name) for name in (EMPTY, EQUAL) if name in numbers}
         if numbers["score"] > state.best.get("score", float("-inf")):
             state.best = {**numbers, "step": float(state.step)}
-            self.callbacks.save(state.ema.module, state.step, numbers)
+            self.callbacks.save(state.ema.whole, state.step, numbers)
         self.health.check(state.step, {**numbers, **signs}, state.best)
         throughput = {**self.throughput.numbers(), "skipped_steps": float(state.skipped)}
         rate = state.optimizers[0].param_groups[0]["lr"]
         self.log.validation(state.step, state.loss, rate, {**numbers, **signs}, throughput)
         state.score, state.validated = numbers["score"], state.step
 
-    def _save(self) -> None:
+    def _save(self, tensors: dict[str, Any]) -> None:
         self.log.flush()
-        self.checkpoints.save(self.state, self.runtime)
+        self.checkpoints.save(self.state, tensors)
         self.saved_at, self.saved_step = time.monotonic(), self.state.step

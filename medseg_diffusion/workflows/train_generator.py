@@ -157,7 +157,7 @@ def _train_diffusion(
     first = None if autoencoder is None else _first_stage(autoencoder, config)
     codec = None if first is None else first.codec
     channels = latent_channels(codec)
-    runtime = Runtime(job.device, config.training.precision)
+    runtime = Runtime(job.device, config.training.precision, config.training.sharding)
     notes = {} if first is None else {"autoencoder_sha256": first.saved.sha256}
     images = prepare_images(
         config, source, job, runtime, lambda packed: build.generator(config, len(packed.classes), channels), notes
@@ -214,7 +214,7 @@ def _examples(
 
 
 def _train_classifier(config: NoisyClassifierConfig, source: ImageSourceOptions, job: Job) -> Path:
-    runtime = Runtime(job.device, config.training.precision)
+    runtime = Runtime(job.device, config.training.precision, config.training.sharding)
     images = prepare_images(
         config, source, job, runtime, lambda packed: build.noisy_classifier(config, len(packed.classes))
     )

@@ -93,7 +93,7 @@ def train_segmenter(
         ModelError: ``init`` is missing, or has another network.
     """
     job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare, on_outcome)
-    runtime = Runtime(device, config.training.precision)
+    runtime = Runtime(device, config.training.precision, config.training.sharding)
     origin = _origin(init, job)
     prepared = _prepare(config, data, job, runtime, origin)
     job = job.clock_started()

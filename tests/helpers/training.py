@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.metrics.training_history import THROUGHPUT
+from medseg_diffusion.training import sharding
 from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
@@ -77,6 +78,7 @@ def train(
     save: Callable[[nn.Module, int, Mapping[str, float]], None] = lambda model, step, numbers: None,
     poisoned: Container[int] = (),
     prepare: Callable[[Regression], None] = lambda model: None,
+    shared_out: bool = False,
     changes: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> dict[str, float]:
@@ -94,7 +96,7 @@ def train(
     options = TrainingOptions(**{**vars(OPTIONS), **(changes or {})})
     callbacks = Callbacks(validate, save, progress)
     started = TrainingRun(run, seed=1, **arguments)
-    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32")).best
+    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32", shared_out)).best
 
 
 def resume_file(run: Path) -> dict[str, Any]:
@@ -167,6 +169,15 @@ def train_without_dropout(run: str, **changes: Any) -> None:
     models: list[Regression] = []
     train(Path(run), dropout=0.0, prepare=models.append, changes=changes)
     torch.save(models[0].state_dict(), Path(run) / f"{os.environ.get('RANK', '0')}.pt")
+
+
+def train_sharded(run: str, **arguments: Any) -> None:
+    """The first layer is a group of its own. Writes how many weights this process holds as RUN/RANK.txt."""
+    sharding.LARGE = 50
+    models: list[Regression] = []
+    train(Path(run), dropout=0.0, shared_out=True, prepare=models.append, **arguments)
+    held = sum(part.numel() for part in sharding.local(list(models[0].parameters())))
+    (Path(run) / f"{os.environ['RANK']}.txt").write_text(str(held))
 
 
 def train_with_an_infinite_loss_in_one_process(run: str) -> None:

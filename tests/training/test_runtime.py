@@ -13,7 +13,7 @@ import torch.distributed
 from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.training.history import read_history
 from medseg_diffusion.training.runtime import Runtime
-from tests.helpers.training import Regression, assert_same, finish, resume_file, start_two, train
+from tests.helpers.training import Regression, assert_same, finish, resume_file, rows, start_two, train
 
 
 @pytest.mark.parametrize("changes", ["", "examples_at_once=1, read_every=3"])
@@ -31,6 +31,31 @@ def test_two_processes_train_as_one(tmp_path: Path, changes: str) -> None:
     assert len(losses[0]) == 8
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert_same(*(torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in (0, 1)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"examples_at_once": 1, "read_every": 3}])
+def test_processes_that_share_the_weights_out_train_as_one(tmp_path: Path, changes: dict[str, int]) -> None:
+    """Stopped in between; each holds a half of every layer, and the resume file is that of one process."""
+    run = tmp_path / "two"
+    finish(start_two(f"train_sharded({str(run)!r}, max_steps=5, changes={changes})"))
+    finish(start_two(f"train_sharded({str(run)!r}, resume=True, changes={changes})"))
+    train(tmp_path / "one", dropout=0.0)
+    one, two = resume_file(tmp_path / "one"), resume_file(run)
+    assert two["state"]["step"] == 8
+    assert [int((run / f"{rank}.txt").read_text()) for rank in (0, 1)] == [8 * 5 + 17, 8 * 5]  # one row is not halved
+    moments = [content["optimizers"][0]["state"] for content in (two, one)]
+    for i in range(4):
+        torch.testing.assert_close(moments[0][i], moments[1][i], rtol=1e-5, atol=1e-6)
+    for part in ("model", "ema"):
+        weights = [{k: v for k, v in content[part].items() if k != "calls"} for content in (two, one)]
+        torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    two_losses, one_losses = (read_history(folder).loss for folder in (run, tmp_path / "one"))
+    assert len(two_losses) == 8
+    np.testing.assert_allclose(two_losses, one_losses, rtol=1e-5)
+    train(run, dropout=0.0, resume=True, changes={"max_steps": 9})
+    train(tmp_path / "one", dropout=0.0, resume=True, changes={"max_steps": 9})
+    assert rows(run)[-1]["step"] == "9"
+    assert float(rows(run)[-1]["score"]) == pytest.approx(float(rows(tmp_path / "one")[-1]["score"]), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:the loss or its gradient is not finite")
