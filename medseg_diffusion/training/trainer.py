@@ -225,11 +225,12 @@ def fit(
             stop = ending or state.step >= last
             validation_due = not signalled and (stop or state.step % options.validate_every == 0)
             if recorder is not None:
+                recorder.log.step(state.step, value, norm)  # before the resume file: a kill may come in between
                 recorder.validate_and_save(validation_due)
             if validation_due:  # the others wait here, and learn whether a signal has cut it short
                 signalled = runtime.any(interrupt.requested is not None)
             if recorder is not None:
-                recorder.report(value, norm, took)
+                recorder.report(took)
             if signalled:
                 raise interrupt.error(_standing(state, options))
         if recorder is not None:
@@ -379,10 +380,9 @@ class _Recorder:
         if validation_due or often or time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes:
             self._save()
 
-    def report(self, loss: float, norm: float, seconds: float) -> None:
-        """Logs a step that took so many seconds, and shows the progress."""
+    def report(self, seconds: float) -> None:
+        """Shows the progress after a step that took so many seconds."""
         state = self.state
-        self.log.step(state.step, loss, norm)
         self.step_seconds = seconds if self.step_seconds == 0 else 0.95 * self.step_seconds + 0.05 * seconds
         seconds_left = (self.last_step - state.step) * self.step_seconds
         self.callbacks.progress(Progress(state.step, self.last_step, state.loss, seconds_left, state.score))

@@ -1,4 +1,4 @@
-"""Trainings that are killed at any moment and resumed end as if nothing had happened: losses, weights, model and log."""
+"""Trainings that are killed at any moment and resumed end as if nothing had happened: losses, weights, model, log."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_killed_training_ends_as_one_that_nobody_killed(family: str, kills: in
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["places"]) == kills and result["finished"]
     if kills > 10:
-        assert len(set(result["places"])) > 2, "the kills came at different steps"
+        assert len(set(result["places"])) > 4, "the kills came at different steps"
     whole = tmp_path / "runs" / "whole"
     assert trainings(whole)
     for run in map(Path, result["finished"]):
