@@ -72,7 +72,11 @@ def training(run: Path, quiet: bool | None, resumable: bool = True) -> Iterator[
 
     quiet = quiet if is_first() else True
     try:
-        with progress(quiet) as show, warnings_at_once(not is_first()), stopped_by_signals("stopped between trainings"):
+        with (
+            progress(quiet) as show,
+            warnings_at_once(not is_first()),
+            stopped_by_signals("stopped outside of the training loop"),
+        ):
             yield show
     except Stopped as error:
         if not is_first():  # the first process says it for all

@@ -101,13 +101,16 @@ class _StepSampler(Sampler[int]):
         return len(self.steps) * self.share
 
 
+def part_of(batch: Mapping[str, Tensor], first: int, last: int) -> Mapping[str, Tensor]:
+    """The examples from ``first`` up to, but without, ``last``."""
+    # No dict, as in `Runtime.to_device`.
+    return MappingProxyType({name: value[first:last] for name, value in batch.items()})
+
+
 def passes(batch: Mapping[str, Tensor], at_once: int | None) -> list[tuple[float, Mapping[str, Tensor]]]:
     """Parts of at most ``at_once`` examples each, with their shares of the batch; None leaves the batch whole."""
     count = len(batch["seed"])
     if at_once is None or count <= at_once:
         return [(1.0, batch)]
-    parts: list[tuple[float, Mapping[str, Tensor]]] = []
-    for start in range(0, count, at_once):
-        part = {name: value[start : start + at_once] for name, value in batch.items()}
-        parts.append((len(part["seed"]) / count, MappingProxyType(part)))  # no dict: see `Runtime.to_device`
-    return parts
+    starts = range(0, count, at_once)
+    return [(min(at_once, count - first) / count, part_of(batch, first, first + at_once)) for first in starts]

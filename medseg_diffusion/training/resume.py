@@ -132,7 +132,7 @@ class Checkpoints:
         refused: list[InputError] = []
         for file in files:
             try:
-                content = self.content(file, "cpu" if runtime.sharded else runtime.device)
+                content = self.content(file)
             except InputError as error:
                 refused.append(error)
                 continue
@@ -142,8 +142,8 @@ class Checkpoints:
             return
         raise refused[0]
 
-    def content(self, file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """What a resume file holds.
+    def content(self, file: Path) -> dict[str, Any]:
+        """What a resume file holds; tensors are on the CPU.
 
         Raises:
             InputError: it is damaged.
@@ -151,7 +151,7 @@ class Checkpoints:
         damage = self.damage(file)
         if not damage:
             try:
-                content: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+                content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 return content
             except Exception as error:  # what the checksums do not cover can raise nearly anything
                 damage = str(error).partition("\n")[0]

@@ -13,12 +13,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import MedsegError, Stopped
 
-from .batches import Batches, passes
+from .batches import Batches, part_of, passes
 from .ema import EMA
 from .health import EMPTY, EQUAL, StepHealth, StepNumbers, ValidationHealth
 from .interrupt import Interrupt, Interruption
@@ -235,13 +235,15 @@ def fit(
                 recorder.validate_and_save(tensors, validation_due)
         if runtime.any(interrupt.requested is not None):
             raise interrupt.error(_standing(state, options))
-        if recorder is not None and not stop:
-            recorder.begin(draws)
+        first = state.step
         while not stop:
             between_steps = False
 
             # Step
-            loss, norms = _step(state, next(batches), options, run.seed, runtime)
+            batch = next(batches)
+            if recorder is not None and state.step == first:
+                recorder.begin(batch)
+            loss, norms = _step(state, batch, options, run.seed, runtime)
             state.step += 1
             readings.add(state.step, loss, norms)
             between_steps = True
@@ -432,10 +434,9 @@ class _Recorder:
         self.throughput = Throughput(options.batch_size, 0.0, runtime)
         self.saved_at, self.saved_step = time.monotonic(), -1
 
-    def begin(self, draws: Dataset[dict[str, Tensor]]) -> None:
-        """Counts the operations of a step, on one example."""
-        example = self.runtime.to_device(default_collate([draws[0]]))
-        of_one = flops_of_example(self.state.ema.whole, example, self.runtime)
+    def begin(self, batch: Mapping[str, Tensor]) -> None:
+        """Counts the operations of a step on one example of its ``batch``."""
+        of_one = flops_of_example(self.state.ema.whole, part_of(batch, 0, 1), self.runtime)
         self.throughput.flops = of_one * self.options.batch_size / self.runtime.world_size
         self.throughput.restart()
 

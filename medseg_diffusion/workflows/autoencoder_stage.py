@@ -41,7 +41,7 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
         InputError: Unusable data.
         ModelError: The configuration demands LPIPS, whose weights are missing.
     """
-    runtime = Runtime(job.device, config.training.precision)
+    runtime = Runtime(job.device, config.training.precision, config.training.sharding)
     section = config.loss
     perceptual, name, fingerprints = perceptual_loss(
         section.perceptual,

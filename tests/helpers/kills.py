@@ -30,6 +30,8 @@ OFTEN = {"max_steps": 8, "validate_every": 4, "checkpoint_steps": 1, "warmup_ste
 def segmenter(method: str) -> SegmenterConfig:
     content: dict[str, Any] = training.config(calibration_cases=1).model_dump(mode="json", exclude_unset=True)
     content |= {"method": method, "training": {"batch_size": 2, **OFTEN}}
+    if method == "categorical":
+        content["inference"] = {"steps": 2, "sampler": "ddpm"}
     if method == "latent-mask":
         content["mask_autoencoder"] = {"latent_channels": 2, "channels": [32, 32], "max_steps": 4}
     found = parse_config(content, "test")
@@ -83,11 +85,17 @@ def forked(call: Callable[[], None]) -> int:
     os._exit(0)
 
 
+def steps_of(run: Path) -> int:
+    """The steps that are done according to the resume files, over all stages of a run."""
+    files = [(file.parent, int(file.stem[5:])) for file in run.rglob("step-??????.pt")]
+    return sum(max(step for folder, step in files if folder == each) for each in {folder for folder, _ in files})
+
+
 def kill_again_and_again(family: str, data: Path, root: Path, kills: int) -> dict[str, Any]:
     """Trains without a kill into root/whole, and then into root/0, root/1, ... until so many processes were killed.
 
     Returns:
-        The finished runs, how far the first one was at every kill, and the seconds of the run without a kill.
+        The finished runs, the steps that were done at every kill, and the seconds of the run without a kill.
     """
     began = time.monotonic()
     _, status = os.waitpid(forked(lambda: train(family, data, root / "whole", False)), 0)
@@ -99,18 +107,21 @@ def kill_again_and_again(family: str, data: Path, root: Path, kills: int) -> dic
     while len(places) < kills or not finished or (root / f"{len(finished)}").exists():
         run = root / f"{len(finished)}"
         child = forked(lambda run=run: train(family, data, run, (run / "config.yaml").is_file()))  # type: ignore[misc]
-        # Once all the kills are done, the last run may come to its end.
-        until = time.monotonic() + (moments.uniform(0, seconds) if len(places) < kills else 600)
+        # Every other kill comes at any time, the others some steps on, so that all parts of a run have their turn. Once
+        # all the kills are done, the last run may come to its end.
+        last_kill, at = len(places) >= kills, time.monotonic() + moments.uniform(0, seconds)
+        target = None if last_kill or len(places) % 2 == 0 else steps_of(run) + moments.randint(1, 5)
         status = None
-        while status is None and time.monotonic() < until:
+        while status is None and (last_kill or target is not None or time.monotonic() < at):
             ended, code = os.waitpid(child, os.WNOHANG)
             status = code if ended else None
+            if target is not None and steps_of(run) >= target:
+                target, at = None, time.monotonic() + moments.uniform(0, seconds / 16)
             time.sleep(0.002)
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            steps = [int(file.stem[5:]) for file in run.glob("checkpoints/step-??????.pt")]
-            places.append(max(steps, default=0))
+            places.append(steps_of(run))
         else:
             assert status == 0, f"{run} failed when it was started again"
             finished.append(str(run))

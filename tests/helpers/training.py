@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import socket
 import subprocess
@@ -39,6 +40,19 @@ class Points:
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
         x = torch.randn(4, generator=torch.Generator().manual_seed(index))
         return {"x": x + 0.1 * torch.randn(4, generator=generator), "y": x.sum()[None], "index": torch.tensor(index)}
+
+
+class Recorded(Draws):
+    """Draws that note the numbers of those that are asked for."""
+
+    def __init__(self, examples: Points, seed: int, numbers: list[int] | None) -> None:
+        super().__init__(examples, seed)
+        self.numbers = numbers
+
+    def __getitem__(self, draw: int) -> dict[str, Tensor]:
+        if self.numbers is not None:
+            self.numbers.append(draw)
+        return super().__getitem__(draw)
 
 
 class Regression(nn.Module):
@@ -80,9 +94,10 @@ def train(
     prepare: Callable[[Regression], None] = lambda model: None,
     shared_out: bool = False,
     changes: Mapping[str, Any] | None = None,
+    numbers: list[int] | None = None,
     **arguments: Any,
 ) -> dict[str, float]:
-    """`fit` on the points, always from the same start."""
+    """`fit` on the points, always from the same start. ``numbers`` receives those of the examples that are drawn."""
     torch.manual_seed(0)
     model = Regression(dropout)
     model.poisoned = poisoned
@@ -96,7 +111,8 @@ def train(
     options = TrainingOptions(**{**vars(OPTIONS), **(changes or {})})
     callbacks = Callbacks(validate, save, progress)
     started = TrainingRun(run, seed=1, **arguments)
-    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32", shared_out)).best
+    draws, runtime = Recorded(Points(), 3, numbers), Runtime("cpu", "fp32", shared_out)
+    return fit(model, draws, options, callbacks, started, runtime).best
 
 
 def resume_file(run: Path) -> dict[str, Any]:
@@ -188,6 +204,24 @@ def train_with_an_infinite_loss_in_one_process(run: str) -> None:
         model.poison = lambda loss: loss + float("inf")
 
     train(Path(run), dropout=0.0, prepare=poison)
+
+
+def train_in_parts(root: str) -> None:
+    """In several processes: a whole run, one in two parts, and the other part of a run that one process has begun.
+
+    Each process notes the numbers of the examples that it drew.
+    """
+    for name, arguments in {
+        "whole": [{}],
+        "parts": [{"max_steps": 4}, {"resume": True}],
+        "begun": [{"max_steps": 4}],
+        "went-on": [{"resume": True}],
+    }.items():
+        for part, more in enumerate(arguments):
+            numbers: list[int] = []
+            train(Path(root) / name, dropout=0.0, numbers=numbers, **more)
+            file = Path(root) / f"{name}-{part}-{os.environ.get('RANK', 'alone')}.json"
+            file.write_text(json.dumps(numbers))
 
 
 # ---- a whole segmenter -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Trainings that are killed at any moment and resumed end as if nothing had happened: losses, weights, model and log."""
+"""Trainings that are killed at any moment and resumed end as if nothing had happened: losses, weights, model, log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from medseg_diffusion.training.history import read_history
 from medseg_diffusion.training.resume import Checkpoints
-from tests.helpers.training import ROOT, assert_same, resume_file
+from tests.helpers.training import ROOT, assert_same, resume_file, scores
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks, which this system has not")
 
@@ -53,7 +53,7 @@ def test_a_killed_training_ends_as_one_that_nobody_killed(family: str, kills: in
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["places"]) == kills and result["finished"]
     if kills > 10:
-        assert len(set(result["places"])) > 2, "the kills came at different steps"
+        assert len(set(result["places"])) > 4, "the kills came at different steps"
     whole = tmp_path / "runs" / "whole"
     assert trainings(whole)
     for run in map(Path, result["finished"]):
@@ -64,7 +64,7 @@ def test_a_killed_training_ends_as_one_that_nobody_killed(family: str, kills: in
             np.testing.assert_array_equal(found.loss, expected.loss)
             np.testing.assert_array_equal(found.gradient_norm, expected.gradient_norm)
             assert_same(resume_file(run / part), resume_file(whole / part))
-            assert (run / part / "log.csv").read_text() == (whole / part / "log.csv").read_text()
+            assert scores(run / part) == scores(whole / part)
             assert len(Checkpoints(run / part).files()) == 2
         name = Path("model") / "weights.safetensors"
         assert (run / name).read_bytes() == (whole / name).read_bytes()
