@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,9 +36,9 @@ MinVolume = Annotated[
 ]
 
 
-def print_calibration(result: CalibratedAnomaly, quiet: bool | None, as_json: bool) -> None:
-    """Print the thresholds of every detector."""
-    rows = [
+def calibration_rows(result: CalibratedAnomaly) -> list[dict[str, Any]]:
+    """The thresholds of every detector."""
+    return [
         {
             "method": method,
             "quantile": scores.quantile,
@@ -48,6 +48,11 @@ def print_calibration(result: CalibratedAnomaly, quiet: bool | None, as_json: bo
         }
         for method, scores in result.calibration.items()
     ]
+
+
+def print_calibration(result: CalibratedAnomaly, quiet: bool | None, as_json: bool) -> None:
+    """Print the thresholds of every detector."""
+    rows = calibration_rows(result)
     if as_json:
         print_json({"model": result.model, "calibration": rows})
     elif not quiet:

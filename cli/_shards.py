@@ -11,6 +11,8 @@ import typer
 
 from medseg_diffusion.errors import UsageError
 
+from ._launchers import Place, index_place, is_task, number, srun_place, torchrun_place
+
 Shard = Annotated[
     str | None,
     typer.Option(
@@ -31,13 +33,14 @@ def parse_shard(value: str | None, environment: Mapping[str, str] = os.environ) 
     if value is None:
         return None
     first, _, last = value.partition("/")
-    if value == "auto":
-        return _of_launcher(environment)
-    if first == "auto" and last.isdecimal() and int(last) >= 1:
-        return _part("JOB_COMPLETION_INDEX", _number("JOB_COMPLETION_INDEX", environment), int(last))
     if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
         return int(first), int(last)
-    raise UsageError(f"--shard {value!r}: expected i/n with 1 <= i <= n, for instance 1/4, or auto, or auto/n")
+    if value != "auto" and not (first == "auto" and last.isdecimal() and int(last) >= 1):
+        raise UsageError(f"--shard {value!r}: expected i/n with 1 <= i <= n, for instance 1/4, or auto, or auto/n")
+    try:
+        return _of_launcher(environment) if value == "auto" else _part(index_place(environment, int(last)))
+    except UsageError as error:
+        raise UsageError(f"--shard {value}: {error}") from error
 
 
 def failures_file(output: Path | None, part: tuple[int, int] | None) -> Path:
@@ -53,49 +56,37 @@ def _of_launcher(environment: Mapping[str, str]) -> tuple[int, int]:
     processes. An array does not exclude the two: each of its tasks may be several processes.
     """
     array = _of_array(environment) if "SLURM_ARRAY_TASK_ID" in environment else None
-    process = None
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        process = _part("RANK", _number("RANK", environment), _number("WORLD_SIZE", environment))
-    elif "SLURM_NTASKS" in environment or ("SLURM_PROCID" in environment and array is None):
-        process = _part("SLURM_PROCID", _number("SLURM_PROCID", environment), _number("SLURM_NTASKS", environment))
-        if process[1] > 1 and "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
+    process = torchrun_place(environment)
+    if process is None and ("SLURM_NTASKS" in environment or array is None):
+        process = srun_place(environment)
+        if process is not None and process.count > 1 and not is_task(environment):
             # A batch script has task number 0 of all tasks that were asked for, and is the only one.
             raise UsageError(
-                f"--shard auto: SLURM_NTASKS is {process[1]}, but SLURM_STEP_ID is not set: this is no task of srun, "
+                f"SLURM_NTASKS is {process.count}, but SLURM_STEP_ID is not set: this is no task of srun, "
                 "and the scans of the other tasks would be left out; start medseg with srun"
             )
     if array is None and process is None:
         hint = "give --shard auto/n with the completions of the job" if "JOB_COMPLETION_INDEX" in environment else ""
         raise UsageError(
-            "--shard auto: none of RANK (torchrun), SLURM_PROCID (srun) and SLURM_ARRAY_TASK_ID (sbatch --array) is "
+            "none of RANK (torchrun), SLURM_PROCID (srun) and SLURM_ARRAY_TASK_ID (sbatch --array) is "
             f"set; {hint or 'start medseg with one of them, or give --shard i/n'}"
         )
-    (i, n), (j, m) = array or (1, 1), process or (1, 1)
+    (i, n), (j, m) = (_part(place) if place is not None else (1, 1) for place in (array, process))
     return (i - 1) * m + j, n * m
 
 
-def _of_array(environment: Mapping[str, str]) -> tuple[int, int]:
+def _of_array(environment: Mapping[str, str]) -> Place:
     """The place of a task in its SLURM array, whose identifiers may begin anywhere and have steps."""
-    task, first, count = (_number(f"SLURM_ARRAY_TASK_{name}", environment) for name in ("ID", "MIN", "COUNT"))
-    step = _number("SLURM_ARRAY_TASK_STEP", {"SLURM_ARRAY_TASK_STEP": "1", **environment}) or 1
-    last = _number("SLURM_ARRAY_TASK_MAX", {"SLURM_ARRAY_TASK_MAX": str(first + (count - 1) * step), **environment})
+    task, first, count = (number(f"SLURM_ARRAY_TASK_{name}", environment) for name in ("ID", "MIN", "COUNT"))
+    step = number("SLURM_ARRAY_TASK_STEP", {"SLURM_ARRAY_TASK_STEP": "1", **environment}) or 1
+    last = number("SLURM_ARRAY_TASK_MAX", {"SLURM_ARRAY_TASK_MAX": str(first + (count - 1) * step), **environment})
     if last != first + (count - 1) * step or (task - first) % step:
         raise UsageError(
-            f"--shard auto: the {count} tasks of the SLURM array from {first} to {last} are not evenly spaced; number "
+            f"the {count} tasks of the SLURM array from {first} to {last} are not evenly spaced; number "
             "them without gaps, as in --array=0-99, or give --shard i/n"
         )
-    return _part("SLURM_ARRAY_TASK_ID", (task - first) // step, count)
+    return Place((task - first) // step, count, "SLURM_ARRAY_TASK_ID")
 
 
-def _part(name: str, index: int, count: int) -> tuple[int, int]:
-    if not 0 <= index < count:
-        raise UsageError(f"--shard: {name} gives number {index}, counted from 0, of {count}; expected 0 to {count - 1}")
-    return index + 1, count
-
-
-def _number(name: str, environment: Mapping[str, str]) -> int:
-    value = environment.get(name, "")
-    if not value.isdecimal():
-        found = f"is {value!r}, which is no number" if value else "is not set"
-        raise UsageError(f"--shard: the environment variable {name} {found}")
-    return int(value)
+def _part(place: Place) -> tuple[int, int]:
+    return place.index + 1, place.count

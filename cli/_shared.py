@@ -125,27 +125,22 @@ def count_of(show: ProgressCallback) -> Callable[[str, int, int], None]:
 
 
 def step_of(show: ProgressCallback, with_score: bool = False) -> Callable[[Progress], None]:
-    """A progress callback for trainings that shows step, loss, the last score if asked for, and the time left."""
+    """A progress callback for trainings that shows step, loss, the last score if asked for, speed, and the time left.
+
+    A wait for examples is shown where it takes a tenth of the time or more.
+    """
 
     def update(state: Progress) -> None:
         score = f", score {state.score:.3f}" if with_score and state.score is not None else ""
+        speed = f", {state.examples_per_s:.3g} examples/s"
+        if state.waiting >= 0.1:
+            speed += f" ({state.waiting:.0%} of the time waiting for them)"
+        skipped = f", {state.skipped} steps skipped" if state.skipped else ""
         left = f", {state.seconds_left / 60:.0f} min left"
-        message = f"step {state.step} of {state.max_steps}, loss {state.loss:.4f}{score}{left}"
+        message = f"step {state.step} of {state.max_steps}, loss {state.loss:.4f}{score}{speed}{skipped}{left}"
         show(message, state.step / max(state.max_steps, 1))
 
     return update
-
-
-def print_model(model: Path, quiet: bool | None, as_json: bool) -> None:
-    """Print the path of a trained model; only the first of several processes prints."""
-    from medseg_diffusion.training.launch import is_first
-
-    if not is_first():
-        return
-    if as_json:
-        print_json({"model": model})
-    elif not quiet:
-        typer.echo(f"model: {model}")
 
 
 def print_scan(result: ScanResult, volumes: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.errors import MedsegError, Stopped
 
 from . import (
     anomaly,
@@ -40,7 +40,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except MedsegError as error:
-            fail(str(error))
+            fail(str(error), kind="stopped" if isinstance(error, Stopped) else "error")
             raise typer.Exit(error.exit_code) from error
         except OSError as error:  # a full disk, a folder that cannot be written to, ...
             where = f"{error.filename}: " if error.filename else ""
@@ -60,7 +60,7 @@ app = typer.Typer(
     cls=_Group,
     help="Medical image segmentation with diffusion models. For research only, not for clinical use.",
     epilog="Exit codes: 0 done, 1 some cases failed, 2 wrong usage, 3 bad input, 4 model missing or unusable, "
-    "130 or 143 stopped by Ctrl-C or SIGTERM.",
+    "75 a training stopped by SIGTERM or SIGUSR1 can be continued, 130 or 143 stopped by Ctrl-C or SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -7,9 +7,23 @@ from typing import Annotated
 
 import typer
 
-from ._detection import ExcludeLabelled, Healthy, print_calibration
-from ._options import AsJson, Config, Device, MaxSteps, Overrides, Quiet, Resume, RunFolder, Seed, TimeLimit, existing
-from ._shared import count_of, progress, step_of, warnings_at_once
+from ._detection import ExcludeLabelled, Healthy, calibration_rows
+from ._options import (
+    AsJson,
+    Config,
+    Device,
+    Gpus,
+    MaxSteps,
+    Overrides,
+    Quiet,
+    Resume,
+    RunFolder,
+    Seed,
+    TimeLimit,
+    existing,
+)
+from ._shared import count_of, step_of
+from ._training import Trained, print_trained, start_processes, training
 
 
 # many: one parameter for each option of the command
@@ -29,6 +43,7 @@ def train_anomaly(
     resume: Resume = False,
     max_steps: MaxSteps = None,
     time_limit: TimeLimit = None,
+    gpus: Gpus = 1,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
@@ -42,9 +57,11 @@ def train_anomaly(
     settings = load_config(config, overrides or [])
     if not isinstance(settings, AnomalyConfig):
         raise UsageError(f"{config}: configures a {settings.method}, not anomaly detection (method: anomaly)")
-    from medseg_diffusion.workflows.train_anomaly import train_anomaly as train
+    start_processes(gpus, device)
+    trained = Trained(run, "medseg anomaly SCAN -m MODEL")
+    with training(run, quiet) as show:
+        from medseg_diffusion.workflows.train_anomaly import train_anomaly as train
 
-    with progress(quiet) as show, warnings_at_once():
         result = train(
             settings,
             healthy,
@@ -58,5 +75,6 @@ def train_anomaly(
             seed=seed,
             on_progress=step_of(show),
             on_prepare=count_of(show),
+            on_outcome=trained.outcomes.append,
         )
-    print_calibration(result, quiet, as_json)
+    print_trained(trained, result.model, quiet, as_json, {"calibration": calibration_rows(result)})

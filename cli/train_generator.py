@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -23,7 +22,8 @@ from ._options import (
     TimeLimit,
     existing_model,
 )
-from ._shared import count_of, print_model, progress, step_of, warnings_at_once
+from ._shared import count_of, step_of
+from ._training import Trained, print_trained, start_processes, training
 
 
 class Stage(StrEnum):
@@ -63,14 +63,13 @@ def train_generator(
 ) -> None:
     """Train a generator, an upsampler, an autoencoder or a noisy classifier on images."""
     from medseg_diffusion.config.load import load_image_config
-    from medseg_diffusion.training.launch import launch, launched
 
     settings = load_image_config(config, overrides or [])
-    if gpus > 1 and not launched():
-        raise typer.Exit(launch(sys.argv, gpus))
-    from medseg_diffusion.workflows.train_generator import train_generator as train
+    start_processes(gpus, device)
+    trained = Trained(run, _use(settings.method))
+    with training(run, quiet) as show:
+        from medseg_diffusion.workflows.train_generator import train_generator as train
 
-    with progress(quiet) as show, warnings_at_once():
         model = train(
             settings,
             data,
@@ -86,5 +85,15 @@ def train_generator(
             download=download,
             on_progress=step_of(show),
             on_prepare=count_of(show),
+            on_outcome=trained.outcomes.append,
         )
-    print_model(model, quiet, as_json)
+    print_trained(trained, model, quiet, as_json)
+
+
+def _use(method: str) -> str:
+    """The command that a trained model is for."""
+    return {
+        "autoencoder": "medseg train-generator CONFIG --autoencoder MODEL --data D -o RUN",
+        "classifier": "medseg sample GENERATOR --classifier MODEL -n 16 -o samples",
+        "upsampler": "medseg sample GENERATOR --upsampler MODEL -n 16 -o samples",
+    }.get(method, "medseg sample MODEL -n 16 -o samples")

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Config, Device, LabelledScans, Overrides, Quiet, RunFolder, Seed, existing_model
-from ._shared import count_of, print_json, print_table, progress
+from ._options import AsJson, Config, Device, Gpus, LabelledScans, Overrides, Quiet, RunFolder, Seed, existing_model
+from ._shared import count_of, print_json, print_table
+from ._training import Trained, start_processes, training
 
 
 class Unit(StrEnum):
@@ -41,6 +42,7 @@ def train_pixel_classifier(
     ] = Select.HASH,
     test: Annotated[bool, typer.Option("--test/--no-test", help="Segment and score the held-out cases.")] = True,
     overrides: Overrides = None,
+    gpus: Gpus = 1,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = None,
@@ -54,9 +56,12 @@ def train_pixel_classifier(
     settings = load_config(config, overrides or [])
     if not isinstance(settings, PixelClassifierConfig):
         raise UsageError(f"{config}: configures a {settings.method}, not pixel classifiers (method: label-efficient)")
-    from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier as train
+    from medseg_diffusion.training.launch import is_first
 
-    with progress(quiet) as show:
+    start_processes(gpus, device)
+    with training(run, quiet, resumable=False) as show:
+        from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier as train
+
         result = train(
             settings,
             generator,
@@ -70,9 +75,13 @@ def train_pixel_classifier(
             seed=seed,
             on_progress=count_of(show),
         )
+    if not is_first():
+        return
+    trained = Trained(run, "medseg segment SCAN -m MODEL")
     rows = result.test.table() if result.test is not None else []
     if as_json:
-        print_json({"model": result.model, "labelled": result.labelled, "blocks": result.blocks, "test": rows})
+        entries = {"model": result.model, "labelled": result.labelled, "blocks": result.blocks, "test": rows}
+        print_json({**entries, "next": trained.next(result.model)})
     elif not quiet:
         typer.echo(f"labelled: {', '.join(result.labelled)}")
         typer.echo(f"blocks: {', '.join(result.blocks)}")
@@ -87,3 +96,4 @@ def train_pixel_classifier(
         elif test:
             typer.echo("no scores: the generator held out none of these cases")
         typer.echo(f"model: {result.model}")
+        typer.echo(f"next: {trained.next(result.model)}")

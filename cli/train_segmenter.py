@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -22,7 +21,8 @@ from ._options import (
     TimeLimit,
     existing_model,
 )
-from ._shared import count_of, print_model, progress, step_of
+from ._shared import count_of, step_of
+from ._training import Trained, print_trained, start_processes, training
 
 
 # many: one parameter for each option of the command
@@ -51,14 +51,13 @@ def train_segmenter(
 ) -> None:
     """Train a segmenter on labelled scans."""
     from medseg_diffusion.config.load import load_segmenter_config
-    from medseg_diffusion.training.launch import launch, launched
 
     settings = load_segmenter_config(config, overrides or [])
-    if gpus > 1 and not launched():
-        raise typer.Exit(launch(sys.argv, gpus))
-    from medseg_diffusion.workflows.train_segmenter import train_segmenter as train
+    start_processes(gpus, device)
+    trained = Trained(run, "medseg segment SCAN -m MODEL")
+    with training(run, quiet) as show:
+        from medseg_diffusion.workflows.train_segmenter import train_segmenter as train
 
-    with progress(quiet) as show:
         model = train(
             settings,
             data,
@@ -71,5 +70,6 @@ def train_segmenter(
             seed=seed,
             on_progress=step_of(show, with_score=True),
             on_prepare=count_of(show),
+            on_outcome=trained.outcomes.append,
         )
-    print_model(model, quiet, as_json)
+    print_trained(trained, model, quiet, as_json)

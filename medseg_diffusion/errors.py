@@ -50,6 +50,15 @@ class ModelError(MedsegError):
     exit_code = 4
 
 
+class Stopped(MedsegError):
+    """A scheduler has ended the work with SIGTERM or SIGUSR1, and it can be continued (exit code 75, EX_TEMPFAIL).
+
+    The message says where the work stands.
+    """
+
+    exit_code = 75
+
+
 # ---- remarks ---------------------------------------------------------------------------------------------------------
 
 _collected: ContextVar[list[str] | None] = ContextVar("remarks", default=None)

@@ -69,17 +69,29 @@ def whole_folder(path: Path, replace: bool = False, private: bool = True) -> Ite
         if path.exists() and not replace:
             return
         shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             temporary.rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:  # a signal, too, may come between the two
+            if not path.exists() and old.exists():
                 old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Brings back the folder that `whole_folder` was replacing when the process was killed, and removes what it left.
+
+    No other process may be writing the folder.
+    """
+    old = path.with_name(f".{path.name}.old")
+    if not path.exists() and old.exists():
+        old.rename(path)
+    for left_over in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 @contextmanager

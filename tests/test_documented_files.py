@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from medseg_diffusion.metrics.registry import METRICS
+from medseg_diffusion.metrics.training_history import THROUGHPUT
 from medseg_diffusion.models.image_source import SampleOptions
 from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
 from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
 from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
-from tests.helpers import documented, segmenters
-from tests.helpers.documented import assert_documented
+from tests.helpers import documented, segmenters, training
+from tests.helpers.documented import assert_documented, names_in
 from tests.helpers.masks import box
 from tests.helpers.masks import save as save_mask
 from tests.helpers.segmenters import calibrated, run, save
@@ -150,3 +151,16 @@ def test_anomalies(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_pat
     anomaly(scans, AnomalyOptions(str(anomaly_models["pixel"]), output=tmp_path, device="cpu", table=True))
     assert_documented("anomalies.csv", tmp_path / "anomalies.csv")
     assert_documented("*_anomaly.json", tmp_path / "s0_anomaly.json")
+
+
+# ---- trainings -------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_of_a_training(tmp_path: Path) -> None:
+    """Of a segmenter, with one validation case, on a device whose peak is not known."""
+    (tmp_path / "data").mkdir()
+    training.write_scans(tmp_path / "data")
+    training.train_segmenter_in(str(tmp_path / "run"), str(tmp_path / "data"))
+    columns = names_in(tmp_path / "run" / "log.csv") | {"equal_predictions", "flop_utilisation"}
+    assert {name.replace("<class>", "block") for name in documented.documented("log.csv")} == columns
+    assert set(THROUGHPUT) <= columns

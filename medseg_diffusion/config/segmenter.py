@@ -214,6 +214,10 @@ class SegmenterConfig(Section):
             raise ValueError("preprocessing.size resizes 2D images, but network.dims is 3")
         if self.preprocessing.crop_centre is not None and self.network.dims != 2:
             raise ValueError("preprocessing.crop_centre crops 2D images, but network.dims is 3")
+        if self.method == "latent-mask" and self.training.sharding:
+            raise ValueError(
+                "training.sharding is not for method: latent-mask, whose autoencoder is trained alone first"
+            )
         if self.method == "latent-mask" and self.diffusion.head == "logits":
             raise ValueError("latents have no head: logits and no dice_ce_weight")
         logits = self.method == "categorical" or self.diffusion.head == "logits"

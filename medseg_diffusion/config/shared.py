@@ -130,6 +130,7 @@ class TrainingSection(Section):
     """Settings of `medseg_diffusion.training.trainer.TrainingOptions` and `medseg_diffusion.training.runtime`."""
 
     batch_size: int = Field(4, ge=1)
+    examples_at_once: int | None = Field(None, ge=1)
     max_steps: int = Field(10_000, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     warmup_steps: int = Field(200, ge=0)
@@ -139,10 +140,14 @@ class TrainingSection(Section):
     gradient_clip: float = Field(1.0, gt=0)
     workers: int = Field(0, ge=0)
     validate_every: int = Field(500, ge=1)
+    read_every: int = Field(10, ge=1)
     checkpoint_minutes: float = Field(5.0, gt=0)
+    checkpoint_steps: int = Field(0, ge=0)
+    checkpoints_kept: int = Field(2, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = False
     compile: bool = False
+    sharding: bool = False
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
 
 

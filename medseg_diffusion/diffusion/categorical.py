@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .noise import uniform_times
-from .schedule import NoiseSchedule, expand
+from .schedule import NoiseSchedule, expand, sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +54,15 @@ def label_noise(schedule: NoiseSchedule) -> NoiseSchedule:
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Labels (B, *S) as float32 one-hot (B, K, *S)."""
-    return F.one_hot(labels, num_classes).movedim(-1, 1).float()
+    # Not torch's one_hot: on the CPU it reads the largest label first.
+    classes = torch.arange(num_classes, device=labels.device).reshape(-1, *[1] * (labels.ndim - 1))
+    return (labels[:, None] == classes).float()
 
 
 def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Labels (B, *S) drawn from probabilities (B, K, *S), each element by its own CPU generator."""
     shape = probabilities.shape[2:]
-    uniform = torch.stack([torch.rand(*shape, generator=g) for g in generators]).to(probabilities.device)
+    uniform = sent(torch.stack([torch.rand(*shape, generator=g) for g in generators]), probabilities.device)
     # By the inverse of the distribution function. Rounding may leave its last value below a draw.
     above = uniform[:, None] >= probabilities.float().cumsum(1)
     return above.sum(1).clamp(max=probabilities.shape[1] - 1)
@@ -91,7 +92,7 @@ def draw_noised_labels(
     """
     if t is None:
         t = uniform_times(schedule.num_steps, generators)
-    t = t.to(labels.device)
+    t = sent(t, labels.device)
     x_t = draw(noised_probabilities(schedule, one_hot(labels, num_classes), t), generators)
     return NoisedLabels(labels, t, x_t)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .denoiser import Condition, Denoiser
 from .prediction import Prediction, read_output
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, sent
 
 Classifier = Callable[[Tensor, Tensor], Tensor]
 """A classifier of noisy inputs: (x_t (B, C, *S), timesteps (B,) in 0..T-1) -> logits (B, K)."""
@@ -133,6 +133,6 @@ def dropped(
     result = dict(cond)
     for name, nothing in null.items():
         value = cond[name]
-        mask = lost.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+        mask = sent(lost, value.device).reshape(-1, *[1] * (value.ndim - 1))
         result[name] = torch.where(mask, nothing.to(value).expand_as(value), value)
     return result

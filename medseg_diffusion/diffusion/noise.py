@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, sent
 
 
 class NoiseSource(Protocol):
@@ -33,7 +33,7 @@ def gaussian(shape: Sequence[int], generators: Sequence[torch.Generator], like: 
     wide = like is not None and like.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
     noise = torch.stack([torch.randn(*shape, generator=g, dtype=dtype) for g in generators])
-    return noise if like is None else noise.to(device=like.device, dtype=like.dtype)
+    return noise if like is None else sent(noise, like.device).to(like.dtype)
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -86,7 +86,7 @@ def draw_noised(
     """
     if t is None:
         t = uniform_times(schedule.num_steps, generators)
-    return Noised.from_noise(schedule, x0, source(x0.shape[1:], generators, x0), t.to(x0.device))
+    return Noised.from_noise(schedule, x0, source(x0.shape[1:], generators, x0), sent(t, x0.device))
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .noise import Noised
 from .posterior import Decoder, bound_term
 from .prediction import Prediction, Target, target_of
-from .schedule import NoiseSchedule, expand
+from .schedule import NoiseSchedule, expand, sent
 
 Weighting = Literal["none", "min-snr"]
 
@@ -111,20 +111,33 @@ class ImportanceTimes(nn.Module):
         num_steps, history = self.losses.shape
         even = torch.full_like(self.losses[:, 0], 1 / num_steps)
         size = self.losses.square().mean(1).sqrt()
-        if int(self.counts.min()) < history or float(size.sum()) == 0:
-            return even
-        return (1 - self.uniform) * size / size.sum() + self.uniform * even
+        known = (self.counts.min() >= history) & (size.sum() > 0)
+        return torch.where(known, (1 - self.uniform) * size / size.sum() + self.uniform * even, even)
 
     def draw(self, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """One time per generator, (B,) int64 in 1..T, and the weights (B,) float64 of their losses."""
-        p = self.probabilities().cpu()
-        t = torch.cat([torch.multinomial(p, 1, generator=g) for g in generators])
+        """One time per generator, (B,) int64 in 1..T, and the weights (B,) float64 of their losses, on the device.
+
+        By the inverse of the distribution function of a uniform number from the generator.
+        """
+        p = self.probabilities()
+        uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        t = torch.searchsorted(p.cumsum(0), sent(uniform, p.device), right=True).clamp(max=len(p) - 1)
         return t + 1, 1 / (len(p) * p[t])
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Records the unweighted losses (B,) of the times ``t`` (B,), gathered from all processes."""
-        history = self.losses.shape[1]
-        for time, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
-            self.losses[time - 1, int(self.counts[time - 1]) % history] = loss
-            self.counts[time - 1] += 1
+        """Records the unweighted losses (B,) of the times ``t`` (B,), gathered from all processes.
+
+        Losses that are not finite are left out: they belong to a step that changes nothing.
+        """
+        num_steps, history = self.losses.shape
+        finite, losses, rows = losses.isfinite(), losses.double(), t - 1
+        same = (rows[:, None] == rows) & finite
+        before, all_of_them = same.tril(-1).sum(1), same.sum(1)
+        slots = (self.counts[rows] + before) % history
+        # What a later loss of the same batch overwrites goes to a row that is thrown away: two writes to one place
+        # have no order.
+        rows_or_none = torch.where(finite & (before >= all_of_them - history), rows, num_steps)
+        padded = torch.cat([self.losses, self.losses.new_zeros(1, history)])
+        self.losses.copy_(padded.index_put_((rows_or_none, slots), losses)[:-1])
+        self.counts.scatter_add_(0, rows, finite.to(self.counts.dtype))

@@ -8,7 +8,8 @@ A schedule is a table of ``alpha_bar[t]`` for t = 0..T, and the forward process 
 schedule is that ``alpha_bar`` starts at 1 and decreases. A schedule is chosen once, for training. Sampling with fewer
 steps takes another list of times (`medseg_diffusion.sampling.loop`), never another schedule.
 
-Tables are always on the CPU, whatever torch's default device is, because their values are needed as numbers.
+Tables are on the CPU, whatever torch's default device is, because their values are needed as numbers. Times on another
+device are looked up in a copy there: reading them back would wait for the device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class NoiseSchedule:
 
     alpha_bar: Tensor
     _values: tuple[float, ...] = field(default=(), init=False, repr=False)
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         ab = self.alpha_bar
@@ -55,11 +57,26 @@ class NoiseSchedule:
         return expand(ab.sqrt(), like), expand((1 - ab).sqrt(), like)
 
     def at(self, t: Tensor | int) -> Tensor:
-        """``alpha_bar[t]`` in float64 on the CPU, shape (B,), or (1,) for an int."""
+        """``alpha_bar[t]`` in float64, shape (B,) on the device of ``t``, or (1,) on the CPU for an int.
+
+        MPS has no float64: there the result is on the CPU as well.
+        """
         if isinstance(t, int):
             return torch.tensor([self.value(t)], dtype=torch.float64)
-        index = torch.as_tensor(t, device="cpu").reshape(-1)
-        return self.alpha_bar[index]
+        if t.device.type == "mps":
+            t = t.cpu()
+        return self._on(t.device)[t.reshape(-1)]
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The table on ``device``, copied once."""
+        if device == self.alpha_bar.device:
+            return self.alpha_bar
+        copy = self._copies.get(device)
+        if copy is None:
+            copy = sent(self.alpha_bar, device)
+            if type(copy) is Tensor:  # not the fake tensor of a trace, which means nothing outside it
+                self._copies[device] = copy
+        return copy
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t eps, shape of ``x0`` (B, C, *S)."""
@@ -91,7 +108,14 @@ class NoiseSchedule:
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """Per-element values (B,) or (1,) as (B, 1, ..., 1), in the dtype and on the device of ``like`` (B, C, *S)."""
-    return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+    return sent(values.to(like.dtype), like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """``value`` on ``device``. From the CPU to a GPU it goes through pinned memory, without waiting for the GPU."""
+    if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_available():
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def from_betas(betas: Tensor) -> NoiseSchedule:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .schedule import sent
+
 _PERIOD = 256  # of the lattice, in cells; a power of 2
 _GRADIENTS = torch.tensor(
     [[x, y, 0] for x in (1, -1) for y in (1, -1)]
@@ -53,7 +55,7 @@ def simplex(
         for _ in range(channels):
             table.append(torch.randperm(_PERIOD, generator=g))
             offset.append(_PERIOD * torch.rand(3, generator=g))
-    lattice, start = torch.stack(table).to(like.device), torch.stack(offset).to(like.device)
+    lattice, start = sent(torch.stack(table), like.device), sent(torch.stack(offset), like.device)
     axes = [torch.arange(n, dtype=torch.float32, device=like.device) for n in size]
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(size))
     points = torch.cat([points, points.new_zeros(len(points), 3 - len(size))], 1).T.contiguous()
@@ -79,7 +81,7 @@ def _octave(points: Tensor, start: Tensor, lattice: Tensor) -> Tensor:
     a, b, c = inside
     ab, ac, bc = a >= b, a >= c, b >= c
     rank = torch.stack([2 - ab.int() - ac.int(), 1 + ab.int() - bc.int(), ac.int() + bc.int()])
-    slopes = _GRADIENTS.to(x.device, torch.float32).T[:, lattice % len(_GRADIENTS)]  # (3, N, 256)
+    slopes = sent(_GRADIENTS.float(), x.device).T[:, lattice % len(_GRADIENTS)]  # (3, N, 256)
     noise = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
     for corner in range(4):
         step = rank < corner  # along the axes of the largest coordinates first

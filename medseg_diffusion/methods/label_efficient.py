@@ -25,7 +25,7 @@ from medseg_diffusion.sampling.loop import Sampler
 from medseg_diffusion.volumes.fitting import from_generator_grid, to_generator_grid
 
 from .activations import PUBLISHED_BLOCKS, Activations
-from .labelled_pixels import LabelledPixels, PixelSampling, labelled_pixels
+from .labelled_pixels import ALONE, LabelledPixels, PixelSampling, Together, labelled_pixels
 
 PUBLISHED_FEATURES = 8448
 """Number of features of a pixel. If the finer blocks of a decoder have no more than this, all of them are used."""
@@ -104,8 +104,11 @@ def fit_classifiers(
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_member: Callable[[int, int], None] = lambda done, total: None,
+    together: Together = ALONE,
 ) -> PixelClassifiers:
     """Train the classifiers on the sampled pixels, one after another, and correct them for the sampling.
+
+    Of several processes (``together``), each trains its own members only: `Together.mine`.
 
     The sample is balanced, so the classifiers overestimate rare classes. The logarithm of each class's share in the
     images, divided by its share in the sample, is added to the last biases. The probabilities then have the images'
@@ -122,7 +125,8 @@ def fit_classifiers(
     model.mean.copy_(mean)
     model.std.copy_(std)
     for i, member in enumerate(model.members):
-        _fit(member, model, pixels, options, derive_seed(seed, "member", i))
+        if together.mine(i):
+            _fit(member, model, pixels, options, derive_seed(seed, "member", i))
         on_member(i + 1, options.members)
     sampled = torch.bincount(pixels.labels, minlength=len(pixels.share)).double()
     correction = (pixels.share / (sampled / sampled.sum())).log().float().to(device)

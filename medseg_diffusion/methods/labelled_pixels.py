@@ -73,6 +73,22 @@ class PixelSampling:
     change: Change = lambda image, label, generator: (image, label)
 
 
+@dataclass(frozen=True)
+class Together:
+    """Process ``index`` of ``count`` that share the work. ``wait`` returns when all of them have called it."""
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    def mine(self, number: int) -> bool:
+        """Whether the part of this number is done by this process."""
+        return number % self.count == self.index
+
+
+ALONE = Together()
+
+
 @torch.no_grad()
 def labelled_pixels(
     activations: Activations,
@@ -82,6 +98,7 @@ def labelled_pixels(
     sampling: PixelSampling,
     store: Path | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
+    together: Together = ALONE,
 ) -> LabelledPixels:
     """Sample the same number of pixels of every class, as far as there are enough, and gather their features.
 
@@ -93,6 +110,8 @@ def labelled_pixels(
         sampling: number of pixels, seed and copies.
         store: file for the features; None keeps them in memory.
         on_image: called with (images done, images in all), copies included.
+        together: the processes, each of which computes the features of its own images; all of them get the features of
+            all images, through files beside ``store``.
 
     Raises:
         InputError: a class that has too few pixels in each of the images.
@@ -109,27 +128,54 @@ def labelled_pixels(
             "enough of every class in at least one of them",
             "label more images, or take the class out of the names of the labels",
         )
-    features: npt.NDArray[np.float16] | None = None
-    channels: tuple[int, ...] = ()
-    first = 0
-    for done, ((i, copy), pixels) in enumerate(zip(source.numbers, positions, strict=True), 1):
-        image, _ = source.example(i, copy)
-        for k in torch.unique(pixels[:, 0]).tolist():
-            blocks = activations(image[k : k + 1].to(activations.noise.device))
-            if features is None:
-                channels = tuple(block.shape[1] for block in blocks)
-                shape = (len(target), sum(channels))
-                features = np.empty(shape, np.float16) if store is None else _mapped(store, shape)
-            full = [block[0].float() for block in blocks]
-            for part in (pixels[:, 0] == k).nonzero().flatten().split(_ROWS):
-                rows = torch.cat([gathered(block, pixels[part, 1:], image.shape[2:]) for block in full], 1)
-                features[(first + part).numpy()] = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().cpu().numpy()
-        first += len(pixels)
-        on_image(done, len(source.numbers))
-    assert features is not None
+    channels = tuple(block.shape[1] for block in activations(images[0][:1].to(activations.noise.device)))
+    shape = (len(target), sum(channels))
+    own = store if store is None or together.count == 1 else store.with_suffix(f".{together.index}.npy")
+    features = np.empty(shape, np.float16) if own is None else _mapped(own, shape)
+    firsts = np.cumsum([0, *(len(pixels) for pixels in positions)])
+    for number, ((i, copy), pixels) in enumerate(zip(source.numbers, positions, strict=True)):
+        if together.mine(number):
+            image, _ = source.example(i, copy)
+            _gather(activations, image, pixels, features[firsts[number] : firsts[number + 1]])
+        on_image(number + 1, len(source.numbers))
+    if own != store and own is not None and store is not None:
+        del features
+        features = _joined(own, store, shape, firsts, together)
     image_of = torch.tensor([i for i, _ in source.numbers])
     image_of = image_of.repeat_interleave(torch.tensor([len(pixels) for pixels in positions]))
     return LabelledPixels(features, target, image_of, share / share.sum(), channels)
+
+
+def _gather(activations: Activations, image: Tensor, pixels: Tensor, features: npt.NDArray[np.float16]) -> None:
+    """Writes the features of the pixels (P, 1 + dims), slice first, of the slices (n, C, *size) to ``features``."""
+    for k in torch.unique(pixels[:, 0]).tolist():
+        blocks = activations(image[k : k + 1].to(activations.noise.device))
+        full = [block[0].float() for block in blocks]
+        for part in (pixels[:, 0] == k).nonzero().flatten().split(_ROWS):
+            rows = torch.cat([gathered(block, pixels[part, 1:], image.shape[2:]) for block in full], 1)
+            features[part.numpy()] = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().cpu().numpy()
+
+
+def _joined(
+    own: Path, store: Path, shape: tuple[int, int], firsts: npt.NDArray[np.int64], together: Together
+) -> npt.NDArray[np.float16]:
+    """The features of all processes, each of which has written a file of its own; the first process joins them.
+
+    One file for all would not do: across machines, two of them would write to the same pages of it.
+    """
+    together.wait()
+    if together.index == 0:
+        whole = _mapped(store, shape)
+        for rank in range(together.count):
+            part = np.load(store.with_suffix(f".{rank}.npy"), mmap_mode="r")
+            for number in range(rank, len(firsts) - 1, together.count):
+                rows = slice(firsts[number], firsts[number + 1])
+                whole[rows] = part[rows]
+        del whole  # writes it
+    together.wait()
+    own.unlink()
+    joined: npt.NDArray[np.float16] = np.load(store, mmap_mode="r")
+    return joined
 
 
 @dataclass(frozen=True, eq=False)

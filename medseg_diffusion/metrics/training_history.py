@@ -11,6 +11,17 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
+THROUGHPUT = (
+    "seconds_per_step",
+    "examples_per_s",
+    "waiting",
+    "peak_memory_gb",
+    "tflop_per_s",
+    "flop_utilisation",
+    "skipped_steps",
+)
+"""Columns of log.csv that tell how fast and how smoothly a training goes, not how good the model is."""
+
 
 @dataclass(frozen=True, eq=False)
 class History:
@@ -21,7 +32,7 @@ class History:
         loss: (n,) loss of each step; NaN where it was not logged.
         gradient_norm: (n,) norm of its gradient before clipping.
         step_seconds: (n,) time since the step before; NaN for the first one of a call.
-        validations: Name -> number, one mapping for each validation; "step" is always there.
+        validations: Name -> number, one mapping for each validation, without `THROUGHPUT`; "step" is always there.
         seconds: Time of all calls together, from the first to the last entry of each.
         calls: Number of calls: one, and one for each time that the training was resumed.
         written: Time of the last entry, seconds since the epoch; NaN without any.

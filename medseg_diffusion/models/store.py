@@ -105,7 +105,7 @@ def save_model(
         ModelError: Weights that are not finite in this type.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     dtype = torch.float32 if dtype is None else dtype
     for name, tensor in weights.items():
@@ -120,7 +120,8 @@ def save_model(
         stored = {
             k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in weights.items()
         }
-        save_file(stored, folder / "weights.safetensors")
+        # Not save_file: where the disk is full, it raises no OSError.
+        (folder / "weights.safetensors").write_bytes(save(stored))
         (folder / "README.md").write_text(readme)
         sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES)
         (folder / "SHA256SUMS").write_text(sums)

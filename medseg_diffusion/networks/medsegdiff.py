@@ -56,7 +56,7 @@ class FFParser(nn.Module):
         for axis, n in enumerate(size):
             nodes = response.shape[1 + axis]
             last = axis == len(size) - 1
-            frequency = torch.fft.rfftfreq(n) if last else torch.fft.fftfreq(n)
+            frequency = (torch.fft.rfftfreq if last else torch.fft.fftfreq)(n, device=response.device)
             weights = hat_weights(frequency, 0.0 if last else -0.5, 0.5, nodes).to(response)
             response = torch.tensordot(response, weights, dims=([1 + axis], [1])).movedim(-1, 1 + axis)
         return response
@@ -65,7 +65,7 @@ class FFParser(nn.Module):
 def hat_weights(x: Tensor, low: float, high: float, nodes: int) -> Tensor:
     """Weights (N, nodes) of linear interpolation at ``x`` (N,) between equidistant nodes from ``low`` to ``high``."""
     position = (x - low) / (high - low) * (nodes - 1)
-    return (1 - (position[:, None] - torch.arange(nodes)).abs()).clamp(min=0)
+    return (1 - (position[:, None] - torch.arange(nodes, device=x.device)).abs()).clamp(min=0)
 
 
 class DynamicEncoding(nn.Module):

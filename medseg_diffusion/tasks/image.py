@@ -120,7 +120,7 @@ class ImageDiffusion(nn.Module):
         return {"label": nothing} if self.token is None else {"context": self.token(nothing)[:, None]}
 
     def _no_class(self, like: Tensor) -> dict[str, Tensor]:
-        return {"label": torch.tensor([self.num_classes], device=like.device)}
+        return {"label": torch.full((1,), self.num_classes, device=like.device)}
 
 
 def reduced(image: Tensor, factor: int) -> Tensor:

@@ -45,11 +45,8 @@ class MaskEncoding:
 
     def encode(self, labels: Tensor) -> Tensor:
         """Encodes labels (B, *S) int64 as x0 (B, channels, *S) in [-scale, scale]."""
-        if self.channels == 1:
-            one_hot = (labels > 0)[:, None]
-        else:
-            one_hot = F.one_hot(labels, self.num_classes).movedim(-1, 1)
-        return self.scale * (2 * one_hot.float() - 1)
+        channels = (labels > 0)[:, None].float() if self.channels == 1 else one_hot(labels, self.num_classes)
+        return self.scale * (2 * channels - 1)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Decodes x0 (B, channels, *S) to probabilities (B, K, *S).

@@ -6,6 +6,7 @@ matches that of the image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -53,12 +54,13 @@ class PatchedDiffusion(nn.Module):
         # The order of the draws is part of what a seed means: time, patch, noise.
         t = uniform_times(schedule.num_steps, own)
         grid = boxes(x0.shape[2:], self.patch)
-        chosen = [grid[int(torch.randint(len(grid), (), generator=g))] for g in own]
+        chosen = [grid[i] for i in torch.stack([torch.randint(len(grid), (), generator=g) for g in own]).tolist()]
         noised = draw_noised(schedule, x0, own, self.noise, t)
         within = inside(chosen, x0)
         error = (self.denoiser(torch.where(within, noised.x_t, x0), noised.t).x0 - x0).abs()
-        # All patches have the same size, so one mean over all of them gives every example the same weight.
-        return error[within.expand_as(error)].mean()
+        # All patches have the same size. Picking their positions out would wait for the device to count them.
+        share = math.prod(part.stop - part.start for part in chosen[0]) / math.prod(x0.shape[2:])
+        return (error * within).mean() / share
 
 
 def boxes(size: Sequence[int], patch: int | None = None) -> list[Box]:

@@ -7,7 +7,7 @@ over pixels, while the published code takes sums; the weights are the published 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class AutoencoderTraining(nn.Module):
     """
 
     step: Tensor
+    """Number of the steps that were begun, in the resume file and in the averaged model."""
 
     def __init__(
         self,
@@ -83,11 +84,20 @@ class AutoencoderTraining(nn.Module):
         # A parameter that never gets a gradient must not require one: several processes would wait for it.
         self.discriminator.requires_grad_(weights.adversarial > 0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._is_adversarial = weights.adversarial > 0 and weights.adversarial_start <= 0
 
     def optimised_parts(self) -> list[list[nn.Parameter]]:
         """The parameters of the autoencoder and, with an adversarial loss, those of the discriminator."""
         parts = [list(self.autoencoder.parameters())]
         return parts + ([list(self.discriminator.parameters())] if self.weights.adversarial > 0 else [])
+
+    def begin_step(self, step: int) -> None:
+        """Says which step is trained from now on (`training.trainer.KnowsStep`), 0 for the first.
+
+        Until then it is the first one.
+        """
+        self._is_adversarial = self.weights.adversarial > 0 and step >= self.weights.adversarial_start
+        self.step.fill_(step + 1)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss, a scalar, of "image" (B, C, *S) in [-1, 1] and "seed" (B,) int64.
@@ -104,13 +114,9 @@ class AutoencoderTraining(nn.Module):
             reconstruction_loss = l1 + self.weights.perceptual * self._perceptual[0](reconstruction, image)
         pixels = image[0].numel() if isinstance(self.autoencoder, KLAutoencoder) else 1
         loss = reconstruction_loss + self.weights.regularisation * penalty.mean() / pixels
-        if not self.training:
+        if not self.training or self.weights.adversarial == 0:
             return loss
-        step = int(self.step)
-        self.step += 1
-        if self.weights.adversarial == 0:
-            return loss
-        if step < self.weights.adversarial_start:
+        if not self._is_adversarial:
             # A gradient of zero: several processes would wait for parameters that have none.
             return loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         constant = {name: value.detach() for name, value in self.discriminator.named_parameters()}
@@ -138,7 +144,8 @@ class GradientSSIM:
 
     def __call__(self, reconstruction: Tensor, image: Tensor) -> Tensor:
         pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
-        loss = self.ssim(reconstruction.float(), image.float())
+        with image.device:  # MONAI would make its kernel on the CPU, and wait for the device to copy it there
+            loss = self.ssim(reconstruction.float(), image.float())
         for _ in range(3):
             for axis in range(2, image.ndim):
                 loss = loss + F.l1_loss(reconstruction.diff(dim=axis), image.diff(dim=axis))
@@ -147,7 +154,7 @@ class GradientSSIM:
 
 
 @torch.no_grad()
-def standardise(autoencoder: KLAutoencoder | VQAutoencoder, batches: list[Tensor]) -> None:
+def standardise(autoencoder: KLAutoencoder | VQAutoencoder, batches: Iterable[Tensor]) -> None:
     """Sets the autoencoder's ``shift`` and ``scale`` from ``batches`` of images (B, C, *S).
 
     They come from the mean and standard deviation of each latent channel.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_diffusion.metrics.training_history import History
+from medseg_diffusion.metrics.training_history import THROUGHPUT, History
 
 
 def is_logged(folder: Path) -> bool:
@@ -40,7 +40,9 @@ def read_history(folder: Path) -> History:
         seconds, written = seconds + (0.0 if new_call else since), time
     steps = sorted(entries)
     loss, norm, took = np.asarray([entries[step] for step in steps], dtype=np.float64).reshape(-1, 3).T
-    validations = tuple(row for row in _numbers(folder / "log.csv") if "step" in row)
+    validations = tuple(
+        {name: value for name, value in row.items() if name not in THROUGHPUT} for row in _numbers(folder / "log.csv")
+    )
     return History(np.asarray(steps, dtype=np.float64), loss, norm, took, validations, seconds, calls, written)
 
 

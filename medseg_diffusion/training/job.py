@@ -16,15 +16,16 @@ from medseg_diffusion.config.shared import TrainingSection
 from medseg_diffusion.data.draws import Draws, Examples
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
+from medseg_diffusion.files import remove_left_over, restore_folder
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.store import save_model
 
 from .log import require_trackers
 from .run import keep_sides, require_startable, start_run
 from .runtime import Runtime
-from .trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
+from .trainer import Callbacks, Outcome, Progress, TrainingOptions, TrainingRun, fit
 
-ARITHMETIC = ("precision", "channels_last", "compile")
+ARITHMETIC = ("precision", "channels_last", "compile", "sharding")
 """Keys of the training section that say how to compute, not what."""
 
 
@@ -41,6 +42,7 @@ class Job:
         seed: of weights, order, augmentation, times and noise.
         on_progress: called after every training step.
         on_prepare: called with (what is prepared, done, total).
+        on_outcome: called at the end of every training.
         began: `time.monotonic` at the start.
     """
 
@@ -52,6 +54,7 @@ class Job:
     seed: int = 0
     on_progress: Callable[[Progress], None] = lambda progress: None
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -111,6 +114,9 @@ class Job:
             UsageError: the run exists and is not resumed, or was started with another configuration.
             InputError: the sides have changed since the run was started.
         """
+        if self.resume and self.run.is_dir():  # tidies up after a process that was killed
+            restore_folder(self.model)
+            remove_left_over([self.run / name for name in ("config.yaml", "log.csv", sides_file)], time.time())
         start_run(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
         if sides is not None:
             keep_sides(self.run / sides_file, sides, data or self.run, self.resume)
@@ -121,10 +127,12 @@ class Job:
 
     def fit(
         self, model: nn.Module, examples: Examples, section: TrainingSection, callbacks: Callbacks, runtime: Runtime
-    ) -> dict[str, float]:
+    ) -> Outcome:
         """Trains ``model`` on the job's draws of ``examples``; see `medseg_diffusion.training.trainer.fit`."""
         run = TrainingRun(self.run, self.seed, self.resume, self.max_steps, self.minutes_left)
-        return fit(model, Draws(examples, self.seed), training_options(section), callbacks, run, runtime)
+        outcome = fit(model, Draws(examples, self.seed), training_options(section), callbacks, run, runtime)
+        self.on_outcome(outcome)
+        return outcome
 
     def save(self, card: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Writes the loadable model."""

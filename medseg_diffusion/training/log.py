@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from medseg_diffusion.errors import UsageError
@@ -69,13 +70,27 @@ class TrainingLog:
         for tracker in self.trackers:
             tracker.log({"train/loss": loss, "train/gradient_norm": norm}, step=step)
 
-    def validation(self, step: int, loss: float, rate: float, numbers: Mapping[str, float]) -> None:
-        """Logs one validation: the smoothed training loss, the learning rate and the validation's ``numbers``."""
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        rate: float,
+        numbers: Mapping[str, float],
+        throughput: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Logs one validation: the smoothed training loss, the learning rate and the validation's ``numbers``.
+
+        ``throughput`` is how fast the training was since the last validation.
+        """
+        # A process that was killed between a validation and its resume file makes the validation again.
+        self.rows = [earlier for earlier in self.rows if int(earlier["step"]) != step]
         row = {"step": step, "loss": f"{loss:.6g}", "learning_rate": f"{rate:.4g}"}
-        self.rows.append({**row, **{name: f"{value:.6g}" for name, value in numbers.items()}})
+        self.rows.append({**row, **{name: f"{value:.6g}" for name, value in {**numbers, **throughput}.items()}})
         _write_csv(self.path, self.rows)
+        groups = {"validation": numbers, "throughput": throughput}
+        values = {f"{group}/{name}": value for group, part in groups.items() for name, value in part.items()}
         for tracker in self.trackers:
-            tracker.log({f"validation/{name}": value for name, value in numbers.items()}, step=step)
+            tracker.log(values, step=step)
 
     def close(self) -> None:
         """Writes what the trackers still hold in memory."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -31,7 +32,7 @@ def _leave_group() -> None:
 class Runtime:
     """A thin layer over accelerate, for one process or for several started by a launcher (RANK and WORLD_SIZE set)."""
 
-    def __init__(self, device: str = "auto", precision: Precision = "auto") -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "auto", sharding: bool = False) -> None:
         chosen = choose_device(device)
         if chosen.type == "cuda" and chosen.index is not None:
             torch.cuda.set_device(chosen)
@@ -47,6 +48,7 @@ class Runtime:
             # The others wait while the main process prepares data or validates.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         )
+        self.sharded = sharding and self.world_size > 1
         if self.world_size > 1:
             atexit.register(_leave_group)
 
@@ -66,34 +68,78 @@ class Runtime:
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the device has nothing left to do. A CPU never has, because it computes at once."""
+        return self.device.type != "cuda" or bool(torch.cuda.current_stream(self.device).query())
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision in which networks compute."""
+        return "bf16" if self.autocast is torch.bfloat16 else "fp32"
+
     def prepare(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
         """Returns the model on the device (wrapped if there are several processes) and its optimisers."""
+        if self.sharded:
+            return model, list(optimizers)
         wrapped, *prepared = self.accelerator.prepare(model, *optimizers)
         return wrapped, prepared
 
     def unwrap(self, model: nn.Module) -> nn.Module:
+        if self.sharded:
+            return model
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    def exchanging(self, model: nn.Module, exchange: bool) -> AbstractContextManager[Any]:
+        """For a forward and a backward pass after which the processes exchange gradients, or add them up first."""
+        if self.sharded:
+            cast(Any, model).set_requires_gradient_sync(exchange)
+            return nullcontext()
+        return nullcontext() if exchange or self.world_size == 1 else self.accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-        """Clips the gradient of ``parameters`` to ``max_norm`` and returns its norm before."""
-        return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Clips the gradient of ``parameters`` to ``max_norm``; returns its norm before, a scalar on the device."""
+        norm: Any = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shares
 
-    def mean(self, value: Tensor) -> float:
-        """Mean of a scalar over the processes."""
+    def step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        """Changes the parameters, unless ``skip``, a bool scalar on the device, is true.
+
+        The fused AdamW decides on the device, as it does for `torch.amp.GradScaler`.
+        """
+        # Accelerate's wrapper looks for an optional package at every step, which takes a millisecond.
+        own = getattr(optimizer, "optimizer", optimizer)
+        if own.defaults["fused"]:
+            own.found_inf = skip.float()  # type: ignore[union-attr]
+            own.step()
+        elif not bool(skip):  # MPS
+            own.step()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a scalar over the processes, on the device."""
+        if self.world_size == 1:
+            return value.detach().float()
         with self._together():
-            return float(self.accelerator.reduce(value.detach().float(), reduction="mean"))
+            return self.accelerator.reduce(value.detach().float(), reduction="mean")
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in any process. Several processes wait for each other."""
         if self.world_size == 1:
-            return flag
+            return list(flags)
         with self._together():
-            return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum") > 0)
+            counts: list[float] = self.accelerator.reduce(
+                torch.tensor(flags, dtype=torch.float32, device=self.device), reduction="sum"
+            ).tolist()
+            return [count > 0 for count in counts]
 
     def wait(self) -> None:
         """Waits until all processes have reached this point.
@@ -126,5 +172,8 @@ class Runtime:
         if self.is_main:
             self.wait()
 
-    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+    def to_device(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The batch on the device, without waiting for it. The seeds stay on the CPU, where they are used."""
+        moved = {k: v if k == "seed" else v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        # No dict: with several processes, torch would move what is in one to the GPU, the seeds as well.
+        return MappingProxyType(moved)

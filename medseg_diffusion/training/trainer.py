@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import math
+import errno
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.errors import MedsegError, Stopped
 
+from .batches import Batches, part_of, passes
 from .ema import EMA
-from .interrupt import Interrupt
+from .health import EMPTY, EQUAL, StepHealth, StepNumbers, ValidationHealth
+from .interrupt import Interrupt, Interruption
 from .log import Tracker, TrainingLog
-from .resume import TrainingState, load_state, save_state
+from .readings import Readings
+from .resume import Checkpoints, TrainingState, bytes_of, full_disk, tensors_of
 from .runtime import Runtime
+from .sharding import shard
+from .throughput import Throughput, flops_of_example
 
 Decay = Literal["polynomial", "linear", "constant"]
 
@@ -31,6 +38,8 @@ class TrainingOptions:
 
     Attributes:
         batch_size: examples per step over all processes together.
+        examples_at_once: largest number of examples that a device computes together; None computes its share of the
+            batch at once. The gradient stays that of the batch as long as the loss is a mean over its examples.
         max_steps: optimiser steps of the whole run.
         learning_rate: peak of AdamW's rate, after a linear warm-up.
         warmup_steps: length of the warm-up.
@@ -40,11 +49,15 @@ class TrainingOptions:
         gradient_clip: largest norm of the gradient.
         workers: processes that prepare examples; 0 prepares them in the training process.
         validate_every: steps between validations.
+        read_every: steps between two readings of losses and gradient norms from the device. It changes no result.
         checkpoint_minutes: minutes between resume files.
+        checkpoint_steps: steps between resume files; 0 leaves it to the minutes alone.
+        checkpoints_kept: how many resume files are kept.
         trackers: also log to these (`medseg_diffusion.training.log`).
     """
 
     batch_size: int = 4
+    examples_at_once: int | None = None
     max_steps: int = 10_000
     learning_rate: float = 5e-4
     warmup_steps: int = 200
@@ -54,19 +67,36 @@ class TrainingOptions:
     gradient_clip: float = 1.0
     workers: int = 0
     validate_every: int = 500
+    read_every: int = 10
     checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    checkpoints_kept: int = 2
     trackers: tuple[Tracker, ...] = ()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a display needs: steps done and planned, the smoothed loss, seconds left, the last validation score."""
+    """What a display needs.
+
+    Attributes:
+        step: number of steps done.
+        max_steps: number of steps planned.
+        loss: smoothed loss; it and the numbers below are those of the last reading of the device.
+        seconds_left: for the other steps.
+        score: of the last validation, None before the first.
+        examples_per_s: of all processes together.
+        waiting: share of the time in which the device waited for examples.
+        skipped: number of steps that were skipped because their loss or gradient was not finite.
+    """
 
     step: int
     max_steps: int
     loss: float
     seconds_left: float
     score: float | None
+    examples_per_s: float = 0.0
+    waiting: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +104,8 @@ class Callbacks:
     """What differs between models: how one is validated and how one is written.
 
     Attributes:
-        validate: averaged model -> named numbers; "score" decides which weights are the best.
+        validate: averaged model -> named numbers; "score" decides which weights are the best. Those of
+            `medseg_diffusion.training.health.Predictions`, if any, are looked at and logged, but not stored.
         save: (averaged model, step, numbers) -> writes the loadable model.
         progress: called after every step of the main process.
     """
@@ -91,7 +122,7 @@ class TrainingRun:
     Attributes:
         folder: the run directory.
         seed: of dropout; the training examples carry their own.
-        resume: continue from checkpoints/last.pt. A run that was stopped before it had one starts again.
+        resume: continue from the newest resume file. A run that was stopped before it had one starts again.
         max_steps: stop after this step even if the run is longer; the learning rate follows
             `TrainingOptions.max_steps`.
         time_limit_min: stop this call after so many minutes.
@@ -103,9 +134,28 @@ class TrainingRun:
     max_steps: int | None = None
     time_limit_min: float | None = None
 
-    @property
-    def resume_file(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+
+Ending = Literal["finished", "max_steps", "time_limit"]
+"""Why a training ended: all planned steps are done, or a limit of the call was reached."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training has reached.
+
+    Attributes:
+        run: the run directory.
+        steps: steps that are done, of ``planned``.
+        planned: steps of the whole run.
+        ended: why this call ended.
+        best: numbers of the best validation, and its "step".
+    """
+
+    run: Path
+    steps: int
+    planned: int
+    ended: Ending
+    best: dict[str, float]
 
 
 @runtime_checkable
@@ -113,6 +163,13 @@ class SeveralParts(Protocol):
     """A model whose parts have an optimiser and a gradient clip each, such as a generator and its discriminator."""
 
     def optimised_parts(self) -> Sequence[list[nn.Parameter]]: ...
+
+
+@runtime_checkable
+class KnowsStep(Protocol):
+    """A model whose loss depends on the step."""
+
+    def begin_step(self, step: int) -> None: ...
 
 
 # long: one headed block for each part of a step, in the order in which they happen
@@ -123,12 +180,12 @@ def fit(
     callbacks: Callbacks,
     run: TrainingRun,
     runtime: Runtime,
-) -> dict[str, float]:
-    """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or Ctrl-C; returns the best numbers.
+) -> Outcome:
+    """Trains ``model`` (batch -> scalar loss) until the last step, a limit, or a signal.
 
-    ``run.folder`` receives checkpoints/last.pt (everything to resume bit-exactly), log.csv and steps.csv.
+    ``run.folder`` receives checkpoints/ (everything to resume bit-exactly), log.csv and steps.csv.
     ``callbacks.save`` receives the averaged weights whenever a validation is the best so far. A resume file is written
-    before Ctrl-C or a limit ends the call.
+    before a signal or a limit ends the call.
 
     Args:
         model: called with a batch, returns the loss. With `SeveralParts` it is the sum of losses of one part each.
@@ -139,76 +196,165 @@ def fit(
         runtime: device, precision, processes.
 
     Raises:
-        MedsegError: the loss is not finite, or the processes cannot share a batch evenly.
+        Stopped: SIGTERM or SIGUSR1.
+        KeyboardInterrupt: Ctrl-C.
+        MedsegError: the loss was not finite in too many steps, the disk is full, or the processes cannot share a batch
+            evenly.
         InputError: nothing to resume from, or an unusable resume file.
     """
     began = time.monotonic()
     state = _initial_state(model, options, run, runtime)
     last = min(options.max_steps, run.max_steps or options.max_steps)
-    loader = _loader(draws, options, state.step, last, runtime)
-    recorder = _Recorder(state, last, options, callbacks, run, runtime) if runtime.is_main else None
+    batches: Batches | None = None
+    readings, health = Readings(options.read_every, alone=runtime.world_size == 1), StepHealth(runtime.precision)
     interrupt = Interrupt()
     between_steps = True
+    recorder: _Recorder | None = None
+
+    def read_back() -> None:
+        """Waits for the device, counts what it has done, and logs it. All processes read the same numbers."""
+        numbers = readings.read()
+        if recorder is not None:
+            recorder.log_steps(numbers, batches.waited if batches is not None else 0.0)
+        for one in numbers:
+            _count(one, state)
+            if not one.finite:
+                health.check(one, state.skipped_in_a_row, learning_rate(one.step - 1, options))
+
     # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100 times
     # slower than other numbers.
     torch.set_flush_denormal(True)
     try:
-        batches = iter(loader)
+        recorder = _Recorder(state, last, options, callbacks, run, runtime, interrupt) if runtime.is_main else None
+        with interrupt.kept_from_workers():
+            batches = Batches(draws, options.batch_size, state.step, last, options.workers, runtime)
         stop = state.step >= last
+        # A signal has kept the call before from the validation of its last step.
+        validation_due = state.validated < state.step and (stop or state.step % options.validate_every == 0)
+        if validation_due:
+            tensors = tensors_of(state, runtime)
+            if recorder is not None:
+                recorder.validate_and_save(tensors, validation_due)
+        if runtime.any(interrupt.requested is not None):
+            raise interrupt.error(_standing(state, options))
+        first = state.step
         while not stop:
-            started, between_steps = time.monotonic(), False
+            between_steps = False
 
-            # Batch
-            batch = runtime.to_device(next(batches))
-
-            # Forward. Dropout is the only user of the global generator: seeding it by step makes resuming exact.
-            torch.manual_seed(derive_seed(run.seed, "dropout", state.step, runtime.rank))
-            state.model.train()
-            with runtime.accelerator.autocast():
-                loss = state.model(batch)
-
-            # Backward
-            runtime.backward(loss)
-            norms = [runtime.clip(_parameters(one), options.gradient_clip) for one in state.optimizers]
-            value, norm = runtime.mean(loss), math.hypot(*norms)
-            _require_finite(value, norm, state.step)
-
-            # Step. A network whose loss has not begun has no gradient, and its moments must not count that.
-            for optimizer, own_norm in zip(state.optimizers, norms, strict=True):
-                _set_learning_rate(optimizer, learning_rate(state.step, options))
-                if own_norm > 0:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            state.ema.update(runtime.unwrap(state.model))
+            # Step
+            batch = next(batches)
+            if recorder is not None and state.step == first:
+                recorder.begin(batch)
+            loss, norms = _step(state, batch, options, run.seed, runtime)
             state.step += 1
-            state.loss = value if state.step == 1 else 0.98 * state.loss + 0.02 * value
+            readings.add(state.step, loss, norms)
             between_steps = True
-            took = time.monotonic() - started
+
+            # Decide what is next. Several processes have to agree, for which they wait for each other.
+            at_end = state.step >= last
+            validation_due = at_end or state.step % options.validate_every == 0
+            file_due = options.checkpoint_steps > 0 and state.step % options.checkpoint_steps == 0
+            out_of_time = signalled = False
+            if runtime.world_size == 1 or validation_due or file_due or state.step % options.read_every == 0:
+                out_of_time, signalled, late = runtime.any_of(
+                    run.time_limit_min is not None and time.monotonic() - began > 60 * run.time_limit_min,
+                    interrupt.requested is not None,
+                    recorder is not None and recorder.file_due,
+                )
+                file_due = file_due or late or signalled
+            stop = at_end or out_of_time
+            validation_due = not signalled and (validation_due or stop)
+
+            # Read back
+            if validation_due or file_due or readings.due(state.step):
+                read_back()
 
             # Validate and save
-            out_of_time = run.time_limit_min is not None and time.monotonic() - began > 60 * run.time_limit_min
-            stop = runtime.any(out_of_time) or state.step >= last
-            validation_due = stop or state.step % options.validate_every == 0
+            if validation_due or file_due:
+                tensors = tensors_of(state, runtime)
+                if recorder is not None:
+                    recorder.validate_and_save(tensors, validation_due)
+            if validation_due:  # the others wait here, and learn whether a signal has cut it short
+                signalled = runtime.any(interrupt.requested is not None)
             if recorder is not None:
-                recorder.validate_and_save(validation_due)
-            if validation_due:
-                runtime.wait()
+                recorder.show()
+            if signalled:
+                raise interrupt.error(_standing(state, options))
+        if recorder is not None:
+            recorder.log.close()
+    except (KeyboardInterrupt, Stopped) as error:
+        # A second Ctrl-C may come within a step, when weights and averages are of different steps. The resume files
+        # then stay as they are.
+        if between_steps and state.step:
+            read_back()
             if recorder is not None:
-                recorder.report(value, norm, took)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        # A second Ctrl-C may come within a step, when weights and averages are of different steps. The resume file
-        # then stays as it is.
-        if recorder is not None and state.step and between_steps:
-            recorder.save_interrupted()
+                recorder.save_interrupted(with_model=isinstance(error, KeyboardInterrupt))
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MedsegError(full_disk(run.folder, bytes_of(state))) from error
     finally:
+        batches = None  # ends the workers now; an error would keep them until the process ends
         torch.set_flush_denormal(False)
         interrupt.restore()
         if recorder is not None:
-            recorder.log.close()
-    return state.best
+            with suppress(OSError):  # on a full disk, where another error is on its way
+                recorder.log.close()
+    finished = state.step >= options.max_steps
+    ended: Ending = "finished" if finished else "max_steps" if state.step >= last else "time_limit"
+    return Outcome(run.folder, state.step, options.max_steps, ended, state.best)
+
+
+def _standing(state: TrainingState, options: TrainingOptions) -> str:
+    return f"stopped after step {state.step} of {options.max_steps}, which is saved"
+
+
+def _step(
+    state: TrainingState, batch: Mapping[str, Tensor], options: TrainingOptions, seed: int, runtime: Runtime
+) -> tuple[Tensor, list[Tensor]]:
+    """One step of the optimisation: the loss over all processes, and the gradient norm of each part of the model.
+
+    Both are scalars on the device, and so is the decision to skip the step because one of them is not finite: nothing
+    here waits for the device.
+    """
+    model = runtime.unwrap(state.model)
+    if isinstance(model, KnowsStep):
+        model.begin_step(state.step)
+
+    # Forward and backward. Dropout is the only user of the global generator: seeding it by step makes resuming exact.
+    torch.manual_seed(derive_seed(seed, "dropout", state.step, runtime.rank))
+    state.model.train()
+    losses = []
+    parts = passes(batch, options.examples_at_once)
+    for number, (share, part) in enumerate(parts, start=1):
+        with runtime.exchanging(state.model, number == len(parts)):
+            with runtime.accelerator.autocast():
+                loss = share * state.model(part)
+            runtime.backward(loss)
+        losses.append(loss.detach())
+    total = runtime.mean(torch.stack(losses).sum())
+
+    # Step. A network whose loss has not begun has no gradient, and its moments must not count that.
+    norms = [runtime.clip(_parameters(one), options.gradient_clip) for one in state.optimizers]
+    taken = torch.stack([total, *norms]).isfinite().all()
+    for optimizer, norm in zip(state.optimizers, norms, strict=True):
+        _set_learning_rate(optimizer, learning_rate(state.step, options))
+        runtime.step(optimizer, skip=~(taken & (norm > 0)))
+        optimizer.zero_grad(set_to_none=True)
+    state.ema.update(model, taken)
+    return total, norms
+
+
+def _count(numbers: StepNumbers, state: TrainingState) -> None:
+    """Takes the numbers of a step into the smoothed loss and into the counts of skipped steps."""
+    if not numbers.finite:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        return
+    state.skipped_in_a_row = 0
+    is_first = numbers.step == state.skipped + 1
+    state.loss = numbers.loss if is_first else 0.98 * state.loss + 0.02 * numbers.loss
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
@@ -235,63 +381,33 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _initial_state(model: nn.Module, options: TrainingOptions, run: TrainingRun, runtime: Runtime) -> TrainingState:
     """The state that this call starts from: a new one, or that of the resume file."""
+    model = model.to(runtime.device)
+    ema = EMA(model, options.ema_decay)
+    if runtime.sharded:
+        if isinstance(model, SeveralParts):
+            raise MedsegError(
+                "a training with several networks cannot share their weights out; set training.sharding=false"
+            )
+        if runtime.is_main:
+            ema.whole = deepcopy(ema.module)
+        shard(model, runtime.device)
+        shard(ema.module, runtime.device)
     parts = model.optimised_parts() if isinstance(model, SeveralParts) else [list(model.parameters())]
     fused = runtime.device.type != "mps"
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(part, options.learning_rate, weight_decay=options.weight_decay, fused=fused) for part in parts
     ]
     wrapped, optimizers = runtime.prepare(model, optimizers)
-    state = TrainingState(wrapped, optimizers, EMA(runtime.unwrap(wrapped), options.ema_decay))
-    if run.resume and (run.resume_file.is_file() or not _has_only_begun(run.folder)):
-        load_state(run.resume_file, state, runtime)
+    state = TrainingState(wrapped, optimizers, ema)
+    checkpoints = Checkpoints(run.folder)
+    if run.resume and (checkpoints.files() or not _has_only_begun(run.folder)):
+        checkpoints.load(state, runtime)
     return state
 
 
 def _has_only_begun(folder: Path) -> bool:
     """Whether a run was started and stopped before its first validation and resume file."""
     return (folder / "config.yaml").is_file() and not (folder / "log.csv").is_file()
-
-
-class _StepSampler(Sampler[int]):
-    """Numbers of the examples that this process draws: of every step's batch, its consecutive share."""
-
-    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.steps, self.batch_size = range(first_step, last_step), batch_size
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
-
-    def __iter__(self) -> Iterator[int]:
-        for step in self.steps:
-            start = step * self.batch_size + self.offset
-            yield from range(start, start + self.share)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.share
-
-
-def _loader(
-    draws: Dataset[dict[str, Tensor]], options: TrainingOptions, first_step: int, last_step: int, runtime: Runtime
-) -> DataLoader[dict[str, Tensor]]:
-    """This process's batches of the steps from ``first_step`` up to, but without, ``last_step``."""
-    if options.batch_size % runtime.world_size:
-        raise MedsegError(f"batch_size {options.batch_size} must be a multiple of the {runtime.world_size} processes")
-    return DataLoader(
-        draws,
-        batch_size=options.batch_size // runtime.world_size,
-        sampler=_StepSampler(first_step, last_step, options.batch_size, runtime.rank, runtime.world_size),
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-        multiprocessing_context="spawn" if options.workers else None,
-        pin_memory=runtime.device.type == "cuda",
-    )
-
-
-def _require_finite(loss: float, norm: float, step: int) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise MedsegError(
-            f"the loss became {loss} (gradient norm {norm}) at step {step}: "
-            "lower training.learning_rate, or use --set training.precision=fp32"
-        )
 
 
 class _Recorder:
@@ -305,6 +421,7 @@ class _Recorder:
         callbacks: Callbacks,
         run: TrainingRun,
         runtime: Runtime,
+        interrupt: Interrupt,
     ) -> None:
         self.state = state
         self.last_step = last_step
@@ -312,40 +429,76 @@ class _Recorder:
         self.callbacks = callbacks
         self.run = run
         self.runtime = runtime
+        self.interrupt = interrupt
+        self.checkpoints = Checkpoints(run.folder, options.checkpoints_kept)
         self.log = TrainingLog(run.folder, state.step, run.resume, options.trackers)
-        self.saved_at = time.monotonic()
-        self.step_seconds = 0.0
+        self.health = ValidationHealth(options.max_steps)
+        self.throughput = Throughput(options.batch_size, 0.0, runtime)
+        self.saved_at, self.saved_step = time.monotonic(), -1
 
-    def validate_and_save(self, validation_due: bool) -> None:
-        """Validates if a validation is due, and writes the resume file after one or when enough time has passed."""
+    def begin(self, batch: Mapping[str, Tensor]) -> None:
+        """Counts the operations of a step on one example of its ``batch``."""
+        of_one = flops_of_example(self.state.ema.whole, part_of(batch, 0, 1), self.runtime)
+        self.throughput.flops = of_one * self.options.batch_size / self.runtime.world_size
+        self.throughput.restart()
+
+    @property
+    def file_due(self) -> bool:
+        """Whether enough time has passed for a resume file."""
+        return time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
+
+    def validate_and_save(self, tensors: dict[str, Any], validation_due: bool) -> None:
+        """Validates if a validation is due, and writes a resume file with the `tensors_of` the state."""
         if validation_due:
             self._validate()
-        if validation_due or time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes:
-            self._save()
+        self._save(tensors)
+        self.throughput.restart()
 
-    def report(self, loss: float, norm: float, seconds: float) -> None:
-        """Logs a step that took so many seconds, and shows the progress."""
-        state = self.state
-        self.log.step(state.step, loss, norm)
-        self.step_seconds = seconds if self.step_seconds == 0 else 0.95 * self.step_seconds + 0.05 * seconds
-        seconds_left = (self.last_step - state.step) * self.step_seconds
-        self.callbacks.progress(Progress(state.step, self.last_step, state.loss, seconds_left, state.score))
+    def log_steps(self, steps: Sequence[StepNumbers], waited: float) -> None:
+        """Logs steps that the device has just finished."""
+        if not steps:
+            return
+        seconds, now = self.throughput.read(len(steps), waited), time.time()
+        for i, numbers in enumerate(steps, start=1):
+            self.log.step(numbers.step, numbers.loss, numbers.norm, now - (len(steps) - i) * seconds)
 
-    def save_interrupted(self) -> None:
-        """Writes the resume file, and the model if no validation has written one yet."""
-        self._save()
-        if not self.state.best:
-            self.callbacks.save(self.state.ema.module, self.state.step, {})
+    def show(self) -> None:
+        """Shows the progress."""
+        state, speed = self.state, self.throughput
+        seconds_left = (self.last_step - state.step) * speed.seconds_per_step
+        rate = speed.examples / speed.seconds_per_step if speed.seconds_per_step else 0.0
+        self.callbacks.progress(
+            Progress(
+                state.step, self.last_step, state.loss, seconds_left, state.score, rate, speed.waiting, state.skipped
+            )
+        )
+
+    def save_interrupted(self, with_model: bool) -> None:
+        """Writes a resume file, and the model if it is wanted and no validation has written one yet."""
+        # Processes that share the weights out had to gather them together.
+        if self.saved_step != self.state.step and not self.runtime.sharded:
+            self._save(tensors_of(self.state, self.runtime))
+        if with_model and not self.state.best:
+            self.callbacks.save(self.state.ema.whole, self.state.step, {})
 
     def _validate(self) -> None:
+        """Validates, and saves the model if it is the best; nothing changes if a signal comes meanwhile."""
         state = self.state
-        numbers = dict(self.callbacks.validate(state.ema.module))
+        try:
+            with self.interrupt.at_once():
+                numbers = dict(self.callbacks.validate(state.ema.whole))
+        except Interruption:  # the resumed run validates this step
+            return
+        signs = {name: numbers.pop(name) for name in (EMPTY, EQUAL) if name in numbers}
         if numbers["score"] > state.best.get("score", float("-inf")):
             state.best = {**numbers, "step": float(state.step)}
-            self.callbacks.save(state.ema.module, state.step, numbers)
-        self.log.validation(state.step, state.loss, state.optimizers[0].param_groups[0]["lr"], numbers)
-        state.score = numbers["score"]
+            self.callbacks.save(state.ema.whole, state.step, numbers)
+        self.health.check(state.step, {**numbers, **signs}, state.best)
+        throughput = {**self.throughput.numbers(), "skipped_steps": float(state.skipped)}
+        rate = state.optimizers[0].param_groups[0]["lr"]
+        self.log.validation(state.step, state.loss, rate, {**numbers, **signs}, throughput)
+        state.score, state.validated = numbers["score"], state.step
 
-    def _save(self) -> None:
-        save_state(self.run.resume_file, self.state, self.runtime)
-        self.saved_at = time.monotonic()
+    def _save(self, tensors: dict[str, Any]) -> None:
+        self.checkpoints.save(self.state, tensors)
+        self.saved_at, self.saved_step = time.monotonic(), self.state.step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -41,7 +41,7 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
         InputError: Unusable data.
         ModelError: The configuration demands LPIPS, whose weights are missing.
     """
-    runtime = Runtime(job.device, config.training.precision)
+    runtime = Runtime(job.device, config.training.precision, config.training.sharding)
     section = config.loss
     perceptual, name, fingerprints = perceptual_loss(
         section.perceptual,
@@ -62,12 +62,13 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
     def validate(averaged: nn.Module) -> dict[str, float]:
         training = cast(AutoencoderTraining, averaged)
         originals = torch.cat([batch["image"] for batch in batches])
+        job.on_prepare("reconstructions", 0, 1)
         reconstructions = _reconstructions(training, batches, runtime)
         numbers = {
             # The adversarial loss trades reconstruction for sharpness on purpose. The last weights are therefore the
             # best ones; the lowest reconstruction loss lies before the adversarial loss begins.
             "score": float(training.step),
-            "loss": mean_loss(averaged, batches, runtime),
+            "loss": mean_loss(averaged, batches, runtime, job.on_prepare),
             **_fidelity(reconstructions, originals),
         }
         if name == "lpips":
@@ -78,7 +79,7 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         codec = cast(AutoencoderTraining, averaged).autoencoder
-        standardise(codec, _scale_batches(examples, job.seed, runtime))
+        standardise(codec, _scale_batches(examples, job, runtime))
         card = image_card(config, images, job, step, numbers)
         card["training"]["perceptual_loss"] = name
         job.save(card | {"classes": [], "loss_extractors": fingerprints}, codec.state_dict())
@@ -151,12 +152,12 @@ def _fidelity(reconstructions: Tensor, originals: Tensor) -> dict[str, float]:
     return {"psnr": float(-10 * torch.log10(error / 4).mean()), "ssim": float(cast(Tensor, ssim))}
 
 
-def _scale_batches(examples: ImageExamples, seed: int, runtime: Runtime) -> list[Tensor]:
+def _scale_batches(examples: ImageExamples, job: Job, runtime: Runtime) -> Iterator[Tensor]:
     """Random training images on the device, for the scale of latents."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "scale"))
+    generator = torch.Generator().manual_seed(derive_seed(job.seed, "scale"))
     size = min(len(examples), SCALE_BATCHES * BATCH)
     chosen = torch.randperm(len(examples), generator=generator)[:size].tolist()
-    batches = (chosen[first : first + BATCH] for first in range(0, size, BATCH))
-    return [
-        torch.stack([examples.example(i, generator)["image"] for i in batch]).to(runtime.device) for batch in batches
-    ]
+    for first in range(0, size, BATCH):
+        job.on_prepare("statistics of latents: image", first, size)
+        batch = chosen[first : first + BATCH]
+        yield torch.stack([examples.example(i, generator)["image"] for i in batch]).to(runtime.device)

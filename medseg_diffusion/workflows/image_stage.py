@@ -103,10 +103,16 @@ def validation_batches(examples: Examples, batch_size: int) -> list[dict[str, Te
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]], runtime: Runtime) -> float:
+def mean_loss(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    runtime: Runtime,
+    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> float:
     """Mean loss of ``model`` over all images of the batches."""
     total, count = 0.0, 0
-    for batch in batches:
+    for done, batch in enumerate(batches):
+        on_prepare("validation: batch", done, len(batches))
         with runtime.accelerator.autocast():
             loss = model(runtime.to_device(batch))
         total, count = total + float(loss) * len(batch["image"]), count + len(batch["image"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -17,6 +17,7 @@ from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import MaskAutoencoder
 from medseg_diffusion.training.autoencoder import standardise
 from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks
 
@@ -29,7 +30,7 @@ STANDARDISE_CASES = 64
 def mask_autoencoder_job(job: Job) -> Job:
     """The job of the first stage of a segmenter's ``job``, in its own folder. Only the time limit ends it early."""
     folder = job.run / "autoencoder"
-    resume = job.resume and (folder / "checkpoints" / "last.pt").is_file()
+    resume = job.resume and bool(Checkpoints(folder).files())
     return replace(job, run=folder, resume=resume, max_steps=None)
 
 
@@ -45,11 +46,11 @@ def train_mask_autoencoder(
     dims = config.network.dims
 
     def validate(averaged: nn.Module) -> dict[str, float]:
-        return _ceiling(cast(MaskAutoencoder, averaged), data, dims, runtime)
+        return _ceiling(cast(MaskAutoencoder, averaged), data, dims, runtime, job.on_prepare)
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         averaged_autoencoder = cast(MaskAutoencoder, averaged)
-        _standardise(averaged_autoencoder, data, job.seed, runtime)
+        _standardise(averaged_autoencoder, data, job, runtime)
         card = {
             "task": "mask autoencoder",
             "config": config.model_dump(mode="json"),
@@ -70,10 +71,17 @@ def train_mask_autoencoder(
     return {name: float(value) for name, value in saved.card["metrics"]["validation"].items() if name != "score"}
 
 
-def _ceiling(autoencoder: MaskAutoencoder, data: SegmenterData, dims: int, runtime: Runtime) -> dict[str, float]:
+def _ceiling(
+    autoencoder: MaskAutoencoder,
+    data: SegmenterData,
+    dims: int,
+    runtime: Runtime,
+    on_prepare: Callable[[str, int, int], None],
+) -> dict[str, float]:
     """Dice of the validation masks against their reconstructions, by class name, and their mean as "score"."""
     dice: dict[int, list[float]] = {label: [] for label in data.labels if label}
-    for case in data.validation:
+    for done, case in enumerate(data.validation):
+        on_prepare("validation: mask", done, len(data.validation))
         masks = _as_batches(case.label, dims)
         reconstructions = [_reconstructed(autoencoder, mask, runtime) for mask in masks]
         overlap = label_overlap(torch.cat(reconstructions).numpy(), torch.cat(list(masks)).numpy(), dice)
@@ -91,11 +99,16 @@ def _reconstructed(autoencoder: MaskAutoencoder, masks: Tensor, runtime: Runtime
     return autoencoder.decode(autoencoder.encode(labels), labels.shape[1:]).argmax(1).cpu()
 
 
-def _standardise(autoencoder: MaskAutoencoder, data: SegmenterData, seed: int, runtime: Runtime) -> None:
-    draws = Draws(data.examples, seed)
+def _standardise(autoencoder: MaskAutoencoder, data: SegmenterData, job: Job, runtime: Runtime) -> None:
+    draws = Draws(data.examples, job.seed)
     size = min(len(data.examples), STANDARDISE_CASES)
-    labels = [draws[i]["label"][None].to(runtime.device) for i in range(size)]
-    standardise(autoencoder.codec, [autoencoder.channels_of(one) for one in labels])
+
+    def channels() -> Iterator[Tensor]:
+        for i in range(size):
+            job.on_prepare("statistics of latents: mask", i, size)
+            yield autoencoder.channels_of(draws[i]["label"][None].to(runtime.device))
+
+    standardise(autoencoder.codec, channels())
 
 
 def _as_batches(label: Tensor, dims: int) -> Sequence[Tensor]:

@@ -24,7 +24,6 @@ from medseg_diffusion.data.healthy import (
     packed_healthy,
 )
 from medseg_diffusion.data.image_cache import PackedImages
-from medseg_diffusion.device import choose_device, tune
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.healthy_scores import HealthyScores
 from medseg_diffusion.models.anomaly import CLASSIFIER, GENERATOR, calibration_entry, calibration_weights
@@ -32,7 +31,8 @@ from medseg_diffusion.models.card import common_entries
 from medseg_diffusion.models.generator import restore_classifier, restore_generator
 from medseg_diffusion.models.store import SavedModel, home, load_model_files, parts_of_weights
 from medseg_diffusion.training.job import Job
-from medseg_diffusion.training.trainer import Progress
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import Outcome, Progress
 
 from .anomaly_calibration import AnomalyCalibration, CalibratedAnomaly
 from .train_generator import train_generator
@@ -53,8 +53,11 @@ def train_anomaly(
     seed: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> CalibratedAnomaly:
     """Train the generator of ``config`` on healthy scans and calibrate its detectors on held-out ones.
+
+    Of several processes, the main one alone calibrates and returns the calibration.
 
     Args:
         config: Configuration of method anomaly.
@@ -70,34 +73,39 @@ def train_anomaly(
         seed: Seed of weights, order, times and noise.
         on_progress: Called after every training step.
         on_prepare: Called with (what is prepared, done, total).
+        on_outcome: Called at the end of every training of the run.
 
     Raises:
         UsageError: The run exists and ``resume`` is off, ``unhealthy`` is not needed, or the time was too short.
         InputError: Unusable scans, lesions in healthy ones, or ``unhealthy`` is missing.
     """
     _require_fitting(config, healthy, unhealthy, exclude_labelled)
-    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare)
+    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare, on_outcome)
     notes = {"exclude_labelled": exclude_labelled}
     job.require_startable(config, notes)
+    runtime = Runtime(device, config.generator.training.precision)
     section = config.generator.data
     source = healthy_source(healthy, exclude_labelled, unhealthy, (section.test_images, section.validation_images))
-    images = _packed(config, source, healthy, job)
-    job.start(config, notes, source.splits, healthy)
+    with runtime.main_first():
+        images = _packed(config, source, healthy, job)
+    if runtime.is_main:
+        job.start(config, notes, source.splits, healthy)
     job = job.clock_started()
-    parts = {GENERATOR: _train_part(config.generator, images, GENERATOR, "image", job)}
+    parts = {GENERATOR: _train_part(config.generator, images, GENERATOR, "image", job, runtime)}
     if config.classifier is not None:
-        parts[CLASSIFIER] = _train_part(config.classifier, images, CLASSIFIER, "image-classifier", job)
-    chosen = choose_device(device)
-    tune(chosen)
-    generator = restore_generator(parts[GENERATOR], chosen)
-    classifier = restore_classifier(parts[CLASSIFIER], chosen)[0] if CLASSIFIER in parts else None
-    held_out = [scan for scan in source.scans if source.splits[scan.patient] == "validation"]
-    fit = AnomalyCalibration(config, generator, classifier, held_out, exclude_labelled, on_prepare)
-    latents, calibration = fit.fit()
-    card = _card(config, source, images, calibration, seed)
-    card |= {name: saved.card for name, saved in parts.items()}
-    weights = parts_of_weights({name: saved.weights for name, saved in parts.items()})
-    job.save(card, weights | calibration_weights(latents, calibration))
+        parts[CLASSIFIER] = _train_part(config.classifier, images, CLASSIFIER, "image-classifier", job, runtime)
+    calibration: dict[str, HealthyScores] = {}
+    if runtime.is_main:
+        generator = restore_generator(parts[GENERATOR], runtime.device)
+        classifier = restore_classifier(parts[CLASSIFIER], runtime.device)[0] if CLASSIFIER in parts else None
+        held_out = [scan for scan in source.scans if source.splits[scan.patient] == "validation"]
+        fit = AnomalyCalibration(config, generator, classifier, held_out, exclude_labelled, on_prepare)
+        latents, calibration = fit.fit()
+        card = _card(config, source, images, calibration, seed)
+        card |= {name: saved.card for name, saved in parts.items()}
+        weights = parts_of_weights({name: saved.weights for name, saved in parts.items()})
+        job.save(card, weights | calibration_weights(latents, calibration))
+    runtime.wait()
     return CalibratedAnomaly(job.model, calibration)
 
 
@@ -137,7 +145,12 @@ def _packed(config: AnomalyConfig, source: HealthySource, healthy: Path, job: Jo
 
 
 def _train_part(
-    config: GeneratorConfig | NoisyClassifierConfig, images: PackedImages, name: str, task: str, job: Job
+    config: GeneratorConfig | NoisyClassifierConfig,
+    images: PackedImages,
+    name: str,
+    task: str,
+    job: Job,
+    runtime: Runtime,
 ) -> SavedModel:
     """Train one network of the model in its own run folder.
 
@@ -145,7 +158,7 @@ def _train_part(
         UsageError: The time limit left no time for it.
     """
     folder, left = job.run / name, job.minutes_left
-    if left == 0:
+    if runtime.any(left == 0):
         raise UsageError(f"--time-limit: ended before the training of the {name}; continue with --resume")
     model = train_generator(
         config,
@@ -158,6 +171,7 @@ def _train_part(
         seed=job.seed,
         on_progress=job.on_progress,
         on_prepare=job.on_prepare,
+        on_outcome=job.on_outcome,
     )
     saved = load_model_files(model)
     if saved.card["task"] != task:

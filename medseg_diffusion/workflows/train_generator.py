@@ -3,7 +3,7 @@
 RUN/config.yaml     resolved configuration
 RUN/log.csv         one row per validation; RUN/steps.csv has every step
 RUN/samples/        pictures of samples, or of images beside their reconstructions
-RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
+RUN/checkpoints/    step-000123.pt: the state to resume the run bit-exactly
 RUN/model/          the loadable model
 RUN/autoencoder/    the run of the first stage, if a latent generator trains its own autoencoder
 """
@@ -35,9 +35,10 @@ from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
 from medseg_diffusion.tasks.classifier import NoisyClassification
 from medseg_diffusion.tasks.image import ImageDiffusion, reduced
 from medseg_diffusion.tasks.patched import PatchedDiffusion
+from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, Progress
+from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
 
 from .autoencoder_stage import autoencoder_of, latent_channels, require_same_images, train_autoencoder
 from .image_stage import (
@@ -72,6 +73,7 @@ def train_generator(
     download: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Path:
     """Train the model of ``config`` on the images of ``data`` and return the model directory.
 
@@ -91,6 +93,7 @@ def train_generator(
         download: Download the weights of LPIPS if they are missing; nothing is downloaded otherwise.
         on_progress: Called after every step.
         on_prepare: Called with (what is prepared, done, total).
+        on_outcome: Called at the end of every training of the run.
 
     Raises:
         UsageError: The run exists and ``resume`` is off, or options that do not fit the configuration.
@@ -100,7 +103,7 @@ def train_generator(
     latent = isinstance(config, GeneratorConfig) and config.autoencoder is not None
     if not latent and (autoencoder is not None or stage != "all"):
         raise UsageError("--autoencoder and --stage are for configurations that name an autoencoder; this one has none")
-    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare)
+    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare, on_outcome)
     source = ImageSourceOptions(data, skip_broken, download)
     if isinstance(config, ImageAutoencoderConfig):
         return train_autoencoder(config, source, job)
@@ -108,7 +111,8 @@ def train_generator(
         return _train_classifier(config, source, job)
     if latent and autoencoder is None:
         autoencoder = _train_first_stage(config, source, job)
-        if stage == "autoencoder" or job.minutes_left == 0:
+        out_of_time = Runtime(job.device, config.training.precision).any(job.minutes_left == 0)
+        if stage == "autoencoder" or out_of_time:
             return autoencoder
         # In an interrupted run, the second stage may not have started.
         job = replace(job, resume=resume and job.started)
@@ -153,7 +157,7 @@ def _train_diffusion(
     first = None if autoencoder is None else _first_stage(autoencoder, config)
     codec = None if first is None else first.codec
     channels = latent_channels(codec)
-    runtime = Runtime(job.device, config.training.precision)
+    runtime = Runtime(job.device, config.training.precision, config.training.sharding)
     notes = {} if first is None else {"autoencoder_sha256": first.saved.sha256}
     images = prepare_images(
         config, source, job, runtime, lambda packed: build.generator(config, len(packed.classes), channels), notes
@@ -166,12 +170,16 @@ def _train_diffusion(
     with_classes = isinstance(model, ImageDiffusion) and model.num_classes > 0
 
     def validate(averaged: nn.Module) -> dict[str, float]:
-        loss = mean_loss(averaged, batches, runtime)
+        loss = mean_loss(averaged, batches, runtime, job.on_prepare)
         generator = Generator(cast(ImageDiffusion | PatchedDiffusion, averaged), config, shape, codec)
+        job.on_prepare("pictures", 0, 1)
         with runtime.accelerator.autocast():
             pictures = _pictures(generator, images)
         write_pictures(pictures, job.run)
-        return {"score": -loss, "loss": loss}
+        predictions = Predictions()
+        for picture in pictures:
+            predictions.add(picture)
+        return {"score": -loss, "loss": loss, **predictions.numbers()}
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         card = image_card(config, images, job, step, numbers) | ({} if first is None else first.entries)
@@ -206,7 +214,7 @@ def _examples(
 
 
 def _train_classifier(config: NoisyClassifierConfig, source: ImageSourceOptions, job: Job) -> Path:
-    runtime = Runtime(job.device, config.training.precision)
+    runtime = Runtime(job.device, config.training.precision, config.training.sharding)
     images = prepare_images(
         config, source, job, runtime, lambda packed: build.noisy_classifier(config, len(packed.classes))
     )
@@ -218,7 +226,7 @@ def _train_classifier(config: NoisyClassifierConfig, source: ImageSourceOptions,
     batches = validation_batches(held_out, config.training.batch_size)
 
     def validate(averaged: nn.Module) -> dict[str, float]:
-        loss = mean_loss(averaged, batches, runtime)
+        loss = mean_loss(averaged, batches, runtime, job.on_prepare)
         return {"score": -loss, "loss": loss}
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:

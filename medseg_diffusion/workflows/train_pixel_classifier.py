@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from medseg_diffusion import build
@@ -23,20 +24,21 @@ from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case
 from medseg_diffusion.data.patients import FILE as PATIENTS_FILE
-from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder, write_json
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers
-from medseg_diffusion.methods.labelled_pixels import PixelSampling, labelled_pixels
+from medseg_diffusion.methods.labelled_pixels import LabelledPixels, PixelSampling, Together, labelled_pixels
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.generator import Generator, restore_generator
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.pixel_segmenter import GENERATOR, pixel_activations, pixel_inference
 from medseg_diffusion.models.store import SavedModel, load_model_files, parts_of_weights, save_model
+from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
 from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.volumes.io import read_labels, read_volume, write_labels
 from medseg_diffusion.volumes.outputs import SEGMENTATION
 
@@ -74,6 +76,8 @@ def train_pixel_classifier(
 ) -> TrainedPixelClassifier:
     """Train pixel classifiers on a generator's activations for a few labelled images, and score them.
 
+    Several processes share the features of the labelled images and the classifiers. The main one writes and scores.
+
     Args:
         config: Configuration of method label-efficient.
         generator: Trained or imported generator, folder or installed name.
@@ -95,27 +99,27 @@ def train_pixel_classifier(
         ModelError: No usable generator, or one without activations.
     """
     require_folder(run)
-    chosen_device = choose_device(device)
-    tune(chosen_device)
-    keep_freed_memory()
+    runtime = Runtime(device)
     saved = load_model_files(generator)
-    restored = restore_generator(saved, chosen_device)
+    restored = restore_generator(saved, runtime.device)
     # An unusable generator is an error before any data is read.
     activations = _activations(config, restored, unit)
     job = Job(run, device=device, seed=seed, on_prepare=on_progress)
-    with _emptied_on_failure(run):
-        job.start(config, {"generator_sha256": saved.sha256})
-        training = _Training(config, restored, activations, saved, job)
+    with _emptied_on_failure(run) if runtime.is_main else nullcontext():
+        if runtime.is_main:
+            job.start(config, {"generator_sha256": saved.sha256})
+        training = _Training(config, restored, activations, saved, job, runtime)
         labelled_data, blocks = training.run(data, Labelling(labelled, unit, select, seed))
     scores = None
-    if test and labelled_data.split.test:
+    if runtime.is_main and test and labelled_data.split.test:
         held_out = [case for case in labelled_data.folder.cases if case.name in labelled_data.split.test]
-        scores = _score(job, held_out, labelled_data.labels, str(chosen_device))
+        scores = _score(job, held_out, labelled_data.labels, str(runtime.device))
         model = load_model_files(job.model)
         dice = {f"dice {labelled_data.labels[k].replace('_', ' ')}": v.mean for k, v in scores.dice.items()}
         # The mean over no case is NaN.
         card = {**model.card, "metrics": {"test": {name: mean for name, mean in dice.items() if mean == mean}}}
         save_model(job.model, card, model.weights, render_card(card))
+    runtime.wait()
     return TrainedPixelClassifier(job.model, tuple(unit.name for unit in labelled_data.units), blocks, scores)
 
 
@@ -157,16 +161,20 @@ class _Training:
     activations: Activations
     saved: SavedModel
     job: Job
+    runtime: Runtime
 
     def run(self, data: Path, labelling: Labelling) -> tuple[LabelledData, tuple[str, ...]]:
         """Train, and return the labelled images and the names of the generator's blocks."""
-        config, job = self.config, self.job
+        config, job, runtime = self.config, self.job, self.runtime
         cache = job.run / "cache"
-        chosen = labelled_units(config, self.generator, data, labelling, cache, job.on_prepare)
+        together = Together(runtime.rank, runtime.world_size, runtime.wait)
+        with runtime.main_first():
+            chosen = labelled_units(config, self.generator, data, labelling, cache, job.on_prepare)
         images, masks = [unit.images for unit in chosen.units], [unit.labels for unit in chosen.units]
         classes = list(chosen.labels.values())
         activations = self.activations
         if config.features.blocks == "auto":
+            job.on_prepare("choice of the generator's blocks", 0, 1)
             activations = activations.with_blocks(choose_blocks(activations, images, masks, classes, job.seed))
         pixels = labelled_pixels(
             activations,
@@ -178,6 +186,7 @@ class _Training:
             ),
             cache / "features.npy",
             lambda done, total: job.on_prepare("features of labelled images", done, total),
+            together,
         )
         classifiers = fit_classifiers(
             pixels,
@@ -185,7 +194,31 @@ class _Training:
             job.seed,
             self.generator.device,
             lambda done, total: job.on_prepare("classifiers", done, total),
+            together,
         )
+        self._exchange(classifiers)
+        if runtime.is_main:
+            self._write(chosen, activations.blocks, labelling, pixels, classifiers)
+            del pixels
+            shutil.rmtree(cache, ignore_errors=True)
+        return chosen, activations.blocks
+
+    def _exchange(self, classifiers: PixelClassifiers) -> None:
+        """Give every process the members that others have trained."""
+        self.runtime.wait()  # an error in another process is told here
+        for i, member in enumerate(classifiers.members):
+            for tensor in member.state_dict().values():
+                broadcast(tensor, from_process=i % self.runtime.world_size)
+
+    def _write(
+        self,
+        chosen: LabelledData,
+        blocks: Sequence[str],
+        labelling: Labelling,
+        pixels: LabelledPixels,
+        classifiers: PixelClassifiers,
+    ) -> None:
+        job = self.job
         content = {"unit": labelling.unit, "select": labelling.select, "seed": job.seed}
         write_json(job.run / "labelled.json", {**content, "labelled": [unit.name for unit in chosen.units]})
         plural = "s" if labelling.count > 1 else ""
@@ -193,11 +226,8 @@ class _Training:
             "labelled": f"{labelling.count} {labelling.unit}{plural}, chosen by {labelling.select}",
             "pixels": len(pixels.labels),
         }
-        del pixels
-        shutil.rmtree(cache, ignore_errors=True)
-        card = self._card(chosen, activations.blocks, summary)
+        card = self._card(chosen, blocks, summary)
         job.save(card, classifiers.state_dict() | parts_of_weights({GENERATOR: self.saved.weights}))
-        return chosen, activations.blocks
 
     def _change(self, channels: int) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
         """The augmentation of a labelled image; grey images stay grey."""

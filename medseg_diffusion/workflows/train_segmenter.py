@@ -3,7 +3,7 @@
 RUN/config.yaml     resolved configuration
 RUN/split.json      which case is on which side
 RUN/log.csv         one row per validation; RUN/steps.csv has every step
-RUN/checkpoints/    last.pt: the state to resume the run bit-exactly
+RUN/checkpoints/    step-000123.pt: the state to resume the run bit-exactly
 RUN/model/          the best model by validation, always loadable
 """
 
@@ -36,9 +36,11 @@ from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
+from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
+from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, Progress
+from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
 
 from .calibrate_segmenter import store_calibration
 from .mask_autoencoder_stage import mask_autoencoder_job, train_mask_autoencoder
@@ -62,6 +64,7 @@ def train_segmenter(
     seed: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Path:
     """Train the segmenter of ``config`` on the folder ``data`` and return the model directory.
 
@@ -82,20 +85,21 @@ def train_segmenter(
         seed: Seed of weights, order, augmentation, times and noise.
         on_progress: Called after every step.
         on_prepare: Called with (what is prepared, done, total).
+        on_outcome: Called at the end of every training of the run.
 
     Raises:
         UsageError: The run exists and ``resume`` is off, or a resumed run does not exist or has another configuration.
         InputError: Unusable data or resume file.
         ModelError: ``init`` is missing, or has another network.
     """
-    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare)
-    runtime = Runtime(device, config.training.precision)
+    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare, on_outcome)
+    runtime = Runtime(device, config.training.precision, config.training.sharding)
     origin = _origin(init, job)
     prepared = _prepare(config, data, job, runtime, origin)
     job = job.clock_started()
     job.seed_weights()
     model = build.segmenter(config, len(prepared.labels))
-    if origin is not None and not (run / "checkpoints" / "last.pt").is_file():  # a resume file has later weights
+    if origin is not None and not Checkpoints(run).files():  # a resume file has later weights
         _load_weights(model, origin)
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
@@ -113,9 +117,12 @@ def train_segmenter(
             weights[build.SHAPE_PRIOR] = (255 * prepared.shape.share).round().to(torch.uint8)
         job.save(card, weights)
 
-    callbacks = Callbacks(lambda averaged: validate(averaged, config, prepared, runtime), save, on_progress)
-    numbers = job.fit(model, prepared.examples, config.training, callbacks, runtime)
-    if numbers and runtime.is_main:
+    def check(averaged: nn.Module) -> dict[str, float]:
+        return validate(averaged, config, prepared, runtime, on_prepare)
+
+    callbacks = Callbacks(check, save, on_progress)
+    outcome = job.fit(model, prepared.examples, config.training, callbacks, runtime)
+    if outcome.best and runtime.is_main:
         if prepared.calibration and not prepared.several_readers:
             store_calibration(job.model, prepared.calibration, str(runtime.device), job.on_prepare)
         measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
@@ -138,7 +145,13 @@ def _prepare(
     return prepared
 
 
-def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, runtime: Runtime) -> dict[str, float]:
+def validate(
+    model: nn.Module,
+    config: SegmenterConfig,
+    data: SegmenterData,
+    runtime: Runtime,
+    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, float]:
     """Segment the validation cases with the configuration's sampler and steps; return the Dice per class on the grid.
 
     "score" is the mean over classes of the mean over cases. If a class is absent from a case and from its prediction,
@@ -147,31 +160,40 @@ def validate(model: nn.Module, config: SegmenterConfig, data: SegmenterData, run
     """
     predict = _predictor(cast(Segmenter, model), config, runtime)
     if data.several_readers:
-        return _compare_with_readers(predict, data.validation, len(data.labels))
+        return _compare_with_readers(predict, data.validation, len(data.labels), on_prepare)
     labels = [label for label in data.labels if label]
     dice: dict[int, list[float]] = {label: [] for label in labels}
-    for case in data.validation:
+    predictions = Predictions()
+    for done, case in enumerate(data.validation):
+        on_prepare("validation: case", done, len(data.validation))
         predicted = predict(case, [derive_seed(0, case.name)])[0].argmax(0)
+        predictions.add(predicted, expected=bool((case.label > 0).any()))
         overlap = label_overlap(predicted.cpu().numpy(), case.label.numpy(), labels)
         for label in labels:
             dice[label].append(overlap[label].dice)
     means = {label: float(torch.tensor(values).nanmean()) for label, values in dice.items()}
     defined = {label: mean for label, mean in means.items() if mean == mean}
     score = sum(defined.values()) / len(defined) if defined else 0.0
-    return {"score": score, **{f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in defined.items()}}
+    named = {f"dice_{data.labels[label].replace(' ', '_')}": mean for label, mean in defined.items()}
+    return {"score": score, **named, **predictions.numbers()}
 
 
 def _compare_with_readers(
-    predict: Callable[[PreparedCase, list[int]], Tensor], cases: Sequence[PreparedCase], classes: int
+    predict: Callable[[PreparedCase, list[int]], Tensor],
+    cases: Sequence[PreparedCase],
+    classes: int,
+    on_prepare: Callable[[str, int, int], None],
 ) -> dict[str, float]:
     """The numbers of `ReaderSummary` for `SAMPLES` samples of every case; "score" is 1 - the energy distance."""
-    agreements = []
-    for case in cases:
+    agreements, predictions = [], Predictions()
+    for done, case in enumerate(cases):
+        on_prepare("validation: case", done, len(cases))
         seeds = [derive_seed(derive_seed(0, case.name), member) for member in range(SAMPLES)]
-        samples = predict(case, seeds).argmax(1).cpu().numpy()
-        agreements.append(ReaderAgreement.of(list(samples), [label.numpy() for label in case.labels], classes))
+        samples = predict(case, seeds).argmax(1).cpu()
+        predictions.add(samples, expected=any(bool((label > 0).any()) for label in case.labels))
+        agreements.append(ReaderAgreement.of(list(samples.numpy()), [label.numpy() for label in case.labels], classes))
     numbers = {name: value for name, value in ReaderSummary.of(agreements).numbers().items() if math.isfinite(value)}
-    return {"score": 1 - numbers["energy_distance"], **numbers}
+    return {"score": 1 - numbers["energy_distance"], **numbers, **predictions.numbers()}
 
 
 def measure_x_t(

@@ -90,4 +90,6 @@ def test_the_commands_say_in_one_line_which_variable_is_missing(
     scan.touch()
     result = medseg(command, scan, "--shard", "auto/4")
     assert result.exit_code == 2
-    assert error_lines(result) == ["medseg: error: --shard: the environment variable JOB_COMPLETION_INDEX is not set"]
+    assert error_lines(result) == [
+        "medseg: error: --shard auto/4: the environment variable JOB_COMPLETION_INDEX is not set"
+    ]

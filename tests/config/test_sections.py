@@ -49,7 +49,7 @@ def constructor(kind: type, without: set[str]) -> dict[str, object]:
         (DynamicEncodingSection, MedSegDiff, {"unet", "image_channels"}, set()),
         (SemanticConditionSection, MedSegDiffV2, {"unet", "image_channels", "mask_channels"}, set()),
         (AnchorLossSection, AnchorLoss, set(), set()),
-        (TrainingSection, TrainingOptions, set(), {"precision", "channels_last", "compile"}),
+        (TrainingSection, TrainingOptions, set(), {"precision", "channels_last", "compile", "sharding"}),
         (PreprocessingSection, Preprocessing, {"square_pixels"}, set()),
         (AugmentationSection, Augmentation, set(), set()),
     ],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
+from medseg_diffusion.metrics.training_history import THROUGHPUT
+from medseg_diffusion.training import sharding
+from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Progress, TrainingOptions, TrainingRun, fit
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -38,6 +42,19 @@ class Points:
         return {"x": x + 0.1 * torch.randn(4, generator=generator), "y": x.sum()[None], "index": torch.tensor(index)}
 
 
+class Recorded(Draws):
+    """Draws that note the numbers of those that are asked for."""
+
+    def __init__(self, examples: Points, seed: int, numbers: list[int] | None) -> None:
+        super().__init__(examples, seed)
+        self.numbers = numbers
+
+    def __getitem__(self, draw: int) -> dict[str, Tensor]:
+        if self.numbers is not None:
+            self.numbers.append(draw)
+        return super().__getitem__(draw)
+
+
 class Regression(nn.Module):
     """A small network with dropout and a buffer: (batch) -> mean square error."""
 
@@ -47,12 +64,13 @@ class Regression(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Dropout(dropout), nn.Linear(16, 1))
         self.register_buffer("calls", torch.zeros(()))
-        self.poisoned_at = -1
+        self.poisoned: Container[int] = ()
+        self.poison: Callable[[Tensor], Tensor] = lambda loss: loss * float("nan")
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         self.calls += 1
         loss = (self.layers(batch["x"]) - batch["y"]).square().mean()
-        return loss * float("nan") if int(self.calls) == self.poisoned_at else loss
+        return self.poison(loss) if int(self.calls) in self.poisoned else loss
 
 
 OPTIONS = TrainingOptions(
@@ -72,14 +90,18 @@ def train(
     dropout: float = 0.5,
     progress: Callable[[Progress], None] = lambda progress: None,
     save: Callable[[nn.Module, int, Mapping[str, float]], None] = lambda model, step, numbers: None,
-    poisoned_at: int = -1,
+    poisoned: Container[int] = (),
+    prepare: Callable[[Regression], None] = lambda model: None,
+    shared_out: bool = False,
     changes: Mapping[str, Any] | None = None,
+    numbers: list[int] | None = None,
     **arguments: Any,
 ) -> dict[str, float]:
-    """`fit` on the points, always from the same start."""
+    """`fit` on the points, always from the same start. ``numbers`` receives those of the examples that are drawn."""
     torch.manual_seed(0)
     model = Regression(dropout)
-    model.poisoned_at = poisoned_at
+    model.poisoned = poisoned
+    prepare(model)
     batch = {"x": torch.eye(4), "y": torch.ones(4, 1)}
 
     def validate(averaged: nn.Module) -> dict[str, float]:
@@ -89,16 +111,23 @@ def train(
     options = TrainingOptions(**{**vars(OPTIONS), **(changes or {})})
     callbacks = Callbacks(validate, save, progress)
     started = TrainingRun(run, seed=1, **arguments)
-    return fit(model, Draws(Points(), 3), options, callbacks, started, Runtime("cpu", "fp32"))
+    draws, runtime = Recorded(Points(), 3, numbers), Runtime("cpu", "fp32", shared_out)
+    return fit(model, draws, options, callbacks, started, runtime).best
 
 
 def resume_file(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    """The content of the newest one."""
+    return torch.load(Checkpoints(run).files()[0], weights_only=True)
 
 
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def scores(run: Path) -> list[dict[str, str]]:
+    """The rows of log.csv without the columns of speed, which are never the same twice."""
+    return [{name: value for name, value in row.items() if name not in THROUGHPUT} for row in rows(run)]
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -151,8 +180,48 @@ def train_slowly(run: str) -> None:
     train(Path(run), progress=lambda progress: time.sleep(0.1), changes={"checkpoint_minutes": 1e-9})
 
 
-def train_without_dropout(run: str) -> None:
-    train(Path(run), dropout=0.0)
+def train_without_dropout(run: str, **changes: Any) -> None:
+    """Writes this process's weights as RUN/RANK.pt in the end."""
+    models: list[Regression] = []
+    train(Path(run), dropout=0.0, prepare=models.append, changes=changes)
+    torch.save(models[0].state_dict(), Path(run) / f"{os.environ.get('RANK', '0')}.pt")
+
+
+def train_sharded(run: str, **arguments: Any) -> None:
+    """The first layer is a group of its own. Writes how many weights this process holds as RUN/RANK.txt."""
+    sharding.LARGE = 50
+    models: list[Regression] = []
+    train(Path(run), dropout=0.0, shared_out=True, prepare=models.append, **arguments)
+    held = sum(part.numel() for part in sharding.local(list(models[0].parameters())))
+    (Path(run) / f"{os.environ['RANK']}.txt").write_text(str(held))
+
+
+def train_with_an_infinite_loss_in_one_process(run: str) -> None:
+    """At the third step, in the second process; its gradient is finite."""
+
+    def poison(model: Regression) -> None:
+        model.poisoned = [3] if os.environ["RANK"] == "1" else []
+        model.poison = lambda loss: loss + float("inf")
+
+    train(Path(run), dropout=0.0, prepare=poison)
+
+
+def train_in_parts(root: str) -> None:
+    """In several processes: a whole run, one in two parts, and the other part of a run that one process has begun.
+
+    Each process notes the numbers of the examples that it drew.
+    """
+    for name, arguments in {
+        "whole": [{}],
+        "parts": [{"max_steps": 4}, {"resume": True}],
+        "begun": [{"max_steps": 4}],
+        "went-on": [{"resume": True}],
+    }.items():
+        for part, more in enumerate(arguments):
+            numbers: list[int] = []
+            train(Path(root) / name, dropout=0.0, numbers=numbers, **more)
+            file = Path(root) / f"{name}-{part}-{os.environ.get('RANK', 'alone')}.json"
+            file.write_text(json.dumps(numbers))
 
 
 # ---- a whole segmenter -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights, balance
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, TrainingRun, fit
+from tests.helpers.training import resume_file
 
 
 def test_the_loss_of_an_autoencoder_is_float32_under_autocast() -> None:
@@ -69,9 +70,21 @@ def test_the_discriminator_waits_for_the_start_of_the_adversarial_loss() -> None
     model = small_training(adversarial_start=2)
     for step in range(4):
         model.zero_grad()
+        model.begin_step(step)
         model(BATCH).backward()
         moved = any(bool(p.grad.any()) for p in model.discriminator.parameters() if p.grad is not None)
         assert moved == (step >= 2), step
+
+
+def test_a_batch_in_parts_is_one_step(tmp_path: Path) -> None:
+    """The step, at which the adversarial loss begins, is not counted once for each part."""
+    options = TrainingOptions(batch_size=2, examples_at_once=1, max_steps=3, warmup_steps=0, validate_every=3)
+    callbacks = Callbacks(lambda averaged: {"score": 0.0}, lambda averaged, step, numbers: None)
+    model = small_training(adversarial_start=2)
+    fit(model, Draws(Images(), 0), options, callbacks, TrainingRun(tmp_path), Runtime("cpu", "fp32"))
+    content = resume_file(tmp_path)
+    assert int(content["model"]["step"]) == int(content["ema"]["step"]) == 3
+    assert {int(state["step"]) for state in content["optimizers"][1]["state"].values()} == {1}
 
 
 def test_the_balance_is_that_of_the_gradients_of_both_losses() -> None:
@@ -104,7 +117,7 @@ def test_each_network_has_an_optimiser_and_a_clip_of_its_own(tmp_path: Path) -> 
     draws = Draws(Images(), 0)
     callbacks = Callbacks(lambda averaged: {"score": 0.0}, lambda averaged, step, numbers: None)
     fit(model, draws, options, callbacks, TrainingRun(tmp_path), Runtime("cpu", "fp32"))
-    content = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    content = resume_file(tmp_path)
     first, second = content["optimizers"]
     assert {int(state["step"]) for state in first["state"].values()} == {3}
     assert {int(state["step"]) for state in second["state"].values()} == {1}, "the first two steps had no such loss"

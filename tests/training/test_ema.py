@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from medseg_diffusion.training.ema import EMA
+from medseg_diffusion.training.ema import EMA, _lerp_in_few_kernels, _lerp_in_one_pass
 
 
 @torch.no_grad()
@@ -28,6 +28,31 @@ def test_the_average_warms_up() -> None:
         assert float(averaged.weight) == pytest.approx(expected, rel=1e-5)
         assert float(averaged.running_mean) == -n
     assert ema.updates == 11
+
+
+@torch.no_grad()
+def test_the_average_does_not_move_in_a_skipped_step() -> None:
+    model: Any = nn.BatchNorm1d(1)
+    ema = EMA(model, decay=0.4)
+    model.weight.fill_(5.0)
+    model.running_mean.fill_(7.0)
+    ema.update(model, torch.tensor(False))
+    averaged: Any = ema.module
+    assert float(averaged.weight) == 1 and float(averaged.running_mean) == 7
+    ema.update(model, torch.tensor(True))
+    assert float(averaged.weight) > 1
+
+
+@torch.no_grad()
+def test_both_ways_to_move_the_average_agree() -> None:
+    """The one of CPUs and the one of GPUs."""
+    current = [torch.randn(3, 4), torch.randn(5)]
+    start = [torch.randn(3, 4), torch.randn(5)]
+    moved = [[value.clone() for value in start] for _ in range(2)]
+    _lerp_in_one_pass(moved[0], current, torch.tensor(0.3))
+    _lerp_in_few_kernels(moved[1], current, torch.tensor(0.3))
+    torch.testing.assert_close(moved[0], moved[1])
+    torch.testing.assert_close(moved[0][0], 0.7 * start[0] + 0.3 * current[0])
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])

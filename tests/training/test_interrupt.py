@@ -1,12 +1,23 @@
-"""Ctrl-C asks for a stop once, however often the signal arrives at the same time."""
+"""Signals end a training once, whole and soon, however often they come."""
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
-from medseg_diffusion.training.interrupt import Interrupt
+from medseg_diffusion.errors import Stopped
+from medseg_diffusion.training.interrupt import PREEMPTIONS, Interrupt, stopped_by_signals
+from medseg_diffusion.training.trainer import Progress
+from tests.helpers.training import assert_same, resume_file, rows, scores, train
+
+ALL = [signal.SIGINT, *PREEMPTIONS]
 
 
 def test_ctrl_c_that_comes_twice_at_once_is_one() -> None:
@@ -15,9 +26,122 @@ def test_ctrl_c_that_comes_twice_at_once_is_one() -> None:
     try:
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
-        assert interrupt.requested
+        assert interrupt.requested == signal.SIGINT
         interrupt.at -= 2
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
         interrupt.restore()
+
+
+def test_a_scheduler_that_insists_does_not_cut_the_step_short() -> None:
+    """SLURM sends SIGUSR1, and SIGTERM later; what saves the step then is only to finish it."""
+    interrupt = Interrupt()
+    try:
+        for number in PREEMPTIONS * 2:
+            signal.raise_signal(number)
+            interrupt.at -= 2
+        assert interrupt.requested == PREEMPTIONS[0]
+    finally:
+        interrupt.restore()
+
+
+def test_the_handlers_of_before_come_back() -> None:
+    before = [signal.getsignal(number) for number in ALL]
+    Interrupt().restore()
+    with pytest.raises(Stopped, match="SIGTERM: in the middle"), stopped_by_signals("in the middle"):
+        signal.raise_signal(signal.SIGTERM)
+    assert [signal.getsignal(number) for number in ALL] == before
+
+
+# ---- in a training ---------------------------------------------------------------------------------------------------
+
+
+def ended(number: signal.Signals) -> type[BaseException]:
+    return KeyboardInterrupt if number == signal.SIGINT else Stopped
+
+
+@pytest.mark.parametrize("number", ALL)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_signal_ends_the_training_after_the_next_step(
+    whole: Path, tmp_path: Path, number: signal.Signals, step: int
+) -> None:
+    """What is written is enough to go on as if nothing had happened, a validation that was due included."""
+
+    def send(progress: Progress) -> None:
+        if progress.step == step:
+            signal.raise_signal(number)
+
+    with pytest.raises(ended(number)) as caught:
+        train(tmp_path, progress=send)
+    if number != signal.SIGINT:
+        assert str(caught.value) == f"{number.name}: stopped after step {step + 1} of 8, which is saved"
+        assert isinstance(caught.value, Stopped) and caught.value.exit_code == 75
+    assert resume_file(tmp_path)["state"]["step"] == step + 1
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+    assert scores(tmp_path) == scores(whole)
+
+
+@pytest.mark.parametrize("number", ALL)
+@pytest.mark.parametrize("step", [2, 8])
+def test_a_signal_during_a_validation_ends_it(
+    whole: Path, tmp_path: Path, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation may take minutes. The step before it is saved, and the resumed run validates it."""
+    forward, after = nn.Module.__call__, []
+
+    def send(self: nn.Module, *args: Any) -> Any:
+        # Of the averaged model; its operations are counted on an example with a seed.
+        if not self.training and "calls" in dict(self.named_buffers()) and "seed" not in args[0]:
+            validations.append(1)
+            if len(validations) == step // 2:
+                os.kill(os.getpid(), number)
+                after.append(1)
+        return forward(self, *args)
+
+    validations: list[int] = []
+    with monkeypatch.context() as patch, pytest.raises(ended(number)):
+        patch.setattr(nn.Module, "__call__", send)
+        train(tmp_path)
+    assert not after, "the validation went on"
+    assert resume_file(tmp_path)["state"] | {"step": step} == resume_file(tmp_path)["state"]
+    assert [row["step"] for row in rows(tmp_path)] == [str(n) for n in range(2, step, 2)] if step > 2 else True
+    best = train(tmp_path, resume=True)
+    assert best == resume_file(whole)["state"]["best"]
+    assert_same(resume_file(tmp_path), resume_file(whole))
+    assert scores(tmp_path) == scores(whole)
+
+
+def test_a_signal_while_the_model_is_written_waits_for_it(whole: Path, tmp_path: Path) -> None:
+    written: list[int] = []
+
+    def save(model: nn.Module, step: int, numbers: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        written.append(step)
+
+    with pytest.raises(Stopped, match="stopped after step 2 of 8"):
+        train(tmp_path, save=save)
+    assert written == [2] and resume_file(tmp_path)["state"]["best"]["step"] == 2
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+
+
+def test_worker_processes_outlive_the_signal(whole: Path, tmp_path: Path) -> None:
+    """A signal to the whole process group, as srun sends it: the step at hand needs its examples."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from tests.helpers import training\n"
+        "import os, signal\n"
+        "if __name__ == '__main__':\n"
+        "    def send(progress):\n"
+        "        if progress.step == 3: os.killpg(0, signal.SIGUSR1)\n"
+        f"    training.train(training.Path({str(tmp_path / 'run')!r}), progress=send, changes={{'workers': 1}})\n"
+    )
+    (tmp_path / "train.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert "Stopped: SIGUSR1: stopped after step 4 of 8, which is saved" in done.stderr, done.stderr
+    assert "DataLoader worker" not in done.stderr
+    train(tmp_path / "run", resume=True)
+    assert_same(resume_file(tmp_path / "run"), resume_file(whole))
