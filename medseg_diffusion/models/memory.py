@@ -114,7 +114,8 @@ def network_bytes(model: Any, way: Pass, channels: int, device: torch.device) ->
     layers = [module for module in model.modules() if not list(module.children())]
     handles = [layer.register_forward_hook(add) for layer in layers]
     try:
-        way.thrifty(model, device).probabilities(image, [[0]], way.sampler, way.times[-2:])  # one step
+        with torch.compiler.set_stance("force_eager"):  # a compiled network has no layers to watch
+            way.thrifty(model, device).probabilities(image, [[0]], way.sampler, way.times[-2:])  # one step
     finally:
         for handle in handles:
             handle.remove()
