@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -31,6 +32,19 @@ def placed(
     return network
 
 
+@contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the networks in ``model`` run as they are: compiled ones call no hooks of their layers."""
+    forwards = [(module, module.forward) for module in model.modules() if isinstance(module.forward, CompiledForward)]
+    try:
+        for module, forward in forwards:
+            module.forward = forward.plain
+        yield
+    finally:
+        for module, forward in forwards:
+            module.forward = forward
+
+
 class CompiledForward:
     """The forward pass (x (B, ...), timesteps (B,), cond) of a network, compiled by torch.compile.
 
@@ -41,7 +55,7 @@ class CompiledForward:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._plain = network.forward
+        self.plain = network.forward
         self._compiled: dict[str, object] = {}  # by type of device
         self._batches: dict[Shape, list[int]] = {}
         self._works = True
@@ -49,7 +63,7 @@ class CompiledForward:
     def __call__(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
         size = self._compiled_batch(x, cond or {}) if self._works and not x.requires_grad else None
         if size is None:
-            return cast(Tensor, self._plain(x, timesteps, cond))
+            return cast(Tensor, self.plain(x, timesteps, cond))
         more = size - len(x)
         filled = None if cond is None else {name: _filled(value, len(x), more) for name, value in cond.items()}
         try:
@@ -58,7 +72,7 @@ class CompiledForward:
             self._works = False
             reason = str(getattr(error, "inner_exception", error)).strip() or type(error).__name__
             remark(f"--compile: the network is used as it is, because compiling it failed ({reason.splitlines()[0]})")
-        return cast(Tensor, self._plain(x, timesteps, cond))
+        return cast(Tensor, self.plain(x, timesteps, cond))
 
     def _compiled_batch(self, x: Tensor, cond: Mapping[str, Tensor]) -> int | None:
         """The batch that is computed for ``x``; None if its shape must not be compiled any more."""
@@ -80,7 +94,7 @@ class CompiledForward:
         kind, graphs = x.device.type, x.device.type == "cuda"
         if kind not in self._compiled:
             self._compiled[kind] = torch.compile(
-                self._plain, dynamic=False, mode="reduce-overhead" if graphs else "default"
+                self.plain, dynamic=False, mode="reduce-overhead" if graphs else "default"
             )
         forward = self._compiled[kind]
         if graphs:

@@ -16,14 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg_diffusion import build
+from medseg_diffusion import device
 from medseg_diffusion.device import process_bytes
 from medseg_diffusion.errors import UsageError, remarks
+from medseg_diffusion.models import passes
 from medseg_diffusion.models.anomaly import AnomalyModel
-from medseg_diffusion.models.generator import restore_generator
 from medseg_diffusion.models.inference import MOST_SHAPES, CompiledForward, placed
 from medseg_diffusion.models.load import load_segmenter
-from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.volumes.io import read_volume
@@ -83,7 +82,7 @@ def test_a_network_that_cannot_be_compiled_is_used_as_it_is(monkeypatch: pytest.
     def failing(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
         def run(*arguments: object) -> Tensor:
             calls.append(1)
-            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no compiler\nat all"))
+            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no compiler\nat all"), None)
 
         return run
 
@@ -131,16 +130,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def both_outputs(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def both_outputs(name: str, where: torch.device) -> tuple[Tensor, Tensor]:
     """The outputs of a network with its condition for 4 and then 2 samples, without and with compilation."""
     torch.manual_seed(0)
-    network = NETWORKS[name]().eval().requires_grad_(False).to(device)
+    network = NETWORKS[name]().eval().requires_grad_(False).to(where)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.05)
     size = [8] * (3 if name == "3D" else 2)
-    x, t = torch.randn(4, 1, *size, device=device), torch.tensor([1, 30, 200, 900], device=device)
+    x, t = torch.randn(4, 1, *size, device=where), torch.tensor([1, 30, 200, 900], device=where)
     with torch.no_grad():
-        cond = network.encode_condition(torch.randn(4, 1, *size, device=device))  # type: ignore[operator]
+        cond = network.encode_condition(torch.randn(4, 1, *size, device=where))  # type: ignore[operator]
         fewer = {key: value[:2] for key, value in cond.items()}
 
         def outputs() -> Tensor:
@@ -149,17 +148,8 @@ def both_outputs(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
             return torch.cat([network(x[:2], t[:2], fewer), first])
 
         plain = outputs()
-        placed(network, device, compiled=True)
+        placed(network, where, compiled=True)
         return plain, torch.cat([outputs(), outputs()])[: len(plain)]
-
-
-@QUIET
-@compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_compiled_networks_are_equal_up_to_rounding(name: str) -> None:
-    plain, compiled = both_outputs(name, torch.device("cpu"))
-    assert 0 < float(plain.abs().max()) and float((plain - compiled).abs().max()) < ROUNDING * float(plain.abs().max())
 
 
 @QUIET
@@ -175,8 +165,10 @@ def test_cuda_graphs_are_equal_up_to_rounding(name: str) -> None:
 @QUIET
 @compiler
 @pytest.mark.slow
-def test_the_three_commands_give_equal_results(tmp_path: Path) -> None:
-    """Masks, images and anomaly maps of the models of the three commands, with batches of several sizes."""
+def test_the_three_commands_give_equal_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks, images and anomaly maps of the models of the three commands, in float32 on any CPU."""
+    for module in (device, passes):  # a CPU with AMX would compute in bfloat16
+        monkeypatch.setattr(module, "autocast_dtype", lambda *arguments: None)
     scan = read_volume(segmenters.save(tmp_path / "scan.nii.gz"))
     segmenter = segmenters.make_model(tmp_path / "model", segmenters.tiny_config())
     stored = Path(__file__).parent / "stored" / "anomaly"
@@ -189,9 +181,10 @@ def test_the_three_commands_give_equal_results(tmp_path: Path) -> None:
     for compiled in (False, True):
         masks = load_segmenter(segmenter, "cpu", ensemble=3, compile=compiled).segment(scan, 1, maps=["probabilities"])
         anomalies = AnomalyModel(stored, device="cpu", compile=compiled)
-        images = restore_generator(anomalies.saved.part("generator"), compiled=compiled).sample([1, 2, 3], steps=2)
+        scores = anomalies.score(head, 1).score  # before the images, which then need no compilation of their own
+        images = anomalies.generator.sample([1, 2, 3], steps=2)
         assert masks.probabilities is not None
-        results[compiled] = [masks.probabilities, anomalies.score(head, 1).score, images]
+        results[compiled] = [masks.probabilities, scores, images]
         network: Any = anomalies.generator.task.denoiser.network
         assert isinstance(network.forward, CompiledForward) is compiled
         assert not compiled or network.forward._works
@@ -205,7 +198,16 @@ def test_the_three_commands_give_equal_results(tmp_path: Path) -> None:
 def test_a_missing_compiler_is_one_warning(tmp_path: Path) -> None:
     model = segmenters.make_model(tmp_path / "model", segmenters.tiny_config())
     scan = segmenters.save(tmp_path / "scan.nii.gz")
-    command = [sys.executable, "-m", "medseg_cli.main", "segment", str(scan), "-m", str(model), "--compile"]
+    command = [
+        sys.executable,
+        "-c",
+        "from medseg_cli.main import app; app()",
+        "segment",
+        str(scan),
+        "-m",
+        str(model),
+        "--compile",
+    ]
     # A cache of its own: what was compiled before would need no compiler.
     env = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([*command, "--device", "cpu"], env=env, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """Plots the validation losses of training runs over wall-clock time.
 
-    python benchmarks/training_curves.py OUT.png NAME=RUN... [--column loss]
+    python benchmarks/studies/training_curves.py OUT.png NAME=RUN... [--column loss]
 
 Time is read from the steps in RUN's TensorBoard file, so that the pauses of an interrupted run count.
 """
