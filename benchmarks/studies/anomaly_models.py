@@ -1,6 +1,7 @@
 """Compares anomaly models with each other and with simple baselines, on whole held-out patients.
 
-    python benchmarks/studies/anomaly_models.py DATA OUT RUN[:METHOD]... [--side test] [--trained-on D] [--exclude 3] [--cases N]
+    python benchmarks/studies/anomaly_models.py DATA OUT RUN[:METHOD]... \
+        [--side test] [--trained-on D] [--exclude 3] [--cases N]
 
 DATA is a labelled folder. If the models were trained on it, the patients of one side of the split are scored. For
 another folder use --side all, which scores all patients, and name the training folder with --trained-on. If DATA holds
