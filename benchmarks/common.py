@@ -59,7 +59,7 @@ class Row:
     @property
     def times_better(self) -> float | None:
         """How many times better ours is: above 1, ours is faster or smaller."""
-        if self.theirs is None:
+        if self.theirs is None or self.ours.median == 0:
             return None
         quotient = self.theirs.median / self.ours.median
         return 1 / quotient if self.unit.endswith("/s") else quotient

@@ -123,7 +123,7 @@ def volumes(options: Options, folder: Path) -> Iterator[Row]:
     resident = sum(case.image.nbytes + case.label.nbytes for case in prepared if not _mapped(case.image))
     yield Row(
         f"memory of {scans} in each process, beside what all processes share", "MONAI CacheDataset",
-        Number.of([max(resident, 1) / 1e6]), Number.of([cached / 1e6]), "MB",
+        Number.of([resident / 1e6]), Number.of([cached / 1e6]), "MB",
         "ours is mapped from files above 1 MB, and shared by workers and ranks",
     )  # fmt: skip
 

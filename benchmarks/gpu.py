@@ -51,7 +51,7 @@ def command(part: str, options: argparse.Namespace) -> list[str]:
         return [
             sys.executable,
             str(HERE / "gpu_throughput.py"),
-            str(options.out / "throughput.json"),
+            str(file),
             *seconds,
             *rehearse,
         ]

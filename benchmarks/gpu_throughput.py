@@ -176,6 +176,8 @@ def seconds(run: Callable[[], object], device: torch.device, least: float) -> tu
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
+        if len(times) == 2:
+            began = time.perf_counter()
     return median(times[2:]), torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 

@@ -104,7 +104,7 @@ def changes(name: str) -> list[str]:
 
 def scored(options: argparse.Namespace, models: dict[str, Path], folder: Path, device: str) -> Any:
     """The rows of `medseg evaluate-generator`; the reason if there are none."""
-    count, steps = (4, 2) if options.rehearse else (1000, 50)
+    count, steps = (10, 2) if options.rehearse else (1000, 50)
     evaluation = GeneratorEvaluationOptions(
         (("ddim", steps),), SampleOptions(count=count, batch_size=250, device=device)
     )
