@@ -31,7 +31,7 @@ from common import installed, machine
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("MEDSEG_DATA", HERE.parent / "../shared/data"))
-LIMITS = {"tests": 75.0, "throughput": 115.0, "generators": 335.0, "brain": 530.0}
+LIMITS = {"tests": 60.0, "throughput": 100.0, "generators": 370.0, "brain": 530.0}
 """Most seconds of each part. Those of the first three together, and that of the last, leave a few of nine minutes."""
 USUAL = ("tests", "throughput", "generators")
 STOPPING = 5.0
