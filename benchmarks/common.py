@@ -175,7 +175,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             _text(row["ours"], row["unit"]),
             row["peer"],
             _text(row["theirs"], row["unit"]) if row["theirs"] else "not installed",
-            "" if better is None else f"{better:.2f}",
+            "" if better is None else f"{better:.3g}",
             row["note"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -208,19 +208,19 @@ def main(
     options = Options(rest.quick, rest.device, rest.cpu_seconds, rest.repeats, rest)
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    for row in measure(options):
-        rows.append({**asdict(row), "times_better": row.times_better})
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    content = {
+    content: dict[str, Any] = {
         "claim": claim,
-        "question": question,
+        "question": question.partition("\n")[0],
         "quick": options.quick,
         "clock": "cpu" if options.cpu_seconds else "wall",
-        "seconds": time.perf_counter() - started,
         "machine": machine(options.device),
         "rows": rows,
     }
-    if rest.out is not None:
-        rest.out.mkdir(parents=True, exist_ok=True)
-        (rest.out / f"{claim}.json").write_text(json.dumps(content, indent=1) + "\n")
+    for row in measure(options):
+        rows.append({**asdict(row), "times_better": row.times_better})
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        content["seconds"] = time.perf_counter() - started
+        if rest.out is not None:  # after every row: a benchmark that is stopped leaves what it has
+            rest.out.mkdir(parents=True, exist_ok=True)
+            (rest.out / f"{claim}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"{claim}: {content['seconds']:.0f} s", file=sys.stderr)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from common import Number, Options, Row, installed, main, quiet
+from common import Options, Row, installed, main, quiet
 from torch import Tensor
 
 from medseg_diffusion.methods.label_efficient import ClassifierOptions, fit_classifiers
@@ -47,11 +47,6 @@ def prediction(options: Options) -> Iterator[Row]:
     text = f"predict {side} x {side} pixels of {model.mean.numel()} features, {members} members"
     note = f"logits differ by {gap:.0e}"
     yield Row(text, "features upsampled first (published)", times["ours"], times["published"], note=note)
-    in_memory = 4e-6 * side**2 * model.mean.numel()
-    own = 4e-6 * sum(block.numel() for block in features) + 4e-6 * members * 128 * side**2
-    note = "counted from the sizes of the arrays"
-    yield Row("features of one image in memory", "features upsampled first (published)", Number.of([own]),
-              Number.of([in_memory]), "MB", note)  # fmt: skip
 
 
 def training(options: Options) -> Iterator[Row]:

@@ -41,10 +41,10 @@ def main() -> int:
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(f"{claim}: {error}", file=sys.stderr)
             failed.append(claim)
-            continue
+            if not file.exists():
+                continue
         content = json.loads(file.read_text())
-        question = content["question"].partition("\n")[0]
-        parts.append(f"## {claim}: {question}\n\n{table(content['rows'])}\n")
+        parts.append(f"## {claim}: {content['question']}\n\n{table(content['rows'])}\n")
     about = "Times and sizes are medians (smallest to largest). Above 1, ours is better.\n"
     text = "\n".join([about, *parts])
     options.out.mkdir(parents=True, exist_ok=True)
