@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 CLAIMS = ("start", "unet", "samplers", "data", "segment", "metrics", "label_efficient", "anomaly", "scaling")
-LONG = ("metrics", "scaling")  # brute force; two trainings
+SHORT = ("samplers",)
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("claim", [pytest.param(c, marks=pytest.mark.slow if c in LONG else ()) for c in CLAIMS])
+@pytest.mark.parametrize("claim", [pytest.param(c, marks=() if c in SHORT else pytest.mark.slow) for c in CLAIMS])
 def test_a_benchmark_compares_ours_with_a_peer(claim: str, tmp_path: Path) -> None:
     done = run(f"{claim}.py", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
