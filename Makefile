@@ -4,10 +4,10 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint check wheel-test clean
+.PHONY: help setup demo test test-all lint check wheel-test bench gpu clean
 
 help:
-	@echo "make setup | demo | test | test-all | lint | check | wheel-test | clean"
+	@echo "make setup | demo | test | test-all | lint | check | wheel-test | bench | gpu | clean"
 
 # Stamps: an install runs again only when pyproject.toml has changed.
 $(BIN)/pip:
@@ -38,6 +38,18 @@ lint: .venv/.installed-dev
 
 check: lint test wheel-test
 
+# A table of ours beside others, in ten minutes on two idle cores: make bench QUICK=1 rehearses it. See benchmarks/README.md.
+bench: .venv/.installed-test
+	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
+
+# What needs a GPU, in nine minutes: make gpu PART=brain DATA=tiny-imagenet-200.zip LABELMAPS=folder OUT=folder REHEARSE=1.
+# An environment that is there is used as it is: a machine with a GPU may have no package index.
+PART ?= tests throughput generators
+gpu:
+	@test -x $(BIN)/python || $(MAKE) .venv/.installed-test
+	OUT="$(OUT)" $(BIN)/python benchmarks/gpu.py --part $(PART) $(if $(DATA),--data "$(DATA)") \
+	    $(if $(LABELMAPS),--labelmaps "$(LABELMAPS)") $(if $(REHEARSE),--rehearse)
+
 # The wheel in a fresh environment, tested from another folder. Dependencies are borrowed from .venv through a .pth file;
 # .pth files that lie in there are not followed, so its editable install is out of reach.
 wheel-test: .venv/.installed-test
@@ -55,4 +67,4 @@ wheel-test: .venv/.installed-test
 	    "$$root/tests/test_packaging.py" "$$root/tests/cli"
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output bench-output gpu-output

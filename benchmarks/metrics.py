@@ -1,24 +1,22 @@
-"""Seconds of the metrics of `medseg evaluate` beside those of MONAI and surface-distance, and whether they agree.
+"""How fast are the metrics of `medseg evaluate`, beside MONAI and surface-distance, and do they agree?
 
-    python benchmarks/metrics.py [--rounds 3]
+    python benchmarks/metrics.py
 
 Two label maps of 240 x 240 x 155 voxels with 4 classes are compared: nested parts of a tumour, and scattered lesions.
 All take turns in one process and thread. MONAI computes HD95, surface Dice, Dice and IoU; surface-distance computes
 HD95 and surface Dice; `measure` computes all metrics of `medseg evaluate` but clDice. Brute force over all pairs of
 surface voxels is the independent reference. surface-distance weights surface elements by their area and therefore has
-other numbers; how much they differ is printed.
+other numbers; how much they differ is noted.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from common import Options, Row, installed, main
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
@@ -27,6 +25,7 @@ from medseg_diffusion.metrics.case_metrics import MeasureOptions, measure
 
 SHAPE, SPACING, CLASSES, TOLERANCE_MM = (240, 240, 155), (1.0, 1.0, 1.0), (1, 2, 3, 4), 1.0
 COMMON = ("dice", "iou", "hd95_mm", "nsd")
+PEER_METRICS = {"MONAI": "Dice, IoU, HD95, NSD", "surface-distance": "HD95, NSD"}
 Labels = NDArray[np.uint8]
 Numbers = Mapping[int, Mapping[str, float]]
 
@@ -116,42 +115,50 @@ def nearest(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray
     return np.concatenate([cdist(part, others).min(axis=1) for part in parts])
 
 
-def seconds(function: Callable[[Labels, Labels], Numbers], maps: tuple[Labels, Labels]) -> tuple[float, Numbers]:
-    """Time of the processor, so that other processes on the machine matter little; and the numbers."""
-    started = time.process_time()
-    numbers = function(*maps)
-    return time.process_time() - started, numbers
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is called; medians are printed")
-    rounds = parser.parse_args().rounds
+def rows(options: Options) -> Iterator[Row]:
     warnings.simplefilter("ignore")  # those of the libraries
     torch.set_num_threads(1)
-    functions = {"medseg evaluate": ours, "MONAI": with_monai, "surface-distance": with_surface_distance}
+    peers = {"MONAI": ("monai", with_monai), "surface-distance": ("surface_distance", with_surface_distance)}
+    functions = {"ours": ours, **{name: run for name, (package, run) in peers.items() if installed(package)}}
     maps = label_maps()
-    small = tuple(np.ascontiguousarray(labels[100:180, 90:170, 40:115]) for labels in maps)
+    first, second = (np.ascontiguousarray(labels[100:180, 90:170, 40:115]) for labels in maps)
     for function in functions.values():
-        function(small[0], small[1])  # imports
-    times: dict[str, list[float]] = {name: [] for name in functions}
+        function(first, second)  # imports
+    if options.quick:
+        maps = first, second
     numbers: dict[str, Numbers] = {}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            taken, numbers[name] = seconds(function, maps)
-            times[name].append(taken)
-    own = statistics.median(times["medseg evaluate"])
-    for name, measured in times.items():
-        print(f"{name}: {statistics.median(measured):.2f} s, {statistics.median(measured) / own:.1f} times the first")
-    own_numbers, others = numbers.pop("medseg evaluate"), {"brute force": by_brute_force(*maps), **numbers}
-    for metric in (*COMMON, "assd_mm"):
-        differences = [
-            f"from {name} by {max(abs(own_numbers[label][metric] - other[label][metric]) for label in CLASSES):.1e}"
-            for name, other in others.items()
-            if metric in other[CLASSES[0]]
-        ]
-        print(f"{metric}: differs {', '.join(differences)}")
+
+    def timed(name: str) -> Callable[[], None]:
+        def run() -> None:
+            numbers[name] = functions[name](*maps)
+
+        return run
+
+    times = options.in_turns({name: timed(name) for name in functions}, warm=0)
+    exact = by_brute_force(*maps)
+    note = f"ours differs from brute force by {largest_gap(numbers['ours'], exact, (*COMMON, 'assd_mm')):.0e}"
+    for name, (_, _) in peers.items():
+        gaps = ""
+        if name in numbers:
+            own = [metric for metric in COMMON if metric in numbers[name][CLASSES[0]]]
+            gaps = "; ".join(
+                f"{metric} differs by {largest_gap(numbers['ours'], numbers[name], [metric]):.0e}" for metric in own
+            )
+        size = " x ".join(map(str, maps[0].shape))
+        text = f"all metrics of `medseg evaluate` but clDice, {size}, {len(CLASSES)} classes"
+        yield Row(
+            text,
+            f"{name} ({PEER_METRICS[name]})",
+            times["ours"],
+            times.get(name),
+            note="; ".join(filter(None, (note, gaps))),
+        )
+
+
+def largest_gap(first: Numbers, second: Numbers, metrics: Sequence[str]) -> float:
+    """The largest difference of these metrics over all classes."""
+    return max(abs(first[label][metric] - second[label][metric]) for label in CLASSES for metric in metrics)
 
 
 if __name__ == "__main__":
-    main()
+    main("metrics", __doc__, rows, repeats=3)

@@ -1,24 +1,22 @@
-"""How long commands take to start, as ratios to a bare `import torch` in the same run.
+"""How long do commands take to start, compared with a bare `import torch`?
 
     python benchmarks/start.py
 
-Each command runs in processes of its own, in turn with `import torch`; the median over the rounds is printed.
-`medseg segment` is timed from the start of the process to the first call of the network, on a crop of the size of a
-hippocampus.
+Each command runs in processes of its own, in turn with `import torch`. `medseg segment` is timed from the start of the
+process to the first call of the network, on a crop of the size of a hippocampus.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from common import Options, Row, main
 
 TORCH = "import torch"
 MEDSEG = "import sys; from medseg_cli.main import app; sys.argv = ['medseg', *sys.argv[1:]]; app()"
@@ -29,48 +27,41 @@ FIRST_CALL = (
 )
 
 
-def seconds(code: str, *arguments: str, status: int = 0) -> float:
-    """The time that a new Python process takes for ``code``, which has to end with ``status``."""
-    started = time.perf_counter()
-    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    taken = time.perf_counter() - started
-    if process.returncode != status:
-        raise SystemExit(f"ended with {process.returncode}, not {status}: {process.stderr}")
-    return taken
+def process(code: str, *arguments: str, status: int = 0) -> Callable[[], None]:
+    """A function that runs ``code`` in a new Python process, which has to end with ``status``."""
+
+    def run() -> None:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        if done.returncode != status:
+            raise SystemExit(f"ended with {done.returncode}, not {status}: {done.stderr}")
+
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+def rows(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         scan = Path(folder) / "crop.nii.gz"
         crop = np.random.default_rng(0).random((36, 52, 38), np.float32)
         nib.save(nib.Nifti1Image(crop, np.eye(4)), scan)
         segment = ("segment", str(scan), "-m", "hippocampus-t1", "--device", "cpu", "-o", str(Path(folder) / "out"))
-        cases = {
-            "import torch": lambda: seconds(TORCH),
-            "segment: first call of the network": lambda: seconds(FIRST_CALL, *segment, status=77),
-            "segment: a mistyped path": lambda: seconds(MEDSEG, "segment", str(scan) + "x", status=3),
-            "segment: a mistyped model": lambda: seconds(MEDSEG, "segment", str(scan), "-m", "none", status=4),
-            "train-segmenter: an unknown preset": lambda: seconds(
-                MEDSEG, "train-segmenter", "none", "--data", folder, "-o", str(Path(folder) / "run"), status=2
-            ),
-            "models list": lambda: seconds(MEDSEG, "models", "list"),
-            "models show": lambda: seconds(MEDSEG, "models", "show", "hippocampus-t1"),
-            "configs list": lambda: seconds(MEDSEG, "configs", "list"),
-            "--help": lambda: seconds(MEDSEG, "--help"),
+        run = ("train-segmenter", "none", "--data", folder, "-o", str(Path(folder) / "run"))
+        runs = {
+            TORCH: process(TORCH),
+            "segment: first call of the network": process(FIRST_CALL, *segment, status=77),
+            "segment: a mistyped path": process(MEDSEG, "segment", str(scan) + "x", status=3),
+            "segment: a mistyped model": process(MEDSEG, "segment", str(scan), "-m", "none", status=4),
+            "train-segmenter: an unknown preset": process(MEDSEG, *run, status=2),
+            "models list": process(MEDSEG, "models", "list"),
+            "configs list": process(MEDSEG, "configs", "list"),
+            "--help": process(MEDSEG, "--help"),
         }
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(options.rounds):
-            for name, run in cases.items():
-                times[name].append(run())
-    torch = statistics.median(times["import torch"])
-    print(f"{'':36} {'s':>6} {'ratio to import torch':>22}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"{name:36} {median:6.2f} {median / torch:22.2f}")
+        if options.quick:
+            runs = {name: runs[name] for name in (TORCH, "--help")}
+        times = options.in_turns(runs, warm=0)
+    torch = times.pop(TORCH)
+    for name, taken in times.items():
+        yield Row(f"medseg {name}", TORCH, taken, torch)
 
 
 if __name__ == "__main__":
-    main()
+    main("start", __doc__, rows)

@@ -1,29 +1,30 @@
-"""Compares the time of our U-Net with MONAI's DiffusionModelUNet of the same size: forward, and forward + backward.
+"""Is our U-Net as fast as those of MONAI and diffusers, forward and in a training step?
 
-    python benchmarks/unet.py [--device cuda] [--size 64] [--batch 8]
+    python benchmarks/unet.py [--device cuda] [--compile]
 
-Both have the same weights (imported from MONAI's network), so that their outputs are compared, too. Timings alternate
-between the two, and the printed ratio is that of the medians; below 1 ours is faster.
+MONAI's network has the same weights as ours (imported from it), so that the outputs are compared, too. The network of
+diffusers has the same channels, levels and attention.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from monai.networks.nets import DiffusionModelUNet
+from common import Options, Row, installed, main, quiet
 from torch import Tensor, nn
 
 from medseg_diffusion.device import keep_freed_memory, tune, with_memory_format
+from medseg_diffusion.models.inference import placed
 from medseg_diffusion.networks.foreign import convert
 
 
-def both(dims: int, channels: int) -> tuple[nn.Module, nn.Module]:
+def ours_and_monai(dims: int, channels: int) -> tuple[nn.Module, nn.Module]:
     """Ours and MONAI's with the same random weights."""
+    from monai.networks.nets import DiffusionModelUNet
+
     torch.manual_seed(0)
     theirs = DiffusionModelUNet(
         spatial_dims=dims,
@@ -40,56 +41,53 @@ def both(dims: int, channels: int) -> tuple[nn.Module, nn.Module]:
     return convert(theirs.state_dict(), "monai", {"head_channels": channels}).build(), theirs
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+def of_diffusers(channels: int) -> nn.Module:
+    """The 2D network of diffusers with the same layout, (x, t) -> tensor."""
+    from diffusers import UNet2DModel
+
+    network: Any = UNet2DModel(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(channels, 2 * channels, 2 * channels),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=channels,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+    )
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t, return_dict=False)[0]
+
+    return Plain()
 
 
-def compare(runs: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each run, after two warm-up rounds. The order alternates between rounds."""
-    timings: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeats + 2):
-        for name, run in list(runs.items())[:: 1 if i % 2 else -1]:
-            took = seconds(run, device)
-            if i >= 2:
-                timings[name].append(took)
-    return {name: statistics.median(values) for name, values in timings.items()}
-
-
-def main() -> None:
-    """Print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="also torch.compile (needs a C++ compiler on CPUs)")
-    options = parser.parse_args()
+def rows(options: Options) -> Iterator[Row]:
     device = torch.device(options.device)
     tune(device)
-    # Otherwise the difference between fresh and reused memory pages would dominate the comparison.
-    keep_freed_memory()
-    print(f"{torch.__version__}, {device}, {torch.get_num_threads()} threads; ratio = ours / MONAI's")
-    print(
-        f"{'network':22} {'precision':9} {'pass':8} {'ours':>8} {'MONAI':>8} {'ratio':>6}  variants of ours / MONAI's"
-    )
-    for dims, size, batch in ((2, options.size, options.batch), (3, options.size // 2, 1)):
-        ours, theirs = (network.to(device) for network in both(dims, options.channels))
-        variants = {"channels last": with_memory_format(both(dims, options.channels)[0].to(device), channels_last=True)}
-        if options.compile:
-            variants["compiled"] = both(dims, options.channels)[0].to(device)
-            variants["compiled"].compile()
-        x = torch.randn(batch, 1, *[size] * dims, device=device)
-        t = torch.full((batch,), 500, device=device)
+    keep_freed_memory()  # otherwise fresh pages of memory would dominate the comparison
+    channels = options.size(64, 32)
+    for dims, size, batch in ((2, options.size(64, 16), options.size(4, 1)), (3, options.size(32, 8), 1)):
+        ours, theirs = (network.to(device) for network in ours_and_monai(dims, channels))
+        networks = {"ours": ours, "MONAI": theirs}
+        networks["ours, channels last"] = with_memory_format(ours_and_monai(dims, channels)[0].to(device), True)
+        if dims == 2 and installed("diffusers"):
+            networks["diffusers"] = of_diffusers(channels).to(device)
+        if options.rest.compile:
+            networks["ours, compiled"] = placed(ours_and_monai(dims, channels)[0].eval(), device, compiled=True)
+        x, t = torch.randn(batch, 1, *[size] * dims, device=device), torch.full((batch,), 500, device=device)
         with torch.no_grad():
             gap = float((ours(x, t) - theirs(x, t)).abs().max())
-        for precision in (torch.float32, torch.bfloat16):
+        label = f"{dims}D, {batch} x {size}^{dims}, {channels} channels"
+        precisions = (torch.float32, torch.bfloat16) if options.rest.bf16 else (torch.float32,)
+        for precision in precisions:
 
             def forward(network: nn.Module, precision: torch.dtype = precision, x: Tensor = x, t: Tensor = t) -> Tensor:
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
@@ -102,22 +100,27 @@ def main() -> None:
             def training(network: nn.Module, forward: Callable[[nn.Module], Tensor] = forward) -> None:
                 forward(network).float().square().mean().backward()
 
-            for name, run in (("forward", inference), ("both", training)):
-                networks = {"ours": ours, "monai": theirs, **variants}
-                median_seconds = compare(
-                    {key: partial(run, network) for key, network in networks.items()},
-                    device,
-                    options.repeats,
-                )
-                extra = ", ".join(f"{key} {median_seconds[key] / median_seconds['monai']:.2f}" for key in variants)
-                label = f"{dims}D {batch} x {size}^{dims}, {options.channels} ch"
-                print(
-                    f"{label:22} {str(precision).removeprefix('torch.'):9} {name:8} {median_seconds['ours']:8.3f} "
-                    f"{median_seconds['monai']:8.3f} {median_seconds['ours'] / median_seconds['monai']:6.2f}  {extra}",
-                    flush=True,
-                )
-        print(f"largest difference of the outputs in float32: {gap:.1e}")
+            for kind, run in (("forward", inference), ("forward and backward", training)):
+                runs = {
+                    name: lambda run=run, network=network: run(network)
+                    for name, network in networks.items()
+                    if kind == "forward" or name != "ours, compiled"
+                }
+                times = options.in_turns(runs)
+                text = f"{kind}, {label}, {str(precision).removeprefix('torch.')}"
+                yield Row(text, "MONAI", times["ours"], times["MONAI"], note=f"outputs differ by {gap:.0e} in float32")
+                if dims == 2:
+                    yield Row(text, "diffusers", times["ours"], times.get("diffusers"))
+                for name in ("ours, channels last", "ours, compiled"):
+                    if name in times:
+                        yield Row(f"{text}: {name}", "ours", times[name], times["ours"])
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compile", action="store_true", help="also compiled, as --compile of the commands")
+    parser.add_argument("--bf16", action="store_true", help="also in bfloat16")
 
 
 if __name__ == "__main__":
-    main()
+    with quiet():
+        main("unet", __doc__, rows, add=add)

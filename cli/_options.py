@@ -90,6 +90,13 @@ class Sampler(StrEnum):
 Device = Annotated[
     str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", callback=valid_device)
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the network first: takes a minute or more, and then each step is faster; equal up to rounding.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed; the same seed gives the same result.")]
 Quiet = Annotated[
     bool | None,

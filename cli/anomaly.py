@@ -16,6 +16,7 @@ from ._detection import Erosion, LatentQuantile, Median, MinVolume
 from ._options import (
     AlsoScans,
     AsJson,
+    Compile,
     Device,
     Model,
     Output,
@@ -81,6 +82,7 @@ def anomaly(
     skip_existing: SkipExisting = False,
     shard: Shard = None,
     device: Device = "auto",
+    compile: Compile = False,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -109,6 +111,7 @@ def anomaly(
         output=output,
         seed=seed,
         device=device,
+        compile=compile,
         preview=preview,
         save_counterpart=save_counterpart,
         table=True,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Device, ModelArgument, Quiet, Sampler, Seed, existing_model
+from ._options import AsJson, Compile, Device, ModelArgument, Quiet, Sampler, Seed, existing_model
 from ._shared import print_json, progress
 
 
@@ -46,6 +46,7 @@ def sample(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
     device: Device = "auto",
+    compile: Compile = False,
     seed: Seed = 0,
     quiet: Quiet = None,
     as_json: AsJson = False,
@@ -66,6 +67,7 @@ def sample(
         upsampler=upsampler,
         batch_size=batch_size,
         device=device,
+        compile=compile,
         seed=seed,
     )
     with progress(quiet) as show:

@@ -55,6 +55,7 @@ class AnomalyModel:
         name_or_path: Model folder, run folder or installed name.
         options: Detector and post-processing.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        compile: Compile the denoiser; maps differ by rounding.
 
     Raises:
         ModelError: A missing or unusable model.
@@ -62,14 +63,18 @@ class AnomalyModel:
     """
 
     def __init__(
-        self, name_or_path: str | Path, options: DetectionOptions = DetectionOptions(), device: str = "auto"
+        self,
+        name_or_path: str | Path,
+        options: DetectionOptions = DetectionOptions(),
+        device: str = "auto",
+        compile: bool = False,
     ) -> None:
         self.device = choose_device(device)
         tune(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.saved: SavedModel = load_model_files(name_or_path)
-        trained, self.generator, self.classifier = restore_anomaly(self.saved, self.device)
+        trained, self.generator, self.classifier = restore_anomaly(self.saved, self.device, compile)
         self.method = _method(self.saved, trained, options)
         self.networks = noise_networks(self.generator, self.classifier)
         self.detector = make_detector(
@@ -151,16 +156,16 @@ def postprocessing(config: AnomalyConfig, options: DetectionOptions) -> Postproc
 
 
 def restore_anomaly(
-    saved: SavedModel, device: torch.device | str = "cpu"
+    saved: SavedModel, device: torch.device | str = "cpu", compiled: bool = False
 ) -> tuple[AnomalyConfig, Generator, nn.Module | None]:
-    """Restore configuration, generator and classifier from a model directory.
+    """Restore configuration, generator and classifier from a model directory, the denoiser compiled if so.
 
     Raises:
         ModelError: A card or weights that do not describe an anomaly model of this version.
     """
     config = typed_config(saved, AnomalyConfig)
     with usable(saved, AnomalyConfig):
-        generator = restore_generator(saved.part(GENERATOR), device)
+        generator = restore_generator(saved.part(GENERATOR), device, compiled)
         if config.classifier is None:
             return config, generator, None
         return config, generator, restore_classifier(saved.part(CLASSIFIER), device)[0]

@@ -13,7 +13,6 @@ from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderC
 from medseg_diffusion.config.imported import DenoiserConfig
 from medseg_diffusion.config.shared import UNetSection
 from medseg_diffusion.data.cases import Bounds
-from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
 from medseg_diffusion.diffusion.guidance import ClassifierFreeGuided, ClassifierGradient, ClassifierGuided
 from medseg_diffusion.diffusion.noise import generators
@@ -25,6 +24,7 @@ from medseg_diffusion.sampling.loop import sample, spaced
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 
+from .inference import placed
 from .restore import ready, typed_config, usable
 from .store import SavedModel
 
@@ -107,14 +107,14 @@ class Generator:
         return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)
 
 
-def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> Generator:
-    """Restore the generator of a model directory, trained here or imported.
+def restore_generator(saved: SavedModel, device: torch.device | str = "cpu", compiled: bool = False) -> Generator:
+    """Restore the generator of a model directory, trained here or imported, its denoiser compiled if so.
 
     Raises:
         ModelError: A model of another kind or version, or an imported one that needs more than its own weights.
     """
     if saved.card.get("task") == "denoiser":
-        return _imported(saved, device)
+        return _imported(saved, device, compiled)
     config = typed_config(saved, GeneratorConfig)
     with usable(saved, GeneratorConfig):
         shape, classes = tuple(saved.card["shape"]), tuple(saved.card["classes"])
@@ -124,15 +124,15 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu") -> 
         if config.autoencoder is not None:
             stage = ImageAutoencoderConfig.model_validate(saved.card["autoencoder"])
             codec = build.autoencoder(stage)
-            ready(codec.requires_grad_(False), saved.weights_under("codec")).to(device)
-            with_memory_format(codec, stage.training.channels_last)
+            ready(codec.requires_grad_(False), saved.weights_under("codec"))
+            placed(codec, device, stage.training.channels_last)
         task = build.generator(config, len(classes), None if codec is None else shape[0])
         ready(task, {name: value for name, value in saved.weights.items() if not name.startswith("codec.")})
-    with_memory_format(task.denoiser.network, config.training.channels_last)
+    placed(task.denoiser.network, device, config.training.channels_last, compiled)
     return Generator(task.requires_grad_(False).to(device), config, shape, codec, classes, held_out)
 
 
-def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
+def _imported(saved: SavedModel, device: torch.device | str, compiled: bool) -> Generator:
     """Restore a published pixel model as a generator of the image size that was given at its import."""
     imported = typed_config(saved, DenoiserConfig)
     network, size, channels = imported.network, saved.card.get("size"), imported.network.in_channels
@@ -167,6 +167,7 @@ def _imported(saved: SavedModel, device: torch.device | str) -> Generator:
     )
     with usable(saved, DenoiserConfig):
         ready(denoiser.network, saved.weights)
+    placed(denoiser.network, device, compiled=compiled)
     task = ImageDiffusion(denoiser, Simple(), None, network.num_classes or 0, drop=0.0)
     classes = tuple(f"class {i}" for i in range(network.num_classes or 0))
     return Generator(
@@ -180,7 +181,7 @@ def restore_autoencoder(saved: SavedModel) -> tuple[KLAutoencoder | VQAutoencode
     with usable(saved, ImageAutoencoderConfig):
         codec = build.autoencoder(config)
         ready(codec, saved.weights)
-    with_memory_format(codec, config.training.channels_last)
+    placed(codec, "cpu", config.training.channels_last)
     return codec.requires_grad_(False), config
 
 
@@ -193,5 +194,4 @@ def restore_classifier(
         classes = len(saved.card["classes"])
         network = build.noisy_classifier(config, classes).network
         ready(network, saved.weights)
-    with_memory_format(network, config.training.channels_last)
-    return network.requires_grad_(False).to(device), classes, config
+    return placed(network.requires_grad_(False), device, config.training.channels_last), classes, config

@@ -31,6 +31,7 @@ class SampleOptions:
         count: Number of images.
         label: Class of all images; None cycles through the classes.
         upsampler: Model that enlarges the samples, or None.
+        compile: Compile the denoisers; images differ by rounding.
     """
 
     count: int = 16
@@ -45,6 +46,7 @@ class SampleOptions:
     batch_size: int = 16
     device: str = "auto"
     seed: int = 0
+    compile: bool = False
 
 
 class ImageSource:
@@ -62,13 +64,13 @@ class ImageSource:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.saved = load_model_files(name_or_path)
-        self.generator = restore_generator(self.saved, self.device)
+        self.generator = restore_generator(self.saved, self.device, options.compile)
         self.sha256 = {"sha256": self.saved.sha256}
         self.loss_extractors = set(self.saved.card.get("loss_extractors", []))
         self.upsampler: Generator | None = None
         if options.upsampler:
             saved = load_model_files(options.upsampler)
-            self.upsampler = restore_generator(saved, self.device)
+            self.upsampler = restore_generator(saved, self.device, options.compile)
             self.loss_extractors |= set(saved.card.get("loss_extractors", []))
             self.sha256["upsampler_sha256"] = saved.sha256
         self.classifier: nn.Module | None = None

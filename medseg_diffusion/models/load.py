@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medseg_diffusion.device import choose_device, tune
+from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 
 from .pixel_segmenter import PixelSegmenter
@@ -27,6 +28,7 @@ def load_segmenter(
     keep_largest: bool | None = None,
     fast: bool = False,
     max_memory: float | None = None,
+    compile: bool = False,
 ) -> SegmentationModel:
     """Load a segmenter once for many scans.
 
@@ -41,6 +43,7 @@ def load_segmenter(
         keep_largest: Keep only the largest connected part of the foreground; None takes the model's default.
         fast: One step and one mask, as far as the model has both.
         max_memory: Most memory of the process in GB, by an estimate; None for no limit.
+        compile: Compile the network for every size of its input; masks differ by rounding.
 
     Raises:
         ModelError: A model that is missing, unusable or not a segmenter.
@@ -51,6 +54,8 @@ def load_segmenter(
     saved = load_model_files(name_or_path)
     options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty, keep_largest, fast)
     pixels = saved.card.get("method") == "label-efficient"
-    model = PixelSegmenter(saved, chosen, options) if pixels else MaskSegmenter(saved, chosen, options)
+    if pixels and compile:
+        raise UsageError(f"{saved.path}: classifies pixels, which is not compiled: leave --compile out")
+    model = PixelSegmenter(saved, chosen, options) if pixels else MaskSegmenter(saved, chosen, options, compile)
     model.max_memory = max_memory
     return model

@@ -14,6 +14,7 @@ from medseg_diffusion.errors import InputError, remark
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.volumes.volume import Volume
 
+from .inference import not_compiled
 from .passes import MEMBERS_AT_ONCE, RESULT_BYTES, Pass
 
 FLOAT = 4
@@ -114,7 +115,8 @@ def network_bytes(model: Any, way: Pass, channels: int, device: torch.device) ->
     layers = [module for module in model.modules() if not list(module.children())]
     handles = [layer.register_forward_hook(add) for layer in layers]
     try:
-        way.thrifty(model, device).probabilities(image, [[0]], way.sampler, way.times[-2:])  # one step
+        with not_compiled(model):
+            way.thrifty(model, device).probabilities(image, [[0]], way.sampler, way.times[-2:])  # one step
     finally:
         for handle in handles:
             handle.remove()

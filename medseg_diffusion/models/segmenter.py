@@ -10,7 +10,6 @@ import torch
 from medseg_diffusion import build
 from medseg_diffusion.build import SHAPE_PRIOR, Segmenter
 from medseg_diffusion.config.segmenter import SegmenterConfig
-from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.errors import UsageError, remarks
 from medseg_diffusion.methods.ablation import Replacement, without_x_t
 from medseg_diffusion.methods.calibration import Calibration, Sampling
@@ -18,6 +17,7 @@ from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.methods.windows import Windows
 
 from .ensemble_segmenter import EnsembleSegmenter
+from .inference import placed
 from .passes import Pass
 from .restore import ready, typed_config, usable
 from .segmentation import NOT_FASTER, Aggregation, EnsembleOptions, stored_calibration
@@ -31,16 +31,23 @@ class MaskSegmenter(EnsembleSegmenter):
         saved: The model directory.
         device: Device of the computation.
         options: Options of the ensemble; None takes the model's defaults.
+        compiled: Whether the network is compiled.
 
     Raises:
         ModelError: Not a segmenter of this version.
         UsageError: An unknown sampler, or sampling options for a feed-forward model.
     """
 
-    def __init__(self, saved: SavedModel, device: torch.device, options: EnsembleOptions = EnsembleOptions()) -> None:
+    def __init__(
+        self,
+        saved: SavedModel,
+        device: torch.device,
+        options: EnsembleOptions = EnsembleOptions(),
+        compiled: bool = False,
+    ) -> None:
         self.saved, self.device = saved, device
         self.model, self.config = restore_segmenter(saved)
-        with_memory_format(self.model.to(device).network, self.config.training.channels_last)
+        placed(self.model.to(device).network, device, self.config.training.channels_last, compiled)
         self.inference = self.config.inference
         self.dims: int = self.config.network.dims
         self.channels, self.merge_labels = self.config.data.channels, self.config.data.merge_labels

@@ -50,6 +50,7 @@ class AnomalyOptions:
         output: File of the map (one scan) or folder; None writes next to each scan.
         seed: Seed of all randomness; every scan derives its seed from this and its name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        compile: Compile the denoiser; maps differ by rounding.
         preview: Write *_anomaly_preview.png.
         save_counterpart: Write *_anomaly_counterpart.nii.gz, the healthy counterpart that the method produced.
         table: Write the numbers of all scans to one table beside the masks (`results_table.table_path`).
@@ -68,6 +69,7 @@ class AnomalyOptions:
     output: Path | None = None
     seed: int = 0
     device: str = "auto"
+    compile: bool = False
     preview: bool = False
     save_counterpart: bool = False
     table: bool = False
@@ -153,7 +155,7 @@ def _read(source: Source, takes: ModelInput, options: AnomalyOptions) -> Volume:
 
 
 def _load(options: AnomalyOptions) -> AnomalyModel:
-    model = AnomalyModel(options.model or DEFAULT_MODEL, options.detection, options.device)
+    model = AnomalyModel(options.model or DEFAULT_MODEL, options.detection, options.device, options.compile)
     chosen_threshold(options.threshold, model)  # a missing calibration must be an error before the first scan
     return model
 

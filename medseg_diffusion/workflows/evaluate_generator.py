@@ -41,7 +41,7 @@ Images = np.ndarray | np.memmap
 """(N, H, W, C) uint8."""
 CHUNK = 64
 """Images in a file of samples, and images whose features are computed at a time."""
-_NEUTRAL_OPTIONS = ("count", "batch_size", "device")
+_NEUTRAL_OPTIONS = ("count", "batch_size", "device", "compile")
 """Options that do not change the samples."""
 _DEFAULT_SAMPLING = SampleOptions(count=10_000)
 MAX_FID_FACTOR = 2.0

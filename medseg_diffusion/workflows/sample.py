@@ -40,7 +40,7 @@ def sample_images(
     about = {
         "model": str(name_or_path),
         **source.sha256,
-        **{k: v for k, v in asdict(options).items() if k not in ("count", "batch_size", "device")},
+        **{k: v for k, v in asdict(options).items() if k not in ("count", "batch_size", "device", "compile")},
     }
     note = output / "samples.json"
     if note.is_file() and json.loads(note.read_text()) != about:

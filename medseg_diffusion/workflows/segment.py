@@ -82,6 +82,7 @@ class SegmentOptions:
         fast: One step and one mask, as far as the model has both.
         keep_largest: Keep only the largest connected part of the foreground.
         max_memory: Most memory of the process in GB, by an estimate; None for no limit.
+        compile: Compile the network; masks differ by rounding.
     """
 
     model: str | None = None
@@ -112,6 +113,7 @@ class SegmentOptions:
     fast: bool = False
     keep_largest: bool | None = None
     max_memory: float | None = None
+    compile: bool = False
 
 
 def segment(
@@ -209,6 +211,7 @@ def _load(options: SegmentOptions) -> SegmentationModel:
         options.keep_largest,
         options.fast,
         options.max_memory,
+        options.compile,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
         raise UsageError("pseudo-labels need members that can disagree; use --ensemble 2 or more")

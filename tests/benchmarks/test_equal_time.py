@@ -15,7 +15,7 @@ from tests.helpers.training import config, latent_config
 @pytest.mark.parametrize("method", ["latent-mask", "baseline"])
 def test_steps_that_fit_into_a_time_are_found(method, block_scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validations and calibration count: what a step alone would leave room for is too much."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks" / "studies")
     equal_time: Any = importlib.import_module("equal_time")
     for name, value in (("WARM", 1), ("TIMED", 4), ("TIMED_AUTOENCODER", 5)):
         monkeypatch.setattr(equal_time, name, value)

@@ -133,7 +133,6 @@ def main(family: str, data: str, root: str, kills: str) -> None:
     """Prints the result of `kill_again_and_again` as JSON in the last line."""
     # What a training would import: a fork has it already.
     import torch
-    import torch.utils.tensorboard
     import torchmetrics.functional.image  # noqa: F401
 
     torch.set_num_threads(1)

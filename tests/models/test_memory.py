@@ -184,7 +184,7 @@ for name, side in (("small", 32), ("large", 192)):
     peaks.append(scan_cost.peak_gb())
 print(peaks[1] - peaks[0])
 """
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
 @pytest.mark.parametrize("dims", [2, 3])

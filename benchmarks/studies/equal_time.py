@@ -1,11 +1,11 @@
 """Trains presets for equal time: each gets as many steps as fit into --minutes on this machine.
 
-    python benchmarks/equal_time.py DATA OUT PRESET... [--minutes 20] [--set diffusion.scale=0.2] [--exclude 3]
+    python benchmarks/studies/equal_time.py DATA OUT PRESET... [--minutes 20] [--set diffusion.scale=0.2] [--exclude 3]
 
 Presets can be segmenters or anomaly models. The learning rate must reach its end in time, so that some steps and a
 validation are timed before a run starts. All networks of an anomaly model share its time (`SHARES`). OUT/PRESET is the
 run folder. A repeated call continues an interrupted one and skips finished runs. `medseg benchmark-segmenter --side
-test` scores segmenters, and benchmarks/anomaly.py scores anomaly models.
+test` scores segmenters, and benchmarks/studies/anomaly_models.py scores anomaly models.
 """
 
 from __future__ import annotations

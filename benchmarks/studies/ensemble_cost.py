@@ -1,6 +1,6 @@
 """Compares the time of an ensemble in one call with one encoding of the image and the network evaluations one by one.
 
-    python benchmarks/ensemble_cost.py MODEL... [--members 5] [--steps 5] [--size 32 48 32] [--device cpu]
+    python benchmarks/studies/ensemble_cost.py MODEL... [--members 5] [--steps 5] [--size 32 48 32] [--device cpu]
 
 Timings alternate between the two ways, and the printed ratio is that of the medians. The goal is at most 1.1; below 1
 the batched call is faster.

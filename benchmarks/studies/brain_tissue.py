@@ -1,11 +1,11 @@
 """Scores the brain-tissue model on synthetic scans of held-out anatomies and on real elderly heads.
 
-    python benchmarks/brain_tissue.py MODEL --labelmaps brain_labelmaps --heads whole_head/elderly_t1
+    python benchmarks/studies/brain_tissue.py MODEL --labelmaps brain_labelmaps --heads whole_head/elderly_t1
 
 This prints the Dice per tissue on synthetic whole heads (T1-like and of any contrast), and the Dice of the brain mask
 (all three tissues) against the masks that come with the heads (images/ beside dlmuse_automatic/).
 
-    python benchmarks/brain_tissue.py MODEL --labelmaps brain_labelmaps --sweep 1 2 5 10 50 --ensembles 1 5
+    python benchmarks/studies/brain_tissue.py MODEL --labelmaps brain_labelmaps --sweep 1 2 5 10 50 --ensembles 1 5
 
 This prints the Dice per tissue by number of steps and ensemble size, on synthetic windows of the held-out anatomies.
 The members of the largest ensemble are sampled once; smaller ensembles are their first members.

@@ -1,6 +1,6 @@
 """Plots the validation losses of training runs over wall-clock time.
 
-    python benchmarks/training_curves.py OUT.png NAME=RUN... [--column loss]
+    python benchmarks/studies/training_curves.py OUT.png NAME=RUN... [--column loss]
 
 Time is that of the steps in RUN/steps.csv. Pauses of an interrupted run count.
 """

@@ -1,6 +1,6 @@
 """Draws what readers and samples say about images: outlines of every reader, of eight samples, and the frequency map.
 
-    python benchmarks/reader_pictures.py OUT.png --data DIR MODEL... [--cases NAME...] [--crop 64]
+    python benchmarks/studies/reader_pictures.py OUT.png --data DIR MODEL... [--cases NAME...] [--crop 64]
 
 One row a case for each model: the image, each reader's outline, the outlines of the first eight samples, and the share
 of 16 samples that mark each pixel. Without --cases they are test patients whose readers disagree by different amounts.

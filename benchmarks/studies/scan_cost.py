@@ -1,6 +1,6 @@
 """Seconds and peak memory of a segmentation, outside of the network.
 
-    python benchmarks/scan_cost.py [--cases head slices ...] [--network] [--cpu]
+    python benchmarks/studies/scan_cost.py [--cases head slices ...] [--network] [--cpu]
 
 Two equal scans are segmented in a process of its own for each case; the seconds are of the second, for which all is
 imported and loaded. The network is replaced by a formula of the intensities, unless --network is given. "back" is

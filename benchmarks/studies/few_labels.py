@@ -1,7 +1,7 @@
 """Compares classifiers of a generator's activations with two methods without the generator, for few labels.
 
-    python benchmarks/few_labels.py DATA GENERATOR OUT [--unit slice] [--labelled 1 2 5] [--seeds 0 1 2] [--minutes 5] \
-        [--set augmentation.flip_axes=[1]]
+    python benchmarks/studies/few_labels.py DATA GENERATOR OUT [--unit slice] [--labelled 1 2 5] [--seeds 0 1 2] \
+        [--minutes 5] [--set augmentation.flip_axes=[1]]
 
 For every number of labels and every seed, all methods use the same labelled images and the same held-out cases:
 

@@ -1,6 +1,7 @@
 """The difference between two rows of a benchmark on the same patients, with a bootstrap interval.
 
-    python benchmarks/paired_difference.py FIRST/cases.csv SECOND/cases.csv [--column NAME] [--first KEY=VALUE...]
+    python benchmarks/studies/paired_difference.py FIRST/cases.csv SECOND/cases.csv \
+        [--column NAME] [--first KEY=VALUE...]
 
 FIRST minus SECOND, averaged by patient. --first and --second choose rows of a file by their columns, such as steps=20.
 Patients are resampled together with both of their values.

@@ -1,0 +1,116 @@
+"""`make gpu` rehearsed on the CPU: every part runs, an overlong one is stopped, and a line says what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.tiny_imagenet import jpeg, tiny_imagenet
+
+GPU = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(GPU), *map(str, arguments)]
+    # Children of the tests import the package from where the tests do, and keep the threads apart.
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "gpu.json").read_text())
+
+
+def write_label_maps(folder: Path) -> Path:
+    """Four heads: nested balls of white matter, cortex, CSF, bone and skin."""
+    axes = np.meshgrid(*[np.arange(48) - 23.5] * 3, indexing="ij")
+    radius = np.sqrt(sum(axis**2 for axis in axes))
+    folder.mkdir()
+    for i in range(4):
+        labels = np.zeros((48,) * 3, np.int16)
+        for limit, label in ((22 - i, 511), (19, 515), (17, 24), (15, 3), (10, 2)):
+            labels[radius < limit] = label
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"map_{i}.nii.gz")
+    return folder
+
+
+def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    done = run("--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("make gpu: no CUDA device") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_is_named_before_anything_runs(tmp_path: Path) -> None:
+    done = run("--rehearse", "--data", tmp_path / "none.zip", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "none.zip: not found; name Tiny ImageNet" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_overruns_is_stopped_and_the_next_one_runs(tmp_path: Path) -> None:
+    """Also its children: nothing computes on after the end."""
+    began = time.monotonic()
+    done = run("--rehearse", "--part", "throughput", "tests", "--limit", 1, "--out", tmp_path)
+    parts = result(tmp_path)["parts"]
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    assert list(parts) == ["throughput", "tests"] and parts["throughput"]["ended"] == "stopped"
+
+
+@pytest.mark.slow
+def test_the_tests_are_counted(tmp_path: Path) -> None:
+    done = run("--rehearse", "--part", "tests", OUT=str(tmp_path / "elsewhere"))
+    part = result(tmp_path / "elsewhere")["parts"]["tests"]
+    assert done.returncode == 0 and part["ended"] == "done"
+    assert part["tests"] > 0 and (part["failures"], part["errors"]) == (0, 0)
+
+
+@pytest.mark.slow
+def test_throughput_of_all_presets_beside_others(tmp_path: Path) -> None:
+    assert run("--rehearse", "--part", "throughput", "--out", tmp_path).returncode == 0
+    rows = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    measured = {(row["preset"], row["network"]) for row in rows if "seconds" in row}
+    for preset in ("adm-tiny-imagenet", "ldm-tiny-imagenet", "medsegdiff-isic", "ensemdiff-hippocampus-small"):
+        assert {(preset, "ours"), (preset, "MONAI")} <= measured
+        whats = {row["what"] for row in rows if row["preset"] == preset and row.get("network") == "ours"}
+        assert whats == {"evaluation", "training step"}
+    assert all(row["seconds"] > 0 and row["gflop_per_sample"] > 0 for row in rows if "seconds" in row)
+
+
+@pytest.mark.slow
+def test_generators_leave_pictures_and_scores(tmp_path: Path) -> None:
+    data = tiny_imagenet(tmp_path / "data", per_class=6)
+    for i in range(10):
+        (data / "test" / "images" / f"test_more_{i}.JPEG").write_bytes(jpeg(20 * i))
+    done = run("--rehearse", "--part", "generators", "--data", data, "--out", tmp_path / "out")
+    assert done.returncode == 0, (tmp_path / "out" / "generators.log").read_text()
+    content = json.loads((tmp_path / "out" / "generators.json").read_text())
+    assert [numbers["steps"] for numbers in content["trainings"].values()] == [2, 2, 2]
+    scored = [row["model"] for row in content["scores"]["rows"]]
+    assert scored == ["real images (floor)", "ldm-tiny-imagenet", "adm-tiny-imagenet"]
+    for name in ("autoencoder-tiny-imagenet", "ldm-tiny-imagenet", "adm-tiny-imagenet"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert picture.width >= 64
+
+
+@pytest.mark.slow
+def test_the_brain_model_is_left_whole(tmp_path: Path) -> None:
+    from medseg_diffusion.models.load import load_segmenter
+
+    maps = write_label_maps(tmp_path / "maps")
+    done = run("--rehearse", "--part", "brain", "--labelmaps", maps, "--out", tmp_path / "out")
+    assert done.returncode == 0, (tmp_path / "out" / "brain.log").read_text()
+    assert load_segmenter(tmp_path / "out" / "model", "cpu").labels[2] == "grey matter"
+    assert json.loads((tmp_path / "out" / "brain.json").read_text())["steps"] == 2
+    assert (tmp_path / "out" / "brain.csv").read_text().startswith("step,")
+    assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) < 16_000_000
