@@ -12,6 +12,7 @@ import pytest
 from medseg_diffusion.metrics.registry import METRICS
 from medseg_diffusion.metrics.training_history import THROUGHPUT
 from medseg_diffusion.models.image_source import SampleOptions
+from medseg_diffusion.training.log import STEP_COLUMNS
 from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
 from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
@@ -163,4 +164,5 @@ def test_the_log_of_a_training(tmp_path: Path) -> None:
     training.train_segmenter_in(str(tmp_path / "run"), str(tmp_path / "data"))
     columns = names_in(tmp_path / "run" / "log.csv") | {"equal_predictions", "flop_utilisation"}
     assert {name.replace("<class>", "block") for name in documented.documented("log.csv")} == columns
+    assert documented.documented("steps.csv") == [*STEP_COLUMNS]
     assert set(THROUGHPUT) <= columns
