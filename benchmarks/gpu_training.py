@@ -112,7 +112,10 @@ def scored(options: argparse.Namespace, models: list[Path], folder: Path, device
         evaluate_generator([str(path) for path in models], options.data, folder, evaluation)
     except MedsegError as error:
         return {"left_out": str(error)}
-    return json.loads((folder / "scores.json").read_text())
+    content = json.loads((folder / "scores.json").read_text())
+    for row in content["rows"]:
+        row["model"] = Path(row["model"]).name  # the folder of the runs is temporary
+    return content
 
 
 def brain(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
