@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ._options import AsJson, Config, Device, Gpus, LabelledScans, Overrides, Quiet, RunFolder, Seed, existing_model
 from ._shared import count_of, print_json, print_table
 from ._training import Trained, start_processes, training
+
+if TYPE_CHECKING:
+    from medseg_diffusion.workflows.train_pixel_classifier import TrainedPixelClassifier
 
 
 class Unit(StrEnum):
@@ -75,13 +78,15 @@ def train_pixel_classifier(
             seed=seed,
             on_progress=count_of(show),
         )
-    if not is_first():
-        return
-    trained = Trained(run, "medseg segment SCAN -m MODEL")
+    if is_first():
+        _print(result, Trained(run, "medseg segment SCAN -m MODEL").next(result.model), test, quiet, as_json)
+
+
+def _print(result: TrainedPixelClassifier, next_command: str, tested: bool, quiet: bool | None, as_json: bool) -> None:
     rows = result.test.table() if result.test is not None else []
     if as_json:
         entries = {"model": result.model, "labelled": result.labelled, "blocks": result.blocks, "test": rows}
-        print_json({**entries, "next": trained.next(result.model)})
+        print_json({**entries, "next": next_command})
     elif not quiet:
         typer.echo(f"labelled: {', '.join(result.labelled)}")
         typer.echo(f"blocks: {', '.join(result.blocks)}")
@@ -92,8 +97,8 @@ def train_pixel_classifier(
                     for label, name in result.test.labels.items()
                 ]
             )
-            typer.echo(f"report: {run / 'test' / 'report.html'}")
-        elif test:
+            typer.echo(f"report: {result.model.parent / 'test' / 'report.html'}")
+        elif tested:
             typer.echo("no scores: the generator held out none of these cases")
         typer.echo(f"model: {result.model}")
-        typer.echo(f"next: {trained.next(result.model)}")
+        typer.echo(f"next: {next_command}")

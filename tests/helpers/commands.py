@@ -1,4 +1,4 @@
-"""The training commands in processes of their own, alone or started together by torchrun, srun's variables or --gpus."""
+"""The training commands in processes of their own, alone or together: by torchrun, srun's variables or --gpus."""
 
 from __future__ import annotations
 

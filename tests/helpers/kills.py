@@ -19,6 +19,7 @@ from typing import Any
 
 from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.workflows.train_anomaly import train_anomaly
 from medseg_diffusion.workflows.train_generator import train_generator
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -87,8 +88,8 @@ def forked(call: Callable[[], None]) -> int:
 
 def steps_of(run: Path) -> int:
     """The steps that are done according to the resume files, over all stages of a run."""
-    files = [(file.parent, int(file.stem[5:])) for file in run.rglob("step-??????.pt")]
-    return sum(max(step for folder, step in files if folder == each) for each in {folder for folder, _ in files})
+    stages = [Checkpoints(run / name).files() for name in (".", "autoencoder", "generator")]
+    return sum(int(files[0].stem[5:]) for files in stages if files)
 
 
 def kill_again_and_again(family: str, data: Path, root: Path, kills: int) -> dict[str, Any]:

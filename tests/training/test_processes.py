@@ -31,6 +31,11 @@ def drawn(root: Path, name: str) -> list[list[int]]:
     return [json.loads((root / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
+def drawn_together(root: Path, name: str) -> list[int]:
+    first, second = drawn(root, name)
+    return sorted(first + second)
+
+
 def losses(run: Path) -> np.ndarray:
     history = read_history(run)
     assert history.steps.tolist() == list(range(1, 9))
@@ -48,12 +53,12 @@ def test_the_processes_draw_the_examples_of_one(runs: Path) -> None:
 def test_the_same_number_of_processes_goes_on_bit_by_bit(runs: Path) -> None:
     np.testing.assert_array_equal(losses(runs / "parts"), losses(runs / "whole"))
     assert_same(resume_file(runs / "parts"), resume_file(runs / "whole"))
-    assert sorted(sum(drawn(runs, "parts-0"), [])) == HALF
-    assert sorted(sum(drawn(runs, "parts-1"), [])) == WHOLE[16:]
+    assert drawn_together(runs, "parts-0") == HALF
+    assert drawn_together(runs, "parts-1") == WHOLE[16:]
 
 
 def test_two_processes_go_on_with_a_run_of_one(runs: Path) -> None:
-    assert sorted(sum(drawn(runs, "went-on-0"), [])) == WHOLE[16:]
+    assert drawn_together(runs, "went-on-0") == WHOLE[16:]
     np.testing.assert_allclose(losses(runs / "went-on"), losses(runs / "one"), rtol=1e-5)
 
 

@@ -18,7 +18,7 @@ from medseg_diffusion.config.load import load_segmenter_config
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files
-from medseg_diffusion.training.trainer import Progress
+from medseg_diffusion.training.trainer import Outcome, Progress
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers.training import assert_same, config, finish, resume_file, start_two
 
@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(
         train_segmenter(config(batch_size=1), block_scans, run, device="cpu", seed=3, resume=True)
     train_segmenter(load_segmenter_config(run / "config.yaml"), block_scans, run, device="cpu", seed=3, resume=True)
     assert resume_file(run)["state"]["step"] == 4
-    (run / "checkpoints" / "last.pt").unlink()
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(InputError, match="found no resume file"):
         train_segmenter(config(), block_scans, run, device="cpu", seed=3, resume=True)
 
@@ -157,20 +157,22 @@ def test_a_run_starts_from_the_weights_of_a_trained_model(block_scans: Path, tmp
     assert content["init"] == after.card["training"]["init"]
     half = tmp_path / "half"
     train_segmenter(config(), block_scans, half, device="cpu", seed=1, init=first, max_steps=2)
-    (half / "checkpoints" / "last.pt").rename(half / "kept.pt")
+    (half / "checkpoints").rename(half / "kept")
     started = restore_segmenter(load_model_files(first))[0].state_dict()
     seen: list[dict[str, torch.Tensor]] = []
+
+    def no_steps(model: torch.nn.Module, *arguments: Any) -> Outcome:
+        seen.append(dict(model.state_dict()))
+        return Outcome(half, 0, 4, "max_steps", {})
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "medseg_diffusion.training.job.fit",
-            lambda model, *a, **k: seen.append(dict(model.state_dict())),
-        )
+        patch.setattr("medseg_diffusion.training.job.fit", no_steps)
         train_segmenter(
             load_segmenter_config(half / "config.yaml"), block_scans, half, device="cpu", seed=1, resume=True
         )
     for name, weights in started.items():
         torch.testing.assert_close(seen[0][name], weights)
-    (half / "kept.pt").rename(half / "checkpoints" / "last.pt")
+    (half / "kept").rename(half / "checkpoints")
     moved = first.rename(tmp_path / "elsewhere")
     again = train_segmenter(config(), block_scans, half, device="cpu", seed=1, resume=True)
     assert load_model_files(again).card["training"]["init"]["model"] == str(first)
