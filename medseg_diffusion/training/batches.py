@@ -16,7 +16,6 @@ from .interrupt import apart
 from .runtime import Runtime
 
 
-# many: the numbers that say which examples of which steps belong to this process
 class Batches:
     """The batches of the steps from ``first_step`` up to, but without, ``last_step``, on the device.
 

@@ -33,7 +33,9 @@ def test_two_processes_train_as_one(tmp_path: Path, changes: str) -> None:
     assert_same(*(torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in (0, 1)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"examples_at_once": 1, "read_every": 3}])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, marks=pytest.mark.slow), {"examples_at_once": 1, "read_every": 3}]
+)
 def test_processes_that_share_the_weights_out_train_as_one(tmp_path: Path, changes: dict[str, int]) -> None:
     """Stopped in between; each holds a half of every layer, and the resume file is that of one process."""
     run = tmp_path / "two"

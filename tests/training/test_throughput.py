@@ -1,0 +1,83 @@
+"""How fast a training is: the peak of its device, the wait for examples, and what is left out."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from medseg_diffusion.training.batches import Batches
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.throughput import Throughput, flops_of_example, peak_flops
+
+
+def on_gpu(dtype: torch.dtype | None) -> Runtime:
+    return cast(Runtime, SimpleNamespace(device=torch.device("cuda"), autocast=dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "single"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 495e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+        ("NVIDIA A10", 125e12, 62.5e12),
+        ("NVIDIA L40S", 362e12, 183e12),
+        ("NVIDIA L4", 121e12, 60e12),
+        ("Something else", None, None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_and_precision(
+    monkeypatch: pytest.MonkeyPatch, name: str, half: float | None, single: float | None
+) -> None:
+    """Names that begin alike have different peaks."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert (peak_flops(on_gpu(torch.bfloat16)), peak_flops(on_gpu(None))) == (half, single)
+    assert peak_flops(Runtime("cpu", "fp32")) is None
+
+
+class Slow(Dataset[dict[str, Tensor]]):
+    def __getitem__(self, draw: int) -> dict[str, Tensor]:
+        time.sleep(0.02)
+        return {"image": torch.full((3,), float(draw)), "seed": torch.tensor(draw)}
+
+
+def test_the_wait_for_examples_is_measured() -> None:
+    runtime = Runtime("cpu", "fp32")
+    batches, speed = Batches(Slow(), 2, 3, 6, 0, runtime), Throughput(2, 0.0, runtime)
+    for step in (3, 4, 5):
+        assert next(batches)["seed"].tolist() == [2 * step, 2 * step + 1]
+    speed.read(3, batches.waited)
+    assert batches.waited >= 0.12 and 0.9 < speed.waiting <= 1
+    with pytest.raises(StopIteration):
+        next(batches)
+    time.sleep(0.1)
+    speed.restart()  # what has passed since the reading does not count
+    speed.read(1, batches.waited)
+    numbers = speed.numbers()
+    assert numbers["seconds_per_step"] * 4 < batches.waited + 0.1
+    assert numbers["examples_per_s"] == pytest.approx(2 / numbers["seconds_per_step"])
+    assert "flop_utilisation" not in numbers and speed.numbers() == {}, "each step counts once"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_operations_are_counted_as_they_are_written(compiled: bool) -> None:
+    """A 3 x 3 convolution from 2 to 4 channels on 8 x 8 positions: 2 x 9 x 2 x 4 x 64 in the forward pass."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Conv2d(2, 4, 3, padding=1)
+
+        def forward(self, batch: Any) -> Tensor:
+            return cast(Tensor, self.network(batch["image"])).square().mean()
+
+    model, example = Model(), {"image": torch.randn(1, 2, 8, 8)}
+    if compiled:
+        model.network.compile()
+    assert flops_of_example(model, example, Runtime("cpu", "fp32")) == 3 * 2 * 9 * 2 * 4 * 64
