@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -139,11 +139,22 @@ def flops_of_example(model: nn.Module, example: Mapping[str, Tensor], runtime: R
         runtime: precision.
     """
     # Imported where used: slow.
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+    def single(image: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+        return conv_flop_count(list(image), list(weight), list(out_shape))
+
+    # The convolution of single volumes on a CPU (`networks.blocks`), which torch does not count.
+    known = {torch.ops.aten.mkldnn_convolution: single}
 
     # The search for the fastest convolution is not worth it for one pass.
     patient = torch.backends.cudnn.flags(benchmark=False, allow_tf32=True)
-    with _eager(model), patient, runtime.accelerator.autocast(), FlopCounterMode(display=False) as counter:
+    with (
+        _eager(model),
+        patient,
+        runtime.accelerator.autocast(),
+        FlopCounterMode(display=False, custom_mapping=known) as counter,
+    ):
         model(example)
     return BACKWARD * float(counter.get_total_flops())
 

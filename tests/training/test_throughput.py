@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from medseg_diffusion.networks.blocks import conv
 from medseg_diffusion.training.batches import Batches
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.throughput import Throughput, flops_of_example, peak_flops
@@ -81,3 +82,18 @@ def test_operations_are_counted_as_they_are_written(compiled: bool) -> None:
     if compiled:
         model.network.compile()
     assert flops_of_example(model, example, Runtime("cpu", "fp32")) == 3 * 2 * 9 * 2 * 4 * 64
+
+
+def test_the_convolutions_of_a_single_volume_are_counted() -> None:
+    """On a CPU they take a path of their own, which torch's counter does not know."""
+
+    class Volumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = conv(3, 32, 16)
+
+        def forward(self, batch: Any) -> Tensor:
+            return cast(Tensor, self.network(batch["image"])).mean()
+
+    volume = {"image": torch.randn(1, 32, 4, 4, 4)}
+    assert flops_of_example(Volumes(), volume, Runtime("cpu", "fp32")) == 3 * 2 * 27 * 32 * 16 * 64
