@@ -213,13 +213,16 @@ def fit(
 
     def read_back() -> None:
         """Waits for the device, counts what it has done, and logs it. All processes read the same numbers."""
+        nonlocal between_steps
         numbers = readings.read()
+        between_steps = False  # a second Ctrl-C must not leave a resume file without some of the numbers
         if recorder is not None:
             recorder.log_steps(numbers, batches.waited if batches is not None else 0.0)
         for one in numbers:
             _count(one, state)
             if not one.finite:
                 health.check(one, state.skipped_in_a_row, learning_rate(one.step - 1, options))
+        between_steps = True
 
     # Saturated softmax heads leave gradients, and Adam's moments, full of denormals, which CPUs handle 10 to 100 times
     # slower than other numbers.
@@ -239,12 +242,11 @@ def fit(
             raise interrupt.error(_standing(state, options))
         first = state.step
         while not stop:
-            between_steps = False
-
             # Step
             batch = next(batches)
+            between_steps = False
             if recorder is not None and state.step == first:
-                recorder.begin(batch)
+                recorder.begin(batch, batches.waited)
             loss, norms = _step(state, batch, options, run.seed, runtime)
             state.step += 1
             readings.add(state.step, loss, norms)
@@ -307,6 +309,8 @@ def fit(
 
 
 def _standing(state: TrainingState, options: TrainingOptions) -> str:
+    if state.step == 0:
+        return "stopped before the first step"
     return f"stopped after step {state.step} of {options.max_steps}, which is saved"
 
 
@@ -406,8 +410,10 @@ def _initial_state(model: nn.Module, options: TrainingOptions, run: TrainingRun,
 
 
 def _has_only_begun(folder: Path) -> bool:
-    """Whether a run was started and stopped before its first validation and resume file."""
-    return (folder / "config.yaml").is_file() and not (folder / "log.csv").is_file()
+    """Whether a run was started and stopped before its first resume file, which follows the first validation."""
+    log = folder / "log.csv"
+    validations = len(log.read_text().splitlines()) - 1 if log.is_file() else 0
+    return (folder / "config.yaml").is_file() and validations <= 1
 
 
 class _Recorder:
@@ -436,11 +442,11 @@ class _Recorder:
         self.throughput = Throughput(options.batch_size, 0.0, runtime)
         self.saved_at, self.saved_step = time.monotonic(), -1
 
-    def begin(self, batch: Mapping[str, Tensor]) -> None:
-        """Counts the operations of a step on one example of its ``batch``."""
+    def begin(self, batch: Mapping[str, Tensor], waited: float) -> None:
+        """Counts the operations of a step on one example of the first ``batch``, for which the process ``waited``."""
         of_one = flops_of_example(self.state.ema.whole, part_of(batch, 0, 1), self.runtime)
         self.throughput.flops = of_one * self.options.batch_size / self.runtime.world_size
-        self.throughput.restart()
+        self.throughput.begin(waited)
 
     @property
     def file_due(self) -> bool:
@@ -491,8 +497,8 @@ class _Recorder:
             return
         signs = {name: numbers.pop(name) for name in (EMPTY, EQUAL) if name in numbers}
         if numbers["score"] > state.best.get("score", float("-inf")):
-            state.best = {**numbers, "step": float(state.step)}
             self.callbacks.save(state.ema.whole, state.step, numbers)
+            state.best = {**numbers, "step": float(state.step)}  # not before: a second Ctrl-C may end the writing
         self.health.check(state.step, {**numbers, **signs}, state.best)
         throughput = {**self.throughput.numbers(), "skipped_steps": float(state.skipped)}
         rate = state.optimizers[0].param_groups[0]["lr"]

@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 from medseg_diffusion.errors import Stopped
+from medseg_diffusion.training.batches import Batches
 from medseg_diffusion.training.interrupt import PREEMPTIONS, Interrupt, stopped_by_signals
 from medseg_diffusion.training.trainer import Progress
 from tests.helpers.training import assert_same, resume_file, rows, scores, train
@@ -111,6 +112,25 @@ def test_a_signal_during_a_validation_ends_it(
     assert best == resume_file(whole)["state"]["best"]
     assert_same(resume_file(tmp_path), resume_file(whole))
     assert scores(tmp_path) == scores(whole)
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_is_done(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers take seconds to start. Resuming starts the run again."""
+    start_workers = Batches.__init__
+
+    def send(self: Batches, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        start_workers(self, *arguments)
+
+    (tmp_path / "config.yaml").touch()
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"^SIGTERM: stopped before the first step$"):
+        patch.setattr(Batches, "__init__", send)
+        train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
 
 
 def test_a_signal_while_the_model_is_written_waits_for_it(whole: Path, tmp_path: Path) -> None:

@@ -213,6 +213,27 @@ def test_a_full_disk_wherever_it_is_noticed(
     assert scores(tmp_path) == scores(whole)
 
 
+def test_a_run_whose_first_resume_file_could_not_be_written_starts_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first validation is in the log, which must not make it look like a run that has lost its resume files."""
+
+    def fails(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "config.yaml").touch()
+    with monkeypatch.context() as patch, pytest.raises(MedsegError, match=FULL):
+        patch.setattr(torch, "save", fails)
+        train(tmp_path)
+    assert len(rows(tmp_path)) == 1
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+    assert scores(tmp_path) == scores(whole)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(InputError, match="no resume file"):
+        train(tmp_path, resume=True)
+
+
 def test_another_failure_of_the_disk_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
