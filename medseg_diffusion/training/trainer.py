@@ -54,8 +54,8 @@ class Outcome:
         steps: steps that are done, of ``planned``.
         planned: steps of the whole run.
         ended: why this call ended.
-        best: numbers of the best validation, and its "step". Of several processes, only the main one knows those of this
-            call.
+        best: numbers of the best validation, and its "step". Of several processes, only the main one knows those of
+            this call.
     """
 
     run: Path
