@@ -21,13 +21,8 @@ from medseg_diffusion.errors import UsageError
 
 
 @contextmanager
-def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends without an error, and is removed otherwise.
-
-    Args:
-        path: the file.
-        durable: put the content on the disk before the name changes, so that a crash of the machine, too, leaves the
-            old file or the new one.
 
     Raises:
         OSError: the file cannot be written.
@@ -36,9 +31,6 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
     try:
         mode = _made_private(temporary)
         yield temporary
-        if durable:
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
     finally:

@@ -61,7 +61,11 @@ class Batches:
             worker_init_fn=apart,
             pin_memory=on_gpu,
         )
-        self.of_loader = iter(loader)  # starts the workers
+        self.of_loader: Iterator[dict[str, Tensor]] = iter(loader)  # starts the workers
+
+    def close(self) -> None:
+        """Ends the workers now; an error would keep them until the process ends."""
+        self.of_loader = iter(())
 
     def __next__(self) -> Mapping[str, Tensor]:
         began = time.monotonic()

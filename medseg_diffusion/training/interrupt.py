@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 from medseg_diffusion.errors import Stopped
 
@@ -24,7 +25,7 @@ class Interruption(BaseException):
 
 
 class Interrupt:
-    """Catches SIGINT (Ctrl-C), SIGTERM and SIGUSR1 until `restore` is called.
+    """Catches SIGINT (Ctrl-C), SIGTERM and SIGUSR1 inside its block, or until `restore` is called.
 
     A signal only sets ``requested``, so that the training loop can finish its step and save a consistent state. A
     second Ctrl-C raises `KeyboardInterrupt` at once. Outside the main thread, nothing is caught.
@@ -78,6 +79,17 @@ class Interrupt:
         if self.requested == signal.SIGINT:
             return KeyboardInterrupt()
         return Stopped(f"{self.requested.name if self.requested else 'a signal to another process'}: {where}")
+
+    def __enter__(self) -> Interrupt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restores. A signal that came too late for the loop to end by it is left to the handlers of before."""
+        self.restore()
+        if error is None and self.requested is not None:
+            signal.raise_signal(self.requested)
 
     def restore(self) -> None:
         """Brings back the handlers that were there before."""

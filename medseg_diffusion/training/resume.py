@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, MedsegError
 from medseg_diffusion.files import whole_file
 
 from .ema import EMA
@@ -170,16 +173,22 @@ class Checkpoints:
         return f"the checksum of {part} differs" if part else ""
 
 
-def full_disk(run: Path, needed: int) -> str:
-    """What to say when the disk is full: the folder, the bytes that a resume file needs, and what to do."""
-    free = shutil.disk_usage(run).free
-    return (
-        f"{run}: the disk is full: {free / 1e6:.1f} MB are free, and a resume file needs {needed / 1e6:.1f} MB; "
-        "free some space and continue with --resume"
-    )
+@contextmanager
+def full_disk_explained(run: Path, state: TrainingState) -> Iterator[None]:
+    """Inside the block, a full disk is a MedsegError: the folder, the bytes that a resume file needs, what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free, needed = shutil.disk_usage(run).free, _bytes_of(state)
+        raise MedsegError(
+            f"{run}: the disk is full: {free / 1e6:.1f} MB are free, and a resume file needs {needed / 1e6:.1f} MB; "
+            "free some space and continue with --resume"
+        ) from error
 
 
-def bytes_of(state: TrainingState) -> int:
+def _bytes_of(state: TrainingState) -> int:
     """About the size of a resume file."""
     moments = [part for optimizer in state.optimizers for one in optimizer.state.values() for part in one.values()]
     tensors = [*state.model.state_dict().values(), *state.ema.module.state_dict().values(), *moments]

@@ -57,6 +57,11 @@ class Throughput:
         self.steps = 0
         self.seconds_per_step = 0.0
 
+    def begin(self, waited: float) -> None:
+        """Starts at the first batch: the start of the workers, for which the process has ``waited``, does not count."""
+        self.waited_before = waited
+        self.restart()
+
     def restart(self) -> None:
         """Leaves out the time since the last reading: a validation, or the writing of a file."""
         self.started = time.monotonic()

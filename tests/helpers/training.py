@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.draws import Draws
+from medseg_diffusion.errors import Stopped
 from medseg_diffusion.metrics.training_history import THROUGHPUT
 from medseg_diffusion.training import sharding
 from medseg_diffusion.training.resume import Checkpoints
@@ -209,6 +211,38 @@ def train_with_an_infinite_loss_in_one_process(run: str) -> None:
         model.poison = lambda loss: loss + float("inf")
 
     train(Path(run), dropout=0.0, prepare=poison)
+
+
+def train_with_a_signal_to_one_process(run: str, where: str) -> None:
+    """The second process gets SIGTERM. Each writes as RUN/RANK.txt what it says at its end."""
+    is_second = os.environ["RANK"] == "1"
+    at = {"first": 1, "step": 3, "end": 8}.get(where)
+
+    def prepare(model: Regression) -> None:
+        forward = model.forward
+
+        def signalled(batch: Mapping[str, Tensor]) -> Tensor:
+            if int(model.calls) + 1 == at:
+                signal.raise_signal(signal.SIGTERM)
+            return forward(batch)
+
+        if is_second:
+            model.forward = signalled  # type: ignore[method-assign]
+
+    if where == "validation" and is_second:
+        ask, asked = Runtime.any, []
+
+        def signalled(self: Runtime, flag: bool) -> bool:
+            asked.append(flag)
+            if len(asked) == 2:  # after the first validation
+                signal.raise_signal(signal.SIGTERM)
+            return ask(self, flag)
+
+        Runtime.any = signalled  # type: ignore[method-assign]
+    try:
+        train(Path(run), dropout=0.0, prepare=prepare)
+    except Stopped as error:
+        (Path(run) / f"{os.environ['RANK']}.txt").write_text(str(error))
 
 
 def train_in_parts(root: str) -> None:

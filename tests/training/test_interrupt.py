@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 
 from medseg_diffusion.errors import Stopped
+from medseg_diffusion.training.batches import Batches
+from medseg_diffusion.training.history import read_history
 from medseg_diffusion.training.interrupt import PREEMPTIONS, Interrupt, stopped_by_signals
 from medseg_diffusion.training.trainer import Progress
-from tests.helpers.training import assert_same, resume_file, rows, scores, train
+from tests.helpers.training import assert_same, finish, resume_file, rows, scores, start_two, train
 
 ALL = [signal.SIGINT, *PREEMPTIONS]
 
@@ -111,6 +114,55 @@ def test_a_signal_during_a_validation_ends_it(
     assert best == resume_file(whole)["state"]["best"]
     assert_same(resume_file(tmp_path), resume_file(whole))
     assert scores(tmp_path) == scores(whole)
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_is_done(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers take seconds to start. Resuming starts the run again."""
+    start_workers = Batches.__init__
+
+    def send(self: Batches, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        start_workers(self, *arguments)
+
+    (tmp_path / "config.yaml").touch()
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"^SIGTERM: stopped before the first step$"):
+        patch.setattr(Batches, "__init__", send)
+        train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+
+
+@pytest.mark.parametrize("number", PREEMPTIONS)
+def test_a_signal_after_the_last_step_is_not_lost(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """The training is complete; but what comes next, such as minutes of calibration, has to end."""
+
+    def send(progress: Progress) -> None:
+        if progress.step == 8:
+            signal.raise_signal(number)
+
+    with pytest.raises(Stopped, match="next"), stopped_by_signals("before what comes next"):
+        train(tmp_path, progress=send)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "step"), [("first", 2), ("step", 4), ("validation", 4), ("end", 8)])
+def test_a_signal_to_one_of_two_processes_ends_both_at_one_step(tmp_path: Path, where: str, step: int) -> None:
+    """Only the second one gets it: at its first step, in a step, while the main one validates, in the last step."""
+    finish(start_two(f"train_with_a_signal_to_one_process({str(tmp_path)!r}, {where!r})"))
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [
+        f"{who}: stopped after step {step} of 8, which is saved" for who in ("a signal to another process", "SIGTERM")
+    ]
+    assert resume_file(tmp_path)["state"]["step"] == step
+    train(tmp_path, dropout=0.0, resume=True)
+    train(tmp_path / "one", dropout=0.0)
+    assert resume_file(tmp_path)["state"]["step"] == 8
+    assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "6", "8"]
+    assert read_history(tmp_path).steps.tolist() == list(range(1, 9))
+    np.testing.assert_allclose(read_history(tmp_path).loss, read_history(tmp_path / "one").loss, rtol=1e-5)
 
 
 def test_a_signal_while_the_model_is_written_waits_for_it(whole: Path, tmp_path: Path) -> None:

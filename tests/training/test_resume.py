@@ -18,6 +18,7 @@ import torch
 from medseg_diffusion.errors import InputError, MedsegError
 from medseg_diffusion.training.log import TrainingLog
 from medseg_diffusion.training.resume import Checkpoints
+from medseg_diffusion.training.trainer import Progress
 from tests.helpers.training import assert_same, resume_file, rows, scores, train
 
 
@@ -211,6 +212,41 @@ def test_a_full_disk_wherever_it_is_noticed(
     train(tmp_path, resume=True)
     assert_same(resume_file(tmp_path), resume_file(whole))
     assert scores(tmp_path) == scores(whole)
+
+
+def test_a_run_whose_first_resume_file_could_not_be_written_starts_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first validation is in the log, which must not make it look like a run that has lost its resume files."""
+
+    def fails(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "config.yaml").touch()
+    with monkeypatch.context() as patch, pytest.raises(MedsegError, match=FULL):
+        patch.setattr(torch, "save", fails)
+        train(tmp_path)
+    assert len(rows(tmp_path)) == 1
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+    assert scores(tmp_path) == scores(whole)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(InputError, match="no resume file"):
+        train(tmp_path, resume=True)
+
+
+def test_a_full_disk_at_an_interruption_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 3:
+            monkeypatch.setattr(torch, "save", fails)
+            raise KeyboardInterrupt
+
+    def fails(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(MedsegError, match=FULL):
+        train(tmp_path, progress=interrupt)
+    assert names(tmp_path) == ["step-000002.pt"]
 
 
 def test_another_failure_of_the_disk_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

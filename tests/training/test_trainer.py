@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from medseg_diffusion.device import process_bytes
 from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.metrics.training_history import THROUGHPUT
 from medseg_diffusion.training import readings
+from medseg_diffusion.training.batches import Batches
 from medseg_diffusion.training.ema import EMA
 from medseg_diffusion.training.health import SKIPPED_IN_A_ROW, StepNumbers
 from medseg_diffusion.training.history import read_history
+from medseg_diffusion.training.log import TrainingLog
 from medseg_diffusion.training.readings import Readings
 from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
@@ -144,6 +147,60 @@ def test_a_second_ctrl_c_within_a_step_saves_nothing_half_done(whole: Path, tmp_
     assert_same(resume_file(tmp_path), resume_file(whole))
 
 
+def test_a_second_ctrl_c_while_examples_are_awaited_loses_no_step(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    """They may take long, and the step before is whole."""
+    following, calls = Batches.__next__, []
+
+    def interrupted(self: Batches) -> Mapping[str, Tensor]:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return following(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Batches, "__next__", interrupted)
+        train(tmp_path)
+    assert resume_file(tmp_path)["state"]["step"] == 5
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+
+
+def test_a_second_ctrl_c_while_steps_are_logged_leaves_no_gap(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    """Neither in the log nor in the smoothed loss: steps that are not wholly logged are repeated."""
+    log = TrainingLog.step
+
+    def interrupted(self: TrainingLog, step: int, *numbers: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+        log(self, step, *numbers)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingLog, "step", interrupted)
+        train(tmp_path)
+    train(tmp_path, resume=True)
+    assert_same(resume_file(tmp_path), resume_file(whole))
+    assert read_history(tmp_path).steps.tolist() == list(range(1, 9))
+
+
+def test_a_second_ctrl_c_while_the_best_model_is_written_loses_no_model(tmp_path: Path) -> None:
+    """The resumed run repeats the validation, and writes the model again."""
+    expected: list[tuple[int, Mapping[str, float]]] = []
+    train(tmp_path / "whole", save=lambda model, step, numbers: expected.append((step, numbers)))
+    saved: list[tuple[int, Mapping[str, float]]] = []
+
+    def save(model: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
+        saved.append((step, numbers))
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", save=save)
+    saved.clear()
+    saved.append(expected[0])  # so that nothing is interrupted any more
+    train(tmp_path / "cut", save=save, resume=True)
+    assert saved[1:] == expected
+
+
 @pytest.mark.parametrize("step", [1, 5])
 def test_ctrl_c_leaves_a_model_and_a_resume_file(whole: Path, tmp_path: Path, step) -> None:
     saved: list[int] = []
@@ -254,6 +311,19 @@ def test_the_log_has_the_speed(tmp_path: Path) -> None:
         assert numbers["tflop_per_s"] == pytest.approx(by_hand / 1e12 / numbers["seconds_per_step"], rel=1e-3)
     assert all("flop_utilisation" not in row for row in rows(tmp_path)), "the peak of a CPU is not known"
     assert shown[-1].examples_per_s > 0 and 0 <= shown[-1].waiting < 1
+
+
+def test_the_start_of_the_workers_is_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch comes only when they run, which takes seconds and belongs to no step."""
+    start_workers = Batches.__init__
+
+    def slow(self: Batches, *arguments: Any) -> None:
+        start_workers(self, *arguments)
+        self.waited = 1000.0
+
+    monkeypatch.setattr(Batches, "__init__", slow)
+    train(tmp_path)
+    assert all(float(row["waiting"]) < 1 for row in rows(tmp_path))
 
 
 @pytest.mark.slow
