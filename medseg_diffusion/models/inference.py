@@ -50,8 +50,8 @@ class CompiledForward:
 
     Its outputs differ by rounding from those of the network. On CUDA they come from CUDA graphs. A shape is compiled
     once. A batch that is smaller than a compiled one is filled up and not compiled: the last batch of a scan is often
-    smaller. The network runs as it is after `MOST_SHAPES` shapes, where a gradient is asked for, and if the compiler
-    fails, of which one remark tells.
+    smaller. A batch for which memory does not suffice is not used for smaller ones. The network runs as it is after
+    `MOST_SHAPES` shapes, where a gradient is asked for, and if the compiler fails, of which one remark tells.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -72,6 +72,9 @@ class CompiledForward:
             self._works = False
             reason = str(getattr(error, "inner_exception", error)).strip() or type(error).__name__
             remark(f"--compile: the network is used as it is, because compiling it failed ({reason.splitlines()[0]})")
+        except torch.cuda.OutOfMemoryError:
+            self._forget(size)
+            raise
         return cast(Tensor, self.plain(x, timesteps, cond))
 
     def _compiled_batch(self, x: Tensor, cond: Mapping[str, Tensor]) -> int | None:
@@ -89,6 +92,11 @@ class CompiledForward:
             return None
         batches.append(len(x))
         return len(x)
+
+    def _forget(self, size: int) -> None:
+        """Batches of this size and above are not filled up to any more: memory does not suffice for them."""
+        for batches in self._batches.values():
+            batches[:] = [batch for batch in batches if batch < size]
 
     def _run(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor] | None) -> Tensor:
         kind, graphs = x.device.type, x.device.type == "cuda"

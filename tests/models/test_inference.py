@@ -76,6 +76,23 @@ def test_further_shapes_are_not_compiled(uncompiled) -> None:
     assert said == [f"--compile: {MOST_SHAPES} shapes are compiled; the network is used as it is for further ones"]
 
 
+def test_after_too_little_memory_smaller_batches_are_not_filled_up(uncompiled) -> None:
+    """A scan is then sampled with fewer samples at once (`passes.Thrifty`), which must need less memory."""
+
+    class Small(Doubling):
+        def forward(self, x: Tensor, timesteps: Tensor, cond: Any = None) -> Tensor:
+            if len(x) > 2:
+                raise torch.cuda.OutOfMemoryError
+            return super().forward(x, timesteps, cond)
+
+    network = placed(Small(), "cpu", compiled=True)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        network(torch.ones(4, 3), torch.zeros(4))
+    for batch in (2, 1):
+        assert network(torch.ones(batch, 3), torch.zeros(batch)).shape == (batch, 3)
+    assert network.batches == [2, 2]
+
+
 def test_a_network_that_cannot_be_compiled_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
