@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,13 @@ def not_compiled(model: nn.Module) -> Iterator[None]:
             module.forward = forward
 
 
+def filled_up_to(model: nn.Module, samples: int | None) -> None:
+    """From now on, compiled networks in ``model`` fill no batch up to more than so many samples; None for no limit."""
+    for module in model.modules():
+        if isinstance(module.forward, CompiledForward):
+            module.forward.most = samples
+
+
 class CompiledForward:
     """The forward pass (x (B, ...), timesteps (B,), cond) of a network, compiled by torch.compile.
 
@@ -56,6 +64,7 @@ class CompiledForward:
 
     def __init__(self, network: nn.Module) -> None:
         self.plain = network.forward
+        self.most: int | None = None
         self._compiled: dict[str, object] = {}  # by type of device
         self._batches: dict[Shape, list[int]] = {}
         self._works = True
@@ -85,7 +94,8 @@ class CompiledForward:
             *((name, value.dtype, value.shape[1:]) for name, value in sorted(cond.items())),
         )  # fmt: skip
         batches = self._batches.setdefault(key, [])
-        if large_enough := [batch for batch in batches if batch >= len(x)]:
+        most = math.inf if self.most is None else max(self.most, len(x))
+        if large_enough := [batch for batch in batches if len(x) <= batch <= most]:
             return min(large_enough)
         if sum(map(len, self._batches.values())) >= MOST_SHAPES:
             remark(f"--compile: {MOST_SHAPES} shapes are compiled; the network is used as it is for further ones")

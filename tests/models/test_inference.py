@@ -21,7 +21,7 @@ from medseg_diffusion.device import process_bytes
 from medseg_diffusion.errors import UsageError, remarks
 from medseg_diffusion.models import passes
 from medseg_diffusion.models.anomaly import AnomalyModel
-from medseg_diffusion.models.inference import MOST_SHAPES, CompiledForward, placed
+from medseg_diffusion.models.inference import MOST_SHAPES, CompiledForward, filled_up_to, placed
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet
@@ -91,6 +91,16 @@ def test_after_too_little_memory_smaller_batches_are_not_filled_up(uncompiled) -
     for batch in (2, 1):
         assert network(torch.ones(batch, 3), torch.zeros(batch)).shape == (batch, 3)
     assert network.batches == [2, 2]
+
+
+def test_no_batch_is_filled_up_beyond_a_limit(uncompiled) -> None:
+    """--max-memory allows fewer samples at once for a large scan than for the one before."""
+    network = placed(Doubling(), "cpu", compiled=True)
+    for most in (None, 2, None):
+        filled_up_to(network, most)
+        for batch in (4, 1) if most is None else (2, 1):
+            network(torch.ones(batch, 3), torch.zeros(batch))
+    assert network.batches == [4, 4, 2, 2, 4, 2]
 
 
 def test_a_network_that_cannot_be_compiled_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
