@@ -11,13 +11,20 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from medseg_diffusion.files import write_files
+
+STOPPING = 5.0
+"""Seconds between asking processes to end, and ending them."""
 
 Run = Callable[[], object]
 
@@ -112,6 +119,47 @@ class Options:
             import torch
 
             torch.cuda.synchronize()
+
+
+def limited(
+    arguments: Sequence[str], seconds: float, log: IO[str] | None = None, cwd: Path | None = None
+) -> tuple[str, int]:
+    """Run a command, and end it and its children in time: how it ended (done, failed or stopped), and its status.
+
+    The processes are asked to end `STOPPING` seconds before the time is over, so that what they write is whole. None of
+    them is left afterwards, even if an exception, such as Ctrl-C, ends the wait.
+
+    Args:
+        arguments: program and arguments.
+        seconds: most seconds.
+        log: file for the output and the errors; without it, only errors are shown.
+        cwd: folder to run in.
+    """
+    output, errors = (subprocess.DEVNULL, None) if log is None else (log, subprocess.STDOUT)
+    process = subprocess.Popen(arguments, stdout=output, stderr=errors, cwd=cwd, start_new_session=True)
+    try:
+        try:
+            status = process.wait(max(seconds - STOPPING, 0.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOPPING)
+            return "stopped", -signal.SIGTERM
+        return ("done" if status == 0 else "failed"), status
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def end_at_sigterm() -> None:
+    """From now on SIGTERM raises an exception, so that `limited` ends the processes that it has started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def write_numbers(path: Path, content: object) -> None:
+    """Write a JSON file, which is whole even if the process is killed meanwhile."""
+    write_files(path.parent, {path.name: json.dumps(content, indent=1) + "\n"})
 
 
 def _cpu_time() -> float:
@@ -221,6 +269,5 @@ def main(
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         content["seconds"] = time.perf_counter() - started
         if rest.out is not None:  # after every row: a benchmark that is stopped leaves what it has
-            rest.out.mkdir(parents=True, exist_ok=True)
-            (rest.out / f"{claim}.json").write_text(json.dumps(content, indent=1) + "\n")
+            write_numbers(rest.out / f"{claim}.json", content)
     print(f"{claim}: {content['seconds']:.0f} s", file=sys.stderr)

@@ -16,10 +16,7 @@ smallest sizes. No network is needed. The exit code is 2 if something is missing
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -27,15 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import installed, machine
+from common import end_at_sigterm, installed, limited, machine, write_numbers
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("MEDSEG_DATA", HERE.parent / "../shared/data"))
 LIMITS = {"tests": 60.0, "throughput": 100.0, "generators": 370.0, "brain": 530.0}
-"""Most seconds of each part. Those of the first three together, and that of the last, leave a few of nine minutes."""
+"""Most seconds of each part, until its processes are gone. The first three together leave ten of nine minutes."""
 USUAL = ("tests", "throughput", "generators")
-STOPPING = 5.0
-"""Seconds between asking the processes of a part to end, and ending them."""
 MOST_BYTES = 16_000_000
 
 
@@ -59,31 +54,6 @@ def command(part: str, options: argparse.Namespace) -> list[str]:
     return [sys.executable, str(HERE / "gpu_training.py"), part, str(options.out), "--data", str(data), *rehearse]
 
 
-def limited(arguments: Sequence[str], seconds: float, log: Path) -> tuple[str, int]:
-    """Run a command, with its output in a file, and end it and its children at the limit: how it ended, and its status.
-
-    The children are asked to end first, so that what they write is whole.
-    """
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            arguments, stdout=file, stderr=subprocess.STDOUT, cwd=HERE.parent, start_new_session=True
-        )
-        try:
-            status = process.wait(seconds)
-            return ("done" if status == 0 else "failed"), status
-        except subprocess.TimeoutExpired:
-            for number, patience in ((signal.SIGTERM, STOPPING), (signal.SIGKILL, None)):
-                os.killpg(process.pid, number)
-                try:
-                    return "stopped", process.wait(patience)
-                except subprocess.TimeoutExpired:
-                    continue
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    raise AssertionError
-
-
 def numbers_of_tests(file: Path) -> dict[str, int]:
     """Counts of a junit file; empty if pytest did not write one."""
     if not file.exists():
@@ -94,10 +64,11 @@ def numbers_of_tests(file: Path) -> dict[str, int]:
 
 def missing(parts: Sequence[str], options: argparse.Namespace) -> str | None:
     """What is missing, in one line."""
-    import torch
+    if not options.rehearse:
+        import torch
 
-    if not options.rehearse and not torch.cuda.is_available():
-        return "no CUDA device: run this on a machine with a GPU, or --rehearse it on the CPU"
+        if not torch.cuda.is_available():
+            return "no CUDA device: run this on a machine with a GPU, or --rehearse it on the CPU"
     if "tests" in parts and not installed("pytest"):
         return "pytest is not installed: pip install '.[test]'"
     if "generators" in parts and not options.data.exists():
@@ -135,18 +106,20 @@ def main() -> int:
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
+    end_at_sigterm()
     result: dict[str, Any] = {"machine": machine("cpu" if options.rehearse else "cuda"), "rehearsal": options.rehearse}
     result["parts"] = {}
     for part in options.part:
         began, limit = time.monotonic(), options.limit or LIMITS[part]
-        how, status = limited(command(part, options), limit, options.out / f"{part}.log")
+        with (options.out / f"{part}.log").open("w") as log:
+            how, status = limited(command(part, options), limit, log, HERE.parent)
         taken = time.monotonic() - began
         result["parts"][part] = {"ended": how, "status": status, "seconds": round(taken, 1), "limit": limit}
         if part == "tests":
             result["parts"][part] |= numbers_of_tests(options.out / "tests.xml")
         print(f"{part}: {how} after {taken:.0f} s", flush=True)
         result["dropped"] = within_limit(options.out)
-        (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_numbers(options.out / "gpu.json", result)
     print(f"results: {options.out}")
     return 0 if all(part["ended"] == "done" for part in result["parts"].values()) else 1
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import installed, machine, quiet
+from common import installed, machine, quiet, write_numbers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -277,7 +276,7 @@ def main() -> None:
     content: dict[str, Any] = {"machine": machine("cpu" if options.rehearse else "cuda"), "rows": []}
     for row in measured(options, lambda: options.seconds - (time.monotonic() - began)):
         content["rows"].append(copy.deepcopy(row))
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_numbers(options.out, content)
         print(row, flush=True)
 
 

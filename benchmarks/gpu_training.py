@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import quiet
+from common import quiet, write_numbers
 
 from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig
 from medseg_diffusion.config.load import load_config
@@ -147,7 +147,7 @@ def brain(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
 
 
 def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    (options.out / f"{options.what}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_numbers(options.out / f"{options.what}.json", result)
 
 
 def main() -> None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from common import table
+from common import end_at_sigterm, limited, table
 
 CLAIMS = ("start", "unet", "samplers", "data", "segment", "metrics", "label_efficient", "anomaly", "scaling")
 HERE = Path(__file__).parent
@@ -30,16 +29,17 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=300.0, help="most seconds of one benchmark")
     options = parser.parse_args()
     flags = ["--quick"] * options.quick + ["--cpu-seconds"] * options.cpu_seconds + ["--device", options.device]
+    end_at_sigterm()
     failed: list[str] = []
     parts = []
     for claim in options.only:
         file = options.out / f"{claim}.json"
         file.unlink(missing_ok=True)
         command = [sys.executable, str(HERE / f"{claim}.py"), *flags, "--out", str(options.out)]
-        try:
-            subprocess.run(command, check=True, timeout=options.limit, stdout=subprocess.DEVNULL)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            print(f"{claim}: {error}", file=sys.stderr)
+        how, status = limited(command, options.limit)
+        if how != "done":
+            reason = f"took more than {options.limit:g} s" if how == "stopped" else f"ended with {status}"
+            print(f"{claim}: {reason}", file=sys.stderr)
             failed.append(claim)
             if not file.exists():
                 continue

@@ -21,7 +21,8 @@ import nibabel as nib
 import numpy as np
 from common import Number, Options, Row, main
 
-MEDSEG = "import sys; from medseg_cli.main import app; sys.argv = ['medseg', *sys.argv[1:]]; app()"
+MEDSEG = Path(sys.executable).with_name("medseg")
+"""The command of this environment, which --gpus starts again by its path; PATH may lack it or name another one."""
 PRESET = "ensemdiff-hippocampus-small"
 
 
@@ -44,7 +45,7 @@ def seconds(data: Path, run: Path, steps: int, processes: int, batch: int) -> fl
         "data.test_cases=2", "data.validation_cases=1", "data.calibration_cases=2",
     ]  # fmt: skip
     command = [
-        sys.executable, "-c", MEDSEG, "train-segmenter", PRESET, "--data", str(data), "-o", str(run),
+        str(MEDSEG), "train-segmenter", PRESET, "--data", str(data), "-o", str(run),
         "--max-steps", str(steps), "--device", "cpu", "--gpus", str(processes), "--quiet",
         *(part for entry in section for part in ("--set", entry)),
     ]  # fmt: skip

@@ -21,6 +21,8 @@ class Place:
     variable: str
 
     def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"{self.variable} is set, but the number of processes is {self.count}")
         if not 0 <= self.index < self.count:
             raise UsageError(
                 f"{self.variable} gives number {self.index}, counted from 0, of {self.count}; "
@@ -85,7 +87,8 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
         found = {"LOCAL_RANK": "0", "MASTER_PORT": TORCH_PORT}  # one process in each pod
     elif torch_place := torchrun_place(environment):
         place = torch_place
-        found = {"LOCAL_RANK": "0"}  # of PyTorchJob, which starts one process in each pod and does not set it
+        # PyTorchJob starts one process in each pod and does not set it; scripts for srun often set all but this one.
+        found = {"LOCAL_RANK": environment.get("SLURM_LOCALID", "0") if is_task(environment) else "0"}
     elif is_task(environment) and (task := srun_place(environment)):
         place = task
         found = _of_slurm(environment) if task.count > 1 else {}
@@ -99,8 +102,9 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
             raise UsageError(
                 f"the environment variable {name} is not set; the {place.count} processes need it to find each other"
             )
-    for name in ("LOCAL_RANK", "MASTER_PORT"):
-        number(name, found)
+    Place(number("LOCAL_RANK", found), place.count, "LOCAL_RANK")
+    if not 0 < number("MASTER_PORT", found) < 2**16:
+        raise UsageError(f"the environment variable MASTER_PORT is {found['MASTER_PORT']}; expected 1 to 65535")
     return {"RANK": str(place.index), "WORLD_SIZE": str(place.count), **found}
 
 

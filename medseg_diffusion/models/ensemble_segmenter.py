@@ -18,6 +18,7 @@ from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
+from .inference import filled_up_to
 from .memory import Limit, network_bytes
 from .passes import Pass, Slabs, Thrifty, on_model_grid, stepping_down
 from .segmentation import Aggregation, Map, Segmentation
@@ -70,6 +71,7 @@ class EnsembleSegmenter:
         def run(windows: Windows, device: torch.device) -> Segmentation:
             with self._on(device) as model:
                 model.allowed = way.samples
+                filled_up_to(self.model, way.samples)
                 slabs = self._slabs(model, image.to(device), seed, on_progress, replace(way, windows=windows))
                 return self.aggregation.combine(slabs, placement, maps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,17 +46,25 @@ def not_compiled(model: nn.Module) -> Iterator[None]:
             module.forward = forward
 
 
+def filled_up_to(model: nn.Module, samples: int | None) -> None:
+    """From now on, compiled networks in ``model`` fill no batch up to more than so many samples; None for no limit."""
+    for module in model.modules():
+        if isinstance(module.forward, CompiledForward):
+            module.forward.most = samples
+
+
 class CompiledForward:
     """The forward pass (x (B, ...), timesteps (B,), cond) of a network, compiled by torch.compile.
 
     Its outputs differ by rounding from those of the network. On CUDA they come from CUDA graphs. A shape is compiled
     once. A batch that is smaller than a compiled one is filled up and not compiled: the last batch of a scan is often
-    smaller. The network runs as it is after `MOST_SHAPES` shapes, where a gradient is asked for, and if the compiler
-    fails, of which one remark tells.
+    smaller. A batch for which memory does not suffice is not used for smaller ones. The network runs as it is after
+    `MOST_SHAPES` shapes, where a gradient is asked for, and if the compiler fails, of which one remark tells.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.plain = network.forward
+        self.most: int | None = None
         self._compiled: dict[str, object] = {}  # by type of device
         self._batches: dict[Shape, list[int]] = {}
         self._works = True
@@ -72,6 +81,9 @@ class CompiledForward:
             self._works = False
             reason = str(getattr(error, "inner_exception", error)).strip() or type(error).__name__
             remark(f"--compile: the network is used as it is, because compiling it failed ({reason.splitlines()[0]})")
+        except torch.cuda.OutOfMemoryError:
+            self._forget(size)
+            raise
         return cast(Tensor, self.plain(x, timesteps, cond))
 
     def _compiled_batch(self, x: Tensor, cond: Mapping[str, Tensor]) -> int | None:
@@ -82,13 +94,19 @@ class CompiledForward:
             *((name, value.dtype, value.shape[1:]) for name, value in sorted(cond.items())),
         )  # fmt: skip
         batches = self._batches.setdefault(key, [])
-        if large_enough := [batch for batch in batches if batch >= len(x)]:
+        most = math.inf if self.most is None else max(self.most, len(x))
+        if large_enough := [batch for batch in batches if len(x) <= batch <= most]:
             return min(large_enough)
         if sum(map(len, self._batches.values())) >= MOST_SHAPES:
             remark(f"--compile: {MOST_SHAPES} shapes are compiled; the network is used as it is for further ones")
             return None
         batches.append(len(x))
         return len(x)
+
+    def _forget(self, size: int) -> None:
+        """Batches of this size and above are not filled up to any more: memory does not suffice for them."""
+        for batches in self._batches.values():
+            batches[:] = [batch for batch in batches if batch < size]
 
     def _run(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor] | None) -> Tensor:
         kind, graphs = x.device.type, x.device.type == "cuda"

@@ -25,7 +25,7 @@ def launch(command: Sequence[str], processes: int, device: str = "cpu") -> int:
     Returns 0, or the exit code of the process that failed first; 75 (`Stopped`) if SIGTERM or SIGUSR1 ended them.
 
     Raises:
-        UsageError: more processes than GPUs, if ``device`` ("auto", "cpu", "cuda", "mps") means GPUs.
+        UsageError: more processes than GPUs, if ``device`` ("auto", "cpu", "cuda", "mps") means GPUs; no such device.
         MedsegError: a signal ended the process that failed first, so that it could not print a reason.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -35,6 +35,9 @@ def launch(command: Sequence[str], processes: int, device: str = "cpu") -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from medseg_diffusion.device import choose_device
+
+    choose_device(device)  # a device that is missing is said once, not by every process
     if device in ("auto", "cuda") and 0 < torch.cuda.device_count() < processes:
         raise UsageError(f"--gpus {processes}: this machine has {torch.cuda.device_count()}; give at most this number")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

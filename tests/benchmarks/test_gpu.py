@@ -59,12 +59,56 @@ def test_missing_data_is_named_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_a_part_that_overruns_is_stopped_and_the_next_one_runs(tmp_path: Path) -> None:
-    """Also its children: nothing computes on after the end."""
     began = time.monotonic()
     done = run("--rehearse", "--part", "throughput", "tests", "--limit", 1, "--out", tmp_path)
     parts = result(tmp_path)["parts"]
     assert done.returncode == 1 and time.monotonic() - began < 60
     assert list(parts) == ["throughput", "tests"] and parts["throughput"]["ended"] == "stopped"
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+started = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+started.stdout.readline()
+print(started.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended, or is about to be forgotten by its new parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("ended_by", ["limit", "SIGTERM"])
+def test_no_child_of_a_part_is_left(ended_by: str, tmp_path: Path) -> None:
+    """A child that ignores SIGTERM ends, too, at the limit and where a scheduler ends the whole."""
+    log, limit = tmp_path / "log", 6 if ended_by == "limit" else 600
+    code = f"""
+import sys, common
+common.STOPPING = 1.0
+common.end_at_sigterm()
+with open({str(log)!r}, "w") as log:
+    print(common.limited([sys.executable, "-c", {STUBBORN!r}], {limit}, log))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=GPU.parent, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while process.poll() is None and not (log.exists() and log.read_text().strip()):
+        time.sleep(0.02)
+    if ended_by == "SIGTERM":
+        process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == (0 if ended_by == "limit" else 143)
+    assert ("stopped" in out) == (ended_by == "limit")
+    child = int(log.read_text())
+    while not gone(child):
+        assert time.monotonic() < until, "it computes on"
+        time.sleep(0.02)
 
 
 @pytest.mark.slow

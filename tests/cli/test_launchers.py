@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from medseg_cli._launchers import first_node, rendezvous
 
 from medseg_diffusion.errors import UsageError
@@ -27,6 +28,7 @@ SLURM_PORT = {"MASTER_PORT": "19711"}
         (TORCHRUN | NODES, TORCHRUN),  # srun has started torchrun
         ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, {}),
         ({key: value for key, value in TORCHRUN.items() if key != "LOCAL_RANK"}, TORCHRUN | {"LOCAL_RANK": "0"}),
+        ({**NODES, **SHARED, "RANK": "3", "WORLD_SIZE": "4"}, TORCHRUN),  # a script for srun has set these two
         (NODES, {**TORCHRUN, "MASTER_ADDR": "node007", **SLURM_PORT}),
         (NODES | {"SLURM_STEP_NODELIST": "node008"}, {**TORCHRUN, "MASTER_ADDR": "127.0.0.1", **SLURM_PORT}),
         (NODES | SHARED, TORCHRUN),  # what is set by hand counts
@@ -50,6 +52,10 @@ def test_places(environment: dict[str, str], expected: dict[str, str]) -> None:
         (TORCHRUN | {"RANK": "4"}, "RANK gives number 4, counted from 0, of 4; expected 0 to 3"),
         (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', which is no number"),
         (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', which is no number"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK gives number 4, counted from 0, of 4"),
+        (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "0"}, "RANK is set, but the number of processes is 0"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT is 0; expected 1 to 65535"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000; expected 1 to 65535"),
         (TORCHRUN | {"MASTER_ADDR": ""}, "MASTER_ADDR is not set; the 4 processes need it"),
         (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_PORT is not set"),
         ({**NODES, "SLURM_NTASKS": "3"}, "SLURM_PROCID gives number 3"),
@@ -108,6 +114,7 @@ COMMANDS = {
         (TORCHRUN, ["--gpus", "3"], "--gpus 3, but the launcher has started 4 processes"),
         (TORCHRUN, ["--device", "cuda:1"], "--device cuda:1: several processes take one GPU each"),
         ({}, ["--gpus", "2", "--device", "cuda:1"], "--device cuda:1: several processes take one GPU each"),
+        ({}, ["--gpus", "2", "--device", "cuda"], "'cuda' asked for, but 0 CUDA devices found"),
     ],
 )
 def test_every_training_command_refuses_them_in_one_line(
@@ -120,6 +127,8 @@ def test_every_training_command_refuses_them_in_one_line(
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     words = [str(tmp_path) if word == "DATA" else word for word in COMMANDS[command]]

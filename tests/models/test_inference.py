@@ -21,7 +21,7 @@ from medseg_diffusion.device import process_bytes
 from medseg_diffusion.errors import UsageError, remarks
 from medseg_diffusion.models import passes
 from medseg_diffusion.models.anomaly import AnomalyModel
-from medseg_diffusion.models.inference import MOST_SHAPES, CompiledForward, placed
+from medseg_diffusion.models.inference import MOST_SHAPES, CompiledForward, filled_up_to, placed
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.networks.segdiff import SegDiff
 from medseg_diffusion.networks.unet import UNet
@@ -74,6 +74,33 @@ def test_further_shapes_are_not_compiled(uncompiled) -> None:
         for size in range(1, MOST_SHAPES + 3):
             assert network(torch.ones(2, size), torch.zeros(2)).shape == (2, size)
     assert said == [f"--compile: {MOST_SHAPES} shapes are compiled; the network is used as it is for further ones"]
+
+
+def test_after_too_little_memory_smaller_batches_are_not_filled_up(uncompiled) -> None:
+    """A scan is then sampled with fewer samples at once (`passes.Thrifty`), which must need less memory."""
+
+    class Small(Doubling):
+        def forward(self, x: Tensor, timesteps: Tensor, cond: Any = None) -> Tensor:
+            if len(x) > 2:
+                raise torch.cuda.OutOfMemoryError
+            return super().forward(x, timesteps, cond)
+
+    network = placed(Small(), "cpu", compiled=True)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        network(torch.ones(4, 3), torch.zeros(4))
+    for batch in (2, 1):
+        assert network(torch.ones(batch, 3), torch.zeros(batch)).shape == (batch, 3)
+    assert network.batches == [2, 2]
+
+
+def test_no_batch_is_filled_up_beyond_a_limit(uncompiled) -> None:
+    """--max-memory allows fewer samples at once for a large scan than for the one before."""
+    network = placed(Doubling(), "cpu", compiled=True)
+    for most in (None, 2, None):
+        filled_up_to(network, most)
+        for batch in (4, 1) if most is None else (2, 1):
+            network(torch.ones(batch, 3), torch.zeros(batch))
+    assert network.batches == [4, 4, 2, 2, 4, 2]
 
 
 def test_a_network_that_cannot_be_compiled_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
