@@ -149,6 +149,8 @@ def test_generators_leave_pictures_and_scores(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_brain_model_is_left_whole(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
     from medseg_diffusion.models.load import load_segmenter
 
     maps = write_label_maps(tmp_path / "maps")
@@ -157,4 +159,6 @@ def test_the_brain_model_is_left_whole(tmp_path: Path) -> None:
     assert load_segmenter(tmp_path / "out" / "model", "cpu").labels[2] == "grey matter"
     assert json.loads((tmp_path / "out" / "brain.json").read_text())["steps"] == 2
     assert (tmp_path / "out" / "brain.csv").read_text().startswith("step,")
+    weights = load_file(tmp_path / "out" / "model" / "weights.safetensors").values()
+    assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float16}, "twice the size"
     assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) < 16_000_000
