@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,13 +15,40 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from medseg_diffusion.device import Precision, autocast_dtype, choose_device, keep_freed_memory, tune
 from medseg_diffusion.errors import MedsegError
 
 _GRACE_S = 15.0
+MEETING_MIN = 10.0
+"""Minutes in which all processes of a training have to come: one that never starts must not hold up the others."""
+_WAIT = timedelta(days=1)
+"""The longest that the others wait for the main process, which prepares data or validates."""
+
+
+def _meet(device: torch.device) -> None:
+    """Joins the process group that the launcher describes, if there are several processes.
+
+    Accelerate would do so with one time limit for the meeting and for everything after it.
+
+    Raises:
+        MedsegError: not all processes have come within `MEETING_MIN` minutes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
+        return
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=MEETING_MIN)))
+    except (RuntimeError, ValueError) as error:
+        count, place = os.environ["WORLD_SIZE"], f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise MedsegError(
+            f"not all {count} processes came to {place} within {MEETING_MIN:g} minutes: start all of them, with "
+            "MASTER_ADDR and MASTER_PORT that they can reach"
+        ) from error
+    store.set_timeout(_WAIT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_WAIT)
 
 
 def _leave_group() -> None:
@@ -42,11 +70,10 @@ class Runtime:
         self.autocast = autocast_dtype(chosen, precision)
         # Accelerate keeps its settings in a process-wide singleton; a second run in one process needs its own.
         AcceleratorState._reset_state(reset_partial_state=True)
+        _meet(chosen)
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu",
             mixed_precision="bf16" if self.autocast is torch.bfloat16 else "no",
-            # The others wait while the main process prepares data or validates.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         )
         self.sharded = sharding and self.world_size > 1
         if self.world_size > 1:

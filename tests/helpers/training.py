@@ -162,12 +162,15 @@ def start(call: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def start_two(call: str) -> list[subprocess.Popen[str]]:
-    """Two processes that know of each other."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return str(free.getsockname()[1])
+
+
+def start_two(call: str) -> list[subprocess.Popen[str]]:
+    """Two processes that know of each other."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [start(call, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ("0", "1")]
 
 
@@ -303,3 +306,17 @@ def latent_config() -> SegmenterConfig:
         "mask_autoencoder": {"latent_channels": 2, "channels": [32, 32], "max_steps": 6},
     }
     return SegmenterConfig.model_validate(content)
+
+
+def wait_for_the_others(minutes: float) -> None:
+    """Prints why a process that waits for another one gives up."""
+    from medseg_diffusion.errors import MedsegError
+    from medseg_diffusion.training import runtime
+
+    runtime.MEETING_MIN = minutes
+    try:
+        runtime.Runtime("cpu", "fp32")
+    except MedsegError as error:
+        print(error, file=sys.stderr)
+        return
+    raise AssertionError("a single process has met itself")

@@ -13,7 +13,17 @@ import torch.distributed
 from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.training.history import read_history
 from medseg_diffusion.training.runtime import Runtime
-from tests.helpers.training import Regression, assert_same, finish, resume_file, rows, start_two, train
+from tests.helpers.training import (
+    Regression,
+    assert_same,
+    finish,
+    free_port,
+    resume_file,
+    rows,
+    start,
+    start_two,
+    train,
+)
 
 
 @pytest.mark.parametrize("changes", ["", "examples_at_once=1, read_every=3"])
@@ -96,3 +106,14 @@ def test_a_process_alone_keeps_its_own_failure(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(runtime.accelerator, "wait_for_everyone", fails)
     with pytest.raises(RuntimeError, match="the device failed"):
         runtime.wait()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_does_not_wait_for_days_for_one_that_never_starts(rank: str) -> None:
+    """As where the address of the first process is wrong, or a node of a cluster has failed."""
+    port = free_port()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    process = start("wait_for_the_others(0.02)", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", **place)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-2000:]
+    assert f"not all 2 processes came to 127.0.0.1:{port} within 0.02 minutes: start all of them" in errors
