@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medseg_diffusion.errors import Stopped
 
-from .batches import Batches, part_of
+from .batches import Batches, passes
 from .health import EMPTY, EQUAL, StepHealth, StepNumbers, ValidationHealth
 from .interrupt import Interrupt, Interruption
 from .log import TrainingLog
@@ -20,7 +20,7 @@ from .options import Callbacks, Progress, TrainingOptions, TrainingRun, learning
 from .readings import Readings
 from .resume import Checkpoints, TrainingState, tensors_of
 from .runtime import Runtime
-from .throughput import Throughput, flops_of_example
+from .throughput import Throughput, flops_of_pass
 
 
 class Recorder:
@@ -89,11 +89,12 @@ class Recorder:
         self.is_whole = True
 
     def begin(self, batch: Mapping[str, Tensor]) -> None:
-        """Counts the operations of a step on one example of the first ``batch``, and starts the clock."""
+        """Counts the operations of a step on the first ``batch``, and starts the clock."""
         if self.log is None:
             return
-        of_one = flops_of_example(self.state.ema.whole, part_of(batch, 0, 1), self.runtime)
-        self.throughput.flops = of_one * self.options.batch_size / self.runtime.world_size
+        # Of a whole pass: some networks cannot compute a single example.
+        share, part = passes(batch, self.options.examples_at_once)[0]
+        self.throughput.flops = flops_of_pass(self.state.ema.whole, part, self.runtime) / share
         self.throughput.begin(self.batches.waited)
 
     def add(self, loss: Tensor, norms: Sequence[Tensor]) -> None:

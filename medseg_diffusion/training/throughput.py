@@ -45,7 +45,7 @@ class Throughput:
 
     Args:
         examples: in a step, over all processes together.
-        flops: floating-point operations of a step in this process (`flops_of_example`).
+        flops: floating-point operations of a step in this process (`flops_of_pass`).
         runtime: the device.
     """
 
@@ -135,12 +135,12 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def flops_of_example(model: nn.Module, example: Mapping[str, Tensor], runtime: Runtime) -> float:
-    """Floating-point operations of a training step for one example: `BACKWARD` times those of a forward pass.
+def flops_of_pass(model: nn.Module, batch: Mapping[str, Tensor], runtime: Runtime) -> float:
+    """Floating-point operations of a training step on ``batch``: `BACKWARD` times those of a forward pass.
 
     Args:
         model: in evaluation mode; the losses of training alone, such as adversarial ones, are left out.
-        example: a batch of one example, on the device.
+        batch: examples on the device.
         runtime: precision.
     """
     # Imported where used: slow.
@@ -160,7 +160,7 @@ def flops_of_example(model: nn.Module, example: Mapping[str, Tensor], runtime: R
         runtime.accelerator.autocast(),
         FlopCounterMode(display=False, custom_mapping=known) as counter,
     ):
-        model(example)
+        model(batch)
     return BACKWARD * float(counter.get_total_flops())
 
 

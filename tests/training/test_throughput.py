@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from medseg_diffusion.networks.blocks import conv
 from medseg_diffusion.training.batches import Batches
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.throughput import Throughput, flops_of_example, peak_flops
+from medseg_diffusion.training.throughput import Throughput, flops_of_pass, peak_flops
 
 
 def on_gpu(dtype: torch.dtype | None) -> Runtime:
@@ -81,7 +81,7 @@ def test_operations_are_counted_as_they_are_written(compiled: bool) -> None:
     model, example = Model(), {"image": torch.randn(1, 2, 8, 8)}
     if compiled:
         model.network.compile()
-    assert flops_of_example(model, example, Runtime("cpu", "fp32")) == 3 * 2 * 9 * 2 * 4 * 64
+    assert flops_of_pass(model, example, Runtime("cpu", "fp32")) == 3 * 2 * 9 * 2 * 4 * 64
 
 
 def test_the_convolutions_of_a_single_volume_are_counted() -> None:
@@ -96,4 +96,4 @@ def test_the_convolutions_of_a_single_volume_are_counted() -> None:
             return cast(Tensor, self.network(batch["image"])).mean()
 
     volume = {"image": torch.randn(1, 32, 4, 4, 4)}
-    assert flops_of_example(Volumes(), volume, Runtime("cpu", "fp32")) == 3 * 2 * 27 * 32 * 16 * 64
+    assert flops_of_pass(Volumes(), volume, Runtime("cpu", "fp32")) == 3 * 2 * 27 * 32 * 16 * 64
