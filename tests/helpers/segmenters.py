@@ -89,10 +89,11 @@ def save_image(path: Path, mode: str = "RGB") -> Path:
     return path
 
 
-class Threshold:
+class Threshold(torch.nn.Module):
     """A segmenter in closed form: the class 1 is certain where the first channel is above a level."""
 
     def __init__(self, level: float = 0.0) -> None:
+        super().__init__()
         self.level = level
 
     def probabilities(
