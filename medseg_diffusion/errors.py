@@ -64,7 +64,7 @@ class Stopped(MedsegError):
 _collected: ContextVar[list[str] | None] = ContextVar("remarks", default=None)
 _quieting = threading.Lock()
 _quiet: list[warnings.catch_warnings] = []  # one entry for each block that a thread is in
-_LIBRARIES = ("PIL", "highdicom", "nibabel", "numpy", "pydicom")
+_LIBRARIES = ("PIL", "highdicom", "nibabel", "numpy", "pydicom", r"torch\._(dynamo|inductor)")
 
 
 def remark(message: str) -> None:
@@ -89,7 +89,7 @@ def remarks() -> Iterator[list[str]]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the warnings of the libraries that read and write files: they do not name the file.
+    """Without the warnings of libraries that read and write files, which do not name the file, and of the compiler.
 
     Our own remarks are made all the same. Several threads may be in such a block: the first one that comes changes the
     filters, and the last one that leaves restores them.

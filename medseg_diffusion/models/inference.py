@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion.device import with_memory_format
-from medseg_diffusion.errors import remark
+from medseg_diffusion.errors import quiet_libraries, remark
 
 MOST_SHAPES = 8
 """Largest number of input shapes for which a network is compiled; the batch counts as a part of the shape."""
@@ -118,8 +117,7 @@ class CompiledForward:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
         # The compiler's advice is for developers. Its own limit of shapes counts all networks of a class together.
-        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=16 * MOST_SHAPES):
-            warnings.simplefilter("ignore")
+        with quiet_libraries(), torch._dynamo.config.patch(recompile_limit=16 * MOST_SHAPES):
             out = cast(Tensor, forward(x, timesteps, cond))  # type: ignore[operator]
         return out.clone() if graphs else out  # the next call of a graph overwrites it
 
