@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +46,7 @@ def how_far(done: int, count: int, error: BaseException) -> str:
     return f"the call was stopped after {done} of {count} scans: {by}"
 
 
-class BatchReport:
+class BatchReport(ABC):
     """Collects the results inside a ``with`` block, and writes a page at the end, also if an error ends the block.
 
     Args:
@@ -76,9 +77,9 @@ class BatchReport:
         if self._path is not None:
             self._results.append(result)
 
+    @abstractmethod
     def _page(self, path: Path, stopped: str) -> str:
         """The text of the page; ``stopped`` says what ended the call early, if anything did."""
-        raise NotImplementedError
 
 
 def remarks_of(result: ScanResult) -> tuple[str, ...]:
