@@ -1,4 +1,8 @@
-"""Random changes of training examples that keep their labels valid."""
+"""Random changes of training examples that keep their labels valid.
+
+A draw's changes depend only on its seed, not on where they are computed. The workers change slices. Volumes wait
+until they are on a GPU: one core takes 0.2 s for 96^3 voxels.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +77,22 @@ class Augmenter:
         )
 
     def __call__(self, image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The changed (image, label), of the same shapes and types. All draws come from ``generator``."""
-        self.transform.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
+        """`changed` by a seed that is drawn from ``generator``."""
+        return self.changed(image, label, self.draw_seed(generator))
+
+    def changed(self, image: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """The changed (image, label), of the same shapes and types and on the same device.
+
+        Args:
+            image: (C, *S) float.
+            label: (*S) integer.
+            seed: below 2**31; all draws come from it.
+        """
+        self.transform.set_random_state(seed=seed)
         out = self.transform({"image": image, "label": label[None]})
         # Plain tensors, because MONAI's MetaTensor slows down every operation of the network.
         return out["image"].as_tensor().float(), out["label"].as_tensor()[0].to(label.dtype)
+
+    @staticmethod
+    def draw_seed(generator: torch.Generator) -> int:
+        return int(torch.randint(2**31, (), generator=generator))

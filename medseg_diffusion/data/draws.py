@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class FinishesBatches(Protocol):
+    """Examples, or their draws, whose last changes are made to batches, on the device that trains."""
+
+    def finish(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 class Draws(Dataset[dict[str, Tensor]]):
@@ -42,6 +49,10 @@ class Draws(Dataset[dict[str, Tensor]]):
         example = dict(self.examples.example(index, generator))
         example["seed"] = torch.tensor(derive_seed(self.seed, "step", epoch, index))
         return example
+
+    def finish(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the changes that the examples have left; seeds are on the CPU."""
+        return self.examples.finish(batch) if isinstance(self.examples, FinishesBatches) else dict(batch)
 
 
 @lru_cache(maxsize=4)

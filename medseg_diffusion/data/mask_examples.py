@@ -23,6 +23,8 @@ from .augmentation import Augmenter
 from .case_store import CaseStore
 from .cases import Case
 
+AUGMENTATION = "augmentation"
+"""Entry of an example whose augmentation is left to the batch: its seed."""
 _CLASS_NUMBERS = 16
 """Labels without names are expected to be below this number, and there are at most this many."""
 
@@ -231,6 +233,7 @@ class MaskExamples:
         window: size in voxels, 3 numbers, or 2 for slices across the third axis. Smaller cases are padded.
         foreground_share: share of the windows that are centred near a labelled voxel. Such a slice contains one.
         augmenter: changes each window, or None.
+        augment_batches: leaves the changes to `finish`, which is called with batches on the training's device.
 
     Raises:
         InputError: a case of one slice for windows of three axes.
@@ -242,11 +245,13 @@ class MaskExamples:
         window: Sequence[int],
         foreground_share: float = 0.33,
         augmenter: Augmenter | None = None,
+        augment_batches: bool = False,
     ) -> None:
         self.cases = list(cases)
         self.window = tuple(window)
         self.foreground_share = foreground_share
         self.augmenter = augmenter
+        self.augment_batches = augment_batches
         for case in self.cases:
             if len(self.window) == 3 and 1 in case.label.shape:
                 size = " x ".join(str(n) for n in case.label.shape if n > 1)
@@ -261,7 +266,10 @@ class MaskExamples:
         return len(self.cases)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (C, *window) float32 and "label" (*window) int64."""
+        """The "image" (C, *window) float32 and "label" (*window) int64.
+
+        With ``augment_batches`` also the "augmentation" () int64, the seed that `finish` takes.
+        """
         case, window = self.cases[index], (*self.window, 1)[:3]
         # With one reader nothing is drawn.
         reader = int(torch.randint(len(case.labels), (), generator=generator)) if case.further_labels else 0
@@ -281,9 +289,22 @@ class MaskExamples:
             image, label = F.pad(image[None], pad, mode="replicate")[0], F.pad(label, pad)
         if len(self.window) == 2:
             image, label = image[..., 0], label[..., 0]
+        if self.augmenter is not None and self.augment_batches:
+            seed = torch.tensor(self.augmenter.draw_seed(generator))
+            return {"image": image.contiguous(), "label": label.contiguous(), AUGMENTATION: seed}
         if self.augmenter is not None:
             image, label = self.augmenter(image, label, generator)
         return {"image": image.contiguous(), "label": label.contiguous()}
+
+    def finish(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of examples after the changes that `example` has left, on the batch's device."""
+        finished = {name: value for name, value in batch.items() if name != AUGMENTATION}
+        if self.augmenter is None or AUGMENTATION not in batch:
+            return finished
+        seeds = batch[AUGMENTATION].tolist()
+        changed = [self.augmenter.changed(*one) for one in zip(batch["image"], batch["label"], seeds, strict=True)]
+        images, labels = zip(*changed, strict=True)
+        return {**finished, "image": torch.stack(images), "label": torch.stack(labels)}
 
     def _labelled(self, label: int) -> Tensor:
         """(n, 3) positions of labelled voxels of the ``label``-th of all labels."""

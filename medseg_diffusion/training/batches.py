@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medseg_diffusion.data.draws import FinishesBatches
 from medseg_diffusion.errors import MedsegError
 
 from .interrupt import apart
@@ -19,7 +20,7 @@ from .runtime import Runtime
 class Batches:
     """The batches of the steps from ``first_step`` up to, but without, ``last_step``, on the device.
 
-    On a GPU, a batch is copied while the step before is computed.
+    On a GPU, a batch is copied, and finished if ``draws`` leaves changes to that, while the step before is computed.
 
     Args:
         draws: the n-th training example by number.
@@ -49,6 +50,7 @@ class Batches:
             raise MedsegError(f"batch_size {batch_size} must be a multiple of the {runtime.world_size} processes")
         on_gpu = runtime.device.type == "cuda"
         self.runtime = runtime
+        self.finish = draws.finish if isinstance(draws, FinishesBatches) else None
         self.copying = torch.cuda.Stream(runtime.device) if on_gpu else None
         self.waited = 0.0
         loader = DataLoader(
@@ -76,15 +78,20 @@ class Batches:
 
     def _on_device(self, batch: dict[str, Tensor]) -> Mapping[str, Tensor]:
         if self.copying is None:
-            return self.runtime.to_device(batch)
+            return self._finished(batch)
         with torch.cuda.stream(self.copying):
-            moved = self.runtime.to_device(batch)
+            moved = self._finished(batch)
         computing = torch.cuda.current_stream(self.runtime.device)
         computing.wait_stream(self.copying)
         for value in moved.values():
             if value.is_cuda:  # its memory may be used again only when the step that uses it is over
                 value.record_stream(computing)
         return moved
+
+    def _finished(self, batch: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        moved = self.runtime.to_device(batch)
+        # No dict, as in `Runtime.to_device`.
+        return moved if self.finish is None else MappingProxyType(self.finish(moved))
 
 
 class _StepSampler(Sampler[int]):

@@ -59,7 +59,9 @@ class SegmenterData:
     shape: ShapePrior | None = None
 
 
-def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:
+def segmenter_data(
+    config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase, on_gpu: bool = False
+) -> SegmenterData:
     """Read and prepare the folder ``data`` for a configuration.
 
     Args:
@@ -67,6 +69,7 @@ def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: On
         data: The folder.
         cache: Folder for prepared cases; cases that are in it are not prepared again.
         on_case: Called after every case.
+        on_gpu: Whether a GPU trains on the examples. It augments volumes, whose changes take a core longer than a step.
 
     Raises:
         UsageError: A configuration that does not fit the data.
@@ -75,12 +78,12 @@ def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: On
     if config.data.source == "brain-labelmaps":
         prepared = _synthetic_brains(config, data, on_case)
     else:
-        prepared = _labelled_scans(config, data, cache, on_case)
+        prepared = _labelled_scans(config, data, cache, on_case, on_gpu)
     warn_of_unused(config.data.codes, [name for value, name in prepared.labels.items() if value])
     return prepared
 
 
-def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:
+def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase, on_gpu: bool) -> SegmenterData:
     if config.inference.shape_prior_mm is not None:
         raise UsageError("inference.shape_prior_mm is for data.source brain-labelmaps")
     folder = find_cases(data)
@@ -97,8 +100,10 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
     )
     training = [case for case in prepared if case.name in split.train]
     require_every_class(training, labels, data)
-    augmenter = Augmenter(build.augmentation(config.augmentation), config.network.dims)
-    examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter)
+    dims = config.network.dims
+    augmenter = Augmenter(build.augmentation(config.augmentation), dims)
+    later = on_gpu and dims == 3
+    examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter, later)
     summary = {
         "cases": len(split.train),
         "validation_cases": len(split.validation),

@@ -134,14 +134,14 @@ def _prepare(
 ) -> SegmenterData:
     """Prepare the data, check everything, and then create the run folder."""
     notes = {} if origin is None else {"init": dict(origin)}
-    cache = job.run / "cache"
+    cache, on_gpu = job.run / "cache", runtime.device.type == "cuda"
     if runtime.is_main:
         job.require_startable(config, notes)
-        prepared = segmenter_data(config, data, cache, lambda done, total: job.on_prepare("cases", done, total))
+        prepared = segmenter_data(config, data, cache, lambda done, total: job.on_prepare("cases", done, total), on_gpu)
         job.start(config, notes, asdict(prepared.split), data)
     runtime.wait()
     if not runtime.is_main:  # the main process has filled the cache
-        prepared = segmenter_data(config, data, cache, lambda done, total: None)
+        prepared = segmenter_data(config, data, cache, lambda done, total: None, on_gpu)
     return prepared
 
 
