@@ -24,11 +24,14 @@ setup: .venv/.installed-demo .venv/.installed-test .venv/.installed-dev
 demo: .venv/.installed-demo
 	$(BIN)/python examples/demo.py
 
+# The tests of a file share what they train, so that a file stays in one process. Each process has one thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -94,13 +94,13 @@ EPS: dict[str, Any] = {"target": "eps", "schedule": {"name": "linear", "num_step
     ("method", "steps", "diffusion"),
     [
         ("categorical", 250, {}),
-        ("probabilistic-unet", 400, {}),
+        pytest.param("probabilistic-unet", 400, {}, marks=SLOW),
         ("ensemdiff", 250, HONEST),
         pytest.param("segdiff", 250, HONEST, marks=SLOW),
         pytest.param("medsegdiff", 250, HONEST, marks=SLOW),
         pytest.param("medsegdiff-v2", 250, HONEST, marks=SLOW),
         pytest.param("segdiff", 400, EPS, marks=SLOW),
-        ("ensemdiff", 400, {**EPS, "learned_variance": True}),
+        pytest.param("ensemdiff", 400, {**EPS, "learned_variance": True}, marks=SLOW),
     ],
 )
 def test_each_mask_is_sampled_as_often_as_it_is_true(method: str, steps: int, diffusion: Mapping[str, Any]) -> None:

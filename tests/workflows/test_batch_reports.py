@@ -83,7 +83,7 @@ def test_the_command_line_and_the_settings_are_on_the_page(tmp_path: Path, tiny_
     result = medseg("segment", scan, "-m", tiny_model, "--device", "cpu", "--ensemble", 2, "--report", page)
     assert result.exit_code == 0, result.output
     made = page.read_text().split("How it was made")[1]
-    assert "<dt>command</dt><dd><code>medseg " in made
+    assert "<dt>command</dt><dd><code>medseg" in made
     assert re.search(r"tiny \(weights [0-9a-f]{12}\)", made) and "<dt>ensemble</dt><dd>2</dd>" in made
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,21 +16,19 @@ from PIL import Image
 from medseg_diffusion.config.load import load_config
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.workflows.labelled_units import Labelling, _diverse, labelled_units
-from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 from tests.helpers.pixel_classifiers import in_memory, quick, with_labels
 
 
 def test_diverse_selection_spreads_and_the_hash_is_nested(box_scans, box_generators, tmp_path: Path) -> None:
-    def labelled(count: int, name: str, **options: str) -> tuple[str, ...]:
-        run = tmp_path / f"{name}{count}"
-        return train_pixel_classifier(
-            quick(), box_generators[2], box_scans, count, run, test=False, device="cpu", **options
-        ).labelled  # type: ignore[arg-type]
+    generator = in_memory(box_generators[2])
 
-    one, three = labelled(1, "hash"), labelled(3, "hash")
+    def labelled(*labelling: Any) -> list[str]:
+        chosen = labelled_units(quick(), generator, box_scans, Labelling(*labelling), tmp_path / "cache")
+        return [unit.name for unit in chosen.units]
+
+    one, three = labelled(1), labelled(3)
     assert three[:1] == one and len(set(three)) == 3
-    diverse = labelled(3, "diverse", select="diverse")
-    assert len(set(diverse)) == 3
+    assert len(set(labelled(3, "case", "diverse"))) == 3
 
 
 def test_diverse_units_are_one_of_each_cluster() -> None:
