@@ -57,7 +57,7 @@ def seconds(data: Path, run: Path, steps: int, processes: int, batch: int) -> fl
 
 
 def rows(options: Options) -> Iterator[Row]:
-    batch, counts = 4, options.size((5, 45), (1,))
+    batch, counts = 4, options.size((4, 24), (1,))
     taken: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         write_scans(Path(folder) / "data")

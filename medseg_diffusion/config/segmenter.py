@@ -149,7 +149,8 @@ class DiffusionSection(Section):
 class DataSection(Section):
     """Source of the training examples, and how windows are cut from them.
 
-    ``source`` "scans" trains on labelled scans; "brain-labelmaps" synthesises T1 images from a folder of label maps.
+    ``source`` "scans" trains on labelled scans; "brain-labelmaps" synthesises T1 images from a folder of label maps,
+    of which ``brain_classes`` tells apart 3 "tissues" or 30 "structures".
     ``labels`` names the classes above background if the data folder does not. ``merge_labels`` merges all labels above
     background into one class. ``codes`` says what classes mean, by their names. ``test_cases``, ``validation_cases``
     and ``calibration_cases`` are numbers of patients. Without patients to calibrate on, volumes have no intervals
@@ -166,6 +167,7 @@ class DataSection(Section):
     validation_cases: int = Field(20, ge=1)
     calibration_cases: int = Field(0, ge=0)
     examples_per_map: int = Field(50, ge=1)
+    brain_classes: Literal["tissues", "structures"] = "tissues"
     merge_labels: bool = False
 
     @model_validator(mode="after")

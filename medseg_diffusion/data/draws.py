@@ -25,11 +25,15 @@ class Examples(Protocol):
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]: ...
 
 
+UNFINISHED = "unfinished"
+"""Entry of an example that `FinishesBatches` completes: the numbers that it needs for this. They stay on the CPU."""
+
+
 @runtime_checkable
 class FinishesBatches(Protocol):
-    """Examples, or their draws, whose last changes are made to batches, on the device that trains."""
+    """Examples, or their draws, that are completed in batches, on the device that trains."""
 
-    def finish(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def finish(self, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]: ...
 
 
 class Draws(Dataset[dict[str, Tensor]]):
@@ -50,9 +54,9 @@ class Draws(Dataset[dict[str, Tensor]]):
         example["seed"] = torch.tensor(derive_seed(self.seed, "step", epoch, index))
         return example
 
-    def finish(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with the changes that the examples have left; seeds are on the CPU."""
-        return self.examples.finish(batch) if isinstance(self.examples, FinishesBatches) else dict(batch)
+    def finish(self, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """The batch on the device, with what the examples have left to this moment."""
+        return self.examples.finish(batch, device) if isinstance(self.examples, FinishesBatches) else dict(batch)
 
 
 @lru_cache(maxsize=4)

@@ -13,12 +13,17 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.paths import scan_name
 
-from .tissue import TISSUE_OF
+from .brain_classes import PAIRS, TISSUES
 
-LABELS: tuple[int, ...] = tuple(sorted(TISSUE_OF))
+LABELS: tuple[int, ...] = tuple(sorted(TISSUES.class_of))
 """The anatomical labels, ascending."""
-TISSUE = torch.tensor([TISSUE_OF[label] for label in LABELS], dtype=torch.uint8)
+TISSUE = torch.tensor([TISSUES.class_of[label] for label in LABELS], dtype=torch.uint8)
 """(len(LABELS),) tissue of each label."""
+_OTHER_SIDE = {**dict(PAIRS), **{right: left for left, right in PAIRS}}
+MIRRORED = torch.tensor([LABELS.index(_OTHER_SIDE.get(label, label)) for label in LABELS])
+"""(len(LABELS),) index of the same structure on the other side; of those without a side, their own."""
+ON_THE_RIGHT = torch.tensor([label in dict(PAIRS).values() for label in LABELS])
+"""(len(LABELS),) whether a label is of the right side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +42,7 @@ class LabelMap:
 
 
 def tissues(anatomy: LabelMap) -> Tensor:
-    """The tissue of every voxel (I, J, K), uint8: an index into `medseg_diffusion.data.tissue.TISSUES`."""
+    """The tissue of every voxel (I, J, K), uint8: a value of `medseg_diffusion.data.brain_classes.TISSUES`."""
     return TISSUE[anatomy.index.long()]
 
 
@@ -58,7 +63,7 @@ def load_label_map(file: Path) -> LabelMap:
             file,
             f"labels {unknown}",
             "FreeSurfer labels with a known tissue",
-            "map them in medseg_diffusion/data/tissue.py",
+            "map them in medseg_diffusion/data/brain_classes.py",
         )
     table = torch.zeros(max(LABELS) + 1, dtype=torch.uint8)
     table[list(LABELS)] = torch.arange(len(LABELS), dtype=torch.uint8)

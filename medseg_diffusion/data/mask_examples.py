@@ -22,9 +22,8 @@ from medseg_diffusion.volumes.volume import Volume, orientation_transform
 from .augmentation import Augmenter
 from .case_store import CaseStore
 from .cases import Case
+from .draws import UNFINISHED
 
-AUGMENTATION = "augmentation"
-"""Entry of an example whose augmentation is left to the batch: its seed."""
 _CLASS_NUMBERS = 16
 """Labels without names are expected to be below this number, and there are at most this many."""
 
@@ -268,7 +267,7 @@ class MaskExamples:
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
         """The "image" (C, *window) float32 and "label" (*window) int64.
 
-        With ``augment_batches`` also the "augmentation" () int64, the seed that `finish` takes.
+        With ``augment_batches`` also the seed that `finish` takes.
         """
         case, window = self.cases[index], (*self.window, 1)[:3]
         # With one reader nothing is drawn.
@@ -291,17 +290,17 @@ class MaskExamples:
             image, label = image[..., 0], label[..., 0]
         if self.augmenter is not None and self.augment_batches:
             seed = torch.tensor(self.augmenter.draw_seed(generator))
-            return {"image": image.contiguous(), "label": label.contiguous(), AUGMENTATION: seed}
+            return {"image": image.contiguous(), "label": label.contiguous(), UNFINISHED: seed}
         if self.augmenter is not None:
             image, label = self.augmenter(image, label, generator)
         return {"image": image.contiguous(), "label": label.contiguous()}
 
-    def finish(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of examples after the changes that `example` has left, on the batch's device."""
-        finished = {name: value for name, value in batch.items() if name != AUGMENTATION}
-        if self.augmenter is None or AUGMENTATION not in batch:
+    def finish(self, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """A batch of examples after the changes that `example` has left."""
+        finished = {name: value for name, value in batch.items() if name != UNFINISHED}
+        if self.augmenter is None or UNFINISHED not in batch:
             return finished
-        seeds = batch[AUGMENTATION].tolist()
+        seeds = batch[UNFINISHED].tolist()
         changed = [self.augmenter.changed(*one) for one in zip(batch["image"], batch["label"], seeds, strict=True)]
         images, labels = zip(*changed, strict=True)
         return {**finished, "image": torch.stack(images), "label": torch.stack(labels)}

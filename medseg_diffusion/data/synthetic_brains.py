@@ -3,6 +3,8 @@
 After Billot et al. 2023 (SynthSeg, Medical Image Analysis 86): a label map is deformed, every structure gets a random
 intensity, and a random scanner adds its resolution, bias field and noise. Unlike there, most images are like T1,
 because the model is for T1. The others have arbitrary contrast, so that the model also learns shapes.
+
+Images are made by the device that trains: by a GPU in whole batches, otherwise by the workers.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from torch import Tensor
 
 from medseg_diffusion.volumes.preprocessing import bend
 
-from .label_maps import LABELS, TISSUE, LabelMap
-from .random_fields import Draw, blur
+from .brain_classes import TISSUES, BrainClasses
+from .draws import UNFINISHED
+from .label_maps import LABELS, MIRRORED, ON_THE_RIGHT, TISSUE, LabelMap
+from .random_fields import Draw, blur, resized
 from .synthetic_contrast import in_pieces, structure_intensities
 
 Range = tuple[float, float]
@@ -76,6 +80,7 @@ class SynthesisConfig:
 
 _OUTSIDE = TISSUE == 0
 _CORTEX = torch.tensor([label in (3, 42) for label in LABELS])
+_DEEP_GREY = (TISSUE == 2) & ~_CORTEX
 _WHITE = torch.tensor([label in (2, 41) for label in LABELS])
 _VENTRICLE = torch.tensor([label in (4, 43) for label in LABELS])
 
@@ -89,8 +94,11 @@ class SyntheticBrains:
         spacing_mm: voxel size of an example.
         per_map: examples of each anatomy in an epoch.
         config: ranges of the synthesis.
+        classes: what the labels of an example tell apart.
+        in_batches: leaves the synthesis to `finish`, which is called with batches on the training's device.
     """
 
+    # many: the anatomies, the grid, and what is made of them
     def __init__(
         self,
         maps: Sequence[LabelMap],
@@ -98,32 +106,59 @@ class SyntheticBrains:
         spacing_mm: float = 1.0,
         per_map: int = 1,
         config: SynthesisConfig = SynthesisConfig(),
+        classes: BrainClasses = TISSUES,
+        in_batches: bool = False,
     ) -> None:
         self.maps = list(maps)
         self.window = tuple(window)
         self.spacing_mm = spacing_mm
         self.per_map = per_map
         self.config = config
+        self.values = torch.tensor([classes.class_of.get(label, 0) for label in LABELS], dtype=torch.uint8)
+        self.in_batches = in_batches
+        self._moved: dict[tuple[int, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.maps) * self.per_map
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (1, *window) float32, scaled as at inference, and the "label" (*window) int64, tissue values."""
-        anatomy = self.maps[index % len(self.maps)]
-        draw = Draw(generator)
+        """The "image" (1, *window) float32, scaled as at inference, and the "label" (*window) int64, class values.
+
+        With ``in_batches`` instead what `finish` makes them from: the number of the anatomy and a seed.
+        """
+        number, seed = index % len(self.maps), int(torch.randint(2**31, (), generator=generator))
+        if self.in_batches:
+            return {UNFINISHED: torch.tensor([number, seed])}
+        image, label = self._synthesised(number, seed, torch.device("cpu"))
+        return {"image": image, "label": label}
+
+    def finish(self, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """The images and labels of a batch, each the same in any batch."""
+        finished = {name: value for name, value in batch.items() if name != UNFINISHED}
+        if UNFINISHED not in batch:
+            return finished
+        made = [self._synthesised(number, seed, device) for number, seed in batch[UNFINISHED].tolist()]
+        images, labels = zip(*made, strict=True)
+        return {**finished, "image": torch.stack(images), "label": torch.stack(labels)}
+
+    def _synthesised(self, number: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        anatomy = self.maps[number]
+        draw = Draw(torch.Generator().manual_seed(seed), device)
         if draw.chance(0.6):
             centre = anatomy.brain[draw.integer(len(anatomy.brain))].double() + draw.uniform(-20, 20, 3)
         else:  # anywhere in the head, and in the neck below it
             centre = torch.tensor(anatomy.index.shape) * draw.uniform(0, 1, 3)
             centre[2] -= 60 * draw.uniform(0, 1)
-        image, tissue, low, high = _render(
-            anatomy, draw, self.config, centre, self.window, self.spacing_mm, upsample=True
+        if (number, device) not in self._moved:
+            self._moved[number, device] = anatomy.index.to(device)
+        index = self._moved[number, device]
+        image, labels, low, high = _render(
+            index, draw, self.config, centre, self.window, self.spacing_mm, upsample=True
         )
         scaled = 2 * (image - low) / (high - low) - 1
         # The percentiles of real scans differ, for example with fat near a coil or a tilted field of view.
         scaled = bend(draw.uniform(*self.config.gain) * scaled + draw.uniform(*self.config.shift))
-        return {"image": scaled[None], "label": tissue.long()}
+        return scaled[None], self.values.to(device)[labels].long()
 
 
 def synthetic_scan(
@@ -133,16 +168,18 @@ def synthetic_scan(
     draw = Draw(generator)
     size = tuple(int(1.1 * n) // 8 * 8 + 8 for n in anatomy.index.shape)
     centre = (torch.tensor(anatomy.index.shape) - 1) / 2.0
-    image, tissue, _, _ = _render(anatomy, draw, config, centre.double(), size, 1.0, upsample=False)
-    shares = F.one_hot(tissue.long(), 4).movedim(-1, 0).float()
+    image, labels, _, _ = _render(anatomy.index, draw, config, centre.double(), size, 1.0, upsample=False)
+    tissue = TISSUE[labels]
     if image.shape != tissue.shape:
+        shares = F.one_hot(tissue.long(), len(TISSUES.names)).movedim(-1, 0).float()
         shares = F.adaptive_avg_pool3d(shares, (image.shape[0], image.shape[1], image.shape[2]))
+        tissue = shares.argmax(0).to(torch.uint8)
     affine = np.diag([*(n / m for n, m in zip(size, image.shape, strict=True)), 1.0])
-    return 1000 * image, shares.argmax(0).to(torch.uint8), affine
+    return 1000 * image, tissue, affine
 
 
 def _render(
-    anatomy: LabelMap,
+    index: Tensor,
     draw: Draw,
     config: SynthesisConfig,
     centre: Tensor,
@@ -153,7 +190,7 @@ def _render(
     """One synthetic image of a window.
 
     Args:
-        anatomy: the label map.
+        index: the label map, on the device that makes the image.
         draw: source of all random numbers. Their order is fixed: it decides the image.
         config: ranges of the synthesis.
         centre: position of the window's centre in the label map, in voxels.
@@ -162,60 +199,62 @@ def _render(
         upsample: resample the image from the acquisition's voxel size to the window's grid.
 
     Returns:
-        Image, tissue (*window), and the percentiles 0.5 and 99.5 of the whole head's intensities.
+        Image, label indices (*window), and the percentiles 0.5 and 99.5 of the whole head's intensities.
     """
-    labels, tissue = _diseased(_deformed(anatomy, draw, config, centre, window, spacing), draw, config, spacing)
+    labels = _diseased(_deformed(index, draw, config, centre, window, spacing), draw, config, spacing)
     means, deviations = structure_intensities(draw, config.t1_share)
     stripped = draw.chance(config.strip)
-    visible = (
-        _stripped(labels, tissue, draw, config, spacing) if stripped else torch.ones_like(tissue, dtype=torch.bool)
-    )
+    visible = _stripped(labels, draw, config, spacing) if stripped else torch.ones_like(labels, dtype=torch.bool)
     if draw.chance(config.crop):
         axis = draw.integer(3)
         edge = draw.integer(max(1, window[axis] // 3)) + 1
         first = 0 if draw.chance(0.5) else visible.shape[axis] - edge
         visible.narrow(axis, first, edge).fill_(False)
-    tissue = torch.where(visible, tissue, 0).to(torch.uint8)
-    image = torch.where(visible, _signal(labels, means, deviations, draw, config, spacing), 0.0)
+    contrast = means.to(draw.device), deviations.to(draw.device)
+    image = torch.where(visible, _signal(labels, *contrast, draw, config, spacing), 0.0)
     # Brain extraction is applied to the finished image, so that its edge is sharp.
     image = _acquired(image, visible if stripped else None, draw, config, spacing)
 
-    level = float(draw.uniform(0, config.noise))
+    level = draw.uniform(0, config.noise).item()
     noisy = ((image + level * draw.normal(image.shape)) ** 2 + (level * draw.normal(image.shape)) ** 2).sqrt()
     air_is_zero = stripped or draw.chance(0.3)
     image = torch.where(image > 0.01, noisy, 0.0) if air_is_zero else noisy
-    gamma = float(torch.exp(0.25 * draw.normal(())))
+    gamma = float(np.exp(0.25 * draw.gauss()))
     image = image**gamma
     if upsample and list(image.shape) != list(window):
-        image = F.interpolate(image[None, None], list(window), mode="trilinear", align_corners=False)[0, 0]
+        image = resized(image, window)
 
     # At inference the percentiles are those of the whole scan. Here they are estimated from every 7th voxel.
-    thin = anatomy.index[::7, ::7, ::7].long()
-    whole = (means[thin] + deviations[thin] * draw.normal(thin.shape)).clamp(min=0) ** gamma
-    whole = whole[TISSUE[thin] > 0] if stripped else whole[thin > 0] if air_is_zero else whole.flatten()
-    ends = torch.quantile(whole, torch.tensor([0.005, 0.995]))
-    return image, tissue, float(ends[0]), max(float(ends[1]), float(ends[0]) + 1e-3)
+    thin = index[::7, ::7, ::7].long()
+    whole = (contrast[0][thin] + contrast[1][thin] * draw.normal(thin.shape)).clamp(min=0) ** gamma
+    whole = whole[_of(TISSUE, thin) > 0] if stripped else whole[thin > 0] if air_is_zero else whole.flatten()
+    ends = torch.quantile(whole, torch.tensor([0.005, 0.995], device=draw.device)).tolist()
+    return image, torch.where(visible, labels, 0), ends[0], max(ends[1], ends[0] + 1e-3)
 
 
-def _diseased(labels: Tensor, draw: Draw, config: SynthesisConfig, spacing: float) -> tuple[Tensor, Tensor]:
-    """Labels and tissues (I, J, K), perhaps with an atrophied cortex or enlarged ventricles."""
-    tissue = TISSUE[labels]
+def _diseased(labels: Tensor, draw: Draw, config: SynthesisConfig, spacing: float) -> Tensor:
+    """Labels (I, J, K), perhaps with an atrophied cortex or enlarged ventricles."""
+    tissue = _of(TISSUE, labels)
     if draw.chance(config.atrophy):
         fluid = blur((tissue == 1).float(), draw.uniform(0.8, 1.6).item() / spacing)
-        eroded = _CORTEX[labels] & (fluid > draw.uniform(0.2, 0.5).item())
+        eroded = _of(_CORTEX, labels) & (fluid > draw.uniform(0.2, 0.5).item())
         labels = torch.where(eroded, LABELS.index(24), labels)
-        tissue = torch.where(eroded, 1, tissue)
     if draw.chance(config.ventricles):
-        near = blur(_VENTRICLE[labels].float(), draw.uniform(2.0, 5.0).item() / spacing)
-        grown = (_WHITE[labels] | (tissue == 2) & ~_CORTEX[labels]) & (near > draw.uniform(0.15, 0.4).item())
-        labels = torch.where(grown, LABELS.index(4), labels)
-        tissue = torch.where(grown, 1, tissue)
-    return labels, tissue
+        near = blur(_of(_VENTRICLE, labels).float(), draw.uniform(2.0, 5.0).item() / spacing)
+        grown = _of(_WHITE | _DEEP_GREY, labels) & (near > draw.uniform(0.15, 0.4).item())
+        fluid_of_side = torch.where(_of(ON_THE_RIGHT, labels), LABELS.index(43), LABELS.index(4))
+        labels = torch.where(grown, fluid_of_side, labels)
+    return labels
 
 
-def _stripped(labels: Tensor, tissue: Tensor, draw: Draw, config: SynthesisConfig, spacing: float) -> Tensor:
+def _of(table: Tensor, labels: Tensor) -> Tensor:
+    """The entry of a table, (len(LABELS),), for every label."""
+    return table.to(labels.device)[labels]
+
+
+def _stripped(labels: Tensor, draw: Draw, config: SynthesisConfig, spacing: float) -> Tensor:
     """The voxels (I, J, K) that an imperfect brain extraction leaves, bool."""
-    brain = ~_OUTSIDE[labels]
+    tissue, brain = _of(TISSUE, labels), ~_of(_OUTSIDE, labels)
     if draw.chance(config.rims):
         near = blur(brain.float(), draw.uniform(1.5, 4.0).item() / spacing)
         brain |= (near > 0.05) & (draw.field(labels.shape, spacing, 12.0) > draw.uniform(0.3, 1.5).item())
@@ -234,11 +273,11 @@ def _signal(
     texture = (draw.uniform(0, config.texture) * draw.field(window, spacing, draw.uniform(3, 12).item())).exp()
     if draw.chance(config.pieces):
         image = in_pieces(image, labels, means, draw, spacing)
-    image = torch.where(_OUTSIDE[labels], image * texture, image)
+    image = torch.where(_of(_OUTSIDE, labels), image * texture, image)
     if draw.chance(config.lesions):
         field = draw.field(window, spacing, draw.uniform(5, 15).item())
         dark = 1 - draw.uniform(0.1, 0.45) * ((field - draw.uniform(0.5, 1.5)) * 4).clamp(0, 1)
-        image = torch.where(_WHITE[labels], image * dark, image)
+        image = torch.where(_of(_WHITE, labels), image * dark, image)
     return (image * (draw.uniform(0, config.bias) * draw.field(window, spacing, 60.0)).exp()).clamp(min=0)
 
 
@@ -257,11 +296,11 @@ def _acquired(image: Tensor, visible: Tensor | None, draw: Draw, config: Synthes
     size = [max(2, round(n * min(1.0, spacing / side))) for n, side in zip(window, voxel, strict=True)]
     if size == window:
         return image
-    return F.interpolate(image[None, None], size, mode="trilinear", align_corners=False)[0, 0]
+    return resized(image, size)
 
 
 def _deformed(
-    anatomy: LabelMap, draw: Draw, config: SynthesisConfig, centre: Tensor, window: Sequence[int], spacing: float
+    index: Tensor, draw: Draw, config: SynthesisConfig, centre: Tensor, window: Sequence[int], spacing: float
 ) -> Tensor:
     """Label indices (*window) int64 of the randomly deformed anatomy, by nearest neighbour.
 
@@ -277,14 +316,15 @@ def _deformed(
         matrix = matrix @ turn
     shear = torch.eye(3, dtype=torch.float64)
     shear[0, 1], shear[0, 2], shear[1, 2] = draw.uniform(-config.shear, config.shear, 3).tolist()
-    sides = torch.tensor([-1.0 if draw.chance(0.5) else 1.0, 1.0, 1.0], dtype=torch.float64)
+    mirrored = draw.chance(0.5)
+    sides = torch.tensor([-1.0 if mirrored else 1.0, 1.0, 1.0], dtype=torch.float64)
     matrix = spacing * matrix @ shear @ torch.diag(draw.uniform(*config.scale, 3).double() * sides)
-    lines = [torch.arange(n) - (n - 1) / 2 for n in window]
+    lines = [torch.arange(n, device=draw.device) - (n - 1) / 2 for n in window]
     warps = [(nodes, draw.uniform(0, strongest)) for nodes, strongest in (config.coarse_warp, config.fine_warp)]
-    flat = torch.zeros(tuple(window), dtype=torch.int64)
-    inside = torch.ones(tuple(window), dtype=torch.bool)
+    flat = torch.zeros(tuple(window), dtype=torch.int64, device=draw.device)
+    inside = torch.ones(tuple(window), dtype=torch.bool, device=draw.device)
     below = torch.zeros_like(inside)
-    for axis, size in enumerate(anatomy.index.shape):
+    for axis, size in enumerate(index.shape):
         i, j, k = (float(matrix[axis, b]) * line for b, line in enumerate(lines))
         position = (i + float(centre[axis])).reshape(-1, 1, 1) + j.reshape(-1, 1) + k
         for nodes, strength in warps:
@@ -296,6 +336,7 @@ def _deformed(
         else:
             inside &= voxel >= 0
         flat = flat * size + voxel.clamp(0, size - 1)
-    labels = anatomy.index.reshape(-1)[flat.reshape(-1)].reshape(flat.shape).long()
-    labels = torch.where(below & ~_OUTSIDE[labels], LABELS.index(516), labels)
-    return torch.where(inside, labels, 0)
+    labels = index.reshape(-1)[flat.reshape(-1)].reshape(flat.shape).long()
+    labels = torch.where(below & ~_of(_OUTSIDE, labels), LABELS.index(516), labels)
+    labels = torch.where(inside, labels, 0)
+    return _of(MIRRORED, labels) if mirrored else labels

@@ -8,17 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .brain_classes import PAIRS
 from .label_maps import LABELS
 from .random_fields import Draw
 
 Range = tuple[float, float]
 
 _SOFT = torch.tensor([label in (507, 509, 511, 514, 516) for label in LABELS])
-
-_PAIRS = (
-    *((2, 41), (3, 42), (8, 47), (7, 46), (4, 43), (10, 49), (11, 50), (12, 51), (13, 52), (17, 53), (18, 54)),
-    *((26, 58), (28, 60), (25, 57), (31, 63), (30, 62), (136, 163), (137, 164)),
-)
 
 # Ranges of the mean intensity in T1-like scans, relative to cerebral white matter. In _BETWEEN the range is a fraction
 # of the way from grey matter to white matter.
@@ -70,7 +66,7 @@ def structure_intensities(draw: Draw, t1_share: float) -> tuple[Tensor, Tensor]:
         deviations = draw.uniform(0.01, 0.06, len(LABELS))
     else:
         # Left and right structures have the same contrast.
-        for pair in _PAIRS:
+        for pair in PAIRS:
             means[[LABELS.index(label) for label in pair]] = float(means[LABELS.index(pair[0])])
         means[[LABELS.index(label) for label in (4, 5, 14, 15, 43, 44)]] = float(means[LABELS.index(24)])
         deviations = draw.uniform(0.01, 0.1, len(LABELS))
@@ -85,7 +81,7 @@ def in_pieces(image: Tensor, labels: Tensor, means: Tensor, draw: Draw, spacing:
     the brain: a model learns from them that intensity alone does not identify the brain.
     """
     window, count = image.shape, 8
-    piece = torch.zeros(window, dtype=torch.int64)
+    piece = torch.zeros(window, dtype=torch.int64, device=image.device)
     for _ in range(3):  # three random cuts give eight pieces
         field = draw.field(window, spacing, draw.uniform(6, 30).item())
         piece = 2 * piece + (field > draw.uniform(-0.7, 0.7).item()).long()
@@ -93,5 +89,6 @@ def in_pieces(image: Tensor, labels: Tensor, means: Tensor, draw: Draw, spacing:
     like_brain = draw.uniform(0, 1, count) < 0.4
     levels = torch.where(like_brain, brain * draw.uniform(0.9, 1.1, count), draw.uniform(0.03, 1.5, count))
     spread = draw.uniform(0.0, 0.08, count)
-    soft = _SOFT[labels] & (draw.field(window, spacing, 40.0) > draw.uniform(-2.0, 0.3).item())
+    soft = _SOFT.to(image.device)[labels] & (draw.field(window, spacing, 40.0) > draw.uniform(-2.0, 0.3).item())
+    levels, spread = levels.to(image.device), spread.to(image.device)
     return torch.where(soft, levels[piece] + spread[piece] * draw.normal(window), image)

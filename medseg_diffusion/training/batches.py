@@ -91,7 +91,7 @@ class Batches:
     def _finished(self, batch: dict[str, Tensor]) -> Mapping[str, Tensor]:
         moved = self.runtime.to_device(batch)
         # No dict, as in `Runtime.to_device`.
-        return moved if self.finish is None else MappingProxyType(self.finish(moved))
+        return moved if self.finish is None else MappingProxyType(self.finish(moved, self.runtime.device))
 
 
 class _StepSampler(Sampler[int]):

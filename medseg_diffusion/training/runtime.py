@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from medseg_diffusion.data.mask_examples import AUGMENTATION
+from medseg_diffusion.data.draws import UNFINISHED
 from medseg_diffusion.device import Precision, autocast_dtype, choose_device, keep_freed_memory, tune
 from medseg_diffusion.errors import MedsegError
 
@@ -202,7 +202,7 @@ class Runtime:
 
     def to_device(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The batch on the device, without waiting for it. The seeds stay on the CPU, where they are used."""
-        seeds = ("seed", AUGMENTATION)
+        seeds = ("seed", UNFINISHED)
         moved = {k: v if k in seeds else v.to(self.device, non_blocking=True) for k, v in batch.items()}
         # No dict: with several processes, torch would move what is in one to the GPU, the seeds as well.
         return MappingProxyType(moved)

@@ -13,12 +13,12 @@ from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.augmentation import Augmenter
+from medseg_diffusion.data.brain_classes import CLASSES
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.label_maps import LabelMap, load_label_map, tissues
 from medseg_diffusion.data.mask_examples import CaseFormat, MaskExamples, PreparedCase, prepare, require_every_class
 from medseg_diffusion.data.synthetic_brains import SyntheticBrains
-from medseg_diffusion.data.tissue import TISSUES
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.shape_prior import ShapePrior, average_shape
@@ -69,14 +69,15 @@ def segmenter_data(
         data: The folder.
         cache: Folder for prepared cases; cases that are in it are not prepared again.
         on_case: Called after every case.
-        on_gpu: Whether a GPU trains on the examples. It augments volumes, whose changes take a core longer than a step.
+        on_gpu: Whether a GPU trains on the examples. It augments and synthesises volumes, for which a core takes longer
+            than the GPU for a step.
 
     Raises:
         UsageError: A configuration that does not fit the data.
         InputError: Unusable data.
     """
     if config.data.source == "brain-labelmaps":
-        prepared = _synthetic_brains(config, data, on_case)
+        prepared = _synthetic_brains(config, data, on_case, on_gpu)
     else:
         prepared = _labelled_scans(config, data, cache, on_case, on_gpu)
     warn_of_unused(config.data.codes, [name for value, name in prepared.labels.items() if value])
@@ -166,7 +167,7 @@ def _require_same_names(configured: dict[int, str], stored: dict[int, str], data
             )
 
 
-def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase) -> SegmenterData:
+def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase, on_gpu: bool) -> SegmenterData:
     spacing = config.preprocessing.spacing_mm
     if spacing is None or len(set(spacing)) != 1 or config.data.channels != 1 or config.network.dims != 3:
         raise UsageError("data.source brain-labelmaps needs isotropic preprocessing.spacing_mm, 1 channel and 3D")
@@ -178,8 +179,11 @@ def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase) -> S
             maps[case.name] = load_label_map(case.label)
             on_case(len(maps), len(cases) - len(split.test))
     training = [maps[name] for name in split.train]
-    examples = SyntheticBrains(training, config.data.window, spacing[0], config.data.examples_per_map)
-    held_out = SyntheticBrains([maps[name] for name in split.validation], config.data.window, spacing[0])
+    section, classes = config.data, CLASSES[config.data.brain_classes]
+    examples = SyntheticBrains(
+        training, section.window, spacing[0], section.examples_per_map, classes=classes, in_batches=on_gpu
+    )
+    held_out = SyntheticBrains([maps[name] for name in split.validation], section.window, spacing[0], classes=classes)
     summary = {
         "label_maps": len(split.train),
         "validation_label_maps": len(split.validation),
@@ -190,7 +194,7 @@ def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase) -> S
     if config.inference.shape_prior_mm is not None:
         shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
     validation = _validation_windows(held_out)
-    return SegmenterData(examples, validation, dict(enumerate(TISSUES)), ("T1",), summary, split, shape=shape)
+    return SegmenterData(examples, validation, dict(enumerate(classes.names)), ("T1",), summary, split, shape=shape)
 
 
 def _validation_windows(held_out: SyntheticBrains) -> list[PreparedCase]:

@@ -9,10 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 
+from medseg_diffusion.data.brain_classes import STRUCTURES, TISSUES
 from medseg_diffusion.data.label_maps import LABELS, LabelMap, load_label_map
-from medseg_diffusion.data.synthetic_brains import SynthesisConfig, SyntheticBrains, synthetic_scan
-from medseg_diffusion.data.tissue import to_tissue
+from medseg_diffusion.data.random_fields import Draw, along_axes, blur, linear_weights, resized
+from medseg_diffusion.data.synthetic_brains import SynthesisConfig, SyntheticBrains, _diseased, synthetic_scan
 from medseg_diffusion.errors import InputError
 
 STILL = SynthesisConfig(
@@ -75,7 +78,7 @@ def test_without_randomness_the_labels_are_those_of_the_map() -> None:
     anatomy = head()
     _, tissue, affine = synthetic_scan(anatomy, generator(), STILL)
     np.testing.assert_allclose(np.abs(np.diag(affine)), 1.0)
-    expected = torch.from_numpy(to_tissue(np.asarray(LABELS)[anatomy.index.numpy()]))
+    expected = torch.from_numpy(TISSUES.convert(np.asarray(LABELS)[anatomy.index.numpy()]))
     # The scan is a little larger than the map, with the same centre.
     start = [(n - m) // 2 for n, m in zip(tissue.shape, expected.shape, strict=True)]
     inner = tissue[tuple(slice(s, s + 64) for s in start)]
@@ -145,3 +148,89 @@ def test_label_map_files_are_checked(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(labels, np.eye(4)), path)
     with pytest.raises(InputError, match=r"\[999\]"):
         load_label_map(path)
+
+
+# ---- sides, batches and resampling -----------------------------------------------------------------------------------
+
+
+def two_sides() -> LabelMap:
+    """A head whose left half (low indices in RAS) is white matter 2, its right half 41."""
+    anatomy = head()
+    index = anatomy.index.clone()
+    right = torch.zeros_like(index, dtype=torch.bool)
+    right[32:] = True
+    index[right & (index == LABELS.index(2))] = LABELS.index(41)
+    index[right & (index == LABELS.index(3))] = LABELS.index(42)
+    return replace(anatomy, index=index)
+
+
+def test_sides_stay_those_of_the_image() -> None:
+    """Half of the heads are mirrored; in all of them the left structures lie at the low indices."""
+    config = replace(STILL, scale=(1.0, 1.0))
+    brains = SyntheticBrains([two_sides()], (64, 64, 64), config=config, classes=STRUCTURES)
+    left, right = (STRUCTURES.names.index(f"{side} cerebral white matter") for side in ("left", "right"))
+    compared = 0
+    for seed in range(12):
+        label = brains.example(0, generator(seed))["label"]
+        places = [torch.nonzero(label == value)[:, 0].double() for value in (left, right)]
+        if all(len(place) for place in places):
+            assert places[0].max() < places[1].min()
+            compared += 1
+    assert compared > 5
+
+
+def test_ventricles_grow_on_their_own_side() -> None:
+    anatomy = two_sides()
+    index, grid = anatomy.index.clone(), torch.stack(torch.meshgrid(*[torch.arange(64) - 31.5] * 3, indexing="ij"))
+    for value, centre in ((4, -8.0), (43, 8.0)):
+        ball = (grid[0] - centre).square() + grid[1].square() + grid[2].square() < 49
+        index[ball] = LABELS.index(value)
+    labels = index.long()
+    grown = _diseased(labels, Draw(generator(2)), replace(STILL, ventricles=1.0), 1.0)
+    changed = grown != labels
+    assert changed.any()
+    assert set(grown[changed][torch.nonzero(changed)[:, 0] < 32].tolist()) == {LABELS.index(4)}
+    assert set(grown[changed][torch.nonzero(changed)[:, 0] >= 32].tolist()) == {LABELS.index(43)}
+
+
+def test_a_batch_has_the_examples_that_would_be_made_alone() -> None:
+    maps, window = [head(), two_sides()], (24, 32, 16)
+    alone, together = (SyntheticBrains(maps, window, in_batches=later) for later in (False, True))
+    draws = [together.example(i, generator(i)) for i in range(4)]
+    batch = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    finished = together.finish({**batch, "seed": torch.arange(4)}, torch.device("cpu"))
+    assert sorted(finished) == ["image", "label", "seed"]
+    for i in range(4):
+        example = alone.example(i, generator(i))
+        assert torch.equal(finished["image"][i], example["image"])
+        assert torch.equal(finished["label"][i], example["label"])
+
+
+@pytest.mark.cuda
+def test_a_gpu_synthesises_the_same_labels_for_the_same_seed() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    brains = SyntheticBrains([head()], (32, 40, 24), in_batches=True)
+    draw = brains.example(0, generator(1))
+    batch = {name: value[None] for name, value in draw.items()}
+    first, again = (brains.finish(batch, torch.device("cuda")) for _ in range(2))
+    assert first["image"].is_cuda and torch.equal(first["image"], again["image"])
+    assert torch.equal(first["label"], again["label"])
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.3, 5.0])
+def test_smoothing_is_the_convolution_with_a_gaussian(sigma: float) -> None:
+    image = torch.randn(19, 14, 23, generator=generator())
+    reach = max(1, round(3 * sigma))
+    expected = gaussian_filter(image.double().numpy(), sigma, mode="nearest", radius=reach)
+    np.testing.assert_allclose(blur(image, sigma).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(9, 14, 30), (1, 5, 64), (19, 14, 23)])
+def test_resampling_is_that_of_torch(size: tuple[int, int, int]) -> None:
+    image = torch.randn(19, 14, 23, generator=generator())
+    expected = F.interpolate(image[None, None], size, mode="trilinear", align_corners=False)[0, 0]
+    torch.testing.assert_close(resized(image, size), expected, atol=1e-5, rtol=0)
+    weights = [linear_weights(m, n, corners=True) for m, n in zip(image.shape, size, strict=True)]
+    expected = F.interpolate(image[None, None], size, mode="trilinear", align_corners=True)[0, 0]
+    torch.testing.assert_close(along_axes(image, weights), expected, atol=1e-5, rtol=0)

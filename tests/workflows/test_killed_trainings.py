@@ -48,7 +48,7 @@ def test_a_killed_training_ends_as_one_that_nobody_killed(family: str, kills: in
     command = [sys.executable, "-m", "tests.helpers.kills", family, str(data), str(tmp_path / "runs"), str(kills)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["places"]) == kills and result["finished"]
