@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast, get_args
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -31,7 +29,7 @@ from medseg_diffusion.workflows.anomaly import chosen_threshold
 from medseg_diffusion.workflows.finished import doubts_about
 from medseg_diffusion.workflows.segment import require_fitting
 
-from .results import Samples, ScoredScan, SegmentedMap, SegmentedScan
+from .results import Samples, ScoredMap, ScoredScan, SegmentedMap, SegmentedScan
 from .scans import Scan, read_scan
 
 _USES = {
@@ -65,7 +63,7 @@ class Model:
         self.card: dict[str, Any] = saved.card
         self._reason = ""
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
         if name in _USES:
             own, reason = (
                 vars(self).get("name", "this model"),
@@ -126,18 +124,22 @@ class Segmenter(Model):
         model = self._model
         volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
         require_fitting(volume, model)
-        wanted = [cast(Map, name) for name in maps if name not in ("labels", "members")]
+        if unknown := [name for name in maps if name not in get_args(SegmentedMap)]:
+            raise UsageError(f"maps: {unknown[0]!r} is unknown; there are {', '.join(get_args(SegmentedMap))}")
+        wanted: list[Map] = [name for name in maps if name != "members"]
         found = model.segment(volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), wanted)
-        members = model.aggregation.members_on_scan(found).numpy() if "members" in maps else None
+        made: dict[SegmentedMap, Tensor | None] = {
+            "probabilities": found.probabilities,
+            "uncertainty": found.uncertainty,
+            "mutual-information": found.mutual_information,
+            "members": model.aggregation.members_on_scan(found) if "members" in maps else None,
+        }
         return SegmentedScan(
             scan=volume,
             labels=found.labels.numpy(),
             classes=dict(self.classes),
             volumes_ml=found.volumes_ml,
-            members=members,
-            probabilities=_array(found.probabilities),
-            uncertainty=_array(found.uncertainty),
-            mutual_information=_array(found.mutual_information),
+            maps={name: data.numpy() for name, data in made.items() if data is not None},
             members_ml=found.members_ml,
             intervals_ml=found.intervals_ml,
             level=found.level,
@@ -194,17 +196,20 @@ class AnomalyDetector(Model):
         if len(volume.data) != 1:
             raise InputError(volume.source, f"{len(volume.data)} channels", "one", "extract the one to be scored")
         scored = model.score(volume, seed, lambda share: on_progress(f"scoring with {self.name}", share), counterpart)
+        made: dict[ScoredMap, npt.NDArray[Any]] = {
+            "score": scored.score.numpy(),
+            "foreground": scored.foreground.numpy(),
+        }
+        if scored.counterpart is not None:
+            made["counterpart"] = scored.counterpart.numpy()
         mask = mask_of(scored, limit, volume.voxel_mm3, model.config.postprocessing.min_volume_mm3)
         return ScoredScan(
             scan=volume,
-            score=scored.score.numpy(),
-            foreground=scored.foreground.numpy(),
-            mask=mask.numpy(),
+            maps={**made, "mask": mask.numpy()},
             threshold=limit,
             volume_ml=float(mask.sum()) * volume.voxel_mm3 / 1000,
             scan_score=scored.scan_score,
             healthy_percentile=model.percentile(scored.scan_score),
-            counterpart=_array(scored.counterpart),
             warnings=tuple(model.notes),
         )
 
@@ -409,10 +414,10 @@ def load_model(
         detection = {name: value for name, value in given.items() if name != "compile"}
         return AnomalyDetector(AnomalyModel(saved, DetectionOptions(**detection), device, compile))
     if kind is Generator:
-        options = SampleOptions(device=device, compile=compile)
-        others = {name: str(value) for name, value in given.items() if name != "compile"}
+        others = [None if model is None else str(model) for model in (upsampler, classifier)]
+        options = SampleOptions(upsampler=others[0], classifier=others[1], device=device, compile=compile)
         try:
-            return Generator(ImageSource(saved, replace(options, **others)))
+            return Generator(ImageSource(saved, options))
         except (UsageError, ModelError) as error:  # it cannot be sampled, but its network can be used
             if given:
                 raise
@@ -429,7 +434,3 @@ def _kind_of(saved: SavedModel) -> type[Segmenter | AnomalyDetector | Generator 
     if task in ("mask", "anomaly"):
         return Segmenter if task == "mask" else AnomalyDetector
     return Generator if task in ("image", "denoiser") else Network
-
-
-def _array(data: Tensor | None) -> npt.NDArray[np.float32] | None:
-    return None if data is None else cast("npt.NDArray[np.float32]", data.numpy())
