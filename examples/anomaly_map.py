@@ -40,16 +40,13 @@ def main(folder: Path) -> None:
     image, lesion, affine = head_with_lesion()
     found = load_model("flair-anomaly").anomaly(image, affine=affine)
     print(f"score of the scan: {found.scan_score:.3f}, higher than {found.healthy_percentile} % of healthy scans")
-    print(
-        f"above the threshold {found.threshold:.3f}: {found.volume_ml:.1f} ml; the lesion has {lesion.sum() * 0.008:.1f} ml"
-    )
+    print(f"above the threshold: {found.volume_ml:.1f} ml; the lesion has {lesion.sum() * 0.008:.1f} ml")
     print(f"Dice: {evaluate_arrays(found.mask, lesion, (2, 2, 2))[1].dice:.3f}")
     found.save(folder / "anomaly.nii.gz")
     found.save(folder / "anomaly_mask.nii.gz", "mask")
     _, axes = plt.subplots(1, 4, figsize=(12, 4), layout="constrained")
-    for axis, (name, array) in zip(
-        axes, {"scan": image, "lesion": lesion, "score": found.score, "mask": found.mask}.items(), strict=True
-    ):
+    shown = {"scan": image, "lesion": lesion, "score": found.score, "mask": found.mask}
+    for axis, (name, array) in zip(axes, shown.items(), strict=True):
         axis.imshow(np.rot90(array[:, :, 4]), cmap="magma" if name == "score" else "gray")
         axis.set(title=name, xticks=[], yticks=[])
     plt.savefig(folder / "anomaly.png", dpi=100)

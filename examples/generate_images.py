@@ -47,14 +47,12 @@ def main(folder: Path) -> None:
     """Write the scans, train, and draw sixteen images."""
     folder.mkdir(parents=True, exist_ok=True)
     scans = [write_scan(folder / f"scan{seed:02d}.nii.gz", seed) for seed in range(40)]
-    trained = train_generator("adm-slices-small", scans, folder / "run", overrides=CHANGES, on_progress=progress)
+    trained = train_generator(
+        "adm-slices-small", scans, folder / "run", overrides=CHANGES,
+        on_progress=lambda what, share: print(f"\r{share:4.0%} {what:99}", end=""),
+    )  # fmt: skip
     drawn = load_model(trained).sample(16, steps=20, seed=1)
     print(f"\n{drawn.images.shape} drawn: {drawn.save(folder / 'drawn.png')}")
-
-
-def progress(what: str, share: float) -> None:
-    """One line that changes."""
-    print(f"\r{share:4.0%} {what:100}", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,10 @@ CHANGES = {
     "data.labels": ["ellipsoid"],
     "data.codes": {},
     "data.window": [16, 16, 16],
-    "data.test_cases": 2,
-    "data.validation_cases": 2,
-    "data.calibration_cases": 0,
-    "network.channels": 16,
-    "network.channel_mult": [1, 2],
-    "network.num_res_blocks": 1,
-    "training.max_steps": 150,
-    "training.validate_every": 75,
+    **{"data.test_cases": 2, "data.validation_cases": 2, "data.calibration_cases": 0},
+    **{"network.channels": 16, "network.channel_mult": [1, 2], "network.num_res_blocks": 1},
+    **{"training.max_steps": 150, "training.validate_every": 75, "training.ema_decay": 0.95},
     "training.warmup_steps": 10,
-    "training.ema_decay": 0.95,
 }
 
 
@@ -49,19 +43,16 @@ def main(folder: Path) -> None:
     """Write the scans, train on all but the last, and score the last."""
     folder.mkdir(parents=True, exist_ok=True)
     *cases, (scan, label) = [write_case(folder, seed) for seed in range(13)]
-    run = folder / "run"
-    trained = train_segmenter("ensemdiff-hippocampus-small", cases, run, overrides=CHANGES, on_progress=progress)
+    trained = train_segmenter(
+        "ensemdiff-hippocampus-small", cases, folder / "run", overrides=CHANGES,
+        on_progress=lambda what, share: print(f"\r{share:4.0%} {what:99}", end=""),
+    )  # fmt: skip
 
     segmented = load_model(trained).segment(scan)
     found = evaluate_arrays(segmented.labels, label, labels=segmented.classes)
     print(
         f"\nnot seen in training: Dice {found[1].dice:.3f}; members agree with {segmented.agreement['ellipsoid']:.3f}"
     )
-
-
-def progress(what: str, share: float) -> None:
-    """One line that changes."""
-    print(f"\r{share:4.0%} {what:100}", end="", flush=True)
 
 
 if __name__ == "__main__":
