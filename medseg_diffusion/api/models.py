@@ -65,11 +65,9 @@ class Model:
 
     def __getattr__(self, name: str) -> Any:
         if name in _USES:
-            own, reason = (
-                vars(self).get("name", "this model"),
-                vars(self).get("_reason") or f".{name} is for {_USES[name]}",
-            )
-            raise NotItsUse(f"{own} is {self._kind}, which has .{self._use}; {reason}")
+            own = vars(self)  # not getattr: a copy that is being made has nothing yet
+            reason = own.get("_reason") or f".{name} is for {_USES[name]}"
+            raise NotItsUse(f"{own.get('name')} is {self._kind}, which has .{self._use}; {reason}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -92,7 +90,6 @@ class Segmenter(Model):
         self.channels: tuple[str, ...] = ModelInput.of(self.name, self.card).channels
         self._model = model
 
-    # many: the scan with its geometry, and what is asked for
     def segment(
         self,
         scan: Scan,
@@ -159,7 +156,6 @@ class AnomalyDetector(Model):
         super().__init__(model.saved)
         self._model = model
 
-    # many: the scan with its geometry, and what is asked for
     def anomaly(
         self,
         scan: Scan,
@@ -333,20 +329,12 @@ class Generator(Network):
 
 _OPTIONS = {
     Segmenter: (
-        "ensemble",
-        "steps",
-        "sampler",
-        "fusion",
-        "uncertainty",
-        "keep_largest",
-        "fast",
-        "max_memory",
-        "compile",
+        "ensemble", "steps", "sampler", "fusion", "uncertainty", "keep_largest", "fast", "max_memory", "compile",
     ),
     AnomalyDetector: ("method", "latent_quantile", "median", "erosion", "min_volume_mm3", "compile"),
     Generator: ("upsampler", "classifier", "compile"),
     Network: (),
-}
+}  # fmt: skip
 """The options of `load_model` that each kind of model has."""
 
 
@@ -401,8 +389,13 @@ def load_model(
         ModelError: A model that is missing, damaged or of another version.
         UsageError: An unknown device or sampler, or an option that this kind of model does not have.
     """
-    given = {name: value for name, value in locals().items() if name not in ("name_or_path", "device")}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    options: dict[str, Any] = {
+        "ensemble": ensemble, "steps": steps, "sampler": sampler, "fusion": fusion, "uncertainty": uncertainty,
+        "keep_largest": keep_largest, "fast": fast or None, "max_memory": max_memory, "method": method,
+        "latent_quantile": latent_quantile, "median": median, "erosion": erosion, "min_volume_mm3": min_volume_mm3,
+        "upsampler": upsampler, "classifier": classifier, "compile": compile or None,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
     saved = load_model_files(name_or_path)
     kind = _kind_of(saved)
     if wrong := [name for name in given if name not in _OPTIONS[kind]]:
@@ -415,9 +408,9 @@ def load_model(
         return AnomalyDetector(AnomalyModel(saved, DetectionOptions(**detection), device, compile))
     if kind is Generator:
         others = [None if model is None else str(model) for model in (upsampler, classifier)]
-        options = SampleOptions(upsampler=others[0], classifier=others[1], device=device, compile=compile)
+        sampling = SampleOptions(upsampler=others[0], classifier=others[1], device=device, compile=compile)
         try:
-            return Generator(ImageSource(saved, options))
+            return Generator(ImageSource(saved, sampling))
         except (UsageError, ModelError) as error:  # it cannot be sampled, but its network can be used
             if given:
                 raise

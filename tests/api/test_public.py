@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, UnionType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -82,6 +82,21 @@ def test_every_name_is_documented_and_typed(name: str) -> None:
 def names_of(group: typer.Typer) -> list[str]:
     found = [command.name or command.callback.__name__ for command in group.registered_commands if command.callback]
     return [name.replace("-", "_") for name in found]
+
+
+def classes_in(annotation: Any) -> Iterator[type]:
+    """The classes of this package in an annotation."""
+    if isinstance(annotation, type) and annotation.__module__.startswith("medseg_diffusion."):
+        yield annotation
+    for part in get_args(annotation):
+        yield from classes_in(part)
+
+
+def test_what_functions_return_is_public() -> None:
+    for name in medseg_diffusion.__all__:
+        value = getattr(medseg_diffusion, name)
+        for returned in classes_in(get_type_hints(value)["return"]) if inspect.isfunction(value) else ():
+            assert returned.__name__ in medseg_diffusion.__all__, f"{name} returns {returned}"
 
 
 def commands() -> list[str]:
