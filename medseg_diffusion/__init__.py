@@ -1,8 +1,8 @@
 """Diffusion models that generate, segment and find anomalies in medical images.
 
-This module is the whole public interface: the names of ``__all__``, with their documented parameters and attributes. They
-stay as they are within a major version. All other modules, and names that begin with an underscore, are private and
-change without notice.
+This module is the whole public interface: the names of ``__all__``, with their documented parameters and attributes.
+They stay as they are within a major version. All other modules, and names that begin with an underscore, are private
+and change without notice.
 
 A model in memory takes scans as files, images of nibabel, arrays or volumes, and gives results with their geometry::
 
