@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,34 +25,18 @@ SegmentedMap = Literal["probabilities", "uncertainty", "members", "mutual-inform
 ScoredMap = Literal["score", "mask", "foreground", "counterpart"]
 
 
-class _OnScan:
-    """Arrays on the grid of ``scan``."""
-
-    scan: Volume
-
-    @abstractmethod
-    def _array(self, what: Any) -> npt.NDArray[Any]:
-        """(I, J, K), or (C, I, J, K) of several channels.
-
-        Raises:
-            UsageError: a map that was not asked for.
-        """
-
-    def _nibabel(self, what: str) -> nib.Nifti1Image:
-        return to_nibabel(self._array(what), self.scan)
-
-    def _save(self, path: str | Path, what: str) -> Path:
-        array = torch.from_numpy(np.ascontiguousarray(self._array(what)))
-        path = Path(path)
-        if array.is_floating_point():
-            write_map(array, self.scan, path)
-        else:
-            write_labels(array, self.scan, path)
-        return path
+def _write(array: npt.NDArray[Any], scan: Volume, path: Path) -> Path:
+    """Write labels or a map, (I, J, K) or (C, I, J, K), with the geometry of the scan."""
+    data = torch.from_numpy(np.ascontiguousarray(array))
+    if data.is_floating_point():
+        write_map(data, scan, path)
+    else:
+        write_labels(data, scan, path)
+    return path
 
 
 @dataclass(frozen=True, eq=False)
-class SegmentedScan(_OnScan):
+class SegmentedScan:
     """A segmented scan, on its own grid (I, J, K).
 
     Attributes:
@@ -119,7 +102,7 @@ class SegmentedScan(_OnScan):
         Raises:
             UsageError: A map that was not asked for.
         """
-        return self._nibabel(what)
+        return to_nibabel(self._array(what), self.scan)
 
     def save(self, path: str | Path, what: SegmentedMap | Literal["labels"] = "labels") -> Path:
         """Write the labels, or a map, with the scan's geometry, and return the path. Its suffix decides the format.
@@ -128,11 +111,11 @@ class SegmentedScan(_OnScan):
             UsageError: A map that was not asked for, or a missing folder.
             InputError: An unknown suffix.
         """
-        return self._save(path, what)
+        return _write(self._array(what), self.scan, Path(path))
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredScan(_OnScan):
+class ScoredScan:
     """A scan with its anomaly map, on its own grid (I, J, K).
 
     Attributes:
@@ -189,7 +172,7 @@ class ScoredScan(_OnScan):
         Raises:
             UsageError: A counterpart that was not asked for.
         """
-        return self._nibabel(what)
+        return to_nibabel(self._array(what), self.scan)
 
     def save(self, path: str | Path, what: ScoredMap = "score") -> Path:
         """Write the map, or the mask, with the scan's geometry, and return the path. Its suffix decides the format.
@@ -198,7 +181,7 @@ class ScoredScan(_OnScan):
             UsageError: A counterpart that was not asked for, or a missing folder.
             InputError: An unknown suffix.
         """
-        return self._save(path, what)
+        return _write(self._array(what), self.scan, Path(path))
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,6 +79,13 @@ def test_intervals_and_doubts_are_in_the_result(tiny_model: Path, tmp_path: Path
     assert any("members" in warning for warning in found.warnings)
 
 
+def test_an_option_may_be_false(tiny_model: Path, tmp_path: Path) -> None:
+    """None takes the model's default, which may be to keep the largest part alone."""
+    path = save(tmp_path / "scan.nii.gz")
+    largest, every = (load_model(tiny_model, "cpu", keep_largest=keep).segment(path) for keep in (True, False))
+    assert 0 < largest.volumes_ml["bright"] < every.volumes_ml["bright"]
+
+
 def test_a_scan_that_does_not_fit_is_refused(segmenter: Segmenter, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the 3D model tiny; name a 2D model"):
         segmenter.segment(np.random.default_rng(0).random((16, 16)), spacing_mm=(1, 1))
