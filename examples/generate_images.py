@@ -2,7 +2,7 @@
 
     python examples/generate_images.py [FOLDER]
 
-The scans are synthetic: rings of varying size and brightness. Half a minute of training is a demonstration, not a result.
+The scans are synthetic: rings of varying size and brightness. Half a minute of training is a demonstration, no result.
 """
 
 from __future__ import annotations
