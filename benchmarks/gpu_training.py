@@ -33,7 +33,7 @@ from medseg_diffusion.models.image_source import SampleOptions
 from medseg_diffusion.training.trainer import Progress
 from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
 from medseg_diffusion.workflows.export_model import export_model
-from medseg_diffusion.workflows.sample import sample_images
+from medseg_diffusion.workflows.sample import sample
 from medseg_diffusion.workflows.train_generator import train_generator
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
@@ -74,7 +74,7 @@ def generators(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
         steps = Steps()
         model = train_generator(
             config, options.data, runs / name, autoencoder=autoencoder if name == LATENT else None, max_steps=limit,
-            time_limit_min=share * minutes, device=device, on_progress=steps,
+            time_limit_min=share * minutes, device=device, on_step=steps,
         )  # fmt: skip
         result["trainings"][name] = {"minutes": share * minutes, **steps.numbers()}
         if (runs / name / "log.csv").exists():
@@ -86,7 +86,7 @@ def generators(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
         else:
             models.append(runs / name)
             sampling = SampleOptions(12 if options.rehearse else 64, batch_size=64, device=device)
-            sample_images(model, runs / f"{name}-samples", sampling)
+            sample(model, runs / f"{name}-samples", sampling)
             shutil.copyfile(runs / f"{name}-samples" / "grid.png", options.out / f"{name}.png")
         write(options, result)
     # The features of the 10,000 real images take minutes on a CPU.
@@ -142,7 +142,7 @@ def brain(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
     steps = Steps()
     model = train_segmenter(
         config, options.data, runs / "brain", max_steps=limit, time_limit_min=left,
-        device="cpu" if options.rehearse else "cuda", on_progress=steps,
+        device="cpu" if options.rehearse else "cuda", on_step=steps,
     )  # fmt: skip
     shutil.rmtree(options.out / "model", ignore_errors=True)
     export_model(model, options.out / "model", half=True)  # 7.5 MB beside the results of other parts, not 15

@@ -22,7 +22,6 @@ from ._options import (
     TimeLimit,
     existing,
 )
-from ._shared import count_of, step_of
 from ._training import Trained, print_trained, start_processes, training
 
 
@@ -50,13 +49,9 @@ def train_anomaly(
     as_json: AsJson = False,
 ) -> None:
     """Train an anomaly model on healthy scans, and calibrate its thresholds on held-out healthy scans."""
-    from medseg_diffusion.config.anomaly import AnomalyConfig
-    from medseg_diffusion.config.load import load_config
-    from medseg_diffusion.errors import UsageError
+    from medseg_diffusion.config.load import load_anomaly_config
 
-    settings = load_config(config, overrides or [])
-    if not isinstance(settings, AnomalyConfig):
-        raise UsageError(f"{config}: configures a {settings.method}, not anomaly detection (method: anomaly)")
+    settings = load_anomaly_config(config, overrides or [])
     start_processes(gpus, device)
     trained = Trained(run, "medseg anomaly SCAN -m MODEL")
     with training(run, quiet) as show:
@@ -73,8 +68,7 @@ def train_anomaly(
             time_limit_min=time_limit,
             device=device,
             seed=seed,
-            on_progress=step_of(show),
-            on_prepare=count_of(show),
+            on_progress=show,
             on_outcome=trained.outcomes.append,
         )
     print_trained(trained, result.model, quiet, as_json, {"calibration": calibration_rows(result)})

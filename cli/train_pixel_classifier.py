@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._options import AsJson, Config, Device, Gpus, LabelledScans, Overrides, Quiet, RunFolder, Seed, existing_model
-from ._shared import count_of, print_json, print_table
+from ._shared import print_json, print_table
 from ._training import Trained, start_processes, training
 
 if TYPE_CHECKING:
@@ -52,13 +52,9 @@ def train_pixel_classifier(
     as_json: AsJson = False,
 ) -> None:
     """Train a segmenter on the activations of a generator for a few labelled images."""
-    from medseg_diffusion.config.load import load_config
-    from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
-    from medseg_diffusion.errors import UsageError
+    from medseg_diffusion.config.load import load_pixel_config
 
-    settings = load_config(config, overrides or [])
-    if not isinstance(settings, PixelClassifierConfig):
-        raise UsageError(f"{config}: configures a {settings.method}, not pixel classifiers (method: label-efficient)")
+    settings = load_pixel_config(config, overrides or [])
     from medseg_diffusion.training.launch import is_first
 
     start_processes(gpus, device)
@@ -76,7 +72,7 @@ def train_pixel_classifier(
             test=test,
             device=device,
             seed=seed,
-            on_progress=count_of(show),
+            on_progress=show,
         )
     if is_first():
         _print(result, Trained(run, "medseg segment SCAN -m MODEL").next(result.model), test, quiet, as_json)
