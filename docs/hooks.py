@@ -86,7 +86,16 @@ def commands_page() -> str:
             for parameter in command.get_params(context):
                 if (record := parameter.get_help_record(context)) and "--help" not in record[0]:
                     (options if parameter.param_type_name == "option" else arguments).append(record)
-        lines += [f"### medseg {name}", "", *_paragraphs(command.help), "", "```text", f"medseg {name} {usage}", "```", ""]
+        lines += [
+            f"### medseg {name}",
+            "",
+            *_paragraphs(command.help),
+            "",
+            "```text",
+            f"medseg {name} {usage}",
+            "```",
+            "",
+        ]
         for title, rows in (("argument", arguments), ("option", options)):
             if rows:
                 lines += [f"| {title} | |", "|---|---|"]
@@ -130,7 +139,9 @@ def _described(model: Any) -> list[str]:
 
     text = _paragraphs(inspect.cleandoc(model.__doc__ or ""))
     rows = [
-        f"| `{name}` | {_type(field)} | {_default(field)} |" for name, field in model.model_fields.items() if name != "method"
+        f"| `{name}` | {_type(field)} | {_default(field)} |"
+        for name, field in model.model_fields.items()
+        if name != "method"
     ]
     text = [re.sub(r"``([^`]+)``", r"`\1`", line) for line in text]
     return [*"\n\n".join(text).split("\n"), "", "| key | value | default |", "|---|---|---|", *rows, ""]
@@ -186,7 +197,9 @@ def _name(annotation: Any) -> str:
 
 def _limit(bound: Any) -> str:
     signs = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
-    return ", ".join(f"{word} {value:g}" for sign, word in signs.items() if (value := getattr(bound, sign, None)) is not None)
+    return ", ".join(
+        f"{word} {value:g}" for sign, word in signs.items() if (value := getattr(bound, sign, None)) is not None
+    )
 
 
 def _default(field: Any) -> str:
@@ -199,7 +212,11 @@ def _default(field: Any) -> str:
         return "null"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"`[{', '.join(str(one) for one in value)}]`"
-    return f"`{str(value).lower() if isinstance(value, bool) else value or '{}'}`" if value != 0 or value is False else "`0`"
+    return (
+        f"`{str(value).lower() if isinstance(value, bool) else value or '{}'}`"
+        if value != 0 or value is False
+        else "`0`"
+    )
 
 
 # ---- mkdocs ----------------------------------------------------------------------------------------------------------
@@ -228,7 +245,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn equations into MathML, which browsers show without a script."""
     return re.sub(
-        r'<(span|div) class="arithmatex">(.*?)</\1>', lambda match: mathml(match[2], match[1] == "div"), html, flags=re.DOTALL
+        r'<(span|div) class="arithmatex">(.*?)</\1>',
+        lambda match: mathml(match[2], match[1] == "div"),
+        html,
+        flags=re.DOTALL,
     )
 
 

@@ -1,4 +1,4 @@
-"""docs/how-to/cluster.md: its scripts and its manifest are run as they stand, in the environment that a cluster would give."""
+"""docs/how-to/cluster.md: its scripts and manifest are run as they stand, in the environment of a cluster."""
 
 from __future__ import annotations
 
