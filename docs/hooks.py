@@ -1,8 +1,8 @@
 """What mkdocs does not do by itself: pages from the code, links that leave docs/, and equations without a network.
 
-The pages "Commands" and "Configuration" hold a line `<!-- generated: NAME -->`, which is replaced when the site is built.
-They are never out of date, and there is nothing to regenerate by hand. `tests/docs` checks them without mkdocs, so
-mkdocs and latex2mathml are imported where they are used.
+Some pages of the reference hold a line `<!-- generated: NAME -->`, which is replaced when the site is built. They are
+never out of date, and there is nothing to regenerate by hand. `tests/docs` checks them without mkdocs, so mkdocs and
+latex2mathml are imported where they are used.
 """
 
 from __future__ import annotations
@@ -219,9 +219,48 @@ def _default(field: Any) -> str:
     )
 
 
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+_GROUPS = {
+    "Models in memory": ("api.models", "api.results", "models.load", "models.imported"),
+    "Metrics of arrays": ("api.evaluation",),
+    "Commands as functions": ("workflows", "training", "volumes.sources", "models.anomaly", "models.image_source"),
+    "Scans and masks": ("volumes",),
+    "Models and presets by name": ("models.store", "config.load"),
+    "Errors": ("errors",),
+    "Configurations": ("config",),
+}
+"""Heading -> the modules whose public names stand below it; the first group that fits a name has it."""
+
+
+def public_names() -> dict[str, list[str]]:
+    """Heading -> public names of the package, functions before classes."""
+    import medseg_diffusion
+
+    groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
+    for name, home in medseg_diffusion._HOME_OF.items():
+        fitting = (title for title, homes in _GROUPS.items() if any(f"{home}.".startswith(f"{one}.") for one in homes))
+        groups[next(fitting)].append(name)
+    return {title: sorted(names, key=lambda name: (name[0].isupper(), name)) for title, names in groups.items()}
+
+
+def api_page() -> str:
+    """One section for each group of public names, filled by mkdocstrings from their docstrings."""
+    lines = []
+    for title, names in public_names().items():
+        lines += [f"## {title}", ""]
+        if title == "Configurations":
+            lines += ["Their keys are those of the YAML files: [Configuration](configuration.md).", ""]
+        for name in names:
+            lines += [f"::: medseg_diffusion.{name}", ""]
+            if title == "Configurations":
+                lines[-1:] = ["    options: {members: false, show_bases: false}", ""]
+    return "\n".join(lines)
+
+
 # ---- mkdocs ----------------------------------------------------------------------------------------------------------
 
-GENERATED = {"commands": commands_page, "configuration": configuration_page}
+GENERATED = {"commands": commands_page, "configuration": configuration_page, "api": api_page}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,4 +1,4 @@
-"""The code and the commands of README.md and docs/ are run, one page after another, on small files of the names they use.
+"""The code and commands of README.md and docs/ are run, page by page, on small files of the names that they use.
 
 A training takes a step or two here: words are added to the documented ones (`fewer`), none is taken away.
 """
@@ -47,18 +47,15 @@ def of_training(config: str) -> list[str]:
     settings = load_config(config)
     if isinstance(settings, SegmenterConfig):
         window = "[16,16,8]" if len(settings.data.window) == 3 else str(list(settings.data.window))
-        sides = (f"data.{side}_cases=1" for side in ("test", "validation"))
+        calibration = ["calibration"] if settings.data.calibration_cases else []
+        sides = (f"data.{side}_cases=1" for side in ("test", "validation", *calibration))
         network = ("network.channels=8", "network.num_res_blocks=1")
-        return sets(*(f"training.{one}" for one in TRAINING), *sides, *network, f"data.window={window}", "inference.steps=1",
-                    "inference.ensemble=2")  # fmt: skip
+        inference = ("inference.steps=1", "inference.ensemble=2", f"data.window={window}")
+        return sets(*(f"training.{one}" for one in TRAINING), *sides, *network, *inference)
     if isinstance(settings, GeneratorConfig):
         side = settings.data.size if isinstance(settings.data.size, int) else 0
         small = ["data.size=32"] if side == 64 or side == 128 else []
-        held_out = (
-            ("data.test_images=1", "data.validation_images=1")
-            if settings.data.test_images
-            else ("data.validation_images=2",)
-        )
+        held_out = ["data.validation_images=1", *(["data.test_images=1"] if settings.data.test_images else [])]
         return sets(*(f"training.{one}" for one in TRAINING), *held_out, *small, "sampling.steps=2")
     if isinstance(settings, AnomalyConfig):
         inner = ("data.size=32", "data.test_images=2", "data.validation_images=2")
