@@ -33,7 +33,7 @@ from medseg_diffusion.models.image_source import SampleOptions
 from medseg_diffusion.training.trainer import Progress
 from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
 from medseg_diffusion.workflows.export_model import export_model
-from medseg_diffusion.workflows.sample import sample_images
+from medseg_diffusion.workflows.sample import sample
 from medseg_diffusion.workflows.train_generator import train_generator
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
@@ -86,7 +86,7 @@ def generators(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
         else:
             models.append(runs / name)
             sampling = SampleOptions(4 if options.rehearse else 64, batch_size=64, device=device)
-            sample_images(model, runs / f"{name}-samples", sampling)
+            sample(model, runs / f"{name}-samples", sampling)
             shutil.copyfile(runs / f"{name}-samples" / "grid.png", options.out / f"{name}.png")
         write(options, result)
     result["scores"] = scored(options, models, runs / "scores", device)

@@ -1,11 +1,7 @@
-"""`medseg info`: versions, devices and models, for a bug report."""
+"""`medseg info`."""
 
 from __future__ import annotations
 
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,29 +9,12 @@ import typer
 from ._options import AsJson
 from ._shared import print_json
 
-PACKAGES = (
-    "medseg-diffusion",
-    "torch",
-    "monai",
-    "numpy",
-    "nibabel",
-    "SimpleITK",
-    "pydicom",
-    "highdicom",
-    "scikit-image",
-)
-CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
-
 
 def info(as_json: AsJson = False) -> None:
     """Print versions, devices and models, even if some of them are missing or broken."""
-    report = {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "devices": _devices(),
-        "models": _models(),
-    }
+    from medseg_diffusion.workflows.info import info as run
+
+    report = run()
     if as_json:
         print_json(report)
         return
@@ -51,37 +30,3 @@ def info(as_json: AsJson = False) -> None:
 def _text(value: Any) -> str:
     items = value if isinstance(value, list) else [value]
     return ", ".join("-" if item is None else str(item) for item in items) or "-"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux only; elsewhere the features stay unknown
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), None)
-    features = None if flags is None else [name for name in CPU_FEATURES if name in flags]
-    return {"machine": platform.machine(), "cores": os.cpu_count(), "features": features}
-
-
-def _devices() -> list[str]:
-    try:
-        import torch
-    except (ImportError, OSError):  # missing, or a broken install without its libraries
-        return []
-    cuda = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
-
-
-def _models() -> dict[str, Any]:
-    try:
-        from medseg_diffusion.models.store import list_models, model_folders
-
-        folders = {f"{source} folder": str(folder) for source, folder in model_folders().items()}
-        return folders | {"installed": [model.name for model in list_models()]}
-    except Exception as error:  # the report must show whatever is wrong with an installation
-        return {"error": f"{type(error).__name__}: {error}"}

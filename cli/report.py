@@ -29,10 +29,10 @@ def report(
     """Write a page about a training, also while it goes on: curves, pictures, data, and the command to go on."""
     require_one_on_stdout(markdown, as_json)
     from medseg_diffusion.reports.run_page import run_markdown, run_sentences
-    from medseg_diffusion.workflows.report import report_run
+    from medseg_diffusion.workflows.report import report as run_report
 
     command = shlex.join(["medseg", *sys.argv[1:]])
-    page, summary = report_run(run, output, command=command)
+    page, summary = run_report(run, output, command=command)
     now = time.time()
     write_markdown(markdown, lambda: run_markdown(summary, now=now, command=command))
     if as_json:

@@ -53,7 +53,7 @@ def sample(
 ) -> None:
     """Sample images from a generator into numbered files and grid.png; a repeated call finishes an interrupted one."""
     from medseg_diffusion.models.image_source import SampleOptions
-    from medseg_diffusion.workflows.sample import sample_images
+    from medseg_diffusion.workflows.sample import sample as run
 
     options = SampleOptions(
         count=count,
@@ -71,9 +71,7 @@ def sample(
         seed=seed,
     )
     with progress(quiet) as show:
-        paths = sample_images(
-            model, output, options, lambda done, total: show(f"image {done} of {total}", done / max(total, 1))
-        )
+        paths = run(model, output, options, show)
     if as_json:
         print_json({"images": paths, "grid": output / "grid.png"})
     elif not quiet:

@@ -52,7 +52,7 @@ class AnomalyModel:
     """A trained anomaly model, loaded once for many scans.
 
     Args:
-        name_or_path: Model folder, run folder or installed name.
+        name_or_path: Model folder, run folder or installed name, or a model that was read before.
         options: Detector and post-processing.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         compile: Compile the denoiser; maps differ by rounding.
@@ -64,7 +64,7 @@ class AnomalyModel:
 
     def __init__(
         self,
-        name_or_path: str | Path,
+        name_or_path: str | Path | SavedModel,
         options: DetectionOptions = DetectionOptions(),
         device: str = "auto",
         compile: bool = False,
@@ -97,6 +97,11 @@ class AnomalyModel:
     def healthy_scores(self) -> HealthyScores | None:
         """The calibration of the chosen detector on healthy scans; None without calibration."""
         return stored_scores(self.saved, self.method)
+
+    def percentile(self, scan_score: float) -> float | None:
+        """Share of healthy scans with a lower score, in %, to one decimal; None if the map is not comparable."""
+        healthy = None if self.notes else self.healthy_scores()
+        return None if healthy is None else round(healthy.percentile(scan_score), 1)
 
     def score(
         self,

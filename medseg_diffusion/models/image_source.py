@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from medseg_diffusion.errors import UsageError
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 
 from .generator import Generator, restore_classifier, restore_generator
-from .store import load_model_files
+from .store import SavedModel, load_model_files
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ImageSource:
         loss_extractors: Fingerprints of the feature extractors that were used in a training loss.
     """
 
-    def __init__(self, name_or_path: str | Path, options: SampleOptions = SampleOptions()) -> None:
+    def __init__(self, name_or_path: str | Path | SavedModel, options: SampleOptions = SampleOptions()) -> None:
         self.options = options
         self.device = choose_device(options.device)
         tune(self.device)
@@ -81,6 +82,20 @@ class ImageSource:
             self.sha256["classifier_sha256"] = saved.sha256
             self._check_classifier(config)
         self._check()
+
+    def with_options(self, options: SampleOptions) -> ImageSource:
+        """The same models on the same device, with the other options from ``options``.
+
+        Raises:
+            UsageError: options that do not fit the models.
+        """
+        loaded = {name: getattr(self.options, name) for name in ("classifier", "upsampler", "device", "compile")}
+        other = copy(self)
+        other.options = replace(options, **loaded)
+        other._check()
+        if other.classifier is not None:
+            other._check_class(other.num_classes)
+        return other
 
     @property
     def last(self) -> Generator:

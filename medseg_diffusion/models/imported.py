@@ -1,27 +1,24 @@
-"""Published networks in memory, with the calling convention of the original code."""
+"""Published networks in memory, and the networks of models on images that were trained here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medseg_diffusion import build
 from medseg_diffusion.config.imported import AutoencoderConfig, ClassifierConfig, DenoiserConfig
 from medseg_diffusion.config.shared import Section
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
-from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.errors import ModelError
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
 from medseg_diffusion.networks.unet import UNet
 
 from .generator import restore_autoencoder, restore_classifier, restore_generator
 from .restore import ready, typed_config, usable
-from .store import SavedModel, load_model_files
+from .store import SavedModel
 
 IMPORTED: dict[str, type[Section]] = {
     "denoiser": DenoiserConfig,
@@ -30,42 +27,15 @@ IMPORTED: dict[str, type[Section]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A denoiser, noisy classifier or autoencoder of a model directory.
+def restore_network(saved: SavedModel) -> nn.Module:
+    """The network of an imported model, or of a generator, autoencoder or noisy classifier that was trained here.
 
-    Attributes:
-        saved: Card and weights as stored.
-        module: `NetworkDenoiser`, `NoisyClassifier` or `KLAutoencoder`, in evaluation mode.
-    """
-
-    saved: SavedModel
-    module: nn.Module
-
-    def network(
-        self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
-        """The raw output of the network, with the arguments of the original code.
-
-        ``timesteps`` (B,) count from 0. ``x`` (B, in_channels, *S) includes a concatenated condition. ``context`` is
-        (B, L, D). The output keeps the channels of a learned variance.
-        """
-        if isinstance(self.module, NoisyClassifier):
-            return cast(Tensor, self.module(x, timesteps))
-        if not isinstance(self.module, NetworkDenoiser):
-            raise UsageError(f"{self.saved.path}: an autoencoder has no timesteps; use module.encode and module.decode")
-        conditions = {"label": class_labels, "context": context}
-        cond = {name: value for name, value in conditions.items() if value is not None}
-        return cast(Tensor, self.module.network(x, timesteps, cond))
-
-
-def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load an imported model, or a generator, autoencoder or noisy classifier that was trained here.
+    Returns:
+        `NetworkDenoiser`, `NoisyClassifier`, `KLAutoencoder` or `VQAutoencoder`, in evaluation mode on the CPU.
 
     Raises:
-        ModelError: A model that is missing, damaged or a segmenter (`load_segmenter` loads those).
+        ModelError: A model of another kind, or an unusable one.
     """
-    saved = load_model_files(name_or_path)
     kind = saved.card.get("task")
     trained: dict[str, Callable[[], nn.Module]] = {
         "image": lambda: restore_generator(saved).task.denoiser,
@@ -73,16 +43,16 @@ def load_model(name_or_path: str | Path, device: str | torch.device = "cpu") -> 
         "image-classifier": lambda: restore_classifier(saved)[0],
     }
     if kind in trained:
-        return LoadedModel(saved, trained[kind]().to(device))
+        return trained[kind]()
     if kind not in IMPORTED:
-        raise ModelError(f"{saved.path}: a model for {kind!r}, expected {', '.join(IMPORTED)}; segment with it instead")
+        raise ModelError(f"{saved.path}: a model for {kind!r}, expected {', '.join((*trained, *IMPORTED))}")
     schema = IMPORTED[kind]
     config = typed_config(saved, schema)
     with usable(saved, schema):
         module = _built(config)
         # Only the network of a denoiser is stored.
         ready(module.network if isinstance(module, NetworkDenoiser) else module, saved.weights)
-    return LoadedModel(saved, module.to(device).eval())
+    return module.eval()
 
 
 def _built(config: Section) -> nn.Module:

@@ -11,14 +11,14 @@ from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from .pixel_segmenter import PixelSegmenter
 from .segmentation import EnsembleOptions, SegmentationModel
 from .segmenter import MaskSegmenter
-from .store import load_model_files
+from .store import SavedModel, load_model_files
 
 DEFAULT_SEGMENTER = "brain-tissue-t1"
 
 
 # many: one parameter for each option of an ensemble
 def load_segmenter(
-    name_or_path: str | Path = DEFAULT_SEGMENTER,
+    name_or_path: str | Path | SavedModel = DEFAULT_SEGMENTER,
     device: str = "auto",
     ensemble: int | None = None,
     steps: int | None = None,
@@ -33,7 +33,7 @@ def load_segmenter(
     """Load a segmenter once for many scans.
 
     Args:
-        name_or_path: Model folder, run folder or installed name.
+        name_or_path: Model folder, run folder or installed name, or a model that was read before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         ensemble: Members per scan; None takes the model's default.
         steps: Denoiser calls per sample; None takes the model's default.

@@ -127,15 +127,18 @@ def save_model(
         (folder / "SHA256SUMS").write_text(sums)
 
 
-def load_model_files(name_or_path: str | Path) -> SavedModel:
+def load_model_files(name_or_path: str | Path | SavedModel) -> SavedModel:
     """Read a model directory and check its checksums.
 
     Args:
-        name_or_path: A model directory, a run directory (its model/), or the name of an installed model.
+        name_or_path: A model directory, a run directory (its model/), or the name of an installed model. A model that
+            was read before is returned as it is.
 
     Raises:
         ModelError: A model that is not found, incomplete, damaged, or written by a newer version.
     """
+    if isinstance(name_or_path, SavedModel):
+        return name_or_path
     from safetensors.torch import load_file
 
     path = find_model(name_or_path)

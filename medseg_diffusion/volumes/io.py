@@ -41,10 +41,14 @@ def read_volume(path: Path | str, channels: int | None = 1, series: SeriesChoice
         InputError: a file that is missing, damaged or of another kind; another number of axes or channels; voxels
             that are NaN, infinite or beyond float32; a constant channel; an unusable affine (`check_affine`).
     """
-    volume = read_map(path, channels, series)
+    return with_contrast(read_map(path, channels, series))
+
+
+def with_contrast(volume: Volume) -> Volume:
+    """The same volume; InputError if a channel is constant."""
     flat = [index for index, channel in enumerate(volume.data) if channel.min() == channel.max()]
     # One or two channels of a colour image may be constant: a blue stain leaves red and green black.
-    if flat and not (is_image(path) and len(flat) < len(volume.data)):
+    if flat and not (is_image(volume.source or "") and len(flat) < len(volume.data)):
         which = f" in channel {flat[0]}" if len(volume.data) > 1 else ""
         found = f"the constant value {float(volume.data[flat[0]].flatten()[0]):g}{which}"
         raise InputError(volume.source, found, "an image with contrast", "check its export")
@@ -66,11 +70,16 @@ def stacked(volumes: Iterable[Volume]) -> Volume:
 def read_map(path: Path | str, channels: int | None = None, series: SeriesChoice = SeriesChoice()) -> Volume:
     """`read_volume` for maps, such as probabilities: a channel may be constant."""
     path = Path(path)
-    array, opened = _read(path, channels, series=series)
+    return map_of(_opened(path, channels, series=series), path, channels)
+
+
+def map_of(opened: FileImage, source: Path, channels: int | None = None) -> Volume:
+    """The volume of an opened image, which `read_map` describes; ``source`` is its file or, in messages, its name."""
+    array = _voxels(source, opened, channels)
     limit = float(np.finfo(np.float32).max)
     if array.dtype.itemsize > 4 and max(float(array.max()), -float(array.min())) > limit:
-        raise InputError(path, "voxels beyond 3.4e38", "values that fit float32", "rescale the intensities")
-    return Volume(torch.from_numpy(_copied(array, np.dtype(np.float32))), opened.affine, path, opened.header)
+        raise InputError(source, "voxels beyond 3.4e38", "values that fit float32", "rescale the intensities")
+    return Volume(torch.from_numpy(_copied(array, np.dtype(np.float32))), opened.affine, source, opened.header)
 
 
 def read_labels(path: Path | str) -> Volume:
@@ -83,7 +92,12 @@ def read_labels(path: Path | str) -> Volume:
         InputError: as `read_volume`, and for values that are not whole numbers from 0 to 65535.
     """
     path = Path(path)
-    array, opened = _read(path, channels=1, labels=True)
+    return labels_of(_opened(path, channels=1, labels=True), path)
+
+
+def labels_of(opened: FileImage, source: Path) -> Volume:
+    """The label map of an opened image, which `read_labels` describes; ``source`` as for `map_of`."""
+    array = _voxels(source, opened, channels=1)
     expected, remedy = f"whole numbers from 0 to {_MAX_LABEL}", "pass a label map, not an image or a probability map"
     whole = array
     if array.dtype.kind == "f":
@@ -91,10 +105,10 @@ def read_labels(path: Path | str) -> Volume:
         # A slope that float32 cannot hold exactly leaves labels such as 0.99999994.
         wrong = np.abs(array - whole) > 1e-3
         if wrong.any():
-            raise InputError(path, f"the label {array[wrong].flat[0]:g}", expected, remedy)
+            raise InputError(source, f"the label {array[wrong].flat[0]:g}", expected, remedy)
     if whole.min() < 0 or whole.max() > _MAX_LABEL:
-        raise InputError(path, f"labels from {whole.min():g} to {whole.max():g}", expected, remedy)
-    return Volume(torch.from_numpy(_copied(whole, np.dtype(np.int32))), opened.affine, path, opened.header)
+        raise InputError(source, f"labels from {whole.min():g} to {whole.max():g}", expected, remedy)
+    return Volume(torch.from_numpy(_copied(whole, np.dtype(np.int32))), opened.affine, source, opened.header)
 
 
 def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
@@ -176,10 +190,8 @@ def format_of(path: Path | str) -> ModuleType:
     return itk
 
 
-def _read(
-    path: Path, channels: int | None, labels: bool = False, series: SeriesChoice = SeriesChoice()
-) -> tuple[npt.NDArray[Any], FileImage]:
-    """Open a file and check its header, then its voxels: (C, I, J, K) of finite numbers in the file's own type."""
+def _opened(path: Path, channels: int | None, labels: bool = False, series: SeriesChoice = SeriesChoice()) -> FileImage:
+    """Open a file of any format."""
     require_file(path)
     opened: FileImage
     if is_image(path):
@@ -187,31 +199,36 @@ def _read(
 
         opened = raster.open_labels(path) if labels else raster.open_image(path)
         _check_colours(path, opened.shape, channels, labels)
-    elif is_dicom(path):
+        return opened
+    if is_dicom(path):
         from . import dicom
 
-        opened = dicom.open_image(path, series)
-    else:
-        opened = format_of(path).open_image(path)
-    _check_shape(path, opened.shape, channels)
+        return dicom.open_image(path, series)
+    opened = format_of(path).open_image(path)
+    return opened
+
+
+def _voxels(source: Path, opened: FileImage, channels: int | None) -> npt.NDArray[Any]:
+    """Check the header, then the voxels: (C, I, J, K) of finite numbers in the image's own type."""
+    _check_shape(source, opened.shape, channels)
     if opened.dtype.fields is not None or opened.dtype.kind not in "iubf":
         kind = "colour (RGB)" if opened.dtype.fields is not None else str(opened.dtype)
-        raise InputError(path, f"{kind} voxels", "one number per voxel", "convert the scan to greyscale")
-    check_affine(opened.affine, path)
-    if not is_image(path):
-        check_spacing(opened.affine, path)
+        raise InputError(source, f"{kind} voxels", "one number per voxel", "convert the scan to greyscale")
+    check_affine(opened.affine, source)
+    if not is_image(source):
+        check_spacing(opened.affine, source)
     array: npt.NDArray[Any] = opened.load()
     array = np.moveaxis(array.reshape(*array.shape[:3], -1), -1, 0)
     if array.dtype.kind == "f":
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
         if bad:
             raise InputError(
-                path,
+                source,
                 f"{bad} NaN or infinite voxels ({bad / array.size:.2g} of all)",
                 "finite intensities",
                 "replace them, for example with the image's minimum",
             )
-    return array, opened
+    return array
 
 
 def _copied(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -60,8 +60,28 @@ def open_image(path: Path) -> FileImage:
     return FileImage(tuple(image.shape), dtype, affine, header, load)
 
 
+def opened_in_memory(image: nib.spatialimages.SpatialImage, name: Path) -> FileImage:
+    """An image of nibabel as an opened file; ``name`` stands for its file in messages.
+
+    Raises:
+        InputError: no affine, or an unusable one.
+    """
+    if isinstance(image, nib.Nifti1Pair):
+        affine, header = _geometry(name, image)
+    else:  # formats such as MGH state only the affine, in mm
+        affine, header = np.asarray(image.affine, dtype=np.float64), Header()
+        check_affine(affine, name)
+    array = np.asanyarray(image.dataobj)
+    return FileImage(tuple(array.shape), array.dtype, affine, header, lambda: array)
+
+
 def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
     """Write voxels (I, J, K) or (I, J, K, C) unscaled (slope 1, intercept 0) with the geometry of `like`."""
+    nib.save(image_of(array, like), path)
+
+
+def image_of(array: npt.NDArray[np.generic], like: Volume) -> nib.Nifti1Image:
+    """Voxels (I, J, K) or (I, J, K, C) as an image of nibabel with the geometry of `like`."""
     kind = nib.Nifti1Image if max(array.shape) < 2**15 else nib.Nifti2Image
     header = kind.header_class()
     header.set_data_dtype(array.dtype)
@@ -73,7 +93,7 @@ def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
     header.set_sform(to_file @ like.affine, code=like.header.sform_code)
     header["xyzt_units"] = units
     header.set_slope_inter(1, 0)
-    nib.save(kind(array, None, header), path)
+    return kind(array, None, header)
 
 
 def _end_of_voxels(image: nib.Nifti1Image) -> int:

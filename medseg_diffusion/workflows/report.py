@@ -42,7 +42,7 @@ _PARTS = ("generator", "classifier")
 """Folders of the networks of an anomaly model."""
 
 
-def report_run(run: Path, output: Path | None = None, *, command: str = "") -> tuple[Path, RunSummary]:
+def report(run: Path, output: Path | None = None, *, command: str = "") -> tuple[Path, RunSummary]:
     """Write the page about a run and return its path and what it says.
 
     Args:

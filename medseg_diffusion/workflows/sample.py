@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,17 +18,28 @@ from medseg_diffusion.reports.pictures import as_pictures, grid, png
 from medseg_diffusion.volumes.io import read_map, write_map
 from medseg_diffusion.volumes.volume import Volume
 
+from .progress import OnProgress, count_of, silent
 
-def sample_images(
+
+def sample(
     name_or_path: str | Path,
     output: Path,
     options: SampleOptions = SampleOptions(),
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> list[Path]:
     """Sample images into the folder ``output``: 00000.png, ..., grid.png of the first 64, and samples.json.
 
     Volumes become 00000.nii.gz, ..., with levels 0 to 255 in RAS, and grid.png shows their middle slices. Images that
     the same model has made with the same options are kept, so that an interrupted call can be repeated.
+
+    Args:
+        name_or_path: Generator: model folder, run folder or installed name.
+        output: The folder, new or of the same samples.
+        options: The options.
+        on_progress: Called with a text and the share done, 0 to 1.
+
+    Returns:
+        The files of the images, in their order.
 
     Raises:
         UsageError: Options that do not fit the model, or a folder with samples of other options.
@@ -59,7 +69,7 @@ def sample_images(
                 write_map(levels, Volume(levels, np.diag([*spacing, 1.0])), paths[i])
             else:
                 write_files(output, {paths[i].name: png(image.squeeze(-1).numpy())})
-        on_progress(min(first + options.batch_size, len(missing)), len(missing))
+        count_of(on_progress)("image", min(first + options.batch_size, len(missing)), len(missing))
     read = (lambda path: read_map(path).data) if volumes else (lambda path: _channels_first(read_png(path)))
     shown = torch.stack([to_unit(read(path)) for path in paths[:64]])
     write_files(output, {"grid.png": png(grid(as_pictures(shown)))})

@@ -230,7 +230,7 @@ class _Segmented:
 
 def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> _Segmented:
     """Segment a scan, with the maps that are written: others would stay in memory while the next one is segmented."""
-    _check_fits(scan.volume, model)
+    require_fitting(scan.volume, model)
     write_mask = _mask_writer(model, scan, options)  # refuses before the computation what cannot be written after it
     seed = derive_seed(options.seed, scan.name)
     return _Segmented(model.segment(scan.volume, seed, scan.on_progress, _maps(options)), write_mask)
@@ -344,7 +344,7 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
     )
 
 
-def _check_fits(volume: Volume, model: SegmentationModel) -> None:
+def require_fitting(volume: Volume, model: SegmentationModel) -> None:
     """Refuse an image for a 3D model, and another number of channels than the model's."""
     if model.dims == 3 and 1 in volume.shape:
         size = " x ".join(str(n) for n in volume.shape if n > 1)

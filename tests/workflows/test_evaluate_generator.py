@@ -25,7 +25,7 @@ from medseg_diffusion.workflows.evaluate_generator import (
     evaluate_generator,
     parse_samplers,
 )
-from medseg_diffusion.workflows.sample import sample_images
+from medseg_diffusion.workflows.sample import sample
 from medseg_diffusion.workflows.train_generator import train_generator
 from tests.helpers.cli import medseg
 from tests.helpers.generators import QUIET, small_config
@@ -172,7 +172,7 @@ def test_what_cannot_be_scored_is_said_before_anything_is_sampled(
 
 
 def test_samples_are_scored_without_their_overview(image_models, pictures, scoring_network, tmp_path: Path) -> None:
-    sample_images(str(image_models["pixel"]), tmp_path / "s", SampleOptions(count=6, steps=2, device="cpu"))
+    sample(str(image_models["pixel"]), tmp_path / "s", SampleOptions(count=6, steps=2, device="cpu"))
     options = SampleOptions(count=100, device="cpu")
     result = evaluate_generator(
         [str(tmp_path / "s")], pictures, tmp_path / "out", GeneratorEvaluationOptions((), options, str(scoring_network))

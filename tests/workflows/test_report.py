@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from medseg_diffusion.workflows.report import _uses, report_run, run_summary
+from medseg_diffusion.workflows.report import _uses, report, run_summary
 from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classifier
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers import pixel_classifiers, training
@@ -54,7 +54,7 @@ def test_the_command_on_the_page_continues_a_stopped_run(stopped: Path, block_sc
 
 def test_the_page_of_a_segmenter(stopped: Path, tmp_path: Path) -> None:
     before = contents(stopped)
-    page, summary = report_run(stopped, tmp_path / "page.html", command="medseg report")
+    page, summary = report(stopped, tmp_path / "page.html", command="medseg report")
     text = page.read_text()
     assert contents(stopped) == before, "a run that may be going on is not touched"
     # score, one class, loss, gradient norm, learning rate, seconds
@@ -71,13 +71,13 @@ def test_a_run_goes_on_while_it_logs(stopped: Path, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
     shutil.copy(stopped / "config.yaml", begun)
-    page, summary = report_run(begun, tmp_path / "page.html")
+    page, summary = report(begun, tmp_path / "page.html")
     assert summary.state == "stopped" and "Nothing has been logged yet." in page.read_text()
 
 
 def test_both_stages_of_a_latent_segmenter(block_scans: Path, tmp_path: Path) -> None:
     train_segmenter(training.latent_config(), block_scans, tmp_path / "run", device="cpu")
-    page, summary = report_run(tmp_path / "run", tmp_path / "page.html")
+    page, summary = report(tmp_path / "run", tmp_path / "page.html")
     first, second = summary.networks
     assert (first.max_steps, first.history.step, second.max_steps, second.history.step) == (6, 6, 4, 4)
     assert "against their reconstructions" in first.score and summary.state == "finished"
@@ -86,7 +86,7 @@ def test_both_stages_of_a_latent_segmenter(block_scans: Path, tmp_path: Path) ->
 
 def test_generators_show_their_pictures(image_models: dict[str, Path], tmp_path: Path) -> None:
     for name, kind in (("pixel", "Generator (pixel)"), ("autoencoder", "Autoencoder of images"), ("latent", "latent")):
-        page, summary = report_run(image_models[name].parent, tmp_path / f"{name}.html")
+        page, summary = report(image_models[name].parent, tmp_path / f"{name}.html")
         text = page.read_text()
         assert kind in summary.kind and summary.state == "finished"
         assert text.count("data:image/png;base64") == 1 and "picture 1, step 2" in text
@@ -117,7 +117,7 @@ def test_the_networks_of_an_anomaly_model(anomaly_models: dict[str, Path], tmp_p
 def test_a_pixel_classifier_has_no_steps(box_scans: Path, box_generators: dict[int, Path], tmp_path: Path) -> None:
     config = pixel_classifiers.quick()
     train_pixel_classifier(config, box_generators[2], box_scans, 2, tmp_path / "run", test=False, device="cpu")
-    page, summary = report_run(tmp_path / "run", tmp_path / "page.html")
+    page, summary = report(tmp_path / "run", tmp_path / "page.html")
     assert summary.state == "finished" and not summary.networks and "labelled images" in summary.data
     assert "It is finished." in page.read_text()
 
@@ -145,7 +145,7 @@ def test_damage_and_older_versions_leave_what_can_be_read(stopped: Path, tmp_pat
     (run / "model" / "model.json").write_text("{")
     (run / "samples").mkdir()
     (run / "samples" / "001.png").write_bytes(b"\x89PNG half")
-    page, summary = report_run(run, tmp_path / "page.html")
+    page, summary = report(run, tmp_path / "page.html")
     assert summary.networks[0].max_steps == 4 and not summary.sides and not summary.model
     assert "There is no model yet" in page.read_text()
 

@@ -13,7 +13,7 @@ from medseg_diffusion.errors import UsageError
 from medseg_diffusion.models.image_source import SampleOptions
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows.evaluate_generator import evaluate_generator
-from medseg_diffusion.workflows.sample import read_png, sample_images
+from medseg_diffusion.workflows.sample import read_png, sample
 from medseg_diffusion.workflows.train_generator import train_generator
 from tests.helpers.generators import QUIET, small_config
 
@@ -39,21 +39,21 @@ def test_generators_of_volumes_from_scans_to_scans(tmp_path: Path) -> None:
         config = small_config(method, **whole, network=network)
         model = train_generator(config, tmp_path / "scans", run, autoencoder=given, device="cpu")
         options = SampleOptions(count=2, steps=2, device="cpu")
-        paths = sample_images(model, tmp_path / f"{method}-samples", options)
+        paths = sample(model, tmp_path / f"{method}-samples", options)
         image = nib.load(paths[1])
         assert image.shape == (12, 12, 8) and np.allclose(np.diag(image.affine), [2, 2, 2, 1])
         with Image.open(tmp_path / f"{method}-samples" / "grid.png") as picture:
             assert picture.size == (2 * 12 + 2, 12)
-        assert sample_images(model, tmp_path / f"{method}-samples", options) == paths
+        assert sample(model, tmp_path / f"{method}-samples", options) == paths
     with pytest.raises(UsageError, match="makes volumes, and the scores are of images"):
         evaluate_generator([str(run)], tmp_path / "scans", tmp_path / "scores")
 
 
 def test_an_interrupted_call_is_finished_with_the_same_images(image_models, tmp_path: Path) -> None:
-    whole = sample_images(image_models["pixel"], tmp_path / "a", SampleOptions(count=5, device="cpu"))
-    paths = sample_images(image_models["pixel"], tmp_path / "b", SampleOptions(count=2, device="cpu"))
+    whole = sample(image_models["pixel"], tmp_path / "a", SampleOptions(count=5, device="cpu"))
+    paths = sample(image_models["pixel"], tmp_path / "b", SampleOptions(count=2, device="cpu"))
     stamp = paths[0].stat().st_mtime_ns
-    paths = sample_images(image_models["pixel"], tmp_path / "b", SampleOptions(count=5, batch_size=2, device="cpu"))
+    paths = sample(image_models["pixel"], tmp_path / "b", SampleOptions(count=5, batch_size=2, device="cpu"))
     assert paths[0].stat().st_mtime_ns == stamp
     for one, other in zip(whole, paths, strict=True):
         gap = read_png(one).astype(int) - read_png(other).astype(int)
@@ -61,4 +61,4 @@ def test_an_interrupted_call_is_finished_with_the_same_images(image_models, tmp_
     with Image.open(tmp_path / "b" / "grid.png") as grid:
         assert grid.size == (3 * 18 - 2, 2 * 18 - 2)
     with pytest.raises(UsageError, match="of other options"):
-        sample_images(image_models["pixel"], tmp_path / "b", SampleOptions(count=5, steps=9, device="cpu"))
+        sample(image_models["pixel"], tmp_path / "b", SampleOptions(count=5, steps=9, device="cpu"))

@@ -1,0 +1,201 @@
+"""What models return for a scan, on the scan's own grid, and the images that a generator drew."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from medseg_diffusion.data.image_cache import to_unit
+from medseg_diffusion.errors import UsageError
+from medseg_diffusion.files import write_files
+from medseg_diffusion.reports.pictures import as_pictures, grid, png
+from medseg_diffusion.volumes.io import write_labels, write_map
+from medseg_diffusion.volumes.memory import to_nibabel
+from medseg_diffusion.volumes.volume import Volume
+
+SegmentedMap = Literal["labels", "probabilities", "uncertainty", "members", "mutual-information"]
+ScoredMap = Literal["score", "mask", "foreground", "counterpart"]
+
+
+class _OnScan:
+    """Arrays on the grid of ``scan``."""
+
+    scan: Volume
+
+    @abstractmethod
+    def _array(self, what: Any) -> npt.NDArray[Any]:
+        """(I, J, K), or (C, I, J, K) of several channels.
+
+        Raises:
+            UsageError: a map that was not asked for.
+        """
+
+    def _nibabel(self, what: str) -> nib.Nifti1Image:
+        return to_nibabel(self._array(what), self.scan)
+
+    def _save(self, path: str | Path, what: str) -> Path:
+        array = torch.from_numpy(np.ascontiguousarray(self._array(what)))
+        path = Path(path)
+        if array.is_floating_point():
+            write_map(array, self.scan, path)
+        else:
+            write_labels(array, self.scan, path)
+        return path
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentedScan(_OnScan):
+    """A segmented scan, on its own grid (I, J, K).
+
+    Attributes:
+        scan: The scan, whose geometry all arrays have.
+        labels: Label of every voxel, (I, J, K) uint8, or int32 for more than 256 classes.
+        classes: Label -> name of the class, background 0 included.
+        volumes_ml: Class name -> volume in ml, without background.
+        members: The mask of every sampled member, (N, I, J, K); None unless asked for, as the other maps.
+        probabilities: Probability of every class, (K, I, J, K') float32 in [0, 1].
+        uncertainty: Uncertainty of the kind that was chosen at the loading, (I, J, K) float32.
+        mutual_information: Disagreement of the members in every voxel, (I, J, K) float32 in [0, 1].
+        members_ml: Class name -> smallest and largest volume of the members; empty for one member.
+        intervals_ml: Class name -> an interval that contains the true volume in a share ``level`` of patients like
+            those that the model was calibrated on; empty if the model was not calibrated for these options.
+        level: That share, such as 0.95; None without intervals.
+        agreement: Class name -> mean Dice of pairs of members, 0 to 1; empty for one member.
+        disagreement: Disagreement of the members, one number for the scan, 0 for equal ones; None for one member.
+        quality: "check" if the members agree less than on 95 of 100 calibration scans, else "usual"; None without
+            calibration.
+        warnings: What the reader should know, one sentence each.
+    """
+
+    scan: Volume
+    labels: npt.NDArray[Any]
+    classes: dict[int, str]
+    volumes_ml: dict[str, float]
+    members: npt.NDArray[Any] | None
+    probabilities: npt.NDArray[np.float32] | None
+    uncertainty: npt.NDArray[np.float32] | None
+    mutual_information: npt.NDArray[np.float32] | None
+    members_ml: dict[str, tuple[float, float]]
+    intervals_ml: dict[str, tuple[float, float]]
+    level: float | None
+    agreement: dict[str, float]
+    disagreement: float | None
+    quality: Literal["usual", "check"] | None
+    warnings: tuple[str, ...]
+
+    def _array(self, what: SegmentedMap) -> npt.NDArray[Any]:
+        array = getattr(self, what.replace("-", "_"))
+        if array is None:
+            raise UsageError(f"there are no {what}: ask for them with segment(scan, maps=[{what!r}])")
+        return np.asarray(array)
+
+    def to_nibabel(self, what: SegmentedMap = "labels") -> nib.Nifti1Image:
+        """The labels, or a map, as an image of nibabel with the scan's affine and codes; channels are its last axis.
+
+        Raises:
+            UsageError: A map that was not asked for.
+        """
+        return self._nibabel(what)
+
+    def save(self, path: str | Path, what: SegmentedMap = "labels") -> Path:
+        """Write the labels, or a map, with the scan's geometry, and return the path. Its suffix decides the format.
+
+        Raises:
+            UsageError: A map that was not asked for, or a missing folder.
+            InputError: An unknown suffix.
+        """
+        return self._save(path, what)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredScan(_OnScan):
+    """A scan with its anomaly map, on its own grid (I, J, K).
+
+    Attributes:
+        scan: The scan, whose geometry all arrays have.
+        score: How unlike healthy scans a voxel is, (I, J, K) float32, 0 or above; 0 outside the foreground.
+        foreground: Voxels whose scores count, (I, J, K) bool.
+        mask: Voxels above the threshold, (I, J, K) bool, without parts below the model's smallest volume.
+        threshold: The threshold.
+        volume_ml: Volume of the mask in ml.
+        scan_score: Score of the whole scan.
+        healthy_percentile: Share of the model's healthy calibration scans with a lower score, in %; None without
+            calibration for these options.
+        counterpart: The healthy counterpart that the method produced, (I, J, K) float32 in the scan's unit; None unless
+            asked for.
+        warnings: What the reader should know, one sentence each.
+    """
+
+    scan: Volume
+    score: npt.NDArray[np.float32]
+    foreground: npt.NDArray[np.bool_]
+    mask: npt.NDArray[np.bool_]
+    threshold: float
+    volume_ml: float
+    scan_score: float
+    healthy_percentile: float | None
+    counterpart: npt.NDArray[np.float32] | None
+    warnings: tuple[str, ...]
+
+    def _array(self, what: ScoredMap) -> npt.NDArray[Any]:
+        array = getattr(self, what)
+        if array is None:
+            raise UsageError("there is no counterpart: ask for it with anomaly(scan, counterpart=True)")
+        return np.asarray(array)
+
+    def to_nibabel(self, what: ScoredMap = "score") -> nib.Nifti1Image:
+        """The map, or the mask, as an image of nibabel with the scan's affine and codes.
+
+        Raises:
+            UsageError: A counterpart that was not asked for.
+        """
+        return self._nibabel(what)
+
+    def save(self, path: str | Path, what: ScoredMap = "score") -> Path:
+        """Write the map, or the mask, with the scan's geometry, and return the path. Its suffix decides the format.
+
+        Raises:
+            UsageError: A counterpart that was not asked for, or a missing folder.
+            InputError: An unknown suffix.
+        """
+        return self._save(path, what)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images that a generator drew.
+
+    Attributes:
+        images: (n, H, W, C) of pictures or (n, I, J, K, C) of volumes, uint8 levels 0 to 255; C is 1 or 3.
+        classes: Name of the class of each image; empty for a generator without classes.
+        spacing_mm: Voxel size of volumes, whose axes are RAS; None for pictures, which have none.
+    """
+
+    images: npt.NDArray[np.uint8]
+    classes: tuple[str, ...]
+    spacing_mm: tuple[float, float, float] | None
+
+    def to_nibabel(self, index: int) -> nib.Nifti1Image:
+        """One of the volumes as an image of nibabel.
+
+        Raises:
+            UsageError: Pictures, which are no volumes.
+        """
+        if self.spacing_mm is None:
+            raise UsageError("pictures have no geometry: take .images, or write them with .save")
+        data = torch.from_numpy(self.images[index]).movedim(-1, 0)
+        return to_nibabel(data, Volume(data, np.diag([*self.spacing_mm, 1.0])))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one PNG with all images, of volumes their middle slices, and return its path."""
+        path = Path(path)
+        images = torch.from_numpy(self.images).movedim(-1, 1)
+        write_files(path.parent, {path.name: png(grid(as_pictures(to_unit(images))))})
+        return path
