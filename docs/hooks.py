@@ -99,7 +99,7 @@ def commands_page() -> str:
         for title, rows in (("argument", arguments), ("option", options)):
             if rows:
                 lines += [f"| {title} | |", "|---|---|"]
-                lines += [f"| `{_cell(names)}` | {_cell(text)} |" for names, text in rows]
+                lines += [f"| `{_cell(_names(names))}` | {_text(text)} |" for names, text in rows]
                 lines += [""]
     return "\n".join(lines)
 
@@ -110,6 +110,20 @@ def _paragraphs(text: str | None) -> list[str]:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", r"\|")
+
+
+_TYPES = {"<int range>": "N", "<int>": "N", "<float range>": "X", "<float>": "X", "<str>": "TEXT", "<path>": "PATH"}
+
+
+def _names(names: str) -> str:
+    """The names of an option with the kind of its value, as the help of other programs writes it."""
+    names = names.replace(" <list[Path]>", "...").replace(" <list[str]>", "...")
+    return " ".join(_TYPES.get(word, word) for word in re.split(r" (?![^<]*>)", names))
+
+
+def _text(text: str) -> str:
+    """Running text in which * and < are themselves."""
+    return _cell(text).replace("*", r"\*").replace("<", "&lt;")
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -210,13 +224,11 @@ def _default(field: Any) -> str:
         return "as below"
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"`[{', '.join(str(one) for one in value)}]`"
-    return (
-        f"`{str(value).lower() if isinstance(value, bool) else value or '{}'}`"
-        if value != 0 or value is False
-        else "`0`"
-    )
+    return f"`{value}`" if value != "" else '`""`'
 
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
