@@ -82,7 +82,7 @@ def commands_page() -> str:
             panel = heading
         arguments, options = [], []
         with command.context_class(command, info_name=f"medseg {name}") as context:
-            usage = " ".join(command.collect_usage_pieces(context))
+            usage = re.sub(r"\{(\S+?)(\.\.\.)?\}\.\.\.", r"\1...", " ".join(command.collect_usage_pieces(context)))
             for parameter in command.get_params(context):
                 if (record := parameter.get_help_record(context)) and "--help" not in record[0]:
                     (options if parameter.param_type_name == "option" else arguments).append(record)
@@ -117,7 +117,7 @@ _TYPES = {"<int range>": "N", "<int>": "N", "<float range>": "X", "<float>": "X"
 
 def _names(names: str) -> str:
     """The names of an option with the kind of its value, as the help of other programs writes it."""
-    names = names.replace(" <list[Path]>", "...").replace(" <list[str]>", "...")
+    names = re.sub(r"(\.\.\.)? <list\[\w+\]>", "...", names)
     return " ".join(_TYPES.get(word, word) for word in re.split(r" (?![^<]*>)", names))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medseg_diffusion.config.load import load_config, presets
-from tests.helpers.docs import ROOT, Block, Line, blocks, calls, lines_of, markdown_files, name_of, spans
+from tests.helpers.docs import ROOT, Block, Line, blocks, calls, lines_of, markdown_files, name_of, pages, spans
 from tests.helpers.site import hooks
 
 COMMANDS = {name: command for name, _, command in hooks().commands()}
@@ -41,7 +41,7 @@ def problem(words: tuple[str, ...]) -> str | None:
         return (
             None if words[0] in PLACEHOLDERS or (len(words) == 1 and words[0] in groups) else f"no command {words[0]}"
         )
-    rest = [word for word in words[size:] if word not in ("...", "[...]")]
+    rest = [word for word in words[size:] if word != "..." and not word.startswith("$")]
     callbacks = [(parameter, parameter.callback) for parameter in command.params]
     for parameter, _ in callbacks:  # they look for files
         parameter.callback = None
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_found() -> None:
         "segmnt scan.nii.gz": "no command segmnt",
         "segment scan.nii.gz --ensembles 3": "--ensembles",
         "segment scan.nii.gz --fusion median": "median",
-        "train-segmenter ensemdiff-hippocampus-small -o RUN": "--data",
+        "train-segmenter ensemdiff-hippocampus-small -o RUN": "data",
         good.replace("small", "tiny"): "no preset",
         good.replace("max_steps", "steps"): "unknown key",
         "sample m -o DIR and more": "more",
@@ -128,6 +128,12 @@ def test_marks_are_known_and_have_a_reason() -> None:
     marked = [block for page in markdown_files() for block in blocks(page) if block.mark]
     assert marked
     assert [block.place for block in marked if block.mark not in ("not run", "slow") or len(block.reason) < 8] == []
+
+
+def test_blocks_say_their_language() -> None:
+    """A block without one would neither be run nor parsed. Cards of models are made by a template."""
+    found = [block for page in pages() if page.name != "README.md" or page.parent == ROOT for block in blocks(page)]
+    assert [block.place for block in found if block.language not in ("bash", "python", "text", "yaml")] == []
 
 
 def test_the_parts_of_a_line() -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from medseg_diffusion.config.load import presets
-from tests.helpers.docs import DOCS, ROOT, blocks, name_of, pages
+from tests.helpers.docs import DOCS, ROOT, name_of, pages
 from tests.helpers.site import generated, hooks
 
 needs_mkdocs = pytest.mark.skipif(
@@ -111,6 +111,3 @@ def test_the_site_is_built_without_warnings_and_asks_for_nothing(tmp_path: Path)
         html = page.read_text(encoding="utf-8")
         outside = re.findall(r'<(?:script|link|img|iframe|source)[^>]+(?:src|href)="(https?://[^"]+)"', html)
         assert outside == [], page
-    for page in pages()[1:]:
-        if any(block.language == "" for block in blocks(page)):
-            pytest.fail(f"{name_of(page)}: a block without a language")

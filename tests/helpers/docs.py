@@ -68,7 +68,7 @@ class Block:
 
 
 _FENCED = re.compile(r"^(?:<!-- ([a-z ]+): (.+?) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INDENTED = re.compile(r"(?<=\n\n)((?: {4}\S[^\n]*\n)+)")
+_INDENTED = re.compile(r"(?<=\n\n)((?: {4}[^\n]*\n)+)")
 
 
 def blocks(page: Path) -> list[Block]:
@@ -96,7 +96,7 @@ class Line:
 
 def lines_of(script: str) -> list[str]:
     """The lines of a script, joined at backslashes, without empty ones and comments."""
-    joined = re.sub(r"\\\n\s*", " ", script)
+    joined = re.sub(r"\s*\\\n\s*", " ", script)
     return [line.strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
