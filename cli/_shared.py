@@ -20,7 +20,6 @@ import typer
 from medseg_diffusion.files import plain, write_files
 
 if TYPE_CHECKING:
-    from medseg_diffusion.training.trainer import Progress
     from medseg_diffusion.workflows.scans import ScanResult
 
 ProgressCallback = Callable[[str, float], None]
@@ -113,34 +112,6 @@ def progress(quiet: bool | None) -> Iterator[ProgressCallback]:
                 bar.update(task, description=escape(message), completed=fraction)
 
             yield update
-
-
-def count_of(show: ProgressCallback) -> Callable[[str, int, int], None]:
-    """A progress callback (what, done, total) that shows "what: done of total"."""
-
-    def update(what: str, done: int, total: int) -> None:
-        show(f"{what}: {done} of {total}", done / max(total, 1))
-
-    return update
-
-
-def step_of(show: ProgressCallback, with_score: bool = False) -> Callable[[Progress], None]:
-    """A progress callback for trainings that shows step, loss, the last score if asked for, speed, and the time left.
-
-    A wait for examples is shown where it takes a tenth of the time or more.
-    """
-
-    def update(state: Progress) -> None:
-        score = f", score {state.score:.3f}" if with_score and state.score is not None else ""
-        speed = f", {state.examples_per_s:.3g} examples/s"
-        if state.waiting >= 0.1:
-            speed += f" ({state.waiting:.0%} of the time waiting for them)"
-        skipped = f", {state.skipped} steps skipped" if state.skipped else ""
-        left = f", {state.seconds_left / 60:.0f} min left"
-        message = f"step {state.step} of {state.max_steps}, loss {state.loss:.4f}{score}{speed}{skipped}{left}"
-        show(message, state.step / max(state.max_steps, 1))
-
-    return update
 
 
 def print_scan(result: ScanResult, volumes: bool) -> None:

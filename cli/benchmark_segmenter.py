@@ -111,7 +111,7 @@ def benchmark_segmenter(
             data,
             output,
             options,
-            on_progress=lambda what, done, total: show(f"{what}: case {done} of {total}", done / total),
+            on_progress=show,
         )
     write_markdown(markdown, lambda: benchmark_markdown(rows, benchmark_info(data, options, len(rows))))
     if as_json:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ._options import AsJson, Device, LabelledScans, ModelArgument, Quiet
-from ._shared import count_of, print_json, print_table, progress
+from ._shared import print_json, print_table, progress
 
 
 def calibrate_segmenter(
@@ -28,7 +28,7 @@ def calibrate_segmenter(
     from medseg_diffusion.workflows.calibrate_segmenter import calibrate_segmenter as calibrate
 
     with progress(quiet) as show:
-        calibration = calibrate(model, data, output, device=device, on_prepare=count_of(show))
+        calibration = calibrate(model, data, output, device=device, on_progress=show)
     if as_json:
         print_json({"model": output, "calibration": asdict(calibration)})
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ._options import AsJson, Quiet, existing
-from ._shared import count_of, fail, print_json, progress
+from ._shared import fail, print_json, progress
 
 
 def check(
@@ -30,8 +30,7 @@ def check(
     from medseg_diffusion.workflows.check import check as run
 
     with progress(quiet) as show:
-        update = count_of(show)
-        report = run(data, lambda done, total: update("files", done, total))
+        report = run(data, show)
     if as_json:
         print_json({**report.rows(), "broken": report.broken, "remarks": report.remarks})
     elif not quiet:

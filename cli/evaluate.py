@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._options import STDOUT, AsJson, Markdown, Quiet, Seed, existing, require_one_on_stdout
-from ._shared import count_of, print_json, print_table, progress, warnings_at_once, write_markdown
+from ._shared import print_json, print_table, progress, warnings_at_once, write_markdown
 
 if TYPE_CHECKING:
     from medseg_diffusion.metrics.comparison import Comparison
@@ -188,9 +188,9 @@ def evaluate(
     )
     with progress(quiet) as show, warnings_at_once(quiet):
         if len(predictions) > 1:
-            comparison = compare_predictions(predictions, last, output, options, count_of(show))
+            comparison = compare_predictions(predictions, last, output, options, show)
         else:
-            evaluation = run(predictions[0], last, output, options, count_of(show))
+            evaluation = run(predictions[0], last, output, options, show)
     if len(predictions) > 1:
         write_markdown(markdown, lambda: comparison_markdown(comparison, options.command))
     else:

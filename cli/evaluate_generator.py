@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ._options import STDOUT, AsJson, Device, Markdown, Quiet, Seed, existing, require_one_on_stdout
-from ._shared import count_of, fail, print_json, print_table, progress, write_markdown
+from ._shared import fail, print_json, print_table, progress, write_markdown
 
 
 # many, long: one parameter, with its help, for each option of the command
@@ -78,7 +78,7 @@ def evaluate_generator(
             reference,
             output,
             options,
-            on_progress=count_of(show),
+            on_progress=show,
         )
     for warning in result.warnings:
         fail(warning, kind="warning")

@@ -22,7 +22,6 @@ from ._options import (
     TimeLimit,
     existing,
 )
-from ._shared import count_of, step_of
 from ._training import Trained, print_trained, start_processes, training
 
 
@@ -73,8 +72,7 @@ def train_anomaly(
             time_limit_min=time_limit,
             device=device,
             seed=seed,
-            on_progress=step_of(show),
-            on_prepare=count_of(show),
+            on_progress=show,
             on_outcome=trained.outcomes.append,
         )
     print_trained(trained, result.model, quiet, as_json, {"calibration": calibration_rows(result)})

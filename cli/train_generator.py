@@ -22,7 +22,6 @@ from ._options import (
     TimeLimit,
     existing_model,
 )
-from ._shared import count_of, step_of
 from ._training import Trained, print_trained, start_processes, training
 
 
@@ -83,8 +82,7 @@ def train_generator(
             seed=seed,
             skip_broken=skip_broken,
             download=download,
-            on_progress=step_of(show),
-            on_prepare=count_of(show),
+            on_progress=show,
             on_outcome=trained.outcomes.append,
         )
     print_trained(trained, model, quiet, as_json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._options import AsJson, Config, Device, Gpus, LabelledScans, Overrides, Quiet, RunFolder, Seed, existing_model
-from ._shared import count_of, print_json, print_table
+from ._shared import print_json, print_table
 from ._training import Trained, start_processes, training
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def train_pixel_classifier(
             test=test,
             device=device,
             seed=seed,
-            on_progress=count_of(show),
+            on_progress=show,
         )
     if is_first():
         _print(result, Trained(run, "medseg segment SCAN -m MODEL").next(result.model), test, quiet, as_json)

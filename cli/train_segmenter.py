@@ -21,7 +21,6 @@ from ._options import (
     TimeLimit,
     existing_model,
 )
-from ._shared import count_of, step_of
 from ._training import Trained, print_trained, start_processes, training
 
 
@@ -68,8 +67,7 @@ def train_segmenter(
             time_limit_min=time_limit,
             device=device,
             seed=seed,
-            on_progress=step_of(show, with_score=True),
-            on_prepare=count_of(show),
+            on_progress=show,
             on_outcome=trained.outcomes.append,
         )
     print_trained(trained, model, quiet, as_json)

@@ -196,6 +196,13 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
+def as_paths(options: Any, *names: str) -> None:
+    """Turns texts in these fields of a frozen dataclass into paths, and leaves other values as they are."""
+    for name in names:
+        if isinstance(value := getattr(options, name), str):
+            object.__setattr__(options, name, Path(value))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes strict, indented JSON; ValueError for a number that is not finite."""
     write_files(path.parent, {path.name: json.dumps(content, indent=2, allow_nan=False) + "\n"})

@@ -95,9 +95,9 @@ def evaluate_arrays(
     if not 0 < tolerance_mm < float("inf"):
         raise UsageError(f"a tolerance of {tolerance_mm:g} mm; expected a number above 0")
     predicted, true = _on_one_grid(prediction, reference, spacing_mm)
-    arrays = [volume.data[0].numpy() for volume in (predicted, true)]
-    names = _names(labels, sorted({*labels_of(arrays[0]), *labels_of(arrays[1])}))
-    results = measure(*arrays, names, true.spacing, MeasureOptions(tolerance_mm=tolerance_mm))
+    ours, theirs = predicted.data[0].numpy(), true.data[0].numpy()
+    names = _names(labels, sorted({*labels_of(ours), *labels_of(theirs)}))
+    results = measure(ours, theirs, names, true.spacing, MeasureOptions(tolerance_mm=tolerance_mm))
     return {label: ClassMetrics(names[label], **result.metrics) for label, result in results.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -24,10 +25,10 @@ from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.segmentation import Map, SegmentationModel
 from medseg_diffusion.models.store import SavedModel, load_model_files
 from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.modality import ModelInput
 from medseg_diffusion.workflows.anomaly import chosen_threshold
 from medseg_diffusion.workflows.finished import doubts_about
-from medseg_diffusion.workflows.progress import OnProgress, silent
 from medseg_diffusion.workflows.segment import require_fitting
 
 from .results import Samples, ScoredScan, SegmentedMap, SegmentedScan
@@ -408,9 +409,10 @@ def load_model(
         detection = {name: value for name, value in given.items() if name != "compile"}
         return AnomalyDetector(AnomalyModel(saved, DetectionOptions(**detection), device, compile))
     if kind is Generator:
+        options = SampleOptions(device=device, compile=compile)
         others = {name: str(value) for name, value in given.items() if name != "compile"}
         try:
-            return Generator(ImageSource(saved, SampleOptions(**others, device=device, compile=compile)))
+            return Generator(ImageSource(saved, replace(options, **others)))
         except (UsageError, ModelError) as error:  # it cannot be sampled, but its network can be used
             if given:
                 raise

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from medseg_diffusion.errors import UsageError
 
@@ -53,14 +53,39 @@ _SCHEMAS: dict[str, type[AnyConfig]] = {
 }
 
 
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Read a preset or a YAML file, and apply overrides "a.b=value" (value in YAML). ``method`` decides the type.
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Texts "a.b=value" with values in YAML, or a mapping from "a.b" to values."""
+
+
+def load_config(config: str | Path | AnyConfig, overrides: Overrides = ()) -> AnyConfig:
+    """Read a preset or a YAML file, or take a configuration, and apply overrides. ``method`` decides the type.
 
     In the config.yaml of a run folder, the keys `NOTES` are ignored.
+
+    Args:
+        config: Name of a preset (`presets`), YAML file, or a configuration.
+        overrides: Values for single keys: {"training.max_steps": 100}, or the command line's "training.max_steps=100".
 
     Raises:
         UsageError: unknown preset or file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
+    if isinstance(config, BaseModel):
+        if not overrides:
+            return config
+        content, source = config.model_dump(mode="json"), "the configuration"
+    else:
+        content, source = _content(config)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _set(content, key, value)
+    else:
+        for override in overrides:
+            override_key(content, override)
+    return parse_config(content, source)
+
+
+def _content(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
+    """The content of a preset or YAML file, and its path."""
     path = Path(name_or_path)
     if not path.is_file():
         available = presets()
@@ -77,33 +102,54 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyC
         raise UsageError(f"{path}: holds {type(content).__name__}, expected sections such as data: and network:")
     if path.name == "config.yaml":
         content = {key: value for key, value in content.items() if key not in NOTES}
-    for override in overrides:
-        override_key(content, override)
-    return parse_config(content, str(path))
+    return content, str(path)
 
 
-def load_segmenter_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> SegmenterConfig:
+def load_segmenter_config(config: str | Path | SegmenterConfig, overrides: Overrides = ()) -> SegmenterConfig:
     """`load_config` for a segmenter; UsageError for another configuration."""
-    config = load_config(name_or_path, overrides)
-    if not isinstance(config, SegmenterConfig):
-        command = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}.get(
-            config.method, "train-generator"
-        )
-        raise UsageError(f"{name_or_path}: configures a {config.method}; train it with {command}")
-    return config
+    loaded = load_config(config, overrides)
+    if not isinstance(loaded, SegmenterConfig):
+        raise _of_another_kind(config, loaded)
+    return loaded
 
 
-def load_image_config(
-    name_or_path: str | Path, overrides: Sequence[str] = ()
-) -> GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig:
+ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
+"""Configuration of a model that trains on images."""
+
+
+def load_image_config(config: str | Path | ImageConfig, overrides: Overrides = ()) -> ImageConfig:
     """`load_config` for a model that trains on images; UsageError for another configuration."""
-    config = load_config(name_or_path, overrides)
-    if isinstance(config, GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig):
-        return config
-    others = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}
-    raise UsageError(
-        f"{name_or_path}: configures a segmenter; train it with {others.get(config.method, 'train-segmenter')}"
-    )
+    loaded = load_config(config, overrides)
+    if not isinstance(loaded, ImageConfig):
+        raise _of_another_kind(config, loaded)
+    return loaded
+
+
+def load_anomaly_config(config: str | Path | AnomalyConfig, overrides: Overrides = ()) -> AnomalyConfig:
+    """`load_config` for an anomaly model; UsageError for another configuration."""
+    loaded = load_config(config, overrides)
+    if not isinstance(loaded, AnomalyConfig):
+        raise _of_another_kind(config, loaded)
+    return loaded
+
+
+def load_pixel_config(config: str | Path | PixelClassifierConfig, overrides: Overrides = ()) -> PixelClassifierConfig:
+    """`load_config` for pixel classifiers; UsageError for another configuration."""
+    loaded = load_config(config, overrides)
+    if not isinstance(loaded, PixelClassifierConfig):
+        raise _of_another_kind(config, loaded)
+    return loaded
+
+
+def _of_another_kind(config: str | Path | AnyConfig, loaded: AnyConfig) -> UsageError:
+    commands = {
+        SegmenterConfig: "train-segmenter",
+        PixelClassifierConfig: "train-pixel-classifier",
+        AnomalyConfig: "train-anomaly",
+    }
+    named = config if isinstance(config, str | Path) else "the configuration"
+    command = commands.get(type(loaded), "train-generator")
+    return UsageError(f"{named}: configures a {loaded.method}; train it with {command}")
 
 
 def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
@@ -140,16 +186,22 @@ def override_key(content: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UsageError(f"--set {override}: expected a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: {text!r} is not YAML") from error
+    _set(content, key, value)
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set the key "a.b" of ``content``; UsageError if a is no section."""
     node: Any = content
     *parents, last = key.split(".")
     for part in parents:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UsageError(f"--set {override}: {part} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: {text!r} is not YAML") from error
+            raise UsageError(f"{key}={value}: {part} is a value, not a section")
+    node[last] = value
 
 
 def _fields(section: Any, location: Sequence[int | str]) -> Sequence[str]:

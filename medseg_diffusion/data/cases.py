@@ -16,6 +16,7 @@ from medseg_diffusion.volumes.inputs import scan_files
 from medseg_diffusion.volumes.io import read_map
 from medseg_diffusion.volumes.paths import is_image, scan_name
 
+from .file_lists import FileList
 from .patients import patients_of
 
 COLOURS = ("red", "green", "blue")
@@ -64,8 +65,10 @@ class CaseFolder:
     channels: tuple[str, ...]
 
 
-def find_cases(folder: Path) -> CaseFolder:
-    """Find the cases of a Decathlon folder (dataset.json) or an image-mask folder (images/ beside labels/ or masks/).
+def find_cases(data: Path | FileList) -> CaseFolder:
+    """Find the cases of a list of files, or of a folder.
+
+    A folder is of the Decathlon (dataset.json), or has images/ beside labels/ or masks/ (an image-mask folder).
 
     A folder of nnU-Net is one of either kind: its images are named CASE_0000, CASE_0001, ..., one file for each
     channel, and version 2 lists its labels by name and no cases.
@@ -81,6 +84,9 @@ def find_cases(folder: Path) -> CaseFolder:
         InputError: a missing folder, another layout, an image without a label, a reader's mask without an image, no
             case at all, or a patients.csv that lacks a case.
     """
+    if isinstance(data, FileList):
+        return _listed(data)
+    folder = data
     if not folder.is_dir():
         raise InputError(folder, "no such folder", "a data folder", "check the path given with --data")
     found = _cases(folder)
@@ -88,6 +94,17 @@ def find_cases(folder: Path) -> CaseFolder:
     return replace(
         found, cases=tuple(replace(case, patient=patients.get(case.name, case.patient)) for case in found.cases)
     )
+
+
+def _listed(files: FileList) -> CaseFolder:
+    cases = []
+    for entry in files.entries:
+        if not entry.labels:
+            raise InputError(entry.images[0], "no labels", "a label map of every image", "list pairs (image, label)")
+        first, *others = entry.labels
+        image, *channels = entry.images
+        cases.append(Case(entry.name, image, first, entry.patient, tuple(others), tuple(channels)))
+    return CaseFolder(tuple(sorted(cases, key=lambda case: case.name)), {}, _channels(cases))
 
 
 def _cases(folder: Path) -> CaseFolder:

@@ -23,6 +23,7 @@ from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Bounds, SplitName, digest, find_cases, split_of_patients
+from .file_lists import FileList, ListedFile
 from .image_cache import VERSION, PackedImages, Row, open_packed, write_packed
 from .patients import patients_of
 
@@ -47,21 +48,22 @@ class HealthyScan:
     patient: str
 
 
-def find_healthy(folder: Path) -> list[HealthyScan]:
-    """The scans of a labelled folder (`find_cases`), or of a plain folder, whose scans are entirely healthy.
+def find_healthy(data: Path | FileList) -> list[HealthyScan]:
+    """The scans of a list, of a labelled folder (`find_cases`), or of a plain one, whose scans are entirely healthy.
 
     patients.csv (`medseg_diffusion.data.patients`) says which scans are of one patient.
 
     Raises:
         InputError: a missing folder, no scan, or an image file instead of a volume.
     """
+    if isinstance(data, FileList):
+        return [_listed(entry) for entry in data.entries]
+    folder = data
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names & {"dataset.json", "labels", "masks", "labelsTr"}:
         cases = find_cases(folder).cases
         if several := [case.image for case in cases if case.further_channels]:
-            raise InputError(
-                several[0], "one of several channels of a scan", "scans of one channel", "give one of them"
-            )
+            raise _several_channels(several[0])
         return [HealthyScan(case.name, case.image, case.label, case.patient) for case in cases]
     files = find_scans(folder)
     for file in files:
@@ -69,6 +71,18 @@ def find_healthy(folder: Path) -> list[HealthyScan]:
     names_of = {file: scan_name(file) for file in files}
     patients = patients_of(folder, names_of.values())
     return [HealthyScan(name, file, None, patients.get(name, name)) for file, name in names_of.items()]
+
+
+def _listed(entry: ListedFile) -> HealthyScan:
+    image, *channels = entry.images
+    require_volume(image)
+    if channels:
+        raise _several_channels(image)
+    return HealthyScan(entry.name, image, entry.labels[0] if entry.labels else None, entry.patient)
+
+
+def _several_channels(image: Path) -> InputError:
+    return InputError(image, "one of several channels of a scan", "scans of one channel", "give one of them")
 
 
 def require_volume(scan: Path) -> None:
@@ -95,14 +109,17 @@ class HealthySource:
 
 
 def healthy_source(
-    healthy: Path, exclude_labelled: int | None, unhealthy: Path | None, held_out: tuple[int, int]
+    healthy: Path | FileList,
+    exclude_labelled: int | None,
+    unhealthy: Path | FileList | None,
+    held_out: tuple[int, int],
 ) -> HealthySource:
     """Find the scans and split their patients as `split_by_hash` does.
 
     Args:
-        healthy: folder of healthy scans, or of scans with labelled lesions.
+        healthy: healthy scans, or scans with labelled lesions.
         exclude_labelled: see `HealthySource`.
-        unhealthy: folder of the scans for the class "unhealthy", or None.
+        unhealthy: the scans for the class "unhealthy", or None.
         held_out: number of patients in the test and in the validation split.
 
     Raises:

@@ -25,6 +25,7 @@ from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import Bounds, SplitName, split_of_patients
+from .file_lists import FileList
 from .images import PLAIN, ImageCollection, Pixels, find_images
 
 VERSION = 4
@@ -72,7 +73,7 @@ class PackedImages:
 
 
 def packed(
-    source: Path,
+    source: Path | FileList,
     store: Path,
     size: int | Sequence[int],
     channels: int = 3,
@@ -82,10 +83,10 @@ def packed(
     skip_broken: bool = False,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackedImages:
-    """The images of a folder or zip. The first call packs them into ``store``; later calls open them there.
+    """The images of a folder, zip or list. The first call packs them into ``store``; later calls open them there.
 
     Args:
-        source: a folder or zip that `find_images` reads.
+        source: what `find_images` reads.
         store: folder of packed collections. A changed source is packed into a new one.
         size: side of the images, or the sides of slices (2) or whole volumes (3).
         channels: 1 or 3.
@@ -98,16 +99,24 @@ def packed(
     Raises:
         InputError: no image, a broken file, or too few groups to hold out this many.
     """
-    if not source.exists():
+    if isinstance(source, Path) and not source.exists():
         raise InputError(source, "no such file or folder", "a zip or folder of images", "check the path")
     sides = (size, size) if isinstance(size, int) else tuple(size)
     collection = find_images(source)
     # A collection with official splits is packed once for all values of held_out.
     held_out = (0, 0) if all(entry.part for entry in collection.entries) else held_out
-    about = [str(source.resolve()), _state(source), sides, channels, asdict(preprocessing), held_out, skip_broken]
+    about = [
+        str(collection.source.resolve()),
+        _state(source),
+        sides,
+        channels,
+        asdict(preprocessing),
+        held_out,
+        skip_broken,
+    ]
     about.append(VERSION)
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    folder = store / f"{source.stem}-{'x'.join(map(str, sides))}-{key}"
+    folder = store / f"{collection.source.stem}-{'x'.join(map(str, sides))}-{key}"
     if not (folder / "index.json").is_file():
         with whole_folder(folder) as temporary:
             _pack(collection, temporary, sides, channels, preprocessing, held_out, skip_broken, on_file)
@@ -227,8 +236,15 @@ def _splits(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str,
     return split_of_patients(sorted(groups), *held_out) if groups else {}
 
 
-def _state(source: Path) -> list[object]:
+def _state(source: Path | FileList) -> list[object]:
     """Sizes and modification times of all files: they change when the source does."""
+    if isinstance(source, FileList):
+        listed = [
+            (entry.name, entry.patient, entry.category, path.stat().st_size, path.stat().st_mtime_ns)
+            for entry in source.entries
+            for path in entry.images
+        ]
+        return [len(listed), hashlib.sha256(str(listed).encode()).hexdigest()]
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     stats = [(str(file.relative_to(source)), file.stat()) for file in files]
     return [len(files), hashlib.sha256(str([(n, s.st_size, s.st_mtime_ns) for n, s in stats]).encode()).hexdigest()]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from medseg_diffusion.volumes.paths import SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import SplitName
+from .file_lists import FileList
 from .patients import FILE as PATIENTS
 from .patients import patients_of
 
@@ -111,8 +113,8 @@ class ImageCollection:
             return np.asarray(_cropped_and_resized(image, size[0], channels)).reshape(1, *size, channels)
 
 
-def find_images(source: Path) -> ImageCollection:
-    """Find the images of a folder or zip.
+def find_images(source: Path | FileList) -> ImageCollection:
+    """Find the images of a folder or zip, or take those of a list: image files, or scans.
 
     patients.csv in a folder (`medseg_diffusion.data.patients`) says which images are of one patient. Its cases are
     paths without suffix in the folder, or in the folder of images beside labels.
@@ -121,6 +123,8 @@ def find_images(source: Path) -> ImageCollection:
         InputError: a missing path, a file that is no zip, no image, an incomplete or malformed Tiny ImageNet, or a
             patients.csv that lacks an image.
     """
+    if isinstance(source, FileList):
+        return _listed(source)
     collection, images = _collection(source)
     if not source.is_dir():
         return collection
@@ -131,6 +135,29 @@ def find_images(source: Path) -> ImageCollection:
         for entry, name in zip(collection.entries, names, strict=True)
     ]
     return replace(collection, entries=tuple(grouped))
+
+
+def _listed(files: FileList) -> ImageCollection:
+    paths = [Path(os.path.abspath(entry.images[0])) for entry in files.entries]
+    if several := [entry.images[0] for entry in files.entries if len(entry.images) > 1]:
+        raise InputError(
+            several[0], "one of several channels of an image", "one file for each image", "give one of them"
+        )
+    images = [path for path in paths if path.name.lower().endswith(IMAGE_SUFFIXES)]
+    if images and len(images) < len(paths):
+        raise InputError(images[0], "an image file in a list of scans", "either of them alone", "make two lists")
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    classes = sorted({entry.category for entry in files.entries if entry.category})
+    entries = tuple(
+        Entry(
+            path.relative_to(folder).as_posix(),
+            entry.patient,
+            classes.index(entry.category) if entry.category else UNLABELLED,
+        )
+        for path, entry in zip(paths, files.entries, strict=True)
+    )
+    kind: Kind = "images" if images else "scans"
+    return ImageCollection(folder, kind, entries, tuple(classes), lambda name: (folder / name).read_bytes())
 
 
 def _collection(source: Path) -> tuple[ImageCollection, str]:

@@ -174,7 +174,7 @@ def prepare(
     return [stored_case(store, case.name) for case in cases]
 
 
-def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str], folder: Path) -> None:
+def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str], folder: Path | str) -> None:
     """InputError if a class of ``labels`` (value -> name) has no voxel in any of the training cases."""
     values = set()
     for case in cases:

@@ -99,7 +99,10 @@ class AnomalyModel:
         return stored_scores(self.saved, self.method)
 
     def percentile(self, scan_score: float) -> float | None:
-        """Share of healthy scans with a lower score, in %, to one decimal; None if the map is not comparable."""
+        """Share of healthy scans with a lower score, in %; None if the map is not comparable.
+
+        It is rounded as in the files, so that a finished scan has the flags and the words of a new one.
+        """
         healthy = None if self.notes else self.healthy_scores()
         return None if healthy is None else round(healthy.percentile(scan_score), 1)
 

@@ -21,6 +21,7 @@ from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.store import save_model
 
 from .log import require_trackers
+from .progress import OnProgress, count_of, silent, step_text
 from .run import keep_sides, require_startable, start_run
 from .runtime import Runtime
 from .trainer import Callbacks, Outcome, Progress, TrainingOptions, TrainingRun, fit
@@ -40,8 +41,8 @@ class Job:
         time_limit_min: stop after so many minutes from ``began``.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: of weights, order, augmentation, times and noise.
-        on_progress: called after every training step.
-        on_prepare: called with (what is prepared, done, total).
+        on_progress: called with a text and the share done, in the preparation and after every step.
+        on_step: called with the numbers of every training step.
         on_outcome: called at the end of every training.
         began: `time.monotonic` at the start.
     """
@@ -52,10 +53,19 @@ class Job:
     time_limit_min: float | None = None
     device: str = "auto"
     seed: int = 0
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None
+    on_progress: OnProgress = silent
+    on_step: Callable[[Progress], None] = lambda progress: None
     on_outcome: Callable[[Outcome], None] = lambda outcome: None
     began: float = field(default_factory=time.monotonic)
+
+    def on_prepare(self, what: str, done: int, total: int) -> None:
+        """Tells that ``done`` of ``total`` items are prepared."""
+        count_of(self.on_progress)(what, done, total)
+
+    def step_done(self, state: Progress) -> None:
+        """Tells of a training step."""
+        self.on_progress(step_text(state), state.step / max(state.max_steps, 1))
+        self.on_step(state)
 
     @property
     def model(self) -> Path:
@@ -95,7 +105,7 @@ class Job:
         config: BaseModel,
         noted: Mapping[str, Any] | None = None,
         sides: Mapping[str, Any] | None = None,
-        data: Path | None = None,
+        data: Path | str | None = None,
         sides_file: str = "split.json",
     ) -> None:
         """Writes config.yaml and the sides of the split.
@@ -107,7 +117,7 @@ class Job:
             config: the whole configuration.
             noted: what else has to be the same to resume, in plain types.
             sides: which case is on which side; None if the data say so themselves.
-            data: the data folder, for messages.
+            data: the data folder or what it is called, for messages.
             sides_file: where sides are written.
 
         Raises:

@@ -58,7 +58,7 @@ def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], re
         )
 
 
-def keep_sides(file: Path, sides: Mapping[str, Any], data: Path, resume: bool) -> None:
+def keep_sides(file: Path, sides: Mapping[str, Any], data: Path | str, resume: bool) -> None:
     """Writes which case is on which side of a run's split. In a resumed run, no case may have changed sides.
 
     Raises:

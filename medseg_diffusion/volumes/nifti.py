@@ -66,7 +66,7 @@ def opened_in_memory(image: nib.spatialimages.SpatialImage, name: Path) -> FileI
     Raises:
         InputError: no affine, or an unusable one.
     """
-    if isinstance(image, nib.Nifti1Pair):
+    if isinstance(image, nib.Nifti1Image):
         affine, header = _geometry(name, image)
     else:  # formats such as MGH state only the affine, in mm
         affine, header = np.asarray(image.affine, dtype=np.float64), Header()

@@ -16,12 +16,13 @@ from torch import Tensor
 from medseg_diffusion.data.healthy import require_volume
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.files import write_files, write_json
+from medseg_diffusion.files import as_paths, write_files, write_json
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
 from medseg_diffusion.models.anomaly_map import AnomalyMap, mask_of
 from medseg_diffusion.models.store import model_input
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.reports.theme import ANOMALY
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.io import upright, write_labels, write_map
 from medseg_diffusion.volumes.modality import ModelInput
 from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions
@@ -33,7 +34,7 @@ from .anomaly_report import AnomalyReport
 from .anomaly_result import COLUMNS, AnomalyResult, entries_of, finished_anomaly, flags_of, numbers_of
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, Write, each_scan, part_of, telling
+from .scans import Scan, ScanResult, Work, Write, each_scan, part_of, paths_of, telling
 from .viewed import refuse_report
 
 DEFAULT_MODEL = "flair-anomaly"
@@ -81,12 +82,15 @@ class AnomalyOptions:
     shard: tuple[int, int] | None = None
     failures: Path | None = None
 
+    def __post_init__(self) -> None:
+        as_paths(self, "output", "report", "run_report", "failures")
+
 
 def anomaly(
-    scans: Sequence[Path],
+    scans: str | Path | Sequence[str | Path],
     options: AnomalyOptions = AnomalyOptions(),
     on_case: Callable[[ScanResult], None] | None = None,
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: OnProgress = silent,
 ) -> list[ScanResult]:
     """Find anomalies in scans. A scan that fails does not stop the others.
 
@@ -94,10 +98,10 @@ def anomaly(
     scores count) and *_anomaly.json. The mask is written last, so that a scan with a mask is finished.
 
     Args:
-        scans: Files, lists and folders (`volumes.sources.find_sources`).
+        scans: One or more files, lists and folders (`volumes.sources.find_sources`).
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
+        on_progress: Called with the scan's name, after "3 of 8: " if there are several, and the share done, 0 to 1.
 
     Raises:
         UsageError: Contradictory options, or two scans with the same output.
@@ -106,7 +110,7 @@ def anomaly(
     """
     parse_threshold(options.threshold)
     takes = model_input(options.model or DEFAULT_MODEL)
-    sources = {source.path: source for source in find_sources(scans, takes, options.inputs)}
+    sources = {source.path: source for source in find_sources(paths_of(scans), takes, options.inputs)}
     outputs = {
         path: anomaly_outputs(source.named, source.output(options.output), len(sources))
         for path, source in sources.items()
@@ -250,8 +254,7 @@ def _result(
     """The numbers of a scored scan."""
     inside = max(1, int(scored.foreground.sum()))
     healthy = None if model.notes else model.healthy_scores()  # with notes, the map is not comparable
-    # As in the files, so that a finished scan has the flags and the words of a new one.
-    percentile = None if healthy is None else round(healthy.percentile(scored.scan_score), 1)
+    percentile = model.percentile(scored.scan_score)
     return AnomalyResult(
         scan.path,
         "done",

@@ -84,7 +84,7 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
         card["training"]["perceptual_loss"] = name
         job.save(card | {"classes": [], "loss_extractors": fingerprints}, codec.state_dict())
 
-    job.fit(model, examples, config.training, Callbacks(validate, save, job.on_progress), runtime)
+    job.fit(model, examples, config.training, Callbacks(validate, save, job.step_done), runtime)
     return job.model
 
 

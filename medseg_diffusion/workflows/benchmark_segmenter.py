@@ -25,6 +25,7 @@ import numpy as np
 
 from medseg_diffusion import build
 from medseg_diffusion.data.cases import Case, digest, find_cases, middle_cases, split_by_hash
+from medseg_diffusion.data.file_lists import Data, FileList, folder_or_files
 from medseg_diffusion.data.mask_examples import CaseFormat, read_case, read_case_labels
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -42,6 +43,7 @@ from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.segmentation import SegmentationModel
 from medseg_diffusion.reports.benchmark_page import BenchmarkInfo, benchmark_page
 from medseg_diffusion.reports.summary import json_ready
+from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.volume import Volume
 
 Side = Literal["validation", "test"]
@@ -82,11 +84,11 @@ class BenchmarkOptions:
 
 def benchmark_segmenter(
     models: Sequence[str],
-    data: Path,
-    output: Path,
+    data: Data,
+    output: str | Path,
     options: BenchmarkOptions = BenchmarkOptions(),
     *,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
     on_row: Callable[[BenchmarkRow], None] = lambda row: None,
 ) -> list[BenchmarkRow]:
     """Segment held-out cases at many settings of every model and compare the masks with the references.
@@ -96,11 +98,11 @@ def benchmark_segmenter(
 
     Args:
         models: Names or folders.
-        data: The labelled folder that the models were trained on. A model recognises its held-out cases by a `digest`
-            of their names. For an older model without digests the folder is split again.
+        data: The labelled folder or list that the models were trained on. A model recognises its held-out cases
+            by a `digest` of their names. For an older model without digests the folder is split again.
         output: Folder for the results.
         options: The other options.
-        on_progress: Called after every case with (setting, cases done, cases).
+        on_progress: Called with a text and the share done, 0 to 1, after every case.
         on_row: Called after every setting.
 
     Raises:
@@ -108,13 +110,15 @@ def benchmark_segmenter(
         InputError: Unusable data, or a case whose labels are on another grid or of other classes.
         ModelError: No usable model.
     """
+    files, output = folder_or_files(data), Path(output)
+    models = [models] if isinstance(models, str) else models
     require_folder(output)
     keep_freed_memory()  # as `medseg segment` does
-    named_labels = find_cases(data).labels
+    named_labels = find_cases(files).labels
     plan: list[tuple[str, Setting, list[Case]]] = []
     for name in models:
         model = load_segmenter(name, options.device)
-        cases = _held_out_cases(model, data, options)
+        cases = _held_out_cases(model, files, options)
         for case in cases:
             volume, _ = _read(case, model, named_labels)
             for path in case.further_labels:
@@ -134,18 +138,18 @@ def benchmark_segmenter(
             # Settings of several factors may coincide; each is measured once.
             key = (name, replace(setting, factor="setting"))
             if key not in measured:
-                measured[key] = _measure(name, setting, cases, named_labels, options, on_progress)
+                measured[key] = _measure(name, setting, cases, named_labels, options, count_of(on_progress))
             rows.append(replace(measured[key], setting=replace(measured[key].setting, factor=setting.factor)))
             on_row(rows[-1])
             _write(rows, output)
     finally:
         if rows:  # also those of a run that is stopped
-            info = benchmark_info(data, options, len(plan))
+            info = benchmark_info(files, options, len(plan))
             write_files(output, {"report.html": benchmark_page(rows, info)})
     return rows
 
 
-def benchmark_info(data: Path, options: BenchmarkOptions, planned: int) -> BenchmarkInfo:
+def benchmark_info(data: Path | FileList, options: BenchmarkOptions, planned: int) -> BenchmarkInfo:
     """What page and Markdown say beside the rows; ``planned`` is the number of rows of a complete run."""
     return BenchmarkInfo(str(data), options.side, planned, options.seed, options.command)
 
@@ -187,7 +191,7 @@ def _without_x_t(sampler: str, steps: int, ensemble: int) -> Iterator[Setting]:
             yield Setting("without x_t", sampler, steps, ensemble, x_t)
 
 
-def _held_out_cases(model: SegmentationModel, data: Path, options: BenchmarkOptions) -> list[Case]:
+def _held_out_cases(model: SegmentationModel, data: Path | FileList, options: BenchmarkOptions) -> list[Case]:
     section = model.config.data
     cases = find_cases(data).cases
     held_out = model.saved.card.get("training", {}).get("held_out")
@@ -252,7 +256,7 @@ def _measure(
         readers = [_read_labels(path, volume, model, named_labels) for path in case.further_labels]
         with model.without_x_t(setting.x_t, seed) if setting.x_t != "own" else nullcontext():
             measurements.append(_measure_case(case, model, volume, [reference, *readers], temperature, seed))
-        on_progress(description, done, len(cases))
+        on_progress(f"{description}: case", done, len(cases))
     return _row(name, replace(setting, steps=model.num_steps), [label for _, label in _classes(model)], measurements)
 
 

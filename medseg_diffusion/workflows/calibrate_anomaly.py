@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.load import override_key, parse_config
+from medseg_diffusion.data.file_lists import Data, folder_or_files
 from medseg_diffusion.data.healthy import TRAINED_ON, find_healthy, refuse_lesions, refuse_trained
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.errors import UsageError
@@ -24,6 +25,7 @@ from medseg_diffusion.models.anomaly import (
 )
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.training.progress import OnProgress, count_of, silent
 
 from .anomaly_calibration import AnomalyCalibration, CalibratedAnomaly
 
@@ -50,12 +52,12 @@ class CalibrationOptions:
 
 def calibrate_anomaly(
     model: str | Path,
-    healthy: Path,
-    output: Path,
+    healthy: Data,
+    output: str | Path,
     options: CalibrationOptions = CalibrationOptions(),
     *,
     device: str = "auto",
-    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> CalibratedAnomaly:
     """Fit the thresholds of a trained model to other healthy scans, such as those of another scanner.
 
@@ -63,17 +65,18 @@ def calibrate_anomaly(
 
     Args:
         model: Folder or installed name.
-        healthy: Folder of scans that the model was not trained on; all of them are used.
+        healthy: Folder or list of scans that the model was not trained on, as for `train_anomaly`; all are used.
         output: The new model directory.
         options: The options.
         device: auto, cpu, cuda, cuda:N or mps.
-        on_prepare: Called with (what is done, done, total).
+        on_progress: Called with a text and the share done, 0 to 1.
 
     Raises:
         ModelError: No usable model.
         InputError: Unusable scans, scans that the model was trained on, or lesions in healthy ones.
         UsageError: An output that exists, or values out of range.
     """
+    output, given = Path(output), folder_or_files(healthy)
     require_new_folder(output)
     saved = load_model_files(model)
     chosen = choose_device(device)
@@ -82,17 +85,17 @@ def calibrate_anomaly(
         keep_freed_memory()
     trained, generator, classifier = restore_anomaly(saved, chosen)
     config = _changed(trained, options, str(saved.path))
-    scans = find_healthy(healthy)
+    scans = find_healthy(given)
     trained_on = saved.card.get("training", {}).get(TRAINED_ON)
     if trained_on is None:  # a model of an older version
         warnings.warn(
-            f"{saved.path}: does not say which scans it was trained on; make sure that none of them is in {healthy}",
+            f"{saved.path}: does not say which scans it was trained on; make sure that none of them is in {given}",
             stacklevel=2,
         )
     refuse_trained(scans, trained_on or ())
     for scan in scans:
         refuse_lesions(scan, options.exclude_labelled)
-    fit = AnomalyCalibration(config, generator, classifier, scans, options.exclude_labelled, on_prepare)
+    fit = AnomalyCalibration(config, generator, classifier, scans, options.exclude_labelled, count_of(on_progress))
     latents, calibration = fit.fit()
     excluded = options.exclude_labelled
     left_out = {} if excluded is None else {"without slices closer to a labelled one than": excluded}

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from medseg_diffusion.data.cases import Case, digest, find_cases
+from medseg_diffusion.data.file_lists import Data, folder_or_files
 from medseg_diffusion.data.mask_examples import CaseFormat, read_case
 from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -18,6 +19,7 @@ from medseg_diffusion.methods.calibration import Calibration, CalibrationFit
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.segmenter import MaskSegmenter
 from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.training.progress import OnProgress, count_of, silent
 
 OnPrepare = Callable[[str, int, int], None]
 """Called with (what is done, done, total)."""
@@ -25,11 +27,11 @@ OnPrepare = Callable[[str, int, int], None]
 
 def calibrate_segmenter(
     model: str | Path,
-    data: Path,
-    output: Path,
+    data: Data,
+    output: str | Path,
     *,
     device: str = "auto",
-    on_prepare: OnPrepare = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> Calibration:
     """Fit the calibration of a trained segmenter to the labelled scans of a folder, and write it as a new model.
 
@@ -38,16 +40,18 @@ def calibrate_segmenter(
 
     Args:
         model: Folder or installed name.
-        data: Folder of labelled scans (`find_cases`) of patients that the model was not trained on.
+        data: Folder or list of labelled scans, as for `train_segmenter`, of patients that the model was not trained
+            on.
         output: The new model directory.
         device: auto, cpu, cuda, cuda:N or mps.
-        on_prepare: Called with (what is done, done, total).
+        on_progress: Called with a text and the share done, 0 to 1.
 
     Raises:
         ModelError: No usable model.
         InputError: Unusable scans, scans of several readers, or none that may be used.
         UsageError: An output that exists, or a model that is no mask segmenter.
     """
+    output, files = Path(output), folder_or_files(data)
     require_new_folder(output)
     chosen = choose_device(device)
     tune(chosen)
@@ -56,16 +60,16 @@ def calibrate_segmenter(
     saved = load_model_files(model)
     if saved.card.get("task") != "mask":
         raise UsageError(f"{saved.path}: is no model of `medseg train-segmenter`; only those are calibrated")
-    folder = find_cases(data)
+    folder = find_cases(files)
     cases = _unseen(folder.cases, saved.card["training"].get("held_out", {}))
     if not cases:
         seen = "only scans that the model was trained or chosen on"
-        raise InputError(data, seen, "scans of other patients", "choose another folder")
+        raise InputError(str(files), seen, "scans of other patients", "choose another folder")
     if several := [case for case in cases if case.further_labels]:
         raise InputError(
             several[0].image, "several readers", "one label file a scan", "copy one reader's masks to labels/"
         )
-    calibration = _fitted(saved.path, cases, folder.labels, device, on_prepare)
+    calibration = _fitted(saved.path, cases, folder.labels, device, count_of(on_progress))
     patients = len({case.patient for case in cases})
     entries = {"calibration": asdict(calibration), "calibrated_on": {"scans": len(cases), "patients": patients}}
     card: dict[str, Any] = {**saved.card, **entries}

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from medseg_diffusion.data.image_check import ImageCheck, check_images
 from medseg_diffusion.data.images import Entry, ImageCollection, find_images
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES, is_dicom, is_series
 
 
-def check(data: Path, on_file: Callable[[int, int], None] = lambda done, total: None) -> ImageCheck:
+def check(data: str | Path, on_progress: OnProgress = silent) -> ImageCheck:
     """Open every file of a data set. What is wrong is listed in the result and raises no error.
 
     Args:
         data: A folder or zip of images, a folder of scans or DICOM series with or without labels, or one scan.
-        on_file: Called with (files done, all files).
+        on_progress: Called with a text and the share done, 0 to 1.
 
     Raises:
         InputError: The path holds neither images nor scans.
     """
-    return check_images(_everything(data), on_file)
+    return check_images(_everything(Path(data)), partial(count_of(on_progress), "files"))
 
 
 def _everything(data: Path) -> ImageCollection:

@@ -23,7 +23,7 @@ from medseg_diffusion.data.pairs import (
 from medseg_diffusion.data.patients import read_patients
 from medseg_diffusion.data.strata import read_strata
 from medseg_diffusion.errors import InputError, UsageError, remark
-from medseg_diffusion.files import require_folder, write_files
+from medseg_diffusion.files import as_paths, require_folder, write_files
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement
 from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM, MeasureOptions
 from medseg_diffusion.metrics.comparison import Comparison, compare
@@ -35,6 +35,7 @@ from medseg_diffusion.reports.evaluation_page import evaluation_page
 from medseg_diffusion.reports.page import relative_link
 from medseg_diffusion.reports.summary import cases_csv, comparison_json, summary_json
 from medseg_diffusion.reports.viewer import viewer
+from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.paths import is_image, scan_name
 
 from .evaluate_cases import CaseTask, MeasuredCase, RatersTask, compare_with_raters, measure_case
@@ -44,12 +45,8 @@ from .parallel import call_each
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "compare_predictions", "evaluate"]
 
-ProgressCallback = Callable[[str, int, int], None]
+OnCount = Callable[[str, int, int], None]
 """Called with what is done, the number of finished items, and the number of all."""
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,12 @@ class EvaluateOptions:
     jobs: int | None = 1
     command: str = ""
 
+    def __post_init__(self) -> None:
+        as_paths(self, "images", "scores", "foreground", "patients")
+        object.__setattr__(self, "raters", tuple(Path(path) for path in self.raters))
+        if self.strata is not None:
+            object.__setattr__(self, "strata", (Path(self.strata[0]), self.strata[1]))
+
     def require_valid(self) -> None:
         """Check the options against each other.
 
@@ -123,11 +126,11 @@ class EvaluateOptions:
 
 
 def evaluate(
-    prediction: Path,
-    reference: Path,
-    output: Path,
+    prediction: str | Path,
+    reference: str | Path,
+    output: str | Path,
     options: EvaluateOptions = EvaluateOptions(),
-    on_progress: ProgressCallback = _silent,
+    on_progress: OnProgress = silent,
 ) -> Evaluation:
     """Compare predicted with reference masks; write `summary.json`, `cases.csv` and `report.html`.
 
@@ -143,7 +146,7 @@ def evaluate(
         reference: Reference label map, or a folder of them.
         output: Folder for the results; created. An earlier result in it is replaced.
         options: The other options.
-        on_progress: Called after each case.
+        on_progress: Called with a text and the share done, 0 to 1, after each case.
 
     Returns:
         The numbers. `warnings` names predictions without a reference and labels that were left out.
@@ -157,21 +160,21 @@ def evaluate(
         MedsegError: A process that was killed.
     """
     options.require_valid()
+    output, reference = Path(output), Path(reference)
     require_folder(output)
-    reference = Path(reference)
     pairs, warnings = find_pairs(Path(prediction), reference, merged=options.merge_labels)
     inputs, remarks = _find_inputs(pairs, options)
-    (result,) = _evaluate_sets([inputs], reference, options, [*warnings, *remarks], on_progress)
-    write_files(Path(output), _files(result, inputs, Path(output), options))
+    (result,) = _evaluate_sets([inputs], reference, options, [*warnings, *remarks], count_of(on_progress))
+    write_files(output, _files(result, inputs, output, options))
     return result
 
 
 def compare_predictions(
-    predictions: Sequence[Path],
-    reference: Path,
-    output: Path,
+    predictions: Sequence[str | Path],
+    reference: str | Path,
+    output: str | Path,
     options: EvaluateOptions = EvaluateOptions(),
-    on_progress: ProgressCallback = _silent,
+    on_progress: OnProgress = silent,
 ) -> Comparison:
     """Compare several sets of predictions with the same references, and with each other; only cases that all have.
 
@@ -184,7 +187,7 @@ def compare_predictions(
         reference: Reference label map, or a folder of them.
         output: Folder for the results; created. An earlier result in it is replaced.
         options: The other options. Score maps belong to a single set.
-        on_progress: Called after each case of each set.
+        on_progress: Called with a text and the share done, 0 to 1, after each case of each set.
 
     Raises:
         InputError: As `evaluate`; or no case that all sets have. Nothing is written then.
@@ -194,10 +197,11 @@ def compare_predictions(
     options.require_valid()
     if options.scores is not None:
         raise UsageError("score maps belong to one set of predictions; evaluate them one by one, or leave --scores out")
+    output, reference = Path(output), Path(reference)
     require_folder(output)
-    reference, folders = Path(reference), _set_names([Path(path) for path in predictions])
+    folders = _set_names([Path(path) for path in predictions])
     for name, path in folders.items():
-        if path.resolve() == (Path(output) / name).resolve():
+        if path.resolve() == (output / name).resolve():
             raise UsageError(
                 f"-o {output}: the results of {name} would be written among its masks; name another folder"
             )
@@ -209,20 +213,20 @@ def compare_predictions(
     if left_out:
         reasons = [f"{name} ({reason})" for name, reason in left_out.items()]
         warnings.insert(0, f"Only cases that all have are compared. Left out: {listed(reasons)}.")
-    evaluations = _evaluate_sets(sets, reference, options, warnings, on_progress)
+    evaluations = _evaluate_sets(sets, reference, options, warnings, count_of(on_progress))
     named = dict(zip(folders, evaluations, strict=True))
     paths = {name: str(path) for name, path in folders.items()}
     result = Comparison(named, paths, compare(named), left_out, tuple(warnings))
     # All are made before the first is written: a file that cannot be used leaves nothing behind.
     files = {
-        Path(output) / name: _files(evaluation, one, Path(output) / name, options)
+        output / name: _files(evaluation, one, output / name, options)
         for (name, evaluation), one in zip(named.items(), sets, strict=True)
     }
     for folder, contents in files.items():
         write_files(folder, contents)
     pages = {name: f"{quote(name)}/report.html" for name in named}
     page = comparison_page(result, pages=pages, command=options.command)
-    write_files(Path(output), {"comparison.json": comparison_json(result), "report.html": page})
+    write_files(output, {"comparison.json": comparison_json(result), "report.html": page})
     return result
 
 
@@ -260,7 +264,7 @@ def _evaluate_sets(
     reference: Path,
     options: EvaluateOptions,
     warnings: list[str],
-    on_progress: ProgressCallback,
+    on_progress: OnCount,
 ) -> list[Evaluation]:
     """The evaluation of each set of predictions. Further warnings on all of them are appended to ``warnings``."""
     pairs = [pair for one in sets for pair in one.pairs]
@@ -316,7 +320,7 @@ def _evaluate_sets(
 
 
 def _agreements(
-    sets: Sequence[_Inputs], labels: tuple[int, ...], jobs: int | None, on_progress: ProgressCallback
+    sets: Sequence[_Inputs], labels: tuple[int, ...], jobs: int | None, on_progress: OnCount
 ) -> list[ReaderAgreement | None]:
     """For each case of each set, its samples compared with the raters; None without further raters."""
     tasks = [

@@ -28,7 +28,7 @@ from medseg_diffusion.data.image_cache import PackedImages, packed, to_unit
 from medseg_diffusion.data.images import find_images
 from medseg_diffusion.device import choose_device
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.files import require_folder, write_files
+from medseg_diffusion.files import as_paths, require_folder, write_files
 from medseg_diffusion.metrics.generation import NEIGHBOUR, Features, Scores, scores
 from medseg_diffusion.metrics.generation_summary import FLOOR, GeneratorEvaluation, GeneratorRow
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
@@ -36,6 +36,7 @@ from medseg_diffusion.models.store import home
 from medseg_diffusion.networks.extractors import Extractor, extractor
 from medseg_diffusion.reports.generator_page import TILES, Pictures, generator_page
 from medseg_diffusion.reports.pictures import grid, png
+from medseg_diffusion.training.progress import OnProgress, count_of, silent
 
 Images = np.ndarray | np.memmap
 """(N, H, W, C) uint8."""
@@ -70,14 +71,17 @@ class GeneratorEvaluationOptions:
     skip_broken: bool = False
     command: str = ""
 
+    def __post_init__(self) -> None:
+        as_paths(self, "inception")
+
 
 def evaluate_generator(
     models: Sequence[str],
-    reference: Path,
-    output: Path,
+    reference: str | Path,
+    output: str | Path,
     options: GeneratorEvaluationOptions = GeneratorEvaluationOptions(),
     *,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
     on_row: Callable[[GeneratorRow], None] = lambda row: None,
 ) -> GeneratorEvaluation:
     """Sample images of every model with every sampler and score them against real images.
@@ -89,7 +93,7 @@ def evaluate_generator(
         reference: Real images (`medseg_diffusion.data.images`); their test side if they have one, else all.
         output: Folder for the results.
         options: The other options.
-        on_progress: Called with (what, images done, all).
+        on_progress: Called with a text and the share done, 0 to 1.
         on_row: Called after every row.
 
     Raises:
@@ -97,13 +101,15 @@ def evaluate_generator(
         InputError: An unusable reference.
         ModelError: No usable model or extractor, or an extractor that a model was trained with.
     """
+    reference, output, on_count = Path(reference), Path(output), count_of(on_progress)
+    models = [models] if isinstance(models, str) else models
     require_folder(output)
     device = choose_device(options.sampling.device)
     extract = extractor(options.extractor, device, options.inception, download=options.download)
     _check_models(models, options, extract)
-    real = _real_images(reference, models, options, device, on_progress)
+    real = _real_images(reference, models, options, device, on_count)
     _check_counts(models, real, options.sampling.count)
-    real_features = _features(real.images, extract, partial(on_progress, "real images"))
+    real_features = _features(real.images, extract, partial(on_count, "real images"))
     count = len(real.images)
     result = GeneratorEvaluation(extract.name, extract.maps, str(reference), count, options.sampling.upsampler)
     fewest, n_features = min(options.sampling.count, count), real_features.pooled.shape[1]
@@ -121,8 +127,8 @@ def evaluate_generator(
     add(GeneratorRow(FLOOR, "", 0, _floor(real_features, options.sampling.count)))
     sampled: list[Pictures] = []
     for model in models:
-        for sample in _samples_of(model, options, output, real.size, on_progress):
-            features = _features(sample.images, extract, partial(on_progress, f"{sample.name}: features"))
+        for sample in _samples_of(model, options, output, real.size, on_count):
+            features = _features(sample.images, extract, partial(on_count, f"{sample.name}: features"))
             write_files(output, {f"{sample.name}.png": _picture(sample.images)})
             add(GeneratorRow(model, sample.sampler, sample.steps, scores(features, real_features)))
             sampled.append(Pictures(sample.name, np.array(sample.images[:TILES]), sample.classes))

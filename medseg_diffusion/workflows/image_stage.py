@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion import build
-from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import ImageConfig
 from medseg_diffusion.data.draws import Examples
+from medseg_diffusion.data.file_lists import FileList
 from medseg_diffusion.data.image_cache import PackedImages, packed
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError
@@ -21,8 +22,6 @@ from medseg_diffusion.models.store import home
 from medseg_diffusion.reports.pictures import as_pictures, grid, write_png
 from medseg_diffusion.training.job import Job
 from medseg_diffusion.training.runtime import Runtime
-
-ImageConfig = GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig
 
 VALIDATION_IMAGES = 512
 """Number of validation images. They and their noise are always the same; their loss chooses the best weights."""
@@ -33,12 +32,13 @@ class ImageSourceOptions:
     """The source of a training's images.
 
     Attributes:
-        data: A folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or packed images.
+        data: A folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), a list of either, or packed
+            images.
         skip_broken: Leave broken files out instead of stopping.
         download: Download the weights of LPIPS if they are missing; nothing is downloaded otherwise.
     """
 
-    data: Path | PackedImages
+    data: Path | FileList | PackedImages
     skip_broken: bool = False
     download: bool = False
 
@@ -87,7 +87,7 @@ def _packed(config: ImageConfig, source: ImageSourceOptions, job: Job) -> Packed
         on_file=lambda done, total: job.on_prepare("images", done, total),
     )
     if not len(images.part("validation")):
-        raise InputError(source.data, "no validation images", "a val/ side with annotations", "restore it")
+        raise InputError(str(source.data), "no validation images", "a val/ side with annotations", "restore it")
     return images
 
 

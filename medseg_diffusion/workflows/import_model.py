@@ -24,7 +24,7 @@ _DIFFUSION_SETTINGS = {"schedule", "num_steps", "beta_start", "beta_end", "targe
 
 
 def import_model(
-    file: Path, source: Source, output: Path, settings: Mapping[str, Any] | None = None
+    file: str | Path, source: Source, output: str | Path, settings: Mapping[str, Any] | None = None
 ) -> tuple[Path, list[str]]:
     """Convert a published checkpoint into the model directory ``output``.
 
@@ -43,7 +43,7 @@ def import_model(
         ModelError: A file that is not a state dict or does not fit.
         UsageError: A setting that is missing or unknown, or an output that exists.
     """
-    settings = dict(settings or {})
+    file, output, settings = Path(file), Path(output), dict(settings or {})
     if source not in SOURCES:
         raise UsageError(f"--from {source}: unknown; use {', '.join(SOURCES)}")
     allowed = _NETWORK_SETTINGS | _DIFFUSION_SETTINGS | _IMAGE_SETTINGS

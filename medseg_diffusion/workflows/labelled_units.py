@@ -15,6 +15,7 @@ from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.segmenter import DataSection
 from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, split_by_hash
+from medseg_diffusion.data.file_lists import FileList
 from medseg_diffusion.data.mask_examples import CaseFormat, PreparedCase, prepare
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
@@ -78,7 +79,7 @@ class LabelledData:
 def labelled_units(
     config: PixelClassifierConfig,
     generator: Generator,
-    data: Path,
+    data: Path | FileList,
     labelling: Labelling,
     cache: Path,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -88,7 +89,7 @@ def labelled_units(
     Args:
         config: Configuration of the pixel classifiers.
         generator: The generator, which decides the grid.
-        data: Folder of labelled scans.
+        data: Folder or list of labelled scans.
         labelling: The choice of the images.
         cache: Folder for preprocessed cases.
         on_progress: Called with (what is done, done, total).
@@ -100,7 +101,7 @@ def labelled_units(
     folder = find_cases(data)
     if several := next((case for case in folder.cases if case.further_labels), None):
         raise InputError(
-            data, f"{len(several.labels)} readers of case {several.name}", "one mask for each image",
+            str(data), f"{len(several.labels)} readers of case {several.name}", "one mask for each image",
             "put the masks to learn from into labels/",
         )  # fmt: skip
     labels = _class_names(config, folder, data)
@@ -131,7 +132,7 @@ def labelled_units(
     return LabelledData(units, names, labels, folder, split)
 
 
-def _class_names(config: PixelClassifierConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
+def _class_names(config: PixelClassifierConfig, folder: CaseFolder, data: Path | FileList) -> dict[int, str]:
     """Label value -> class name, from the configuration or else from the folder."""
     names = config.data.labels or tuple(folder.labels[value] for value in sorted(folder.labels) if value)
     if not names:
@@ -184,7 +185,7 @@ def _chosen(
 
 
 def _held_out(
-    config: PixelClassifierConfig, generator: Generator, data: Path, cases: Sequence[Case]
+    config: PixelClassifierConfig, generator: Generator, data: Path | FileList, cases: Sequence[Case]
 ) -> tuple[int, int]:
     """Numbers of test and validation patients: those of the configuration, or else those that the generator held out.
 
@@ -278,9 +279,9 @@ def _diverse(pooled: Sequence[Tensor], count: int, seed: int) -> list[int]:
     return taken
 
 
-def _too_few(data: Path, requested: int, available: int, what: str, held_out: tuple[int, int]) -> InputError:
+def _too_few(data: Path | FileList, requested: int, available: int, what: str, held_out: tuple[int, int]) -> InputError:
     return InputError(
-        data,
+        str(data),
         f"{available} labelled {what} to choose from",
         f"at least the {requested} asked for",
         f"lower --labelled, or data.test_cases ({held_out[0]}) and data.validation_cases ({held_out[1]})",

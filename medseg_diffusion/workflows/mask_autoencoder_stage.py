@@ -64,7 +64,7 @@ def train_mask_autoencoder(
     changed = config.training.model_copy(
         update={"max_steps": section.max_steps, "learning_rate": section.learning_rate, "warmup_steps": 50}
     )
-    job.fit(autoencoder, data.examples, changed, Callbacks(validate, save, job.on_progress), runtime)
+    job.fit(autoencoder, data.examples, changed, Callbacks(validate, save, job.step_done), runtime)
     saved = load_model_files(job.model)
     autoencoder.load_state_dict(saved.weights)
     autoencoder.requires_grad_(False)

@@ -42,7 +42,7 @@ _PARTS = ("generator", "classifier")
 """Folders of the networks of an anomaly model."""
 
 
-def report(run: Path, output: Path | None = None, *, command: str = "") -> tuple[Path, RunSummary]:
+def report(run: str | Path, output: str | Path | None = None, *, command: str = "") -> tuple[Path, RunSummary]:
     """Write the page about a run and return its path and what it says.
 
     Args:
@@ -54,7 +54,8 @@ def report(run: Path, output: Path | None = None, *, command: str = "") -> tuple
         InputError: The folder is no run.
         UsageError: The page cannot be written.
     """
-    target = output or run / "report.html"
+    run = Path(run)
+    target = Path(output or run / "report.html")
     _config(run)  # a folder that is no run is refused as such
     require_replaceable(target)
     now = time.time()

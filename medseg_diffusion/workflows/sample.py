@@ -15,15 +15,14 @@ from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.reports.pictures import as_pictures, grid, png
+from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.io import read_map, write_map
 from medseg_diffusion.volumes.volume import Volume
-
-from .progress import OnProgress, count_of, silent
 
 
 def sample(
     name_or_path: str | Path,
-    output: Path,
+    output: str | Path,
     options: SampleOptions = SampleOptions(),
     on_progress: OnProgress = silent,
 ) -> list[Path]:
@@ -45,6 +44,7 @@ def sample(
         UsageError: Options that do not fit the model, or a folder with samples of other options.
         ModelError: No usable model.
     """
+    output = Path(output)
     require_folder(output)
     source = ImageSource(name_or_path, options)
     about = {

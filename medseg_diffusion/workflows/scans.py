@@ -20,6 +20,7 @@ from typing import Generic, Literal, TypeVar
 
 from medseg_diffusion.errors import MedsegError, ModelError, UsageError, remark, remarks
 from medseg_diffusion.files import remove_left_over
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.paths import scan_name
@@ -128,7 +129,7 @@ def each_scan(
     *,
     skip_existing: bool = False,
     on_case: Callable[[ScanResult], None] | None = None,
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: OnProgress = silent,
     failures: Path | None = None,
 ) -> list[ScanResult]:
     """Process scans in their order. A scan that fails does not stop the others.
@@ -164,7 +165,7 @@ def each_scan(
             return lambda: ScanResult(path, "skipped", {work.last: files[work.last]})
         assert model is not None
         place = f"{number} of {len(outputs)}: " if len(outputs) > 1 else ""
-        scan = Scan(path, volume, files, _share_of(f"{place}{scan_name(path)}", on_progress))
+        scan = Scan(path, volume, files, partial(on_progress, f"{place}{scan_name(path)}"))
         started = time.monotonic()
         write = work.compute(model, scan)
         scan.seconds = time.monotonic() - started
@@ -297,6 +298,11 @@ def _add_failure(file: Path, result: ScanResult) -> None:
         remark(f"{file}: {error.strerror or error}; failed scans are only listed here")
 
 
+def paths_of(scans: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One path, or several, as a list."""
+    return [Path(scans)] if isinstance(scans, str | Path) else [Path(scan) for scan in scans]
+
+
 def all_scans(paths: Sequence[Path]) -> list[Path]:
     """The scans in files and folders, each only once.
 
@@ -317,7 +323,3 @@ def part_of(outputs: Mapping[Path, Outputs], shard: tuple[int, int] | None) -> d
         return int(hashlib.sha256(scan.as_posix().encode(errors="surrogateescape")).hexdigest(), 16) % count + 1
 
     return {scan: files for scan, files in outputs.items() if number(scan) == part}
-
-
-def _share_of(name: str, on_progress: Callable[[str, float], None] | None) -> Callable[[float], None]:
-    return (lambda done: None) if on_progress is None else partial(on_progress, name)

@@ -15,12 +15,13 @@ from medseg_diffusion.data.mask_examples import require_slices
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.files import write_files, write_json
+from medseg_diffusion.files import as_paths, write_files, write_json
 from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
 from medseg_diffusion.models.segmentation import Map, Segmentation, SegmentationModel
 from medseg_diffusion.models.store import load_card, model_input
 from medseg_diffusion.reports.preview import preview_png
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.dicom_seg import Algorithm, Segment, SegmentationFile, require_series
 from medseg_diffusion.volumes.io import upright, write_labels, write_map
 from medseg_diffusion.volumes.outputs import (
@@ -37,7 +38,7 @@ from medseg_diffusion.volumes.volume import Volume
 from .finished import columns_of, doubts_about, finished_segmentation, numbers_of
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, each_scan, part_of, telling
+from .scans import Scan, ScanResult, Work, each_scan, part_of, paths_of, telling
 from .segment_report import SegmentReport
 from .segmentation_statistics import segmentation_statistics
 from .viewed import refuse_report
@@ -115,22 +116,25 @@ class SegmentOptions:
     max_memory: float | None = None
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        as_paths(self, "output", "report", "run_report", "failures")
+
 
 def segment(
-    scans: Sequence[Path],
+    scans: str | Path | Sequence[str | Path],
     options: SegmentOptions = SegmentOptions(),
     on_case: Callable[[ScanResult], None] | None = None,
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: OnProgress = silent,
 ) -> list[ScanResult]:
     """Segment scans and write the results. A scan that fails does not stop the others.
 
     The mask is written last, so that a scan with a mask is finished.
 
     Args:
-        scans: Files, lists and folders (`volumes.sources.find_sources`).
+        scans: One or more files, lists and folders (`volumes.sources.find_sources`).
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
+        on_progress: Called with the scan's name, after "3 of 8: " if there are several, and the share done, 0 to 1.
 
     Raises:
         UsageError: Contradictory options, two scans with the same output, or a DICOM segmentation of a scan that is no
@@ -141,7 +145,7 @@ def segment(
     if options.fast and (options.steps, options.ensemble) != (None, None):
         raise UsageError("--fast stands for --steps 1 --ensemble 1; leave --steps and --ensemble out")
     takes = model_input(options.model or DEFAULT_SEGMENTER)
-    sources = {source.path: source for source in find_sources(scans, takes, options.inputs)}
+    sources = {source.path: source for source in find_sources(paths_of(scans), takes, options.inputs)}
     mask_format = format_of_masks(options.output, options.output_format)
     outputs = {
         path: segmentation_outputs(source.named, source.output(options.output), len(sources), mask_format)

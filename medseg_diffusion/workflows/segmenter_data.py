@@ -15,6 +15,7 @@ from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
+from medseg_diffusion.data.file_lists import FileList
 from medseg_diffusion.data.label_maps import LabelMap, load_label_map, tissues
 from medseg_diffusion.data.mask_examples import CaseFormat, MaskExamples, PreparedCase, prepare, require_every_class
 from medseg_diffusion.data.synthetic_brains import SyntheticBrains
@@ -59,12 +60,12 @@ class SegmenterData:
     shape: ShapePrior | None = None
 
 
-def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:
-    """Read and prepare the folder ``data`` for a configuration.
+def segmenter_data(config: SegmenterConfig, data: Path | FileList, cache: Path, on_case: OnCase) -> SegmenterData:
+    """Read and prepare the scans of a folder or list for a configuration.
 
     Args:
         config: The configuration; its ``data.source`` says what the folder holds.
-        data: The folder.
+        data: The folder or list.
         cache: Folder for prepared cases; cases that are in it are not prepared again.
         on_case: Called after every case.
 
@@ -80,7 +81,7 @@ def segmenter_data(config: SegmenterConfig, data: Path, cache: Path, on_case: On
     return prepared
 
 
-def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: OnCase) -> SegmenterData:
+def _labelled_scans(config: SegmenterConfig, data: Path | FileList, cache: Path, on_case: OnCase) -> SegmenterData:
     if config.inference.shape_prior_mm is not None:
         raise UsageError("inference.shape_prior_mm is for data.source brain-labelmaps")
     folder = find_cases(data)
@@ -96,7 +97,7 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
         slices=config.network.dims == 2,
     )
     training = [case for case in prepared if case.name in split.train]
-    require_every_class(training, labels, data)
+    require_every_class(training, labels, str(data))
     augmenter = Augmenter(build.augmentation(config.augmentation), config.network.dims)
     examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter)
     summary = {
@@ -126,7 +127,7 @@ def _labelled_scans(config: SegmenterConfig, data: Path, cache: Path, on_case: O
     return SegmenterData(examples, validation, labels, folder.channels, summary, split, several_readers, calibration)
 
 
-def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dict[int, str]:
+def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path | FileList) -> dict[int, str]:
     """Label value -> class name, from the configuration or else from the folder."""
     labels = dict(enumerate(["background", *config.data.labels])) if config.data.labels else folder.labels
     if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
@@ -141,7 +142,7 @@ def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path) -> dic
     return labels
 
 
-def _require_same_names(configured: dict[int, str], stored: dict[int, str], data: Path) -> None:
+def _require_same_names(configured: dict[int, str], stored: dict[int, str], data: Path | FileList) -> None:
     """UsageError if dataset.json gives a label the name that the configuration gives to another one.
 
     Names need not be equal: "Anterior" is the "anterior hippocampus".
@@ -161,11 +162,14 @@ def _require_same_names(configured: dict[int, str], stored: dict[int, str], data
             )
 
 
-def _synthetic_brains(config: SegmenterConfig, data: Path, on_case: OnCase) -> SegmenterData:
+def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: OnCase) -> SegmenterData:
     spacing = config.preprocessing.spacing_mm
     if spacing is None or len(set(spacing)) != 1 or config.data.channels != 1 or config.network.dims != 3:
         raise UsageError("data.source brain-labelmaps needs isotropic preprocessing.spacing_mm, 1 channel and 3D")
-    cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
+    if isinstance(data, FileList):
+        cases = [Case(one.name, one.images[0], one.images[0], one.patient) for one in data.entries]
+    else:
+        cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
     split = split_by_hash(cases, config.data.test_cases, config.data.validation_cases)
     maps: dict[str, LabelMap] = {}
     for case in cases:

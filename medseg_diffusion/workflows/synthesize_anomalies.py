@@ -21,14 +21,15 @@ from medseg_diffusion.data.synthetic_anomalies import (
 )
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
-from medseg_diffusion.files import write_json
+from medseg_diffusion.files import as_paths, write_json
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.foreground import scan_foreground
 from medseg_diffusion.volumes.io import read_volume, write_labels, write_map
 from medseg_diffusion.volumes.outputs import labelled_outputs, refuse_collisions
 from medseg_diffusion.volumes.paths import SUFFIXES
 from medseg_diffusion.volumes.volume import Volume
 
-from .scans import Scan, ScanResult, Work, Write, all_scans, each_scan
+from .scans import Scan, ScanResult, Work, Write, all_scans, each_scan, paths_of
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class SynthesisOptions:
     radius_mm: tuple[float, float] = (4.0, 10.0)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        as_paths(self, "output")
+
 
 def synthesize_anomalies(
-    scans: Sequence[Path],
+    scans: str | Path | Sequence[str | Path],
     options: SynthesisOptions,
     on_case: Callable[[ScanResult], None] | None = None,
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: OnProgress = silent,
 ) -> list[ScanResult]:
     """Insert anomalies into scans and write images/, labels/ and anomalies.json.
 
@@ -69,7 +73,7 @@ def synthesize_anomalies(
         scans: Files of one channel, or folders of them.
         options: The options.
         on_case: Called after every scan.
-        on_progress: Called with (scan name, after "3 of 8: " if there are several; share done).
+        on_progress: Called with the scan's name, after "3 of 8: " if there are several, and the share done, 0 to 1.
 
     Raises:
         UsageError: Impossible options, or two scans with the same name.
@@ -83,7 +87,7 @@ def synthesize_anomalies(
         recipe = AnomalyRecipe(options.kind, options.contrast, options.radius_mm)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    outputs = {path: labelled_outputs(path, options.output) for path in all_scans(scans)}
+    outputs = {path: labelled_outputs(path, options.output) for path in all_scans(paths_of(scans))}
     refuse_collisions(outputs)
     described: list[dict[str, Any]] = []
 

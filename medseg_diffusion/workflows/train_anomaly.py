@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from medseg_diffusion import build
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.generator import GeneratorConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import Overrides, load_anomaly_config
+from medseg_diffusion.data.file_lists import Data, FileList, folder_or_files
 from medseg_diffusion.data.healthy import (
     TRAINED_ON,
     HealthySource,
@@ -31,6 +34,7 @@ from medseg_diffusion.models.card import common_entries
 from medseg_diffusion.models.generator import restore_classifier, restore_generator
 from medseg_diffusion.models.store import SavedModel, home, load_model_files, parts_of_weights
 from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Outcome, Progress
 
@@ -40,19 +44,20 @@ from .train_generator import train_generator
 
 # many: one keyword for each option of the command
 def train_anomaly(
-    config: AnomalyConfig,
-    healthy: Path,
-    run: Path,
+    config: AnomalyConfig | str | Path,
+    healthy: Data,
+    run: str | Path,
     *,
+    overrides: Overrides = MappingProxyType({}),
     exclude_labelled: int | None = None,
-    unhealthy: Path | None = None,
+    unhealthy: Data | None = None,
     resume: bool = False,
     max_steps: int | None = None,
     time_limit_min: float | None = None,
     device: str = "auto",
     seed: int = 0,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
+    on_step: Callable[[Progress], None] = lambda progress: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> CalibratedAnomaly:
     """Train the generator of ``config`` on healthy scans and calibrate its detectors on held-out ones.
@@ -60,36 +65,41 @@ def train_anomaly(
     Of several processes, the main one alone calibrates and returns the calibration.
 
     Args:
-        config: Configuration of method anomaly.
-        healthy: Folder of scans, with or without labels; labels mark lesions.
+        config: Name of a preset (`presets`), YAML file, or a configuration of method anomaly.
+        healthy: Folder of scans, with or without labels; labels mark lesions. Or a list whose entries are scans, pairs
+            (image, label), or mappings with "image" and, if known, "label", "patient" and "name".
         run: The run directory, new unless ``resume``.
+        overrides: Values for single keys of the configuration, such as {"training.max_steps": 100}.
         exclude_labelled: Slices closer than this to a labelled one are left out of training and calibration.
-        unhealthy: Scans with lesions, for detectors that also learn from unhealthy images. Only the labelled slices of
-            labelled scans are used.
+        unhealthy: Scans with lesions, as ``healthy``, for detectors that also learn from unhealthy images. Only
+            the labelled slices of labelled scans are used.
         resume: Continue an interrupted run with the same configuration.
         max_steps: Stop each network at this step; the learning rate still follows training.max_steps.
         time_limit_min: Stop training this many minutes after the start of the call; calibration takes further time.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of weights, order, times and noise.
-        on_progress: Called after every training step.
-        on_prepare: Called with (what is prepared, done, total).
+        on_progress: Called with a text and the share done, 0 to 1, in the preparation and after every step.
+        on_step: Called with the numbers of every training step.
         on_outcome: Called at the end of every training of the run.
 
     Raises:
-        UsageError: The run exists and ``resume`` is off, ``unhealthy`` is not needed, or the time was too short.
+        UsageError: A configuration that is unknown or of another kind, a run that exists while ``resume`` is off,
+            ``unhealthy`` is not needed, or the time was too short.
         InputError: Unusable scans, lesions in healthy ones, or ``unhealthy`` is missing.
     """
-    _require_fitting(config, healthy, unhealthy, exclude_labelled)
-    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare, on_outcome)
+    config, run, scans = load_anomaly_config(config, overrides), Path(run), folder_or_files(healthy)
+    others = None if unhealthy is None else folder_or_files(unhealthy)
+    _require_fitting(config, scans, others, exclude_labelled)
+    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_step, on_outcome)
     notes = {"exclude_labelled": exclude_labelled}
     job.require_startable(config, notes)
     runtime = Runtime(device, config.generator.training.precision)
     section = config.generator.data
-    source = healthy_source(healthy, exclude_labelled, unhealthy, (section.test_images, section.validation_images))
+    source = healthy_source(scans, exclude_labelled, others, (section.test_images, section.validation_images))
     with runtime.main_first():
-        images = _packed(config, source, healthy, job)
+        images = _packed(config, source, scans, job)
     if runtime.is_main:
-        job.start(config, notes, source.splits, healthy)
+        job.start(config, notes, source.splits, str(scans))
     job = job.clock_started()
     parts = {GENERATOR: _train_part(config.generator, images, GENERATOR, "image", job, runtime)}
     if config.classifier is not None:
@@ -99,7 +109,7 @@ def train_anomaly(
         generator = restore_generator(parts[GENERATOR], runtime.device)
         classifier = restore_classifier(parts[CLASSIFIER], runtime.device)[0] if CLASSIFIER in parts else None
         held_out = [scan for scan in source.scans if source.splits[scan.patient] == "validation"]
-        fit = AnomalyCalibration(config, generator, classifier, held_out, exclude_labelled, on_prepare)
+        fit = AnomalyCalibration(config, generator, classifier, held_out, exclude_labelled, job.on_prepare)
         latents, calibration = fit.fit()
         card = _card(config, source, images, calibration, seed)
         card |= {name: saved.card for name, saved in parts.items()}
@@ -110,12 +120,12 @@ def train_anomaly(
 
 
 def _require_fitting(
-    config: AnomalyConfig, healthy: Path, unhealthy: Path | None, exclude_labelled: int | None
+    config: AnomalyConfig, healthy: Path | FileList, unhealthy: Path | FileList | None, exclude_labelled: int | None
 ) -> None:
     """Raise an error for options that do not fit the configuration."""
     if config.needs_unhealthy and unhealthy is None:
         raise InputError(
-            healthy,
+            str(healthy),
             "only healthy scans",
             f"scans with lesions too, for {' and '.join(config.detectors)}",
             "name a folder of them with --unhealthy",
@@ -126,7 +136,7 @@ def _require_fitting(
         raise UsageError("--exclude-labelled: expected 1 or more; 1 leaves out only the labelled slices")
 
 
-def _packed(config: AnomalyConfig, source: HealthySource, healthy: Path, job: Job) -> PackedImages:
+def _packed(config: AnomalyConfig, source: HealthySource, healthy: Path | FileList, job: Job) -> PackedImages:
     section = config.generator.data
     images = packed_healthy(
         source,
@@ -139,7 +149,7 @@ def _packed(config: AnomalyConfig, source: HealthySource, healthy: Path, job: Jo
     )
     if not len(images.part("validation")):
         raise InputError(
-            healthy, "no healthy slice on the validation side", "some", "raise generator.data.validation_images"
+            str(healthy), "no healthy slice on the validation side", "some", "raise generator.data.validation_images"
         )
     return images
 
@@ -170,7 +180,7 @@ def _train_part(
         device=job.device,
         seed=job.seed,
         on_progress=job.on_progress,
-        on_prepare=job.on_prepare,
+        on_step=job.on_step,
         on_outcome=job.on_outcome,
     )
     saved = load_model_files(model)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 from medseg_diffusion import build
 from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
+from medseg_diffusion.config.load import ImageConfig, Overrides, load_image_config
 from medseg_diffusion.data.draws import Examples
+from medseg_diffusion.data.file_lists import Data, folder_or_files
 from medseg_diffusion.data.image_cache import ImageExamples, PackedImages
 from medseg_diffusion.data.latent_cache import LatentExamples, cached_latents
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -37,12 +40,12 @@ from medseg_diffusion.tasks.image import ImageDiffusion, reduced
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
 
 from .autoencoder_stage import autoencoder_of, latent_channels, require_same_images, train_autoencoder
 from .image_stage import (
-    ImageConfig,
     ImageSourceOptions,
     image_card,
     mean_loss,
@@ -58,10 +61,11 @@ PICTURES = 16
 
 # many: one keyword for each option of the command
 def train_generator(
-    config: ImageConfig,
-    data: Path | PackedImages,
-    run: Path,
+    config: ImageConfig | str | Path,
+    data: Data | PackedImages,
+    run: str | Path,
     *,
+    overrides: Overrides = MappingProxyType({}),
     autoencoder: str | Path | None = None,
     stage: Stage = "all",
     resume: bool = False,
@@ -71,16 +75,20 @@ def train_generator(
     seed: int = 0,
     skip_broken: bool = False,
     download: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
+    on_step: Callable[[Progress], None] = lambda progress: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Path:
     """Train the model of ``config`` on the images of ``data`` and return the model directory.
 
     Args:
-        config: Configuration of a generator, autoencoder or noisy classifier.
-        data: A folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or packed images.
+        config: Name of a preset (`presets`), YAML file, or a configuration of a generator, autoencoder or noisy
+            classifier.
+        data: A folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or a list whose entries are
+            files, or mappings with "image" and, if known, "patient", "class" and "name". All files of a list are
+            images, or all are scans.
         run: The run directory, new unless ``resume``.
+        overrides: Values for single keys of the configuration, such as {"training.max_steps": 100}.
         autoencoder: Trained autoencoder (folder or installed name) for a latent generator or upsampler. Without it, the
             autoencoder of the configuration is trained first.
         stage: "autoencoder" stops after the first stage of a latent generator.
@@ -91,20 +99,23 @@ def train_generator(
         seed: Seed of weights, order, times and noise.
         skip_broken: Leave broken files out instead of stopping.
         download: Download the weights of LPIPS if they are missing; nothing is downloaded otherwise.
-        on_progress: Called after every step.
-        on_prepare: Called with (what is prepared, done, total).
+        on_progress: Called with a text and the share done, 0 to 1, in the preparation and after every step.
+        on_step: Called with the numbers of every step.
         on_outcome: Called at the end of every training of the run.
 
     Raises:
-        UsageError: The run exists and ``resume`` is off, or options that do not fit the configuration.
+        UsageError: A configuration that is unknown or of another kind, a run that exists while ``resume`` is off, or
+            options that do not fit the configuration.
         InputError: Unusable data or resume file.
         ModelError: No usable autoencoder, or the configuration demands LPIPS, whose weights are missing.
     """
+    config, run = load_image_config(config, overrides), Path(run)
     latent = isinstance(config, GeneratorConfig) and config.autoencoder is not None
     if not latent and (autoencoder is not None or stage != "all"):
         raise UsageError("--autoencoder and --stage are for configurations that name an autoencoder; this one has none")
-    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare, on_outcome)
-    source = ImageSourceOptions(data, skip_broken, download)
+    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_step, on_outcome)
+    images = data if isinstance(data, PackedImages) else folder_or_files(data)
+    source = ImageSourceOptions(images, skip_broken, download)
     if isinstance(config, ImageAutoencoderConfig):
         return train_autoencoder(config, source, job)
     if isinstance(config, NoisyClassifierConfig):
@@ -189,7 +200,7 @@ def _train_diffusion(
             weights |= parts_of_weights({"codec": codec.state_dict()})
         job.save(card, weights)
 
-    job.fit(model, examples, config.training, Callbacks(validate, save, job.on_progress), runtime)
+    job.fit(model, examples, config.training, Callbacks(validate, save, job.step_done), runtime)
     return job.model
 
 
@@ -233,7 +244,7 @@ def _train_classifier(config: NoisyClassifierConfig, source: ImageSourceOptions,
         card = {**image_card(config, images, job, step, numbers), "classes": list(images.classes)}
         job.save(card, cast(NoisyClassification, averaged).network.state_dict())
 
-    job.fit(model, examples, config.training, Callbacks(validate, save, job.on_progress), runtime)
+    job.fit(model, examples, config.training, Callbacks(validate, save, job.step_done), runtime)
     return job.model
 
 

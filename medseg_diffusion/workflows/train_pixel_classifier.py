@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from medseg_diffusion import build
+from medseg_diffusion.config.load import Overrides, load_pixel_config
 from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.cases import Case
+from medseg_diffusion.data.file_lists import Data, FileList, folder_or_files
 from medseg_diffusion.data.patients import FILE as PATIENTS_FILE
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
@@ -38,6 +41,7 @@ from medseg_diffusion.models.pixel_segmenter import GENERATOR, pixel_activations
 from medseg_diffusion.models.store import SavedModel, load_model_files, parts_of_weights, save_model
 from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
 from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.volumes.io import read_labels, read_volume, write_labels
 from medseg_diffusion.volumes.outputs import SEGMENTATION
@@ -61,55 +65,59 @@ class TrainedPixelClassifier:
 
 # many: one keyword for each option of the command
 def train_pixel_classifier(
-    config: PixelClassifierConfig,
+    config: PixelClassifierConfig | str | Path,
     generator: str | Path,
-    data: Path,
+    data: Data,
     labelled: int,
-    run: Path,
+    run: str | Path,
     *,
+    overrides: Overrides = MappingProxyType({}),
     unit: Unit = "case",
     select: Select = "hash",
     test: bool = True,
     device: str = "auto",
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> TrainedPixelClassifier:
     """Train pixel classifiers on a generator's activations for a few labelled images, and score them.
 
     Several processes share the features of the labelled images and the classifiers. The main one writes and scores.
 
     Args:
-        config: Configuration of method label-efficient.
+        config: Name of a preset (`presets`), YAML file, or a configuration of method label-efficient.
         generator: Trained or imported generator, folder or installed name.
-        data: Folder of labelled scans. The labels of other cases than the chosen ones are used only for the scores and,
-            with ``unit`` "slice", to find slices that show a class.
+        data: Folder or list of labelled scans, as for `train_segmenter`. The labels of other cases than the
+            chosen ones are used only for the scores and, with ``unit`` "slice", to find slices that show a class.
         labelled: Number K of labelled cases or slices.
         run: The run directory, new.
+        overrides: Values for single keys of the configuration, such as {"classifier.members": 5}.
         unit: "case", or "slice" for single slices that show a class above background.
         select: "hash" or "diverse" (`Labelling`).
         test: Whether to segment and score the held-out cases.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of the choice, the pixels and the classifiers.
-        on_progress: Called with (what is done, done, total).
+        on_progress: Called with a text and the share done, 0 to 1.
 
     Raises:
-        UsageError: Options that do not fit, or a run folder that is not empty.
+        UsageError: A configuration that is unknown or of another kind, options that do not fit, or a run folder
+            that is not empty.
         InputError: Unusable data, an empty class, or fewer labelled images than requested. If only a held-out case is
             unusable, the model has been written before.
         ModelError: No usable generator, or one without activations.
     """
+    config, files, run = load_pixel_config(config, overrides), folder_or_files(data), Path(run)
     require_folder(run)
     runtime = Runtime(device)
     saved = load_model_files(generator)
     restored = restore_generator(saved, runtime.device)
     # An unusable generator is an error before any data is read.
     activations = _activations(config, restored, unit)
-    job = Job(run, device=device, seed=seed, on_prepare=on_progress)
+    job = Job(run, device=device, seed=seed, on_progress=on_progress)
     with _emptied_on_failure(run) if runtime.is_main else nullcontext():
         if runtime.is_main:
             job.start(config, {"generator_sha256": saved.sha256})
         training = _Training(config, restored, activations, saved, job, runtime)
-        labelled_data, blocks = training.run(data, Labelling(labelled, unit, select, seed))
+        labelled_data, blocks = training.run(files, Labelling(labelled, unit, select, seed))
     scores = None
     if runtime.is_main and test and labelled_data.split.test:
         held_out = [case for case in labelled_data.folder.cases if case.name in labelled_data.split.test]
@@ -163,7 +171,7 @@ class _Training:
     job: Job
     runtime: Runtime
 
-    def run(self, data: Path, labelling: Labelling) -> tuple[LabelledData, tuple[str, ...]]:
+    def run(self, data: Path | FileList, labelling: Labelling) -> tuple[LabelledData, tuple[str, ...]]:
         """Train, and return the labelled images and the names of the generator's blocks."""
         config, job, runtime = self.config, self.job, self.runtime
         cache = job.run / "cache"

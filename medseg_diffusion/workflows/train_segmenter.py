@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import torch
@@ -21,7 +22,9 @@ import yaml
 from torch import Tensor, nn
 
 from medseg_diffusion import build
+from medseg_diffusion.config.load import Overrides, load_segmenter_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.file_lists import Data, FileList, folder_or_files
 from medseg_diffusion.data.mask_examples import PreparedCase
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
@@ -38,6 +41,7 @@ from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
 from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
+from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
@@ -52,29 +56,33 @@ CASES_OF_X_T, MEMBERS_OF_X_T = 20, 5
 
 # many: one keyword for each option of the command
 def train_segmenter(
-    config: SegmenterConfig,
-    data: Path,
-    run: Path,
+    config: SegmenterConfig | str | Path,
+    data: Data,
+    run: str | Path,
     *,
+    overrides: Overrides = MappingProxyType({}),
     resume: bool = False,
     init: str | Path | None = None,
     max_steps: int | None = None,
     time_limit_min: float | None = None,
     device: str = "auto",
     seed: int = 0,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_prepare: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = silent,
+    on_step: Callable[[Progress], None] = lambda progress: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Path:
-    """Train the segmenter of ``config`` on the folder ``data`` and return the model directory.
+    """Train the segmenter of ``config`` on labelled scans and return the model directory.
 
     If the time limit ends the training of the mask autoencoder, its model directory is returned. Ctrl-C leaves a resume
     file and a loadable model.
 
     Args:
-        config: The configuration.
-        data: A Decathlon or image-mask folder, or a folder of label maps (data.source brain-labelmaps).
+        config: Name of a preset (`presets`), YAML file, or a configuration.
+        data: A Decathlon or image-mask folder, or a folder of label maps (data.source brain-labelmaps); or a
+            list whose entries are pairs (image, label) or mappings with "image", "label" and, if known, "patient" and
+            "name". An entry's image may be several files, one for each channel, and its label several readers' files.
         run: The run directory, new unless ``resume``.
+        overrides: Values for single keys of the configuration, such as {"training.max_steps": 100}.
         resume: Continue an interrupted run with the same configuration.
         init: Trained model (folder or installed name) whose weights the run starts from, instead of random weights; the
             model card names it.
@@ -83,19 +91,21 @@ def train_segmenter(
         time_limit_min: Stop this many minutes after the start of the call.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of weights, order, augmentation, times and noise.
-        on_progress: Called after every step.
-        on_prepare: Called with (what is prepared, done, total).
+        on_progress: Called with a text and the share done, 0 to 1, in the preparation and after every step.
+        on_step: Called with the numbers of every step.
         on_outcome: Called at the end of every training of the run.
 
     Raises:
-        UsageError: The run exists and ``resume`` is off, or a resumed run does not exist or has another configuration.
+        UsageError: A configuration that is unknown or of another kind, a run that exists while ``resume`` is off, or a
+            resumed run that does not exist or has another configuration.
         InputError: Unusable data or resume file.
         ModelError: ``init`` is missing, or has another network.
     """
-    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_prepare, on_outcome)
+    config, files, run = load_segmenter_config(config, overrides), folder_or_files(data), Path(run)
+    job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_step, on_outcome)
     runtime = Runtime(device, config.training.precision, config.training.sharding)
     origin = _origin(init, job)
-    prepared = _prepare(config, data, job, runtime, origin)
+    prepared = _prepare(config, files, job, runtime, origin)
     job = job.clock_started()
     job.seed_weights()
     model = build.segmenter(config, len(prepared.labels))
@@ -118,9 +128,9 @@ def train_segmenter(
         job.save(card, weights)
 
     def check(averaged: nn.Module) -> dict[str, float]:
-        return validate(averaged, config, prepared, runtime, on_prepare)
+        return validate(averaged, config, prepared, runtime, job.on_prepare)
 
-    callbacks = Callbacks(check, save, on_progress)
+    callbacks = Callbacks(check, save, job.step_done)
     outcome = job.fit(model, prepared.examples, config.training, callbacks, runtime)
     if outcome.best and runtime.is_main:
         if prepared.calibration and not prepared.several_readers:
@@ -130,7 +140,7 @@ def train_segmenter(
 
 
 def _prepare(
-    config: SegmenterConfig, data: Path, job: Job, runtime: Runtime, origin: Mapping[str, str] | None
+    config: SegmenterConfig, data: Path | FileList, job: Job, runtime: Runtime, origin: Mapping[str, str] | None
 ) -> SegmenterData:
     """Prepare the data, check everything, and then create the run folder."""
     notes = {} if origin is None else {"init": dict(origin)}
@@ -138,7 +148,7 @@ def _prepare(
     if runtime.is_main:
         job.require_startable(config, notes)
         prepared = segmenter_data(config, data, cache, lambda done, total: job.on_prepare("cases", done, total))
-        job.start(config, notes, asdict(prepared.split), data)
+        job.start(config, notes, asdict(prepared.split), str(data))
     runtime.wait()
     if not runtime.is_main:  # the main process has filled the cache
         prepared = segmenter_data(config, data, cache, lambda done, total: None)
