@@ -40,7 +40,7 @@ check: lint test wheel-test
 
 # The documentation as a site, in site/. Warnings, such as a dead link or anchor, are errors.
 docs: .venv/.installed-docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # A table of ours beside others, in ten minutes on two idle cores: make bench QUICK=1 rehearses it. See benchmarks/README.md.
 bench: .venv/.installed-test

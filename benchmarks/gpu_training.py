@@ -74,7 +74,7 @@ def generators(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
         steps = Steps()
         model = train_generator(
             config, options.data, runs / name, autoencoder=autoencoder if name == LATENT else None, max_steps=limit,
-            time_limit_min=share * minutes, device=device, on_progress=steps,
+            time_limit_min=share * minutes, device=device, on_step=steps,
         )  # fmt: skip
         result["trainings"][name] = {"minutes": share * minutes, **steps.numbers()}
         if (runs / name / "log.csv").exists():
@@ -140,7 +140,7 @@ def brain(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
     steps = Steps()
     model = train_segmenter(
         config, options.data, runs / "brain", max_steps=limit, time_limit_min=left,
-        device="cpu" if options.rehearse else "cuda", on_progress=steps,
+        device="cpu" if options.rehearse else "cuda", on_step=steps,
     )  # fmt: skip
     shutil.rmtree(options.out / "model", ignore_errors=True)
     export_model(model, options.out / "model", half=True)  # 7.5 MB beside the results of other parts, not 15

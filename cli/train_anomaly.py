@@ -49,13 +49,9 @@ def train_anomaly(
     as_json: AsJson = False,
 ) -> None:
     """Train an anomaly model on healthy scans, and calibrate its thresholds on held-out healthy scans."""
-    from medseg_diffusion.config.anomaly import AnomalyConfig
-    from medseg_diffusion.config.load import load_config
-    from medseg_diffusion.errors import UsageError
+    from medseg_diffusion.config.load import load_anomaly_config
 
-    settings = load_config(config, overrides or [])
-    if not isinstance(settings, AnomalyConfig):
-        raise UsageError(f"{config}: configures a {settings.method}, not anomaly detection (method: anomaly)")
+    settings = load_anomaly_config(config, overrides or [])
     start_processes(gpus, device)
     trained = Trained(run, "medseg anomaly SCAN -m MODEL")
     with training(run, quiet) as show:

@@ -52,13 +52,9 @@ def train_pixel_classifier(
     as_json: AsJson = False,
 ) -> None:
     """Train a segmenter on the activations of a generator for a few labelled images."""
-    from medseg_diffusion.config.load import load_config
-    from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
-    from medseg_diffusion.errors import UsageError
+    from medseg_diffusion.config.load import load_pixel_config
 
-    settings = load_config(config, overrides or [])
-    if not isinstance(settings, PixelClassifierConfig):
-        raise UsageError(f"{config}: configures a {settings.method}, not pixel classifiers (method: label-efficient)")
+    settings = load_pixel_config(config, overrides or [])
     from medseg_diffusion.training.launch import is_first
 
     start_processes(gpus, device)

@@ -53,8 +53,14 @@ def with_site_links(text: str, path: str, address: str | None = None) -> str:
             return f"{image}[{name}]({posixpath.relpath(page, posixpath.dirname(here) or '.')}{anchor})"
         return f"[{name}]({address.rstrip('/')}/{target}{anchor})" if address else name
 
-    parts = re.split(r"(^```.*?^```|`[^`\n]+`(?!\]))", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if i % 2 else _LINK.sub(link, part) for i, part in enumerate(parts))
+    code: list[str] = []
+
+    def put_aside(match: re.Match[str]) -> str:
+        code.append(match[0])
+        return f"\0{len(code) - 1}\0"
+
+    text = re.sub(r"^```.*?^```|`[^`\n]+`", put_aside, text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\0(\d+)\0", lambda match: code[int(match[1])], _LINK.sub(link, text))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -234,15 +240,16 @@ def _default(field: Any) -> str:
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 _GROUPS = {
-    "Models in memory": ("api.models", "api.results", "models.load", "models.imported"),
-    "Metrics of arrays": ("api.evaluation",),
-    "Commands as functions": ("workflows", "training", "volumes.sources", "models.anomaly", "models.image_source"),
-    "Scans and masks": ("volumes",),
-    "Models and presets by name": ("models.store", "config.load"),
-    "Errors": ("errors",),
-    "Configurations": ("config",),
+    "Models in memory": ("api.models.", "api.results."),
+    "Metrics of arrays": ("api.evaluation.",),
+    "Commands as functions": ("workflows.", "training.", "volumes.sources.", "models.anomaly.", "models.image_source."),
+    "Scans and masks": ("volumes.",),
+    "Models and presets by name": ("models.store.", "config.load."),
+    "Errors": ("errors.",),
+    "Configurations": ("config.",),
+    "What the functions return": ("",),
 }
-"""Heading -> the modules whose public names stand below it; the first group that fits a name has it."""
+"""Heading -> how the modules begin whose public names stand below it; the first group that fits a name has it."""
 
 
 def public_names() -> dict[str, list[str]]:
@@ -251,7 +258,7 @@ def public_names() -> dict[str, list[str]]:
 
     groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
     for name, home in medseg_diffusion._HOME_OF.items():
-        fitting = (title for title, homes in _GROUPS.items() if any(f"{home}.".startswith(f"{one}.") for one in homes))
+        fitting = (title for title, homes in _GROUPS.items() if any(f"{home}.".startswith(one) for one in homes))
         groups[next(fitting)].append(name)
     return {title: sorted(names, key=lambda name: (name[0].isupper(), name)) for title, names in groups.items()}
 

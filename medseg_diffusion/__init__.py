@@ -1,7 +1,8 @@
 """Diffusion models that generate, segment and find anomalies in medical images.
 
-This module is the whole public interface: the names of ``__all__``. They stay as they are within a major version. All
-other modules, and names that begin with an underscore, are private and change without notice.
+This module is the whole public interface: the names of ``__all__``, with their documented parameters and attributes.
+They stay as they are within a major version. All other modules, and names that begin with an underscore, are private
+and change without notice.
 
 A model in memory takes scans as files, images of nibabel, arrays or volumes, and gives results with their geometry::
 
@@ -36,15 +37,26 @@ if TYPE_CHECKING:
     from .config.load import load_config, presets
     from .config.pixel_classifier import PixelClassifierConfig
     from .config.segmenter import SegmenterConfig
+    from .data.image_check import ImageCheck
     from .errors import InputError, MedsegError, ModelError, Stopped, UsageError
+    from .methods.calibration import Calibration
+    from .metrics.benchmark_summary import BenchmarkRow
+    from .metrics.comparison import Comparison
+    from .metrics.evaluation_summary import Evaluation
+    from .metrics.generation_summary import GeneratorEvaluation, GeneratorRow
     from .models.anomaly import DetectionOptions
     from .models.image_source import SampleOptions
-    from .models.store import list_models, load_card
+    from .models.store import ModelInfo, list_models, load_card
+    from .reports.run_page import RunSummary
     from .training.options import Progress
+    from .training.trainer import Outcome
     from .volumes.io import read_labels, read_volume, write_labels, write_map
+    from .volumes.modality import SeriesChoice
     from .volumes.sources import InputOptions
     from .volumes.volume import Volume
     from .workflows.anomaly import AnomalyOptions, anomaly
+    from .workflows.anomaly_calibration import CalibratedAnomaly
+    from .workflows.anomaly_result import AnomalyResult
     from .workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
     from .workflows.calibrate_anomaly import CalibrationOptions, calibrate_anomaly
     from .workflows.calibrate_segmenter import calibrate_segmenter
@@ -61,7 +73,7 @@ if TYPE_CHECKING:
     from .workflows.synthesize_anomalies import SynthesisOptions, synthesize_anomalies
     from .workflows.train_anomaly import train_anomaly
     from .workflows.train_generator import train_generator
-    from .workflows.train_pixel_classifier import train_pixel_classifier
+    from .workflows.train_pixel_classifier import TrainedPixelClassifier, train_pixel_classifier
     from .workflows.train_segmenter import train_segmenter
 
 __version__ = version("medseg-diffusion")
@@ -76,15 +88,26 @@ _HOMES = {
     "config.load": ("load_config", "presets"),
     "config.pixel_classifier": ("PixelClassifierConfig",),
     "config.segmenter": ("SegmenterConfig",),
+    "data.image_check": ("ImageCheck",),
     "errors": ("InputError", "MedsegError", "ModelError", "Stopped", "UsageError"),
+    "methods.calibration": ("Calibration",),
+    "metrics.benchmark_summary": ("BenchmarkRow",),
+    "metrics.comparison": ("Comparison",),
+    "metrics.evaluation_summary": ("Evaluation",),
+    "metrics.generation_summary": ("GeneratorEvaluation", "GeneratorRow"),
     "models.anomaly": ("DetectionOptions",),
     "models.image_source": ("SampleOptions",),
-    "models.store": ("list_models", "load_card"),
+    "models.store": ("ModelInfo", "list_models", "load_card"),
+    "reports.run_page": ("RunSummary",),
     "training.options": ("Progress",),
+    "training.trainer": ("Outcome",),
     "volumes.io": ("read_labels", "read_volume", "write_labels", "write_map"),
+    "volumes.modality": ("SeriesChoice",),
     "volumes.sources": ("InputOptions",),
     "volumes.volume": ("Volume",),
     "workflows.anomaly": ("AnomalyOptions", "anomaly"),
+    "workflows.anomaly_calibration": ("CalibratedAnomaly",),
+    "workflows.anomaly_result": ("AnomalyResult",),
     "workflows.benchmark_segmenter": ("BenchmarkOptions", "benchmark_segmenter"),
     "workflows.calibrate_anomaly": ("CalibrationOptions", "calibrate_anomaly"),
     "workflows.calibrate_segmenter": ("calibrate_segmenter",),
@@ -101,7 +124,7 @@ _HOMES = {
     "workflows.synthesize_anomalies": ("SynthesisOptions", "synthesize_anomalies"),
     "workflows.train_anomaly": ("train_anomaly",),
     "workflows.train_generator": ("train_generator",),
-    "workflows.train_pixel_classifier": ("train_pixel_classifier",),
+    "workflows.train_pixel_classifier": ("TrainedPixelClassifier", "train_pixel_classifier"),
     "workflows.train_segmenter": ("train_segmenter",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -110,24 +133,36 @@ __all__ = [  # listed for type checkers and editors; a test compares it with _HO
     "AnomalyConfig",
     "AnomalyDetector",
     "AnomalyOptions",
+    "AnomalyResult",
     "BenchmarkOptions",
+    "BenchmarkRow",
+    "CalibratedAnomaly",
+    "Calibration",
     "CalibrationOptions",
     "ClassMetrics",
+    "Comparison",
     "DetectionOptions",
     "EvaluateOptions",
+    "Evaluation",
     "Generator",
     "GeneratorConfig",
+    "GeneratorEvaluation",
     "GeneratorEvaluationOptions",
+    "GeneratorRow",
     "ImageAutoencoderConfig",
+    "ImageCheck",
     "InputError",
     "InputOptions",
     "MedsegError",
     "Model",
     "ModelError",
+    "ModelInfo",
     "Network",
     "NoisyClassifierConfig",
+    "Outcome",
     "PixelClassifierConfig",
     "Progress",
+    "RunSummary",
     "SampleOptions",
     "Samples",
     "ScanResult",
@@ -136,8 +171,10 @@ __all__ = [  # listed for type checkers and editors; a test compares it with _HO
     "SegmentedScan",
     "Segmenter",
     "SegmenterConfig",
+    "SeriesChoice",
     "Stopped",
     "SynthesisOptions",
+    "TrainedPixelClassifier",
     "UsageError",
     "Volume",
     "anomaly",

@@ -74,7 +74,7 @@ def fitting_steps(config: SegmenterConfig, data: Path, minutes: float) -> int:
         short = config.mask_autoencoder.model_copy(update={"max_steps": TIMED_AUTOENCODER})
         timed = timed.model_copy(update={"mask_autoencoder": short})
     with TemporaryDirectory() as folder:
-        train_segmenter(timed, data, Path(folder) / "run", max_steps=TIMED, on_progress=stopwatch)
+        train_segmenter(timed, data, Path(folder) / "run", max_steps=TIMED, on_step=stopwatch)
     if config.method == "latent-mask":
         seconds -= first * stopwatch.seconds_per_step(TIMED_AUTOENCODER)
     members = config.inference.ensemble if config.samples_masks else 1
@@ -121,9 +121,7 @@ def fitting_part(
     section = config.training.model_copy(update={"validate_every": planned})
     timed = config.model_copy(update={"training": section})
     stopwatch = Stopwatch()
-    train_generator(
-        timed, images, folder / config.method, max_steps=TIMED, autoencoder=autoencoder, on_progress=stopwatch
-    )
+    train_generator(timed, images, folder / config.method, max_steps=TIMED, autoencoder=autoencoder, on_step=stopwatch)
     left = SPARE * seconds - VALIDATIONS * stopwatch.seconds_per_validation(TIMED)
     steps = max(1, int(left / stopwatch.seconds_per_step(TIMED)))
     print(f"{config.method}: {steps} steps", flush=True)

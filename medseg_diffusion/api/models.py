@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast, get_args
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -31,7 +29,7 @@ from medseg_diffusion.workflows.anomaly import chosen_threshold
 from medseg_diffusion.workflows.finished import doubts_about
 from medseg_diffusion.workflows.segment import require_fitting
 
-from .results import Samples, ScoredScan, SegmentedMap, SegmentedScan
+from .results import Samples, ScoredMap, ScoredScan, SegmentedMap, SegmentedScan
 from .scans import Scan, read_scan
 
 _USES = {
@@ -65,13 +63,11 @@ class Model:
         self.card: dict[str, Any] = saved.card
         self._reason = ""
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
         if name in _USES:
-            own, reason = (
-                vars(self).get("name", "this model"),
-                vars(self).get("_reason") or f".{name} is for {_USES[name]}",
-            )
-            raise NotItsUse(f"{own} is {self._kind}, which has .{self._use}; {reason}")
+            own = vars(self)  # not getattr: a copy that is being made has nothing yet
+            reason = own.get("_reason") or f".{name} is for {_USES[name]}"
+            raise NotItsUse(f"{own.get('name')} is {self._kind}, which has .{self._use}; {reason}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -94,7 +90,6 @@ class Segmenter(Model):
         self.channels: tuple[str, ...] = ModelInput.of(self.name, self.card).channels
         self._model = model
 
-    # many: the scan with its geometry, and what is asked for
     def segment(
         self,
         scan: Scan,
@@ -126,18 +121,22 @@ class Segmenter(Model):
         model = self._model
         volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
         require_fitting(volume, model)
-        wanted = [cast(Map, name) for name in maps if name not in ("labels", "members")]
+        if unknown := [name for name in maps if name not in get_args(SegmentedMap)]:
+            raise UsageError(f"maps: {unknown[0]!r} is unknown; there are {', '.join(get_args(SegmentedMap))}")
+        wanted: list[Map] = [name for name in maps if name != "members"]
         found = model.segment(volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), wanted)
-        members = model.aggregation.members_on_scan(found).numpy() if "members" in maps else None
+        made: dict[SegmentedMap, Tensor | None] = {
+            "probabilities": found.probabilities,
+            "uncertainty": found.uncertainty,
+            "mutual-information": found.mutual_information,
+            "members": model.aggregation.members_on_scan(found) if "members" in maps else None,
+        }
         return SegmentedScan(
             scan=volume,
             labels=found.labels.numpy(),
             classes=dict(self.classes),
             volumes_ml=found.volumes_ml,
-            members=members,
-            probabilities=_array(found.probabilities),
-            uncertainty=_array(found.uncertainty),
-            mutual_information=_array(found.mutual_information),
+            maps={name: data.numpy() for name, data in made.items() if data is not None},
             members_ml=found.members_ml,
             intervals_ml=found.intervals_ml,
             level=found.level,
@@ -157,7 +156,6 @@ class AnomalyDetector(Model):
         super().__init__(model.saved)
         self._model = model
 
-    # many: the scan with its geometry, and what is asked for
     def anomaly(
         self,
         scan: Scan,
@@ -194,17 +192,20 @@ class AnomalyDetector(Model):
         if len(volume.data) != 1:
             raise InputError(volume.source, f"{len(volume.data)} channels", "one", "extract the one to be scored")
         scored = model.score(volume, seed, lambda share: on_progress(f"scoring with {self.name}", share), counterpart)
+        made: dict[ScoredMap, npt.NDArray[Any]] = {
+            "score": scored.score.numpy(),
+            "foreground": scored.foreground.numpy(),
+        }
+        if scored.counterpart is not None:
+            made["counterpart"] = scored.counterpart.numpy()
         mask = mask_of(scored, limit, volume.voxel_mm3, model.config.postprocessing.min_volume_mm3)
         return ScoredScan(
             scan=volume,
-            score=scored.score.numpy(),
-            foreground=scored.foreground.numpy(),
-            mask=mask.numpy(),
+            maps={**made, "mask": mask.numpy()},
             threshold=limit,
             volume_ml=float(mask.sum()) * volume.voxel_mm3 / 1000,
             scan_score=scored.scan_score,
             healthy_percentile=model.percentile(scored.scan_score),
-            counterpart=_array(scored.counterpart),
             warnings=tuple(model.notes),
         )
 
@@ -328,20 +329,12 @@ class Generator(Network):
 
 _OPTIONS = {
     Segmenter: (
-        "ensemble",
-        "steps",
-        "sampler",
-        "fusion",
-        "uncertainty",
-        "keep_largest",
-        "fast",
-        "max_memory",
-        "compile",
+        "ensemble", "steps", "sampler", "fusion", "uncertainty", "keep_largest", "fast", "max_memory", "compile",
     ),
     AnomalyDetector: ("method", "latent_quantile", "median", "erosion", "min_volume_mm3", "compile"),
     Generator: ("upsampler", "classifier", "compile"),
     Network: (),
-}
+}  # fmt: skip
 """The options of `load_model` that each kind of model has."""
 
 
@@ -396,8 +389,13 @@ def load_model(
         ModelError: A model that is missing, damaged or of another version.
         UsageError: An unknown device or sampler, or an option that this kind of model does not have.
     """
-    given = {name: value for name, value in locals().items() if name not in ("name_or_path", "device")}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    options: dict[str, Any] = {
+        "ensemble": ensemble, "steps": steps, "sampler": sampler, "fusion": fusion, "uncertainty": uncertainty,
+        "keep_largest": keep_largest, "fast": fast or None, "max_memory": max_memory, "method": method,
+        "latent_quantile": latent_quantile, "median": median, "erosion": erosion, "min_volume_mm3": min_volume_mm3,
+        "upsampler": upsampler, "classifier": classifier, "compile": compile or None,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
     saved = load_model_files(name_or_path)
     kind = _kind_of(saved)
     if wrong := [name for name in given if name not in _OPTIONS[kind]]:
@@ -409,10 +407,10 @@ def load_model(
         detection = {name: value for name, value in given.items() if name != "compile"}
         return AnomalyDetector(AnomalyModel(saved, DetectionOptions(**detection), device, compile))
     if kind is Generator:
-        options = SampleOptions(device=device, compile=compile)
-        others = {name: str(value) for name, value in given.items() if name != "compile"}
+        others = [None if model is None else str(model) for model in (upsampler, classifier)]
+        sampling = SampleOptions(upsampler=others[0], classifier=others[1], device=device, compile=compile)
         try:
-            return Generator(ImageSource(saved, replace(options, **others)))
+            return Generator(ImageSource(saved, sampling))
         except (UsageError, ModelError) as error:  # it cannot be sampled, but its network can be used
             if given:
                 raise
@@ -429,7 +427,3 @@ def _kind_of(saved: SavedModel) -> type[Segmenter | AnomalyDetector | Generator 
     if task in ("mask", "anomaly"):
         return Segmenter if task == "mask" else AnomalyDetector
     return Generator if task in ("image", "denoiser") else Network
-
-
-def _array(data: Tensor | None) -> npt.NDArray[np.float32] | None:
-    return None if data is None else cast("npt.NDArray[np.float32]", data.numpy())

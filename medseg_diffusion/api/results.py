@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,38 +20,23 @@ from medseg_diffusion.volumes.io import write_labels, write_map
 from medseg_diffusion.volumes.memory import to_nibabel
 from medseg_diffusion.volumes.volume import Volume
 
-SegmentedMap = Literal["labels", "probabilities", "uncertainty", "members", "mutual-information"]
+SegmentedMap = Literal["probabilities", "uncertainty", "members", "mutual-information"]
+"""What `Segmenter.segment` makes beside the labels."""
 ScoredMap = Literal["score", "mask", "foreground", "counterpart"]
 
 
-class _OnScan:
-    """Arrays on the grid of ``scan``."""
-
-    scan: Volume
-
-    @abstractmethod
-    def _array(self, what: Any) -> npt.NDArray[Any]:
-        """(I, J, K), or (C, I, J, K) of several channels.
-
-        Raises:
-            UsageError: a map that was not asked for.
-        """
-
-    def _nibabel(self, what: str) -> nib.Nifti1Image:
-        return to_nibabel(self._array(what), self.scan)
-
-    def _save(self, path: str | Path, what: str) -> Path:
-        array = torch.from_numpy(np.ascontiguousarray(self._array(what)))
-        path = Path(path)
-        if array.is_floating_point():
-            write_map(array, self.scan, path)
-        else:
-            write_labels(array, self.scan, path)
-        return path
+def _write(array: npt.NDArray[Any], scan: Volume, path: Path) -> Path:
+    """Write labels or a map, (I, J, K) or (C, I, J, K), with the geometry of the scan."""
+    data = torch.from_numpy(np.ascontiguousarray(array))
+    if data.is_floating_point():
+        write_map(data, scan, path)
+    else:
+        write_labels(data, scan, path)
+    return path
 
 
 @dataclass(frozen=True, eq=False)
-class SegmentedScan(_OnScan):
+class SegmentedScan:
     """A segmented scan, on its own grid (I, J, K).
 
     Attributes:
@@ -59,10 +44,7 @@ class SegmentedScan(_OnScan):
         labels: Label of every voxel, (I, J, K) uint8, or int32 for more than 256 classes.
         classes: Label -> name of the class, background 0 included.
         volumes_ml: Class name -> volume in ml, without background.
-        members: The mask of every sampled member, (N, I, J, K); None unless asked for, as the other maps.
-        probabilities: Probability of every class, (K, I, J, K') float32 in [0, 1].
-        uncertainty: Uncertainty of the kind that was chosen at the loading, (I, J, K) float32.
-        mutual_information: Disagreement of the members in every voxel, (I, J, K) float32 in [0, 1].
+        maps: The maps that were asked for, by their names.
         members_ml: Class name -> smallest and largest volume of the members; empty for one member.
         intervals_ml: Class name -> an interval that contains the true volume in a share ``level`` of patients like
             those that the model was calibrated on; empty if the model was not calibrated for these options.
@@ -78,10 +60,7 @@ class SegmentedScan(_OnScan):
     labels: npt.NDArray[Any]
     classes: dict[int, str]
     volumes_ml: dict[str, float]
-    members: npt.NDArray[Any] | None
-    probabilities: npt.NDArray[np.float32] | None
-    uncertainty: npt.NDArray[np.float32] | None
-    mutual_information: npt.NDArray[np.float32] | None
+    maps: Mapping[SegmentedMap, npt.NDArray[Any]]
     members_ml: dict[str, tuple[float, float]]
     intervals_ml: dict[str, tuple[float, float]]
     level: float | None
@@ -90,65 +69,102 @@ class SegmentedScan(_OnScan):
     quality: Literal["usual", "check"] | None
     warnings: tuple[str, ...]
 
-    def _array(self, what: SegmentedMap) -> npt.NDArray[Any]:
-        array = getattr(self, what.replace("-", "_"))
-        if array is None:
-            raise UsageError(f"there are no {what}: ask for them with segment(scan, maps=[{what!r}])")
-        return np.asarray(array)
+    @property
+    def members(self) -> npt.NDArray[Any]:
+        """The mask of every sampled member, (N, I, J, K) uint8; UsageError if not asked for, as of the other maps."""
+        return self._array("members")
 
-    def to_nibabel(self, what: SegmentedMap = "labels") -> nib.Nifti1Image:
+    @property
+    def probabilities(self) -> npt.NDArray[np.float32]:
+        """Probability of every class, (C, I, J, K) float32 in [0, 1], background first."""
+        return self._array("probabilities")
+
+    @property
+    def uncertainty(self) -> npt.NDArray[np.float32]:
+        """Uncertainty of the kind that was chosen at the loading, (I, J, K) float32."""
+        return self._array("uncertainty")
+
+    @property
+    def mutual_information(self) -> npt.NDArray[np.float32]:
+        """Disagreement of the members in every voxel, (I, J, K) float32 in [0, 1]."""
+        return self._array("mutual-information")
+
+    def _array(self, what: SegmentedMap | Literal["labels"]) -> npt.NDArray[Any]:
+        if what == "labels":
+            return self.labels
+        if what not in self.maps:
+            raise UsageError(f"{what}: not made; ask for it with segment(scan, maps=[{what!r}])")
+        return self.maps[what]
+
+    def to_nibabel(self, what: SegmentedMap | Literal["labels"] = "labels") -> nib.Nifti1Image:
         """The labels, or a map, as an image of nibabel with the scan's affine and codes; channels are its last axis.
 
         Raises:
             UsageError: A map that was not asked for.
         """
-        return self._nibabel(what)
+        return to_nibabel(self._array(what), self.scan)
 
-    def save(self, path: str | Path, what: SegmentedMap = "labels") -> Path:
+    def save(self, path: str | Path, what: SegmentedMap | Literal["labels"] = "labels") -> Path:
         """Write the labels, or a map, with the scan's geometry, and return the path. Its suffix decides the format.
 
         Raises:
             UsageError: A map that was not asked for, or a missing folder.
             InputError: An unknown suffix.
         """
-        return self._save(path, what)
+        return _write(self._array(what), self.scan, Path(path))
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredScan(_OnScan):
+class ScoredScan:
     """A scan with its anomaly map, on its own grid (I, J, K).
 
     Attributes:
         scan: The scan, whose geometry all arrays have.
-        score: How unlike healthy scans a voxel is, (I, J, K) float32, 0 or above; 0 outside the foreground.
-        foreground: Voxels whose scores count, (I, J, K) bool.
-        mask: Voxels above the threshold, (I, J, K) bool, without parts below the model's smallest volume.
         threshold: The threshold.
         volume_ml: Volume of the mask in ml.
         scan_score: Score of the whole scan.
         healthy_percentile: Share of the model's healthy calibration scans with a lower score, in %; None without
             calibration for these options.
-        counterpart: The healthy counterpart that the method produced, (I, J, K) float32 in the scan's unit; None unless
-            asked for.
+        maps: "score", "mask", "foreground" and, if it was asked for, "counterpart".
         warnings: What the reader should know, one sentence each.
     """
 
     scan: Volume
-    score: npt.NDArray[np.float32]
-    foreground: npt.NDArray[np.bool_]
-    mask: npt.NDArray[np.bool_]
+    maps: Mapping[ScoredMap, npt.NDArray[Any]]
     threshold: float
     volume_ml: float
     scan_score: float
     healthy_percentile: float | None
-    counterpart: npt.NDArray[np.float32] | None
     warnings: tuple[str, ...]
 
+    @property
+    def score(self) -> npt.NDArray[np.float32]:
+        """How unlike healthy scans a voxel is, (I, J, K) float32, 0 or above; 0 outside the foreground."""
+        return self._array("score")
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Voxels above the threshold, (I, J, K) bool, without parts below the model's smallest volume."""
+        return self._array("mask")
+
+    @property
+    def foreground(self) -> npt.NDArray[np.bool_]:
+        """Voxels whose scores count, (I, J, K) bool."""
+        return self._array("foreground")
+
+    @property
+    def counterpart(self) -> npt.NDArray[np.float32]:
+        """The healthy counterpart that the method produced, (I, J, K) float32 in the scan's unit.
+
+        Raises:
+            UsageError: It was not asked for.
+        """
+        return self._array("counterpart")
+
     def _array(self, what: ScoredMap) -> npt.NDArray[Any]:
-        array = getattr(self, what)
-        if array is None:
-            raise UsageError("there is no counterpart: ask for it with anomaly(scan, counterpart=True)")
-        return np.asarray(array)
+        if what not in self.maps:
+            raise UsageError(f"{what}: not made; ask for it with anomaly(scan, counterpart=True)")
+        return self.maps[what]
 
     def to_nibabel(self, what: ScoredMap = "score") -> nib.Nifti1Image:
         """The map, or the mask, as an image of nibabel with the scan's affine and codes.
@@ -156,7 +172,7 @@ class ScoredScan(_OnScan):
         Raises:
             UsageError: A counterpart that was not asked for.
         """
-        return self._nibabel(what)
+        return to_nibabel(self._array(what), self.scan)
 
     def save(self, path: str | Path, what: ScoredMap = "score") -> Path:
         """Write the map, or the mask, with the scan's geometry, and return the path. Its suffix decides the format.
@@ -165,7 +181,7 @@ class ScoredScan(_OnScan):
             UsageError: A counterpart that was not asked for, or a missing folder.
             InputError: An unknown suffix.
         """
-        return self._save(path, what)
+        return _write(self._array(what), self.scan, Path(path))
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,16 @@ FILES = ("model.json", "weights.safetensors", "README.md")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One line of `medseg models list`."""
+    """One line of `medseg models list`.
+
+    Attributes:
+        name: Name under which commands and `load_model` find it.
+        path: The model directory.
+        method: Published method, and whether the model is deterministic.
+        labels: Names of the classes.
+        megabytes: Size of the weights.
+        source: "user" (MEDSEG_HOME) or "package".
+    """
 
     name: str
     path: Path

@@ -14,7 +14,7 @@ from medseg_diffusion.models.store import load_model_files, save_model
 
 def export_model(
     model: str | Path,
-    output: str | Path,
+    output: Path,
     *,
     half: bool = False,
     command: str = "",
@@ -37,7 +37,6 @@ def export_model(
         ModelError: No usable model, or an imported model.
         UsageError: An output that exists.
     """
-    output = Path(output)
     require_new_folder(output)
     saved = load_model_files(model)
     if template_of(saved.card) is None:

@@ -125,7 +125,7 @@ def spans(page: Path) -> list[str]:
 def _prose(text: str) -> str:
     """The text without code, in which brackets mean something else."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"(?<!\[)`[^`\n]*`(?!\])", "", text)
+    return re.sub(r"`[^`\n]+`", "code", text)
 
 
 def links(text: str) -> list[str]:

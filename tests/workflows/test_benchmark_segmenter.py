@@ -81,7 +81,7 @@ def test_one_factor_changes_at_a_time(models, data, tmp_path: Path) -> None:
         data,
         tmp_path,
         BenchmarkOptions(steps=[1, 3], ensembles=[1, 2], samplers=["ddim"], device="cpu"),
-        on_progress=lambda what, done, total: seen.append((done, total)),
+        on_progress=lambda what, share: seen.append(what),
     )
     settings = [(row.setting.factor, row.setting.sampler, row.setting.steps, row.setting.ensemble) for row in rows]
     assert settings == [
@@ -89,7 +89,8 @@ def test_one_factor_changes_at_a_time(models, data, tmp_path: Path) -> None:
         ("sampler", "ddim", 2, 1), ("feed-forward", "", 1, 1),
     ]  # fmt: skip
     assert [row.evaluations for row in rows] == [1, 3, 2, 4, 2, 1]
-    assert seen == [(1, 3), (2, 3), (3, 3)] * 6, "no setting comes twice here"
+    counts = [what.rpartition(": ")[2] for what in seen]
+    assert counts == ["1 of 3", "2 of 3", "3 of 3"] * 6, "no setting comes twice here"
     for row in rows:
         assert row.cases == 3 and 0 <= row.mean_dice <= 1 and 0 <= row.ece <= 1 and row.seconds > 0
         assert row.iou["block"].mean <= row.dice["block"].mean
@@ -114,7 +115,7 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
         data,
         tmp_path,
         BenchmarkOptions(steps=[2], ensembles=[1], samplers=["dpm++"], device="cpu"),
-        on_progress=lambda what, done, total: seen.append(what),
+        on_progress=lambda what, share: seen.append(what),
     )
     assert [row.setting.factor for row in rows] == ["steps", "ensemble", "sampler"] and len(seen) == 3
     assert len({row.mean_dice for row in rows}) == 1
@@ -131,7 +132,7 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
             data,
             tmp_path,
             BenchmarkOptions(samplers=["euler"], device="cpu"),
-            on_progress=lambda what, done, total: seen.append(what),
+            on_progress=lambda what, share: seen.append(what),
         )
     assert not seen, "found before anything is measured"
 
@@ -215,7 +216,7 @@ def test_a_summary_in_markdown_is_printed_alone_or_written(models, data, tmp_pat
 
 
 def test_a_stopped_benchmark_leaves_a_page_of_what_was_measured(models, data, tmp_path: Path) -> None:
-    def stop(what: str, done: int, total: int) -> None:
+    def stop(what: str, share: float) -> None:
         if "3 steps" in what:
             raise KeyboardInterrupt
 

@@ -422,12 +422,12 @@ def test_processes_change_nothing_and_hand_errors_on(folders: tuple[Path, Path],
     pred, _ = folders
     p = np.where(box(4) == 1, 0.9, 0.1).astype(np.float32)
     save(pred / "a_prob.nii.gz", np.stack([1 - p, p], axis=-1))
-    progress: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, float]] = []
     evaluate(*folders, tmp_path / "one")
     evaluate(*folders, tmp_path / "two", EvaluateOptions(jobs=2), on_progress=lambda *state: progress.append(state))
     for name in ("summary.json", "cases.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert progress == [("cases", 1, 3), ("cases", 2, 3), ("cases", 3, 3)]
+    assert progress == [("cases: 1 of 3", 1 / 3), ("cases: 2 of 3", 2 / 3), ("cases: 3 of 3", 1.0)]
     save(pred / "b.nii.gz", box(6) * np.float32(0.5))
     with pytest.raises(InputError, match=r"found the label 0\.5; expected whole numbers"):
         evaluate(*folders, tmp_path / "never", EvaluateOptions(jobs=2))

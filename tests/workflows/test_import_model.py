@@ -36,12 +36,12 @@ def test_from_the_command_line_to_the_originals_output(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*command, "--set", "num_heads=2", "--set", "schedule=cosine"])
     assert result.exit_code == 0, result.output
     assert "legacy order" in result.stderr and "noise" in result.stderr and "linear schedule" not in result.stderr
-    model = load_model(tmp_path / "adm")
+    model = load_model(tmp_path / "adm", "cpu")
     x, y = normal(1, 2, 3, 8, 8), torch.tensor([0, 3])
     with torch.no_grad():
         found = model.network(x, TIMES, class_labels=y)
         torch.testing.assert_close(found, theirs(x, TIMES, y), rtol=1e-4, atol=1e-4)
-    card = model.saved.card
+    card = model.card
     assert card["config"]["learned_variance"] is True and card["config"]["schedule"]["name"] == "cosine"
     assert card["training"]["imported"] == "64x64.pt" and len(card["training"]["sha256"]) == 64
     listed = CliRunner().invoke(app, ["models", "show", str(tmp_path / "adm"), "--json"])
@@ -51,7 +51,7 @@ def test_from_the_command_line_to_the_originals_output(tmp_path: Path) -> None:
 def test_an_imported_denoiser_is_sampled_like_any_other(tmp_path: Path) -> None:
     theirs = published.OpenAI(out_channels=3)
     import_model(saved(tmp_path / "a.pt", theirs.state), "improved-diffusion", tmp_path / "m", {"num_heads": 2})
-    denoiser = load_model(tmp_path / "m").module
+    denoiser = load_model(tmp_path / "m", "cpu").module
     times = spaced(denoiser.schedule, 4)
     out = sample(denoiser, DPMSolver(), normal(2, 2, 3, 8, 8), times, generators=generators([1, 2]))
     assert out.shape == (2, 3, 8, 8) and bool(out.isfinite().all())
@@ -78,13 +78,13 @@ def test_a_classifier_and_an_autoencoder(tmp_path: Path) -> None:
     x = normal(3, 2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(
-            load_model(tmp_path / "c").network(x, TIMES), classifier(x, TIMES), rtol=1e-4, atol=1e-4
+            load_model(tmp_path / "c", "cpu").network(x, TIMES), classifier(x, TIMES), rtol=1e-4, atol=1e-4
         )
         autoencoder = published.LatentAutoencoder()
         import_model(
             saved(tmp_path / "ae.ckpt", {"state_dict": autoencoder.state}), "latent-diffusion", tmp_path / "ae"
         )
-        model = load_model(tmp_path / "ae")
+        model = load_model(tmp_path / "ae", "cpu")
         torch.testing.assert_close(model.module.encode(x), autoencoder.moments(x)[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match="an autoencoder has no timesteps"):
         model.network(x, TIMES)
@@ -97,7 +97,7 @@ def test_the_schedule_of_a_checkpoint_is_kept(tmp_path: Path, num_steps, power) 
     state: dict[str, Any] = {f"model.diffusion_model.{name}": value for name, value in unet.state.items()}
     file = saved(tmp_path / "ldm.ckpt", {"state_dict": {**state, "betas": betas.float()}})
     import_model(file, "latent-diffusion", tmp_path / "m", {"num_heads": 2})
-    found = load_model(tmp_path / "m").module.schedule.alpha_bar
+    found = load_model(tmp_path / "m", "cpu").module.schedule.alpha_bar
     torch.testing.assert_close(found[1:], (1 - betas).cumprod(0), rtol=1e-4, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_ends_of_betas_are_those_of_the_source(tmp_path: Path, name) -> None:
     import_model(saved(tmp_path / "a.pt", state), "latent-diffusion", tmp_path / "m", settings)
     kind = {"linear": "linear_beta", "scaled-linear": "scaled_linear_beta"}[name]
     theirs = DDPMScheduler(500, schedule=kind, beta_start=0.001, beta_end=0.0195)
-    found = load_model(tmp_path / "m").module.schedule.alpha_bar[1:]
+    found = load_model(tmp_path / "m", "cpu").module.schedule.alpha_bar[1:]
     torch.testing.assert_close(found.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_what_shapes_cannot_tell_of_an_upsampler_is_asked(tmp_path: Path) -> Non
         import_model(file, "guided-diffusion", tmp_path / "m", {"num_heads": 2})
     settings = {"num_heads": 2, "learned_variance": True}
     import_model(file, "guided-diffusion", tmp_path / "m", settings)
-    assert load_model(tmp_path / "m").saved.card["config"]["learned_variance"] is True
+    assert load_model(tmp_path / "m", "cpu").card["config"]["learned_variance"] is True
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:

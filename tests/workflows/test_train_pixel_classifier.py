@@ -39,12 +39,12 @@ CUDA = pytest.param(2, "case", "cuda", marks=pytest.mark.cuda)
 def test_from_a_generator_to_scored_masks(dims, unit, device, box_scans, box_generators, tmp_path: Path) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    steps: dict[str, tuple[int, int]] = {}
+    told: list[tuple[str, float]] = []
     found = train_pixel_classifier(
         quick(copies=2), box_generators[dims], box_scans, 2, tmp_path / "run", unit=unit, device=device,
-        on_progress=lambda what, done, total: steps.update({what: (done, total)}),
+        on_progress=lambda *one: told.append(one),
     )  # fmt: skip
-    assert steps["features of labelled images"] == (6, 6)
+    assert ("features of labelled images: 6 of 6", 1.0) in told
     assert found.test is not None and found.test.dice[1].n == 2 and found.test.dice[1].mean > 0.7
     assert len(found.labelled) == 2 and json.loads((tmp_path / "run" / "labelled.json").read_text())["unit"] == unit
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "labelled.json", "model", "test"}
@@ -217,8 +217,8 @@ def test_an_unusable_held_out_case_leaves_the_model(box_scans, box_generators, t
 
 
 def test_an_interrupted_call_can_be_given_again(box_scans, box_generators, tmp_path: Path) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "classifiers":
+    def interrupt(what: str, share: float) -> None:
+        if what.startswith("classifiers"):
             raise KeyboardInterrupt
 
     for _ in range(2):  # a folder that was there stays

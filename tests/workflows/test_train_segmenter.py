@@ -76,13 +76,13 @@ def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(
 def test_what_is_refused_before_the_training_can_be_started_again(block_scans: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
-    def interrupt(what: str, done: int, total: int) -> None:
+    def interrupt(what: str, share: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(InputError, match="no such folder"):
         train_segmenter(config(), tmp_path / "none", run, device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        train_segmenter(config(), block_scans, run, device="cpu", on_prepare=interrupt)
+        train_segmenter(config(), block_scans, run, device="cpu", on_progress=interrupt)
     train_segmenter(config(), block_scans, run, device="cpu")
     assert resume_file(run)["state"]["step"] == 4
 
@@ -135,7 +135,7 @@ def test_ctrl_c_leaves_a_segmenter_that_can_be_used(block_scans: Path, tmp_path:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_segmenter(config(), block_scans, tmp_path / "run", device="cpu", on_progress=interrupt)
+        train_segmenter(config(), block_scans, tmp_path / "run", device="cpu", on_step=interrupt)
     model, _ = restore_segmenter(load_model_files(tmp_path / "run"))
     assert not model.training
     assert resume_file(tmp_path / "run")["state"]["step"] == 1

@@ -1,0 +1,83 @@
+"""Lists of files in the place of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from medseg_diffusion.data.cases import find_cases
+from medseg_diffusion.data.file_lists import FileList, folder_or_files
+from medseg_diffusion.data.healthy import find_healthy
+from medseg_diffusion.data.image_cache import packed
+from medseg_diffusion.errors import InputError, UsageError
+from tests.helpers.volumes import save
+
+
+def listed(*entries: object) -> FileList:
+    found = folder_or_files(list(entries))  # type: ignore[arg-type]
+    assert isinstance(found, FileList)
+    return found
+
+
+def test_a_folder_is_its_path(tmp_path: Path) -> None:
+    assert folder_or_files(str(tmp_path)) == tmp_path
+
+
+def test_a_list_has_the_cases_of_its_folder(block_scans: Path) -> None:
+    """Names and patients are the same, and so is the split."""
+    folder = find_cases(block_scans)
+    entries = [(str(case.image), case.label) for case in reversed(folder.cases)]
+    assert find_cases(listed(*entries)).cases == folder.cases
+
+
+def test_entries_with_channels_readers_patients_and_names(tmp_path: Path) -> None:
+    files = [save(tmp_path / f"{patient}" / f"{name}.nii.gz") for patient in "ab" for name in ("t1", "flair", "seg")]
+    one = {"image": files[:2], "label": [files[2], files[5]], "patient": "P", "name": "first"}
+    first, second = find_cases(listed(one, (files[3:5], files[5]))).cases
+    assert (first.name, first.patient, first.images, first.labels) == (
+        "first",
+        "P",
+        tuple(files[:2]),
+        (files[2], files[5]),
+    )
+    assert (second.name, second.patient, second.further_channels) == ("t1", "t1", (files[4],))
+
+
+def test_names_have_as_many_folders_as_tell_them_apart(tmp_path: Path) -> None:
+    files = [save(tmp_path / patient / "scans" / "t1.nii.gz") for patient in "ab"]
+    assert [entry.name for entry in listed(*files).entries] == ["a/scans/t1", "b/scans/t1"]
+    assert [scan.patient for scan in find_healthy(listed(*files))] == ["a/scans/t1", "b/scans/t1"]
+
+
+def test_healthy_scans_may_have_labels(tmp_path: Path) -> None:
+    files = [save(tmp_path / f"{name}.nii.gz") for name in "abc"]
+    plain, labelled = find_healthy(listed(files[0], (files[1], files[2])))
+    assert plain.label is None and labelled.label == files[2]
+    with pytest.raises(InputError, match=r"a\.nii\.gz: found no labels; expected a label map of every image"):
+        find_cases(listed(files[0]))
+
+
+def test_a_list_of_pictures_is_packed_as_its_folder(pictures: Path, tmp_path: Path) -> None:
+    files = sorted(pictures.rglob("*.png"))
+    entries = [{"image": file, "class": file.parent.name, "patient": str(file)} for file in files]
+    images = packed(listed(*entries), tmp_path, 16, held_out=(0, 4))
+    assert images.classes == ("left", "right") and len(images.part("validation")) == 4 and len(images.images) == 24
+    assert packed(listed(*entries), tmp_path, 16, held_out=(0, 4)).folder == images.folder, "packed only once"
+    assert packed(listed(*entries[1:]), tmp_path, 16, held_out=(0, 4)).folder != images.folder
+
+
+def test_a_bad_list_is_refused_in_one_line(tmp_path: Path) -> None:
+    scan = save(tmp_path / "a.nii.gz")
+    with pytest.raises(UsageError, match="an empty list of files"):
+        listed()
+    with pytest.raises(UsageError, match=r"entry 2 of the list is the keys image, mask; expected an image, a pair"):
+        listed(scan, {"image": scan, "mask": scan})
+    with pytest.raises(UsageError, match=r"entry 1 of the list is \(1, 2, 3\); expected"):
+        listed((1, 2, 3))
+    with pytest.raises(InputError, match=r"b\.nii\.gz: found no such file"):
+        listed((scan, tmp_path / "b.nii.gz"))
+    with pytest.raises(InputError, match="the same image twice in the list"):
+        listed(scan, scan)
+    with pytest.raises(UsageError, match="two entries of the list have the name 'x'"):
+        listed({"image": scan, "name": "x"}, {"image": save(tmp_path / "c.nii.gz"), "name": "x"})
