@@ -301,13 +301,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn equations into MathML, which browsers show without a script."""
-    return re.sub(
-        r'<(span|div) class="arithmatex">(.*?)</\1>',
-        lambda match: mathml(match[2], match[1] == "div"),
-        html,
-        flags=re.DOTALL,
-    )
+    """Turn equations into MathML, which browsers show without a script.
+
+    A bar in the code of a table is written with a backslash, for GitHub; Python-Markdown leaves it there.
+    """
+    equation = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+    html = equation.sub(lambda match: mathml(match[2], match[1] == "div"), html)
+    return re.sub(r"<td>.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)
 
 
 def mathml(tex: str, block: bool) -> str:

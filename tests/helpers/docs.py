@@ -49,7 +49,7 @@ class Block:
     Attributes:
         page: the file.
         line: line of its first line of code, from 1.
-        language: bash, python, text, ...; bash for indented commands.
+        language: bash, python, text, ...; an indented block is bash if it has a command.
         text: the code.
         mark: "not run", "slow" or "".
         reason: the reason in the comment.
@@ -80,7 +80,12 @@ def blocks(page: Path) -> list[Block]:
     ]
     without = _FENCED.sub(lambda match: "\n" * match[0].count("\n"), text)
     found += [
-        Block(page, without.count("\n", 0, match.start()) + 1, "bash", re.sub(r"(?m)^ {4}", "", match[1]))
+        Block(
+            page,
+            without.count("\n", 0, match.start()) + 1,
+            "bash" if re.search(r"^ {4}medseg ", match[1], re.MULTILINE) else "text",
+            re.sub(r"(?m)^ {4}", "", match[1]),
+        )
         for match in _INDENTED.finditer(without)
     ]
     return sorted(found, key=lambda block: block.line)

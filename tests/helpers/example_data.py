@@ -99,9 +99,14 @@ def write_scans(root: Path) -> None:
     boxes.mkdir()
     pixel_classifiers.write_scans(boxes)
     shutil.copytree(boxes / "images", root / "scans")
+    pairs = [{"image": f"images/s{i}.nii.gz", "label": f"labels/s{i}.nii.gz"} for i in range(8)]
+    labels = {"0": "background", "1": "box"}
+    (boxes / "dataset.json").write_text(json.dumps({"modality": {"0": "MRI"}, "labels": labels, "training": pairs}))
     boxes.rename(root / "labelled")
     shutil.copy(root / "scans" / "s0.nii.gz", root / "scan.nii.gz")
-    shutil.copytree(root / "labelled" / "labels", root / "references")
+    (root / "references").mkdir()
+    for i in range(4):
+        shutil.copy(root / "labelled" / "labels" / f"s{i}.nii.gz", root / "references")
     for folder in ("results", "model-a", "model-b"):
         for path in sorted((root / "references").glob("*.nii.gz")):
             copy = root / folder / path.name.replace(".nii.gz", "_seg.nii.gz")
@@ -118,7 +123,7 @@ def write_heads(root: Path) -> None:
     for i in range(8):
         anomaly.write(root / "healthy" / f"h{i}.nii.gz", anomaly.head(i)[0])
         anomaly.write(root / "other-scanner" / f"o{i}.nii.gz", anomaly.head(30 + i)[0])
-    anomaly.write(root / "flair.nii.gz", anomaly.head(20, slice(4, 7))[0])
+    anomaly.write(root / "flair.nii.gz", anomaly.head(20, slice(2, 4), shape=(20, 24, 8))[0])
 
 
 def prepare(root: Path) -> None:
@@ -137,5 +142,6 @@ def prepare(root: Path) -> None:
             archive.write(path, path.relative_to(root))
     shutil.rmtree(images)
     generators.save_scoring_network(root / "features.pt")
+    segmenters.make_model(root / "runs" / "tiny", segmenters.tiny_config())
     two_channels = {"labels": ["bright"], "window": [8, 8, 8], "channels": 2}
     segmenters.make_model(root / "runs" / "lesions", segmenters.tiny_config(data=two_channels))
