@@ -42,9 +42,9 @@ def sets(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def of_training(config: str) -> list[str]:
+def of_training(words: tuple[str, ...]) -> list[str]:
     """Words that make a training of a configuration take a second."""
-    settings = load_config(config)
+    settings = load_config(words[1])
     if isinstance(settings, SegmenterConfig):
         window = "[16,16,8]" if len(settings.data.window) == 3 else str(list(settings.data.window))
         calibration = ["calibration"] if settings.data.calibration_cases else []
@@ -53,12 +53,12 @@ def of_training(config: str) -> list[str]:
         inference = ("inference.steps=1", "inference.ensemble=2", f"data.window={window}")
         return sets(*(f"training.{one}" for one in TRAINING), *sides, *network, *inference)
     if isinstance(settings, GeneratorConfig):
-        side = settings.data.size if isinstance(settings.data.size, int) else 0
-        small = ["data.size=32"] if side == 64 or side == 128 else []
+        large = settings.data.size in (64, 128) and "data.size=32" not in words
+        small = ["data.size=32" if large else "data.size=16"]  # a cascade stays one
         held_out = ["data.validation_images=1", *(["data.test_images=1"] if settings.data.test_images else [])]
         return sets(*(f"training.{one}" for one in TRAINING), *held_out, *small, "sampling.steps=2")
     if isinstance(settings, AnomalyConfig):
-        inner = ("data.size=32", "data.test_images=2", "data.validation_images=2")
+        inner = ("data.size=16", "data.test_images=2", "data.validation_images=2")
         training = (f"training.{one}" for one in TRAINING)
         return sets(*(f"generator.{one}" for one in (*inner, *training)), "partial_noise.draws=1")
     return []
@@ -68,14 +68,14 @@ def fewer(words: tuple[str, ...]) -> list[str]:
     """Words that make a command quick."""
     name, more = words[0], []
     if name in ("train-segmenter", "train-generator", "train-anomaly"):
-        more = [*of_training(words[1]), "--max-steps", "1"]
+        more = [*of_training(words), "--max-steps", "1"]
     elif name == "train-pixel-classifier":
         more = sets("classifier.members=2", "classifier.min_steps=1", "classifier.max_epochs=4", "data.copies=1",
                     "data.pixels_per_class=50", "features.times=[50]")  # fmt: skip
     elif name == "sample":
         more = ["--steps", "2", "-n", "4"]
     elif name == "evaluate-generator":
-        more = ["--samplers", "ddim:2,ddpm:2", "-n", "4", "--extractor", "features.pt"]
+        more = ["--samplers", "ddim:2,ddpm:2", "-n", "8", "--extractor", "features.pt"]
     elif name == "benchmark-segmenter":
         more = ["-n", "2"]
     elif name == "segment" and not {"-m", "brain.nii.gz"} & set(words):
@@ -111,7 +111,10 @@ def code_of(page: Path) -> list[Block]:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-SLOW = {"docs/tutorials/generators.md": "five trainings"}
+SLOW = {
+    "docs/tutorials/generators.md": "five trainings of generators",
+    "docs/tutorials/few-labels.md": "a generator and its classifiers",
+}
 PAGES = [
     pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if name_of(page) in SLOW else [])
     for page in pages()
