@@ -2,7 +2,7 @@
 
     python examples/generate_images.py [FOLDER]
 
-The scans are synthetic: rings of varying size and brightness. A minute of training is a demonstration, not a result.
+The scans are synthetic: rings of varying size and brightness. Half a minute of training is a demonstration, no result.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CHANGES = {
     "network.channel_mult": [1, 2],
     "network.attention_factors": [],
     "training.batch_size": 16,
-    "training.max_steps": 400,
-    "training.validate_every": 400,
+    "training.max_steps": 300,
+    "training.validate_every": 300,
     "training.warmup_steps": 20,
     "training.ema_decay": 0.98,
 }
@@ -35,9 +35,9 @@ def write_scan(path: Path, seed: int) -> Path:
     y, x = np.mgrid[:32, :32]
     slices = []
     for _ in range(8):
-        centre, radius = random.uniform(13, 19, 2), random.uniform(6, 11)
+        centre, radius = random.uniform(14, 18, 2), random.uniform(7, 11)
         distance = np.hypot(x - centre[0], y - centre[1])
-        ring = np.exp(-((distance - radius) ** 2) / 3)
+        ring = np.exp(-((distance - radius) ** 2) / 6)
         slices.append(100 * ring + random.uniform(20, 50) * (distance < radius) + random.normal(0, 2, (32, 32)))
     nib.save(nib.Nifti1Image(np.stack(slices, -1).astype(np.float32), np.eye(4)), path)
     return path

@@ -31,14 +31,15 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     scan, reference = template_and_tissues()
 
-    model = load_model("brain-tissue-t1")
+    model = load_model("brain-tissue-t1", fast=True)
     segmented = model.segment(scan, maps=["uncertainty"], on_progress=lambda what, share: print(f"{share:4.0%} {what}"))
     for name, volume in segmented.volumes_ml.items():
         print(f"{name}: {volume:.0f} ml")
     segmented.save(folder / "mask.nii.gz")
     segmented.save(folder / "uncertainty.nii.gz", "uncertainty")
 
-    for metrics in evaluate_arrays(segmented.labels, reference, scan.header.get_zooms(), segmented.classes).values():
+    compared = {2: "grey matter", 3: "white matter"}  # 2 mm are too coarse for the thin CSF around the brain
+    for metrics in evaluate_arrays(segmented.labels, reference, scan.header.get_zooms(), compared).values():
         print(f"{metrics.name}: Dice {metrics.dice:.3f}, HD95 {metrics.hd95_mm:.1f} mm")
 
     k = scan.shape[2] // 2

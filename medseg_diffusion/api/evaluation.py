@@ -82,7 +82,8 @@ def evaluate_arrays(
             nibabel or a `Volume`.
         reference: The reference on the same grid.
         spacing_mm: Voxel size along each axis, of arrays; None for files, images and volumes, which have their own.
-        labels: Label -> name of the class, or the labels to compare; None for all above 0 in one of the two.
+        labels: Label -> name of the class, or the labels to compare; None for all that occur. The background, 0, is
+            left out.
         tolerance_mm: Tolerance of the normalised surface distance, above 0.
 
     Returns:
@@ -121,6 +122,6 @@ def _names(labels: Mapping[int, str] | Sequence[int] | None, present: Sequence[i
         names = {int(label): name for label, name in labels.items()}
     else:
         names = {int(label): f"label {label}" for label in (present if labels is None else labels)}
-    if wrong := [label for label in names if label < 1]:
-        raise UsageError(f"label {wrong[0]}: classes have labels from 1 on; 0 is the background")
-    return names
+    if wrong := [label for label in names if label < 0]:
+        raise UsageError(f"label {wrong[0]}: labels are 0, the background, or above")
+    return {label: name for label, name in names.items() if label}

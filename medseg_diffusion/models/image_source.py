@@ -49,6 +49,11 @@ class SampleOptions:
     seed: int = 0
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("classifier", "upsampler"):  # they are stored as text
+            if isinstance(value := getattr(self, name), Path):
+                object.__setattr__(self, name, str(value))
+
 
 class ImageSource:
     """Numbered images of a generator, guided and enlarged as the options say; number i is always the same image.

@@ -93,7 +93,7 @@ def image_of(array: npt.NDArray[np.generic], like: Volume) -> nib.Nifti1Image:
     header.set_sform(to_file @ like.affine, code=like.header.sform_code)
     header["xyzt_units"] = units
     header.set_slope_inter(1, 0)
-    return kind(array, None, header)
+    return kind(array, header.get_best_affine(), header)
 
 
 def _end_of_voxels(image: nib.Nifti1Image) -> int:

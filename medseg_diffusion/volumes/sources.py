@@ -47,6 +47,9 @@ class InputOptions:
     channels: tuple[tuple[str, Path], ...] = ()
     series: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple((name, Path(path)) for name, path in self.channels))
+
 
 @dataclass(frozen=True)
 class Source:

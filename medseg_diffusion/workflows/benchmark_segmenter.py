@@ -83,7 +83,7 @@ class BenchmarkOptions:
 
 
 def benchmark_segmenter(
-    models: Sequence[str],
+    models: str | Path | Sequence[str | Path],
     data: Data,
     output: str | Path,
     options: BenchmarkOptions = BenchmarkOptions(),
@@ -97,7 +97,7 @@ def benchmark_segmenter(
     steps. All models, samplers and cases are checked before the first measurement.
 
     Args:
-        models: Names or folders.
+        models: One or more names or folders.
         data: The labelled folder or list that the models were trained on. A model recognises its held-out cases
             by a `digest` of their names. For an older model without digests the folder is split again.
         output: Folder for the results.
@@ -111,12 +111,12 @@ def benchmark_segmenter(
         ModelError: No usable model.
     """
     files, output = folder_or_files(data), Path(output)
-    models = [models] if isinstance(models, str) else models
+    names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     require_folder(output)
     keep_freed_memory()  # as `medseg segment` does
     named_labels = find_cases(files).labels
     plan: list[tuple[str, Setting, list[Case]]] = []
-    for name in models:
+    for name in names:
         model = load_segmenter(name, options.device)
         cases = _held_out_cases(model, files, options)
         for case in cases:

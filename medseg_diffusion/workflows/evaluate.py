@@ -104,7 +104,8 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         as_paths(self, "images", "scores", "foreground", "patients")
-        object.__setattr__(self, "raters", tuple(Path(path) for path in self.raters))
+        raters = [self.raters] if isinstance(self.raters, str | Path) else self.raters
+        object.__setattr__(self, "raters", tuple(map(Path, raters)))
         if self.strata is not None:
             object.__setattr__(self, "strata", (Path(self.strata[0]), self.strata[1]))
 

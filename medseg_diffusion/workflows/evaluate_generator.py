@@ -76,7 +76,7 @@ class GeneratorEvaluationOptions:
 
 
 def evaluate_generator(
-    models: Sequence[str],
+    models: str | Path | Sequence[str | Path],
     reference: str | Path,
     output: str | Path,
     options: GeneratorEvaluationOptions = GeneratorEvaluationOptions(),
@@ -102,13 +102,13 @@ def evaluate_generator(
         ModelError: No usable model or extractor, or an extractor that a model was trained with.
     """
     reference, output, on_count = Path(reference), Path(output), count_of(on_progress)
-    models = [models] if isinstance(models, str) else models
+    names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     require_folder(output)
     device = choose_device(options.sampling.device)
     extract = extractor(options.extractor, device, options.inception, download=options.download)
-    _check_models(models, options, extract)
-    real = _real_images(reference, models, options, device, on_count)
-    _check_counts(models, real, options.sampling.count)
+    _check_models(names, options, extract)
+    real = _real_images(reference, names, options, device, on_count)
+    _check_counts(names, real, options.sampling.count)
     real_features = _features(real.images, extract, partial(on_count, "real images"))
     count = len(real.images)
     result = GeneratorEvaluation(extract.name, extract.maps, str(reference), count, options.sampling.upsampler)
@@ -126,7 +126,7 @@ def evaluate_generator(
 
     add(GeneratorRow(FLOOR, "", 0, _floor(real_features, options.sampling.count)))
     sampled: list[Pictures] = []
-    for model in models:
+    for model in names:
         for sample in _samples_of(model, options, output, real.size, on_count):
             features = _features(sample.images, extract, partial(on_count, f"{sample.name}: features"))
             write_files(output, {f"{sample.name}.png": _picture(sample.images)})

@@ -43,8 +43,9 @@ def test_labels_are_those_asked_for_or_all_that_occur() -> None:
     assert list(evaluate_arrays(both, box(4), (1, 1, 1))) == [1, 3]
     found = evaluate_arrays(both, box(4), (1, 1, 1), [3, 7])
     assert found[3].dice == 0.0 and isnan(found[7].dice) and found[7].name == "label 7"
-    with pytest.raises(UsageError, match="label 0: classes have labels from 1 on"):
-        evaluate_arrays(both, both, (1, 1, 1), [0, 1])
+    assert list(evaluate_arrays(both, both, (1, 1, 1), {0: "background", 1: "box"})) == [1]
+    with pytest.raises(UsageError, match="label -1: labels are 0, the background, or above"):
+        evaluate_arrays(both, both, (1, 1, 1), [-1, 1])
     with pytest.raises(UsageError, match="a tolerance of 0 mm"):
         evaluate_arrays(both, both, (1, 1, 1), tolerance_mm=0)
 

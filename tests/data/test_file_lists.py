@@ -11,7 +11,7 @@ from medseg_diffusion.data.file_lists import FileList, folder_or_files
 from medseg_diffusion.data.healthy import find_healthy
 from medseg_diffusion.data.image_cache import packed
 from medseg_diffusion.errors import InputError, UsageError
-from tests.helpers.volumes import save
+from tests.helpers.segmenters import save
 
 
 def listed(*entries: object) -> FileList:
@@ -34,14 +34,14 @@ def test_a_list_has_the_cases_of_its_folder(block_scans: Path) -> None:
 def test_entries_with_channels_readers_patients_and_names(tmp_path: Path) -> None:
     files = [save(tmp_path / f"{patient}" / f"{name}.nii.gz") for patient in "ab" for name in ("t1", "flair", "seg")]
     one = {"image": files[:2], "label": [files[2], files[5]], "patient": "P", "name": "first"}
-    first, second = find_cases(listed(one, (files[3:5], files[5]))).cases
+    second, first = find_cases(listed(one, (files[3:5], files[5]))).cases
     assert (first.name, first.patient, first.images, first.labels) == (
         "first",
         "P",
         tuple(files[:2]),
         (files[2], files[5]),
     )
-    assert (second.name, second.patient, second.further_channels) == ("t1", "t1", (files[4],))
+    assert (second.name, second.patient, second.further_channels) == ("b/t1", "b/t1", (files[4],))
 
 
 def test_names_have_as_many_folders_as_tell_them_apart(tmp_path: Path) -> None:
