@@ -226,7 +226,7 @@ def _default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if hasattr(value, "model_fields"):
+    if hasattr(type(value), "model_fields"):
         return "as below"
     if value is None:
         return "null"
