@@ -21,7 +21,7 @@ CHANGES = {
     "data.validation_images": 2,
     "network.channel_mult": [1, 2],
     "network.attention_factors": [],
-    "training.batch_size": 16,
+    "training.batch_size": 8,
     "training.max_steps": 300,
     "training.validate_every": 300,
     "training.warmup_steps": 20,
