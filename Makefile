@@ -4,10 +4,10 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint check wheel-test bench gpu clean
+.PHONY: help setup demo test test-all lint check docs wheel-test bench gpu clean
 
 help:
-	@echo "make setup | demo | test | test-all | lint | check | wheel-test | bench | gpu | clean"
+	@echo "make setup | demo | test | test-all | lint | check | docs | wheel-test | bench | gpu | clean"
 
 # Stamps: an install runs again only when pyproject.toml has changed.
 $(BIN)/pip:
@@ -41,6 +41,10 @@ lint: .venv/.installed-dev
 
 check: lint test wheel-test
 
+# The documentation as a site, in site/. Warnings, such as a dead link or anchor, are errors.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # A table of ours beside others, in ten minutes on two idle cores: make bench QUICK=1 rehearses it. See benchmarks/README.md.
 bench: .venv/.installed-test
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
@@ -70,4 +74,4 @@ wheel-test: .venv/.installed-test
 	    "$$root/tests/test_packaging.py" "$$root/tests/cli"
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output bench-output gpu-output
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output bench-output gpu-output site

@@ -1,4 +1,4 @@
-"""docs/files.md names the columns and keys of the files that the commands write, all of them and no others."""
+"""docs/reference/files.md names all columns and keys of the files that the commands write, and no others."""
 
 from __future__ import annotations
 

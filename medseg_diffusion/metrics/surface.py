@@ -3,7 +3,7 @@
 A surface voxel belongs to the mask and has a face towards the outside of the mask; the edge of the image counts as
 outside. Distances are between centres of voxels, and every surface voxel counts once. MONAI and Metrics Reloaded define
 the three metrics in this way. The package surface-distance weights its surface elements by their area instead, which
-changes the numbers most where voxels are far from cubes (docs/files.md).
+changes the numbers most where voxels are far from cubes (docs/reference/files.md).
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def summary_json(evaluation: Evaluation) -> str:
     """The text of `summary.json`: nnU-Net's three keys, so that existing scripts work, and further ones.
 
     Two differences from nnU-Net: a number that does not exist is `null`, because NaN is not JSON; and a class that is
-    absent from every case is left out of `foreground_mean` instead of turning it into NaN. docs/files.md describes
-    every key.
+    absent from every case is left out of `foreground_mean` instead of turning it into NaN. docs/reference/files.md
+    describes every key.
     """
     content = {
         "foreground_mean": _with_keys(evaluation.foreground_means()),

@@ -87,7 +87,7 @@ def flags_of(percentile: float | None) -> tuple[str, ...]:
 
 
 def entries_of(result: AnomalyResult) -> dict[str, Any]:
-    """The content of *_anomaly.json; docs/files.md describes every key. What is not known is left out."""
+    """The content of *_anomaly.json; docs/reference/files.md describes every key. What is not known is left out."""
     known = {name: value for name, value in _written(result).items() if value not in (None, "")}
     return {
         "scan": result.scan.name,

@@ -12,7 +12,7 @@ from .scans import Scan
 
 
 def segmentation_statistics(scan: Scan, segmentation: Segmentation, model: SegmentationModel) -> dict[str, Any]:
-    """The statistics of a scan; docs/outputs.md describes every key."""
+    """The statistics of a scan; docs/reference/outputs.md describes every key."""
     names = model.aggregation.foreground
     channels = _channel_names(model.saved.card["channels"], len(scan.volume.data))
     measured = regions(segmentation.labels.numpy(), scan.volume.data.numpy(), scan.volume.affine, max(names))

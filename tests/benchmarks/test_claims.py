@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark of a claim runs with its smallest sizes, and writes what docs/performance.md quotes."""
+"""`make bench`: every benchmark of a claim runs with its smallest sizes, and writes what performance.md quotes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def test_all_claims_are_documented() -> None:
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - others == set(CLAIMS)
     listed = re.search(r"^CLAIMS = \((.*)\)$", (BENCHMARKS / "run.py").read_text(), re.MULTILINE)
     assert listed is not None and tuple(re.findall(r"\w+", listed[1])) == CLAIMS
-    readme, page = (BENCHMARKS / "README.md").read_text(), (ROOT / "docs" / "performance.md").read_text()
+    readme, page = (
+        (BENCHMARKS / "README.md").read_text(),
+        (ROOT / "docs" / "explanation" / "performance.md").read_text(),
+    )
     for claim in CLAIMS:
         assert f"`{claim}.py`" in readme
         assert f"benchmarks/{claim}.py" in page

@@ -1,4 +1,4 @@
-"""The tables of docs/files.md, to be compared with what the commands write.
+"""The tables of docs/reference/files.md, to be compared with what the commands write.
 
 A table's first column names columns of a CSV, or keys of a JSON file with dots between levels and [] for the items of a
 list, such as `scans[].seconds`. `<class>` stands for any name. A key that is documented without any key below it may
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[2] / "docs" / "files.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "files.md"
 
 
 def documented(heading: str) -> list[str]:

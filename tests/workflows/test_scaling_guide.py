@@ -1,4 +1,4 @@
-"""docs/scaling.md: its scripts and its manifest are run as they stand, in the environment that a cluster would give."""
+"""docs/how-to/cluster.md: its scripts and manifest are run as they stand, in the environment of a cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from medseg_diffusion.workflows.scans import part_of
 from tests.helpers.segmenters import make_model, save, tiny_config
 from tests.helpers.training import config, resume_file
 
-GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "cluster.md").read_text()
 SHELL, MANIFEST = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL), re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
 
 pytestmark = pytest.mark.slow
