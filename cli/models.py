@@ -158,9 +158,6 @@ def import_model(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
-    part: Annotated[
-        str, typer.Option(help="Network of a monai-bundle: denoiser or autoencoder; default: the only one.")
-    ] = "",
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,12 +175,10 @@ def import_model(
     if source == "monai-bundle":
         from medseg_diffusion.workflows.import_bundle import import_bundle
 
-        path, assumed = import_bundle(file, output, part, given)
+        path, assumed = import_bundle(file, output, given)
     else:
         from medseg_diffusion.workflows.import_model import import_model as run
 
-        if part:
-            raise UsageError("--part is for --from monai-bundle; for latent-diffusion it is --set part=...")
         path, assumed = run(file, source, output, given)  # type: ignore[arg-type]
     if as_json:
         print_json({"model": path, "assumed": assumed})
