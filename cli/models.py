@@ -109,7 +109,8 @@ def export_model(
         typer.Option(
             "--output",
             "-o",
-            help="New folder, new .zip file, or hf:OWNER/NAME to push to the Hugging Face hub; its name is the card's title.",
+            help="New folder, .zip file or .onnx file, or hf:OWNER/NAME to push to the Hugging Face hub; its name is "
+            "the card's title.",
         ),
     ],
     half: Annotated[bool, typer.Option("--half", help="Round the weights to float16, for half the size.")] = False,

@@ -54,7 +54,7 @@ class BundleSegmenter(nn.Module):
         from monai.data import list_data_collate
 
         segmenter = self._segmenter(scans.device)
-        return list_data_collate([self._labels(segmenter, scan) for scan in scans])  # type: ignore[no-any-return]
+        return list_data_collate([self._labels(segmenter, scan) for scan in scans])
 
     def _segmenter(self, device: torch.device) -> MaskSegmenter:
         if self._ready is None or self._ready.device != device:

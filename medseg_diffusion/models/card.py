@@ -26,6 +26,11 @@ ABOUT = ("intended_use", "limits", "data", "noise", "command")
 not measure it; ``command`` trained the model.
 """
 
+SECTIONS = ("Intended use", "Model", "Metrics", "Training data", "Licence", "Limits")
+"""Headings of every card."""
+OPEN = ("Not stated", "Not described", "Not measured", "None are stored", "See the training data")
+"""How the answers begin that a card gives until somebody writes them."""
+
 
 def common_entries(
     config: BaseModel,

@@ -25,8 +25,8 @@ def export_onnx(model: str | Path, output: Path) -> Path:
     """Write an ONNX file of a segmenter of one evaluation; return its path.
 
     Inputs are ``image`` (B, C, *S), preprocessed, and for a mask diffusion model ``noise`` (B, C', *S), standard
-    normal; S is the model's window, B is free. The output is ``probabilities`` (B, K, *S). What happens before and after the
-    network is described in the file's metadata and done by the caller: windows, mean over members, largest part.
+    normal; S is the model's window, B is free. The output is ``probabilities`` (B, K, *S). What happens before and
+    after the network is described in the file's metadata and done by the caller: windows, mean over members, parts.
 
     Args:
         model: Model folder, run folder or installed name.
@@ -87,7 +87,7 @@ def _write(
             program.save(file, external_data=False)
     except ImportError as error:
         raise ModelError(f"ONNX needs onnxscript ({error}); pip install 'medseg-diffusion[onnx]'") from error
-    except (torch.onnx.errors.OnnxExporterError, torch.export.UnsupportedOperatorException, RuntimeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{saved.path}: its network cannot be written as ONNX ({reason})") from error
 

@@ -95,8 +95,8 @@ def require_removable(name: str) -> Path:
 def _require_free(name: str, overwrite: bool) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"--name {name[:100]!r}: a model's name begins with a letter or digit, and has letters, digits, '.', '_' and "
-            "'-', at most 100; choose one with --name"
+            f"--name {name[:100]!r}: a model's name begins with a letter or digit, and has letters, digits, '.', '_' "
+            "and '-', at most 100; choose one with --name"
         )
     for kind, folder in model_folders().items():
         if (folder / name).exists() and not overwrite:

@@ -38,8 +38,8 @@ def convert(state: State, source: Source, settings: Mapping[str, Any] | None = N
         state: names and tensors (`read_state`).
         source: the code that the names are from.
         settings: what the shapes do not show: head_channels or num_heads for a network with attention; qkv_order
-            (legacy, the default, or new) of guided-diffusion; norm_eps; norm_groups of monai; part (denoiser or autoencoder) of
-            latent-diffusion.
+            (legacy, the default, or new) of guided-diffusion; norm_eps; norm_groups of monai; part (denoiser or
+            autoencoder) of latent-diffusion.
 
     Raises:
         ModelError: names or shapes that the source's networks do not have. It names the nearest known architecture.

@@ -1,8 +1,8 @@
 """Reads the configuration of a MONAI bundle as data: nothing in it is executed.
 
-A bundle's configuration names code: "_target_" is a class, "$..." an expression, "@id" a reference. Only plain values are
-taken: numbers, texts, lists of them, references to such, and expressions that are plain literals. Layout and names are
-those of the model zoo (brats_mri_generative_diffusion, brain_image_synthesis_latent_diffusion_model, ...).
+A bundle's configuration names code: "_target_" is a class, "$..." an expression, "@id" a reference. Only plain values
+are taken: numbers, texts, lists of them, references to such, and expressions that are plain literals. Layout and names
+are those of the model zoo (brats_mri_generative_diffusion, brain_image_synthesis_latent_diffusion_model, ...).
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def _of_scheduler(configs: list[_Config]) -> dict[str, Any]:
             target = config.plain(section, "prediction_type", "epsilon")
             if schedule not in _SCHEDULES or target not in _TARGETS:
                 raise ModelError(
-                    f"{config.path}: {name}: schedule {schedule!r} and prediction {target!r} cannot be imported; known: "
-                    f"{', '.join(_SCHEDULES)}; {', '.join(_TARGETS)}"
+                    f"{config.path}: {name}: schedule {schedule!r} and prediction {target!r} cannot be imported; "
+                    f"known: {', '.join(_SCHEDULES)}; {', '.join(_TARGETS)}"
                 )
             return {
                 "schedule": _SCHEDULES[schedule],
