@@ -17,7 +17,6 @@ from medseg_diffusion.workflows.import_bundle import import_bundle
 from tests.helpers.bundles import AUTOENCODER, SCHEDULER, UNET, write_bundle
 from tests.helpers.cli import error_lines, medseg
 
-
 DENOISER = {"_target_": "x.DiffusionModelUNet", **UNET}
 
 
