@@ -51,7 +51,7 @@ gpu:
 	    $(if $(LABELMAPS),--labelmaps "$(LABELMAPS)") $(if $(REHEARSE),--rehearse)
 
 # The time of the last commit dates the files in a wheel: two builds of a commit are equal byte for byte.
-export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1704067200)
+dist wheel-test wheel-install-test: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2> /dev/null || echo 1704067200)
 
 # What would be uploaded: an sdist, and the wheel that is built from it.
 dist: .venv/.installed-release
@@ -72,9 +72,9 @@ wheel-install-test: .venv/.installed-test
 	@set -eu; root=$$(pwd); tmp=$$(mktemp -d); trap 'rm -rf "$$tmp" "$$root/build"' EXIT; rm -rf build; \
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$$tmp" .; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
-	time -p "$$tmp/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$$tmp"/*.whl; \
-	du -sh "$$tmp/venv"; cd "$$tmp"; \
-	time -p env -u PYTHONPATH MEDSEG_HOME="$$tmp/home" venv/bin/python "$$root/tests/helpers/first_run.py"
+	start=$$(date +%s); "$$tmp/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$$tmp"/*.whl; \
+	echo "installed in $$(( $$(date +%s) - start )) s, $$(du -sh "$$tmp/venv" | cut -f1)"; cd "$$tmp"; \
+	env -u PYTHONPATH MEDSEG_HOME="$$tmp/home" venv/bin/python "$$root/tests/helpers/first_run.py"
 
 # The wheel in a fresh environment, tested from another folder, and built twice to the same bytes. Dependencies are borrowed from .venv through a .pth file;
 # .pth files that lie in there are not followed, so its editable install is out of reach.
