@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MODEL = "model."
 """Prefix of the network's weights in the state dict; the shape prior has none."""
+_NOWHERE = Path("bundle")
 
 
 class BundleSegmenter(nn.Module):
@@ -34,15 +35,16 @@ class BundleSegmenter(nn.Module):
     are those of `medseg segment` with the model's defaults.
 
     Args:
-        card: the file model.json of the bundle.
+        card: the JSON of `bundle_card`. It stands in the bundle's configuration, so that MONAI can build the network from
+            any folder.
         seed: seed of all randomness; every scan derives its own from this and its name.
     """
 
-    def __init__(self, card: str | Path, seed: int = 0) -> None:
+    def __init__(self, card: str, seed: int = 0) -> None:
         super().__init__()
-        self.folder, self.seed = Path(card).parent, seed
-        self.card: dict[str, Any] = json.loads(Path(card).read_text(encoding="utf-8"))
-        config = typed_config(SavedModel(self.folder, self.card, {}, ""), SegmenterConfig)
+        self.seed = seed
+        self.card: dict[str, Any] = json.loads(card)
+        config = typed_config(SavedModel(_NOWHERE, self.card, {}, ""), SegmenterConfig)
         self.model = build.segmenter(config, len(self.card["labels"]))
         if SHAPE_PRIOR in self.card:
             shape = self.card[SHAPE_PRIOR]["shape"]
@@ -59,7 +61,7 @@ class BundleSegmenter(nn.Module):
     def _segmenter(self, device: torch.device) -> MaskSegmenter:
         if self._ready is None or self._ready.device != device:
             weights = {name.removeprefix(MODEL): value.detach() for name, value in self.state_dict().items()}
-            self._ready = MaskSegmenter(SavedModel(self.folder, self.card, weights, ""), device)
+            self._ready = MaskSegmenter(SavedModel(_NOWHERE, self.card, weights, ""), device)
         return self._ready
 
     def _labels(self, segmenter: MaskSegmenter, scan: Tensor) -> MetaTensor:
@@ -80,8 +82,11 @@ def bundle_state(saved: SavedModel) -> dict[str, Tensor]:
     return {name if name == SHAPE_PRIOR else MODEL + name: value for name, value in saved.weights.items()}
 
 
-def bundle_card(saved: SavedModel) -> dict[str, Any]:
-    """The card of a model as `BundleSegmenter` needs it: with the shape of the shape prior."""
-    if SHAPE_PRIOR not in saved.weights:
-        return saved.card
-    return {**saved.card, SHAPE_PRIOR: {**saved.card[SHAPE_PRIOR], "shape": list(saved.weights[SHAPE_PRIOR].shape)}}
+def bundle_card(saved: SavedModel) -> str:
+    """What `BundleSegmenter` needs of a model's card, as JSON: no free text, since MONAI executes some texts."""
+    card = saved.card
+    content = {name: card[name] for name in ("method", "labels")}
+    content["config"] = {**card["config"], "description": ""}
+    if SHAPE_PRIOR in saved.weights:
+        content[SHAPE_PRIOR] = {**card[SHAPE_PRIOR], "shape": list(saved.weights[SHAPE_PRIOR].shape)}
+    return json.dumps(content)

@@ -43,7 +43,7 @@ class OneEvaluation(nn.Module):
         denoiser, encoding = self.model.denoiser, self.model.encoding
         cond = denoiser.network.encode_condition(image)  # type: ignore[operator]
         cond = {name: value for name, value in cond.items() if name != "anchor"}
-        t = torch.full_like(image[:, 0].flatten(1)[:, 0], self.start, dtype=torch.int64)
+        t = torch.full((image.shape[0],), self.start, dtype=torch.int64, device=image.device)
         x0 = denoiser(noise, t, cond).x0  # every sampler's step to t = 0 is the predicted x0
         if denoiser.head == "linear":
             x0 = x0.clamp(-encoding.scale, encoding.scale)

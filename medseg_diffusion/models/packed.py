@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from medseg_diffusion.errors import InputError
@@ -23,6 +24,7 @@ def pack(folder: Path, file: Path) -> None:
 
     Nothing is compressed: it would make weights smaller by a tenth, and take long.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name in (*FILES, SUMS):
             entry = zipfile.ZipInfo(f"{folder.name}/{name}")  # of 1980-01-01
@@ -43,12 +45,13 @@ def unpack(file: Path, folder: Path) -> str:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = {entry.filename: entry for entry in zip_entries(archive, file, max(MOST_BYTES.values()))}
-            root = _root(list(entries), file)
-            chosen = [entries[str(root / name)] for name in MOST_BYTES if str(root / name) in entries]
+            most = max(MOST_BYTES.values())
+            entries = {PurePosixPath(entry.filename): entry for entry in zip_entries(archive, file, most)}
+            root = _root(entries, file)
+            chosen = {name: entries[root / name] for name in MOST_BYTES if root / name in entries}
             _require_moderate(chosen, file)
-            for entry in chosen:
-                with archive.open(entry) as source, (folder / PurePosixPath(entry.filename).name).open("wb") as target:
+            for name, entry in chosen.items():
+                with archive.open(entry) as source, (folder / name).open("wb") as target:
                     while part := source.read(_AT_ONCE):
                         target.write(part)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:  # damaged, or encrypted
@@ -56,22 +59,21 @@ def unpack(file: Path, folder: Path) -> str:
     return root.name or file.stem
 
 
-def _root(names: list[str], file: Path) -> PurePosixPath:
-    roots = [PurePosixPath(name).parent for name in names if PurePosixPath(name).name == "model.json"]
+def _root(names: Iterable[PurePosixPath], file: Path) -> PurePosixPath:
+    roots = [name.parent for name in names if name.name == "model.json"]
     if len(roots) != 1:
         found = "no model" if not roots else f"{len(roots)} models"
         raise InputError(file, found, "a zip of one model, with its model.json", "make it with `medseg models export`")
     return roots[0]
 
 
-def _require_moderate(entries: list[zipfile.ZipInfo], file: Path) -> None:
-    for entry in entries:
-        name = PurePosixPath(entry.filename).name
+def _require_moderate(entries: Mapping[str, zipfile.ZipInfo], file: Path) -> None:
+    for name, entry in entries.items():
         if entry.file_size > MOST_BYTES[name]:
             raise InputError(
                 file, f"{name} of {entry.file_size} bytes", f"at most {MOST_BYTES[name]}", "do not install it"
             )
-    unpacked, packed = sum(entry.file_size for entry in entries), max(file.stat().st_size, 1)
+    unpacked, packed = sum(entry.file_size for entry in entries.values()), max(file.stat().st_size, 1)
     if unpacked > MOST_EXPANSION * packed:
         raise InputError(
             file,

@@ -49,11 +49,10 @@ def export_bundle(model: str | Path, output: Path) -> Path:
     with whole_folder(output, private=False) as folder:
         for part in ("configs", "models", "docs"):
             (folder / part).mkdir()
-        _write_json(folder / "configs" / "model.json", bundle_card(saved))
         _write_json(folder / "configs" / "metadata.json", _metadata(saved, name))
-        _write_json(folder / "configs" / "inference.json", _inference())
+        _write_json(folder / "configs" / "inference.json", _inference(bundle_card(saved)))
         torch.save(bundle_state(saved), folder / "models" / "model.pt")
-        BundleSegmenter(folder / "configs" / "model.json").load_state_dict(bundle_state(saved))
+        BundleSegmenter(bundle_card(saved)).load_state_dict(bundle_state(saved))  # or nothing is written
         (folder / "docs" / "README.md").write_text(readme + _HOW, encoding="utf-8")
         (folder / "LICENSE").write_text(f"{saved.card.get('licence', '')}\n", encoding="utf-8")
     return output
@@ -113,7 +112,7 @@ def _metadata(saved: SavedModel, name: str) -> dict[str, Any]:
     }
 
 
-def _inference() -> dict[str, Any]:
+def _inference(card: str) -> dict[str, Any]:
     return {
         "imports": ["$from pathlib import Path", "$import numpy as np", "$import torch"],
         "bundle_root": ".",
@@ -125,7 +124,7 @@ def _inference() -> dict[str, Any]:
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "network_def": {
             "_target_": "medseg_diffusion.models.bundle_network.BundleSegmenter",
-            "card": "$@bundle_root + '/configs/model.json'",
+            "card": card,
             "seed": "@seed",
         },
         "network": "$@network_def.to(@device)",

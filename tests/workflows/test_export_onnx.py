@@ -76,7 +76,7 @@ def test_the_file_says_what_it_is_and_is_written_once(tmp_path: Path) -> None:
     ("changes", "name", "code", "message"),
     [
         ({}, "m.onnx", 4, "2 steps; ONNX files are made of models that evaluate their network once"),
-        ({"method": "categorical"}, "m.onnx", 4, "evaluate their network once"),
+        ({"method": "categorical", "inference": {"steps": 1, "sampler": "ddpm"}}, "m.onnx", 4, "evaluate their network once"),
         (ONE, "m.zip", 2, "expected a name that ends in .onnx"),
     ],
 )  # fmt: skip
