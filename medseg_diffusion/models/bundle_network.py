@@ -35,8 +35,8 @@ class BundleSegmenter(nn.Module):
     are those of `medseg segment` with the model's defaults.
 
     Args:
-        card: the JSON of `bundle_card`. It stands in the bundle's configuration, so that MONAI can build the network from
-            any folder.
+        card: the JSON of `bundle_card`. It stands in the bundle's configuration, so that MONAI can build the network
+            from any folder.
         seed: seed of all randomness; every scan derives its own from this and its name.
     """
 
