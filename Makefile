@@ -4,10 +4,10 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint check docs wheel-test bench gpu clean
+.PHONY: help setup demo test test-all lint check docs wheel-test wheel-install-test dist audit bench gpu clean
 
 help:
-	@echo "make setup | demo | test | test-all | lint | check | docs | wheel-test | bench | gpu | clean"
+	@echo "make setup | demo | test | test-all | lint | check | docs | wheel-test | wheel-install-test | dist | audit | bench | gpu | clean"
 
 # Stamps: an install runs again only when pyproject.toml has changed.
 $(BIN)/pip:
@@ -57,11 +57,40 @@ gpu:
 	OUT="$(OUT)" $(BIN)/python benchmarks/gpu.py --part $(PART) $(if $(DATA),--data "$(DATA)") \
 	    $(if $(LABELMAPS),--labelmaps "$(LABELMAPS)") $(if $(REHEARSE),--rehearse)
 
-# The wheel in a fresh environment, tested from another folder. Dependencies are borrowed from .venv through a .pth file;
+# The time of the last commit dates the files in a wheel: two builds of a commit are equal byte for byte.
+dist wheel-test wheel-install-test: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2> /dev/null || echo 1704067200)
+
+# What would be uploaded: an sdist, and the wheel that is built from it.
+dist: .venv/.installed-release
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+# Licences of everything that is installed, then its known vulnerabilities, for which pypi.org is asked.
+audit: .venv/.installed-release
+	$(BIN)/pip-licenses --from=mixed --order=license
+	$(BIN)/python -m pip freeze --disable-pip-version-check --exclude-editable > $(BIN)/../audited.txt
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(BIN)/../audited.txt || { echo "make audit: a package" \
+	    "has a known vulnerability, or could NOT be looked up at pypi.org (see above): run it where that is reached" >&2; exit 1; }
+
+# As a new user: the wheel and all of its dependencies from the package index, in an empty environment and another
+# folder, then a first segmentation. It takes minutes and 6 GB.
+wheel-install-test: .venv/.installed-test
+	@set -eu; root=$$(pwd); tmp=$$(mktemp -d); trap 'rm -rf "$$tmp" "$$root/build"' EXIT; rm -rf build; \
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$$tmp" .; \
+	$(PYTHON) -m venv "$$tmp/venv"; \
+	start=$$(date +%s); "$$tmp/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$$tmp"/*.whl; \
+	echo "installed in $$(( $$(date +%s) - start )) s, $$(du -sh "$$tmp/venv" | cut -f1)"; cd "$$tmp"; \
+	env -u PYTHONPATH MEDSEG_HOME="$$tmp/home" venv/bin/python "$$root/tests/helpers/first_run.py"
+
+# The wheel in a fresh environment, tested from another folder, and built twice to the same bytes. Dependencies are borrowed from .venv through a .pth file;
 # .pth files that lie in there are not followed, so its editable install is out of reach.
 wheel-test: .venv/.installed-test
 	@set -eu; root=$$(pwd); tmp=$$(mktemp -d); trap 'rm -rf "$$tmp" "$$root/build"' EXIT; rm -rf build; \
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$$tmp" .; \
+	for n in 1 2; do \
+	    rm -rf build; $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$$tmp/$$n" .; \
+	done; \
+	cmp "$$tmp"/1/*.whl "$$tmp"/2/*.whl; mv "$$tmp"/1/*.whl "$$tmp"; \
 	$(BIN)/python -m venv --without-pip "$$tmp/venv"; \
 	$(BIN)/python -m pip --python "$$tmp/venv/bin/python" install --quiet --disable-pip-version-check --no-deps "$$tmp"/*.whl; \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from difflib import get_close_matches
+from itertools import groupby
+from textwrap import fill
 from typing import Annotated
 
 import typer
@@ -17,15 +21,19 @@ app = typer.Typer(help="List and show the presets.", no_args_is_help=True)
 
 @app.command("list")
 def list_presets(as_json: AsJson = False) -> None:
-    """List the presets."""
-    from medseg_diffusion.config.load import presets
+    """List the presets by the command that takes them, and what each is for."""
+    from medseg_diffusion.config.load import described_presets
 
-    names = sorted(presets())
+    presets = described_presets()
     if as_json:
-        print_json(names)
-    else:
-        for name in names:
-            typer.echo(name)
+        print_json([asdict(preset) for preset in presets])
+        return
+    width = shutil.get_terminal_size().columns
+    for command, group in groupby(presets, key=lambda preset: preset.command):
+        typer.echo(f"medseg {command}")
+        for preset in group:
+            typer.echo(f"  {preset.name}")
+            typer.echo(fill(preset.description, width, initial_indent="    ", subsequent_indent="    "))
 
 
 @app.command()

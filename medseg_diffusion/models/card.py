@@ -19,6 +19,17 @@ TEMPLATES = {
     "image-classifier": "generator_card.md.j2",
 }
 """Template of README.md by method, or else by task."""
+ABOUT = ("intended_use", "limits", "data", "noise", "command")
+"""Texts of a card's entry "about", in Markdown: what people have to say about a model, because training cannot.
+
+``data`` is the credit and the terms of the training data; ``noise`` says what the noise is worth where the training did
+not measure it; ``command`` trained the model.
+"""
+
+SECTIONS = ("Intended use", "Model", "Metrics", "Training data", "Licence", "Limits")
+"""Headings of every card."""
+OPEN = ("Not stated", "Not described", "Not measured", "None are stored", "See the training data")
+"""How the answers begin that a card gives until somebody writes them."""
 
 
 def common_entries(
@@ -69,15 +80,18 @@ def template_of(card: Mapping[str, Any]) -> str | None:
     return TEMPLATES.get(card["method"]) or TEMPLATES.get(card["task"])
 
 
-def render_card(card: Mapping[str, Any], name: str = "", command: str = "", data: str = "", notes: str = "") -> str:
+def texts_of(card: Mapping[str, Any]) -> dict[str, str]:
+    """The texts `ABOUT` of a card; those that it lacks are empty."""
+    about = card.get("about")
+    return {name: str(about.get(name, "")) if isinstance(about, Mapping) else "" for name in ABOUT}
+
+
+def render_card(card: Mapping[str, Any], name: str = "") -> str:
     """Render the model card in Markdown.
 
     Args:
-        card: The content of model.json.
+        card: The content of model.json, with the texts `ABOUT` in its entry "about" as far as they are known.
         name: Title; if it is empty, the kind of model.
-        command: Command that trained the model.
-        data: Credit and terms of the training data.
-        notes: Intended use and limits of the model.
 
     Raises:
         KeyError: An imported model (`template_of`).
@@ -95,4 +109,4 @@ def render_card(card: Mapping[str, Any], name: str = "", command: str = "", data
         autoescape=False,  # Markdown, not HTML
     )
     environment.filters["exp"] = math.exp
-    return environment.get_template(template).render(card=card, name=name, command=command, data=data, notes=notes)
+    return environment.get_template(template).render(card={**card, "about": texts_of(card)}, name=name)

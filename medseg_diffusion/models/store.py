@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -31,6 +32,7 @@ X_T = "x_t"
 DETERMINISTIC = 0.99
 """Members with at least this mean pairwise Dice are called equal."""
 FILES = ("model.json", "weights.safetensors", "README.md")
+SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class SavedModel:
     @property
     def name(self) -> str:
         """Name of the folder, or of the run folder for RUN/model."""
-        return _name_of(self.path)
+        return name_of(self.path)
 
     def part(self, name: str) -> SavedModel:
         """A model inside this one. Its card is the entry ``name``, and its weights are those with the prefix "name.".
@@ -124,16 +126,34 @@ def save_model(
                 "nothing was written"
             )
     with whole_folder(path, replace=True, private=False) as folder:
-        content = {**card, "schema_version": SCHEMA_VERSION}
-        (folder / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         stored = {
             k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in weights.items()
         }
         # Not save_file: where the disk is full, it raises no OSError.
         (folder / "weights.safetensors").write_bytes(save(stored))
-        (folder / "README.md").write_text(readme)
-        sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES)
-        (folder / "SHA256SUMS").write_text(sums)
+        _describe(folder, card, readme)
+
+
+def copy_model(source: Path, path: Path, card: Mapping[str, Any], readme: str) -> None:
+    """Write the model directory ``path`` with the weights of another one, byte for byte, and a new card.
+
+    Args:
+        source: The model directory with the weights.
+        path: The new directory.
+        card: The content of model.json, without the schema version.
+        readme: The model card in Markdown.
+    """
+    with whole_folder(path, private=False) as folder:
+        shutil.copyfile(source / "weights.safetensors", folder / "weights.safetensors")
+        _describe(folder, card, readme)
+
+
+def _describe(folder: Path, card: Mapping[str, Any], readme: str) -> None:
+    """Write all files of a model beside its weights."""
+    content = {**card, "schema_version": SCHEMA_VERSION}
+    (folder / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    (folder / SUMS).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES))
 
 
 def load_model_files(name_or_path: str | Path | SavedModel) -> SavedModel:
@@ -148,21 +168,44 @@ def load_model_files(name_or_path: str | Path | SavedModel) -> SavedModel:
     """
     if isinstance(name_or_path, SavedModel):
         return name_or_path
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = find_model(name_or_path)
     card = _read_card(path)
-    lines = (line.partition("  ") for line in (path / "SHA256SUMS").read_text().splitlines())
+    lines = (line.partition("  ") for line in _read_text(path / SUMS).splitlines())
     listed = {name: digest for digest, _, name in lines}
     for name in FILES:
         if listed.get(name) != _sha256(path / name):
             raise ModelError(f"{path / name}: its SHA-256 differs from SHA256SUMS; the model is damaged, copy it again")
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path / "weights.safetensors").items()}
+    try:
+        stored = load_file(path / "weights.safetensors")
+    except SafetensorError as error:
+        raise ModelError(f"{path / 'weights.safetensors'}: unreadable ({error}); copy the model again") from error
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in stored.items()}
     if bad := [name for name, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())]:
         raise ModelError(
             f"{path}: the weights {bad[0]} have values that are not finite; the model is unusable, copy it again"
         )
     return SavedModel(path, card, weights, listed["weights.safetensors"])
+
+
+def load_readme(name_or_path: str | Path) -> str:
+    """The card of a model as text, in Markdown.
+
+    Raises:
+        ModelError: There is no such model, or its card is no text.
+    """
+    path = find_model(name_or_path)
+    _read_card(path)
+    return _read_text(path / "README.md")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: unreadable (no UTF-8 text); copy the model again") from error
 
 
 def load_card(name_or_path: str | Path) -> dict[str, Any]:
@@ -177,10 +220,10 @@ def model_input(name_or_path: str | Path) -> ModelInput:
         ModelError: There is no such model.
     """
     path = find_model(name_or_path)
-    return ModelInput.of(_name_of(path), _read_card(path))
+    return ModelInput.of(name_of(path), _read_card(path))
 
 
-def _name_of(path: Path) -> str:
+def name_of(path: Path) -> str:
     """Name of a model's folder, or of the run folder for RUN/model."""
     return path.resolve().parent.name if path.name == "model" else path.name
 
@@ -239,13 +282,13 @@ def is_deterministic(card: Mapping[str, Any]) -> bool:
 
 
 def _read_card(path: Path) -> dict[str, Any]:
-    missing = [name for name in (*FILES, "SHA256SUMS") if not (path / name).is_file()]
+    missing = [name for name in (*FILES, SUMS) if not (path / name).is_file()]
     if missing:
         raise ModelError(f"{path}: incomplete model, without {', '.join(missing)}; copy the whole folder")
     try:
-        card: dict[str, Any] = json.loads((path / "model.json").read_text())
+        card: dict[str, Any] = json.loads((path / "model.json").read_text(encoding="utf-8"))
         version = int(card["schema_version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path / 'model.json'}: unreadable ({error}); copy the model again") from error
     if version > SCHEMA_VERSION:
         raise ModelError(

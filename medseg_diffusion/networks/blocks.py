@@ -8,7 +8,6 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 Resampling = Literal["none", "down", "up"]
@@ -23,7 +22,7 @@ class _Conv3d(nn.Conv3d):
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        lone = x.device.type == "cpu" and len(x) == 1 and x.dtype == torch.float32
+        lone = x.device.type == "cpu" and x.shape[0] == 1 and x.dtype == torch.float32
         plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         if lone and plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
             padding = cast(tuple[int, ...], self.padding)
@@ -122,7 +121,7 @@ class ResBlock(nn.Module):
         return self.skip(resample(x, self.resampling)) + self.conv2(self.dropout(F.silu(h)))
 
     def _time(self, x: Tensor, layer: nn.Linear, emb: Tensor) -> Tensor:
-        return cast(Tensor, layer(F.silu(emb)).reshape(len(x), -1, *[1] * self.dims))
+        return cast(Tensor, layer(F.silu(emb)).reshape(x.shape[0], -1, *[1] * self.dims))
 
 
 def resample(x: Tensor, resampling: Resampling) -> Tensor:
@@ -162,7 +161,7 @@ def heads_of(channels: int, head_channels: int, num_heads: int | None = None) ->
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Multi-head attention, softmax(q k^T / sqrt(d)) v per head, of tokens (B, L, C)."""
-    q, k, v = (rearrange(tokens, "b l (h d) -> b h l d", h=heads) for tokens in (q, k, v))
+    q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

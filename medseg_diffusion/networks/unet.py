@@ -16,7 +16,6 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -247,15 +246,17 @@ def fold(x: Tensor, size: int) -> Tensor:
     """(B, C, *S) to (B, C * size^dims, *S / size): patches of ``size`` positions along each axis become channels."""
     if size == 1:
         return x
-    pattern = "b c (h p) (w q) -> b (c p q) h w" if x.ndim == 4 else "b c (d o) (h p) (w q) -> b (c o p q) d h w"
-    axes = {"p": size, "q": size} if x.ndim == 4 else {"o": size, "p": size, "q": size}
-    return rearrange(x, pattern, **axes)
+    dims = x.ndim - 2
+    split = x.reshape(*x.shape[:2], *(n for side in x.shape[2:] for n in (side // size, size)))
+    inner, outer = range(3, 2 * dims + 2, 2), range(2, 2 * dims + 2, 2)
+    return split.permute(0, 1, *inner, *outer).flatten(1, dims + 1)
 
 
 def unfold(x: Tensor, size: int) -> Tensor:
     """The inverse of `fold`."""
     if size == 1:
         return x
-    pattern = "b (c p q) h w -> b c (h p) (w q)" if x.ndim == 4 else "b (c o p q) d h w -> b c (d o) (h p) (w q)"
-    axes = {"p": size, "q": size} if x.ndim == 4 else {"o": size, "p": size, "q": size}
-    return rearrange(x, pattern, **axes)
+    dims = x.ndim - 2
+    split = x.unflatten(1, (-1, *[size] * dims))
+    whole = split.permute(0, 1, *(axis for i in range(dims) for axis in (2 + dims + i, 2 + i)))
+    return whole.reshape(*whole.shape[:2], *(size * side for side in x.shape[2:]))

@@ -145,11 +145,12 @@ def _reconstructions(training: AutoencoderTraining, batches: list[dict[str, Tens
 
 def _fidelity(reconstructions: Tensor, originals: Tensor) -> dict[str, float]:
     """PSNR and SSIM of images in [-1, 1]."""
-    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+    from torchmetrics.functional import image  # slow to import
 
-    error = (reconstructions - originals).square().flatten(1).mean(1)
-    ssim = structural_similarity_index_measure(reconstructions, originals, data_range=2.0)
-    return {"psnr": float(-10 * torch.log10(error / 4).mean()), "ssim": float(cast(Tensor, ssim))}
+    axes = tuple(range(1, originals.ndim))
+    psnr = image.peak_signal_noise_ratio(reconstructions, originals, data_range=2.0, dim=axes)
+    ssim = image.structural_similarity_index_measure(reconstructions, originals, data_range=2.0)
+    return {"psnr": float(psnr), "ssim": float(cast(Tensor, ssim))}
 
 
 def _scale_batches(examples: ImageExamples, job: Job, runtime: Runtime) -> Iterator[Tensor]:

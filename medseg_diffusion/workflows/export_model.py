@@ -1,47 +1,74 @@
-"""`medseg models export`: copy a model for others, with a complete card and optionally at half the size."""
+"""`medseg models export`: a model for others, with a complete card, as a folder, one zip file or a repository."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from medseg_diffusion.errors import ModelError
+from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.files import require_new_folder
-from medseg_diffusion.models.card import render_card, template_of
-from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.models.card import ABOUT, render_card, template_of, texts_of
+from medseg_diffusion.models.packed import pack
+from medseg_diffusion.models.store import SavedModel, copy_model, load_model_files, save_model
+
+from .hub import repository_of, upload
 
 
 def export_model(
     model: str | Path,
-    output: Path,
+    output: str | Path,
     *,
     half: bool = False,
-    command: str = "",
-    data: str = "",
-    notes: str = "",
+    about: Mapping[str, str] | None = None,
     licence: str = "",
-) -> Path:
-    """Copy a model to the new folder ``output``, whose name is the title of the card; return ``output``.
+) -> str:
+    """Copy a model to ``output``, whose name is the title of the card; return ``output``.
 
     Args:
         model: Model folder, run folder or installed name.
-        output: A new folder.
+        output: A new folder, a new file that ends in .zip, or hf:OWNER/NAME, a repository of the Hugging Face hub. A
+            repository that does not exist becomes a private one.
         half: Store the weights in float16, rounded to 11 bits. Reported scores should then be those of the copy.
-        command: Command that trained the model.
-        data: Credit and terms of its training data.
-        notes: Intended use and limits of the model.
-        licence: Licence of the weights.
+            Otherwise the file of weights is copied as it is.
+        about: Texts `ABOUT` that replace those of the model's card.
+        licence: Licence of the weights; empty for that of the model.
 
     Raises:
-        ModelError: No usable model, or an imported model.
-        UsageError: An output that exists.
+        ModelError: No usable model, or an imported model; a hub that cannot be reached or refuses.
+        UsageError: An output that exists, or an unknown text.
     """
-    require_new_folder(output)
+    about = {name: text for name, text in (about or {}).items() if text}
+    if unknown := sorted(set(about) - set(ABOUT)):
+        raise UsageError(f"a card has no text {unknown[0]!r}; it has {', '.join(ABOUT)}")
+    repository = repository_of(output)
+    if repository is None:
+        require_new_folder(Path(output))
     saved = load_model_files(model)
     if template_of(saved.card) is None:
         raise ModelError(f"{saved.path}: an imported {saved.card['task']}; share the file that it was imported from")
-    card = {**saved.card, **({"licence": licence} if licence else {})}
-    readme = render_card(card, name=output.resolve().name, command=command, data=data, notes=notes)
-    save_model(output, card, saved.weights, readme, torch.float16 if half else torch.float32)
-    return output
+    card = {**saved.card, "about": {**texts_of(saved.card), **about}}
+    if licence:
+        card["licence"] = licence
+    if repository is None and Path(output).suffix.lower() != ".zip":
+        _write(saved, Path(output), card, half)
+        return str(output)
+    name = repository.partition("/")[2] if repository else Path(output).stem
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / name
+        _write(saved, folder, card, half)
+        if repository is None:
+            pack(folder, Path(output))
+        else:
+            upload(folder, repository)
+    return str(output)
+
+
+def _write(saved: SavedModel, folder: Path, card: Mapping[str, object], half: bool) -> None:
+    readme = render_card(card, name=folder.resolve().name)
+    if half:
+        save_model(folder, card, saved.weights, readme, torch.float16)
+    else:
+        copy_model(saved.path, folder, card, readme)

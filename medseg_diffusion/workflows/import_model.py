@@ -18,7 +18,7 @@ from medseg_diffusion.models.imported import IMPORTED
 from medseg_diffusion.models.store import save_model
 from medseg_diffusion.networks.foreign import SOURCES, Foreign, Source, convert, read_state
 
-_NETWORK_SETTINGS = {"head_channels", "num_heads", "qkv_order", "norm_eps", "part"}
+_NETWORK_SETTINGS = {"head_channels", "num_heads", "qkv_order", "norm_eps", "norm_groups", "part"}
 _IMAGE_SETTINGS = {"size"}
 _DIFFUSION_SETTINGS = {"schedule", "num_steps", "beta_start", "beta_end", "target", "learned_variance"}
 

@@ -25,7 +25,7 @@ def test_a_copy_is_half_as_large_says_where_it_comes_from_and_works(tmp_path: Pa
         "medseg train-segmenter X",
         "--data",
         "Some data, CC0",
-        "--notes",
+        "--intended-use",
         "A copy.",
         "--licence",
         "CC0",

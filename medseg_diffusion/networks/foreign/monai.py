@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
@@ -15,6 +15,25 @@ from medseg_diffusion.networks.blocks import Block, Resample, ResBlock, SpatialT
 from medseg_diffusion.networks.unet import UNet
 
 from .rules import Foreign, Rule, State, add_heads, apply, blocks_of, joined, same, transformer_rules
+
+_RENAMED = (
+    (r"(attentions\.\d+|middle_block\.attention|blocks\.\d+)\.(to_[qkv])\.", r"\1.attn.\2."),
+    (r"(attentions\.\d+|middle_block\.attention|blocks\.\d+)\.proj_attn\.", r"\1.attn.out_proj."),
+    (r"(transformer_blocks\.\d+\.attn\d)\.to_out\.0\.", r"\1.out_proj."),
+    (r"upsampler\.conv\.conv\.", "upsampler.postconv.conv."),
+    (r"(decoder\.blocks\.\d+)\.conv\.conv\.", r"\1.postconv.conv."),
+)
+"""Names in the package monai-generative, from which these networks came to MONAI, and the present ones."""
+
+
+def present_names(state: State) -> dict[str, Tensor]:
+    """The state dict with the present names, whichever it has."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for old, new in _RENAMED:
+            name = re.sub(old, new, name)
+        renamed[name] = value
+    return renamed
 
 
 def monai_unet(state: State, settings: Mapping[str, Any]) -> Foreign:
@@ -37,10 +56,11 @@ def _monai_architecture(state: State, settings: Mapping[str, Any]) -> dict[str, 
     channels = stem.shape[0]
     levels = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("down_blocks."))
     widths = [state[f"down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)]
-    if any(width % channels for width in widths) or channels % 32:
+    groups = int(settings.get("norm_groups", 32))
+    if any(width % channels for width in widths) or channels % groups:
         raise ModelError(
-            f"level widths {widths} cannot be imported: they must be multiples of the first, and that of 32 "
-            "(the group normalisation's default)"
+            f"level widths {widths} cannot be imported: they must be multiples of the first, and that of {groups} "
+            "(the groups of the normalisation, --set norm_groups=N)"
         )
     attention = [f"down_blocks.{i}.attentions.0.norm.weight" in state for i in range(levels)]
     contexts = [name for name in state if name.endswith("attn2.to_k.weight")]
@@ -58,6 +78,7 @@ def _monai_architecture(state: State, settings: Mapping[str, Any]) -> dict[str, 
         "resampling": "resblock" if "down_blocks.0.downsampler.norm1.weight" in state else "conv",
         "scale_shift": False,
         "norm_eps": float(settings.get("norm_eps", 1e-6)),
+        "norm_groups": groups,
         "middle_attention": True,
     }
     if "class_embedding.weight" in state:
@@ -135,12 +156,14 @@ def _monai_res(ours: str, theirs: str, block: ResBlock | Resample) -> Iterator[R
         yield from same(f"{ours}.skip", f"{theirs}.skip_connection.conv")
 
 
-def monai_autoencoder(state: State) -> Foreign:
+def monai_autoencoder(state: State, settings: Mapping[str, Any]) -> Foreign:
     """MONAI's AutoencoderKL. Its layout is one of ours; only the three outer convolutions have other names."""
     stem = state["encoder.blocks.0.conv.weight"]
     channels, blocks, attention = [stem.shape[0]], [0], [False]
     count = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.blocks."))
-    for i in range(1, count - 5):  # the last five are residual, attention, residual, normalisation, convolution
+    # The last are normalisation and convolution; before them residual, attention, residual of the non-local attention.
+    middle = f"encoder.blocks.{count - 4}.attn.to_q.weight" in state
+    for i in range(1, count - (5 if middle else 2)):
         base = f"encoder.blocks.{i}"
         if f"{base}.conv.conv.weight" in state:
             channels, blocks, attention = [*channels, 0], [*blocks, 0], [*attention, False]
@@ -149,10 +172,10 @@ def monai_autoencoder(state: State) -> Foreign:
         else:
             channels[-1] = state[f"{base}.conv1.conv.weight"].shape[0]
             blocks[-1] += 1
-    if len(set(blocks)) > 1 or f"encoder.blocks.{count - 4}.attn.to_q.weight" not in state:
+    if len(set(blocks)) > 1:
         raise ModelError(
-            f"a MONAI autoencoder with {blocks} residual blocks a level, or without its non-local attention, cannot be "
-            "imported: the levels must be equally deep"
+            f"a MONAI autoencoder with {blocks} residual blocks a level cannot be imported: the levels must be equally "
+            "deep"
         )
     latent = state["quant_conv_mu.conv.weight"].shape[0]
     network: dict[str, Any] = {
@@ -166,6 +189,9 @@ def monai_autoencoder(state: State) -> Foreign:
         "num_res_blocks": blocks[0],
         "attention_levels": attention,
         "layout": "monai",
+        "norm_eps": float(settings.get("norm_eps", 1e-6)),
+        "norm_groups": int(settings.get("norm_groups", 32)),
+        "middle_attention": middle,
     }
     with torch.device("meta"):
         ours = KLAutoencoder(**network)
