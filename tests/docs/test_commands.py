@@ -60,12 +60,12 @@ def problem(words: tuple[str, ...]) -> str | None:
 def _configuration(values: dict[str, object]) -> str | None:
     """What is wrong with a preset and the keys of --set."""
     config = values.get("config")
-    if config is None or config in PLACEHOLDERS or Path(str(config)).suffix == ".yaml":
+    if not isinstance(config, str) or config in PLACEHOLDERS or Path(config).suffix == ".yaml":
         return None
     if config not in presets():
         return f"no preset {config}"
     try:
-        load_config(str(config), values.get("overrides") or [])  # type: ignore[arg-type]
+        load_config(config, values.get("overrides") or [])  # type: ignore[arg-type]
     except Exception as error:
         return str(error)
     return None
