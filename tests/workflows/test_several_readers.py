@@ -183,7 +183,7 @@ def test_members_of_a_slice_are_written(models: dict[str, Path], data: Path, tmp
 
 
 def test_the_card_says_that_one_step_sees_only_noise(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    sentence = "in one step the network sees noise alone"
+    sentence = "In one step the network sees noise alone"
     content = config("ensemdiff").model_dump(mode="json") | {"inference": {"steps": 1}}
     one_step = train_segmenter(SegmenterConfig.model_validate(content), data, tmp_path / "run", device="cpu")
     assert sentence in (one_step / "README.md").read_text()
