@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .api.results import Samples, ScoredScan, SegmentedScan
     from .config.anomaly import AnomalyConfig
     from .config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
-    from .config.load import load_config, presets
+    from .config.load import Preset, described_presets, load_config, presets
     from .config.pixel_classifier import PixelClassifierConfig
     from .config.segmenter import SegmenterConfig
     from .data.image_check import ImageCheck
@@ -63,9 +63,13 @@ if TYPE_CHECKING:
     from .workflows.check import check
     from .workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
     from .workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
+    from .workflows.export_bundle import export_bundle
     from .workflows.export_model import export_model
+    from .workflows.export_onnx import export_onnx
+    from .workflows.import_bundle import import_bundle
     from .workflows.import_model import import_model
     from .workflows.info import info
+    from .workflows.install_model import install_model, remove_model
     from .workflows.report import report
     from .workflows.sample import sample
     from .workflows.scans import ScanResult
@@ -85,7 +89,7 @@ _HOMES = {
     "api.results": ("Samples", "ScoredScan", "SegmentedScan"),
     "config.anomaly": ("AnomalyConfig",),
     "config.generator": ("GeneratorConfig", "ImageAutoencoderConfig", "NoisyClassifierConfig"),
-    "config.load": ("load_config", "presets"),
+    "config.load": ("Preset", "described_presets", "load_config", "presets"),
     "config.pixel_classifier": ("PixelClassifierConfig",),
     "config.segmenter": ("SegmenterConfig",),
     "data.image_check": ("ImageCheck",),
@@ -114,9 +118,13 @@ _HOMES = {
     "workflows.check": ("check",),
     "workflows.evaluate": ("EvaluateOptions", "compare_predictions", "evaluate"),
     "workflows.evaluate_generator": ("GeneratorEvaluationOptions", "evaluate_generator"),
+    "workflows.export_bundle": ("export_bundle",),
     "workflows.export_model": ("export_model",),
+    "workflows.export_onnx": ("export_onnx",),
+    "workflows.import_bundle": ("import_bundle",),
     "workflows.import_model": ("import_model",),
     "workflows.info": ("info",),
+    "workflows.install_model": ("install_model", "remove_model"),
     "workflows.report": ("report",),
     "workflows.sample": ("sample",),
     "workflows.scans": ("ScanResult",),
@@ -161,6 +169,7 @@ __all__ = [  # listed for type checkers and editors; a test compares it with _HO
     "NoisyClassifierConfig",
     "Outcome",
     "PixelClassifierConfig",
+    "Preset",
     "Progress",
     "RunSummary",
     "SampleOptions",
@@ -183,12 +192,17 @@ __all__ = [  # listed for type checkers and editors; a test compares it with _HO
     "calibrate_segmenter",
     "check",
     "compare_predictions",
+    "described_presets",
     "evaluate",
     "evaluate_arrays",
     "evaluate_generator",
+    "export_bundle",
     "export_model",
+    "export_onnx",
+    "import_bundle",
     "import_model",
     "info",
+    "install_model",
     "list_models",
     "load_card",
     "load_config",
@@ -196,6 +210,7 @@ __all__ = [  # listed for type checkers and editors; a test compares it with _HO
     "presets",
     "read_labels",
     "read_volume",
+    "remove_model",
     "report",
     "sample",
     "segment",

@@ -56,7 +56,13 @@ _SCHEMAS: dict[str, type[AnyConfig]] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One line of `medseg configs list`: a configuration that ships, the command that takes it, and what it is for."""
+    """One entry of `medseg configs list`: a configuration that ships.
+
+    Attributes:
+        name: Its name, which trainings take.
+        command: The command that takes it.
+        description: What it is for, in a few sentences.
+    """
 
     name: str
     command: str

@@ -22,7 +22,7 @@ from medseg_diffusion.errors import MedsegError
 
 GROUPS = {
     "models": {"list": "list_models", "show": "load_card"},
-    "configs": {"list": "presets", "show": "load_config"},
+    "configs": {"list": "described_presets", "show": "load_config"},
 }
 """The functions of commands whose name alone says too little. Other commands of `medseg models` are X_model."""
 
