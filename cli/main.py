@@ -42,6 +42,8 @@ class _Group(TyperGroup):
         except MedsegError as error:
             fail(str(error), kind="stopped" if isinstance(error, Stopped) else "error")
             raise typer.Exit(error.exit_code) from error
+        except BrokenPipeError:  # `medseg configs list | head`: click ends in silence
+            raise
         except OSError as error:  # a full disk, a folder that cannot be written to, ...
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}")

@@ -21,6 +21,8 @@ SLAB_MM = 80.0
 LARGEST_SCALE = 1.3
 """Largest and smallest (1 / 1.3) scale of a plausible organ relative to the average. Only size, position and rotation
 are adapted: an affine transform would stretch the shape over errors beside the organ."""
+LEAST_SIZE = 4
+"""Voxels of the shape's grid along an axis, below which there is nothing to register (nor to smooth, says ITK)."""
 LEAST_COVERED = 0.7
 """Smallest share of the registered shape that the prediction must fill. Below it, the registration has failed."""
 
@@ -46,8 +48,8 @@ class ShapePrior:
             tolerance_mm: tolerance for differences between individuals.
 
         Returns:
-            bool (*S), or None if the shape does not fit: an empty prediction, an implausible scale, or less than
-            `LEAST_COVERED` of the shape filled.
+            bool (*S), or None if the shape does not fit: an image of less than `LEAST_SIZE`, an empty prediction, an
+            implausible scale, or less than `LEAST_COVERED` of the shape filled.
         """
         # Imported here, because models without a shape prior need neither SimpleITK nor ndimage.
         from scipy import ndimage
@@ -55,6 +57,8 @@ class ShapePrior:
         from .registration import centre_of, image_of, moved, optimise, shift
 
         size = [max(1, round(n * mm / self.spacing_mm)) for n, mm in zip(prediction.shape, spacing_mm, strict=True)]
+        if min(size) < LEAST_SIZE:
+            return None
         coarse_mm = [n * mm / m for n, mm, m in zip(prediction.shape, spacing_mm, size, strict=True)]
         share = F.interpolate(prediction.float()[None, None], size, mode="area")[0, 0].cpu().numpy()
         mask = share > 0.5

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import typer
 
 from tests.helpers.cli import SCRIPT, medseg
+from tests.helpers.commands import MEDSEG
 
 COMMANDS = (
     "segment",
@@ -71,3 +75,10 @@ def test_wrong_usage_exits_2(arguments: list[str], tmp_path: Path, monkeypatch: 
 
 def test_the_entry_point_is_a_typer_app() -> None:
     assert isinstance(SCRIPT.load(), typer.Typer)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
+def test_a_reader_that_has_gone_gets_no_message() -> None:
+    command = f"{shlex.quote(MEDSEG)} configs list | true"  # which has ended before the first line
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""

@@ -70,3 +70,9 @@ def test_another_thing_is_left_alone(prior) -> None:
     assert prior.near(torch.zeros(SHAPE, dtype=torch.bool), [SPACING] * 3, 6.0) is None
     speckles = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) < 0.1
     assert prior.near(speckles, [SPACING] * 3, 6.0) is None
+
+
+@pytest.mark.parametrize("voxels", [(3, 40, 40), (40, 40, 1), (2, 2, 2)])
+def test_a_thin_image_is_left_alone(prior, voxels) -> None:
+    """There is nothing to register, and ITK smooths no axis of less than four voxels."""
+    assert prior.near(torch.ones(voxels, dtype=torch.bool), [SPACING] * 3, 6.0) is None
