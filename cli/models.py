@@ -34,7 +34,8 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_table([{**row, "labels": printable(", ".join(row["labels"]))} for row in rows])
+        shown = [{**row, "labels": ", ".join(row["labels"])} for row in rows]
+        print_table([{**row, **{name: printable(row[name]) for name in ("method", "labels")}} for row in shown])
 
 
 @app.command()

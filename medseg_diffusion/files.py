@@ -217,13 +217,12 @@ def _made_private(path: Path) -> int:
 
 
 def _make_usual(folder: Path) -> None:
-    """Gives a folder, which is empty but for files, the permissions that the umask leaves."""
+    """Gives a folder, and everything in it, the permissions that the umask leaves."""
     probe = folder / _temporary_name("mode")
     mode = _made_private(probe)
     probe.unlink()
-    for file in folder.iterdir():
-        file.chmod(mode)
-    folder.chmod(mode | (mode & 0o444) >> 2)  # who may read a folder may enter it
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)  # who may read a folder may enter it
 
 
 _TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.tmp")

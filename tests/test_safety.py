@@ -222,8 +222,11 @@ def test_files_are_private_while_they_are_written_and_then_as_the_umask_says(tmp
     assert mode(tmp_path / "c") == 0o700, "copies of scans stay private"
     with whole_folder(tmp_path / "e", private=False) as temporary:
         (temporary / "f").touch(mode=0o600)
+        (temporary / "g").mkdir()
+        (temporary / "g" / "h").touch(mode=0o600)
         assert mode(temporary) == 0o700
     assert (mode(tmp_path / "e"), mode(tmp_path / "e" / "f")) == (folder, usual)
+    assert (mode(tmp_path / "e" / "g"), mode(tmp_path / "e" / "g" / "h")) == (folder, usual)
     model = segmenters.make_model(tmp_path / "model", segmenters.tiny_config())
     assert {mode(path) for path in model.iterdir()} == {usual} and mode(model) == folder
     volume = read_volume(segmenters.save(tmp_path / "scan.nii.gz"))

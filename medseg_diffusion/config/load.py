@@ -132,7 +132,7 @@ def _content(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
             )
         path = available[str(name_or_path)]
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}); correct the file") from error
     if not isinstance(content, dict):

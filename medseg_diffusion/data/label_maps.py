@@ -13,7 +13,7 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.paths import scan_name
 
-from .brain_classes import PAIRS, TISSUES
+from .brain_classes import PAIRS, TISSUES, BrainClasses
 
 LABELS: tuple[int, ...] = tuple(sorted(TISSUES.class_of))
 """The anatomical labels, ascending."""
@@ -46,23 +46,23 @@ def tissues(anatomy: LabelMap) -> Tensor:
     return TISSUE[anatomy.index.long()]
 
 
-def load_label_map(file: Path) -> LabelMap:
+def load_label_map(file: Path, classes: BrainClasses = TISSUES) -> LabelMap:
     """Read a label map with voxels of 1 mm.
 
     Raises:
-        InputError: an unusable file, another voxel size, or a label without a tissue.
+        InputError: an unusable file, another voxel size, or a label that is in none of the ``classes``.
     """
     volume = read_labels(file).oriented("RAS")
     if not np.allclose(volume.spacing, 1.0, atol=0.01):
         size = " x ".join(f"{side:.3g}" for side in volume.spacing)
         raise InputError(file, f"voxels of {size} mm", "a label map of 1 mm", "resample it with nearest neighbours")
     labels = volume.data[0]
-    unknown = sorted(set(torch.unique(labels).tolist()) - set(LABELS))
+    unknown = sorted(set(torch.unique(labels).tolist()) - set(classes.class_of))
     if unknown:
         raise InputError(
             file,
             f"labels {unknown}",
-            "FreeSurfer labels with a known tissue",
+            "FreeSurfer labels that belong to a class of the model",
             "map them in medseg_diffusion/data/brain_classes.py",
         )
     table = torch.zeros(max(LABELS) + 1, dtype=torch.uint8)

@@ -87,8 +87,10 @@ def in_pieces(image: Tensor, labels: Tensor, means: Tensor, draw: Draw, spacing:
         piece = 2 * piece + (field > draw.uniform(-0.7, 0.7).item()).long()
     brain = means[[LABELS.index(label) for label in (2, 3, 24)]][[draw.integer(3) for _ in range(count)]]
     like_brain = draw.uniform(0, 1, count) < 0.4
-    levels = torch.where(like_brain, brain * draw.uniform(0.9, 1.1, count), draw.uniform(0.03, 1.5, count))
-    spread = draw.uniform(0.0, 0.08, count)
+    # Numbers are drawn on the CPU; those of `means` are on the device.
+    shade, other, spread = (
+        draw.uniform(*ends, count).to(image.device) for ends in ((0.9, 1.1), (0.03, 1.5), (0, 0.08))
+    )
+    levels = torch.where(like_brain.to(image.device), brain * shade, other)
     soft = _SOFT.to(image.device)[labels] & (draw.field(window, spacing, 40.0) > draw.uniform(-2.0, 0.3).item())
-    levels, spread = levels.to(image.device), spread.to(image.device)
     return torch.where(soft, levels[piece] + spread[piece] * draw.normal(window), image)

@@ -60,7 +60,7 @@ class BundleSegmenter(nn.Module):
 
     def _segmenter(self, device: torch.device) -> MaskSegmenter:
         if self._ready is None or self._ready.device != device:
-            weights = {name.removeprefix(MODEL): value.detach() for name, value in self.state_dict().items()}
+            weights = {name.removeprefix(MODEL): value.detach().cpu() for name, value in self.state_dict().items()}
             self._ready = MaskSegmenter(SavedModel(_NOWHERE, self.card, weights, ""), device)
         return self._ready
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +19,8 @@ MOST_BYTES = {"model.json": 2**26, "README.md": 2**24, SUMS: 2**16, "weights.saf
 MOST_EXPANSION = 100
 """Largest ratio of the unpacked files to the zip. Trained weights hardly compress; zeros do a thousandfold."""
 _AT_ONCE = 2**20
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError, EOFError, ValueError)
+"""What reading a damaged or encrypted zip raises."""
 
 
 def pack(folder: Path, file: Path) -> None:
@@ -54,7 +58,7 @@ def unpack(file: Path, folder: Path) -> str:
                 with archive.open(entry) as source, (folder / name).open("wb") as target:
                     while part := source.read(_AT_ONCE):
                         target.write(part)
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:  # damaged, or encrypted
+    except _UNREADABLE as error:
         raise InputError(file, f"an unreadable zip ({error})", "the zip of a model", "copy the file again") from error
     return root.name or file.stem
 

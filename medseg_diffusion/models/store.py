@@ -270,7 +270,7 @@ def list_models() -> list[ModelInfo]:
                 megabytes = (path / "weights.safetensors").stat().st_size / 1e6
                 method = str(card["method"]) + (", deterministic" if is_deterministic(card) else "")
                 models[path.name] = ModelInfo(path.name, path, method, labels, megabytes, source)
-            except (ModelError, KeyError, AttributeError) as error:
+            except (ModelError, KeyError, AttributeError, TypeError, ValueError) as error:
                 # One damaged model must not hide the others. Loading it by name reports what is wrong.
                 models[path.name] = ModelInfo(path.name, path, f"unusable ({type(error).__name__})", (), 0.0, source)
     return list(models.values())

@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 
+from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.files import require_new_folder, whole_folder
 from medseg_diffusion.models.bundle_network import BundleSegmenter, bundle_card, bundle_state
-from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import SavedModel, load_model_files
+
+from .export_model import rendered_card
+from .hub import repository_of
 
 _HOW = """
 ## How to run this bundle
 
-It needs Python with `pip install medseg-diffusion pytorch-ignite`: the network of the bundle is the whole of
-`medseg segment`, so that preprocessing, windows, members and the way back to the scan's grid are the same.
+It needs Python with medseg-diffusion and its extra `monai-bundle` (pytorch-ignite): the network of the bundle is the
+whole of `medseg segment`, so that preprocessing, windows, members and the way back to the scan's grid are the same.
 
     python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
         --bundle_root . --dataset_dir /folder/of/scans --output_dir /folder/of/masks
@@ -38,19 +41,23 @@ def export_bundle(model: str | Path, output: Path) -> Path:
         output: A new folder; its name is that of the bundle.
 
     Raises:
-        ModelError: No usable model, or another kind of model.
-        UsageError: An output that exists.
+        ModelError: No usable model, another kind of model, or a card with a text that MONAI would execute.
+        UsageError: An output that exists or is no folder.
     """
+    if repository_of(output) is not None or output.suffix.lower() in (".zip", ".onnx"):
+        raise UsageError(f"{output}: a MONAI bundle is written as a folder; choose a new one")
     require_new_folder(output)
     saved = load_model_files(model)
     restore_segmenter(saved)  # refuses other kinds of models
     name = output.resolve().name
-    readme = render_card({"licence": "see the training data", **saved.card}, name)
+    metadata = _metadata(saved, name)
+    _require_no_code(metadata, saved)
+    readme = rendered_card(saved, {"licence": "see the training data", **saved.card}, name)
     with whole_folder(output, private=False) as folder:
         for part in ("configs", "models", "docs"):
             (folder / part).mkdir()
-        _write_json(folder / "configs" / "metadata.json", _metadata(saved, name))
-        _write_json(folder / "configs" / "inference.json", _inference(bundle_card(saved)))
+        _write_json(folder / "configs" / "metadata.json", metadata)
+        _write_json(folder / "configs" / "inference.json", _inference(bundle_card(saved), _type_of(saved)))
         torch.save(bundle_state(saved), folder / "models" / "model.pt")
         BundleSegmenter(bundle_card(saved)).load_state_dict(bundle_state(saved))  # or nothing is written
         (folder / "docs" / "README.md").write_text(readme + _HOW, encoding="utf-8")
@@ -60,6 +67,17 @@ def export_bundle(model: str | Path, output: Path) -> Path:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=4, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _require_no_code(content: Any, saved: SavedModel) -> None:
+    """ModelError for a text that MONAI takes for an expression, a reference or a macro: a card may be a stranger's."""
+    if isinstance(content, str) and content.startswith(("$", "@", "%")):
+        raise ModelError(
+            f"{saved.path / 'model.json'}: MONAI would execute the text {content[:60]!r}; name channels, classes and "
+            "the bundle without $, @ and % at the beginning"
+        )
+    for part in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        _require_no_code(part, saved)
 
 
 def _metadata(saved: SavedModel, name: str) -> dict[str, Any]:
@@ -102,7 +120,7 @@ def _metadata(saved: SavedModel, name: str) -> dict[str, Any]:
                     "format": "labels",
                     "num_channels": 1,
                     "spatial_shape": shape,
-                    "dtype": "uint8",
+                    "dtype": _type_of(saved),
                     "value_range": [0, max(map(int, card["labels"]))],
                     "is_patch_data": False,
                     "channel_def": card["labels"],
@@ -112,7 +130,12 @@ def _metadata(saved: SavedModel, name: str) -> dict[str, Any]:
     }
 
 
-def _inference(card: str) -> dict[str, Any]:
+def _type_of(saved: SavedModel) -> str:
+    """Type of the masks, which holds every label."""
+    return "uint8" if len(saved.card["labels"]) <= 256 else "int32"
+
+
+def _inference(card: str, dtype: str) -> dict[str, Any]:
     return {
         "imports": ["$from pathlib import Path", "$import numpy as np", "$import torch"],
         "bundle_root": ".",
@@ -146,7 +169,7 @@ def _inference(card: str) -> dict[str, Any]:
                     "keys": "pred",
                     "output_dir": "@output_dir",
                     "output_postfix": "seg",
-                    "output_dtype": "$np.uint8",
+                    "output_dtype": f"$np.{dtype}",
                     "separate_folder": False,
                     "resample": False,
                 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -44,21 +45,24 @@ def export_model(
     if unknown := sorted(set(about) - set(ABOUT)):
         raise UsageError(f"a card has no text {unknown[0]!r}; it has {', '.join(ABOUT)}")
     repository = repository_of(output)
+    if Path(output).suffix.lower() == ".onnx":
+        raise UsageError(f"{output}: an ONNX file is written with --onnx")
     if repository is None:
         require_new_folder(Path(output))
     saved = load_model_files(model)
-    if template_of(saved.card) is None:
-        raise ModelError(f"{saved.path}: an imported {saved.card['task']}; share the file that it was imported from")
     card = {**saved.card, "about": {**texts_of(saved.card), **about}}
     if licence:
         card["licence"] = licence
-    if repository is None and Path(output).suffix.lower() != ".zip":
-        _write(saved, Path(output), card, half)
+    as_folder = repository is None and Path(output).suffix.lower() != ".zip"
+    path = Path(repository or output).resolve()
+    name = path.name if as_folder or repository else path.stem
+    readme = rendered_card(saved, card, name)
+    if as_folder:
+        _write(saved, Path(output), card, readme, half)
         return str(output)
-    name = repository.partition("/")[2] if repository else Path(output).stem
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
-        _write(saved, folder, card, half)
+        _write(saved, folder, card, readme, half)
         if repository is None:
             pack(folder, Path(output))
         else:
@@ -66,8 +70,26 @@ def export_model(
     return str(output)
 
 
-def _write(saved: SavedModel, folder: Path, card: Mapping[str, object], half: bool) -> None:
-    readme = render_card(card, name=folder.resolve().name)
+def rendered_card(saved: SavedModel, card: Mapping[str, Any], name: str) -> str:
+    """The README.md of a copy of a model that has another card.
+
+    Raises:
+        ModelError: An imported model, or a card without entries that the text needs.
+    """
+    from jinja2 import UndefinedError
+
+    try:
+        if template_of(card) is None:
+            raise ModelError(f"{saved.path}: an imported {card['task']}; share the file that it was imported from")
+        return render_card(card, name)
+    except (UndefinedError, KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{saved.path / 'model.json'}: no complete card of this version ({reason}); use a model of this version"
+        ) from error
+
+
+def _write(saved: SavedModel, folder: Path, card: Mapping[str, Any], readme: str, half: bool) -> None:
     if half:
         save_model(folder, card, saved.weights, readme, torch.float16)
     else:

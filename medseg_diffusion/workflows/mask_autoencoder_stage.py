@@ -106,7 +106,8 @@ def _standardise(autoencoder: MaskAutoencoder, data: SegmenterData, job: Job, ru
     def channels() -> Iterator[Tensor]:
         for i in range(size):
             job.on_prepare("statistics of latents: mask", i, size)
-            yield autoencoder.channels_of(draws[i]["label"][None].to(runtime.device))
+            batch = runtime.to_device({name: value[None] for name, value in draws[i].items()})
+            yield autoencoder.channels_of(draws.finish(batch, runtime.device)["label"])
 
     standardise(autoencoder.codec, channels())
 

@@ -179,13 +179,13 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
     else:
         cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
     split = split_by_hash(cases, config.data.test_cases, config.data.validation_cases)
+    section, classes = config.data, CLASSES[config.data.brain_classes]
     maps: dict[str, LabelMap] = {}
     for case in cases:
         if case.name not in split.test:
-            maps[case.name] = load_label_map(case.label)
+            maps[case.name] = load_label_map(case.label, classes)
             on_case(len(maps), len(cases) - len(split.test))
     training = [maps[name] for name in split.train]
-    section, classes = config.data, CLASSES[config.data.brain_classes]
     examples = SyntheticBrains(
         training, section.window, spacing[0], section.examples_per_map, classes=classes, in_batches=on_gpu
     )

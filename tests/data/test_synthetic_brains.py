@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,17 @@ from scipy.ndimage import gaussian_filter
 from medseg_diffusion.data.brain_classes import STRUCTURES, TISSUES
 from medseg_diffusion.data.label_maps import LABELS, LabelMap, load_label_map
 from medseg_diffusion.data.random_fields import Draw, along_axes, blur, linear_weights, resized
-from medseg_diffusion.data.synthetic_brains import SynthesisConfig, SyntheticBrains, _diseased, synthetic_scan
+from medseg_diffusion.data.synthetic_brains import (
+    SynthesisConfig,
+    SyntheticBrains,
+    _acquired,
+    _deformed,
+    _diseased,
+    _signal,
+    _stripped,
+    synthetic_scan,
+)
+from medseg_diffusion.data.synthetic_contrast import structure_intensities
 from medseg_diffusion.errors import InputError
 
 STILL = SynthesisConfig(
@@ -148,6 +159,11 @@ def test_label_map_files_are_checked(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(labels, np.eye(4)), path)
     with pytest.raises(InputError, match=r"\[999\]"):
         load_label_map(path)
+    labels[2, 3, 4] = 251  # corpus callosum: white matter, but of no side
+    nib.save(nib.Nifti1Image(labels, np.diag([-1.0, 1, 1, 1])), path)
+    assert load_label_map(path).index.shape == (3, 3, 4)
+    with pytest.raises(InputError, match=r"\[251\]"):
+        load_label_map(path, STRUCTURES)
 
 
 # ---- sides, batches and resampling -----------------------------------------------------------------------------------
@@ -206,11 +222,36 @@ def test_a_batch_has_the_examples_that_would_be_made_alone() -> None:
         assert torch.equal(finished["label"][i], example["label"])
 
 
+class ElsewhereDraw(Draw):
+    """Draws numbers on the CPU, and images on "meta", where whole tensors of the CPU are an error."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__(generator)
+        self.device = torch.device("meta")
+
+    def normal(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.empty(tuple(shape), device=self.device)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_image_is_made_on_its_device_without_a_look_at_it(seed: int) -> None:
+    """What a GPU does, up to the percentiles: no tensor stays on the CPU, and no value is read."""
+    config = SynthesisConfig(pieces=1.0, lesions=1.0, atrophy=1.0, ventricles=1.0, rims=1.0, spacing=(1.5, 3.0))
+    draw, index = ElsewhereDraw(generator(seed)), head().index.to("meta")
+    centre = torch.full((3,), 31.5, dtype=torch.float64)
+    labels = _diseased(_deformed(index, draw, config, centre, (24, 32, 16), 1.0), draw, config, 1.0)
+    visible = _stripped(labels, draw, config, 1.0)
+    means, deviations = (part.to("meta") for part in structure_intensities(draw, 0.5))
+    image = _acquired(_signal(labels, means, deviations, draw, config, 1.0), visible, draw, config, 1.0)
+    assert {part.device.type for part in (labels, visible, image)} == {"meta"}
+    assert labels.shape == (24, 32, 16) and labels.dtype == torch.int64
+
+
 @pytest.mark.cuda
 def test_a_gpu_synthesises_the_same_labels_for_the_same_seed() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    brains = SyntheticBrains([head()], (32, 40, 24), in_batches=True)
+    brains = SyntheticBrains([head()], (32, 40, 24), config=SynthesisConfig(pieces=1.0), in_batches=True)
     draw = brains.example(0, generator(1))
     batch = {name: value[None] for name, value in draw.items()}
     first, again = (brains.finish(batch, torch.device("cuda")) for _ in range(2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.bundle_network import BundleSegmenter, bundle_card, bundle_state
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.workflows.export_bundle import export_bundle
 from tests.helpers import segmenters
@@ -87,6 +90,9 @@ def test_a_bundle_has_the_files_of_the_specification(tmp_path: Path) -> None:
         "docs/README.md",
         "models/model.pt",
     ]
+    if os.name == "posix":  # whoever may read the folder may enter those inside
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in (bundle, *bundle.rglob("*")) if path.is_dir()}
+        assert len(modes) == 1 and modes.pop() & 0o500 == 0o500
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
     outputs = metadata["network_data_format"]["outputs"]["pred"]
     assert outputs["channel_def"]["3"] == "white matter" and outputs["value_range"] == [0, 3]
@@ -94,6 +100,27 @@ def test_a_bundle_has_the_files_of_the_specification(tmp_path: Path) -> None:
     assert state["shape_prior"].dtype == torch.uint8
     readme = (bundle / "docs" / "README.md").read_text()
     assert readme.startswith("# brain\n") and "## How to run this bundle" in readme and "## Limits" in readme
+
+
+@pytest.mark.parametrize("name", ["$__import__('os').getpid()", "@network", "%other.json#x"])
+def test_a_card_that_monai_would_execute_is_refused(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    saved = load_model_files(complete(tmp_path / "model", tiny_model))
+    save_model(tmp_path / "evil", {**saved.card, "labels": {"0": "background", "1": name}}, saved.weights, "# card")
+    with pytest.raises(ModelError, match="MONAI would execute the text"):
+        export_bundle(tmp_path / "evil", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_shape_prior_stays_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network on a GPU has its shape prior there, but the registration computes with numpy."""
+    saved = load_model_files("brain-tissue-t1")
+    network = BundleSegmenter(bundle_card(saved))
+    network.load_state_dict(bundle_state(saved))
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
+    segmenter = network._segmenter(torch.device("cpu"))
+    assert any(one.shape == saved.weights["shape_prior"].shape for one in moved)
+    assert segmenter.aggregation.prior is not None
 
 
 def test_other_models_and_existing_folders_are_refused(tmp_path: Path) -> None:

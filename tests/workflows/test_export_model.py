@@ -14,6 +14,7 @@ from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.workflows.export_model import export_model
+from tests.helpers.cli import error_lines, medseg
 
 
 def test_a_copy_is_half_as_large_says_where_it_comes_from_and_works(tmp_path: Path) -> None:
@@ -51,3 +52,21 @@ def test_an_imported_model_is_not_ours_to_hand_on(tmp_path: Path) -> None:
     save_model(tmp_path / "theirs", {"task": "denoiser", "method": "pixel"}, {"a": torch.zeros(1)}, "")
     with pytest.raises(ModelError, match="an imported denoiser"):
         export_model(tmp_path / "theirs", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("output", "option", "message"),
+    [
+        ("model.onnx", None, "is written with --onnx"),
+        ("hf:me/model", "--monai-bundle", "is written as a folder"),
+        ("model.zip", "--monai-bundle", "is written as a folder"),
+    ],
+)
+def test_no_folder_gets_the_name_of_another_form(
+    output: str, option: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = medseg("models", "export", "hippocampus-t1", "-o", output, *([option] if option else []))
+    (line,) = error_lines(result)
+    assert result.exit_code == 2 and message in line
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 
+from medseg_diffusion import load_model
 from medseg_diffusion.errors import InputError, ModelError, UsageError
-from medseg_diffusion.models.imported import load_model
+from medseg_diffusion.networks.foreign.bundle import read_bundle
 from medseg_diffusion.workflows.import_bundle import import_bundle
 from tests.helpers.bundles import AUTOENCODER, SCHEDULER, UNET, write_bundle
 from tests.helpers.cli import error_lines, medseg
@@ -45,7 +47,7 @@ def test_the_denoiser_of_a_bundle_answers_like_the_original(old: bool, tmp_path:
         "part=denoiser",
     )
     assert result.exit_code == 0, result.output
-    model = load_model(tmp_path / "m")
+    model = load_model(tmp_path / "m", "cpu")
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 999])
     with torch.no_grad():
         torch.testing.assert_close(model.network(x, t), unet(x, t), rtol=1e-4, atol=1e-4)
@@ -65,7 +67,7 @@ def test_the_autoencoder_of_a_bundle_answers_like_the_original(old: bool, tmp_pa
         )
         torch.testing.assert_close(dict(theirs.state_dict()), dict(codec.state_dict()))
     import_bundle(tmp_path / "bundle", tmp_path / "m", {"part": "autoencoder"})
-    ours = load_model(tmp_path / "m").module
+    ours = load_model(tmp_path / "m", "cpu").module
     image = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(image), codec.encode(image)[0], rtol=1e-4, atol=1e-4)
@@ -97,6 +99,9 @@ def test_a_bundle_of_one_network_needs_no_choice_and_yaml_is_read(tmp_path: Path
         ({"network_def": {**DENOISER, "channels": "@nowhere#1"}}, "refers to nothing"),
         ({"network_def": {**DENOISER, "channels": "@loop"}, "loop": "@loop"}, "is code"),
         ({"network_def": {**DENOISER, "channels": [32]}}, "differ in length"),
+        ({"network_def": {**DENOISER, "channels": 32}}, "expected lists"),
+        ({"network_def": {**DENOISER, "channels": "@l0"}, **{f"l{i}": [f"@l{i + 1}"] * 64 for i in range(6)},
+          "l6": [1]}, "expected a number or a list of numbers"),  # 64^7 references
         ({"network_def": {**DENOISER, "num_head_channels": [0, 7]}}, "must be multiples"),
         ({"network_def": {**DENOISER, "norm_num_groups": {"a": 1}}}, "expected a number"),
         ({"noise_scheduler": {**SCHEDULER, "_target_": "x.RFlowScheduler"}}, "not a schedule of Gaussian diffusion"),
@@ -109,6 +114,14 @@ def test_what_cannot_be_read_is_one_line(entries: dict[str, Any], message: str, 
     with pytest.raises(ModelError, match=message):
         import_bundle(tmp_path / "bundle", tmp_path / "m", {"part": "denoiser"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_what_a_bundle_leaves_out_is_as_in_monai(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle", network_def={"_target_": "monai.networks.nets.DiffusionModelUNet"})
+    assert read_bundle(tmp_path / "bundle", "denoiser").settings["head_channels"] == 8
+    default = signature(DiffusionModelUNet).parameters
+    assert default["channels"].default == (32, 64, 64, 64) and default["num_head_channels"].default == 8
+    assert default["attention_levels"].default == (False, False, True, True)
 
 
 def test_other_folders_and_choices_are_one_line(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def test_what_is_no_zip_or_cut_off_or_encrypted_is_one_line(tiny_model: Path, tm
     for number, content in enumerate((b"", b"text", whole[:2000], whole[: len(whole) // 2], bytes(encrypted))):
         (tmp_path / f"{number}.zip").write_bytes(content)
         assert "unreadable zip" in refused(3, "install", tmp_path / f"{number}.zip")
+    (tmp_path / "bits.zip").write_bytes(whole[:60] + b"\xff" * 20 + whole[80:])  # inside the first compressed file
+    assert "unreadable zip" in refused(3, "install", tmp_path / "bits.zip")
     assert "no such file" in refused(3, "install", tmp_path / "nowhere.zip")
     assert "found no model there" in refused(4, "install", tmp_path)
     assert list(home.iterdir()) == []
@@ -184,6 +186,22 @@ def test_a_card_cannot_steer_the_terminal(tiny_model: Path, tmp_path: Path) -> N
     change = resealed(README_md=b"# a\x1b[2J\x07 b\n")
     install_model(packed(tmp_path / "x.zip", change, tiny_model), "loud")
     assert medseg("models", "show", "loud").stdout == "# a[2J b\n"
+
+
+def test_a_strange_card_hides_no_other_model_and_is_one_line(tiny_model: Path, tmp_path: Path, home: Path) -> None:
+    card = json.loads((tiny_model / "model.json").read_text())
+    for name, changed in (
+        ("loud", {**card, "method": "a\x1b[2J"}),
+        ("text", {**card, "x_t": {"rows": {"own": {"pairwise_dice": "high"}}}}),
+        ("bare", {"schema_version": 1, "method": "ensemdiff", "task": "mask"}),
+    ):
+        change = resealed(model_json=json.dumps(changed).encode())
+        install_model(packed(tmp_path / f"{name}.zip", change, tiny_model), name)
+    result = medseg("models", "list")
+    assert result.exit_code == 0 and "hippocampus-t1" in result.stdout and "\x1b" not in result.stdout
+    assert "no complete card of this version" in refused(4, "export", "bare", "-o", tmp_path / "out")
+    assert "not a segmenter" in refused(4, "export", "bare", "-o", tmp_path / "out", "--monai-bundle")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- exports ---------------------------------------------------------------------------------------------------------

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from medseg_diffusion import build
+from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.brain_classes import TISSUES
+from medseg_diffusion.data.label_maps import LABELS, LabelMap
+from medseg_diffusion.data.synthetic_brains import SyntheticBrains
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.workflows.mask_autoencoder_stage import _standardise
+from medseg_diffusion.workflows.segmenter_data import SegmenterData, segmenter_data
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers.training import assert_same, latent_config, resume_file
 
@@ -45,3 +53,24 @@ def test_latent_mask_diffusion_trains_its_autoencoder_first_and_states_its_ceili
     sampled = model.probabilities(image, [[1, 2]], build.sampler("ddim"), [1000, 500, 0])
     assert sampled.shape == (1, 2, 2, 9, 8, 7)
     torch.testing.assert_close(sampled.sum(2), torch.ones(1, 2, 9, 8, 7))
+
+
+def test_examples_that_are_finished_on_the_device_give_the_same_statistics(block_scans: Path, tmp_path: Path) -> None:
+    content = latent_config().model_dump(mode="json")
+    config = SegmenterConfig.model_validate({**content, "augmentation": {"probability": 0.9, "flip_axes": [0]}})
+    job = SimpleNamespace(seed=0, on_prepare=lambda text, done, total: None)
+    scales = []
+    for on_gpu in (False, True):
+        data = segmenter_data(config, block_scans, tmp_path / "cache", lambda done, total: None, on_gpu)
+        torch.manual_seed(0)
+        autoencoder = build.segmenter(config, 2).autoencoder.eval()
+        _standardise(autoencoder, data, job, Runtime("cpu", "fp32"))  # type: ignore[arg-type]
+        scales.append(autoencoder.codec.scale)
+    assert torch.equal(*scales) and not torch.equal(scales[0], torch.ones(2))
+    index = torch.full((16, 16, 16), LABELS.index(2), dtype=torch.uint8)
+    anatomy = LabelMap("white", index, torch.tensor([[8, 8, 8]], dtype=torch.int32))
+    brains = SyntheticBrains([anatomy], (8, 8, 8), in_batches=True)
+    data = SegmenterData(brains, [], dict(enumerate(TISSUES.names)), ("T1",), {}, data.split)
+    autoencoder = build.segmenter(config, 4).autoencoder.eval()
+    _standardise(autoencoder, data, job, Runtime("cpu", "fp32"))  # type: ignore[arg-type]
+    assert autoencoder.codec.scale.isfinite().all()

@@ -28,7 +28,7 @@ _FIRST: dict[Part, str] = {"denoiser": "conv_in.conv.weight", "autoencoder": "en
 _SCHEDULES = {"linear_beta": "linear", "scaled_linear_beta": "scaled-linear"}
 _TARGETS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _MOST_BYTES = 2**24
-_DEPTH = 16
+_LONGEST, _DEPTH = 64, 16
 _MISSING: Any = object()
 
 
@@ -121,13 +121,21 @@ class _Config:
             return default
         value = self._literal(section.get(name), name, _DEPTH)
         items = value if isinstance(value, list) else [value]
-        if len(items) > 64 or not all(isinstance(item, int | float | str | None) for item in items):
-            raise ModelError(f"{self.path}: {name}: expected a number or a list of numbers")
+        if len(items) > _LONGEST or not all(isinstance(item, int | float | str | None) for item in items):
+            raise self._no_number(name)
         return value
 
+    def _no_number(self, name: str) -> ModelError:
+        return ModelError(f"{self.path}: {name}: expected a number or a list of numbers")
+
     def _literal(self, value: Any, name: str, depth: int) -> Any:
-        if isinstance(value, list | tuple) and depth and len(value) <= 64:
-            return [self._literal(item, name, depth - 1) for item in value]
+        if isinstance(value, list | tuple) and depth and len(value) <= _LONGEST:
+            items: list[Any] = []
+            for item in value:
+                items.append(self._literal(item, name, depth - 1))
+                if isinstance(items[-1], list):  # at once: lists of references to lists would take forever
+                    raise self._no_number(name)
+            return items
         if isinstance(value, str) and value.startswith("@") and depth:
             node: Any = self.content
             for key in value[1:].replace("::", "#").split("#"):
@@ -160,14 +168,16 @@ def _of_network(config: _Config, section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _heads(config: _Config, section: Mapping[str, Any]) -> dict[str, Any]:
     """num_heads or head_channels, whichever is the same at all levels with attention; empty without attention."""
-    widths = config.plain(section, "channels" if "channels" in section else "num_channels")
-    levels = config.plain(section, "attention_levels")
+    # The defaults are those of DiffusionModelUNet.
+    widths = config.plain(section, "channels" if "channels" in section else "num_channels", [32, 64, 64, 64])
+    levels = config.plain(section, "attention_levels", [False, False, True, True])
     heads = config.plain(section, "num_head_channels", 8)
-    heads = heads if isinstance(heads, list) else [heads] * len(widths if isinstance(widths, list) else [])
-    numbers = [*(widths if isinstance(widths, list) else [widths]), *heads]
-    if not isinstance(levels, list) or not len(widths) == len(levels) == len(heads):
+    if not isinstance(widths, list) or not isinstance(levels, list):
+        raise ModelError(f"{config.path}: channels and attention_levels: expected lists")
+    heads = heads if isinstance(heads, list) else [heads] * len(widths)
+    if not len(widths) == len(levels) == len(heads):
         raise ModelError(f"{config.path}: channels, attention_levels and num_head_channels differ in length")
-    if not all(isinstance(number, int) for number in numbers):
+    if not all(isinstance(number, int) for number in (*widths, *heads)):
         raise ModelError(f"{config.path}: channels and num_head_channels: expected whole numbers")
     # The middle block, which always attends, has the heads of the last level.
     attending = [(w, h) for w, h, on in zip(widths, heads, [*levels[:-1], True], strict=True) if on]
