@@ -71,7 +71,11 @@ class SegmentedScan:
 
     @property
     def members(self) -> npt.NDArray[Any]:
-        """The mask of every sampled member, (N, I, J, K) uint8; UsageError if not asked for, as of the other maps."""
+        """The mask of every sampled member, (N, I, J, K) of the type of ``labels``.
+
+        Raises:
+            UsageError: They were not asked for; so do the other maps.
+        """
         return self._array("members")
 
     @property
@@ -120,12 +124,12 @@ class ScoredScan:
 
     Attributes:
         scan: The scan, whose geometry all arrays have.
-        threshold: The threshold.
+        maps: "score", "mask", "foreground" and, if it was asked for, "counterpart".
+        threshold: The score above which a voxel is in the mask.
         volume_ml: Volume of the mask in ml.
         scan_score: Score of the whole scan.
         healthy_percentile: Share of the model's healthy calibration scans with a lower score, in %; None without
             calibration for these options.
-        maps: "score", "mask", "foreground" and, if it was asked for, "counterpart".
         warnings: What the reader should know, one sentence each.
     """
 
