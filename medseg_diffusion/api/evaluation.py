@@ -96,7 +96,8 @@ def evaluate_arrays(
     predicted, true = _on_one_grid(prediction, reference, spacing_mm)
     ours, theirs = predicted.data[0].numpy(), true.data[0].numpy()
     names = _names(labels, sorted({*labels_of(ours), *labels_of(theirs)}))
-    results = measure(ours, theirs, names, true.spacing, MeasureOptions(tolerance_mm=tolerance_mm))
+    options = MeasureOptions(tolerance_mm=tolerance_mm)
+    results = measure(ours, theirs, names, true.spacing, options, true.voxel_mm3)
     return {label: ClassMetrics(names[label], **result.metrics) for label, result in results.items()}
 
 

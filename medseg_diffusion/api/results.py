@@ -214,8 +214,14 @@ class Samples:
         return to_nibabel(data, Volume(data, np.diag([*self.spacing_mm, 1.0])))
 
     def save(self, path: str | Path) -> Path:
-        """Write one PNG with all images, of volumes their middle slices, and return its path."""
+        """Write one PNG with all images, of volumes their middle slices, and return its path.
+
+        Raises:
+            UsageError: A name that does not end in .png.
+        """
         path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"{path}: expected a name that ends in .png; .to_nibabel(i) gives a volume")
         images = torch.from_numpy(self.images).movedim(-1, 1)
         write_files(path.parent, {path.name: png(grid(as_pictures(to_unit(images))))})
         return path

@@ -75,3 +75,12 @@ def test_tensors_are_arrays(tmp_path: Path) -> None:
     assert evaluate_arrays(tensor, box(6), (2, 1, 1)) == expected  # type: ignore[arg-type]
     path = save(tmp_path / "reference.nii.gz", box(6), affine=np.diag([2.0, 1.0, 1.0, 1.0]))
     assert evaluate_arrays(tensor, path) == expected  # type: ignore[arg-type]
+
+
+def test_a_sheared_voxel_has_its_own_volume(tmp_path: Path) -> None:
+    """Of a tilted gantry: 1 x 1 mm with 2 mm along an axis at 30 degrees to the others' normal."""
+    affine = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 3**0.5, 0], [0, 0, 0, 1]], float)
+    path = save(tmp_path / "tilted.nii.gz", box(4), affine=affine)
+    found = evaluate_arrays(path, path)[1]
+    assert read_labels(path).spacing == pytest.approx((1, 1, 2))
+    assert found.volume_ml == found.reference_volume_ml == pytest.approx(64 * 3**0.5 / 1000, rel=1e-5)

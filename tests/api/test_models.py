@@ -156,6 +156,8 @@ def test_a_generator_draws_what_the_command_writes(image_models: dict[str, Path]
         model.sample(1, label=2)
     with pytest.raises(UsageError, match="pictures have no geometry"):
         drawn.to_nibabel(0)
+    with pytest.raises(UsageError, match=r"expected a name that ends in \.png"):
+        drawn.save(tmp_path / "grid.nii.gz")
     assert drawn.spacing_mm is None
     with pytest.raises(UsageError, match="count=0: expected 1 or more"):
         model.sample(0)
