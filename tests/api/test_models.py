@@ -82,8 +82,12 @@ def test_intervals_and_doubts_are_in_the_result(tiny_model: Path, tmp_path: Path
 
 def test_remarks_on_the_scan_are_in_the_result(segmenter: Segmenter, tmp_path: Path) -> None:
     """As in the results of the commands: what is doubtful about a file is no line that scrolls by."""
-    path = save(tmp_path / "scan.nii.gz", codes=(0, 0))
-    assert "left and right are a guess" in " ".join(segmenter.segment(path).warnings)
+    path = save(tmp_path / "scan.nii.gz")
+    image = nib.load(path)
+    image.set_qform(None, 0)
+    image.set_sform(None, 0)
+    nib.save(image, tmp_path / "unoriented.nii.gz")
+    assert "left and right are a guess" in " ".join(segmenter.segment(tmp_path / "unoriented.nii.gz").warnings)
 
 
 @pytest.mark.parametrize(
