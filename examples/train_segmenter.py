@@ -16,14 +16,11 @@ import numpy as np
 from medseg_diffusion import evaluate_arrays, load_model, train_segmenter
 
 CHANGES = {
-    "data.labels": ["ellipsoid"],
-    "data.codes": {},
-    "data.window": [16, 16, 16],
-    **{"data.test_cases": 2, "data.validation_cases": 2, "data.calibration_cases": 0},
-    **{"network.channels": 16, "network.channel_mult": [1, 2], "network.num_res_blocks": 1},
-    **{"training.max_steps": 150, "training.validate_every": 75, "training.ema_decay": 0.95},
-    "training.warmup_steps": 10,
-}
+    "data.labels": ["ellipsoid"], "data.codes": {}, "data.window": [16, 16, 16],
+    "data.test_cases": 2, "data.validation_cases": 2, "data.calibration_cases": 0,
+    "network.channels": 16, "network.channel_mult": [1, 2], "network.num_res_blocks": 1,
+    "training.max_steps": 150, "training.validate_every": 75, "training.ema_decay": 0.95, "training.warmup_steps": 10,
+}  # fmt: skip
 
 
 def write_case(folder: Path, seed: int) -> tuple[Path, Path]:

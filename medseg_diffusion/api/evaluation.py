@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM, MeasureOptions, labels_of, measure
 from medseg_diffusion.volumes.volume import Volume
 
-from .scans import Image, read_mask
+from .scans import Image, has_geometry, read_mask
 
 
 @dataclass(frozen=True)
@@ -91,30 +89,28 @@ def evaluate_arrays(
 
     Raises:
         InputError: An unusable label map, an array without a voxel size, or two grids.
-        UsageError: A voxel size beside two images that have their own, or a tolerance out of range.
+        UsageError: A voxel size beside an image that has its own, a label below 0, or a tolerance out of range.
     """
     if not 0 < tolerance_mm < float("inf"):
         raise UsageError(f"a tolerance of {tolerance_mm:g} mm; expected a number above 0")
     predicted, true = _on_one_grid(prediction, reference, spacing_mm)
     ours, theirs = predicted.data[0].numpy(), true.data[0].numpy()
     names = _names(labels, sorted({*labels_of(ours), *labels_of(theirs)}))
-    results = measure(ours, theirs, names, true.spacing, MeasureOptions(tolerance_mm=tolerance_mm))
+    options = MeasureOptions(tolerance_mm=tolerance_mm)
+    results = measure(ours, theirs, names, true.spacing, options, true.voxel_mm3)
     return {label: ClassMetrics(names[label], **result.metrics) for label, result in results.items()}
 
 
 def _on_one_grid(prediction: Image, reference: Image, spacing_mm: Sequence[float] | None) -> tuple[Volume, Volume]:
     """Both label maps; an array beside an image is on the image's grid."""
-    own = [mask for mask in (prediction, reference) if not isinstance(mask, np.ndarray)]
-    if not own:
-        both = read_mask(prediction, spacing_mm), read_mask(reference, spacing_mm)
-    else:
-        affine = read_mask(own[0], spacing_mm).affine
-        both = (
-            read_mask(prediction, affine=affine if isinstance(prediction, np.ndarray) else None),
-            read_mask(reference, affine=affine if isinstance(reference, np.ndarray) else None),
-        )
-    both[1].require_same_grid(both[0])
-    return both
+    own = [read_mask(mask, spacing_mm) if has_geometry(mask) else None for mask in (prediction, reference)]
+    affine = next((volume.affine for volume in own if volume is not None), None)
+    predicted, true = (
+        read_mask(mask, spacing_mm, affine) if volume is None else volume
+        for mask, volume in zip((prediction, reference), own, strict=True)
+    )
+    true.require_same_grid(predicted)
+    return predicted, true
 
 
 def _names(labels: Mapping[int, str] | Sequence[int] | None, present: Sequence[int]) -> dict[int, str]:

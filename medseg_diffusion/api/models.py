@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medseg_diffusion.data.healthy import require_volume
 from medseg_diffusion.device import choose_device, tune
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
-from medseg_diffusion.errors import InputError, ModelError, UsageError
+from medseg_diffusion.errors import InputError, ModelError, UsageError, remarks
 from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
 from medseg_diffusion.models.anomaly_map import mask_of
@@ -116,15 +116,18 @@ class Segmenter(Model):
         Raises:
             InputError: An unusable scan, or one that the model does not take: other channels, a single slice for a
                 model of volumes, an array without a voxel size.
-            UsageError: A folder of several scans, or a voxel size for a scan that has its own.
+            UsageError: A folder of several scans, a voxel size for a scan that has its own, or an unknown map.
         """
         model = self._model
-        volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
-        require_fitting(volume, model)
         if unknown := [name for name in maps if name not in get_args(SegmentedMap)]:
             raise UsageError(f"maps: {unknown[0]!r} is unknown; there are {', '.join(get_args(SegmentedMap))}")
-        wanted: list[Map] = [name for name in maps if name != "members"]
-        found = model.segment(volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), wanted)
+        on_grid: list[Map] = [name for name in maps if name != "members"]
+        with remarks() as said:
+            volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
+            require_fitting(volume, model)
+            found = model.segment(
+                volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), on_grid
+            )
         made: dict[SegmentedMap, Tensor | None] = {
             "probabilities": found.probabilities,
             "uncertainty": found.uncertainty,
@@ -143,7 +146,7 @@ class Segmenter(Model):
             agreement=found.agreement,
             disagreement=found.disagreement,
             quality=found.quality,
-            warnings=(*model.notes, *doubts_about(found.volumes_ml, found.quality).values()),
+            warnings=(*said, *model.notes, *doubts_about(found.volumes_ml, found.quality).values()),
         )
 
 
@@ -186,12 +189,15 @@ class AnomalyDetector(Model):
         """
         model = self._model
         limit = chosen_threshold(str(threshold), model)  # a missing calibration is an error before the computation
-        volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
-        if volume.source is not None:
-            require_volume(volume.source)
-        if len(volume.data) != 1:
-            raise InputError(volume.source, f"{len(volume.data)} channels", "one", "extract the one to be scored")
-        scored = model.score(volume, seed, lambda share: on_progress(f"scoring with {self.name}", share), counterpart)
+        with remarks() as said:
+            volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
+            if volume.source is not None:
+                require_volume(volume.source)
+            if len(volume.data) != 1:
+                raise InputError(volume.source, f"{len(volume.data)} channels", "one", "extract the one to be scored")
+            scored = model.score(
+                volume, seed, lambda share: on_progress(f"scoring with {self.name}", share), counterpart
+            )
         made: dict[ScoredMap, npt.NDArray[Any]] = {
             "score": scored.score.numpy(),
             "foreground": scored.foreground.numpy(),
@@ -206,7 +212,7 @@ class AnomalyDetector(Model):
             volume_ml=float(mask.sum()) * volume.voxel_mm3 / 1000,
             scan_score=scored.scan_score,
             healthy_percentile=model.percentile(scored.scan_score),
-            warnings=tuple(model.notes),
+            warnings=(*said, *model.notes),
         )
 
 
@@ -299,8 +305,6 @@ class Generator(Network):
         Raises:
             UsageError: Options that do not fit the model, or a class that it does not have.
         """
-        if n < 1:
-            raise UsageError(f"n={n}: expected 1 or more images")
         source = self._source.with_options(
             SampleOptions(
                 n, sampler, steps, self._label(label), guidance,

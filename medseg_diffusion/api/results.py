@@ -71,7 +71,11 @@ class SegmentedScan:
 
     @property
     def members(self) -> npt.NDArray[Any]:
-        """The mask of every sampled member, (N, I, J, K) uint8; UsageError if not asked for, as of the other maps."""
+        """The mask of every sampled member, (N, I, J, K) of the type of ``labels``.
+
+        Raises:
+            UsageError: They were not asked for; so do the other maps.
+        """
         return self._array("members")
 
     @property
@@ -120,12 +124,12 @@ class ScoredScan:
 
     Attributes:
         scan: The scan, whose geometry all arrays have.
-        threshold: The threshold.
+        maps: "score", "mask", "foreground" and, if it was asked for, "counterpart".
+        threshold: The score above which a voxel is in the mask.
         volume_ml: Volume of the mask in ml.
         scan_score: Score of the whole scan.
         healthy_percentile: Share of the model's healthy calibration scans with a lower score, in %; None without
             calibration for these options.
-        maps: "score", "mask", "foreground" and, if it was asked for, "counterpart".
         warnings: What the reader should know, one sentence each.
     """
 
@@ -210,8 +214,14 @@ class Samples:
         return to_nibabel(data, Volume(data, np.diag([*self.spacing_mm, 1.0])))
 
     def save(self, path: str | Path) -> Path:
-        """Write one PNG with all images, of volumes their middle slices, and return its path."""
+        """Write one PNG with all images, of volumes their middle slices, and return its path.
+
+        Raises:
+            UsageError: A name that does not end in .png.
+        """
         path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"{path}: expected a name that ends in .png; .to_nibabel(i) gives a volume")
         images = torch.from_numpy(self.images).movedim(-1, 1)
         write_files(path.parent, {path.name: png(grid(as_pictures(to_unit(images))))})
         return path

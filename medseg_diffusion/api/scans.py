@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy.typing as npt
+import torch
 
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.volumes.io import read_labels, read_volume, stacked, with_contrast
@@ -72,10 +73,20 @@ def _read_one(path: Path, takes: ModelInput) -> Volume:
 
 
 def _image(image: Image, kind: str | None, spacing_mm: Sequence[float] | None, affine: npt.ArrayLike | None) -> Volume:
-    if isinstance(image, str | Path | Volume):
-        refuse_geometry(spacing_mm, affine)
-        return image if isinstance(image, Volume) else read_volume(image, 1, SeriesChoice(None, kind))
-    return with_contrast(volume_in_memory(image, spacing_mm, affine))
+    if not isinstance(image, str | Path | Volume):
+        return with_contrast(volume_in_memory(image, spacing_mm, affine))
+    refuse_geometry(spacing_mm, affine)
+    if not isinstance(image, Volume):
+        return read_volume(image, 1, SeriesChoice(None, kind))
+    volume = image.like(image.data.to("cpu", torch.float32))
+    if bad := int((~volume.data.isfinite()).sum()):
+        raise InputError(volume.source, f"{bad} NaN or infinite voxels", "finite intensities", "replace them")
+    return with_contrast(volume)
+
+
+def has_geometry(image: Image) -> bool:
+    """Whether an image has a voxel size of its own; arrays, and tensors in their place, have none."""
+    return isinstance(image, str | Path | Volume | nib.spatialimages.SpatialImage)
 
 
 def read_mask(mask: Image, spacing_mm: Sequence[float] | None = None, affine: npt.ArrayLike | None = None) -> Volume:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from medseg_diffusion.volumes.paths import scan_name
 
 Files = str | Path | Sequence[str | Path]
 """One file, or several: the channels of an image, or the label maps of several readers."""
-FileEntry = Files | tuple[Files, Files] | Mapping[str, Any]
-"""An image; an image and its labels; or a mapping with the key "image" and, if known, `KEYS`."""
+FileEntry = str | Path | tuple[Files, Files] | Mapping[str, Any]
+"""An image; a pair of an image and its labels; or a mapping with the key "image" and, if known, the other `KEYS`."""
 Data = str | Path | Sequence[FileEntry]
 """A folder, or a list of files."""
 
@@ -68,17 +69,19 @@ def folder_or_files(data: Data | FileList) -> Path | FileList:
     entries = [_mapping(entry, number) for number, entry in enumerate(data, 1)]
     if not entries:
         raise UsageError("an empty list of files; name at least one")
-    images = [_paths(entry["image"]) for entry in entries]
-    labels = [_paths(entry.get("label") or ()) for entry in entries]
+    images = [_paths(entry["image"], number) for number, entry in enumerate(entries, 1)]
+    labels = [_paths(entry.get("label") or (), number) for number, entry in enumerate(entries, 1)]
+    if () in images:
+        raise UsageError(f"entry {images.index(()) + 1} of the list has no image; name its file")
     for file in (file for files in (*images, *labels) for file in files):
         if not file.exists():
             raise InputError(file, "no such file", "a file of the list", "check the path")
-    names = [str(entry.get("name") or name) for entry, name in zip(entries, _names(images), strict=True)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = [_text(entry, "name") or name for entry, name in zip(entries, _names(images), strict=True)]
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UsageError(f"two entries of the list have the name {twice[0]!r}; give each its own")
     return FileList(
         tuple(
-            ListedFile(name, image, label, str(entry.get("patient") or name), str(entry.get("class") or ""))
+            ListedFile(name, image, label, _text(entry, "patient") or name, _text(entry, "class"))
             for name, image, label, entry in zip(names, images, labels, entries, strict=True)
         )
     )
@@ -98,17 +101,32 @@ def _mapping(entry: FileEntry, number: int) -> Mapping[str, Any]:
     return entry
 
 
-def _paths(files: Files) -> tuple[Path, ...]:
-    return (Path(files),) if isinstance(files, str | Path) else tuple(Path(file) for file in files)
+def _text(entry: Mapping[str, Any], key: str) -> str:
+    """A value as text; empty if there is none. The number 0 is the name of a patient or a class."""
+    value = entry.get(key)
+    return "" if value is None else str(value)
+
+
+def _paths(files: Files, number: int) -> tuple[Path, ...]:
+    if isinstance(files, str | Path):
+        return (Path(files),)
+    if not isinstance(files, Sequence) or not all(isinstance(file, str | Path) for file in files):
+        raise UsageError(f"entry {number} of the list names {str(files)[:100]}; expected a file, or a list of files")
+    return tuple(map(Path, files))
 
 
 def _names(images: Sequence[tuple[Path, ...]]) -> list[str]:
-    """The images' names, with the fewest folders before them that tell all apart."""
+    """The images' names, with the fewest folders before them that tell all apart.
+
+    Files of one folder that differ in their suffix alone have one name, and need one of their own.
+    """
     whole = [Path(os.path.abspath(files[0])) for files in images]
-    if twice := [path for i, path in enumerate(whole) if path in whole[:i]]:
+    if twice := [path for path, count in Counter(whole).items() if count > 1]:
         raise InputError(twice[0], "the same image twice in the list", "each image once", "remove one of the entries")
-    for depth in range(max(len(path.parts) for path in whole)):
-        names = ["/".join((*path.parent.parts[len(path.parent.parts) - depth :], scan_name(path))) for path in whole]
+    folders = [path.parent.parts[1:] for path in whole]  # without the root
+    for depth in range(max(map(len, folders)) + 1):
+        last = [parts[max(0, len(parts) - depth) :] for parts in folders]
+        names = ["/".join((*parts, scan_name(path))) for parts, path in zip(last, whole, strict=True)]
         if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in whole]  # files that differ in their suffix alone
+            break
+    return names

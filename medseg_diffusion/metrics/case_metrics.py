@@ -64,6 +64,7 @@ def measure(
     labels: Iterable[int],
     spacing: Sequence[float],
     options: MeasureOptions = MeasureOptions(),
+    voxel_mm3: float | None = None,
 ) -> dict[int, ClassResult]:
     """Compare two label maps (*S), 2D or 3D, class by class.
 
@@ -73,6 +74,7 @@ def measure(
         labels: The classes.
         spacing: Voxel size in mm along each axis.
         options: The other options.
+        voxel_mm3: Volume of a voxel; None for the product of ``spacing``, which is too much for a sheared voxel.
 
     Returns:
         Label -> result, for every label. A metric of an empty mask is what its rule in `registry` says.
@@ -87,7 +89,7 @@ def measure(
 
     from .surface import without_single_axes
 
-    voxel_ml = math.prod(spacing) / 1000
+    voxel_ml = (math.prod(spacing) if voxel_mm3 is None else voxel_mm3) / 1000
     prediction, reference, spacing = without_single_axes(prediction, reference, spacing)
     boxes = [ndimage.find_objects(array) for array in (prediction, reference)]
     results = {}

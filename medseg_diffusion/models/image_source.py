@@ -26,13 +26,25 @@ from .store import SavedModel, load_model_files
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """The options of `medseg sample`; `Generator.sample` describes the others.
+    """Options of `sample`.
 
     Attributes:
         count: Number of images.
-        label: Class of all images; None cycles through the classes.
-        upsampler: Model that enlarges the samples, or None.
+        sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
+        steps: Denoiser calls per image; None takes the model's default.
+        label: Number of the class of all images; None cycles through the classes.
+        guidance: Strength of classifier-free guidance; 1 for none.
+        classifier: Noisy classifier that guides the sampling: model folder, run folder or installed name.
+        classifier_scale: Strength of its guidance; 0 for none.
+        clip_first: Clip predicted pixels before the classifier's gradient, as guided diffusion does.
+        upsampler: Model that enlarges the images: model folder, run folder or installed name.
+        batch_size: Images that are drawn together.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        seed: Seed of all randomness.
         compile: Compile the denoisers; images differ by rounding.
+
+    Raises:
+        UsageError: A number of images, steps or images of a batch below 1.
     """
 
     count: int = 16
@@ -53,6 +65,9 @@ class SampleOptions:
         for name in ("classifier", "upsampler"):  # they are stored as text
             if isinstance(value := getattr(self, name), Path):
                 object.__setattr__(self, name, str(value))
+        for name in ("count", "steps", "batch_size"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UsageError(f"{name}={number}: expected 1 or more")
 
 
 class ImageSource:

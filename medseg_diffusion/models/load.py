@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 from medseg_diffusion.device import choose_device, tune
 from medseg_diffusion.errors import UsageError
@@ -47,8 +48,15 @@ def load_segmenter(
 
     Raises:
         ModelError: A model that is missing, unusable or not a segmenter.
-        UsageError: An unknown device or sampler, or options that the model does not have.
+        UsageError: An unknown device, sampler, fusion or uncertainty, a number below 1, or options that the model does
+            not have.
     """
+    for name, number in (("ensemble", ensemble), ("steps", steps)):
+        if number is not None and number < 1:
+            raise UsageError(f"{name}={number}: expected 1 or more")
+    for name, value, known in (("fusion", fusion, Fusion), ("uncertainty", uncertainty, Uncertainty)):
+        if value not in get_args(known):
+            raise UsageError(f"{name} {value!r} is unknown; use {', '.join(get_args(known))}")
     chosen = choose_device(device)
     tune(chosen)
     saved = load_model_files(name_or_path)

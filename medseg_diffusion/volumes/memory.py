@@ -80,10 +80,11 @@ def _spacing(spacing_mm: Sequence[float] | None) -> list[float]:
     """Three voxel sizes; a single slice may have two."""
     if spacing_mm is None:
         raise InputError(_ARRAY, "no voxel size", "that of the scan in mm", _SIZE_OF_ARRAY)
-    sizes = [float(size) for size in spacing_mm]
+    sizes = np.ravel(spacing_mm).astype(float).tolist()  # a single number is refused below, not an error of Python
     sizes += [1.0] * (len(sizes) == 2)
     if len(sizes) != 3 or not all(0 < size < float("inf") for size in sizes):
-        raise InputError(_ARRAY, f"spacing_mm={tuple(spacing_mm)}", "three sizes above 0, in mm", _SIZE_OF_ARRAY)
+        given = ", ".join(f"{size:g}" for size in sizes)
+        raise InputError(_ARRAY, f"spacing_mm=({given})", "three sizes above 0, in mm", _SIZE_OF_ARRAY)
     return sizes
 
 

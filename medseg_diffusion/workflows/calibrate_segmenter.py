@@ -33,7 +33,7 @@ def calibrate_segmenter(
     device: str = "auto",
     on_progress: OnProgress = silent,
 ) -> Calibration:
-    """Fit the calibration of a trained segmenter to the labelled scans of a folder, and write it as a new model.
+    """Fit the calibration of a trained segmenter to the labelled scans, and write it as a new model.
 
     The calibration holds for the model's default sampler, steps, ensemble and fusion. In the folder of the model's
     training, only scans that were held out for testing or calibration are used.
@@ -109,11 +109,12 @@ def _fitted(
     expected = CaseFormat(model.channels, len(model.labels), model.merge_labels, named_labels)
     fit = CalibrationFit(model.sampling)
     for done, case in enumerate(cases):
-        on_prepare("the calibration: scan", done, len(cases))
+        on_prepare("scans of the calibration", done, len(cases))
         volume, labels = read_case(case, expected)
         found = model.segment(volume, derive_seed(0, case.name), maps=["probabilities"])
         assert found.probabilities is not None
         agreement = [dice for dice in found.agreement.values() if dice == dice]
         pairwise = fmean(agreement) if agreement else None
         fit.add(case.patient, found.probabilities, found.labels, labels.data[0], pairwise)
+    on_prepare("scans of the calibration", len(cases), len(cases))
     return fit.result()

@@ -73,7 +73,7 @@ def measure_case(task: CaseTask) -> MeasuredCase:
                 raise InputError(path, count, "a label map", "check that it is not a scan")
             labels.update(values)
         spacing = volumes[1].spacing
-        results = measure(prediction, reference, sorted(labels), spacing, task.options)
+        results = measure(prediction, reference, sorted(labels), spacing, task.options, volumes[1].voxel_mm3)
         reliability, unused = _reliability(pair, reference)
     return MeasuredCase(results, prediction.size, spacing, reliability, tuple(said), unused)
 

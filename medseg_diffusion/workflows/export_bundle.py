@@ -33,7 +33,7 @@ a plain state dict, read with `weights_only=True`. As with every bundle, the con
 """
 
 
-def export_bundle(model: str | Path, output: Path) -> Path:
+def export_bundle(model: str | Path, output: str | Path) -> Path:
     """Write a MONAI bundle of a segmenter of masks; return its folder.
 
     Args:
@@ -44,6 +44,7 @@ def export_bundle(model: str | Path, output: Path) -> Path:
         ModelError: No usable model, another kind of model, or a card with a text that MONAI would execute.
         UsageError: An output that exists or is no folder.
     """
+    output = Path(output)
     if repository_of(output) is not None or output.suffix.lower() in (".zip", ".onnx"):
         raise UsageError(f"{output}: a MONAI bundle is written as a folder; choose a new one")
     require_new_folder(output)

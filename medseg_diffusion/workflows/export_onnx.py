@@ -21,7 +21,7 @@ TOLERANCE = 1e-3
 """Largest difference of a probability between ONNX Runtime and PyTorch at which the file is written."""
 
 
-def export_onnx(model: str | Path, output: Path) -> Path:
+def export_onnx(model: str | Path, output: str | Path) -> Path:
     """Write an ONNX file of a segmenter of one evaluation; return its path.
 
     Inputs are ``image`` (B, C, *S), preprocessed, and for a mask diffusion model ``noise`` (B, C', *S), standard
@@ -36,6 +36,7 @@ def export_onnx(model: str | Path, output: Path) -> Path:
         ModelError: No segmenter, one that takes several steps, a network that ONNX cannot hold, or a missing library.
         UsageError: An output that exists or has another ending.
     """
+    output = Path(output)
     if output.suffix.lower() != ".onnx":
         raise UsageError(f"{output}: expected a name that ends in .onnx")
     if output.exists():

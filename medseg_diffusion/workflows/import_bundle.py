@@ -12,7 +12,9 @@ from medseg_diffusion.networks.foreign.bundle import read_bundle
 from .import_model import import_model
 
 
-def import_bundle(folder: Path, output: Path, settings: Mapping[str, Any] | None = None) -> tuple[Path, list[str]]:
+def import_bundle(
+    folder: str | Path, output: str | Path, settings: Mapping[str, Any] | None = None
+) -> tuple[Path, list[str]]:
     """Convert the autoencoder or the denoiser of a bundle, without executing its configuration.
 
     Args:
@@ -33,7 +35,7 @@ def import_bundle(folder: Path, output: Path, settings: Mapping[str, Any] | None
     part = given.pop("part", None)
     if part is not None and not isinstance(part, str):
         raise UsageError(f"--set part={part}: use denoiser or autoencoder")
-    found = read_bundle(folder, part)
+    found = read_bundle(Path(folder), part)
     if "num_heads" in given or "head_channels" in given:
         for name in ("num_heads", "head_channels"):
             found.settings.pop(name, None)

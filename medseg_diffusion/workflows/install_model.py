@@ -68,6 +68,9 @@ def install_model(source: str | Path, name: str | None = None, overwrite: bool =
 def remove_model(name: str) -> Path:
     """Delete a model from the user's folder; return the folder that it had. A built-in one that it hid is back.
 
+    Args:
+        name: Name of the model.
+
     Raises:
         UsageError: A built-in model.
         ModelError: There is no such model.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from medseg_diffusion.api.evaluation import ClassMetrics, evaluate_arrays
 from medseg_diffusion.errors import InputError, UsageError
@@ -57,11 +58,29 @@ def test_files_images_and_volumes_have_their_own_voxel_size(tmp_path: Path) -> N
         found = evaluate_arrays(box(4), reference)[1]
         assert found.hd95_mm == pytest.approx(expected.hd95_mm, rel=1e-5)
         assert evaluate_arrays(path, reference)[1].dice == 1.0
-    with pytest.raises(UsageError, match="spacing_mm is for arrays"):
-        evaluate_arrays(path, path, (1, 1, 1))
+    for prediction in (path, box(4)):
+        with pytest.raises(UsageError, match="spacing_mm is for arrays"):
+            evaluate_arrays(prediction, path, (1, 1, 1))
     with pytest.raises(InputError, match="the array: found no voxel size"):
         evaluate_arrays(box(4), box(4))
     with pytest.raises(InputError, match="resample one onto the other's grid"):
         evaluate_arrays(save(tmp_path / "other.nii.gz", box(4), affine=np.eye(4)), path)
     with pytest.raises(InputError, match="resample one onto the other's grid"):
         evaluate_arrays(box(4)[:-1], box(4), (1, 1, 1))
+
+
+def test_tensors_are_arrays(tmp_path: Path) -> None:
+    """Networks give tensors; one beside a file is on the grid of the file, as an array is."""
+    tensor, expected = torch.from_numpy(box(4)), evaluate_arrays(box(4), box(6), (2, 1, 1))
+    assert evaluate_arrays(tensor, box(6), (2, 1, 1)) == expected  # type: ignore[arg-type]
+    path = save(tmp_path / "reference.nii.gz", box(6), affine=np.diag([2.0, 1.0, 1.0, 1.0]))
+    assert evaluate_arrays(tensor, path) == expected  # type: ignore[arg-type]
+
+
+def test_a_sheared_voxel_has_its_own_volume(tmp_path: Path) -> None:
+    """Of a tilted gantry: 1 x 1 mm with 2 mm along an axis at 30 degrees to the others' normal."""
+    affine = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 3**0.5, 0], [0, 0, 0, 1]], float)
+    path = save(tmp_path / "tilted.nii.gz", box(4), affine=affine)
+    found = evaluate_arrays(path, path)[1]
+    assert read_labels(path).spacing == pytest.approx((1, 1, 2))
+    assert found.volume_ml == found.reference_volume_ml == pytest.approx(64 * 3**0.5 / 1000, rel=1e-5)

@@ -80,6 +80,31 @@ def test_intervals_and_doubts_are_in_the_result(tiny_model: Path, tmp_path: Path
     assert DISAGREE in found.warnings
 
 
+def test_remarks_on_the_scan_are_in_the_result(segmenter: Segmenter, tmp_path: Path) -> None:
+    """As in the results of the commands: what is doubtful about a file is no line that scrolls by."""
+    path = save(tmp_path / "scan.nii.gz")
+    image = nib.load(path)
+    image.set_qform(None, 0)
+    image.set_sform(None, 0)
+    nib.save(image, tmp_path / "unoriented.nii.gz")
+    assert "left and right are a guess" in " ".join(segmenter.segment(tmp_path / "unoriented.nii.gz").warnings)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"fusion": "median"}, "fusion 'median' is unknown; use mean, majority, staple"),
+        ({"uncertainty": "std"}, "uncertainty 'std' is unknown; use entropy, mutual-information, variance"),
+        ({"ensemble": 0}, "ensemble=0: expected 1 or more"),
+        ({"steps": -1}, "steps=-1: expected 1 or more"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(tiny_model: Path, option: dict[str, object], message: str) -> None:
+    """0 would be taken as "the model's default", and an unknown word would end in an error of numpy, or in none."""
+    with pytest.raises(UsageError, match=message):
+        load_model(tiny_model, "cpu", **option)  # type: ignore[arg-type]
+
+
 def test_an_option_may_be_false(tmp_path: Path) -> None:
     """None takes the model's default, which may be to keep the largest part alone."""
     path = make_model(tmp_path / "model", tiny_config(inference={"steps": 2, "largest_part": True}))
@@ -135,9 +160,13 @@ def test_a_generator_draws_what_the_command_writes(image_models: dict[str, Path]
         model.sample(1, label=2)
     with pytest.raises(UsageError, match="pictures have no geometry"):
         drawn.to_nibabel(0)
+    with pytest.raises(UsageError, match=r"expected a name that ends in \.png"):
+        drawn.save(tmp_path / "grid.nii.gz")
     assert drawn.spacing_mm is None
-    with pytest.raises(UsageError, match="n=0: expected 1 or more"):
+    with pytest.raises(UsageError, match="count=0: expected 1 or more"):
         model.sample(0)
+    with pytest.raises(UsageError, match="batch_size=0: expected 1 or more"):
+        model.sample(1, batch_size=0)
 
 
 def test_upsamplers_and_classifiers_are_given_at_the_loading(image_models: dict[str, Path]) -> None:

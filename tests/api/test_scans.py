@@ -74,6 +74,8 @@ def test_an_array_needs_its_voxel_size_and_nothing_else_may_have_one(tmp_path: P
         read_scan(values(), ONE, spacing_mm=(1, 1, 1), affine=np.eye(4))
     with pytest.raises(InputError, match=r"spacing_mm=\(1, 0, 1\); expected three sizes above 0"):
         read_scan(values(), ONE, spacing_mm=(1, 0, 1))
+    with pytest.raises(InputError, match=r"spacing_mm=\(2\); expected three sizes above 0"):
+        read_scan(values(), ONE, spacing_mm=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,18 @@ def test_an_array_needs_its_voxel_size_and_nothing_else_may_have_one(tmp_path: P
 def test_unusable_arrays_are_refused_as_files_are(array: np.ndarray, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_scan(array, ONE, spacing_mm=(1, 1, 1))
+
+
+def test_volumes_are_checked_and_become_float32(tmp_path: Path) -> None:
+    """Their voxels may come from anywhere, not only from read_volume."""
+    data = torch.arange(120.0).reshape(1, 4, 5, 6)
+    for dtype in (torch.float64, torch.int16, torch.uint8):
+        scan = Volume(data.to(dtype), np.eye(4))
+        assert torch.equal(read_scan(scan, ONE).data, data) and read_scan(scan, ONE).data.dtype == torch.float32
+        assert scan.data.dtype == dtype
+    for wrong, message in ((data / data, "1 NaN or infinite voxels"), (data * 0, "the constant value 0")):
+        with pytest.raises(InputError, match=message):
+            read_scan(Volume(wrong, np.eye(4)), ONE)
 
 
 def test_a_folder_of_several_scans_is_no_scan(tmp_path: Path) -> None:

@@ -124,4 +124,4 @@ def test_a_segmenter_is_calibrated_on_a_list(block_scans: Path, tiny_model: Path
     calibrate_segmenter(
         model, unseen, tmp_path / "new", device="cpu", on_progress=lambda what, share: told.append(what)
     )
-    assert told == ["the calibration: scan: 0 of 1"]
+    assert told == ["scans of the calibration: 0 of 1", "scans of the calibration: 1 of 1"]

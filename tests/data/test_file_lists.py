@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,35 @@ def test_a_bad_list_is_refused_in_one_line(tmp_path: Path) -> None:
         listed(scan, scan)
     with pytest.raises(UsageError, match="two entries of the list have the name 'x'"):
         listed({"image": scan, "name": "x"}, {"image": save(tmp_path / "c.nii.gz"), "name": "x"})
+    for image, message in (
+        (3, "entry 1 of the list names 3; expected a file"),
+        ([], "entry 1 of the list has no image"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            listed({"image": image})
+
+
+def test_the_number_0_is_a_patient_and_a_class(tmp_path: Path) -> None:
+    """Tables number patients from 0: the scans of patient 0 must stay on one side of a split."""
+    entries = [{"image": save(tmp_path / f"{name}.nii.gz"), "patient": 0, "class": 0} for name in "ab"]
+    assert {(entry.patient, entry.category) for entry in listed(*entries).entries} == {("0", "0")}
+
+
+def test_names_never_hold_a_whole_path(tmp_path: Path) -> None:
+    """Splits depend on them, and must not depend on where a folder lies."""
+    files = [save(tmp_path / f"a.{suffix}") for suffix in ("nii", "nii.gz")]
+    with pytest.raises(UsageError, match=r"two entries of the list have the name '[^']*a'; give each its own"):
+        listed(*files)
+    named = [{"image": file, "name": file.name} for file in files]
+    assert [entry.name for entry in listed(*named).entries] == ["a.nii", "a.nii.gz"]
+
+
+def test_a_long_list_takes_no_longer_for_each_file(tmp_path: Path) -> None:
+    """20,000 files in a second; comparing every file with every other one took minutes."""
+    scan = save(tmp_path / "scan.nii.gz")
+    files = [tmp_path / f"{number}.nii.gz" for number in range(20_000)]
+    for file in files:
+        file.hardlink_to(scan)
+    started = time.process_time()
+    assert len(listed(*files).entries) == len(files)
+    assert time.process_time() - started < 20
