@@ -74,7 +74,7 @@ def described_presets() -> list[Preset]:
     fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # six times as fast, and not in every build of PyYAML
     found = []
     for name, path in presets().items():
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=fast)
+        content = fast(path.read_text(encoding="utf-8")).get_single_data()
         found.append(Preset(name, command_of(content["method"]), " ".join(content["description"].split())))
     return sorted(found, key=lambda preset: (preset.command, preset.name))
 

@@ -49,7 +49,7 @@ def test_it_is_what_the_definition_says_point_by_point(size) -> None:
             assert float(found[(channel, *place)]) == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (24, 24, 24)])
+@pytest.mark.parametrize("size", [(64, 64), pytest.param((24, 24, 24), marks=pytest.mark.slow)])
 def test_over_many_draws_it_has_mean_0_and_variance_1(size) -> None:
     """The forward process needs unit variance; a draw has a mean of its own, so many draws are needed."""
     x = simplex((1, *size), generators(range(200)), wavelength=16.0).flatten(1)

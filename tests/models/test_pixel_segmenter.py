@@ -20,6 +20,7 @@ from medseg_diffusion.workflows.train_pixel_classifier import train_pixel_classi
 from tests.helpers.pixel_classifiers import in_memory, quick
 
 
+@pytest.mark.slow
 def test_whole_batches_and_slabs_do_not_matter(box_scans, box_generators, tmp_path: Path) -> None:
     run = train_pixel_classifier(
         quick(), box_generators[2], box_scans, 1, tmp_path / "run", test=False, device="cpu"

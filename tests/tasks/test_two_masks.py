@@ -93,7 +93,7 @@ EPS: dict[str, Any] = {"target": "eps", "schedule": {"name": "linear", "num_step
 @pytest.mark.parametrize(
     ("method", "steps", "diffusion"),
     [
-        ("categorical", 250, {}),
+        pytest.param("categorical", 250, {}, marks=SLOW),
         pytest.param("probabilistic-unet", 400, {}, marks=SLOW),
         ("ensemdiff", 250, HONEST),
         pytest.param("segdiff", 250, HONEST, marks=SLOW),

@@ -31,7 +31,9 @@ def test_a_scan_without_a_healthy_slice_is_left_out_of_the_calibration(
     assert {len(one.scan_scores) for one in found.calibration.values()} == {1}
 
 
-@pytest.mark.parametrize("name", ["latent", "pixel", "patched", "classes"])
+@pytest.mark.parametrize(
+    "name", ["pixel", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latent", "patched", "classes"))]
+)
 def test_bright_residuals_are_those_of_what_is_brighter(
     name, anomaly_scans, other_scans, anomaly_models, tmp_path: Path
 ) -> None:

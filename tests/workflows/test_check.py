@@ -39,9 +39,9 @@ def labelled(tmp_path: Path) -> Path:
 
 
 def test_a_sound_folder_has_no_problems(labelled: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    report = check(labelled, lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    calls: list[tuple[str, float]] = []
+    report = check(labelled, lambda text, share: calls.append((text, share)))
+    assert calls == [(f"files: {i} of 3", i / 3) for i in (1, 2, 3)]
     assert (report.broken, report.remarks, report.labelled) == ([], [], 3)
     assert report.labels == {"0 background": 3, "1 head": 3, "2 tail": 3}
     result = medseg("check", labelled)
