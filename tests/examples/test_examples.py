@@ -50,7 +50,6 @@ def test_every_script_is_run() -> None:
     assert [path.name for path in FOLDER.glob("*.ipynb")] == ["segment.ipynb"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_runs(name: str, tmp_path: Path) -> None:
     written, printed = SCRIPTS[name]
@@ -64,7 +63,6 @@ def test_the_script_runs(name: str, tmp_path: Path) -> None:
             assert len(set(picture.convert("L").tobytes())) > 10, "a picture that shows something"
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter, in this process
 def test_the_notebook_runs(tmp_path: Path) -> None:
     notebook = nbformat.read(FOLDER / "segment.ipynb", as_version=4)
