@@ -107,7 +107,7 @@ def kill_again_and_again(family: str, data: Path, root: Path, kills: int) -> dic
     places: list[int] = []
     while len(places) < kills or not finished or (root / f"{len(finished)}").exists():
         run = root / f"{len(finished)}"
-        child = forked(lambda run=run: train(family, data, run, (run / "config.yaml").is_file()))  # type: ignore[misc]
+        child = forked(lambda run=run: train(family, data, run, any(run.rglob("config.yaml"))))  # type: ignore[misc]
         # Every other kill comes at any time, the others some steps on, so that all parts of a run have their turn. Once
         # all the kills are done, the last run may come to its end.
         last_kill, at = len(places) >= kills, time.monotonic() + moments.uniform(0, seconds)
