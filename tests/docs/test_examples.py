@@ -153,19 +153,22 @@ def folder(
 @pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")  # MONAI's reader of scans says what it lacks
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page: Path, folder: Path) -> None:
+    """Every command ends with exit code 0 (`run_command` asserts it), and no Python raises."""
     namespace: dict[str, object] = {"__name__": "page"}
-    for block in code_of(page):
-        if not block.mark:
-            run_block(block, namespace)
+    run = [block for block in code_of(page) if not block.mark]
+    for block in run:
+        run_block(block, namespace)
+    assert run, "a page without code has no test"
 
 
 @QUIET
 @pytest.mark.slow
 def test_slow_code_runs(folder: Path) -> None:
-    for page in pages():
-        for block in code_of(page):
-            if block.mark == "slow":
-                run_block(block, {"__name__": "page"})
+    """As above, for the blocks that are marked slow."""
+    slow = [block for page in pages() for block in code_of(page) if block.mark == "slow"]
+    for block in slow:
+        run_block(block, {"__name__": "page"})
+    assert slow, "no block is marked slow: remove the mark and this test"
 
 
 def test_a_block_that_cannot_run_is_noticed(folder: Path) -> None:
