@@ -95,7 +95,7 @@ def entries_of(result: AnomalyResult) -> dict[str, Any]:
         "model_sha256": result.model_sha256,
         **known,
         "volume_ml": round(result.volumes_ml["anomaly"], 4),
-        "seconds": round(result.seconds, 2),
+        "seconds": result.seconds,
     }
 
 

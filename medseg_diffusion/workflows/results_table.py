@@ -85,7 +85,7 @@ class ResultsTable:
                 **{name: _field(value) for name, value in self._numbers(result).items()},
                 "model": result.model,
                 "model_sha256": result.model_sha256,
-                "seconds": _field(round(result.seconds, 2) if result.seconds else None),
+                "seconds": _field(result.seconds or None),
                 "flags": BETWEEN.join(result.flags),
                 "warnings": BETWEEN.join(_line(warning) for warning in result.warnings),
                 "error": _line(result.error or ""),

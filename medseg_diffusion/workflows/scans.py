@@ -88,7 +88,7 @@ class Scan:
         volume: The loaded scan.
         outputs: Kind -> file to write.
         on_progress: To be called with the share done.
-        seconds: Time that it took to compute the results; known when they are written.
+        seconds: Time that it took to compute the results, in hundredths; known when they are written.
     """
 
     path: Path
@@ -168,7 +168,8 @@ def each_scan(
         scan = Scan(path, volume, files, partial(on_progress, f"{place}{scan_name(path)}"))
         started = time.monotonic()
         write = work.compute(model, scan)
-        scan.seconds = time.monotonic() - started
+        # Rounded here: a later call's page reads it from the files and must show the same. 0 would mean unknown.
+        scan.seconds = max(round(time.monotonic() - started, 2), 0.01)
         return write
 
     def finish(path: Path, computed: _Step[Write]) -> None:

@@ -29,7 +29,7 @@ def segmentation_statistics(scan: Scan, segmentation: Segmentation, model: Segme
         "scan": scan.path.name,
         "model": model.saved.name,
         "model_sha256": model.saved.sha256,
-        "seconds": round(scan.seconds, 2),
+        "seconds": scan.seconds,
         "classes": classes,
     }
     if segmentation.disagreement is not None:
