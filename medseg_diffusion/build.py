@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config.anomaly import AnomalyConfig
 from .config.generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
@@ -61,6 +61,8 @@ SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver
 
 SHAPE_PRIOR = "shape_prior"
 """Key of the shape prior among a model's weights (uint8)."""
+FINDER = "finder."
+"""Prefix of the finder's weights among those of a model."""
 
 Segmenter = MaskDiffusion | LatentMaskDiffusion | CategoricalMaskDiffusion | FeedForward | ProbabilisticSegmentation
 
@@ -145,6 +147,29 @@ def segmenter(config: SegmenterConfig, num_classes: int) -> Segmenter:
         return makers.get(config.method, _mask_diffusion)(config, encoding)
     except ValueError as error:
         raise UsageError(f"network: {error}") from error
+
+
+def finder(config: SegmenterConfig) -> FeedForward | None:
+    """The untrained network that finds the organ of a configuration; None for one without ``finder``."""
+    if config.finder is None:
+        return None
+    encoding = MaskEncoding(2)
+    try:
+        section = config.finder.network.model_dump()
+        network = UNet(in_channels=config.data.channels, out_channels=encoding.channels, **section)
+    except ValueError as error:
+        raise UsageError(f"finder.network: {error}") from error
+    return FeedForward(network, encoding)
+
+
+def segmenter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the segmenter alone, of all that a model stores."""
+    return {name: value for name, value in weights.items() if name != SHAPE_PRIOR and not name.startswith(FINDER)}
+
+
+def finder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the finder alone; empty for a model without one."""
+    return {name.removeprefix(FINDER): value for name, value in weights.items() if name.startswith(FINDER)}
 
 
 def _feed_forward(config: SegmenterConfig, encoding: MaskEncoding) -> FeedForward:

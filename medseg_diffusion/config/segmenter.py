@@ -102,6 +102,22 @@ class FeedForwardSection(Section):
     members: Literal["equal", "pixels"] = "equal"
 
 
+class FinderSection(Section):
+    """A small network that finds the organ on a coarse grid (`medseg_diffusion.models.finder.Finder`).
+
+    It is trained first, with windows of ``window`` voxels of ``spacing_mm``. The segmenter then trains on, and sees,
+    the box of the organ with ``margin_mm`` around it, and its intensities are scaled by this box.
+    """
+
+    spacing_mm: float = Field(4.0, gt=0)
+    window: tuple[PositiveInt, PositiveInt, PositiveInt] = (48, 48, 48)
+    margin_mm: float = Field(12.0, ge=0)
+    network: UNetSection = UNetSection()
+    batch_size: int = Field(4, ge=1)
+    max_steps: int = Field(2000, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
 class DiffusionSection(Section):
     """The predicted quantity, the loss and the times of a mask diffusion model.
 
@@ -185,7 +201,7 @@ class SegmenterConfig(Section):
     "ensemdiff" and "categorical", which diffuses labels, concatenate the image to the mask. The rivals have the same
     backbone: the feed-forward "baseline" and "probabilistic-unet". ``image_encoder`` is for SegDiff,
     ``dynamic_encoding`` for MedSegDiff, ``semantic_condition`` and ``anchor_loss`` are for MedSegDiff-V2,
-    ``mask_autoencoder`` is for "latent-mask", ``feed_forward`` for "baseline".
+    ``mask_autoencoder`` is for "latent-mask", ``feed_forward`` for "baseline", ``finder`` for label maps of the head.
     """
 
     description: str = ""
@@ -201,6 +217,7 @@ class SegmenterConfig(Section):
     mask_autoencoder: MaskAutoencoderSection = MaskAutoencoderSection()
     probabilistic_unet: ProbabilisticUNetSection = ProbabilisticUNetSection()
     feed_forward: FeedForwardSection = FeedForwardSection()
+    finder: FinderSection | None = None
     diffusion: DiffusionSection = DiffusionSection()
     training: TrainingSection = TrainingSection()
     inference: InferenceSection = InferenceSection()
@@ -216,6 +233,12 @@ class SegmenterConfig(Section):
             raise ValueError("preprocessing.size resizes 2D images, but network.dims is 3")
         if self.preprocessing.crop_centre is not None and self.network.dims != 2:
             raise ValueError("preprocessing.crop_centre crops 2D images, but network.dims is 3")
+        if self.finder is not None and self.data.source != "brain-labelmaps":
+            raise ValueError("finder is trained on label maps of the head: it needs data.source: brain-labelmaps")
+        if self.finder is not None and self.finder.network.dims != 3:
+            raise ValueError("finder.network.dims must be 3")
+        if self.finder is not None and self.preprocessing.crop_foreground:
+            raise ValueError("finder finds the box; set preprocessing.crop_foreground: false")
         if self.method == "latent-mask" and self.training.sharding:
             raise ValueError(
                 "training.sharding is not for method: latent-mask, whose autoencoder is trained alone first"

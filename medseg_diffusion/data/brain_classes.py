@@ -72,6 +72,10 @@ TISSUES = BrainClasses(
     }
 )
 
+BRAIN = BrainClasses(
+    {"background": _OUTSIDE, "brain": tuple(label for label in TISSUES.class_of if label not in _OUTSIDE)}
+)
+
 _SIDED = {
     "cerebral white matter": (2, 25),
     "cerebral cortex": (3,),

@@ -95,6 +95,8 @@ class SyntheticBrains:
         per_map: examples of each anatomy in an epoch.
         config: ranges of the synthesis.
         classes: what the labels of an example tell apart.
+        margin_mm: examples lie in the box of the brain with this margin and are scaled by it, as behind a finder; with
+            None they lie anywhere in the head.
         in_batches: leaves the synthesis to `finish`, which is called with batches on the training's device.
     """
 
@@ -107,6 +109,7 @@ class SyntheticBrains:
         per_map: int = 1,
         config: SynthesisConfig = SynthesisConfig(),
         classes: BrainClasses = TISSUES,
+        margin_mm: float | None = None,
         in_batches: bool = False,
     ) -> None:
         self.maps = list(maps)
@@ -114,6 +117,7 @@ class SyntheticBrains:
         self.spacing_mm = spacing_mm
         self.per_map = per_map
         self.config = config
+        self.margin_mm = margin_mm
         self.values = torch.tensor([classes.class_of.get(label, 0) for label in LABELS], dtype=torch.uint8)
         self.in_batches = in_batches
         self._moved: dict[tuple[int, torch.device], Tensor] = {}
@@ -144,7 +148,11 @@ class SyntheticBrains:
     def _synthesised(self, number: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
         anatomy = self.maps[number]
         draw = Draw(torch.Generator().manual_seed(seed), device)
-        if draw.chance(0.6):
+        seen = None
+        if self.margin_mm is not None:
+            seen = _box(anatomy, [self.margin_mm + draw.uniform(-8, 8).item() for _ in range(6)])
+            centre = torch.tensor([float(draw.uniform(side.start, side.stop)) for side in seen]).double()
+        elif draw.chance(0.6):
             centre = anatomy.brain[draw.integer(len(anatomy.brain))].double() + draw.uniform(-20, 20, 3)
         else:  # anywhere in the head, and in the neck below it
             centre = torch.tensor(anatomy.index.shape) * draw.uniform(0, 1, 3)
@@ -153,7 +161,7 @@ class SyntheticBrains:
             self._moved[number, device] = anatomy.index.to(device)
         index = self._moved[number, device]
         image, labels, low, high = _render(
-            index, draw, self.config, centre, self.window, self.spacing_mm, upsample=True
+            index, draw, self.config, centre, self.window, self.spacing_mm, upsample=True, seen=seen
         )
         scaled = 2 * (image - low) / (high - low) - 1
         # The percentiles of real scans differ, for example with fat near a coil or a tilted field of view.
@@ -186,6 +194,7 @@ def _render(
     window: Sequence[int],
     spacing: float,
     upsample: bool,
+    seen: Sequence[slice] | None = None,
 ) -> tuple[Tensor, Tensor, float, float]:
     """One synthetic image of a window.
 
@@ -197,9 +206,10 @@ def _render(
         window: size in voxels.
         spacing: voxel size of the window in millimetres.
         upsample: resample the image from the acquisition's voxel size to the window's grid.
+        seen: the part of the label map from which intensities are scaled at inference; None for the whole head.
 
     Returns:
-        Image, label indices (*window), and the percentiles 0.5 and 99.5 of the whole head's intensities.
+        Image, label indices (*window), and the percentiles 0.5 and 99.5 of the intensities of ``seen``.
     """
     labels = _diseased(_deformed(index, draw, config, centre, window, spacing), draw, config, spacing)
     means, deviations = structure_intensities(draw, config.t1_share)
@@ -224,12 +234,23 @@ def _render(
     if upsample and list(image.shape) != list(window):
         image = resized(image, window)
 
-    # At inference the percentiles are those of the whole scan. Here they are estimated from every 7th voxel.
-    thin = index[::7, ::7, ::7].long()
+    # At inference the percentiles are those of the scan, or of a finder's box. Here every 7th voxel estimates them.
+    thin = (index if seen is None else index[tuple(seen)])[::7, ::7, ::7].long()
     whole = (contrast[0][thin] + contrast[1][thin] * draw.normal(thin.shape)).clamp(min=0) ** gamma
     whole = whole[_of(TISSUE, thin) > 0] if stripped else whole[thin > 0] if air_is_zero else whole.flatten()
     ends = torch.quantile(whole, torch.tensor([0.005, 0.995], device=draw.device)).tolist()
     return image, torch.where(visible, labels, 0), ends[0], max(ends[1], ends[0] + 1e-3)
+
+
+def _box(anatomy: LabelMap, margins: Sequence[float]) -> list[slice]:
+    """The box of the brain with margins in millimetres, a pair for each axis, within the label map."""
+    first, last = anatomy.brain.amin(0).tolist(), anatomy.brain.amax(0).tolist()
+    return [
+        slice(max(0, round(low - before)), min(size, round(high + 1 + after)))
+        for low, high, size, before, after in zip(
+            first, last, anatomy.index.shape, margins[::2], margins[1::2], strict=True
+        )
+    ]
 
 
 def _diseased(labels: Tensor, draw: Draw, config: SynthesisConfig, spacing: float) -> Tensor:

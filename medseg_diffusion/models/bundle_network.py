@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from monai.data import MetaTensor
 
 MODEL = "model."
-"""Prefix of the network's weights in the state dict; the shape prior has none."""
+"""Prefix of the segmenter's weights in the state dict; the finder and the shape prior have none."""
 _NOWHERE = Path("bundle")
 
 
@@ -46,6 +46,7 @@ class BundleSegmenter(nn.Module):
         self.card: dict[str, Any] = json.loads(card)
         config = typed_config(SavedModel(_NOWHERE, self.card, {}, ""), SegmenterConfig)
         self.model = build.segmenter(config, len(self.card["labels"]))
+        self.finder = build.finder(config)
         if SHAPE_PRIOR in self.card:
             shape = self.card[SHAPE_PRIOR]["shape"]
             self.register_buffer(SHAPE_PRIOR, torch.zeros(shape, dtype=torch.uint8))
@@ -79,7 +80,8 @@ class BundleSegmenter(nn.Module):
 
 def bundle_state(saved: SavedModel) -> dict[str, Tensor]:
     """The state dict of `BundleSegmenter` for a model."""
-    return {name if name == SHAPE_PRIOR else MODEL + name: value for name, value in saved.weights.items()}
+    own = build.segmenter_weights(saved.weights)
+    return {MODEL + name if name in own else name: value for name, value in saved.weights.items()}
 
 
 def bundle_card(saved: SavedModel) -> str:

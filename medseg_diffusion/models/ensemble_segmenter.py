@@ -18,6 +18,7 @@ from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
+from .finder import Finder
 from .inference import filled_up_to
 from .memory import Limit, network_bytes
 from .passes import Pass, Slabs, Thrifty, on_model_grid, stepping_down
@@ -30,6 +31,7 @@ class EnsembleSegmenter:
     Attributes:
         model: the trained network with its task, on ``device``.
         way: how it is sampled.
+        finder: finds the part of a scan that is segmented; None for all of it.
         smaller_windows: whether smaller windows need less memory.
         max_memory: most memory of the process in GB, or None (`memory.Limit`).
     """
@@ -42,6 +44,7 @@ class EnsembleSegmenter:
     ensemble: int
     aggregation: Aggregation
     channels: int
+    finder: Finder | None = None
     smaller_windows = True
     max_memory: float | None = None
 
@@ -52,7 +55,7 @@ class EnsembleSegmenter:
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
     ) -> tuple[Ensemble, Placement]:
-        image, placement = on_model_grid(self.preprocessing, volume, self.device)
+        image, placement = self._on_model_grid(volume)
         slabs = self._slabs(self._thrifty, image.to(self.device), seed, on_progress, self.way)
         return slabs.joined(), placement
 
@@ -65,7 +68,7 @@ class EnsembleSegmenter:
     ) -> Segmentation:
         if self._limit is not None:
             self._limit.before(volume)
-        image, placement = on_model_grid(self.preprocessing, volume, self.device)
+        image, placement = self._on_model_grid(volume)
         way = self.way if self._limit is None else self._limit.chosen(self.way, volume, image, maps)
 
         def run(windows: Windows, device: torch.device) -> Segmentation:
@@ -77,6 +80,10 @@ class EnsembleSegmenter:
 
         spatial = image.shape[1 : 1 + way.dims]
         return stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
+
+    def _on_model_grid(self, volume: Volume) -> tuple[Tensor, Placement]:
+        box = None if self.finder is None else self.finder.box(volume, self.device)
+        return on_model_grid(self.preprocessing, volume, self.device, box)
 
     @cached_property
     def _limit(self) -> Limit | None:

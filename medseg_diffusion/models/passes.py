@@ -16,7 +16,7 @@ from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.segment import Segmenter, segment_slabs, slab_axis
 from medseg_diffusion.methods.windows import Windows, count_batches
 from medseg_diffusion.sampling.loop import Sampler
-from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.preprocessing import Box, Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
 PROBABILITIES_AT_ONCE = 2**28
@@ -184,15 +184,17 @@ def counter(total: int, on_progress: Callable[[float], None]) -> Callable[[], No
     return count
 
 
-def on_model_grid(preprocessing: Preprocessing, volume: Volume, device: torch.device) -> tuple[Tensor, Placement]:
+def on_model_grid(
+    preprocessing: Preprocessing, volume: Volume, device: torch.device, box: Box | None = None
+) -> tuple[Tensor, Placement]:
     """`Preprocessing.apply` on a GPU if the scan fits there, else on the CPU."""
     if device.type == "cuda":
         try:
-            return preprocessing.apply(volume.like(volume.data.to(device)))
+            return preprocessing.apply(volume.like(volume.data.to(device)), box)
         except torch.cuda.OutOfMemoryError:
             pass
         torch.cuda.empty_cache()
-    return preprocessing.apply(volume)
+    return preprocessing.apply(volume, box)
 
 
 def stepping_down(

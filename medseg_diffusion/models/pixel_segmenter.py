@@ -21,7 +21,7 @@ from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.volumes.paths import is_image
-from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.preprocessing import Box, Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
 from .ensemble_segmenter import EnsembleSegmenter
@@ -116,12 +116,11 @@ def pixel_activations(generator: Generator, config: PixelClassifierConfig, block
 class GeneratorPreprocessing(Preprocessing):
     """Preprocessing as in the generator's training: scans as configured, image files as 8-bit levels in [-1, 1]."""
 
-    def apply(self, volume: Volume) -> tuple[Tensor, Placement]:
+    def apply(self, volume: Volume, box: Box | None = None) -> tuple[Tensor, Placement]:
         if not is_image(volume.source or ""):
-            return super().apply(volume)
-        _, placement = Preprocessing("LAS").apply(
-            volume
-        )  # `volumes.fitting` turns these axes to those of the image file
+            return super().apply(volume, box)
+        # `volumes.fitting` turns these axes to those of the image file.
+        _, placement = Preprocessing("LAS").apply(volume, box)
         lowest, highest = float(volume.data.min()), float(volume.data.max())
         # `data.images` treats levels whose bit depth the file does not state in the same way.
         white = volume.header.white or (255 if highest <= 255 else 65535)

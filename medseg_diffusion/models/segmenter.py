@@ -15,8 +15,11 @@ from medseg_diffusion.methods.ablation import Replacement, without_x_t
 from medseg_diffusion.methods.calibration import Calibration, Sampling
 from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.methods.windows import Windows
+from medseg_diffusion.tasks.jitter import Jitter
+from medseg_diffusion.tasks.mask import FeedForward
 
 from .ensemble_segmenter import EnsembleSegmenter
+from .finder import Finder
 from .inference import placed
 from .passes import Pass
 from .restore import ready, typed_config, usable
@@ -48,6 +51,7 @@ class MaskSegmenter(EnsembleSegmenter):
         self.saved, self.device = saved, device
         self.model, self.config = restore_segmenter(saved)
         placed(self.model.to(device).network, device, self.config.training.channels_last, compiled)
+        self.finder = finder_of(saved, self.config)
         self.inference = self.config.inference
         self.dims: int = self.config.network.dims
         self.channels, self.merge_labels = self.config.data.channels, self.config.data.merge_labels
@@ -55,7 +59,9 @@ class MaskSegmenter(EnsembleSegmenter):
         self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
         self.notes: list[str] = []
         default = 1 if options.fast else self.inference.ensemble
-        self.ensemble = (options.ensemble or default) if self.samples_masks else 1
+        self.ensemble = options.ensemble or default
+        if not self.samples_masks and self.ensemble > 1:
+            cast(FeedForward, self.model).jitter = self._jitter()
         self.samplers = build.samplers(self.config)
         self._check(options)
         self.sampler_name = (options.sampler or self.inference.sampler) if self.samplers else ""
@@ -89,6 +95,18 @@ class MaskSegmenter(EnsembleSegmenter):
             raise ValueError(f"{self.saved.path}: takes no steps, so it has no x_t")
         return without_x_t(self.model.network, replacement, self.config.method == "categorical", seed)
 
+    def _jitter(self) -> Jitter:
+        """The changes that the training has made the network used to."""
+        if self.config.data.source == "scans":
+            return Jitter(self.config.augmentation.flip_axes)
+        values = {name: value for value, name in self.labels.items()}
+        opposite = {"left": "right", "right": "left"}
+        other_side = list(range(len(values)))
+        for name, value in values.items():
+            side, _, rest = name.partition(" ")
+            other_side[value] = values.get(f"{opposite.get(side, side)} {rest}", value)
+        return Jitter((0,), torch.tensor(other_side))
+
     def _times(self, steps: int) -> list[int]:
         with remarks() as said:
             times = build.times(self.config, steps)
@@ -102,15 +120,15 @@ class MaskSegmenter(EnsembleSegmenter):
             raise UsageError(f"{self.saved.path}: this model {kind}; leave --steps and --sampler out")
         if options.sampler in build.SAMPLERS and options.sampler not in self.samplers and self.samplers:
             raise UsageError(f"{self.saved.path}: {options.sampler} is no sampler of labels; use {self.samplers[0]}")
-        usual = (self.inference.steps if self.samplers else 1, self.inference.ensemble if self.samples_masks else 1)
+        usual = (self.inference.steps if self.samplers else 1, self.inference.ensemble)
         if options.fast and usual == (1, 1):
             self.notes.append(NOT_FASTER)
-        if (options.ensemble or 1) == 1:
+        if self.ensemble == 1:
             return
         if self.samples_masks and is_deterministic(self.saved.card):
             self.notes.append("this model is deterministic: its members are equal, whatever the ensemble size")
         if not self.samples_masks:
-            self.notes.append("a feed-forward model has one mask; the ensemble size has no effect")
+            self.notes.append("the masks are mirrored and jittered passes of a feed-forward model, not samples")
 
     def _calibration(self, sampling: Sampling, largest_part: bool) -> Calibration | None:
         """The model's calibration, if it holds for these options."""
@@ -135,8 +153,21 @@ def restore_segmenter(saved: SavedModel) -> tuple[Segmenter, SegmenterConfig]:
     config = typed_config(saved, SegmenterConfig)
     with usable(saved, SegmenterConfig):
         model = build.segmenter(config, len(saved.card["labels"]))
-        weights = {name: value for name, value in saved.weights.items() if name != SHAPE_PRIOR}
-        return cast(Segmenter, ready(model, weights)), config
+        return cast(Segmenter, ready(model, build.segmenter_weights(saved.weights))), config
+
+
+def finder_of(saved: SavedModel, config: SegmenterConfig) -> Finder | None:
+    """The finder of a model directory; None if it has none.
+
+    Raises:
+        ModelError: Weights that do not fit.
+    """
+    if config.finder is None:
+        return None
+    with usable(saved, SegmenterConfig):
+        network = ready(cast(FeedForward, build.finder(config)), build.finder_weights(saved.weights))
+    section = config.finder
+    return Finder(cast(FeedForward, network), config.preprocessing.orientation, section.spacing_mm, section.margin_mm)
 
 
 def shape_prior(saved: SavedModel) -> ShapePrior | None:

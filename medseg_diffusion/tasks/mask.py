@@ -23,6 +23,8 @@ from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.sampling.loop import Sampler, sample
 
+from .jitter import Jitter
+
 Batch = Mapping[str, Tensor]
 """A training batch: "image" (B, C, *S) float, "label" (B, *S) int64, "seed" (B,) int64."""
 
@@ -231,6 +233,9 @@ class FeedForward(nn.Module):
         dice: the loss is Dice + cross-entropy; else it is cross-entropy alone.
         pixels: every member draws each pixel's class from its probabilities. Neighbours are independent then, as they
             are in any model that predicts a probability for each pixel.
+
+    Attributes:
+        jitter: how members differ; None for equal members. It is set for the inference.
     """
 
     def __init__(self, network: nn.Module, encoding: MaskEncoding, dice: bool = True, pixels: bool = False) -> None:
@@ -239,6 +244,7 @@ class FeedForward(nn.Module):
         self.encoding = encoding
         self.dice = dice
         self.pixels = pixels
+        self.jitter: Jitter | None = None
 
     def logits(self, image: Tensor) -> Tensor:
         """Logits (B, K, *S) of ``image`` (B, C, *S); the backbone's timestep is always 0."""
@@ -255,6 +261,8 @@ class FeedForward(nn.Module):
         self, image: Tensor, seeds: Sequence[Sequence[int]], sampler: Sampler, times: Sequence[int]
     ) -> Tensor:
         """Probabilities (B, N, K, *S), see `MaskDiffusion.probabilities`; members of drawn pixels are 0 or 1."""
+        if self.jitter is not None:
+            return self.jitter.passes(self.logits, image, seeds)
         probabilities = self.logits(image).softmax(dim=1)
         if not self.pixels:
             return probabilities[:, None].expand(-1, len(seeds[0]), *[-1] * (image.ndim - 1))

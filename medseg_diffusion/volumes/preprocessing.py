@@ -196,11 +196,12 @@ class Preprocessing:
         if self.intensity not in get_args(Intensity):
             raise ValueError(f"intensity must be one of {', '.join(get_args(Intensity))}, got {self.intensity!r}")
 
-    def apply(self, volume: Volume) -> tuple[Tensor, Placement]:
+    def apply(self, volume: Volume, box: Box | None = None) -> tuple[Tensor, Placement]:
         """Orient, crop, resample and scale a scan, each channel by its own intensities.
 
         Args:
             volume: the scan, (C, I, J, K).
+            box: part of the oriented scan to crop, instead of ``crop_foreground``.
 
         Returns:
             (C, *S) float32 on the model's grid, and the `Placement` that maps results back.
@@ -208,7 +209,6 @@ class Preprocessing:
         transform = orientation_transform(volume.affine, self.orientation or volume.axcodes)
         affine = volume.affine @ nib.orientations.inv_ornt_aff(transform, volume.shape)
         data = reorient(volume.data, transform).float()
-        box: Box = tuple((0, n) for n in data.shape[1:])
         x, y, _ = spacing_of(affine)
         body = None
         if self.intensity == "median":
@@ -216,8 +216,9 @@ class Preprocessing:
             from .foreground import foreground
 
             body = foreground(data[0], (x, y))[None]
-        if self.crop_foreground:
-            box = foreground_box(data[0], affine)
+        if box is None:
+            box = foreground_box(data[0], affine) if self.crop_foreground else tuple((0, n) for n in data.shape[1:])
+        if box != tuple((0, n) for n in data.shape[1:]):
             data, body = _cut(data, box), None if body is None else _cut(body, box)
         # Scaling and resampling commute. The statistics are taken from the original voxels.
         scaling = [self._scaling(channel, body) for channel in data]

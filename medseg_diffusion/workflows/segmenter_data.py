@@ -13,7 +13,7 @@ from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.augmentation import Augmenter
-from medseg_diffusion.data.brain_classes import CLASSES
+from medseg_diffusion.data.brain_classes import BRAIN, CLASSES, BrainClasses
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.file_lists import FileList
@@ -31,6 +31,7 @@ VALIDATION_WINDOWS = 12
 
 OnCase = Callable[[int, int], None]
 """Called with (cases prepared, all cases)."""
+_Windows = tuple[SyntheticBrains, list[PreparedCase]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SegmenterData:
         several_readers: Whether any case of the folder has several readers. Validation cases are one per patient then.
         calibration: Cases of the calibration side.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
+        coarse: Examples and validation cases of the finder; None unless the configuration has one.
     """
 
     examples: Examples
@@ -58,6 +60,7 @@ class SegmenterData:
     several_readers: bool = False
     calibration: Sequence[Case] = ()
     shape: ShapePrior | None = None
+    coarse: tuple[Examples, list[PreparedCase]] | None = None
 
 
 def segmenter_data(
@@ -185,11 +188,17 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
         if case.name not in split.test:
             maps[case.name] = load_label_map(case.label, classes)
             on_case(len(maps), len(cases) - len(split.test))
-    training = [maps[name] for name in split.train]
-    examples = SyntheticBrains(
-        training, section.window, spacing[0], section.examples_per_map, classes=classes, in_batches=on_gpu
-    )
-    held_out = SyntheticBrains([maps[name] for name in split.validation], section.window, spacing[0], classes=classes)
+    training, validating = [maps[name] for name in split.train], [maps[name] for name in split.validation]
+
+    def windows(size: Sequence[int], mm: float, told_apart: BrainClasses, margin_mm: float | None) -> _Windows:
+        shared: dict[str, Any] = {"classes": told_apart, "margin_mm": margin_mm}
+        held_out = SyntheticBrains(validating, size, mm, **shared)
+        examples = SyntheticBrains(training, size, mm, section.examples_per_map, in_batches=on_gpu, **shared)
+        return examples, _validation_windows(held_out)
+
+    finder = config.finder
+    examples, validation = windows(section.window, spacing[0], classes, None if finder is None else finder.margin_mm)
+    coarse = None if finder is None else windows(finder.window, finder.spacing_mm, BRAIN, None)
     summary = {
         "label_maps": len(split.train),
         "validation_label_maps": len(split.validation),
@@ -199,8 +208,8 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
     shape = None
     if config.inference.shape_prior_mm is not None:
         shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
-    validation = _validation_windows(held_out)
-    return SegmenterData(examples, validation, dict(enumerate(classes.names)), ("T1",), summary, split, shape=shape)
+    names = dict(enumerate(classes.names))
+    return SegmenterData(examples, validation, names, ("T1",), summary, split, shape=shape, coarse=coarse)
 
 
 def _validation_windows(held_out: SyntheticBrains) -> list[PreparedCase]:

@@ -47,6 +47,7 @@ from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
 
 from .calibrate_segmenter import store_calibration
+from .finder_stage import finder_job, train_finder
 from .mask_autoencoder_stage import mask_autoencoder_job, train_mask_autoencoder
 from .segmenter_data import SegmenterData, segmenter_data
 
@@ -73,8 +74,8 @@ def train_segmenter(
 ) -> Path:
     """Train the segmenter of ``config`` on labelled scans and return the model directory.
 
-    If the time limit ends the training of the mask autoencoder, its model directory is returned. Ctrl-C leaves a resume
-    file and a loadable model.
+    If the time limit ends the training of a first stage (mask autoencoder, finder), its model directory is returned.
+    Ctrl-C leaves a resume file and a loadable model.
 
     Args:
         config: Name of a preset (`presets`), YAML file, or a configuration.
@@ -117,11 +118,19 @@ def train_segmenter(
         ceiling = train_mask_autoencoder(model.autoencoder, config, prepared, stage, runtime)
         if runtime.any(job.minutes_left == 0):  # the autoencoder may be unfinished, so the denoiser cannot start
             return stage.model
+    finder = build.finder(config)
+    if finder is not None:
+        stage = finder_job(job)
+        train_finder(finder, config, prepared, stage, runtime)
+        if runtime.any(job.minutes_left == 0):
+            return stage.model
     arranged(model.network, config.training)
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         card = _card(config, prepared, job, step, numbers, origin, ceiling)
         weights = averaged.state_dict()
+        if finder is not None:
+            weights |= {build.FINDER + name: value for name, value in finder.state_dict().items()}
         if prepared.shape is not None:
             card[build.SHAPE_PRIOR] = {"spacing_mm": prepared.shape.spacing_mm}
             weights[build.SHAPE_PRIOR] = (255 * prepared.shape.share).round().to(torch.uint8)
@@ -286,7 +295,7 @@ def _load_weights(model: nn.Module, origin: Mapping[str, str]) -> None:
     if saved.sha256 != origin["sha256"]:
         raise ModelError(f"{saved.path}: has changed since the run was started from it; start a new run")
     try:
-        model.load_state_dict({k: v for k, v in saved.weights.items() if k != build.SHAPE_PRIOR})
+        model.load_state_dict(build.segmenter_weights(saved.weights))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{saved.path}: its network is not that of the configuration ({reason})") from error

@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.brains import write_label_maps
 from tests.helpers.tiny_imagenet import jpeg, tiny_imagenet
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
@@ -29,19 +28,6 @@ def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 def result(out: Path) -> dict[str, Any]:
     return json.loads((out / "gpu.json").read_text())
-
-
-def write_label_maps(folder: Path) -> Path:
-    """Four heads: nested balls of white matter, cortex, CSF, bone and skin."""
-    axes = np.meshgrid(*[np.arange(48) - 23.5] * 3, indexing="ij")
-    radius = np.sqrt(sum(axis**2 for axis in axes))
-    folder.mkdir()
-    for i in range(4):
-        labels = np.zeros((48,) * 3, np.int16)
-        for limit, label in ((22 - i, 511), (19, 515), (17, 24), (15, 3), (10, 2)):
-            labels[radius < limit] = label
-        nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / f"map_{i}.nii.gz")
-    return folder
 
 
 def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:

@@ -70,15 +70,33 @@ def test_a_feed_forward_model_samples_nothing(tmp_path: Path) -> None:
     for options in ({"steps": 3}, {"sampler": "ddim"}):
         with pytest.raises(UsageError, match="this model is feed-forward; leave --steps and --sampler out"):
             load_segmenter(path, "cpu", **options)  # type: ignore[arg-type]
-    several = load_segmenter(path, "cpu", ensemble=5)
-    assert several.notes == ["a feed-forward model has one mask; the ensemble size has no effect"]
-    found = several.segment(read_volume(save(tmp_path / "scan.nii.gz")))
-    assert (
-        several.aggregation.calibration is not None
-        and len(found.members) == 1
-        and not found.members_ml
-        and found.intervals_ml
-    )
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    segmentation = load_segmenter(path, "cpu").segment(volume)
+    assert len(segmentation.members) == 1 and not segmentation.members_ml and segmentation.intervals_ml
+
+
+def test_members_of_a_feed_forward_model_are_jittered_passes_and_are_called_so(tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain", tiny_config(method="baseline", augmentation={"flip_axes": [0, 1]}))
+    path = calibrated(plain, tmp_path / "model", sampler="", steps=1, ensemble=1, volume_errors=[0.1])
+    volume = read_volume(save(tmp_path / "scan.nii.gz"))
+    model = load_segmenter(path, "cpu", ensemble=4)
+    assert model.notes[0] == "the masks are mirrored and jittered passes of a feed-forward model, not samples"
+    assert len(model.notes) == 2 and "no intervals" in model.notes[1], "the calibration is of one pass"
+    segmentation = model.segment(volume, seed=3)
+    assert len(segmentation.members) == 4 and segmentation.members_ml and not segmentation.intervals_ml
+    assert any(not torch.equal(segmentation.members[0], other) for other in segmentation.members[1:])
+    again = load_segmenter(path, "cpu", ensemble=4).segment(volume, seed=3)
+    assert torch.equal(again.members, segmentation.members)
+
+
+def test_a_mirrored_pass_swaps_the_sides_that_classes_name(tmp_path: Path) -> None:
+    names = {0: "background", 1: "left hippocampus", 2: "right hippocampus", 3: "brainstem", 4: "left eye"}
+    config = tiny_config(method="baseline", data={"source": "brain-labelmaps", "window": [8, 8, 8]})
+    path = make_model(tmp_path / "model", config, len(names))
+    saved = load_model_files(path)
+    save_model(path, {**saved.card, "labels": {str(value): name for value, name in names.items()}}, saved.weights, "#")
+    jitter = load_segmenter(path, "cpu", ensemble=2).model.jitter
+    assert jitter.mirrored == (0,) and jitter.other_side.tolist() == [0, 2, 1, 3, 4], "an eye without another stays"
 
 
 @pytest.mark.parametrize("bound", ["members", "values"])
