@@ -61,7 +61,7 @@ def test_a_benchmark_that_takes_too_long_is_named(tmp_path: Path) -> None:
 
 def test_all_claims_are_documented() -> None:
     """The folder, its README, the page and `make bench` name the same scripts."""
-    others = {"common", "run", "gpu", "gpu_throughput", "gpu_training"}
+    others = {"brain_peers", "common", "run", "gpu", "gpu_throughput", "gpu_training"}
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - others == set(CLAIMS)
     listed = re.search(r"^CLAIMS = \((.*)\)$", (BENCHMARKS / "run.py").read_text(), re.MULTILINE)
     assert listed is not None and tuple(re.findall(r"\w+", listed[1])) == CLAIMS
