@@ -146,7 +146,12 @@ class Segmenter(Model):
             agreement=found.agreement,
             disagreement=found.disagreement,
             quality=found.quality,
-            warnings=(*said, *model.notes, *doubts_about(found.volumes_ml, found.quality).values()),
+            unlike_training=found.unlike_training,
+            warnings=(
+                *said,
+                *model.notes,
+                *doubts_about(found.volumes_ml, found.quality, found.unlike_training).values(),
+            ),
         )
 
 
@@ -211,8 +216,9 @@ class AnomalyDetector(Model):
             threshold=limit,
             volume_ml=float(mask.sum()) * volume.voxel_mm3 / 1000,
             scan_score=scored.scan_score,
-            healthy_percentile=model.percentile(scored.scan_score),
-            warnings=(*said, *model.notes),
+            healthy_percentile=model.percentile(scored),
+            unlike_training=scored.unlike_training,
+            warnings=(*said, *model.notes, *([scored.unlike_training] if scored.unlike_training else [])),
         )
 
 

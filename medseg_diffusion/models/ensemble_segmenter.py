@@ -14,10 +14,12 @@ from torch import Tensor
 from medseg_diffusion.device import process_bytes
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.ensemble import Ensemble
+from medseg_diffusion.methods.seen import Seen
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
+from .doubts import with_doubts
 from .inference import filled_up_to
 from .memory import Limit, network_bytes
 from .passes import Pass, Slabs, Thrifty, on_model_grid, stepping_down
@@ -32,6 +34,7 @@ class EnsembleSegmenter:
         way: how it is sampled.
         smaller_windows: whether smaller windows need less memory.
         max_memory: most memory of the process in GB, or None (`memory.Limit`).
+        seen: what the training scans measured; None for a model that does not tell.
     """
 
     model: Any  # a module and a `methods.segment.Segmenter`
@@ -44,6 +47,8 @@ class EnsembleSegmenter:
     channels: int
     smaller_windows = True
     max_memory: float | None = None
+    dims: int
+    seen: Seen | None = None
 
     @cached_property
     def _thrifty(self) -> Thrifty:
@@ -76,7 +81,12 @@ class EnsembleSegmenter:
                 return self.aggregation.combine(slabs, placement, maps)
 
         spatial = image.shape[1 : 1 + way.dims]
-        return stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
+        found = stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
+        if self.seen is None:
+            return found
+        return with_doubts(
+            found, self.seen, volume, image, self.aggregation.foreground, self.dims, self.preprocessing.orientation
+        )
 
     @cached_property
     def _limit(self) -> Limit | None:

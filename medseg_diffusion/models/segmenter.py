@@ -16,6 +16,7 @@ from medseg_diffusion.methods.calibration import Calibration, Sampling
 from medseg_diffusion.methods.shape_prior import ShapePrior
 from medseg_diffusion.methods.windows import Windows
 
+from .doubts import stored_seen
 from .ensemble_segmenter import EnsembleSegmenter
 from .inference import placed
 from .passes import Pass
@@ -46,6 +47,7 @@ class MaskSegmenter(EnsembleSegmenter):
         compiled: bool = False,
     ) -> None:
         self.saved, self.device = saved, device
+        self.seen = stored_seen(saved)
         self.model, self.config = restore_segmenter(saved)
         placed(self.model.to(device).network, device, self.config.training.channels_last, compiled)
         self.inference = self.config.inference

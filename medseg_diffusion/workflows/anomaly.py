@@ -253,15 +253,15 @@ def _result(
 ) -> AnomalyResult:
     """The numbers of a scored scan."""
     inside = max(1, int(scored.foreground.sum()))
-    healthy = None if model.notes else model.healthy_scores()  # with notes, the map is not comparable
-    percentile = model.percentile(scored.scan_score)
+    healthy = model.comparable_scores(scored)
+    percentile = model.percentile(scored)
     return AnomalyResult(
         scan.path,
         "done",
         seconds=scan.seconds,
         volumes_ml={"anomaly": float(mask.sum()) * scan.volume.voxel_mm3 / 1000},
-        warnings=model.notes,
-        flags=flags_of(percentile),
+        warnings=(*model.notes, *([scored.unlike_training] if scored.unlike_training else [])),
+        flags=flags_of(percentile, scored.unlike_training),
         model=model.name,
         model_sha256=model.saved.sha256,
         method=model.method,
@@ -273,4 +273,5 @@ def _result(
         healthy_percentile=percentile,
         healthy_scans=None if healthy is None else len(healthy.scan_scores),
         healthy_false_positive_rate=None if healthy is None else healthy.share_above(threshold),
+        unlike_training=scored.unlike_training,
     )

@@ -253,7 +253,7 @@ def _write_results(model: SegmentationModel, scan: Scan, options: SegmentOptions
         write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
         written["statistics"] = scan.outputs["statistics"]
     segmented.write_mask(segmentation.labels)
-    doubts = doubts_about(segmentation.volumes_ml, segmentation.quality)
+    doubts = doubts_about(segmentation.volumes_ml, segmentation.quality, segmentation.unlike_training)
     return ScanResult(
         scan.path,
         "done",
