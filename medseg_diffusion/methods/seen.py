@@ -10,7 +10,7 @@ smallest or the largest. A scan is therefore only unlike if it lies beyond a mar
 
 * voxel size and field of view: a factor of `LENGTH_FACTOR`;
 * volume and share of a class: a factor of `VOLUME_FACTOR`, or the square root of largest to smallest if that is more;
-* intensities: half of the range and `INTENSITY_MARGIN`, on the model's scale, where most of a scan lies within -1 and 1;
+* intensities: half of the range and `INTENSITY_MARGIN`, on the model's scale, where most of a scan is within -1 and 1;
 * contrast: the inner fence, 1.5 times the quartiles' distance below the first quartile, has the margin in it.
 
 Contrast is how often a voxel of one class is brighter than one of another class (the area under the ROC curve). It
@@ -109,12 +109,9 @@ def lengths(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Axis -> voxel size, and axis -> size of a grid, in mm along the model's axes; without axes of a single voxel."""
     spacing = spacing_of(affine)
-    order, names = [0, 1, 2], ("axis 1", "axis 2", "axis 3")
+    order, names = [0, 1, 2], ["axis 1", "axis 2", "axis 3"]
     if orientation is not None:
-        order, names = (
-            [int(n) for n in np.argsort(orientation_transform(affine, orientation)[:, 0])],
-            tuple(orientation),
-        )
+        order, names = np.argsort(orientation_transform(affine, orientation)[:, 0]).tolist(), list(orientation)
     axes = [(name, axis) for name, axis in zip(names[:dims], order, strict=False) if shape[axis] > 1]
     return {name: spacing[axis] for name, axis in axes}, {name: spacing[axis] * shape[axis] for name, axis in axes}
 
