@@ -16,7 +16,7 @@ import torch
 from medseg_diffusion import build
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.segmenter import SegmenterConfig
-from medseg_diffusion.data.brain_classes import CLASSES
+from medseg_diffusion.data.brain_classes import CLASSES, BrainClasses
 from medseg_diffusion.data.cases import Case, CaseFolder, digest, find_cases, split_by_hash
 from medseg_diffusion.data.file_lists import Data, FileList, folder_or_files
 from medseg_diffusion.data.healthy import HealthyScan, healthy_source
@@ -111,7 +111,7 @@ def _measured_case(
 def seen_in_label_maps(
     maps: Sequence[LabelMap],
     config: SegmenterConfig,
-    synthesis: SynthesisConfig = SynthesisConfig(),
+    synthesis: SynthesisConfig,
     on_scan: OnScan = lambda done, total: None,
 ) -> Seen | None:
     """What a training from label maps has seen.
@@ -136,27 +136,27 @@ def seen_in_label_maps(
             scans.append(replace(scan, masks=[measured_mask(label, scaled, names, None)]))
             on_scan(len(scans), len(maps) * repeats)
     seen = Seen.of(scans)
-    if seen is None:
-        return None
-    table = class_values(classes)
-    counts = [torch.bincount(table[one.index.long()].flatten(), minlength=len(classes.names)).tolist() for one in maps]
-    brains = np.array([(one.brain.amax(0) - one.brain.amin(0) + 1).tolist() for one in maps])
-    heads = np.array([one.index.shape for one in maps])
+    return None if seen is None else _with_sizes(seen, maps, classes, synthesis)
+
+
+def _with_sizes(seen: Seen, maps: Sequence[LabelMap], classes: BrainClasses, synthesis: SynthesisConfig) -> Seen:
+    """The ranges of synthetic heads with the voxel sizes of the synthesis and the sizes of the label maps."""
     low, high = synthesis.scale
-    return replace(
-        seen,
-        voxel_mm=dict.fromkeys(seen.voxel_mm, synthesis.spacing),
-        field_of_view_mm={
-            axis: _range(low * brains[:, n].min(), max(high * heads[:, n].max(), seen.field_of_view_mm[axis][1]))
-            for n, axis in enumerate(seen.field_of_view_mm)
-        },
-        volume_ml={
-            name: _range(
-                low**3 * min(one[value] for one in counts) / 1000, high**3 * max(one[value] for one in counts) / 1000
-            )
-            for value, name in names.items()
-        },
-    )
+    table = class_values(classes)
+    counts = [torch.bincount(table[one.index.long()].flatten(), minlength=len(classes.names)) for one in maps]
+    ml = [(count / 1000).tolist() for count in counts]
+    volumes = {
+        name: _range(low**3 * min(one[value] for one in ml), high**3 * max(one[value] for one in ml))
+        for value, name in enumerate(classes.names)
+        if value
+    }
+    brains = [(one.brain.amax(0) - one.brain.amin(0) + 1).tolist() for one in maps]
+    fields = {
+        axis: _range(low * min(brain[n] for brain in brains), high * max(one.index.shape[n] for one in maps))
+        for n, axis in enumerate(seen.field_of_view_mm)
+    }
+    voxels = dict.fromkeys(fields, synthesis.spacing)
+    return replace(seen, voxel_mm=voxels, field_of_view_mm=fields, volume_ml=volumes)
 
 
 def _range(low: float, high: float) -> Range:
@@ -228,7 +228,7 @@ def _measured_again(saved: SavedModel, data: Path | FileList, on_scan: OnScan) -
             raise UsageError("label maps: give their folder")
         cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
         maps = [load_label_map(case.label) for case in _trained(saved, config, cases)]
-        return seen_in_label_maps(maps, config, on_scan=on_scan)
+        return seen_in_label_maps(maps, config, SynthesisConfig(), on_scan)
     folder = find_cases(data)
     chosen = spread(sorted(_trained(saved, config, folder.cases), key=lambda case: case.name))
     labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
