@@ -125,6 +125,7 @@ class Segmenter(Model):
         with remarks() as said:
             volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
             require_fitting(volume, model)
+            volume = volume.described(model.saved.signature)
             found = model.segment(
                 volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), on_grid
             )
@@ -200,6 +201,7 @@ class AnomalyDetector(Model):
                 require_volume(volume.source)
             if len(volume.data) != 1:
                 raise InputError(volume.source, f"{len(volume.data)} channels", "one", "extract the one to be scored")
+            volume = volume.described(model.saved.signature)
             scored = model.score(
                 volume, seed, lambda share: on_progress(f"scoring with {self.name}", share), counterpart
             )

@@ -46,12 +46,12 @@ LEAST_CONTRAST = 0.7
 _SAMPLED = 200_000  # voxels of an image for its quantiles
 _SAMPLED_OF_CLASS, _FEWEST_OF_CLASS = 4000, 20
 _INTENSITIES = {
-    "lowest": "share of voxels of the lowest value",
-    "q10": "10th percentile",
-    "q25": "25th percentile",
-    "q50": "median",
-    "q75": "75th percentile",
-    "q90": "90th percentile",
+    "lowest": "the lowest value in a share of {:.2f}{}",
+    "q10": "10th percentile {:.2f}{} on the model's scale",
+    "q25": "25th percentile {:.2f}{} on the model's scale",
+    "q50": "median {:.2f}{} on the model's scale",
+    "q75": "75th percentile {:.2f}{} on the model's scale",
+    "q90": "90th percentile {:.2f}{} on the model's scale",
 }
 
 Range = tuple[float, float]
@@ -290,8 +290,8 @@ class Seen:
                 margin = (high - low) / 2 + INTENSITY_MARGIN
                 beyond = max(low - measured[name], measured[name] - high) / margin
                 if beyond > 1:
-                    what = f"another distribution of intensities, {_INTENSITIES[name]}{of} {measured[name]:.2f}"
-                    found[f"{what} after scaling (trained on {low:.2f} to {high:.2f})"] = beyond
+                    what = f"other intensities: {_INTENSITIES[name].format(measured[name], of)}"
+                    found[f"{what} (trained on {low:.2f} to {high:.2f})"] = beyond
         return _worst(found)
 
     def _contrast_below(self, mask: MeasuredMask) -> dict[str, float]:

@@ -77,6 +77,11 @@ class SavedModel:
         """Name of the folder, or of the run folder for RUN/model."""
         return name_of(self.path)
 
+    @property
+    def signature(self) -> str:
+        """Name and weights in one line, which a NIfTI file has room for (`Volume.described`)."""
+        return f"medseg-diffusion {self.name[:48]} {self.sha256[:12]}"
+
     def part(self, name: str) -> SavedModel:
         """A model inside this one. Its card is the entry ``name``, and its weights are those with the prefix "name.".
 
