@@ -11,7 +11,8 @@ smallest or the largest. A scan is therefore only unlike if it lies beyond a mar
 * voxel size and field of view: a factor of `LENGTH_FACTOR`;
 * volume and share of a class: a factor of `VOLUME_FACTOR`, or the square root of largest to smallest if that is more;
 * intensities: half of the range and `INTENSITY_MARGIN`, on the model's scale, where most of a scan is within -1 and 1;
-* contrast: the inner fence, 1.5 times the quartiles' distance below the first quartile, has the margin in it.
+* contrast: the inner fence, 1.5 times the quartiles' distance below the first quartile, has the margin in it; classes
+  that differ in a share `ENOUGH_CONTRAST` of voxels raise no doubt.
 
 Contrast is how often a voxel of one class is brighter than one of another class (the area under the ROC curve). It
 depends on no unit, window or curve of the intensities. It tells T1 from FLAIR, whose histograms overlap: a model of T1
@@ -41,6 +42,7 @@ FEWEST_SCANS = 5
 LENGTH_FACTOR, VOLUME_FACTOR, INTENSITY_MARGIN = 1.5, 2.0, 0.1
 LARGEST_CLASSES = 6
 """Contrast is measured between so many classes, the largest ones: pairs of 30 classes would be 435."""
+ENOUGH_CONTRAST = 0.9
 LEAST_CONTRAST = 0.7
 """Classes with less contrast in some training scans are not expected to have any."""
 _SAMPLED = 200_000  # voxels of an image for its quantiles
@@ -208,7 +210,7 @@ class Seen:
         for one, other in sorted(pairs):
             values = [mask.contrast[one][other] for mask in masks if other in mask.contrast.get(one, {})]
             q1, q3 = np.quantile(values, [0.25, 0.75]).tolist()
-            fence = q1 - 1.5 * (q3 - q1)
+            fence = min(q1 - 1.5 * (q3 - q1), ENOUGH_CONTRAST)
             if len(values) >= max(FEWEST_SCANS, len(masks) / 2) and fence >= LEAST_CONTRAST:
                 contrast.setdefault(one, {})[other] = _rounded(fence, max(values))
         return cls(
