@@ -140,9 +140,7 @@ def test_lengths_follow_the_axes_of_the_model() -> None:
         {"R": 1.0, "A": 2.0, "S": 5.0},
         {"R": 20.0, "A": 60.0, "S": 50.0},
     )
-    assert lengths((10, 20, 30), turned, "RAS", 2)[0] == {"R": 1.0, "A": 2.0}, (
-        "slices of a 2D model lie at any distance"
-    )
+    assert lengths((10, 20, 30), turned, "RAS", 2)[0] == {"R": 1.0, "A": 2.0}, "slices lie at any distance"
     assert lengths((10, 20, 1), turned, None, 3)[0] == {"axis 1": 5.0, "axis 2": 1.0}, "a single slice has no distance"
 
 
