@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medseg_diffusion.files import write_json
+from medseg_diffusion.methods.seen import SEEN
 from medseg_diffusion.metrics.registry import METRICS
 from medseg_diffusion.metrics.training_history import THROUGHPUT
 from medseg_diffusion.models.image_source import SampleOptions
+from medseg_diffusion.models.store import load_card, load_model_files, save_model
 from medseg_diffusion.training.log import STEP_COLUMNS
 from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
 from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
@@ -21,7 +24,7 @@ from tests.helpers import documented, segmenters, training
 from tests.helpers.documented import assert_documented, names_in
 from tests.helpers.masks import box
 from tests.helpers.masks import save as save_mask
-from tests.helpers.segmenters import calibrated, run, save
+from tests.helpers.segmenters import calibrated, run, save, with_seen
 
 
 def test_what_is_not_in_the_page_and_what_is_not_written_is_found(
@@ -144,14 +147,25 @@ def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monke
     model = calibrated(tiny_model, tmp_path / "known")
     run(scans, model, ensemble=3, output=out, volumes=True, statistics=True)
     assert_documented("volumes.csv", out / "volumes.csv")
-    assert_documented("*_statistics.json", out / "a_statistics.json")
+    run(scans[:1], with_seen(model, voxel_mm={"R": [30, 40]}), output=tmp_path / "odd", statistics=True)
+    assert_documented("*_statistics.json", out / "a_statistics.json", tmp_path / "odd" / "a_statistics.json")
 
 
 def test_anomalies(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:
     scans = [anomaly_scans / "images" / f"s{i}.nii.gz" for i in (0, 1)]
     anomaly(scans, AnomalyOptions(str(anomaly_models["pixel"]), output=tmp_path, device="cpu", table=True))
     assert_documented("anomalies.csv", tmp_path / "anomalies.csv")
-    assert_documented("*_anomaly.json", tmp_path / "s0_anomaly.json")
+    saved = load_model_files(anomaly_models["pixel"])
+    save_model(tmp_path / "odd", saved.card, saved.weights, "# card")
+    with_seen(tmp_path / "odd", voxel_mm={"R": [30, 40]})
+    anomaly(scans[:1], AnomalyOptions(str(tmp_path / "odd"), output=tmp_path / "2", device="cpu"))
+    assert_documented("*_anomaly.json", tmp_path / "s0_anomaly.json", tmp_path / "2" / "s0_anomaly.json")
+
+
+def test_what_a_model_has_seen(tmp_path: Path) -> None:
+    """Of a model of volumes with contrast between its classes."""
+    write_json(tmp_path / "seen.json", load_card("brain-tissue-t1")[SEEN])
+    assert_documented("model.json: seen", tmp_path / "seen.json")
 
 
 # ---- trainings -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from medseg_diffusion.data.cases import find_cases, middle_cases, split_by_hash
+from medseg_diffusion.methods.seen import SEEN, MeasuredMask, MeasuredScan, Seen
 from medseg_diffusion.metrics.ambiguity import generalised_energy_distance
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
 from medseg_diffusion.metrics.overlap import label_overlap
@@ -65,6 +67,32 @@ def test_a_shipped_segmenter_is_usable(name: str) -> None:
     model = load_segmenter(name, device="cpu")
     assert model.labels[0] == "background" and len(model.labels) >= 2
     assert 0 < model.saved.card["metrics"]["validation"]["score"] <= 1
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_knows_what_it_has_seen(name: str) -> None:
+    """The entry is small, and says what the model needs to tell a wrong input."""
+    card = load_card(name)
+    seen = Seen.from_entry(card[SEEN])
+    assert seen.entry() == card[SEEN] and seen.scans >= 28 and seen.intensity
+    assert len(json.dumps(card[SEEN])) < 1500
+    assert list(seen.image_share) == [
+        label for key, label in card["labels"].items() if key != "0" and name in SEGMENTERS
+    ]
+    assert bool(seen.voxel_mm) == bool(seen.field_of_view_mm) == (name in ("brain-tissue-t1", "hippocampus-t1"))
+
+
+def test_a_10_mm_voxel_and_a_head_are_unlike_the_hippocampus_crops() -> None:
+    seen = Seen.from_entry(load_card("hippocampus-t1")[SEEN])
+    crop = MeasuredScan({"R": 1, "A": 1, "S": 1}, {"R": 35, "A": 50, "S": 35}, [])
+    assert seen.doubts_of_scan(crop) == []
+    thick = replace(crop, voxel_mm={"R": 1, "A": 1, "S": 10})
+    assert seen.doubts_of_scan(thick) == ["voxels of 10 mm along S (trained on 1 mm)"]
+    head = replace(crop, field_of_view_mm={"R": 170, "A": 240, "S": 256})
+    assert "field of view of 256 mm" in seen.doubts_of_scan(head)[0]
+    for volume in (100.0, 1400.0):
+        (said,) = seen.doubts_of_mask(MeasuredMask(dict.fromkeys(seen.volume_ml, volume), {}, {}))
+        assert f"hippocampus of {volume:.0f} ml" in said
 
 
 def test_medseg_anomaly_works_without_training(tmp_path: Path) -> None:

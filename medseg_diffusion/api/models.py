@@ -125,6 +125,7 @@ class Segmenter(Model):
         with remarks() as said:
             volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
             require_fitting(volume, model)
+            volume = volume.described(model.saved.signature)
             found = model.segment(
                 volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), on_grid
             )
@@ -146,7 +147,12 @@ class Segmenter(Model):
             agreement=found.agreement,
             disagreement=found.disagreement,
             quality=found.quality,
-            warnings=(*said, *model.notes, *doubts_about(found.volumes_ml, found.quality).values()),
+            unlike_training=found.unlike_training,
+            warnings=(
+                *said,
+                *model.notes,
+                *doubts_about(found.volumes_ml, found.quality, found.unlike_training).values(),
+            ),
         )
 
 
@@ -195,6 +201,7 @@ class AnomalyDetector(Model):
                 require_volume(volume.source)
             if len(volume.data) != 1:
                 raise InputError(volume.source, f"{len(volume.data)} channels", "one", "extract the one to be scored")
+            volume = volume.described(model.saved.signature)
             scored = model.score(
                 volume, seed, lambda share: on_progress(f"scoring with {self.name}", share), counterpart
             )
@@ -211,8 +218,9 @@ class AnomalyDetector(Model):
             threshold=limit,
             volume_ml=float(mask.sum()) * volume.voxel_mm3 / 1000,
             scan_score=scored.scan_score,
-            healthy_percentile=model.percentile(scored.scan_score),
-            warnings=(*said, *model.notes),
+            healthy_percentile=model.percentile(scored),
+            unlike_training=scored.unlike_training,
+            warnings=(*said, *model.notes, *([scored.unlike_training] if scored.unlike_training else [])),
         )
 
 

@@ -51,8 +51,10 @@ class SegmentedScan:
         level: That share, such as 0.95; None without intervals.
         agreement: Class name -> mean Dice of pairs of members, 0 to 1; empty for one member.
         disagreement: Disagreement of the members, one number for the scan, 0 for equal ones; None for one member.
-        quality: "check" if the members agree less than on 95 of 100 calibration scans, else "usual"; None without
-            calibration.
+        quality: "check" if the scan or the mask is unlike those of the model's training, or if the members agree less
+            than on 95 of 100 calibration scans; else "usual"; None without calibration.
+        unlike_training: In what the scan or the mask is unlike those of the training, one sentence; empty if nothing
+            is known. Such a scan has no intervals.
         warnings: What the reader should know, one sentence each.
     """
 
@@ -67,6 +69,7 @@ class SegmentedScan:
     agreement: dict[str, float]
     disagreement: float | None
     quality: Literal["usual", "check"] | None
+    unlike_training: str
     warnings: tuple[str, ...]
 
     @property
@@ -129,7 +132,8 @@ class ScoredScan:
         volume_ml: Volume of the mask in ml.
         scan_score: Score of the whole scan.
         healthy_percentile: Share of the model's healthy calibration scans with a lower score, in %; None without
-            calibration for these options.
+            calibration for these options, and for a scan unlike those of the training.
+        unlike_training: In what the scan is unlike those of the training, one sentence; empty if nothing is known.
         warnings: What the reader should know, one sentence each.
     """
 
@@ -139,6 +143,7 @@ class ScoredScan:
     volume_ml: float
     scan_score: float
     healthy_percentile: float | None
+    unlike_training: str
     warnings: tuple[str, ...]
 
     @property

@@ -26,6 +26,11 @@ ON_THE_RIGHT = torch.tensor([label in dict(PAIRS).values() for label in LABELS])
 """(len(LABELS),) whether a label is of the right side."""
 
 
+def class_values(classes: BrainClasses) -> Tensor:
+    """(len(LABELS),) uint8: the class of each label."""
+    return torch.tensor([classes.class_of.get(label, 0) for label in LABELS], dtype=torch.uint8)
+
+
 @dataclass(frozen=True, eq=False)
 class LabelMap:
     """An anatomy in RAS with 1 mm voxels, cropped to its bounding box.

@@ -22,7 +22,7 @@ from medseg_diffusion.volumes.preprocessing import bend
 
 from .brain_classes import TISSUES, BrainClasses
 from .draws import UNFINISHED
-from .label_maps import LABELS, MIRRORED, ON_THE_RIGHT, TISSUE, LabelMap
+from .label_maps import LABELS, MIRRORED, ON_THE_RIGHT, TISSUE, LabelMap, class_values
 from .random_fields import Draw, blur, resized
 from .synthetic_contrast import in_pieces, structure_intensities
 
@@ -118,7 +118,7 @@ class SyntheticBrains:
         self.per_map = per_map
         self.config = config
         self.margin_mm = margin_mm
-        self.values = torch.tensor([classes.class_of.get(label, 0) for label in LABELS], dtype=torch.uint8)
+        self.values = class_values(classes)
         self.in_batches = in_batches
         self._moved: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -170,20 +170,26 @@ class SyntheticBrains:
 
 
 def synthetic_scan(
-    anatomy: LabelMap, generator: torch.Generator, config: SynthesisConfig = SynthesisConfig()
+    anatomy: LabelMap,
+    generator: torch.Generator,
+    config: SynthesisConfig = SynthesisConfig(),
+    classes: BrainClasses = TISSUES,
 ) -> tuple[Tensor, Tensor, npt.NDArray[np.float64]]:
-    """A whole head at a random resolution: image (I, J, K) float32, tissue (I, J, K) uint8, affine (4, 4)."""
+    """A whole head at a random resolution: image (I, J, K) float32, class (I, J, K) uint8, affine (4, 4)."""
     draw = Draw(generator)
     size = tuple(int(1.1 * n) // 8 * 8 + 8 for n in anatomy.index.shape)
     centre = (torch.tensor(anatomy.index.shape) - 1) / 2.0
     image, labels, _, _ = _render(anatomy.index, draw, config, centre.double(), size, 1.0, upsample=False)
-    tissue = TISSUE[labels]
-    if image.shape != tissue.shape:
-        shares = F.one_hot(tissue.long(), len(TISSUES.names)).movedim(-1, 0).float()
-        shares = F.adaptive_avg_pool3d(shares, (image.shape[0], image.shape[1], image.shape[2]))
-        tissue = shares.argmax(0).to(torch.uint8)
+    values = class_values(classes)[labels]
+    if image.shape != values.shape:
+        shape, whole = (image.shape[0], image.shape[1], image.shape[2]), values
+        best, values = torch.full(shape, -1.0), torch.zeros(shape, dtype=torch.uint8)
+        for value in range(len(classes.names)):  # one after the other: all at once would take gigabytes
+            share = F.adaptive_avg_pool3d((whole == value).float()[None], shape)[0]
+            values[share > best] = value
+            best = torch.maximum(best, share)
     affine = np.diag([*(n / m for n, m in zip(size, image.shape, strict=True)), 1.0])
-    return 1000 * image, tissue, affine
+    return 1000 * image, values, affine
 
 
 def _render(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from medseg_diffusion.device import choose_device, keep_freed_memory, tune
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.healthy_scores import HealthyScores
 from medseg_diffusion.methods.latent_healing import HealthyLatents
+from medseg_diffusion.methods.seen import sentence
 from medseg_diffusion.volumes.volume import Volume
 
-from .anomaly_map import AnomalyMap, noise_networks, on_grid, scored
+from .anomaly_map import AnomalyMap, OnGrid, noise_networks, on_grid, scored
+from .doubts import measured, stored_seen
 from .generator import Generator, restore_classifier, restore_generator
 from .restore import typed_config, usable
 from .store import SavedModel, load_model_files
@@ -74,6 +76,7 @@ class AnomalyModel:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.saved: SavedModel = load_model_files(name_or_path)
+        self.seen = stored_seen(self.saved)
         trained, self.generator, self.classifier = restore_anomaly(self.saved, self.device, compile)
         self.method = _method(self.saved, trained, options)
         self.networks = noise_networks(self.generator, self.classifier)
@@ -98,13 +101,20 @@ class AnomalyModel:
         """The calibration of the chosen detector on healthy scans; None without calibration."""
         return stored_scores(self.saved, self.method)
 
-    def percentile(self, scan_score: float) -> float | None:
+    def comparable_scores(self, found: AnomalyMap) -> HealthyScores | None:
+        """The calibration with which the map of a scan can be compared.
+
+        None without one, for options that it does not hold for, and for a scan unlike those of the training.
+        """
+        return None if self.notes or found.unlike_training else self.healthy_scores()
+
+    def percentile(self, found: AnomalyMap) -> float | None:
         """Share of healthy scans with a lower score, in %; None if the map is not comparable.
 
         It is rounded as in the files, so that a finished scan has the flags and the words of a new one.
         """
-        healthy = None if self.notes else self.healthy_scores()
-        return None if healthy is None else round(healthy.percentile(scan_score), 1)
+        healthy = self.comparable_scores(found)
+        return None if healthy is None else round(healthy.percentile(found.scan_score), 1)
 
     def score(
         self,
@@ -121,9 +131,18 @@ class AnomalyModel:
             InputError: A scan without foreground.
         """
         grid = on_grid(self.config, volume)
-        return scored(
+        found = scored(
             self.detector, self.config, grid, seed, self.device, self.networks, None, on_progress, counterpart
         )
+        return replace(found, unlike_training=self._unlike_training(grid))
+
+    def _unlike_training(self, grid: OnGrid) -> str:
+        if self.seen is None:
+            return ""
+        generator = self.config.generator
+        scan = measured(grid.scan, grid.image, generator.preprocessing.orientation, len(generator.data.shape))
+        doubts = self.seen.doubts_of_scan(scan)
+        return sentence(doubts, "" if self.healthy_scores() is None else "it is not compared with healthy scans")
 
 
 def _method(saved: SavedModel, config: AnomalyConfig, options: DetectionOptions) -> str:

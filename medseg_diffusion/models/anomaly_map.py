@@ -43,6 +43,8 @@ class AnomalyMap:
         evaluations: Calls of the denoiser and the noisy classifier, where each slice of a batch counts once.
         counterpart: The healthy counterpart of the scan that the method produced, float32 in the scan's unit; the scan
             itself where nothing was scored. None unless asked for.
+        unlike_training: In what the scan is unlike those of the training (`methods.seen`), one sentence; empty if
+            nothing is known. Its score is not comparable with those of healthy scans.
     """
 
     score: Tensor
@@ -50,6 +52,7 @@ class AnomalyMap:
     scan_score: float
     evaluations: int
     counterpart: Tensor | None = None
+    unlike_training: str = ""
 
     @property
     def values(self) -> NDArray[np.float32]:

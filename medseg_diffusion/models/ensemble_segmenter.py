@@ -14,10 +14,12 @@ from torch import Tensor
 from medseg_diffusion.device import process_bytes
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.ensemble import Ensemble
+from medseg_diffusion.methods.seen import Seen
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
+from .doubts import with_doubts
 from .finder import Finder
 from .inference import filled_up_to
 from .memory import Limit, network_bytes
@@ -34,6 +36,7 @@ class EnsembleSegmenter:
         finder: finds the part of a scan that is segmented; None for all of it.
         smaller_windows: whether smaller windows need less memory.
         max_memory: most memory of the process in GB, or None (`memory.Limit`).
+        seen: what the training scans measured; None for a model that does not tell.
     """
 
     model: Any  # a module and a `methods.segment.Segmenter`
@@ -47,6 +50,8 @@ class EnsembleSegmenter:
     finder: Finder | None = None
     smaller_windows = True
     max_memory: float | None = None
+    dims: int
+    seen: Seen | None = None
 
     @cached_property
     def _thrifty(self) -> Thrifty:
@@ -79,7 +84,12 @@ class EnsembleSegmenter:
                 return self.aggregation.combine(slabs, placement, maps)
 
         spatial = image.shape[1 : 1 + way.dims]
-        return stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
+        found = stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
+        if self.seen is None:
+            return found
+        return with_doubts(
+            found, self.seen, volume, image, self.aggregation.foreground, self.dims, self.preprocessing.orientation
+        )
 
     def _on_model_grid(self, volume: Volume) -> tuple[Tensor, Placement]:
         box = None if self.finder is None else self.finder.box(volume, self.device)

@@ -24,6 +24,7 @@ from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Box, Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
+from .doubts import stored_seen
 from .ensemble_segmenter import EnsembleSegmenter
 from .generator import Generator, restore_generator
 from .passes import Pass
@@ -58,6 +59,7 @@ class PixelSegmenter(EnsembleSegmenter):
         if (options.steps, options.sampler) != (None, None):
             raise UsageError(f"{saved.path}: classifies pixels and samples nothing: leave --steps and --sampler out")
         self.saved, self.device = saved, device
+        self.seen = stored_seen(saved)
         self.model, self.config, generator = restore_pixel_segmentation(saved)
         self.model.to(device)
         self.dims = len(generator.config.data.shape)

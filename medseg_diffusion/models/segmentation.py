@@ -85,10 +85,13 @@ class Segmentation:
             these options.
         level: 0.95, or less for few calibration patients; None without intervals.
         agreement: Class name -> mean Dice of pairs of members; empty for one member.
-        quality: "check" if the members agree less than on 95 of 100 calibration scans of the model, else "usual"; None
-            if the model was not calibrated for these options.
+        quality: "check" if the scan or the mask is unlike those of the training, or if the members agree less than on
+            95 of 100 calibration scans of the model, else "usual"; None if the model was not calibrated for these
+            options.
         disagreement: Disagreement of the members, one number for the scan (`Ensemble.disagreement`); None for one
             member.
+        unlike_training: In what the scan or the mask is unlike those of the training (`methods.seen`), one sentence;
+            empty if nothing is known. Such a scan has no intervals: they hold for scans like those of the calibration.
     """
 
     labels: Tensor
@@ -104,6 +107,7 @@ class Segmentation:
     agreement: dict[str, float]
     quality: Quality | None
     disagreement: float | None
+    unlike_training: str = ""
 
 
 class SegmentationModel(Protocol):

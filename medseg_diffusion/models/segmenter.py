@@ -18,6 +18,7 @@ from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.tasks.jitter import Jitter
 from medseg_diffusion.tasks.mask import FeedForward
 
+from .doubts import stored_seen
 from .ensemble_segmenter import EnsembleSegmenter
 from .finder import Finder
 from .inference import placed
@@ -49,6 +50,7 @@ class MaskSegmenter(EnsembleSegmenter):
         compiled: bool = False,
     ) -> None:
         self.saved, self.device = saved, device
+        self.seen = stored_seen(saved)
         self.model, self.config = restore_segmenter(saved)
         placed(self.model.to(device).network, device, self.config.training.channels_last, compiled)
         self.finder = finder_of(saved, self.config)

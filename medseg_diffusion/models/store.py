@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_diffusion.errors import ModelError
-from medseg_diffusion.files import whole_folder
+from medseg_diffusion.files import whole_folder, write_files
 from medseg_diffusion.volumes.modality import ModelInput
 
 if TYPE_CHECKING:  # listing models and showing their cards needs no torch
@@ -76,6 +76,11 @@ class SavedModel:
     def name(self) -> str:
         """Name of the folder, or of the run folder for RUN/model."""
         return name_of(self.path)
+
+    @property
+    def signature(self) -> str:
+        """Name and weights in one line, which a NIfTI file has room for (`Volume.described`)."""
+        return f"medseg-diffusion {self.name[:48]} {self.sha256[:12]}"
 
     def part(self, name: str) -> SavedModel:
         """A model inside this one. Its card is the entry ``name``, and its weights are those with the prefix "name.".
@@ -148,10 +153,26 @@ def copy_model(source: Path, path: Path, card: Mapping[str, Any], readme: str) -
         _describe(folder, card, readme)
 
 
+def replace_card(path: Path, card: Mapping[str, Any]) -> None:
+    """Write another model.json into a model directory, whose README.md and weights stay as they are.
+
+    Args:
+        path: The model directory.
+        card: The content of model.json, without the schema version.
+    """
+    content = _as_json(card)
+    sums = [hashlib.sha256(content).hexdigest() if name == "model.json" else _sha256(path / name) for name in FILES]
+    lines = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, FILES, strict=True))
+    write_files(path, {"model.json": content, SUMS: lines.encode()})
+
+
+def _as_json(card: Mapping[str, Any]) -> bytes:
+    return (json.dumps({**card, "schema_version": SCHEMA_VERSION}, indent=2, allow_nan=False) + "\n").encode()
+
+
 def _describe(folder: Path, card: Mapping[str, Any], readme: str) -> None:
     """Write all files of a model beside its weights."""
-    content = {**card, "schema_version": SCHEMA_VERSION}
-    (folder / "model.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "model.json").write_bytes(_as_json(card))
     (folder / "README.md").write_text(readme, encoding="utf-8")
     (folder / SUMS).write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES))
 

@@ -17,7 +17,7 @@ OUTLIERS_FROM = 5
 """Fewest scans among which outliers are named."""
 FENCE = 3.0
 """Outer fences: with the inner ones (1.5), a third of ten ordinary scans may be flagged."""
-_ORDER = ("failed", "above healthy", "empty mask", "members disagree", "outlier", "warning")
+_ORDER = ("failed", "above healthy", "empty mask", "unlike training", "members disagree", "outlier", "warning")
 
 
 @dataclass(frozen=True)

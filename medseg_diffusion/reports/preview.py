@@ -73,6 +73,7 @@ class Still:
         map: A map over the scan.
         counterpart: Another image in the grey values of the scan, such as its healthy counterpart.
         oriented: Whether it is known which side is the patient's right; without it, there are no marks.
+        made_by: The model that made the results, for the legend.
     """
 
     image: NDArray[Any]
@@ -81,6 +82,7 @@ class Still:
     map: Map | None = None
     counterpart: NDArray[Any] | None = None
     oriented: bool = True
+    made_by: str = ""
 
     def focus(self) -> NDArray[Any]:
         """What the slices should show: the labelled voxels, or the upper half of the map if there are none."""
@@ -92,6 +94,7 @@ class Still:
         return labelled
 
 
+# many: the arrays, and how each is named and coloured
 def preview_png(
     image: NDArray[Any],
     labels: NDArray[Any],
@@ -102,6 +105,7 @@ def preview_png(
     *,
     map_colours: str = UNCERTAINTY,
     oriented: bool = True,
+    made_by: str = "",
 ) -> bytes:
     """Draw a scan with the outlines of its segmentation, and with its uncertainty: one row per plane.
 
@@ -117,6 +121,7 @@ def preview_png(
         map_name: Title of that map.
         map_colours: Colormap of that map.
         oriented: False for an image whose sides are unknown: it gets no marks.
+        made_by: Name of the model, for the legend; empty for none.
 
     Returns:
         A PNG on black in which a millimetre has the same length along every axis and in every panel.
@@ -125,7 +130,8 @@ def preview_png(
         ValueError: The arrays differ in shape or are not three-dimensional.
     """
     drawn = Map(uncertainty, map_name, map_colours) if uncertainty is not None else None
-    return to_png(still(Still(image, spacing_mm, [class_outlines(labels, names)], drawn, oriented=oriented)))
+    outlines = [class_outlines(labels, names)]
+    return to_png(still(Still(image, spacing_mm, outlines, drawn, oriented=oriented, made_by=made_by)))
 
 
 def class_outlines(labels: NDArray[Any], names: Mapping[int, str]) -> Outlines:
@@ -157,9 +163,10 @@ def still(content: Still, *, slices_per_plane: int | None = None, cell_in: float
     focus, axes = content.focus(), drawable_axes(content.image.shape)
     rows = [densest_slices(focus, axis, content.spacing_mm, count) for axis in axes]
     legend = [entry for outlines in content.outlines for entry in outlines.legend]
+    entries = len(legend) + bool(content.made_by)
     figure, panels = panel_grid(
         [[where for where in row for _ in panels_of] for row in rows],
-        header_in=0.22 * -(-len(legend) // _LEGEND_COLUMNS) + 0.1 if legend else 0.0,
+        header_in=0.22 * -(-entries // _LEGEND_COLUMNS) + 0.1 if entries else 0.0,
         footer_in=0.45 if content.map is not None else 0.0,
         cell_in=cell_in * (1.0 if len(axes) > 1 else 1.6),
     )
@@ -169,8 +176,8 @@ def still(content: Still, *, slices_per_plane: int | None = None, cell_in: float
         for number, ax in enumerate(drawn):
             where, name = row[number // len(panels_of)], panels_of[number % len(panels_of)]
             _draw_panel(ax, where, name, content, limits, high)
-    if legend:
-        _draw_legend(figure, content.outlines)
+    if entries:
+        _draw_legend(figure, content.outlines, content.made_by)
     if content.map is not None:
         _draw_scale(figure, content.map, high)
     return figure
@@ -203,7 +210,7 @@ def _draw_panel(axes: Any, where: Slice, name: str, content: Still, limits: tupl
         draw_marks(axes, where)
 
 
-def _draw_legend(figure: Any, drawn: Sequence[Outlines]) -> None:
+def _draw_legend(figure: Any, drawn: Sequence[Outlines], made_by: str) -> None:
     # Imported where used: segmenting without pictures does not need matplotlib.
     from matplotlib.lines import Line2D
 
@@ -214,6 +221,8 @@ def _draw_legend(figure: Any, drawn: Sequence[Outlines]) -> None:
         for o in drawn
         for text, colour in o.legend
     ]
+    if made_by:
+        handles.append(Line2D([], [], linestyle="none", label=plain(shortened(made_by, 24))))
     figure.legend(
         handles=handles,
         loc="upper center",

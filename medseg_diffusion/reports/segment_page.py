@@ -236,8 +236,9 @@ def _rules(scans: Sequence[SegmentedScan]) -> dict[str, str]:
         )
     if any(scan.quality for scan in scans):
         rules["Quality"] = (
-            "\u201ccheck\u201d, with the flag \u201cmembers disagree\u201d, if the sampled masks agree less than on "
-            "95 of 100 calibration scans of the model; otherwise \u201cusual\u201d."
+            "\u201ccheck\u201d if the scan or the mask is unlike those that the model was trained on, which leaves no "
+            "interval, or if the sampled masks agree less than on 95 of 100 calibration scans of the model; otherwise "
+            "\u201cusual\u201d. The flags and remarks tell which."
         )
     if len(scans) >= OUTLIERS_FROM:
         rules["Outlier"] = (

@@ -19,7 +19,7 @@ from medseg_diffusion.files import temporary_folder
 from . import nifti
 from .modality import SeriesChoice
 from .paths import is_dicom, is_image, require_file, suffix_of
-from .volume import FileImage, Volume, check_affine, check_spacing, grid_distance
+from .volume import FileImage, FloatArray, Shape, Volume, check_affine, check_spacing, grid_distance
 
 _MAX_LABEL = 65535
 _BLOCK = 64  # voxels along the first axis that are turned at once, so that they are in the caches
@@ -80,6 +80,20 @@ def map_of(opened: FileImage, source: Path, channels: int | None = None) -> Volu
     if array.dtype.itemsize > 4 and max(float(array.max()), -float(array.min())) > limit:
         raise InputError(source, "voxels beyond 3.4e38", "values that fit float32", "rescale the intensities")
     return Volume(torch.from_numpy(_copied(array, np.dtype(np.float32))), opened.affine, source, opened.header)
+
+
+def read_grid(path: Path | str) -> tuple[Shape, FloatArray] | None:
+    """Sizes and affine of an image, from its header alone; None for an image file, which has no voxel size.
+
+    Raises:
+        InputError: a file that is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if is_image(path):
+        return None
+    opened = _opened(path, None)
+    i, j, k = opened.shape[:3]
+    return (i, j, k), opened.affine
 
 
 def read_labels(path: Path | str) -> Volume:

@@ -92,6 +92,7 @@ def image_of(array: npt.NDArray[np.generic], like: Volume) -> nib.Nifti1Image:
     header.set_qform(to_file @ qform, code=like.header.qform_code)
     header.set_sform(to_file @ like.affine, code=like.header.sform_code)
     header["xyzt_units"] = units
+    header["descrip"] = like.header.description.encode("ascii", "replace")[:79]
     header.set_slope_inter(1, 0)
     return kind(array, header.get_best_affine(), header)
 

@@ -257,6 +257,19 @@ class Preprocessing:
                 to.copy_(values if self.intensity == "zscore" else bend(values))
         return scaled, placement
 
+    def voxel_mm3(self, affine: FloatArray) -> float | None:
+        """Volume of a voxel of the model's grid, for a scan with this affine; None if it depends on the scan's size."""
+        if self.spacing_mm is not None:
+            return math.prod(self.spacing_mm)
+        if self.size is not None:
+            return None
+        turned = spacing_of(affine)
+        if self.orientation is not None:
+            order = np.argsort(orientation_transform(affine, self.orientation)[:, 0])
+            turned = turned[order[0]], turned[order[1]], turned[order[2]]
+        i, j, k = turned
+        return min(i, j) ** 2 * k if self.square_pixels else i * j * k
+
     def _scaling(self, channel: Tensor, body: Tensor | None) -> tuple[float, float]:
         """Centre and half-width (percentile, median), or mean and standard deviation, in the channel's unit."""
         values = channel.cpu().numpy().ravel()

@@ -201,6 +201,7 @@ def chosen_threshold(text: str, model: AnomalyModel) -> float:
 def _score_one(model: AnomalyModel, scan: Scan, options: AnomalyOptions) -> Write:
     """Score a scan; the returned function writes its files."""
     counterpart = options.save_counterpart or options.report is not None
+    scan.volume = scan.volume.described(model.saved.signature)
     scored = model.score(scan.volume, derive_seed(options.seed, scan.name), scan.on_progress, counterpart)
     threshold = chosen_threshold(options.threshold, model)
     voxel_mm3 = scan.volume.voxel_mm3
@@ -221,7 +222,7 @@ def _write_results(
         write_map(scored.counterpart, volume, files["counterpart"])
         written.append("counterpart")
     if options.preview:
-        write_files(files["preview"].parent, {files["preview"].name: _picture(scan, scored, mask)})
+        write_files(files["preview"].parent, {files["preview"].name: _picture(scan, scored, mask, model.name)})
         written.append("preview")
     result = _result(model, scan, options, scored, threshold, mask)
     write_json(files["scores"], entries_of(result))
@@ -229,7 +230,7 @@ def _write_results(
     return replace(result, outputs={kind: files[kind] for kind in written})
 
 
-def _picture(scan: Scan, scored: AnomalyMap, mask: Tensor) -> bytes:
+def _picture(scan: Scan, scored: AnomalyMap, mask: Tensor, model: str) -> bytes:
     """The preview, as PNG."""
 
     def shown(data: Tensor) -> Any:
@@ -245,6 +246,7 @@ def _picture(scan: Scan, scored: AnomalyMap, mask: Tensor) -> bytes:
         map_name="Anomaly score",
         map_colours=ANOMALY,
         oriented=not is_image(scan.path),
+        made_by=model,
     )
 
 
@@ -253,15 +255,15 @@ def _result(
 ) -> AnomalyResult:
     """The numbers of a scored scan."""
     inside = max(1, int(scored.foreground.sum()))
-    healthy = None if model.notes else model.healthy_scores()  # with notes, the map is not comparable
-    percentile = model.percentile(scored.scan_score)
+    healthy = model.comparable_scores(scored)
+    percentile = model.percentile(scored)
     return AnomalyResult(
         scan.path,
         "done",
         seconds=scan.seconds,
         volumes_ml={"anomaly": float(mask.sum()) * scan.volume.voxel_mm3 / 1000},
-        warnings=model.notes,
-        flags=flags_of(percentile),
+        warnings=(*model.notes, *([scored.unlike_training] if scored.unlike_training else [])),
+        flags=flags_of(percentile, scored.unlike_training),
         model=model.name,
         model_sha256=model.saved.sha256,
         method=model.method,
@@ -273,4 +275,5 @@ def _result(
         healthy_percentile=percentile,
         healthy_scans=None if healthy is None else len(healthy.scan_scores),
         healthy_false_positive_rate=None if healthy is None else healthy.share_above(threshold),
+        unlike_training=scored.unlike_training,
     )

@@ -27,6 +27,7 @@ _DIGITS: Mapping[str, int | None] = {
     "healthy_percentile": 1,
     "healthy_scans": None,
     "healthy_false_positive_rate": 6,
+    "unlike_training": None,
 }
 """Number of a scan -> the digits with which it is written."""
 COLUMNS = ("score", "healthy_percentile", "healthy_scans", "volume_ml", "share_of_foreground", "threshold",
@@ -49,6 +50,7 @@ class AnomalyResult(ScanResult):
         healthy_scans: Number of these scans.
         healthy_false_positive_rate: Share of the healthy scans' voxels above the threshold, 0 to 1, before small parts
             are dropped.
+        unlike_training: In what the scan is unlike those of the training; empty if nothing is known.
     """
 
     method: str = ""
@@ -60,6 +62,7 @@ class AnomalyResult(ScanResult):
     healthy_percentile: float | None = None
     healthy_scans: int | None = None
     healthy_false_positive_rate: float | None = None
+    unlike_training: str = ""
 
     @property
     def headline(self) -> str:
@@ -81,8 +84,10 @@ def compared(percentile: float | None, scans: int | None) -> str:
     return f"higher than {percentile:.0f} % of {scans} healthy scans"
 
 
-def flags_of(percentile: float | None) -> tuple[str, ...]:
-    """Reasons to look at a scan, by its percentile among healthy scans."""
+def flags_of(percentile: float | None, unlike_training: str) -> tuple[str, ...]:
+    """Reasons to look at a scan: its percentile among healthy scans, or what is unlike the training scans."""
+    if unlike_training:
+        return ("unlike training",)
     return ("above healthy",) if percentile is not None and percentile >= ABOVE_HEALTHY else ()
 
 
@@ -128,8 +133,11 @@ def finished_anomaly(scan: Path, files: Outputs) -> ScanResult:
         warning = f"the finished mask cannot be read: {' '.join(str(error).split())}"
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
     known = _from_json(files["scores"], volume)
-    flags = flags_of(known.get("healthy_percentile"))
-    return AnomalyResult(scan, "skipped", outputs, volumes_ml={"anomaly": volume}, flags=flags, **known)
+    unlike = known.get("unlike_training", "")
+    flags = flags_of(known.get("healthy_percentile"), unlike)
+    warnings = (unlike,) if unlike else ()
+    volumes = {"anomaly": volume}
+    return AnomalyResult(scan, "skipped", outputs, volumes_ml=volumes, warnings=warnings, flags=flags, **known)
 
 
 def _from_json(file: Path, volume_ml: float) -> dict[str, Any]:
@@ -139,7 +147,8 @@ def _from_json(file: Path, volume_ml: float) -> dict[str, Any]:
         if not math.isclose(content["volume_ml"], volume_ml, rel_tol=1e-5, abs_tol=1e-4):
             return {}
         known = {name: content[name] for name in _DIGITS if name in content}
-        numbers = [value for name, value in known.items() if name not in ("method", "threshold_from")]
+        texts = ("method", "threshold_from", "unlike_training")
+        numbers = [value for name, value in known.items() if name not in texts]
         if not all(isinstance(value, int | float) for value in numbers) or "score" not in known:
             return {}
         return {

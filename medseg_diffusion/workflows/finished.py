@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.methods.seen import UNLIKE
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.volume import Volume
@@ -59,17 +60,22 @@ def finished_segmentation(scan: Path, files: Outputs, names: Mapping[int, str], 
         warning = f"the finished mask cannot be read: {' '.join(str(error).split())}"
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
     known = _from_row(row, volumes) | _from_statistics(files["statistics"], volumes)
-    doubts = doubts_about(volumes, known.get("quality"))
+    doubts = doubts_about(volumes, known.get("quality"), known.pop("unlike_training", ""))
     known["warnings"] = tuple(dict.fromkeys((*known.get("warnings", ()), *doubts.values())))
     known["flags"] = (*doubts, *known.get("flags", ()))
     return ScanResult(scan, "skipped", outputs, volumes_ml=volumes, **known)
 
 
-def doubts_about(volumes_ml: Mapping[str, float], quality: str | None) -> dict[str, str]:
-    """Reasons to look at a segmentation: flag -> warning."""
+def doubts_about(volumes_ml: Mapping[str, float], quality: str | None, unlike_training: str) -> dict[str, str]:
+    """Reasons to look at a segmentation: flag -> warning.
+
+    How far members agree is only known for scans like those of the calibration, so it is no reason beside a scan
+    that is unlike those of the training.
+    """
+    unlike = {"unlike training": unlike_training} if unlike_training else {}
     if not any(volumes_ml.values()):
-        return {"empty mask": EMPTY}
-    return {"members disagree": DISAGREE} if quality == "check" else {}
+        return {"empty mask": EMPTY, **unlike}
+    return {"members disagree": DISAGREE} if quality == "check" and not unlike else unlike
 
 
 def read_mask(path: Path) -> Volume:
@@ -112,6 +118,7 @@ def _from_statistics(file: Path, volumes: Mapping[str, float]) -> dict[str, Any]
             "intervals_ml": pairs["interval_ml"],
             "level": content.get("interval_level"),
             "quality": content.get("quality"),
+            "unlike_training": str(content.get("unlike_training", "")),
             "model": content["model"],
             **({"model_sha256": content["model_sha256"]} if "model_sha256" in content else {}),
         }
@@ -124,6 +131,7 @@ def _from_row(row: Row, volumes: Mapping[str, float]) -> dict[str, Any]:
     try:
         if not row or not all(_same(float(row[name + VOLUME]), volume) for name, volume in volumes.items()):
             return {}
+        warnings = tuple(row["warnings"].split(BETWEEN)) if row["warnings"] else ()
         known: dict[str, Any] = {
             "seconds": float(row["seconds"] or 0),
             "intervals_ml": {
@@ -134,7 +142,8 @@ def _from_row(row: Row, volumes: Mapping[str, float]) -> dict[str, Any]:
             "model": row["model"],
             "model_sha256": row["model_sha256"],
             "flags": tuple(flag for flag in row["flags"].split(BETWEEN) if flag == "warning"),
-            "warnings": tuple(row["warnings"].split(BETWEEN)) if row["warnings"] else (),
+            "warnings": warnings,
+            "unlike_training": next((warning for warning in warnings if warning.startswith(UNLIKE)), ""),
         }
     except (ValueError, KeyError):
         return {}

@@ -21,10 +21,13 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.labelled_pixels import FEWEST_PIXELS
+from medseg_diffusion.methods.seen import Seen
 from medseg_diffusion.models.generator import Generator
 from medseg_diffusion.models.pixel_segmenter import pixel_activations, pixel_preprocessing
 from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
 from medseg_diffusion.volumes.io import read_map
+
+from .training_scans import seen_in_cases
 
 Unit = Literal["case", "slice"]
 Select = Literal["hash", "diverse"]
@@ -67,6 +70,7 @@ class LabelledData:
         labels: Label value -> class name.
         folder: The cases of the folder.
         split: The split of the cases.
+        seen: What the images measured; of labelled cases, their labels too. None for too few of them.
     """
 
     units: list[LabelledUnit]
@@ -74,6 +78,7 @@ class LabelledData:
     labels: dict[int, str]
     folder: CaseFolder
     split: Split
+    seen: Seen | None
 
 
 def labelled_units(
@@ -129,7 +134,16 @@ def labelled_units(
         what = f"slices that show {shown} class" if labelling.unit == "slice" else "cases"
         raise _too_few(data, labelling.count, len(units), what, held_out)
     names = folder.channels if len(folder.channels) == channels else tuple(f"channel {i}" for i in range(channels))
-    return LabelledData(units, names, labels, folder, split)
+    used, whole = {unit.name for unit in units}, labelling.unit == "case"
+    seen = seen_in_cases(
+        [case for case in cases if not whole or case.name in used],
+        folder,
+        pixel_preprocessing(generator),
+        labels,
+        len(generator.config.data.shape),
+        masks=whole,
+    )
+    return LabelledData(units, names, labels, folder, split, seen)
 
 
 def _class_names(config: PixelClassifierConfig, folder: CaseFolder, data: Path | FileList) -> dict[int, str]:

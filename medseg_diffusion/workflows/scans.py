@@ -51,8 +51,8 @@ class ScanResult:
         error: Error message in one line, if the scan failed.
         exit_code: Exit code of that failure.
         warnings: Facts that the reader should know, one sentence each.
-        flags: Reasons to look at the scan, in one or two words each: "failed", "empty mask", "members disagree",
-            "above healthy", or "warning" for a remark on its files.
+        flags: Reasons to look at the scan, in one or two words each: "failed", "empty mask", "unlike training",
+            "members disagree", "above healthy", or "warning" for a remark on its files.
         model: Name of the model that computed the result; empty if that is not known.
         model_sha256: Hash of that model's weights; empty if it is not known.
     """

@@ -235,6 +235,7 @@ class _Segmented:
 def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> _Segmented:
     """Segment a scan, with the maps that are written: others would stay in memory while the next one is segmented."""
     require_fitting(scan.volume, model)
+    scan.volume = scan.volume.described(model.saved.signature)
     write_mask = _mask_writer(model, scan, options)  # refuses before the computation what cannot be written after it
     seed = derive_seed(options.seed, scan.name)
     return _Segmented(model.segment(scan.volume, seed, scan.on_progress, _maps(options)), write_mask)
@@ -253,7 +254,7 @@ def _write_results(model: SegmentationModel, scan: Scan, options: SegmentOptions
         write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
         written["statistics"] = scan.outputs["statistics"]
     segmented.write_mask(segmentation.labels)
-    doubts = doubts_about(segmentation.volumes_ml, segmentation.quality)
+    doubts = doubts_about(segmentation.volumes_ml, segmentation.quality, segmentation.unlike_training)
     return ScanResult(
         scan.path,
         "done",
@@ -345,6 +346,7 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
         model.aggregation.foreground,
         uncertainty=None if segmentation.uncertainty is None else shown(segmentation.uncertainty),
         oriented=not is_image(scan.path),
+        made_by=model.saved.name,
     )
 
 

@@ -40,6 +40,8 @@ def segmentation_statistics(scan: Scan, segmentation: Segmentation, model: Segme
         content["deterministic"] = True
     if segmentation.quality is not None:
         content["quality"] = segmentation.quality
+    if segmentation.unlike_training:
+        content["unlike_training"] = segmentation.unlike_training
     return content
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from medseg_diffusion.data.mask_examples import CaseFormat, MaskExamples, Prepar
 from medseg_diffusion.data.synthetic_brains import SyntheticBrains
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.methods.seen import Seen
 from medseg_diffusion.methods.shape_prior import ShapePrior, average_shape
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.paths import scan_name
+
+from .training_scans import seen_in_cases, seen_in_label_maps
 
 VALIDATION_WINDOWS = 12
 """Number of synthetic windows of held-out anatomies that validate a training from label maps."""
@@ -49,6 +53,7 @@ class SegmenterData:
         calibration: Cases of the calibration side.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
         coarse: Examples and validation cases of the finder; None unless the configuration has one.
+        measure: Measures the training scans (`methods.seen`), which takes a while, and calls its argument after each.
     """
 
     examples: Examples
@@ -57,6 +62,7 @@ class SegmenterData:
     channels: tuple[str, ...]
     summary: dict[str, Any]
     split: Split
+    measure: Callable[[OnCase], Seen | None]
     several_readers: bool = False
     calibration: Sequence[Case] = ()
     shape: ShapePrior | None = None
@@ -135,7 +141,10 @@ def _labelled_scans(
     names = {case.name for case in held_out}
     validation = [case for case in prepared if case.name in names]
     calibration = [case for case in folder.cases if case.name in split.calibration]
-    return SegmenterData(examples, validation, labels, folder.channels, summary, split, several_readers, calibration)
+    measure = partial(seen_in_cases, training, folder, build.preprocessing(config.preprocessing), labels, dims, True)
+    return SegmenterData(
+        examples, validation, labels, folder.channels, summary, split, measure, several_readers, calibration
+    )
 
 
 def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path | FileList) -> dict[int, str]:
@@ -208,8 +217,9 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
     shape = None
     if config.inference.shape_prior_mm is not None:
         shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
-    names = dict(enumerate(classes.names))
-    return SegmenterData(examples, validation, names, ("T1",), summary, split, shape=shape, coarse=coarse)
+    measure = partial(seen_in_label_maps, training, config, examples.config)
+    labels = dict(enumerate(classes.names))
+    return SegmenterData(examples, validation, labels, ("T1",), summary, split, measure, shape=shape, coarse=coarse)
 
 
 def _validation_windows(held_out: SyntheticBrains) -> list[PreparedCase]:

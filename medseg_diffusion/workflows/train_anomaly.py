@@ -40,6 +40,7 @@ from medseg_diffusion.training.trainer import Outcome, Progress
 
 from .anomaly_calibration import AnomalyCalibration, CalibratedAnomaly
 from .train_generator import train_generator
+from .training_scans import seen_entry, seen_in_healthy
 
 
 # many: one keyword for each option of the command
@@ -112,6 +113,9 @@ def train_anomaly(
         fit = AnomalyCalibration(config, generator, classifier, held_out, exclude_labelled, job.on_prepare)
         latents, calibration = fit.fit()
         card = _card(config, source, images, calibration, seed)
+        trained = [scan for scan in source.scans if source.splits[scan.patient] == "train"]
+        measuring = "what training has seen"
+        card |= seen_entry(seen_in_healthy(trained, config, lambda done, all: job.on_prepare(measuring, done, all)))
         card |= {name: saved.card for name, saved in parts.items()}
         weights = parts_of_weights({name: saved.weights for name, saved in parts.items()})
         job.save(card, weights | calibration_weights(latents, calibration))

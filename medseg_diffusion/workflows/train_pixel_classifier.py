@@ -48,6 +48,7 @@ from medseg_diffusion.volumes.outputs import SEGMENTATION
 
 from .evaluate import EvaluateOptions, evaluate
 from .labelled_units import LabelledData, Labelling, Select, Unit, labelled_units
+from .training_scans import seen_entry
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,9 @@ class _Training:
             metrics={},
         )
         ensemble = pixel_inference(self.generator, config).ensemble
-        return card | {"blocks": list(blocks), "ensemble": ensemble, GENERATOR: self.saved.card}
+        return (
+            card | seen_entry(chosen.seen) | {"blocks": list(blocks), "ensemble": ensemble, GENERATOR: self.saved.card}
+        )
 
 
 def _score(job: Job, cases: Sequence[Case], labels: dict[int, str], device: str) -> Evaluation:

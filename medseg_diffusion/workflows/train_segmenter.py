@@ -50,6 +50,7 @@ from .calibrate_segmenter import store_calibration
 from .finder_stage import finder_job, train_finder
 from .mask_autoencoder_stage import mask_autoencoder_job, train_mask_autoencoder
 from .segmenter_data import SegmenterData, segmenter_data
+from .training_scans import add_seen
 
 CASES_OF_X_T, MEMBERS_OF_X_T = 20, 5
 """Numbers of validation cases, and of members of each, with which the worth of x_t is measured."""
@@ -145,6 +146,7 @@ def train_segmenter(
         if prepared.calibration and not prepared.several_readers:
             store_calibration(job.model, prepared.calibration, str(runtime.device), job.on_prepare)
         measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
+        add_seen(job.model, prepared.measure(lambda done, total: job.on_prepare("what training has seen", done, total)))
     return job.model
 
 

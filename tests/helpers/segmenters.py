@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 from medseg_diffusion import build
 from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.methods.seen import SEEN
 from medseg_diffusion.models.segmenter import MaskSegmenter
-from medseg_diffusion.models.store import load_model_files, save_model
+from medseg_diffusion.models.store import load_card, load_model_files, replace_card, save_model
 from medseg_diffusion.sampling.loop import Sampler
 from medseg_diffusion.workflows.scans import ScanResult
 from medseg_diffusion.workflows.segment import SegmentOptions, segment
@@ -75,6 +77,12 @@ def calibrated(model: Path, path: Path, **changes: object) -> Path:
     }  # fmt: skip
     save_model(path, {**saved.card, "calibration": content}, saved.weights, "# card")
     return path
+
+
+def with_seen(model: Path, **entry: Any) -> Path:
+    """The model with an entry of what its training has seen: of this alone."""
+    replace_card(model, {**load_card(model), SEEN: {"scans": 15, **entry}})
+    return model
 
 
 FLAT = {"network": {"dims": 2, "channels": 8, "channel_mult": [1, 2]}, "data": {"window": [8, 8], "channels": 3}}

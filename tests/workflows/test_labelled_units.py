@@ -15,6 +15,7 @@ from PIL import Image
 
 from medseg_diffusion.config.load import load_config
 from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.methods.seen import Seen
 from medseg_diffusion.workflows.labelled_units import Labelling, _diverse, labelled_units
 from tests.helpers.pixel_classifiers import in_memory, quick, with_labels
 
@@ -72,6 +73,19 @@ def test_a_part_of_the_generators_scans_and_others_are_split_as_it_was(
         UsageError, match=r"data.test_cases=3: the generator held out only \d of the 8 patients in .*part"
     ):
         labelled_units(quick(test_cases=3), generator, part, Labelling(1), tmp_path / "cache3")
+
+
+def test_what_is_measured_of_the_images(box_scans, box_generators, tmp_path: Path) -> None:
+    """Whole cases tell volumes. Of single slices nothing is known about the others of their scans."""
+    generator = in_memory(box_generators[2])
+
+    def seen(*labelling: Any) -> Seen | None:
+        return labelled_units(quick(), generator, box_scans, Labelling(*labelling), tmp_path / "cache").seen
+
+    cases, slices = seen(5), seen(2, "slice")
+    assert cases is not None and cases.scans == 5 and set(cases.volume_ml) == {"box"} and cases.volume_ml["box"][0] > 0
+    assert slices is not None and slices.scans >= 5 and not slices.volume_ml and slices.voxel_mm == cases.voxel_mm
+    assert seen(2) is None, "two scans tell no range"
 
 
 def test_a_generator_of_volumes_refuses_pictures(box_generators, tmp_path: Path) -> None:
