@@ -1,4 +1,4 @@
-"""Names of the classes in label maps, from the files beside them. NIfTI and PNG files hold label values alone."""
+"""Names of the classes in label maps: from the files beside them, or else from the headers of NIfTI files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import stored_labels
 from medseg_diffusion.volumes.outputs import MASKS, SEGMENTATION
 from medseg_diffusion.volumes.paths import scan_name
 
@@ -20,7 +21,8 @@ def class_names(masks: Sequence[Path]) -> tuple[dict[int, str], list[str]]:
 
     The names of a mask are in the first of these files that exists: `NAME_dseg.tsv` beside it, or `dseg.tsv` in its
     folder (BIDS: columns index and name); `NAME_statistics.json` of `medseg segment`; `dataset.json` in its folder or
-    the one above (Medical Segmentation Decathlon, nnU-Net). If files name a label differently, the first name counts.
+    the one above (Medical Segmentation Decathlon, nnU-Net). Without any, they are in the mask's own header
+    (`volumes.label_table`), which nobody corrects by hand. If files name a label differently, the first name counts.
 
     Args:
         masks: The label maps, in order of trust.
@@ -32,11 +34,11 @@ def class_names(masks: Sequence[Path]) -> tuple[dict[int, str], list[str]]:
     others: dict[tuple[int, str], Path] = {}
     read: set[Path] = set()
     for mask in masks:
-        source = next((path for path in _sources(mask) if path.is_file()), None)
-        if source is None or source in read:
+        source = next((path for path in _sources(mask) if path.is_file()), mask)
+        if source in read:
             continue
         read.add(source)
-        for value, name in _read(source).items():
+        for value, name in (_read(source) if source != mask else stored_labels(mask)).items():
             if names.setdefault(value, (name, source))[0] != name:
                 others.setdefault((value, name), source)
     remarks = [
@@ -81,5 +83,7 @@ def _from_table(source: Path) -> dict[int, str]:
 
 
 def _from_statistics(content: Mapping[str, Any]) -> dict[int, str]:
-    """The classes of `medseg segment`, which are listed in the order of their labels 1, 2, ..."""
-    return {value: str(name) for value, name in enumerate(content["classes"], start=1)}
+    """The classes of `medseg segment`; versions before 0.2 list them in the order of their labels 1, 2, ..."""
+    return {
+        int(entry.get("label", place)): str(name) for place, (name, entry) in enumerate(content["classes"].items(), 1)
+    }

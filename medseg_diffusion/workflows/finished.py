@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from medseg_diffusion.errors import MedsegError
-from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.errors import InputError, MedsegError
+from medseg_diffusion.volumes.io import read_labels, stored_labels
+from medseg_diffusion.volumes.label_table import printable_name
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.volume import Volume
 
+from .label_files import from_segments
 from .results_table import BETWEEN, Row
 from .scans import ScanResult
 
@@ -54,7 +56,7 @@ def finished_segmentation(scan: Path, files: Outputs, names: Mapping[int, str], 
     """
     outputs = {kind: files[kind] for kind in ("segmentation", *files) if files[kind].is_file()}
     try:
-        volumes = _volumes(read_mask(files["segmentation"]), names)
+        volumes = _volumes(read_mask(files["segmentation"], names), names)
     except (MedsegError, OSError, ValueError) as error:
         warning = f"the finished mask cannot be read: {' '.join(str(error).split())}"
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
@@ -72,13 +74,29 @@ def doubts_about(volumes_ml: Mapping[str, float], quality: str | None) -> dict[s
     return {"members disagree": DISAGREE} if quality == "check" else {}
 
 
-def read_mask(path: Path) -> Volume:
-    """A mask that a call wrote, in any of its formats, on a grid of its own: (1, I, J, K)."""
-    if path.suffix.lower() != ".dcm":
-        return read_labels(path)
-    from medseg_diffusion.volumes.dicom_seg import read_segmentation
+def read_mask(path: Path, names: Mapping[int, str]) -> Volume:
+    """A mask that a call wrote for these classes, in any of its formats, on a grid of its own: (1, I, J, K).
 
-    return read_segmentation(path)
+    Raises:
+        InputError: A file that cannot be read, or whose classes are others, as far as it tells them.
+    """
+    if path.suffix.lower() != ".dcm":
+        _require_same(path, list(stored_labels(path).items()), [(v, printable_name(n)) for v, n in names.items()])
+        return read_labels(path)
+    from medseg_diffusion.volumes.dicom_seg import read_segmentation, segment_label
+
+    mask, stored = read_segmentation(path)
+    _require_same(path, list(enumerate(stored, 1)), list(enumerate(map(segment_label, names.values()), 1)))
+    return mask.like(torch.from_numpy(from_segments(mask.data.numpy(), names)))
+
+
+def _require_same(path: Path, stored: list[tuple[int, str]], expected: list[tuple[int, str]]) -> None:
+    """InputError if a mask names its classes, and these are others: those that it lacks may never have been looked for."""
+    if stored and stored != expected:
+        found, wanted = (
+            ", ".join([name for _, name in one][:4] + ["..."][: len(one) > 4]) for one in (stored, expected)
+        )
+        raise InputError(path, f"a mask of the classes {found}", wanted, "segment it again without --skip-existing")
 
 
 def _volumes(mask: Volume, names: Mapping[int, str]) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.augmentation import Augmenter
-from medseg_diffusion.data.brain_classes import CLASSES
+from medseg_diffusion.data.brain_classes import CLASSES, tissues_of
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.file_lists import FileList
@@ -47,6 +47,7 @@ class SegmenterData:
         several_readers: Whether any case of the folder has several readers. Validation cases are one per patient then.
         calibration: Cases of the calibration side.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
+        tissues: Tissue -> names of the classes that belong to it, for classes that are structures of a brain.
     """
 
     examples: Examples
@@ -58,6 +59,7 @@ class SegmenterData:
     several_readers: bool = False
     calibration: Sequence[Case] = ()
     shape: ShapePrior | None = None
+    tissues: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def segmenter_data(
@@ -199,8 +201,16 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
     shape = None
     if config.inference.shape_prior_mm is not None:
         shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
-    validation = _validation_windows(held_out)
-    return SegmenterData(examples, validation, dict(enumerate(classes.names)), ("T1",), summary, split, shape=shape)
+    return SegmenterData(
+        examples,
+        _validation_windows(held_out),
+        dict(enumerate(classes.names)),
+        ("T1",),
+        summary,
+        split,
+        shape=shape,
+        tissues=tissues_of(classes) if section.brain_classes == "structures" else {},
+    )
 
 
 def _validation_windows(held_out: SyntheticBrains) -> list[PreparedCase]:
