@@ -83,7 +83,6 @@ def _from_table(source: Path) -> dict[int, str]:
 
 
 def _from_statistics(content: Mapping[str, Any]) -> dict[int, str]:
-    """The classes of `medseg segment`; versions before 0.2 list them in the order of their labels 1, 2, ..."""
-    return {
-        int(entry.get("label", place)): str(name) for place, (name, entry) in enumerate(content["classes"].items(), 1)
-    }
+    """The classes of `medseg segment`; files of earlier versions list them in the order of their labels 1, 2, ..."""
+    classes = content["classes"].items()
+    return {int(entry.get("label", place)): str(name) for place, (name, entry) in enumerate(classes, 1)}

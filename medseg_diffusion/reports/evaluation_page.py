@@ -267,9 +267,8 @@ def _distributions(evaluation: Evaluation) -> dict[str, Markup]:
             (title, [case.metrics[label][name] for case in evaluation.cases])
             for label, title in evaluation.labels.items()
         ]
-        plots[METRICS[name].title] = distributions(
-            scores, METRICS[name].title, colours=[colours[label] for label in evaluation.labels]
-        )
+        title = METRICS[name].title
+        plots[title] = distributions(scores, title, colours=[colours[label] for label in evaluation.labels])
     return plots
 
 

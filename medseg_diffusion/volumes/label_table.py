@@ -1,7 +1,7 @@
 """Names and colours of the labels in a mask, as files hold them: the header of a NIfTI file, and a table beside it.
 
-The header has them in the XML form of Caret (code 30 of NIfTI's registered extensions), which Connectome Workbench shows
-and which TotalSegmentator writes, too, there with code 0. Other programs skip extensions that they do not know. The
+The header has them in the XML form of Caret (code 30 of NIfTI's registered extensions), which Connectome Workbench
+reads. TotalSegmentator writes the same form with code 0. Other programs skip extensions that they do not know. The
 table is a *_dseg.tsv of BIDS.
 """
 
@@ -44,7 +44,7 @@ def to_extension(labels: LabelTable, maps: int = 1) -> bytes:
         for value, label in sorted(labels.items()):
             red, green, blue = (int(label.colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
             shares = {"Red": f"{red:.6g}", "Green": f"{green:.6g}", "Blue": f"{blue:.6g}", "Alpha": "1"}
-            ET.SubElement(table, "Label", Key=str(value), **shares).text = printable_name(label.name)
+            ET.SubElement(table, "Label", {"Key": str(value), **shares}).text = printable_name(label.name)
         ET.SubElement(volume, "VolumeType").text = "Label"
     content = ET.tostring(root, encoding="UTF-8", xml_declaration=True)
     return content + b" " * (-(len(content) + 8) % 16)

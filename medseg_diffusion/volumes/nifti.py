@@ -80,11 +80,11 @@ def stored_labels(path: Path) -> dict[int, str]:
     """Label value -> name, by the label table in the header of a file (`label_table`); empty without one."""
     try:
         with _quiet():
-            extensions = nib.load(path).header.extensions
-    except (*_BROKEN, *_BROKEN_HEADER, AttributeError):  # reading the voxels says what is wrong
+            image = nib.load(path)
+    except (*_BROKEN, *_BROKEN_HEADER):  # reading the voxels says what is wrong
         return {}
-    contents = (extension.get_content() for extension in extensions if extension.get_code() in (CARET, 0))
-    tables = (from_extension(content) for content in contents)
+    extensions = image.header.extensions if isinstance(image, nib.Nifti1Image) else []
+    tables = (from_extension(extension.content) for extension in extensions if extension.get_code() in (CARET, 0))
     return next((table for table in tables if table), {})
 
 

@@ -91,12 +91,15 @@ def read_mask(path: Path, names: Mapping[int, str]) -> Volume:
 
 
 def _require_same(path: Path, stored: list[tuple[int, str]], expected: list[tuple[int, str]]) -> None:
-    """InputError if a mask names its classes, and these are others: those that it lacks may never have been looked for."""
+    """InputError for a mask that names other classes: nobody has looked for those that it lacks."""
     if stored and stored != expected:
-        found, wanted = (
-            ", ".join([name for _, name in one][:4] + ["..."][: len(one) > 4]) for one in (stored, expected)
-        )
-        raise InputError(path, f"a mask of the classes {found}", wanted, "segment it again without --skip-existing")
+        found, remedy = f"a mask of the classes {_few(stored)}", "segment it again without --skip-existing"
+        raise InputError(path, found, _few(expected), remedy)
+
+
+def _few(classes: list[tuple[int, str]]) -> str:
+    names = [name for _, name in classes]
+    return ", ".join(names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"])
 
 
 def _volumes(mask: Volume, names: Mapping[int, str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Names and colours of the classes beside the masks of a call: one file for the folder of all masks, or for one mask."""
+"""Names and colours of the classes beside the masks of a call: a file for the folder of all masks, or for one mask."""
 
 from __future__ import annotations
 

@@ -255,9 +255,8 @@ class _Segmented:
 def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions, labels: LabelFiles) -> _Segmented:
     """Segment a scan, with the maps that are written: others would stay in memory while the next one is segmented."""
     require_fitting(scan.volume, model)
-    write_mask = _mask_writer(
-        model, scan, options, labels
-    )  # refuses before the computation what cannot be written after it
+    # Refuses before the computation what cannot be written after it.
+    write_mask = _mask_writer(model, scan, options, labels)
     seed = derive_seed(options.seed, scan.name)
     segmentation = model.segment(scan.volume, seed, scan.on_progress, _maps(options), labels.names)
     return _Segmented(segmentation, write_mask)
