@@ -17,6 +17,7 @@ from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.reports.pictures import as_pictures, grid, png
 from medseg_diffusion.volumes.io import write_labels, write_map
+from medseg_diffusion.volumes.label_table import LabelTable
 from medseg_diffusion.volumes.memory import to_nibabel
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows.label_files import label_table
@@ -26,14 +27,13 @@ SegmentedMap = Literal["probabilities", "uncertainty", "members", "mutual-inform
 ScoredMap = Literal["score", "mask", "foreground", "counterpart"]
 
 
-def _write(array: npt.NDArray[Any], scan: Volume, path: Path, classes: Mapping[int, str] | None = None) -> Path:
-    """Write labels of these classes, or a map, (I, J, K) or (C, I, J, K), with the geometry of the scan."""
+def _write(array: npt.NDArray[Any], scan: Volume, path: Path, table: LabelTable | None = None) -> Path:
+    """Write labels or a map, (I, J, K) or (C, I, J, K), with the geometry of the scan; ``table`` names the labels."""
     data = torch.from_numpy(np.ascontiguousarray(array))
     if data.is_floating_point():
         write_map(data, scan, path)
     else:
-        names = {value: name for value, name in (classes or {}).items() if value}
-        write_labels(data, scan, path, label_table(names))
+        write_labels(data, scan, path, table)
     return path
 
 
@@ -105,10 +105,12 @@ class SegmentedScan:
     def to_nibabel(self, what: SegmentedMap | Literal["labels"] = "labels") -> nib.Nifti1Image:
         """The labels, or a map, as an image of nibabel with the scan's affine and codes; channels are its last axis.
 
+        The header of labels holds the names and colours of the classes.
+
         Raises:
             UsageError: A map that was not asked for.
         """
-        return to_nibabel(self._array(what), self.scan)
+        return to_nibabel(self._array(what), self.scan, self._table(what))
 
     def save(self, path: str | Path, what: SegmentedMap | Literal["labels"] = "labels") -> Path:
         """Write the labels, or a map, with the scan's geometry, and return the path. Its suffix decides the format.
@@ -119,7 +121,12 @@ class SegmentedScan:
             UsageError: A map that was not asked for, or a missing folder.
             InputError: An unknown suffix.
         """
-        return _write(self._array(what), self.scan, Path(path), self.classes)
+        return _write(self._array(what), self.scan, Path(path), self._table(what))
+
+    def _table(self, what: SegmentedMap | Literal["labels"]) -> LabelTable | None:
+        if what not in ("labels", "members"):
+            return None
+        return label_table({value: name for value, name in self.classes.items() if value})
 
 
 @dataclass(frozen=True, eq=False)

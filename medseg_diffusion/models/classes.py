@@ -99,7 +99,7 @@ def _hint(wanted: str, classes: Mapping[int, str], model: str) -> str:
         return f"its classes are {', '.join(f'{value} {name}' for value, name in classes.items())}"
     names = {_plain(name): name for name in classes.values()}
     short = {name: name.removeprefix("left ").removeprefix("right ") for name in names}
-    near = get_close_matches(_plain(wanted), [*names, *short.values()], n=8, cutoff=0.5)
+    near = get_close_matches(_plain(wanted), [*names, *short.values()], n=8, cutoff=0.6)
     nearest = [full for plain, full in names.items() if plain in near or short[plain] in near][:4]
     nearby = f"the nearest are {', '.join(nearest)}; " if nearest else ""
     return f"{nearby}`medseg models show {model}` lists all {len(classes)}"
