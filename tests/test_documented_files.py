@@ -145,6 +145,7 @@ def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monke
     run(scans, model, ensemble=3, output=out, volumes=True, statistics=True)
     assert_documented("volumes.csv", out / "volumes.csv")
     assert_documented("*_statistics.json", out / "a_statistics.json")
+    assert_documented("*_dseg.tsv", out / "dseg.tsv")
 
 
 def test_anomalies(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:
