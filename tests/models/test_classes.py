@@ -7,7 +7,9 @@ import pytest
 from medseg_diffusion.data.brain_classes import STRUCTURES
 from medseg_diffusion.data.brain_classes import tissues_of as grouped
 from medseg_diffusion.errors import ModelError, UsageError
+from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.classes import chosen_classes, tissues_of
+from medseg_diffusion.models.store import load_card
 
 BRAIN = dict(enumerate(STRUCTURES.names))
 FEW = {0: "background", 1: "CSF", 2: "grey matter", 5: "Left_lung"}
@@ -63,6 +65,11 @@ def test_the_tissues_of_the_brain_model() -> None:
     tissue = {BRAIN[value]: labels[group] for value, group in enumerate(groups)}
     assert tissue["background"] == "background" and tissue["left lateral ventricle"] == tissue["other CSF"] == "CSF"
     assert tissue["right thalamus"] == "grey matter" and tissue["brainstem"] == "white matter"
+
+
+def test_the_readme_of_a_model_tells_its_tissues() -> None:
+    text = render_card({**load_card("brain-tissue-t1"), "tissues": {"fluid": ["CSF"], "tissue": ["grey", "white"]}})
+    assert "| tissues (`--tissues`) | 1 fluid: CSF; 2 tissue: grey, white |\n| sampling |" in text
 
 
 def test_a_card_without_tissues_or_with_wrong_ones_is_one_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from medseg_diffusion.api.models import Segmenter, load_model
+from medseg_diffusion.data.brain_classes import STRUCTURES as BRAIN
+from medseg_diffusion.data.brain_classes import tissues_of
 from medseg_diffusion.data.class_names import class_names
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.models.store import load_model_files, save_model
@@ -22,6 +25,7 @@ from medseg_diffusion.volumes.label_table import Label
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, evaluate
 from medseg_diffusion.workflows.scans import ScanResult
+from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers.cli import error_lines, medseg
 from tests.helpers.dicom_series import series
 from tests.helpers.segmenters import STRUCTURES, calibrated, run, save, structures_model
@@ -75,7 +79,8 @@ def test_a_choice_changes_no_voxel_and_no_number_of_what_is_chosen(tmp_path: Pat
     classes = statistics(some)["classes"]
     assert classes == {name: statistics(whole)["classes"][name] for name in CHOSEN.values()}
     assert [entry["label"] for entry in classes.values()] == list(CHOSEN)
-    text = page.read_text().partition("<script")[0]  # the viewer knows names of structures, too
+    # Without the code of the viewer, which knows names of structures, too.
+    text = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     assert "other CSF" in text and "white matter" not in text and "cerebral cortex" not in text
     assert some.outputs["preview"].stat().st_size != whole.outputs["preview"].stat().st_size
 
@@ -213,6 +218,33 @@ def test_structures_of_no_tissue_are_background(tmp_path: Path, model: Path) -> 
     path = structures_model(tmp_path / "m", tissues={"CSF": ["other CSF"]})
     (result,) = run([save(tmp_path / "scan.nii.gz")], path, tissues=True)
     assert list(result.volumes_ml) == ["CSF"] and set(np.unique(array(result, "segmentation"))) <= {0, 1}
+
+
+def test_a_model_that_was_trained_on_structures_knows_their_tissues(tmp_path: Path) -> None:
+    axes = np.meshgrid(*[np.arange(40) - 19.5] * 3, indexing="ij")
+    radius = np.sqrt(sum(axis**2 for axis in axes))
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for i in range(3):  # balls of white matter, cortex and CSF, left and right
+        labels = np.zeros((40,) * 3, np.int16)
+        for limit, left, right in ((18 + i, 24, 24), (15, 3, 42), (10, 2, 41)):
+            labels[radius < limit] = np.where(axes[0] < 0, left, right)[radius < limit]
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), maps / f"map_{i}.nii.gz")
+    preset = "baseline-brain-structures-small"
+    small = {
+        "data.window": [16, 16, 16], "data.test_cases": 1, "data.validation_cases": 1, "data.examples_per_map": 1,
+        "network.channels": 16, "network.channel_mult": [1, 1], "training.max_steps": 1,
+        "training.validate_every": 1, "training.warmup_steps": 0, "inference.window": [16, 16, 16],
+        "preprocessing.crop_foreground": False, "inference.shape_prior_mm": None, "inference.largest_part": False,
+    }  # fmt: skip
+    trained = train_segmenter(preset, maps, tmp_path / "run", overrides=small, device="cpu")
+    assert load_model_files(trained).card["tissues"] == tissues_of(BRAIN)
+    scan = save(tmp_path / "scan.nii.gz", np.random.default_rng(0).random((20, 20, 20)).astype(np.float32), np.eye(4))
+    (result,) = run([scan], trained, tissues=True)
+    assert result.status == "done" and list(result.volumes_ml) == ["CSF", "grey matter", "white matter"]
+    (result,) = run([scan], trained, labels="hippocampus,thalamus", output=tmp_path / "some.nii.gz")
+    names = ["left thalamus", "left hippocampus", "right thalamus", "right hippocampus"]
+    assert list(result.volumes_ml) == names and list(stored_labels(tmp_path / "some.nii.gz")) == [6, 10, 19, 23]
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
