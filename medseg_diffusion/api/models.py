@@ -145,7 +145,7 @@ class Segmenter(Model):
         return SegmentedScan(
             scan=volume,
             labels=found.labels.numpy(),
-            classes={0: self.classes[0], **found.classes},
+            classes={0: self.classes.get(0, "background"), **found.classes},
             volumes_ml=found.volumes_ml,
             maps={name: data.numpy() for name, data in made.items() if data is not None},
             members_ml=found.members_ml,

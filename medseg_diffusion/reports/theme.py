@@ -26,26 +26,26 @@ CLASSES = (
 # Shares of white (positive) or black (negative) that are mixed into the colours when there are more classes.
 _SHADES = (0.0, 0.45, -0.35, 0.7, -0.6)
 
-# Structures of the brain, in the hues of FreeSurfer's colour table, which readers of brain scans know. Moved from it by
-# at most 0.07 in OKLab, so that they differ from each other and from the two colours above.
+# Structures of the brain, near the colours of FreeSurfer's table, which readers of brain scans know: at most 0.1 away in
+# OKLab. All differ from each other, from the two colours above and from grey, since outlines lie on grey scans.
 STRUCTURES = {
-    "cerebral white matter": "#F0EFEF",
-    "cerebral cortex": "#CD3E4E",
+    "cerebral white matter": "#FFD9FF",
+    "cerebral cortex": "#CC3F4F",
     "lateral ventricle": "#771388",
     "cerebellar white matter": "#DCF8A4",
-    "cerebellar cortex": "#DE8450",
-    "thalamus": "#00760E",
-    "caudate": "#9BC2D3",
+    "cerebellar cortex": "#EF7D39",
+    "thalamus": "#00760C",
+    "caudate": "#87CBD8",
     "putamen": "#EC0DB0",
     "pallidum": "#0C30FF",
-    "hippocampus": "#DADB03",
+    "hippocampus": "#DDD708",
     "amygdala": "#67FFFF",
-    "accumbens": "#FFBF2C",
-    "ventral diencephalon": "#A52726",
-    "brainstem": "#769CB1",
-    "third ventricle": "#CBB68F",
+    "accumbens": "#FFBE4F",
+    "ventral diencephalon": "#A52A2A",
+    "brainstem": "#5299B9",
+    "third ventricle": "#CDB488",
     "fourth ventricle": "#2ACCA4",
-    "other csf": "#474F52",
+    "other csf": "#364E71",
 }
 _COLOURS = len(CLASSES) * len(_SHADES)
 
@@ -81,7 +81,7 @@ def _structure_colour(name: str) -> str | None:
         return colour
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 153
-    return _shaded(colour, -0.35 if bright else 0.45)
+    return _shaded(colour, -0.35 if bright else 0.4)
 
 
 def _shaded(colour: str, shade: float) -> str:

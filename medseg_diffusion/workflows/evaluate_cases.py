@@ -86,10 +86,10 @@ def _reliability(pair: MaskPair, truth: NDArray[np.integer]) -> tuple[Reliabilit
     p: NDArray[Any] = read_map(path).data.numpy()
     if p.shape[1:] != truth.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
         return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
-    named = sorted(stored_labels(pair.prediction))
-    if not pair.merged and named and len(named) == len(p) - 1:  # the classes that were chosen, behind all else
+    named, every = sorted(stored_labels(pair.prediction)), list(range(1, len(p)))
+    if not pair.merged and len(named) == len(every) and named != every:  # chosen classes, behind everything else
         places = np.zeros(max(named[-1], int(truth.max())) + 1, np.int64)
-        places[named] = range(1, len(p))
+        places[named] = every
         truth = places[truth]
     if truth.max() >= len(p):
         return None, f"Not used for calibration: {path.name} has no probability of label {truth.max()}."

@@ -81,6 +81,7 @@ def test_every_structure_of_a_brain_has_its_own_colour() -> None:
     }
     pairs = itertools.combinations([*colours.values(), theme.REFERENCE, theme.PREDICTION], 2)
     assert min(float(np.linalg.norm(seen(a) - seen(b))) for a, b in pairs) > 0.05
+    assert min(float(np.hypot(*seen(colour)[1:])) for colour in colours.values()) > 0.035, "not grey, as scans are"
 
 
 def test_the_sides_of_a_structure_are_shades_of_one_colour() -> None:
