@@ -64,7 +64,7 @@ def _read(source: Path) -> Mapping[int, str]:
     expected, remedy = "names of labels", "correct the file, or name the classes with --label VALUE=NAME"
     try:
         if source.suffix == ".tsv":
-            return _from_table(source)
+            return names_in_table(source)
         content = json.loads(source.read_text(encoding="utf-8"))
         if source.name == "dataset.json":
             return {value: name for value, name in label_names(content["labels"]).items() if value}
@@ -73,8 +73,12 @@ def _read(source: Path) -> Mapping[int, str]:
         raise InputError(source, f"an unreadable entry ({error!r})", expected, remedy) from error
 
 
-def _from_table(source: Path) -> dict[int, str]:
-    """The columns index and name of a table of BIDS."""
+def names_in_table(source: Path) -> dict[int, str]:
+    """Label value above 0 -> name, by the columns index and name of a table of BIDS.
+
+    Raises:
+        OSError, ValueError, AttributeError: No such table.
+    """
     with source.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     if not rows or not {"index", "name"} <= set(rows[0]):

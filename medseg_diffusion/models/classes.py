@@ -39,11 +39,11 @@ def chosen_classes(classes: Mapping[int, str], wanted: str | Sequence[str | int]
     names = [part.strip() for part in parts if part.strip()]
     foreground = {value: name for value, name in classes.items() if value}
     if not names:
-        raise UsageError(f"--labels names no class; {_hint('', foreground, model)}")
+        raise UsageError(f"{model}: no class is named; {_hint('', foreground, model)}")
     selected: set[int] = set()
     for name in names:
         if not (found := _selected(name, foreground)):
-            raise UsageError(f"--labels {name}: {model} has no such class; {_hint(name, foreground, model)}")
+            raise UsageError(f"{model}: no class {name!r}; {_hint(name, foreground, model)}")
         selected |= found
     return {value: foreground[value] for value in sorted(selected)}
 
@@ -57,7 +57,7 @@ def tissues_of(card: Mapping[str, Any], model: str) -> tuple[dict[int, str], tup
 
     Raises:
         UsageError: The card groups no classes into tissues.
-        ModelError: It names a class that the model does not have, or one twice.
+        ModelError: It names a class that the model does not have, one twice, or none for a tissue.
     """
     classes = classes_of(card)
     groups = card.get(TISSUES)
@@ -72,6 +72,8 @@ def tissues_of(card: Mapping[str, Any], model: str) -> tuple[dict[int, str], tup
         raise ModelError(f"{model}: the entry {TISSUES!r} of its card is no list of classes for each tissue") from error
     if unknown := [name for name in owners if name not in classes.values()]:
         raise ModelError(f"{model}: the entry {TISSUES!r} of its card names {unknown[0]!r}, which is no class of it")
+    if empty := [tissue for tissue, names in groups.items() if not names]:
+        raise ModelError(f"{model}: the entry {TISSUES!r} of its card names no class for {empty[0]!r}")
     if count > len(owners):
         raise ModelError(f"{model}: the entry {TISSUES!r} of its card names a class twice")
     labels = {0: classes.get(0, "background"), **dict(enumerate(map(str, groups), 1))}

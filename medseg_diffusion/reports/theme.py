@@ -26,8 +26,8 @@ CLASSES = (
 # Shares of white (positive) or black (negative) that are mixed into the colours when there are more classes.
 _SHADES = (0.0, 0.45, -0.35, 0.7, -0.6)
 
-# Structures of the brain, near the colours of FreeSurfer's table, which readers of brain scans know (at most 0.1 away in
-# OKLab). All differ from each other, from the two colours above and from grey: outlines lie on grey scans.
+# Structures of the brain, at most 0.1 in OKLab from FreeSurfer's colours, which readers of brain scans know.
+# All differ from each other, from the two colours above and from grey: outlines lie on grey scans.
 STRUCTURES = {
     "cerebral white matter": "#FFD9FF",
     "cerebral cortex": "#CC3F4F",

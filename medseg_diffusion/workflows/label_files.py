@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medseg_diffusion.data.class_names import names_in_table
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.reports.theme import class_colours
-from medseg_diffusion.volumes.label_table import Label, LabelTable, to_tsv
+from medseg_diffusion.volumes.label_table import Label, LabelTable, printable_name, to_tsv
 from medseg_diffusion.volumes.outputs import Outputs
 
 from .results_table import table_folder
@@ -49,19 +50,24 @@ class LabelFiles:
         shared = None if dicom else table_folder(masks, folder)
         self._shared = None if shared is None else shared / NAME
         self._single, self._written = len(masks) == 1 and not dicom, False
-        if self._shared is not None and self._shared.exists() and self._content() != self._shared.read_bytes():
-            raise UsageError(f"{self._shared}: names other classes; move it, or give -o another folder")
+        if self._shared is not None and self._shared.exists():
+            if not self._holds_for(self._shared):
+                raise UsageError(f"{self._shared}: names other classes; move it, or give -o another folder")
+            self._written = True  # by an earlier call, perhaps in other colours
 
     def write(self, own: Path) -> Outputs:
-        """Write the table, unless this call has; ``own`` is the file of a single scan. Only this one is returned."""
+        """Write the table, unless it is there; ``own`` is the file of a single scan. Only this one is returned."""
         path = own if self._single else self._shared
         if path is not None and not self._written:
-            write_files(path.parent, {path.name: self._content()})
+            write_files(path.parent, {path.name: to_tsv(self.table)})
             self._written = True
         return {"label-table": own} if self._single else {}
 
-    def _content(self) -> bytes:
-        return to_tsv(self.table).encode()
+    def _holds_for(self, table: Path) -> bool:
+        try:
+            return names_in_table(table) == {value: printable_name(name) for value, name in self.names.items()}
+        except (OSError, ValueError, AttributeError):  # no table
+            return False
 
 
 def as_segments(labels: npt.NDArray[Any], names: Mapping[int, str]) -> npt.NDArray[Any]:

@@ -48,10 +48,10 @@ def test_an_unknown_name_among_many_classes_lists_the_nearest_and_says_how_to_se
     with pytest.raises(UsageError) as caught:
         chosen_classes(BRAIN, "thalamus,hipocampus", "brain")
     assert str(caught.value) == (
-        "--labels hipocampus: brain has no such class; the nearest are left hippocampus, right hippocampus; "
+        "brain: no class 'hipocampus'; the nearest are left hippocampus, right hippocampus; "
         "`medseg models show brain` lists all 30"
     )
-    with pytest.raises(UsageError, match=r"no such class; `medseg models show brain` lists all 30$"):
+    with pytest.raises(UsageError, match=r"no class 'xyz'; `medseg models show brain` lists all 30$"):
         chosen_classes(BRAIN, "xyz", "brain")
 
 
@@ -80,6 +80,7 @@ def test_a_card_without_tissues_or_with_wrong_ones_is_one_line() -> None:
     for wrong, message in (
         ({"CSF": ["blood"]}, "names 'blood', which is no class"),
         ({"CSF": ["brainstem"], "grey matter": ["brainstem"]}, "names a class twice"),
+        ({"CSF": ["brainstem"], "grey matter": []}, "names no class for 'grey matter'"),
         (["CSF"], "no list of classes"),
         ({"CSF": 3}, "no list of classes"),
     ):

@@ -114,8 +114,14 @@ def test_masks_of_one_folder_share_a_table_and_another_table_is_refused(tmp_path
     again = run(scans, model, output=out, labels=CHOICE, volumes=True, skip_existing=True)
     assert [result.status for result in again] == ["skipped"] * 2
     assert [result.volumes_ml for result in again] == [pytest.approx(result.volumes_ml) for result in results]
-    with pytest.raises(UsageError, match=r"dseg\.tsv: names other classes; move it, or give -o another folder"):
-        run(scans, model, output=out)
+    table = (out / "dseg.tsv").read_text().replace("\t#", "\t#00")
+    (out / "dseg.tsv").write_text(table)  # other colours do no harm
+    assert run(scans, model, output=out, labels=CHOICE)[0].status == "done"
+    assert (out / "dseg.tsv").read_text() == table
+    for content in (None, "my own work"):
+        (out / "dseg.tsv").write_text(content or table)
+        with pytest.raises(UsageError, match=r"dseg\.tsv: names other classes; move it, or give -o another folder"):
+            run(scans, model, output=out, labels=CHOICE if content else None)
     apart = [save(tmp_path / name / "scan.nii.gz") for name in "cd"]
     run(apart, model)
     assert not list(tmp_path.glob("[cd]/*.tsv")) and stored_labels(tmp_path / "c" / "scan_seg.nii.gz")
@@ -185,6 +191,10 @@ def test_a_tissue_is_the_sum_of_its_structures(tmp_path: Path, model: Path) -> N
     assert (found.labels != relabelled)[sure].any(), "several structures of one tissue outvote a single other one"
     volume = abs(np.linalg.det(nib.load(scan).affine[:3, :3])) / 1000
     assert found.volumes_ml["grey matter"] == pytest.approx((found.labels == 2).sum() * volume)
+    assert stored_labels(found.save(tmp_path / "saved.nii.gz")) == {1: "CSF", 2: "grey matter", 3: "white matter"}
+    nib.save(found.to_nibabel("members"), tmp_path / "members.nii.gz")
+    nib.save(found.to_nibabel("probabilities"), tmp_path / "p.nii.gz")
+    assert stored_labels(tmp_path / "members.nii.gz") and not stored_labels(tmp_path / "p.nii.gz")
     only_grey = tissues.segment(scan, labels=["grey matter"])
     np.testing.assert_array_equal(only_grey.labels, np.where(found.labels == 2, 2, 0))
     assert only_grey.classes == {0: "background", 2: "grey matter"} and list(only_grey.volumes_ml) == ["grey matter"]
@@ -253,9 +263,9 @@ def test_a_model_that_was_trained_on_structures_knows_their_tissues(tmp_path: Pa
 def test_what_a_model_does_not_have_is_one_line_before_any_work(tmp_path: Path, model: Path, tiny_model: Path) -> None:
     scan = save(tmp_path / "scan.nii.gz")
     for options, text in (
-        (["--labels", "thalamus"], "--labels thalamus: "),
+        (["--labels", "thalamus"], "no class 'thalamus'; "),
         (["--labels", "9"], "its classes are 1 left hippocampus, 2 right hippocampus"),
-        (["--labels", ","], "--labels names no class"),
+        (["--labels", ","], "no class is named"),
         (["--tissues", "--labels", "hippocampus"], "its classes are 1 CSF, 2 grey matter, 3 white matter"),
     ):
         result = medseg("segment", scan, "-m", model, *options)
