@@ -66,6 +66,22 @@ def segment(
     pattern: Pattern = None,
     channel: Channels = None,
     series: Series = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Write some of the classes: names or values with commas between; a name without its side "
+            "(hippocampus) takes left and right. Default: all.",
+        ),
+    ] = None,
+    tissues: Annotated[
+        bool,
+        typer.Option(
+            "--tissues",
+            help="Write the tissues that a model of brain structures groups its classes into: 1 CSF, 2 grey matter, "
+            "3 white matter.",
+        ),
+    ] = False,
     ensemble: Annotated[
         int | None, typer.Option(min=1, help="Number of masks sampled per scan; default: the model's.")
     ] = None,
@@ -179,5 +195,7 @@ def segment(
         keep_largest=keep_largest,
         failures=failures,
         max_memory=max_memory,
+        labels=labels,
+        tissues=tissues,
     )
     run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json, failures)

@@ -149,6 +149,7 @@ def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monke
     assert_documented("volumes.csv", out / "volumes.csv")
     run(scans[:1], with_seen(model, voxel_mm={"R": [30, 40]}), output=tmp_path / "odd", statistics=True)
     assert_documented("*_statistics.json", out / "a_statistics.json", tmp_path / "odd" / "a_statistics.json")
+    assert_documented("*_dseg.tsv", out / "dseg.tsv")
 
 
 def test_anomalies(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def test_a_name_that_is_a_command_is_only_a_name(tiny_model: Path, tmp_path: Pat
     result = medseg("segment", scan, "-m", tiny_model, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "$(touch owned); touch owned #.nii.gz", "$(touch owned); touch owned #_seg.nii.gz",
+        "$(touch owned); touch owned #.nii.gz", "$(touch owned); touch owned #_dseg.tsv",
+        "$(touch owned); touch owned #_seg.nii.gz",
     ]  # fmt: skip
 
 

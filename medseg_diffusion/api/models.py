@@ -17,6 +17,7 @@ from medseg_diffusion.errors import InputError, ModelError, UsageError, remarks
 from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
 from medseg_diffusion.models.anomaly_map import mask_of
+from medseg_diffusion.models.classes import chosen_classes
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.imported import restore_network
 from medseg_diffusion.models.load import load_segmenter
@@ -78,7 +79,7 @@ class Segmenter(Model):
     """A segmenter: a mask-diffusion model, its feed-forward baseline, or pixel classifiers on a generator.
 
     Attributes:
-        classes: Label -> name of the class, background 0 included.
+        classes: Label -> name of the class, background 0 included; of the tissues, if these were asked for.
         channels: Names of the channels of its scans, in their order.
     """
 
@@ -96,6 +97,7 @@ class Segmenter(Model):
         *,
         spacing_mm: Sequence[float] | None = None,
         affine: npt.ArrayLike | None = None,
+        labels: str | Sequence[str | int] | None = None,
         maps: Collection[SegmentedMap] = (),
         seed: int = 0,
         on_progress: OnProgress = silent,
@@ -108,6 +110,10 @@ class Segmenter(Model):
                 one for each channel in the order of `channels`, or a mapping from their names.
             spacing_mm: Voxel size of an array along its axes, in mm. They point to the patient's right, front and top.
             affine: Voxel indices of an array -> RAS millimetres, (4, 4), instead of ``spacing_mm``.
+            labels: Names or values of the classes that the result tells of, such as "hippocampus,thalamus"; a name
+                without its side selects both. None takes all. Values stay those of the model, and every voxel has the
+                class that it has without a choice. Uncertainty, mutual information, disagreement and quality are those
+                of the whole segmentation.
             maps: What is made beside the labels: "probabilities", "uncertainty", "members", "mutual-information".
                 Large scans of many classes have large maps.
             seed: Seed of all randomness. `segment` derives one from its own seed and the scan's name instead.
@@ -116,9 +122,11 @@ class Segmenter(Model):
         Raises:
             InputError: An unusable scan, or one that the model does not take: other channels, a single slice for a
                 model of volumes, an array without a voxel size.
-            UsageError: A folder of several scans, a voxel size for a scan that has its own, or an unknown map.
+            UsageError: A folder of several scans, a voxel size for a scan that has its own, an unknown map, or a class
+                that the model does not have.
         """
         model = self._model
+        chosen = None if labels is None else chosen_classes(self.classes, labels, self.name)
         if unknown := [name for name in maps if name not in get_args(SegmentedMap)]:
             raise UsageError(f"maps: {unknown[0]!r} is unknown; there are {', '.join(get_args(SegmentedMap))}")
         on_grid: list[Map] = [name for name in maps if name != "members"]
@@ -127,7 +135,7 @@ class Segmenter(Model):
             require_fitting(volume, model)
             volume = volume.described(model.saved.signature)
             found = model.segment(
-                volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), on_grid
+                volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), on_grid, chosen
             )
         made: dict[SegmentedMap, Tensor | None] = {
             "probabilities": found.probabilities,
@@ -138,7 +146,7 @@ class Segmenter(Model):
         return SegmentedScan(
             scan=volume,
             labels=found.labels.numpy(),
-            classes=dict(self.classes),
+            classes={0: self.classes.get(0, "background"), **found.classes},
             volumes_ml=found.volumes_ml,
             maps={name: data.numpy() for name, data in made.items() if data is not None},
             members_ml=found.members_ml,
@@ -342,6 +350,7 @@ class Generator(Network):
 _OPTIONS = {
     Segmenter: (
         "ensemble", "steps", "sampler", "fusion", "uncertainty", "keep_largest", "fast", "max_memory", "compile",
+        "tissues",
     ),
     AnomalyDetector: ("method", "latent_quantile", "median", "erosion", "min_volume_mm3", "compile"),
     Generator: ("upsampler", "classifier", "compile"),
@@ -363,6 +372,7 @@ def load_model(
     keep_largest: bool | None = None,
     fast: bool = False,
     max_memory: float | None = None,
+    tissues: bool = False,
     method: str | None = None,
     latent_quantile: float | None = None,
     median: int | None = None,
@@ -388,6 +398,7 @@ def load_model(
         keep_largest: Segmenter: keep only the largest connected part of the foreground.
         fast: Segmenter: one step and one mask, as far as the model has both.
         max_memory: Segmenter: most memory of the process in GB, by an estimate; None for no limit.
+        tissues: Segmenter: tissues instead of its classes, if its card groups them; their probabilities are sums.
         method: Anomaly model: one of its detectors.
         latent_quantile: Anomaly model: share of healthy latent positions that "latent-healing" leaves as they are.
         median: Anomaly model: side of the median filter, in voxels of the model's grid.
@@ -405,7 +416,7 @@ def load_model(
         "ensemble": ensemble, "steps": steps, "sampler": sampler, "fusion": fusion, "uncertainty": uncertainty,
         "keep_largest": keep_largest, "fast": fast or None, "max_memory": max_memory, "method": method,
         "latent_quantile": latent_quantile, "median": median, "erosion": erosion, "min_volume_mm3": min_volume_mm3,
-        "upsampler": upsampler, "classifier": classifier, "compile": compile or None,
+        "upsampler": upsampler, "classifier": classifier, "compile": compile or None, "tissues": tissues or None,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     saved = load_model_files(name_or_path)

@@ -17,21 +17,23 @@ from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.reports.pictures import as_pictures, grid, png
 from medseg_diffusion.volumes.io import write_labels, write_map
+from medseg_diffusion.volumes.label_table import LabelTable
 from medseg_diffusion.volumes.memory import to_nibabel
 from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.workflows.label_files import label_table
 
 SegmentedMap = Literal["probabilities", "uncertainty", "members", "mutual-information"]
 """What `Segmenter.segment` makes beside the labels."""
 ScoredMap = Literal["score", "mask", "foreground", "counterpart"]
 
 
-def _write(array: npt.NDArray[Any], scan: Volume, path: Path) -> Path:
-    """Write labels or a map, (I, J, K) or (C, I, J, K), with the geometry of the scan."""
+def _write(array: npt.NDArray[Any], scan: Volume, path: Path, table: LabelTable | None = None) -> Path:
+    """Write labels or a map, (I, J, K) or (C, I, J, K), with the geometry of the scan; ``table`` names the labels."""
     data = torch.from_numpy(np.ascontiguousarray(array))
     if data.is_floating_point():
         write_map(data, scan, path)
     else:
-        write_labels(data, scan, path)
+        write_labels(data, scan, path, table)
     return path
 
 
@@ -42,7 +44,7 @@ class SegmentedScan:
     Attributes:
         scan: The scan, whose geometry all arrays have.
         labels: Label of every voxel, (I, J, K) uint8, or int32 for more than 256 classes.
-        classes: Label -> name of the class, background 0 included.
+        classes: Label -> name of the class, background 0 included: of all classes, or of those that were chosen.
         volumes_ml: Class name -> volume in ml, without background.
         maps: The maps that were asked for, by their names.
         members_ml: Class name -> smallest and largest volume of the members; empty for one member.
@@ -83,7 +85,7 @@ class SegmentedScan:
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
-        """Probability of every class, (C, I, J, K) float32 in [0, 1], background first."""
+        """Probability of every class of `classes`, (C, I, J, K) float32 in [0, 1], behind that of everything else."""
         return self._array("probabilities")
 
     @property
@@ -106,19 +108,28 @@ class SegmentedScan:
     def to_nibabel(self, what: SegmentedMap | Literal["labels"] = "labels") -> nib.Nifti1Image:
         """The labels, or a map, as an image of nibabel with the scan's affine and codes; channels are its last axis.
 
+        The header of labels holds the names and colours of the classes.
+
         Raises:
             UsageError: A map that was not asked for.
         """
-        return to_nibabel(self._array(what), self.scan)
+        return to_nibabel(self._array(what), self.scan, self._table(what))
 
     def save(self, path: str | Path, what: SegmentedMap | Literal["labels"] = "labels") -> Path:
         """Write the labels, or a map, with the scan's geometry, and return the path. Its suffix decides the format.
+
+        NIfTI files of labels hold the names and colours of the classes, too.
 
         Raises:
             UsageError: A map that was not asked for, or a missing folder.
             InputError: An unknown suffix.
         """
-        return _write(self._array(what), self.scan, Path(path))
+        return _write(self._array(what), self.scan, Path(path), self._table(what))
+
+    def _table(self, what: SegmentedMap | Literal["labels"]) -> LabelTable | None:
+        if what not in ("labels", "members"):
+            return None
+        return label_table({value: name for value, name in self.classes.items() if value})
 
 
 @dataclass(frozen=True, eq=False)

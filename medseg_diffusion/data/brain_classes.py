@@ -67,7 +67,8 @@ TISSUES = BrainClasses(
         "CSF": (24, 4, 5, 14, 15, 43, 44, 72, 31, 63, 136, 137, 163, 164, 30, 62),
         # Cortex, cerebellar cortex, thalamus, caudate, putamen, pallidum, hippocampus, amygdala, accumbens.
         "grey matter": (3, 42, 8, 47, 10, 49, 11, 50, 12, 51, 13, 52, 17, 53, 18, 54, 26, 58),
-        # Cerebral, cerebellar, brainstem, ventral diencephalon, callosum, white-matter hypointensities (25, 57, 77).
+        # Cerebral, cerebellar, brainstem, ventral diencephalon, callosum, lesions (25, 57) and hypointensities (77) of
+        # white matter.
         "white matter": (2, 41, 7, 46, 16, 28, 60, 251, 252, 253, 254, 255, 25, 57, 77),
     }
 )
@@ -107,3 +108,20 @@ STRUCTURES = BrainClasses(
 """Structures of each side. Labels that FreeSurfer does not divide by side (77, 251 to 255) have none."""
 
 CLASSES = {"tissues": TISSUES, "structures": STRUCTURES}
+
+
+def tissues_of(classes: BrainClasses) -> dict[str, list[str]]:
+    """Tissue -> names of the classes that belong to it.
+
+    Raises:
+        ValueError: a class with labels of several tissues.
+    """
+    groups: dict[str, list[str]] = {tissue: [] for tissue in TISSUES.names[1:]}
+    for name, labels in classes.labels.items():
+        tissues = {TISSUES.names[TISSUES.class_of[label]] for label in labels}
+        if len(tissues) > 1:
+            raise ValueError(f"{name} has labels of {' and '.join(sorted(tissues))}")
+        (tissue,) = tissues
+        if tissue in groups:  # not the background
+            groups[tissue].append(name)
+    return groups

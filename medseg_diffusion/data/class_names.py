@@ -1,4 +1,4 @@
-"""Names of the classes in label maps, from the files beside them. NIfTI and PNG files hold label values alone."""
+"""Names of the classes in label maps: from the files beside them, or else from the headers of NIfTI files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import stored_labels
 from medseg_diffusion.volumes.outputs import MASKS, SEGMENTATION
 from medseg_diffusion.volumes.paths import scan_name
 
@@ -20,7 +21,8 @@ def class_names(masks: Sequence[Path]) -> tuple[dict[int, str], list[str]]:
 
     The names of a mask are in the first of these files that exists: `NAME_dseg.tsv` beside it, or `dseg.tsv` in its
     folder (BIDS: columns index and name); `NAME_statistics.json` of `medseg segment`; `dataset.json` in its folder or
-    the one above (Medical Segmentation Decathlon, nnU-Net). If files name a label differently, the first name counts.
+    the one above (Medical Segmentation Decathlon, nnU-Net). Without any, they are in the mask's own header
+    (`volumes.label_table`), which nobody corrects by hand. If files name a label differently, the first name counts.
 
     Args:
         masks: The label maps, in order of trust.
@@ -32,11 +34,11 @@ def class_names(masks: Sequence[Path]) -> tuple[dict[int, str], list[str]]:
     others: dict[tuple[int, str], Path] = {}
     read: set[Path] = set()
     for mask in masks:
-        source = next((path for path in _sources(mask) if path.is_file()), None)
-        if source is None or source in read:
+        source = next((path for path in _sources(mask) if path.is_file()), mask)
+        if source in read:
             continue
         read.add(source)
-        for value, name in _read(source).items():
+        for value, name in (_read(source) if source != mask else stored_labels(mask)).items():
             if names.setdefault(value, (name, source))[0] != name:
                 others.setdefault((value, name), source)
     remarks = [
@@ -62,7 +64,7 @@ def _read(source: Path) -> Mapping[int, str]:
     expected, remedy = "names of labels", "correct the file, or name the classes with --label VALUE=NAME"
     try:
         if source.suffix == ".tsv":
-            return _from_table(source)
+            return names_in_table(source)
         content = json.loads(source.read_text(encoding="utf-8"))
         if source.name == "dataset.json":
             return {value: name for value, name in label_names(content["labels"]).items() if value}
@@ -71,8 +73,12 @@ def _read(source: Path) -> Mapping[int, str]:
         raise InputError(source, f"an unreadable entry ({error!r})", expected, remedy) from error
 
 
-def _from_table(source: Path) -> dict[int, str]:
-    """The columns index and name of a table of BIDS."""
+def names_in_table(source: Path) -> dict[int, str]:
+    """Label value above 0 -> name, by the columns index and name of a table of BIDS.
+
+    Raises:
+        OSError, ValueError, AttributeError: No such table.
+    """
     with source.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     if not rows or not {"index", "name"} <= set(rows[0]):
@@ -81,5 +87,6 @@ def _from_table(source: Path) -> dict[int, str]:
 
 
 def _from_statistics(content: Mapping[str, Any]) -> dict[int, str]:
-    """The classes of `medseg segment`, which are listed in the order of their labels 1, 2, ..."""
-    return {value: str(name) for value, name in enumerate(content["classes"], start=1)}
+    """The classes of `medseg segment`; files of earlier versions list them in the order of their labels 1, 2, ..."""
+    classes = content["classes"].items()
+    return {int(entry.get("label", place)): str(name) for place, (name, entry) in enumerate(classes, 1)}

@@ -70,6 +70,7 @@ class EnsembleSegmenter:
         seed: int = 0,
         on_progress: Callable[[float], None] = lambda done: None,
         maps: Collection[Map] = (),
+        chosen: Collection[int] | None = None,
     ) -> Segmentation:
         if self._limit is not None:
             self._limit.before(volume)
@@ -81,7 +82,7 @@ class EnsembleSegmenter:
                 model.allowed = way.samples
                 filled_up_to(self.model, way.samples)
                 slabs = self._slabs(model, image.to(device), seed, on_progress, replace(way, windows=windows))
-                return self.aggregation.combine(slabs, placement, maps)
+                return self.aggregation.combine(slabs, placement, maps, chosen)
 
         spatial = image.shape[1 : 1 + way.dims]
         found = stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)

@@ -30,6 +30,7 @@ def load_segmenter(
     fast: bool = False,
     max_memory: float | None = None,
     compile: bool = False,
+    tissues: bool = False,
 ) -> SegmentationModel:
     """Load a segmenter once for many scans.
 
@@ -45,11 +46,12 @@ def load_segmenter(
         fast: One step and one mask, as far as the model has both.
         max_memory: Most memory of the process in GB, by an estimate; None for no limit.
         compile: Compile the network for every size of its input; masks differ by rounding.
+        tissues: Tissues instead of the model's classes: the probability of a tissue is the sum of those of its classes.
 
     Raises:
         ModelError: A model that is missing, unusable or not a segmenter.
-        UsageError: An unknown device, sampler, fusion or uncertainty, a number below 1, or options that the model does
-            not have.
+        UsageError: An unknown device, sampler, fusion or uncertainty, a number below 1, options that the model does
+            not have, or tissues of a model whose card does not group its classes.
     """
     for name, number in (("ensemble", ensemble), ("steps", steps)):
         if number is not None and number < 1:
@@ -60,7 +62,7 @@ def load_segmenter(
     chosen = choose_device(device)
     tune(chosen)
     saved = load_model_files(name_or_path)
-    options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty, keep_largest, fast)
+    options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty, keep_largest, fast, tissues)
     pixels = saved.card.get("method") == "label-efficient"
     if pixels and compile:
         raise UsageError(f"{saved.path}: classifies pixels, which is not compiled: leave --compile out")

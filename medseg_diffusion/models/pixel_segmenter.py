@@ -24,6 +24,7 @@ from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Box, Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
+from .classes import classes_of, tissues_of
 from .doubts import stored_seen
 from .ensemble_segmenter import EnsembleSegmenter
 from .generator import Generator, restore_generator
@@ -64,7 +65,9 @@ class PixelSegmenter(EnsembleSegmenter):
         self.model.to(device)
         self.dims = len(generator.config.data.shape)
         self.channels = len(saved.card["channels"])  # of the scans, which may be grey for a generator of colour images
-        self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
+        self.labels, groups = classes_of(saved.card), None
+        if options.tissues:
+            self.labels, groups = tissues_of(saved.card, saved.name)
         self.preprocessing = pixel_preprocessing(generator)
         self.inference = pixel_inference(generator, self.config)
         self.ensemble = options.ensemble or self.inference.ensemble
@@ -73,7 +76,8 @@ class PixelSegmenter(EnsembleSegmenter):
         # Activations need much more memory than samples of masks.
         batch_size = 1 if device.type == "cpu" else 4
         windows = Windows(self.inference.window, self.inference.overlap, batch_size)
-        self.way = Pass(DDIM(), [1, 0], windows, self.dims, generator.config.training.precision, together=True)
+        precision = generator.config.training.precision
+        self.way = Pass(DDIM(), [1, 0], windows, self.dims, precision, together=True, groups=groups)
         largest_part = self.inference.largest_part if options.keep_largest is None else options.keep_largest
         self.aggregation = Aggregation(self.labels, options.fusion, options.uncertainty, largest_part)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ NOT_FASTER = "--fast changes nothing: this model has no setting with fewer steps
 Map = Literal["probabilities", "uncertainty", "mutual-information"]
 """A map on the scan's grid, which is only made if it is asked for: large scans of many classes have large maps."""
 Quality = Literal["usual", "check"]
+Number = TypeVar("Number")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class EnsembleOptions:
         uncertainty: Kind of the uncertainty map (`Ensemble.uncertainty`).
         keep_largest: Whether only the largest connected part of the foreground is kept.
         fast: One step and one mask instead of the model's defaults, as far as the model has both.
+        tissues: Tissues instead of the model's classes, as its card groups them (`classes.tissues_of`).
     """
 
     ensemble: int | None = None
@@ -65,18 +67,25 @@ class EnsembleOptions:
     uncertainty: Uncertainty = "entropy"
     keep_largest: bool | None = None
     fast: bool = False
+    tissues: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     """A segmented scan in memory, on the scan's own grid (I, J, K).
 
+    If some of the classes were chosen, labels, probabilities, and all numbers by the name of a class are of these
+    alone. They are the same as without the choice. All else tells about the whole segmentation: uncertainty, mutual
+    information, members, quality and disagreement.
+
     Attributes:
-        labels: Class values, (I, J, K) uint8 or int32.
-        probabilities: Class probabilities, (K, I, J, K'); None unless asked for, as the other maps.
+        classes: Class value -> name, without background: all of the model's, or the chosen ones.
+        labels: Class values, (I, J, K) uint8 or int32; 0 for background and for classes that were not chosen.
+        probabilities: Class probabilities, (K, I, J, K'): of everything that is in no class of ``classes``, then of
+            each of these by its value. None unless asked for, as the other maps.
         uncertainty: Uncertainty map of the requested kind, (I, J, K).
         mutual_information: Disagreement of the members (`Ensemble.uncertainty`) before any part is dropped, (I, J, K).
-        members: Labels of every member on the model's grid, (N, *S).
+        members: Labels of every member on the model's grid, (N, *S), of all classes.
         placement: How the model's grid lies in the scan.
         volumes_ml: Class name -> volume, without background.
         members_ml: Class name -> smallest and largest volume of the members; empty for one member.
@@ -94,6 +103,7 @@ class Segmentation:
             empty if nothing is known. Such a scan has no intervals: they hold for scans like those of the calibration.
     """
 
+    classes: dict[int, str]
     labels: Tensor
     probabilities: Tensor | None
     uncertainty: Tensor | None
@@ -178,10 +188,11 @@ class SegmentationModel(Protocol):
         seed: int = 0,
         on_progress: Callable[[float], None] = ...,
         maps: Collection[Map] = (),
+        chosen: Collection[int] | None = None,
     ) -> Segmentation:
         """Segment a scan; ``seed`` decides all randomness. ``on_progress`` is called with the share done.
 
-        ``maps`` are made beside the labels.
+        ``maps`` are made beside the labels. ``chosen`` are the values of the classes to tell of; None takes all.
         """
         ...
 
@@ -218,11 +229,22 @@ class Aggregation:
         """The classes without background."""
         return {value: name for value, name in self.labels.items() if value}
 
-    def combine(self, ensemble: Ensemble | Slabs, placement: Placement, maps: Collection[Map] = ()) -> Segmentation:
+    def combine(
+        self,
+        ensemble: Ensemble | Slabs,
+        placement: Placement,
+        maps: Collection[Map] = (),
+        chosen: Collection[int] | None = None,
+    ) -> Segmentation:
         """Combine the members into one segmentation, slab by slab, and make the ``maps`` that are asked for.
 
         Probabilities, never labels, are mapped to the scan's grid.
+
+        The values ``chosen`` restrict what the result tells of (`Segmentation`), after everything was computed: a voxel
+        has the class that it has without a choice, the largest part is that of all classes together, and agreement and
+        quality are those of the whole segmentation.
         """
+        classes = {value: name for value, name in self.foreground.items() if chosen is None or value in chosen}
         slabs = Slabs([ensemble], 0) if isinstance(ensemble, Ensemble) else ensemble
         disagreement: Tensor | None = None  # mutual information before positions are excluded
         if self.prior is not None or self.fusion == "staple":  # they need all of the image
@@ -231,7 +253,7 @@ class Aggregation:
                 disagreement = whole.uncertainty("mutual-information").cpu() if "mutual-information" in maps else None
                 whole = whole.within(near)
             slabs = Slabs([whole], slabs.axis)
-        scan = _OnScan(self, placement, maps, slabs.axis)
+        scan = _OnScan(self, placement, maps, slabs.axis, sorted(classes))
         members = scan.fill(slabs)
         mutual: Tensor | None = None
         if "mutual-information" in maps:
@@ -252,30 +274,37 @@ class Aggregation:
         intervals = self._intervals(volumes, voxel_ml)
         several = len(members) > 1
         agreement = self._agreement(members) if several else {}
+        ranges = self._ranges(members, _voxel_ml(placement.affine)) if several else {}
+        scan.keep_only(classes)
         return Segmentation(
+            classes=classes,
             labels=labels,
             probabilities=scan.probabilities,
             uncertainty=uncertain,
             mutual_information=mutual,
             members=members.labels,
             placement=placement,
-            volumes_ml=volumes,
-            members_ml=self._ranges(members, _voxel_ml(placement.affine)) if several else {},
-            intervals_ml=intervals,
+            volumes_ml=_of(classes, volumes),
+            members_ml=_of(classes, ranges),
+            intervals_ml=_of(classes, intervals),
             level=self.calibration.level if self.calibration is not None and intervals else None,
-            agreement=agreement,
+            agreement=_of(classes, agreement),
             quality=self._quality(agreement),
             disagreement=members.disagreement if several else None,
         )
 
     def members_on_scan(self, segmentation: Segmentation) -> Tensor:
-        """Masks of all members on the scan's grid, (N, I, J, K), with the data type of ``segmentation.labels``."""
+        """Masks of all members on the scan's grid, (N, I, J, K), with the data type of ``segmentation.labels``.
+
+        They show the classes of the segmentation: all, or the chosen ones.
+        """
         classes, placement = len(self.labels), segmentation.placement
         masks = torch.zeros(len(segmentation.members), *placement.native_shape, dtype=segmentation.labels.dtype)
         turned = placement.turned(masks.numpy())
         for member, mask in zip(segmentation.members, turned, strict=True):
             for where, shares in placement.restored(_one_hot(member, classes), 0):
                 mask[where] = labels_of(shares).numpy()
+        _keep_only(masks.numpy(), segmentation.classes, classes)
         return masks
 
     def _restored(self, values: Tensor, placement: Placement) -> Tensor:
@@ -318,19 +347,24 @@ class _OnScan:
 
     Attributes:
         labels: (I, J, K) uint8, or int32 for more than 256 classes.
-        probabilities: (K, I, J, K') after the calibration, or None if not asked for.
+        probabilities: (1 + chosen classes, I, J, K') after the calibration, or None if not asked for. The first are
+            those of all that was not chosen.
         entropy: (I, J, K) of the probabilities, or None.
     """
 
-    def __init__(self, how: Aggregation, placement: Placement, maps: Collection[Map], axis: int) -> None:
+    def __init__(
+        self, how: Aggregation, placement: Placement, maps: Collection[Map], axis: int, chosen: list[int]
+    ) -> None:
         """For slabs along ``axis``; the labels have the order in which these are contiguous."""
         self.how, self.placement, shape = how, placement, placement.native_shape
+        self.chosen = chosen
         certain = self._calibrated(torch.tensor(how.outside)[:, None])  # of voxels outside the crop
         self.labels = np.zeros(shape, np.uint8 if len(how.labels) <= 256 else np.int32, "F" if axis == 2 else "C")
         self.certain, self.probabilities, self.entropy = certain, None, None
         if "probabilities" in maps:
-            self.probabilities = torch.empty(len(certain), *shape)
-            for channel, value in zip(self.probabilities, certain.flatten().tolist(), strict=True):
+            outside = self._of_chosen(certain)
+            self.probabilities = torch.empty(len(outside), *shape)
+            for channel, value in zip(self.probabilities, outside.flatten().tolist(), strict=True):
                 channel.fill_(value)
         if "uncertainty" in maps and how.uncertainty == "entropy":
             self.entropy = entropy(certain).expand(*shape).clone()
@@ -369,14 +403,25 @@ class _OnScan:
         """Make voxels certain background."""
         self.labels[dropped.numpy()] = 0
         if self.probabilities is not None:
-            self.probabilities[:, dropped] = self.certain
+            self.probabilities[:, dropped] = self._of_chosen(self.certain)
         if self.entropy is not None:
             self.entropy[dropped] = entropy(self.certain)
+
+    def keep_only(self, chosen: Collection[int]) -> None:
+        """Make voxels of all other classes background."""
+        _keep_only(self.labels, chosen, len(self.how.labels))
+
+    def _of_chosen(self, probabilities: Tensor) -> Tensor:
+        """Of probabilities (K, ...) those of the chosen classes, behind the sum of all others."""
+        if len(self.chosen) == len(probabilities) - 1:
+            return probabilities
+        kept = probabilities[self.chosen]
+        return torch.cat([(1 - kept.sum(0, keepdim=True)).clamp(min=0), kept])
 
     def _fill_maps(self, where: Where, mean: Tensor) -> None:
         calibrated = self._calibrated(mean)
         if self.probabilities is not None:
-            self.placement.turned(self.probabilities.numpy())[:, *where] = calibrated.cpu().numpy()
+            self.placement.turned(self.probabilities.numpy())[:, *where] = self._of_chosen(calibrated).cpu().numpy()
         if self.entropy is not None:
             self.placement.turned(self.entropy[None].numpy())[0][where] = entropy(calibrated).cpu().numpy()
 
@@ -412,6 +457,21 @@ def labels_of(part: Part) -> Tensor:
         np.copyto(within[own], value, where=score > best[own], casting="unsafe")
         np.maximum(best[own], score, out=best[own])
     return labels
+
+
+def _keep_only(labels: np.ndarray, chosen: Collection[int], classes: int) -> None:
+    """Set labels of any shape, 0 to ``classes`` - 1, to 0 where they are not chosen."""
+    dropped = np.ones(classes, bool)
+    dropped[[0, *chosen]] = False
+    if dropped.any():
+        # Plane by plane as they lie in memory: numpy makes 8 bytes of every label by which it indexes.
+        for plane in np.moveaxis(labels, int(np.argmax(labels.strides)), 0):
+            plane[dropped[plane]] = 0
+
+
+def _of(classes: Mapping[int, str], numbers: Mapping[str, Number]) -> dict[str, Number]:
+    """The numbers of these classes, by name."""
+    return {name: numbers[name] for name in classes.values() if name in numbers}
 
 
 def _one_hot(labels: Tensor, classes: int) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.tasks.jitter import Jitter
 from medseg_diffusion.tasks.mask import FeedForward
 
+from .classes import classes_of, tissues_of
 from .doubts import stored_seen
 from .ensemble_segmenter import EnsembleSegmenter
 from .finder import Finder
@@ -58,7 +59,9 @@ class MaskSegmenter(EnsembleSegmenter):
         self.dims: int = self.config.network.dims
         self.channels, self.merge_labels = self.config.data.channels, self.config.data.merge_labels
         self.preprocessing = build.preprocessing(self.config.preprocessing)
-        self.labels = {int(value): str(name) for value, name in saved.card["labels"].items()}
+        self.labels, groups = classes_of(saved.card), None
+        if options.tissues:
+            self.labels, groups = tissues_of(saved.card, saved.name)
         self.notes: list[str] = []
         default = 1 if options.fast else self.inference.ensemble
         self.ensemble = options.ensemble or default
@@ -75,6 +78,7 @@ class MaskSegmenter(EnsembleSegmenter):
             Windows(self.inference.window, self.inference.overlap),
             self.dims,
             self.config.training.precision,
+            groups=groups,
         )
         self.sampling = Sampling(self.sampler_name, self.num_steps, self.ensemble, options.fusion)
         largest_part = self.inference.largest_part if options.keep_largest is None else options.keep_largest
@@ -85,7 +89,7 @@ class MaskSegmenter(EnsembleSegmenter):
             largest_part,
             shape_prior(saved),
             self.inference.shape_prior_mm,
-            self._calibration(self.sampling, largest_part),
+            self._calibration(self.sampling, largest_part, options.tissues),
         )
 
     @property
@@ -101,7 +105,7 @@ class MaskSegmenter(EnsembleSegmenter):
         """The changes that the training has made the network used to."""
         if self.config.data.source == "scans":
             return Jitter(self.config.augmentation.flip_axes)
-        values = {name: value for value, name in self.labels.items()}
+        values = {name: value for value, name in classes_of(self.saved.card).items()}
         opposite = {"left": "right", "right": "left"}
         other_side = list(range(len(values)))
         for name, value in values.items():
@@ -132,9 +136,13 @@ class MaskSegmenter(EnsembleSegmenter):
         if not self.samples_masks:
             self.notes.append("the masks are mirrored and jittered passes of a feed-forward model, not samples")
 
-    def _calibration(self, sampling: Sampling, largest_part: bool) -> Calibration | None:
+    def _calibration(self, sampling: Sampling, largest_part: bool, tissues: bool) -> Calibration | None:
         """The model's calibration, if it holds for these options."""
         calibration = stored_calibration(self.saved)
+        if calibration is not None and tissues:
+            what = "no intervals, no quality and no calibrated probabilities"
+            self.notes.append(f"{what}: the model's calibration is for its structures, not for tissues")
+            return None
         same_part = largest_part == self.inference.largest_part
         if calibration is None or (calibration.sampling == sampling and same_part):
             return calibration

@@ -17,7 +17,7 @@ from .detection_page import detection_page
 from .page import Cell, Row, Table, interval, limits, number, plural, render
 from .plots import BOX_FROM, distributions, reliability_diagram, volume_agreement
 from .summary import CALIBRATION_REGION
-from .theme import label_colour
+from .theme import class_colours
 
 if TYPE_CHECKING:
     from .viewer import Viewer
@@ -202,7 +202,7 @@ def _classes_tables(evaluation: Evaluation, shown: Sequence[Metric]) -> dict[str
     """Group of metrics -> a table with one row a class."""
     grouped = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, "Further": tuple(metric.name for metric in shown if metric.name not in grouped)}
-    tables = {}
+    tables, colours = {}, class_colours(evaluation.labels)
     for title, names in groups.items():
         metrics = [metric for metric in shown if metric.name in names]
         if not metrics:
@@ -210,11 +210,11 @@ def _classes_tables(evaluation: Evaluation, shown: Sequence[Metric]) -> dict[str
         rows = [
             Row(
                 [
-                    Cell(name, colour=label_colour(row)),
+                    Cell(name, colour=colours[label]),
                     *(_mean(evaluation, metric, label) for metric in metrics),
                 ]
             )
-            for row, (label, name) in enumerate(evaluation.labels.items())
+            for label, name in evaluation.labels.items()
         ]
         tables[title] = Table(
             f"{title} per class", ["Class", *(metric.heading for metric in metrics)], rows, stacked=True
@@ -238,17 +238,18 @@ def _strata_table(evaluation: Evaluation) -> Table | None:
     if evaluation.strata is None:
         return None
     metrics = [metric for metric in evaluation.metrics if metric.compared]
+    colours = class_colours(evaluation.labels)
     rows = [
         Row(
             [
                 Cell(stratum),
-                Cell(title, colour=label_colour(place)),
+                Cell(title, colour=colours[label]),
                 *(interval(means[metric.name][label], metric.digits) for metric in metrics),
                 number(means["dice"][label].n, 0),
             ]
         )
         for stratum, means in evaluation.strata.means.items()
-        for place, (label, title) in enumerate(evaluation.labels.items())
+        for label, title in evaluation.labels.items()
     ]
     headings = ["Stratum", "Class", *(metric.heading for metric in metrics), evaluation.unit.capitalize()]
     name = f"Means by {evaluation.strata.column}"
@@ -259,14 +260,15 @@ def _distributions(evaluation: Evaluation) -> dict[str, Markup]:
     """Dice and surface distance of every case; empty for fewer than two cases."""
     if len(evaluation.cases) < 2:
         return {}
-    plots = {}
+    plots, colours = {}, class_colours(evaluation.labels)
     for name in ("dice", "nsd"):
         # Two classes may share a name; a mapping would lose one of them.
         scores = [
             (title, [case.metrics[label][name] for case in evaluation.cases])
             for label, title in evaluation.labels.items()
         ]
-        plots[METRICS[name].title] = distributions(scores, METRICS[name].title)
+        title = METRICS[name].title
+        plots[title] = distributions(scores, title, colours=[colours[label] for label in evaluation.labels])
     return plots
 
 
@@ -280,12 +282,12 @@ def _agreement(evaluation: Evaluation) -> list[Markup]:
     labels = [label for label, values in volumes.items() if len(values) >= 3]
     bias = {label: abs(evaluation.means["volume_error_percent"][label].mean) for label in labels}
     chosen = sorted(labels, key=lambda label: -bias[label] if bias[label] == bias[label] else 0)[:MAX_AGREEMENT_PLOTS]
-    plots = []
-    for row, (label, name) in enumerate(evaluation.labels.items()):
+    plots, colours = [], class_colours(evaluation.labels)
+    for label, name in evaluation.labels.items():
         if label in chosen:
             reference = [values["reference_volume_ml"] for values in volumes[label]]
             prediction = [values["volume_ml"] for values in volumes[label]]
-            plots.append(volume_agreement(name, reference, prediction, label_colour(row)))
+            plots.append(volume_agreement(name, reference, prediction, colours[label]))
     return plots
 
 

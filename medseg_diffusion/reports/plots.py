@@ -34,6 +34,7 @@ def distributions(
     *,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     zero: bool = False,
+    colours: Sequence[str] | None = None,
 ) -> Markup:
     """The values of every case, one row per class with one point per case.
 
@@ -46,6 +47,7 @@ def distributions(
         axis_label: Name of the values, with their unit.
         bounds: Ends of the axis; None fits it to the values.
         zero: Draw a line at 0, for differences.
+        colours: The colour of each row; None takes those of rows that are no classes.
     """
     figure = Figure(figsize=(7.2, 0.75 + 0.42 * max(len(scores), 1)), layout="constrained")
     axes = figure.add_subplot()
@@ -55,7 +57,7 @@ def distributions(
         present = np.asarray([value for value in values if np.isfinite(value)])
         if present.size == 0:
             continue
-        colour = label_colour(row)
+        colour = label_colour(row) if colours is None else colours[row]
         if present.size >= BOX_FROM:
             _box(axes, row, present, colour)
         else:

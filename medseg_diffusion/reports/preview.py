@@ -25,7 +25,7 @@ from .slices import (
     show,
     to_png,
 )
-from .theme import UNCERTAINTY, label_colour
+from .theme import UNCERTAINTY, class_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,11 +135,12 @@ def preview_png(
 
 
 def class_outlines(labels: NDArray[Any], names: Mapping[int, str]) -> Outlines:
-    """A label map in the colours of its classes: the first class of `names` and `labels` has the first colour."""
+    """A label map in the colours of its classes (`theme.class_colours`)."""
     values = sorted({*names, *(int(label) for label in np.unique(labels) if label != 0)})
-    colours = {label: label_colour(i) for i, label in enumerate(values)}
+    titles = {label: names.get(label, f"label {label}") for label in values}
+    colours = class_colours(titles)
     listed = [label for label in values if label in names or len(values) <= _LEGEND_CLASSES][:_LEGEND_CLASSES]
-    return Outlines(labels, colours, [(names.get(label, f"label {label}"), colours[label]) for label in listed])
+    return Outlines(labels, colours, [(titles[label], colours[label]) for label in listed])
 
 
 def still(content: Still, *, slices_per_plane: int | None = None, cell_in: float = 2.0) -> Figure:

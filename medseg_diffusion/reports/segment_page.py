@@ -13,7 +13,6 @@ from medseg_diffusion.volumes.paths import is_image
 
 from .batch import FENCE, OUTLIERS_FROM, ScanOfBatch, common_remarks, millilitres, outliers, overview, rank
 from .page import INK, LINE, Cell, Row, Table, number, render, rules_table, svg
-from .theme import label_colour
 from .viewer import Viewer
 
 MOST_CLASSES = 8
@@ -56,7 +55,7 @@ def with_outliers(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> lis
 
 def segment_page(
     scans: Sequence[SegmentedScan],
-    classes: Sequence[str],
+    classes: Mapping[str, str],
     viewer: Viewer | None = None,
     *,
     made: Mapping[str, str] | None = None,
@@ -68,7 +67,7 @@ def segment_page(
 
     Args:
         scans: All scans of the call, in the order of the page (`with_outliers`).
-        classes: Names of the classes, in the order of their values.
+        classes: Name of each class -> its colour, in the order of their values.
         viewer: Shows some of the scans; None leaves it out.
         made: How the masks were made: name -> value.
         stopped: A sentence about what ended the call before all scans were processed; empty if nothing did.
@@ -86,11 +85,11 @@ def segment_page(
         facts=_facts(scans) if len(scans) > 1 else {},
         warnings=[*([stopped] if stopped else []), *common],
         scans=[_details(scan, i, classes) for i, scan in enumerate(cards, 1)],
-        overview=_overview(cards, classes, viewer) if len(scans) > 1 else None,
+        overview=_overview(cards, list(classes), viewer) if len(scans) > 1 else None,
         left_out=max(0, len(classes) - MOST_CLASSES),
         most=MOST_CLASSES,
         plot=_plot(scans, classes),
-        unlike=_unlike(scans, classes),
+        unlike=_unlike(scans, list(classes)),
         outliers_from=OUTLIERS_FROM,
         viewer=viewer,
     )
@@ -132,20 +131,20 @@ def _volume(scan: SegmentedScan, name: str) -> Cell:
     return Cell(millilitres(volume), volume, _range(scan.intervals_ml.get(name)))
 
 
-def _details(scan: SegmentedScan, place: int, classes: Sequence[str]) -> dict[str, object]:
+def _details(scan: SegmentedScan, place: int, classes: Mapping[str, str]) -> dict[str, object]:
     """What the template shows of one scan."""
     level = "" if scan.level is None else f"{100 * scan.level:.0f} % interval"
     columns = ["Class", "Volume, ml", *([level] if level else []), *(["Sampled masks"] if scan.members_ml else [])]
     rows = [
         Row(
             [
-                Cell(name, colour=label_colour(row)),
+                Cell(name, colour=colour),
                 Cell(millilitres(scan.volumes_ml[name]), scan.volumes_ml[name]),
                 *([Cell(_range(scan.intervals_ml.get(name)) or "\u2013")] if level else []),
                 *([Cell(_range(scan.members_ml.get(name)) or "\u2013")] if scan.members_ml else []),
             ]
         )
-        for row, name in enumerate(classes)
+        for name, colour in classes.items()
         if name in scan.volumes_ml
     ]
     numbers = {"quality": scan.quality or "", "model": scan.model}
@@ -172,16 +171,16 @@ def _unlike(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> list[str]
     return sentences
 
 
-def _plot(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> Markup | None:
+def _plot(scans: Sequence[SegmentedScan], classes: Mapping[str, str]) -> Markup | None:
     """The volumes of every class, each on its own axis: points, median, quartiles and the names of outliers.
 
     None with fewer than `OUTLIERS_FROM` scans.
     """
     volumes = {
         name: [(scan.name, scan.volumes_ml[name]) for scan in scans if name in scan.volumes_ml]
-        for name in classes[:MOST_CLASSES]
+        for name in list(classes)[:MOST_CLASSES]
     }
-    rows = [(i, name, points) for i, (name, points) in enumerate(volumes.items()) if len(points) >= OUTLIERS_FROM]
+    rows = [(classes[name], name, points) for name, points in volumes.items() if len(points) >= OUTLIERS_FROM]
     if not rows:
         return None
     # Imported where used: a page of few scans does not need matplotlib.
@@ -191,16 +190,14 @@ def _plot(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> Markup | No
     from .slices import plain, shortened
 
     figure = Figure(figsize=(7.2, 0.95 * len(rows) + 0.25), layout="constrained")
-    for axes, (i, name, points) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+    for axes, (colour, name, points) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         values = np.array([value for _, value in points])
         q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75])
-        axes.barh(0, q3 - q1, left=q1, height=0.9, color=to_rgba(label_colour(i), 0.22))
+        axes.barh(0, q3 - q1, left=q1, height=0.9, color=to_rgba(colour, 0.22))
         axes.vlines(median, -0.45, 0.45, color=INK, linewidth=2)
         # The scatter across the row is fixed, so that the same numbers give the same page.
         across = ((np.arange(len(values)) * 0.618034) % 1.0 - 0.5) * 0.6
-        axes.scatter(
-            values, across, s=18, color=to_rgba(label_colour(i), 0.9), edgecolors=INK, linewidths=0.5, zorder=3
-        )
+        axes.scatter(values, across, s=18, color=to_rgba(colour, 0.9), edgecolors=INK, linewidths=0.5, zorder=3)
         for (scan, value), y, is_unlike in zip(points, across, outliers(values.tolist()), strict=True):
             if is_unlike:
                 left = value < median

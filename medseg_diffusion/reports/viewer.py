@@ -22,7 +22,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .preview import Map, Outlines, Still, still
 from .slices import MAP_OPACITY, display_range, map_limit, to_jpeg
-from .theme import ANOMALY, PREDICTION, REFERENCE, UNCERTAINTY, colour_scale, css_gradient, label_colour
+from .theme import ANOMALY, PREDICTION, REFERENCE, UNCERTAINTY, class_colours, colour_scale, css_gradient
 
 LayerKind = Literal["scan", "prediction", "reference", "uncertainty", "anomaly", "counterpart"]
 
@@ -209,7 +209,8 @@ def _classes(cases: Sequence[ViewedCase]) -> dict[int, tuple[str, str]]:
     for layer in maps:
         names = {**layer.labels, **names}
     values = sorted({*names, *(int(value) for layer in maps for value in np.unique(layer.data) if value != 0)})
-    return {value: (names.get(value, f"label {value}"), label_colour(i)) for i, value in enumerate(values)}
+    titles = {value: names.get(value, f"label {value}") for value in values}
+    return {value: (titles[value], colour) for value, colour in class_colours(titles).items()}
 
 
 def _values(labels: NDArray[Any]) -> list[int]:

@@ -154,12 +154,12 @@ class SegmentationFile:
         return InputError(self._path, found, "a complete DICOM series for a DICOM segmentation", "use --format nifti")
 
 
-def read_segmentation(path: Path) -> Volume:
+def read_segmentation(path: Path) -> tuple[Volume, list[str]]:
     """Read a DICOM segmentation that `SegmentationFile` wrote.
 
     Returns:
-        (1, I, J, K) int32, the number of the segment of every voxel. Its grid may be a part of the scan's, with the
-        axes in another order.
+        (1, I, J, K) int32, the number of the segment of every voxel; its grid may be a part of the scan's, with the
+        axes in another order. And the labels of the segments 1, 2, ..., each the `segment_label` of a class.
 
     Raises:
         InputError: Another file, or a damaged one.
@@ -168,12 +168,19 @@ def read_segmentation(path: Path) -> Volume:
 
     try:
         with quiet_libraries():
-            read = highdicom.seg.segread(path).get_volume(combine_segments=True)
+            dataset = highdicom.seg.segread(path)
+            read = dataset.get_volume(combine_segments=True)
+            labels = [str(dataset.get_segment_description(n).segment_label) for n in dataset.segment_numbers]
     except (AttributeError, EOFError, IndexError, KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
         found = f"no readable DICOM segmentation ({' '.join(str(error).split())})"
         raise InputError(path, found, "a DICOM segmentation", "segment the scan again") from error
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read.affine  # LPS -> RAS
-    return Volume(torch.from_numpy(read.array.astype(np.int32))[None], affine, path)
+    return Volume(torch.from_numpy(read.array.astype(np.int32))[None], affine, path), labels
+
+
+def segment_label(name: str) -> str:
+    """The label of the segment of a class: the name, as far as DICOM can hold it."""
+    return _text(name)
 
 
 def _segmentation(
@@ -227,7 +234,7 @@ def _description(number: int, segment: Segment, algorithm: Algorithm) -> Segment
     private = sha256(segment.name.encode()).hexdigest()[:16].upper(), PRIVATE_SCHEME, _text(segment.name)
     description = Description(
         number,
-        _text(segment.name),
+        segment_label(segment.name),
         Coded(*segment.category),
         Coded(*(segment.type or private)),
         SegmentAlgorithmTypeValues.AUTOMATIC,

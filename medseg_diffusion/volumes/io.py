@@ -17,10 +17,12 @@ from medseg_diffusion.errors import InputError, MedsegError, UsageError, remarks
 from medseg_diffusion.files import temporary_folder
 
 from . import nifti
+from .label_table import LabelTable
 from .modality import SeriesChoice
 from .paths import is_dicom, is_image, require_file, suffix_of
 from .volume import FileImage, FloatArray, Shape, Volume, check_affine, check_spacing, grid_distance
 
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _MAX_LABEL = 65535
 _BLOCK = 64  # voxels along the first axis that are turned at once, so that they are in the caches
 
@@ -125,13 +127,19 @@ def labels_of(opened: FileImage, source: Path) -> Volume:
     return Volume(torch.from_numpy(_copied(whole, np.dtype(np.int32))), opened.affine, source, opened.header)
 
 
-def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
+def stored_labels(path: Path | str) -> dict[int, str]:
+    """Label value -> name, by the label table in the header of a NIfTI mask; empty for files without one."""
+    return nifti.stored_labels(Path(path)) if suffix_of(path) in NIFTI_SUFFIXES else {}
+
+
+def write_labels(labels: Tensor, like: Volume, path: Path | str, table: LabelTable | None = None) -> None:
     """Write a label map with the geometry of a scan, without slope: as uint8, or as uint16 if a label is above 255.
 
     Args:
         labels: (I, J, K), or (N, I, J, K) for N maps along the file's last axis, integers or bool, 0 to 65535.
         like: the scan; its header codes and units go into the file too.
         path: the file. It is renamed into place when it is complete.
+        table: names and colours of the labels, for the header of a NIfTI file; other formats have no place for them.
 
     Raises:
         ValueError: another shape, type or range.
@@ -149,7 +157,7 @@ def write_labels(labels: Tensor, like: Volume, path: Path | str) -> None:
     dtype = np.dtype(np.uint8 if high <= 255 else np.uint16)
     # In the order of the file: turned while it is written, it takes ten times as long.
     turned = _copied(array.T[None], dtype)[0].T if array.ndim == 3 else array.astype(dtype)
-    _write(turned, like, Path(path))
+    _write(turned, like, Path(path), table)
 
 
 def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
@@ -193,7 +201,7 @@ def format_of(path: Path | str) -> ModuleType:
         InputError: an unknown suffix.
     """
     # Imported here, because a NIfTI file needs neither SimpleITK nor Pillow.
-    if suffix_of(path) in (".nii.gz", ".nii"):
+    if suffix_of(path) in NIFTI_SUFFIXES:
         return nifti
     if is_image(path):
         from . import raster
@@ -287,7 +295,7 @@ def _check_colours(path: Path, shape: tuple[int, ...], channels: int | None, lab
     raise InputError(path, found, expected, f"convert the image, or configure {count} for data.channels")
 
 
-def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
+def _write(array: npt.NDArray[np.generic], like: Volume, path: Path, table: LabelTable | None = None) -> None:
     """Write under a temporary folder beside the target, read the header back, then rename."""
     module = format_of(path)
     if array.shape[:3] != like.shape or array.ndim > 4:
@@ -301,7 +309,10 @@ def _write(array: npt.NDArray[np.generic], like: Volume, path: Path) -> None:
     # A temporary folder, not a temporary name: an .mhd file stores the name of its data file.
     with temporary_folder(path) as folder:
         temporary = folder / path.name
-        module.write(temporary, array, like)
+        if module is nifti:
+            nifti.write(temporary, array, like, table)
+        else:
+            module.write(temporary, array, like)
         with remarks():  # not made again: the header is the scan's
             written = module.open_image(temporary)
         _verify(written, array, like, path)
@@ -320,7 +331,7 @@ def _verify(written: FileImage, array: npt.NDArray[np.generic], like: Volume, pa
         (written.dtype != array.dtype, "voxel type"),
         (grid_distance(written.affine, like.affine, array.shape) > tolerance, "affine"),
     ]
-    if suffix_of(path) in (".nii", ".nii.gz"):
+    if suffix_of(path) in NIFTI_SUFFIXES:
         wrong += [
             (
                 (header.qform_code, header.sform_code) != (expected.qform_code, expected.sform_code),

@@ -15,6 +15,7 @@ import torch
 from medseg_diffusion.errors import InputError, UsageError
 
 from .io import labels_of, map_of
+from .label_table import LabelTable
 from .nifti import image_of, opened_in_memory
 from .volume import FileImage, FloatArray, Header, Volume
 
@@ -88,10 +89,11 @@ def _spacing(spacing_mm: Sequence[float] | None) -> list[float]:
     return sizes
 
 
-def to_nibabel(data: torch.Tensor | npt.NDArray[Any], like: Volume) -> nib.Nifti1Image:
+def to_nibabel(data: torch.Tensor | npt.NDArray[Any], like: Volume, table: LabelTable | None = None) -> nib.Nifti1Image:
     """Voxels (I, J, K) or (C, I, J, K) on the grid of ``like`` as an image of nibabel; channels become its last axis.
 
-    Whole numbers from 0 to 255 become uint8, other whole numbers int32, and all other values float32.
+    Whole numbers from 0 to 255 become uint8, other whole numbers int32, and all other values float32. ``table`` goes
+    into the header of a label map.
     """
     array = np.asarray(data)
     if array.dtype.kind in "iub":
@@ -100,4 +102,4 @@ def to_nibabel(data: torch.Tensor | npt.NDArray[Any], like: Volume) -> nib.Nifti
         array = array.astype(np.float32)
     if array.ndim == 4:
         array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
-    return image_of(np.ascontiguousarray(array), like)
+    return image_of(np.ascontiguousarray(array), like, table)

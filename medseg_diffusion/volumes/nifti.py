@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from medseg_diffusion.errors import InputError, quiet_libraries, remark
 
+from .label_table import CARET, LabelTable, from_extension, to_extension
 from .volume import FileImage, FloatArray, Header, Volume, check_affine, grid_distance
 
 # What nibabel, gzip and numpy raise for files that are truncated, damaged or of another format.
@@ -75,13 +76,28 @@ def opened_in_memory(image: nib.spatialimages.SpatialImage, name: Path) -> FileI
     return FileImage(tuple(array.shape), array.dtype, affine, header, lambda: array)
 
 
-def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
-    """Write voxels (I, J, K) or (I, J, K, C) unscaled (slope 1, intercept 0) with the geometry of `like`."""
-    nib.save(image_of(array, like), path)
+def stored_labels(path: Path) -> dict[int, str]:
+    """Label value -> name, by the label table in the header of a file (`label_table`); empty without one."""
+    try:
+        with _quiet():
+            image = nib.load(path)
+    except (*_BROKEN, *_BROKEN_HEADER):  # reading the voxels says what is wrong
+        return {}
+    extensions = image.header.extensions if isinstance(image, nib.Nifti1Image) else []
+    tables = (from_extension(extension.content) for extension in extensions if extension.get_code() in (CARET, 0))
+    return next((table for table in tables if table), {})
 
 
-def image_of(array: npt.NDArray[np.generic], like: Volume) -> nib.Nifti1Image:
-    """Voxels (I, J, K) or (I, J, K, C) as an image of nibabel with the geometry of `like`."""
+def write(path: Path, array: npt.NDArray[np.generic], like: Volume, labels: LabelTable | None = None) -> None:
+    """Write voxels (I, J, K) or (I, J, K, C) unscaled (slope 1, intercept 0) with the geometry of `like`.
+
+    ``labels`` are the names and colours of a label map, for its header.
+    """
+    nib.save(image_of(array, like, labels), path)
+
+
+def image_of(array: npt.NDArray[np.generic], like: Volume, labels: LabelTable | None = None) -> nib.Nifti1Image:
+    """Voxels (I, J, K) or (I, J, K, C) as an image of nibabel with the geometry of `like` (and a label table)."""
     kind = nib.Nifti1Image if max(array.shape) < 2**15 else nib.Nifti2Image
     header = kind.header_class()
     header.set_data_dtype(array.dtype)
@@ -94,6 +110,9 @@ def image_of(array: npt.NDArray[np.generic], like: Volume) -> nib.Nifti1Image:
     header["xyzt_units"] = units
     header["descrip"] = like.header.description.encode("ascii", "replace")[:79]
     header.set_slope_inter(1, 0)
+    if labels:
+        content = to_extension(labels, maps=array.shape[3] if array.ndim == 4 else 1)
+        header.extensions.append(nib.nifti1.Nifti1Extension(CARET, content))
     return kind(array, header.get_best_affine(), header)
 
 

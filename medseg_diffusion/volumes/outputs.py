@@ -24,6 +24,7 @@ SEGMENTATION = {
     "pseudo-labels": "_pseudo.nii.gz",
     "preview": "_preview.png",
     "statistics": "_statistics.json",
+    "label-table": "_dseg.tsv",
 }
 """File endings of `medseg segment`. The segmentation of an image file is `MASK_OF_IMAGE` instead."""
 ANOMALY = {

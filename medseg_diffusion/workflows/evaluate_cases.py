@@ -15,7 +15,7 @@ from medseg_diffusion.errors import InputError, remarks
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.case_metrics import ClassResult, MeasureOptions, absent, labels_of, measure
-from medseg_diffusion.volumes.io import read_map
+from medseg_diffusion.volumes.io import read_map, stored_labels
 
 # A label map has a few hundred classes at most. A scan that was passed by mistake has thousands of values.
 _MAX_CLASSES = 1000
@@ -86,6 +86,11 @@ def _reliability(pair: MaskPair, truth: NDArray[np.integer]) -> tuple[Reliabilit
     p: NDArray[Any] = read_map(path).data.numpy()
     if p.shape[1:] != truth.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
         return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
+    named, every = sorted(stored_labels(pair.prediction)), list(range(1, len(p)))
+    if not pair.merged and len(named) == len(every) and named != every:  # chosen classes, behind everything else
+        places = np.zeros(max(named[-1], int(truth.max())) + 1, np.int64)
+        places[named] = every
+        truth = places[truth]
     if truth.max() >= len(p):
         return None, f"Not used for calibration: {path.name} has no probability of label {truth.max()}."
     return Reliability.of(p, truth, region(truth)), ""

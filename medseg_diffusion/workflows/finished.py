@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.errors import InputError, MedsegError
 from medseg_diffusion.methods.seen import UNLIKE
-from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.volumes.io import read_labels, stored_labels
+from medseg_diffusion.volumes.label_table import printable_name
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.volume import Volume
 
+from .label_files import from_segments
 from .results_table import BETWEEN, Row
 from .scans import ScanResult
 
@@ -55,7 +57,7 @@ def finished_segmentation(scan: Path, files: Outputs, names: Mapping[int, str], 
     """
     outputs = {kind: files[kind] for kind in ("segmentation", *files) if files[kind].is_file()}
     try:
-        volumes = _volumes(read_mask(files["segmentation"]), names)
+        volumes = _volumes(read_mask(files["segmentation"], names), names)
     except (MedsegError, OSError, ValueError) as error:
         warning = f"the finished mask cannot be read: {' '.join(str(error).split())}"
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
@@ -78,13 +80,32 @@ def doubts_about(volumes_ml: Mapping[str, float], quality: str | None, unlike_tr
     return {"members disagree": DISAGREE} if quality == "check" and not unlike else unlike
 
 
-def read_mask(path: Path) -> Volume:
-    """A mask that a call wrote, in any of its formats, on a grid of its own: (1, I, J, K)."""
-    if path.suffix.lower() != ".dcm":
-        return read_labels(path)
-    from medseg_diffusion.volumes.dicom_seg import read_segmentation
+def read_mask(path: Path, names: Mapping[int, str]) -> Volume:
+    """A mask that a call wrote for these classes, in any of its formats, on a grid of its own: (1, I, J, K).
 
-    return read_segmentation(path)
+    Raises:
+        InputError: A file that cannot be read, or whose classes are others, as far as it tells them.
+    """
+    if path.suffix.lower() != ".dcm":
+        _require_same(path, list(stored_labels(path).items()), [(v, printable_name(n)) for v, n in names.items()])
+        return read_labels(path)
+    from medseg_diffusion.volumes.dicom_seg import read_segmentation, segment_label
+
+    mask, stored = read_segmentation(path)
+    _require_same(path, list(enumerate(stored, 1)), list(enumerate(map(segment_label, names.values()), 1)))
+    return mask.like(torch.from_numpy(from_segments(mask.data.numpy(), names)))
+
+
+def _require_same(path: Path, stored: list[tuple[int, str]], expected: list[tuple[int, str]]) -> None:
+    """InputError for a mask that names other classes: nobody has looked for those that it lacks."""
+    if stored and stored != expected:
+        found, remedy = f"a mask of the classes {_few(stored)}", "segment it again without --skip-existing"
+        raise InputError(path, found, _few(expected), remedy)
+
+
+def _few(classes: list[tuple[int, str]]) -> str:
+    names = [name for _, name in classes]
+    return ", ".join(names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"])
 
 
 def _volumes(mask: Volume, names: Mapping[int, str]) -> dict[str, float]:

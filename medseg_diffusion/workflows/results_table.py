@@ -129,9 +129,7 @@ def read_table(path: Path) -> list[Row]:
 
 
 def table_path(name: str, outputs: Sequence[Path], folder: Path | None, part: tuple[int, int] | None) -> Path | None:
-    """Where the table stands: in the folder given with -o, or else in that of all outputs.
-
-    None for a single scan, and for outputs in several folders without -o.
+    """The file of the table in `table_folder`, or None.
 
     Args:
         name: Name of the table without suffix. Each part has its own: volumes.1-of-4.csv.
@@ -139,11 +137,22 @@ def table_path(name: str, outputs: Sequence[Path], folder: Path | None, part: tu
         folder: The folder given with -o.
         part: The part of the scans that this call takes.
     """
+    place = table_folder(outputs, folder)
+    if place is None:
+        return None
+    return place / (f"{name}.csv" if part is None else f"{name}.{part[0]}-of-{part[1]}.csv")
+
+
+def table_folder(outputs: Sequence[Path], folder: Path | None) -> Path | None:
+    """Where tables of several scans stand: in the folder given with -o, or else in that of all outputs.
+
+    None for a single scan, and for outputs in several folders without -o.
+    """
     folders = {output.parent for output in outputs}
     if len(outputs) < 2 or (folder is None and len(folders) > 1):
         return None
     (one,) = {folder} if folder is not None else folders
-    return one / (f"{name}.csv" if part is None else f"{name}.{part[0]}-of-{part[1]}.csv")
+    return one
 
 
 def _relative(output: Path, folder: Path) -> str:

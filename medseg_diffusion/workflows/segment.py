@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import as_paths, write_files, write_json
 from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
+from medseg_diffusion.models.classes import chosen_classes, classes_of, tissues_of
 from medseg_diffusion.models.load import DEFAULT_SEGMENTER, load_segmenter
 from medseg_diffusion.models.segmentation import Map, Segmentation, SegmentationModel
 from medseg_diffusion.models.store import load_card, model_input
@@ -24,6 +25,7 @@ from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.dicom_seg import Algorithm, Segment, SegmentationFile, require_series
 from medseg_diffusion.volumes.io import upright, write_labels, write_map
+from medseg_diffusion.volumes.label_table import Label, LabelTable
 from medseg_diffusion.volumes.outputs import (
     Format,
     Outputs,
@@ -36,6 +38,7 @@ from medseg_diffusion.volumes.sources import InputOptions, find_sources, read_so
 from medseg_diffusion.volumes.volume import Volume
 
 from .finished import columns_of, doubts_about, finished_segmentation, numbers_of
+from .label_files import LabelFiles, as_segments
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
 from .scans import Scan, ScanResult, Work, each_scan, part_of, paths_of, telling
@@ -84,6 +87,10 @@ class SegmentOptions:
         keep_largest: Keep only the largest connected part of the foreground.
         max_memory: Most memory of the process in GB, by an estimate; None for no limit.
         compile: Compile the network; masks differ by rounding.
+        labels: The classes that all outputs tell of: names and values (`models.classes.chosen_classes`); None for all.
+            Values in the mask stay those of the model, and every voxel has the class that it has without a choice.
+            Uncertainty, disagreement and quality are those of the whole segmentation.
+        tissues: Tissues instead of the model's classes, if its card groups them.
     """
 
     model: str | None = None
@@ -115,6 +122,8 @@ class SegmentOptions:
     keep_largest: bool | None = None
     max_memory: float | None = None
     compile: bool = False
+    labels: str | Sequence[str | int] | None = None
+    tissues: bool = False
 
     def __post_init__(self) -> None:
         as_paths(self, "output", "report", "run_report", "failures")
@@ -137,8 +146,8 @@ def segment(
         on_progress: Called with the scan's name, after "3 of 8: " if there are several, and the share done, 0 to 1.
 
     Raises:
-        UsageError: Contradictory options, two scans with the same output, or a DICOM segmentation of a scan that is no
-            DICOM.
+        UsageError: Contradictory options, two scans with the same output, a DICOM segmentation of a scan that is no
+            DICOM, a class that the model does not have, or a table of other classes in the folder of the masks.
         InputError: A path that does not exist, or a folder without scans.
         ModelError: No usable model.
     """
@@ -156,15 +165,16 @@ def segment(
     if mask_format == "dicom-seg":
         require_series(list(sources))
     refuse_report(options.report, options.run_report, files)
-    names = _classes(options.model or DEFAULT_SEGMENTER)
+    names = _classes(options)
     ours = part_of(outputs, options.shard)
     masks = {path: each["segmentation"] for path, each in outputs.items()}
     folder = None if len(sources) == 1 else options.output
     file = table_path("volumes", list(masks.values()), folder, options.shard) if options.volumes else None
+    labels = LabelFiles(names, list(masks.values()), folder)
 
     def load() -> SegmentationModel:
         model = _load(options)
-        settings = _settings(model, options)
+        settings = _settings(model, options, names)
         run_report.uses(model.saved, model.device, settings)
         page.uses(model.saved, {**settings, "device": str(model.device)})
         return model
@@ -180,7 +190,9 @@ def segment(
         work = Work(
             run_report.timed(read),
             load,
-            lambda model, scan: partial(_write_results, model, scan, options, _segment_one(model, scan, options)),
+            lambda model, scan: partial(
+                _write_results, model, scan, options, _segment_one(model, scan, options, labels), labels
+            ),
             "segmentation",
             lambda path, files: finished_segmentation(path, files, names, table.earlier(path)),
         )
@@ -194,12 +206,19 @@ def segment(
         )
 
 
-def _classes(model: str) -> dict[int, str]:
-    """Value -> name of the model's classes without background, by its card alone; empty for a card of another kind."""
+def _classes(options: SegmentOptions) -> dict[int, str]:
+    """Value -> name of the classes in the masks without background, by the model's card; empty for another card."""
+    model = options.model or DEFAULT_SEGMENTER
+    card = load_card(model)
     try:
-        return {int(value): str(name) for value, name in load_card(model)["labels"].items() if int(value)}
+        classes = classes_of(card)
     except (KeyError, ValueError, AttributeError):  # loading the model says what is wrong
         return {}
+    if options.tissues:
+        classes, _ = tissues_of(card, model)
+    if options.labels is not None:
+        return chosen_classes(classes, options.labels, model)
+    return {value: name for value, name in sorted(classes.items()) if value}
 
 
 def _load(options: SegmentOptions) -> SegmentationModel:
@@ -216,6 +235,7 @@ def _load(options: SegmentOptions) -> SegmentationModel:
         options.fast,
         options.max_memory,
         options.compile,
+        options.tissues,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
         raise UsageError("pseudo-labels need members that can disagree; use --ensemble 2 or more")
@@ -232,27 +252,32 @@ class _Segmented:
     write_mask: Callable[[Tensor], None]
 
 
-def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> _Segmented:
+def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions, labels: LabelFiles) -> _Segmented:
     """Segment a scan, with the maps that are written: others would stay in memory while the next one is segmented."""
     require_fitting(scan.volume, model)
     scan.volume = scan.volume.described(model.saved.signature)
-    write_mask = _mask_writer(model, scan, options)  # refuses before the computation what cannot be written after it
+    # Refuses before the computation what cannot be written after it.
+    write_mask = _mask_writer(model, scan, options, labels)
     seed = derive_seed(options.seed, scan.name)
-    return _Segmented(model.segment(scan.volume, seed, scan.on_progress, _maps(options)), write_mask)
+    segmentation = model.segment(scan.volume, seed, scan.on_progress, _maps(options), labels.names)
+    return _Segmented(segmentation, write_mask)
 
 
-def _write_results(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented) -> ScanResult:
+def _write_results(
+    model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented, labels: LabelFiles
+) -> ScanResult:
     """Write the files of a segmented scan, the mask last."""
     segmentation = segmented.segmentation
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
-    written = _write_maps(model, scan, options, segmentation)
+    written = _write_maps(model, scan, options, segmentation, labels.table)
     if options.preview:
-        picture = _picture(scan, segmentation, model, options)
+        picture = _picture(scan, segmentation, model)
         write_files(scan.outputs["preview"].parent, {scan.outputs["preview"].name: picture})
         written["preview"] = scan.outputs["preview"]
     if options.statistics:
         write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
         written["statistics"] = scan.outputs["statistics"]
+    written |= labels.write(scan.outputs["label-table"])
     segmented.write_mask(segmentation.labels)
     doubts = doubts_about(segmentation.volumes_ml, segmentation.quality, segmentation.unlike_training)
     return ScanResult(
@@ -272,7 +297,9 @@ def _write_results(model: SegmentationModel, scan: Scan, options: SegmentOptions
     )
 
 
-def _write_maps(model: SegmentationModel, scan: Scan, options: SegmentOptions, segmentation: Segmentation) -> Outputs:
+def _write_maps(
+    model: SegmentationModel, scan: Scan, options: SegmentOptions, segmentation: Segmentation, table: LabelTable
+) -> Outputs:
     """Write the requested maps beside the mask."""
     files, volume, written = scan.outputs, scan.volume, []
     if segmentation.probabilities is not None:
@@ -282,17 +309,19 @@ def _write_maps(model: SegmentationModel, scan: Scan, options: SegmentOptions, s
         write_map(segmentation.uncertainty, volume, files["uncertainty"])
         written.append("uncertainty")
     if options.save_members:
-        write_labels(model.aggregation.members_on_scan(segmentation), volume, files["members"])
+        write_labels(model.aggregation.members_on_scan(segmentation), volume, files["members"], table)
         written.append("members")
     if segmentation.mutual_information is not None:
         doubtful = segmentation.mutual_information > options.max_disagreement
         pseudo = torch.where(doubtful, IGNORED, segmentation.labels.to(torch.uint8))
-        write_labels(pseudo, volume, files["pseudo-labels"])
+        write_labels(pseudo, volume, files["pseudo-labels"], {**table, IGNORED: Label("ignored", "#808080")})
         written.append("pseudo-labels")
     return {kind: files[kind] for kind in written}
 
 
-def _mask_writer(model: SegmentationModel, scan: Scan, options: SegmentOptions) -> Callable[[Tensor], None]:
+def _mask_writer(
+    model: SegmentationModel, scan: Scan, options: SegmentOptions, labels: LabelFiles
+) -> Callable[[Tensor], None]:
     """A function that writes the mask.
 
     Raises:
@@ -300,25 +329,24 @@ def _mask_writer(model: SegmentationModel, scan: Scan, options: SegmentOptions) 
     """
     path = scan.outputs["segmentation"]
     if path.suffix.lower() != ".dcm":
-        return lambda labels: write_labels(labels, scan.volume, path)
-    codes, names = model.config.data.codes, model.aggregation.foreground
-    segments = [
-        Segment(names[value], **(codes[names[value]].model_dump() if names[value] in codes else {}))
-        for value in range(1, max(names) + 1)
-    ]
-    file = SegmentationFile(
-        scan.volume, segments, Algorithm(model.saved.name, model.saved.sha256, _settings(model, options))
-    )
-    return lambda labels: file.write(labels, path)
+        return lambda mask: write_labels(mask, scan.volume, path, labels.table)
+    codes = model.config.data.codes
+    segments = [Segment(name, **(codes[name].model_dump() if name in codes else {})) for name in labels.names.values()]
+    settings = _settings(model, options, labels.names)
+    file = SegmentationFile(scan.volume, segments, Algorithm(model.saved.name, model.saved.sha256, settings))
+    # DICOM numbers segments 1, 2, ...
+    return lambda mask: file.write(torch.from_numpy(as_segments(mask.numpy(), labels.names)), path)
 
 
-def _settings(model: SegmentationModel, options: SegmentOptions) -> dict[str, str]:
+def _settings(model: SegmentationModel, options: SegmentOptions, names: Mapping[int, str]) -> dict[str, str]:
     """The settings that change the mask, after the model's defaults."""
     return {
         **({"sampler": model.sampler_name, "steps": str(model.num_steps)} if model.samplers else {}),
         "ensemble": str(model.ensemble),
         "fusion": options.fusion,
         "seed": str(options.seed),
+        **({"classes": "tissues"} if options.tissues else {}),
+        **({"labels": ", ".join(names.values())} if options.labels is not None else {}),
     }
 
 
@@ -332,7 +360,7 @@ def _maps(options: SegmentOptions) -> list[Map]:
     return [name for name, asked in wanted.items() if asked]
 
 
-def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, options: SegmentOptions) -> bytes:
+def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel) -> bytes:
     """The preview, as PNG."""
 
     def shown(data: Tensor) -> Any:
@@ -343,7 +371,7 @@ def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel, o
         image.data[0].numpy(),
         shown(segmentation.labels),
         image.spacing,
-        model.aggregation.foreground,
+        segmentation.classes,
         uncertainty=None if segmentation.uncertainty is None else shown(segmentation.uncertainty),
         oriented=not is_image(scan.path),
         made_by=model.saved.name,

@@ -9,6 +9,7 @@ from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.models.store import SavedModel
 from medseg_diffusion.reports.batch import distinct_names, linked, models_of
 from medseg_diffusion.reports.segment_page import SegmentedScan, segment_page, with_outliers
+from medseg_diffusion.reports.theme import class_colours
 from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case, viewer
 from medseg_diffusion.volumes.io import read_map
 from medseg_diffusion.volumes.volume import Volume
@@ -32,10 +33,10 @@ class SegmentReport(BatchReport):
         self._made = {"model": f"{saved.name} (weights {saved.sha256[:12]})", **settings}
 
     def _page(self, path: Path, stopped: str) -> str:
-        classes = [self._names[value] for value in sorted(self._names)]
+        classes = {self._names[value]: colour for value, colour in class_colours(self._names).items()}
         names = distinct_names([result.scan for result in self._results])
         results = dict(zip(names, self._results, strict=True))
-        scans = with_outliers([_on_page(name, result, path) for name, result in results.items()], classes)
+        scans = with_outliers([_on_page(name, result, path) for name, result in results.items()], list(classes))
         cases = list(self._cases(chosen(scans), results))
         return segment_page(
             scans,
@@ -55,7 +56,7 @@ class SegmentReport(BatchReport):
                 scan = self._read(result.scan)
                 volumes: dict[LayerKind, Volume] = {
                     "scan": scan,
-                    "prediction": onto(read_mask(result.outputs["segmentation"]), scan),
+                    "prediction": onto(read_mask(result.outputs["segmentation"], self._names), scan),
                 }
                 if "uncertainty" in result.outputs:
                     volumes["uncertainty"] = onto(read_map(result.outputs["uncertainty"], 1), scan)

@@ -13,11 +13,15 @@ from .scans import Scan
 
 def segmentation_statistics(scan: Scan, segmentation: Segmentation, model: SegmentationModel) -> dict[str, Any]:
     """The statistics of a scan; docs/reference/outputs.md describes every key."""
-    names = model.aggregation.foreground
+    names = segmentation.classes
     channels = _channel_names(model.saved.card["channels"], len(scan.volume.data))
     measured = regions(segmentation.labels.numpy(), scan.volume.data.numpy(), scan.volume.affine, max(names))
     classes = {
-        name: {"volume_ml": round(segmentation.volumes_ml[name], 4), **_entries(measured[value - 1], channels)}
+        name: {
+            "label": value,
+            "volume_ml": round(segmentation.volumes_ml[name], 4),
+            **_entries(measured[value - 1], channels),
+        }
         for value, name in names.items()
     }
     for key, ends in (("interval_ml", segmentation.intervals_ml), ("members_ml", segmentation.members_ml)):

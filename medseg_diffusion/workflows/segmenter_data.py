@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.augmentation import Augmenter
-from medseg_diffusion.data.brain_classes import BRAIN, CLASSES, BrainClasses
+from medseg_diffusion.data.brain_classes import BRAIN, CLASSES, BrainClasses, tissues_of
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.file_lists import FileList
@@ -54,6 +54,7 @@ class SegmenterData:
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
         coarse: Examples and validation cases of the finder; None unless the configuration has one.
         measure: Measures the training scans (`methods.seen`), which takes a while, and calls its argument after each.
+        tissues: Tissue -> names of the classes that belong to it, for classes that are structures of a brain.
     """
 
     examples: Examples
@@ -67,6 +68,7 @@ class SegmenterData:
     calibration: Sequence[Case] = ()
     shape: ShapePrior | None = None
     coarse: tuple[Examples, list[PreparedCase]] | None = None
+    tissues: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def segmenter_data(
@@ -217,9 +219,18 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
     shape = None
     if config.inference.shape_prior_mm is not None:
         shape = average_shape([tissues(anatomy) > 0 for anatomy in training], 1.0)
-    measure = partial(seen_in_label_maps, training, config, examples.config)
-    labels = dict(enumerate(classes.names))
-    return SegmenterData(examples, validation, labels, ("T1",), summary, split, measure, shape=shape, coarse=coarse)
+    return SegmenterData(
+        examples,
+        validation,
+        dict(enumerate(classes.names)),
+        ("T1",),
+        summary,
+        split,
+        partial(seen_in_label_maps, training, config, examples.config),
+        shape=shape,
+        coarse=coarse,
+        tissues=tissues_of(classes) if section.brain_classes == "structures" else {},
+    )
 
 
 def _validation_windows(held_out: SyntheticBrains) -> list[PreparedCase]:

@@ -36,6 +36,7 @@ from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.ambiguity import SAMPLES, ReaderAgreement, ReaderSummary
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.models.card import common_entries, render_card
+from medseg_diffusion.models.classes import TISSUES
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
@@ -132,6 +133,8 @@ def train_segmenter(
         weights = averaged.state_dict()
         if finder is not None:
             weights |= {build.FINDER + name: value for name, value in finder.state_dict().items()}
+        if prepared.tissues:
+            card[TISSUES] = {tissue: list(names) for tissue, names in prepared.tissues.items()}
         if prepared.shape is not None:
             card[build.SHAPE_PRIOR] = {"spacing_mm": prepared.shape.spacing_mm}
             weights[build.SHAPE_PRIOR] = (255 * prepared.shape.share).round().to(torch.uint8)

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medseg_diffusion.data.brain_classes import PAIRS, STRUCTURES, TISSUES, BrainClasses
+from medseg_diffusion.data.brain_classes import PAIRS, STRUCTURES, TISSUES, BrainClasses, tissues_of
 
 
 def test_labels_become_values_and_unknown_ones_are_refused() -> None:
@@ -32,9 +32,23 @@ def test_both_sides_have_the_same_structures() -> None:
 
 
 def test_structures_are_parts_of_tissues() -> None:
-    """But for the choroid plexus and vessels, which both count as CSF, no structure has two tissues."""
-    for labels in STRUCTURES.labels.values():
-        assert len({TISSUES.class_of[label] for label in labels}) == 1
+    """Choroid plexus, vessels and lesions, too, belong to the tissue of the structure that they are counted to."""
+    groups = tissues_of(STRUCTURES)
+    assert list(groups) == ["CSF", "grey matter", "white matter"]
+    assert sorted(name for names in groups.values() for name in names) == sorted(STRUCTURES.names[1:])
+    assert groups["CSF"] == [
+        "left lateral ventricle", "right lateral ventricle", "third ventricle", "fourth ventricle", "other CSF",
+    ]  # fmt: skip
+    assert {"brainstem", "left ventral diencephalon", "right cerebellar white matter"} <= set(groups["white matter"])
+    # Every label of a structure has the same tissue in either model.
+    tissue_of = {name: tissue for tissue, names in groups.items() for name in names}
+    for label, value in STRUCTURES.class_of.items():
+        assert tissue_of.get(STRUCTURES.names[value], "background") == TISSUES.names[TISSUES.class_of[label]]
+
+
+def test_a_class_of_two_tissues_is_refused() -> None:
+    with pytest.raises(ValueError, match="deep nuclei has labels of grey matter and white matter"):
+        tissues_of(BrainClasses({"background": (0,), "deep nuclei": (10, 28)}))
 
 
 @pytest.mark.data

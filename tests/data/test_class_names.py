@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from medseg_diffusion.data.class_names import class_names
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.io import write_labels
+from medseg_diffusion.volumes.label_table import Label
+from medseg_diffusion.volumes.volume import Volume
 
 
 def write(path: Path, content: object) -> Path:
@@ -45,6 +50,22 @@ def test_the_nearest_file_counts_and_no_file_gives_no_names(tmp_path: Path) -> N
     assert class_names([mask]) == ({}, [])
     write(tmp_path / "dataset.json", DECATHLON)
     write(tmp_path / "masks" / "a_dseg.tsv", BIDS)
+    assert class_names([mask])[0] == {1: "core", 3: "edema"}
+
+
+def test_statistics_of_some_classes_tell_their_values(tmp_path: Path) -> None:
+    write(tmp_path / "a_statistics.json", {"classes": {"left lung": {"label": 2}, "right lung": {"label": 7}}})
+    assert class_names([tmp_path / "a_seg.nii.gz"])[0] == {2: "left lung", 7: "right lung"}
+
+
+def test_files_beside_a_mask_count_before_its_own_header(tmp_path: Path) -> None:
+    mask, table = tmp_path / "masks" / "a_seg.nii.gz", {1: Label("core", "#FF0000"), 3: Label("oedema", "#00FF00")}
+    mask.parent.mkdir()
+    write_labels(torch.zeros(2, 2, 2, dtype=torch.uint8), Volume(torch.zeros(1, 2, 2, 2), np.eye(4)), mask, table)
+    assert class_names([mask]) == ({1: "core", 3: "oedema"}, [])
+    write(tmp_path / "dataset.json", DECATHLON)
+    assert class_names([mask])[0] == {1: "liver", 2: "tumour"}
+    write(mask.with_name("a_dseg.tsv"), BIDS)
     assert class_names([mask])[0] == {1: "core", 3: "edema"}
 
 

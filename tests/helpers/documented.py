@@ -27,9 +27,9 @@ def documented(heading: str) -> list[str]:
 
 def names_in(path: Path) -> set[str]:
     """The columns of a CSV file, or the keys of a JSON file that hold no further keys."""
-    if path.suffix == ".csv":
+    if path.suffix in (".csv", ".tsv"):
         with path.open(newline="", encoding="utf-8") as file:
-            return set(next(csv.reader(file)))
+            return set(next(csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t")))
     return set(_leaves(json.loads(path.read_text(encoding="utf-8"))))
 
 

@@ -51,6 +51,26 @@ def make_model(path: Path, config: SegmenterConfig, labels: int = 2) -> Path:
     return path
 
 
+STRUCTURES = {
+    0: "background", 1: "left hippocampus", 2: "right hippocampus", 3: "cerebral cortex", 4: "white matter",
+    5: "other CSF",
+}  # fmt: skip
+TISSUES = {
+    "CSF": ["other CSF"],
+    "grey matter": ["left hippocampus", "right hippocampus", "cerebral cortex"],
+    "white matter": ["white matter"],
+}
+
+
+def structures_model(path: Path, **changes: object) -> Path:
+    """A model of five structures, which its card groups into tissues. ``changes`` are entries of the card."""
+    config = tiny_config(data={"labels": list(STRUCTURES.values())[1:], "window": [8, 8, 8]})
+    saved = load_model_files(make_model(path, config, len(STRUCTURES)))
+    card = {**saved.card, "labels": {str(value): name for value, name in STRUCTURES.items()}, "tissues": TISSUES}
+    save_model(path, {**card, **changes}, saved.weights, "# card")
+    return path
+
+
 def save(path: Path, data: np.ndarray | None = None, affine: np.ndarray = OBLIQUE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if data is None:

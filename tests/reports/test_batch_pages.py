@@ -36,28 +36,28 @@ def test_what_needs_a_look_comes_first() -> None:
     volumes = [2.0, 2.1, 1.9, 9.0, 2.05, 1.95]
     ordered = with_outliers([scan(f"s{i}", volume) for i, volume in enumerate(volumes)], ["x"])
     assert (ordered[0].name, ordered[0].flags) == ("s3", ("outlier: x",)) and not any(one.flags for one in ordered[1:])
-    page = segment_page(ordered, ["x"], date="today")
+    page = segment_page(ordered, {"x": "#EB3B76"}, date="today")
     assert "s3: x 9.000 ml (median of the scans 2.025 ml)" in page and "Volumes over the scans" in page
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
 def test_what_few_scans_show(count: int) -> None:
-    page = segment_page([scan(f"s{i}") for i in range(count)], ["x"], date="today")
+    page = segment_page([scan(f"s{i}") for i in range(count)], {"x": "#EB3B76"}, date="today")
     assert ('id="overview"' in page) == (count > 1)
     assert ("Volumes over the scans" in page) == (count >= 5)
 
 
 def test_a_remark_that_all_scans_share_is_said_once() -> None:
     scans = [scan(f"s{i}", remarks=["of the model", *(["of this scan"] if i == 1 else [])]) for i in range(4)]
-    page = segment_page(scans, ["x"], date="today")
+    page = segment_page(scans, {"x": "#EB3B76"}, date="today")
     assert page.count("of the model</li>") == 1 and page.count("of this scan</li>") == 1
-    assert "Remarks" in page and "Remarks" not in segment_page([scan("a"), scan("b")], ["x"], date="today")
+    assert "Remarks" in page and "Remarks" not in segment_page([scan("a"), scan("b")], {"x": "#EB3B76"}, date="today")
 
 
 def test_many_classes_do_not_widen_the_overview() -> None:
     classes = [f"class {i}" for i in range(30)]
     many = [SegmentedScan(f"s{i}", "done", volumes_ml=dict.fromkeys(classes, 1.0 + i)) for i in range(6)]
-    page = segment_page(many, classes, date="today")
+    page = segment_page(many, dict.fromkeys(classes, "#EB3B76"), date="today")
     heading = re.search(r"<thead>(.*?)</thead>", page, re.DOTALL)
     assert heading is not None and heading[1].count("<th") == MOST_CLASSES + 3
     assert f"The first {MOST_CLASSES} of the model's 30 classes" in page and page.count("class 29") >= 6
@@ -86,7 +86,7 @@ def test_names_and_remarks_are_text(kind: str) -> None:
     common = {"flags": ("warning",), "remarks": [EVIL], "model": EVIL, "files": {"mask": (EVIL, "a.nii.gz")}}
     if kind == "segment":
         scans = [SegmentedScan(f"{EVIL}{i}", "done", volumes_ml={EVIL: 1.0 + i}, **common) for i in range(6)]
-        page = segment_page(scans, [EVIL], made={EVIL: EVIL}, stopped=EVIL, command=EVIL, date=EVIL)
+        page = segment_page(scans, {EVIL: "#EB3B76"}, made={EVIL: EVIL}, stopped=EVIL, command=EVIL, date=EVIL)
     else:
         scored = [ScoredScan(f"{EVIL}{i}", "done", score=1.0 + i, compared=EVIL, **common) for i in range(6)]
         page = anomaly_page(scored, healthy=[0.1], made={EVIL: EVIL}, stopped=EVIL, command=EVIL, date=EVIL)

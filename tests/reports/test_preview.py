@@ -30,7 +30,7 @@ def test_preview_is_to_scale_and_outlined() -> None:
     labels = np.zeros(image.shape, np.int32)
     labels[5:15, 5:15, 2:8] = 2
     picture = pixels(preview_png(image, labels, (1.0, 1.0, 4.0), {2: "thing"}))
-    boxes = outlines(picture, CLASSES[0])
+    boxes = outlines(picture, CLASSES[1])  # the colour of the value 2, whether or not there is a 1
     assert len(boxes) == 9, "three slices of three planes"
     sizes = [(bottom - top) / (right - left) for top, bottom, left, right in boxes]
     # A square of 10 mm in the axial row on top, and 24 mm high in the others.

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from medseg_diffusion.data.brain_classes import STRUCTURES
 from medseg_diffusion.reports import theme
 
 # Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency", 2009:
@@ -61,3 +62,41 @@ def test_colour_scale_runs_from_dark_to_bright() -> None:
         lightness = [oklab(linear("#" + bytes(colour).hex()))[0] for colour in theme.colour_scale(name)]
         assert np.all(np.diff(lightness) > -0.01) and lightness[-1] > lightness[0] + 0.4
         assert theme.css_gradient(name).count("#") == 9
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+NAMES = {value: name for value, name in enumerate(STRUCTURES.names) if value}
+
+
+def seen(colour: str) -> np.ndarray:
+    return oklab(linear(colour))
+
+
+def test_every_structure_of_a_brain_has_its_own_colour() -> None:
+    """Thirty classes are too many for eyes that miss a cone; for others, any two differ."""
+    colours = theme.class_colours(NAMES)
+    assert set(theme.STRUCTURES) == {
+        name.removeprefix("left ").removeprefix("right ").lower() for name in NAMES.values()
+    }
+    pairs = itertools.combinations([*colours.values(), theme.REFERENCE, theme.PREDICTION], 2)
+    assert min(float(np.linalg.norm(seen(a) - seen(b))) for a, b in pairs) > 0.05
+    assert min(float(np.hypot(*seen(colour)[1:])) for colour in colours.values()) > 0.035, "not grey, as scans are"
+
+
+def test_the_sides_of_a_structure_are_shades_of_one_colour() -> None:
+    colours = {name: theme.class_colours(NAMES)[value] for value, name in NAMES.items()}
+    for name in NAMES.values():
+        if name.startswith("right "):
+            left, right = seen(colours[name.replace("right", "left")]), seen(colours[name])
+            assert 0.08 < np.linalg.norm(left - right) < 0.4
+            hues = [np.arctan2(lab[2], lab[1]) for lab in (left, right) if np.hypot(*lab[1:]) > 0.03]
+            assert len(hues) < 2 or np.cos(hues[0] - hues[1]) > 0.85, name
+
+
+def test_a_class_keeps_its_colour_when_others_are_left_out() -> None:
+    names = {1: "a", 2: "b", 60: "c"}
+    assert theme.class_colours({60: "c"})[60] == theme.class_colours(names)[60] == theme.label_colour(59)
+    assert theme.class_colours({10: NAMES[10]})[10] == theme.class_colours(NAMES)[10]
+    # Values such as FreeSurfer's would repeat colours: their places do not.
+    assert len(set(theme.class_colours({1: "a", 61: "b", 121: "c"}).values())) == 3

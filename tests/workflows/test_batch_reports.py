@@ -93,10 +93,10 @@ def test_a_stopped_call_leaves_the_page_of_what_was_done(
     scans = [save(tmp_path / "in" / f"s{i}.nii.gz") for i in range(4)]
     compute = segment_module._segment_one
 
-    def interrupted(model: object, scan: object, options: object) -> object:
+    def interrupted(model: object, scan: object, *others: object) -> object:
         if scan.name == "s2":  # type: ignore[attr-defined]
             raise KeyboardInterrupt
-        return compute(model, scan, options)  # type: ignore[arg-type]
+        return compute(model, scan, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(segment_module, "_segment_one", interrupted)
     page = tmp_path / "out" / "page.html"

@@ -139,4 +139,4 @@ def test_anomaly_reports_too(tmp_path: Path, anomaly_models: dict[str, Path], an
 def test_without_the_option_nothing_is_written(tmp_path: Path, tiny_model: Path) -> None:
     result = medseg("segment", save(tmp_path / "scan.nii.gz"), "-m", tiny_model, "--device", "cpu")
     assert result.exit_code == 0, error_lines(result)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.nii.gz", "scan_seg.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.nii.gz", "scan_dseg.tsv", "scan_seg.nii.gz"]

@@ -19,6 +19,7 @@ import torch
 
 import medseg_diffusion
 from medseg_diffusion.errors import InputError, ModelError, UsageError, remark
+from medseg_diffusion.volumes.label_table import LabelTable
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows import segment as segment_module
@@ -276,7 +277,8 @@ def test_the_command_writes_failures_beside_the_results(
     assert medseg("segment", bad, "-m", tiny_model, "-o", "single").exit_code == 3 and not Path("single").exists()
     save(bad)
     assert medseg(*command, "-o", "out", "--skip-existing").exit_code == 0
-    assert sorted(path.name for path in Path("out").iterdir()) == ["bad_seg.nii.gz", "good_seg.nii.gz", "volumes.csv"]
+    files = ["bad_seg.nii.gz", "dseg.tsv", "good_seg.nii.gz", "volumes.csv"]
+    assert sorted(path.name for path in Path("out").iterdir()) == files
 
 
 def test_json_is_one_line_a_scan_as_each_finishes(tmp_path: Path, tiny_model: Path) -> None:
@@ -299,17 +301,18 @@ def test_a_full_disk_concerns_the_scan_that_is_written(
 ) -> None:
     write = segment_module.write_labels
 
-    def full(labels: torch.Tensor, like: Volume, path: Path) -> None:
+    def full(labels: torch.Tensor, like: Volume, path: Path, table: LabelTable) -> None:
         if path.name == "case1_seg.nii.gz":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(labels, like, path)
+        write(labels, like, path, table)
 
     monkeypatch.setattr(segment_module, "write_labels", full)
     paths = [save(tmp_path / "in" / f"case{i}.nii.gz") for i in range(3)]
     results = run(paths, tiny_model, output=tmp_path / "out")
     assert [result.status for result in results] == ["done", "failed", "done"]
     assert "No space left on device" in str(results[1].error) and results[1].exit_code == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case0_seg.nii.gz", "case2_seg.nii.gz"]
+    masks = sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
+    assert masks == ["case0_seg.nii.gz", "case2_seg.nii.gz"]
 
 
 def test_a_remark_on_a_header_is_in_the_result_of_its_scan(tmp_path: Path, tiny_model: Path) -> None:

@@ -31,7 +31,7 @@ def test_every_output_lies_on_the_grid_of_the_scan(tmp_path: Path, tiny_model: P
     )  # fmt: skip
     assert result.status == "done", result.error
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "report.html", "scan.nii.gz", "scan_preview.png", "scan_prob.nii.gz", "scan_seg.nii.gz",
+        "report.html", "scan.nii.gz", "scan_dseg.tsv", "scan_preview.png", "scan_prob.nii.gz", "scan_seg.nii.gz",
         "scan_statistics.json", "scan_uncertainty.nii.gz",
     ]  # fmt: skip
     original = nib.load(scan)
@@ -174,7 +174,7 @@ def test_one_bad_scan_stops_no_other(tmp_path: Path, tiny_model: Path) -> None:
     results = {r.scan.name: r for r in run([tmp_path / "in"], tiny_model, output=tmp_path / "out")}
     assert results["zz_good.nii.gz"].status == "done"
     assert all(r.status == "failed" for name, r in results.items() if name != "zz_good.nii.gz")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["zz_good_seg.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dseg.tsv", "zz_good_seg.nii.gz"]
 
 
 def test_skip_existing_and_shards(tmp_path: Path, tiny_model: Path) -> None:

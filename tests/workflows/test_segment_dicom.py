@@ -81,7 +81,7 @@ def test_an_empty_mask_is_written_and_said(tmp_path: Path, tiny_model: Path, mon
     assert file.NumberOfFrames == 6 and not file.pixel_array.any()
     text = (tmp_path / "scan_statistics.json").read_text()
     assert json.loads(text)["classes"]["bright"] == {
-        "volume_ml": 0.0, "voxels": 0, "extent_mm": None, "centroid_ras_mm": None, "touches_border": False,
+        "label": 1, "volume_ml": 0.0, "voxels": 0, "extent_mm": None, "centroid_ras_mm": None, "touches_border": False,
         "intensity": {"T1": {"mean": None, "sd": None}},
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_the_mask_of_an_image_is_a_png_and_its_maps_are_nifti(tmp_path: Path, fl
         )  # fmt: skip
         assert result.status == "done", result.error
         assert sorted(path.name for path in scan.parent.iterdir()) == sorted(
-            [scan.name, "cell_members.nii.gz", "cell_preview.png", "cell_prob.nii.gz", "cell_seg.png",
+            [scan.name, "cell_dseg.tsv", "cell_members.nii.gz", "cell_preview.png", "cell_prob.nii.gz", "cell_seg.png",
              "cell_statistics.json", "cell_uncertainty.nii.gz"]
         )  # fmt: skip
         with Image.open(result.outputs["segmentation"]) as mask:
