@@ -50,7 +50,7 @@ class LabelFiles:
         self._dicom = any(mask.suffix.lower() == ".dcm" for mask in masks)
         place = None if self._dicom else table_folder(masks, folder)
         self._shared = None if place is None else place / NAME
-        if not self._dicom and not self._single:
+        if self.names and not self._dicom and not self._single:
             for each in sorted({mask.parent for mask in masks} | ({place} if place is not None else set())):
                 self._refuse_other(each / NAME)
 
