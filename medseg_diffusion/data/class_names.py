@@ -22,7 +22,8 @@ def class_names(masks: Sequence[Path]) -> tuple[dict[int, str], list[str]]:
     The names of a mask are in the first of these files that exists: `NAME_dseg.tsv` beside it, or `dseg.tsv` in its
     folder (BIDS: columns index and name); `NAME_statistics.json` of `medseg segment`; `dataset.json` in its folder or
     the one above (Medical Segmentation Decathlon, nnU-Net). Without any, they are in the mask's own header
-    (`volumes.label_table`), which nobody corrects by hand. If files name a label differently, the first name counts.
+    (`volumes.label_table`), which nobody corrects by hand. It counts before statistics, which may be those of an
+    earlier mask. If files name a label differently, the first name counts.
 
     Args:
         masks: The label maps, in order of trust.
@@ -49,13 +50,14 @@ def class_names(masks: Sequence[Path]) -> tuple[dict[int, str], list[str]]:
 
 
 def _sources(mask: Path) -> Iterator[Path]:
-    """The files that may name the labels of a mask, in order of trust."""
+    """The files that may name the labels of a mask, in order of trust; itself only where statistics are beside it."""
     case = scan_name(mask)
     for ending in (*MASKS, "_dseg"):
         case = case.removesuffix(ending)
     yield mask.with_name(f"{case}_dseg.tsv")
     yield mask.with_name("dseg.tsv")
-    yield mask.with_name(case + SEGMENTATION["statistics"])
+    statistics = mask.with_name(case + SEGMENTATION["statistics"])
+    yield mask if statistics.is_file() and stored_labels(mask) else statistics
     for folder in (mask.parent, mask.absolute().parent.parent):
         yield folder / "dataset.json"
 
@@ -77,11 +79,14 @@ def names_in_table(source: Path) -> dict[int, str]:
     """Label value above 0 -> name, by the columns index and name of a table of BIDS.
 
     Raises:
-        OSError, ValueError, AttributeError: No such table.
+        OSError, ValueError: No such table.
     """
-    with source.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    if not rows or not {"index", "name"} <= set(rows[0]):
+    try:
+        with source.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except csv.Error as error:  # no ValueError
+        raise ValueError(str(error)) from error
+    if not rows or any(row.get("index") is None or row.get("name") is None for row in rows):
         raise ValueError("expected the columns index and name")
     return {int(row["index"]): row["name"].strip() for row in rows if int(row["index"])}
 

@@ -23,28 +23,28 @@ def classes_of(card: Mapping[str, Any]) -> dict[int, str]:
     return {int(value): str(name) for value, name in card["labels"].items()}
 
 
-def chosen_classes(classes: Mapping[int, str], wanted: str | Sequence[str | int], model: str) -> dict[int, str]:
-    """Value -> name of the classes that ``wanted`` selects, in the order of their values, without background.
+def chosen_classes(classes: Mapping[int, str], choice: str | Sequence[str | int], model: str) -> dict[int, str]:
+    """Value -> name of the classes of a choice, in the order of their values, without background.
 
     Args:
         classes: Value -> name of all classes.
-        wanted: Names (in upper or lower case) and values, or a text of them with commas between. A name without its
+        choice: Names (in upper or lower case) and values, or a text of them with commas between. A name without its
             side selects both: "hippocampus" is "left hippocampus" and "right hippocampus".
         model: Name of the model, for the message.
 
     Raises:
         UsageError: A name or value that no class has, or none at all.
     """
-    parts = wanted.split(",") if isinstance(wanted, str) else [str(part) for part in wanted]
+    parts = choice.split(",") if isinstance(choice, str) else [str(part) for part in choice]
     names = [part.strip() for part in parts if part.strip()]
     foreground = {value: name for value, name in classes.items() if value}
     if not names:
         raise UsageError(f"{model}: no class is named; {_hint('', foreground, model)}")
     selected: set[int] = set()
     for name in names:
-        if not (found := _selected(name, foreground)):
+        if not (values := _selected(name, foreground)):
             raise UsageError(f"{model}: no class {name!r}; {_hint(name, foreground, model)}")
-        selected |= found
+        selected |= values
     return {value: foreground[value] for value in sorted(selected)}
 
 
@@ -80,10 +80,11 @@ def tissues_of(card: Mapping[str, Any], model: str) -> tuple[dict[int, str], tup
     return labels, tuple(owners.get(classes[value], 0) for value in sorted(classes))
 
 
-def _selected(wanted: str, classes: Mapping[int, str]) -> set[int]:
-    if wanted.isdecimal():
-        return {int(wanted)} & classes.keys()
-    name = _plain(wanted)
+def _selected(text: str, classes: Mapping[int, str]) -> set[int]:
+    """The values of the classes with this value or name, or of both sides of the structure; empty if there are none."""
+    if text.isdecimal():
+        return {int(text)} & classes.keys()
+    name = _plain(text)
     if exact := {value for value, other in classes.items() if _plain(other) == name}:
         return exact
     sided = {f"{side} {name}" for side in SIDES}
@@ -95,13 +96,13 @@ def _plain(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
-def _hint(wanted: str, classes: Mapping[int, str], model: str) -> str:
+def _hint(unknown: str, classes: Mapping[int, str], model: str) -> str:
     """The classes, if they are few; else those with the nearest names, and how all are shown."""
     if len(classes) <= _MOST_LISTED:
         return f"its classes are {', '.join(f'{value} {name}' for value, name in classes.items())}"
     names = {_plain(name): name for name in classes.values()}
     short = {name: name.removeprefix("left ").removeprefix("right ") for name in names}
-    near = get_close_matches(_plain(wanted), [*names, *short.values()], n=8, cutoff=0.6)
+    near = get_close_matches(_plain(unknown), [*names, *short.values()], n=8, cutoff=0.6)
     nearest = [full for plain, full in names.items() if plain in near or short[plain] in near][:4]
     nearby = f"the nearest are {', '.join(nearest)}; " if nearest else ""
     return f"{nearby}`medseg models show {model}` lists all {len(classes)}"

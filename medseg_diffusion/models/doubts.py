@@ -58,7 +58,8 @@ def with_doubts(
         dims: 2 for a model of slices, 3 for one of volumes.
         orientation: The axes of the model's grid, such as "RAS"; None for those of the scan.
     """
-    placement, volumes = segmentation.placement, segmentation.volumes_ml
+    # Of all classes: a choice among them changes neither the doubts nor what they withhold.
+    placement, volumes = segmentation.placement, segmentation.all_volumes_ml
     box_ml = math.prod(stop - start for start, stop in placement.box) * volume.voxel_mm3 / 1000
     mask = MeasuredMask(
         {} if is_image(volume.source or "") else volumes,

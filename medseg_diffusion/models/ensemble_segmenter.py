@@ -85,12 +85,11 @@ class EnsembleSegmenter:
                 return self.aggregation.combine(slabs, placement, maps, chosen)
 
         spatial = image.shape[1 : 1 + way.dims]
-        found = stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
+        segmentation = stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
         if self.seen is None:
-            return found
-        return with_doubts(
-            found, self.seen, volume, image, self.aggregation.foreground, self.dims, self.preprocessing.orientation
-        )
+            return segmentation
+        names, orientation = self.aggregation.foreground, self.preprocessing.orientation
+        return with_doubts(segmentation, self.seen, volume, image, names, self.dims, orientation)
 
     def _on_model_grid(self, volume: Volume) -> tuple[Tensor, Placement]:
         box = None if self.finder is None else self.finder.box(volume, self.device)

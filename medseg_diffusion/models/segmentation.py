@@ -76,7 +76,7 @@ class Segmentation:
 
     If some of the classes were chosen, labels, probabilities, and all numbers by the name of a class are of these
     alone. They are the same as without the choice. All else tells about the whole segmentation: uncertainty, mutual
-    information, members, quality and disagreement.
+    information, members, volumes of all classes, quality, disagreement, and in what it is unlike those of the training.
 
     Attributes:
         classes: Class value -> name, without background: all of the model's, or the chosen ones.
@@ -88,6 +88,7 @@ class Segmentation:
         members: Labels of every member on the model's grid, (N, *S), of all classes.
         placement: How the model's grid lies in the scan.
         volumes_ml: Class name -> volume, without background.
+        all_volumes_ml: The same of all classes of the model, chosen or not.
         members_ml: Class name -> smallest and largest volume of the members; empty for one member.
         intervals_ml: Class name -> an interval that contains the reference's volume in a share ``level`` of patients
             like the model's calibration patients (`methods.calibration`); empty if the model was not calibrated for
@@ -111,6 +112,7 @@ class Segmentation:
     members: Tensor
     placement: Placement
     volumes_ml: dict[str, float]
+    all_volumes_ml: dict[str, float]
     members_ml: dict[str, tuple[float, float]]
     intervals_ml: dict[str, tuple[float, float]]
     level: float | None
@@ -285,6 +287,7 @@ class Aggregation:
             members=members.labels,
             placement=placement,
             volumes_ml=_of(classes, volumes),
+            all_volumes_ml=volumes,
             members_ml=_of(classes, ranges),
             intervals_ml=_of(classes, intervals),
             level=self.calibration.level if self.calibration is not None and intervals else None,
@@ -304,7 +307,7 @@ class Aggregation:
         for member, mask in zip(segmentation.members, turned, strict=True):
             for where, shares in placement.restored(_one_hot(member, classes), 0):
                 mask[where] = labels_of(shares).numpy()
-        _keep_only(masks.numpy(), segmentation.classes, classes)
+            _keep_only(mask, segmentation.classes, classes)
         return masks
 
     def _restored(self, values: Tensor, placement: Placement) -> Tensor:
@@ -415,8 +418,8 @@ class _OnScan:
         """Of probabilities (K, ...) those of the chosen classes, behind the sum of all others."""
         if len(self.chosen) == len(probabilities) - 1:
             return probabilities
-        kept = probabilities[self.chosen]
-        return torch.cat([(1 - kept.sum(0, keepdim=True)).clamp(min=0), kept])
+        of_chosen = probabilities[self.chosen]
+        return torch.cat([(1 - of_chosen.sum(0, keepdim=True)).clamp(min=0), of_chosen])
 
     def _fill_maps(self, where: Where, mean: Tensor) -> None:
         calibrated = self._calibrated(mean)
@@ -460,7 +463,7 @@ def labels_of(part: Part) -> Tensor:
 
 
 def _keep_only(labels: np.ndarray, chosen: Collection[int], classes: int) -> None:
-    """Set labels of any shape, 0 to ``classes`` - 1, to 0 where they are not chosen."""
+    """Set labels (I, J, K), 0 to ``classes`` - 1, to 0 where they are not chosen."""
     dropped = np.ones(classes, bool)
     dropped[[0, *chosen]] = False
     if dropped.any():

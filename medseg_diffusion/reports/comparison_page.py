@@ -14,7 +14,7 @@ from medseg_diffusion.metrics.registry import METRICS
 from .evaluation_page import few_cases, metric_rules
 from .page import Cell, Row, Table, interval, number, plural, render
 from .plots import distributions
-from .theme import label_colour
+from .theme import class_colours
 
 MAX_PLOTS = 6
 """Pairs of sets whose differences are plotted: the first ones."""
@@ -94,16 +94,17 @@ def _differences_table(comparison: Comparison) -> Table:
 
 def _means_table(comparison: Comparison, pages: Mapping[str, str]) -> Table:
     metrics = [metric for metric in comparison.first.metrics if metric.compared]
+    colours = class_colours(comparison.first.labels)
     rows = [
         Row(
             [
                 Cell(name, link=pages.get(name, "")),
-                Cell(title, colour=label_colour(place)),
+                Cell(title, colour=colours[label]),
                 *(interval(evaluation.means[metric.name][label], metric.digits) for metric in metrics),
             ]
         )
         for name, evaluation in comparison.evaluations.items()
-        for place, (label, title) in enumerate(comparison.first.labels.items())
+        for label, title in comparison.first.labels.items()
     ]
     headings = ["Set", "Class", *(metric.heading for metric in metrics)]
     return Table("Means of every set", headings, rows, sortable=True, text_columns=(1,), stacked=True)

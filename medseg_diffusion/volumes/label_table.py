@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 
 CARET = 30
 """Code of the extension."""
-_MOST_BYTES = 2**20  # more than a table of 65535 names would need is no table
+_MOST_BYTES = 2**24  # a table of 65535 labels has about 7 MB
 _ROOT, _TABLE = "CaretExtension", "LabelTable"
 
 

@@ -92,7 +92,9 @@ def segmentation_outputs(scan: Path, output: Path | None, count: int, mask_forma
         formats = ".png or .nii.gz" if is_image(scan) else ".nii.gz"
         raise UsageError(f"-o {output}: the mask of {scan.name} is not written as {suffix_of(output)}; use {formats}")
     base = output.parent / scan_name(output).removesuffix(scan_name(SEGMENTATION["segmentation"]))
-    return {**_ended(base, SEGMENTATION), "segmentation": output}
+    # In BIDS, sub-1_dseg.tsv is of sub-1_dseg.nii.gz.
+    table = base.with_name(base.name.removesuffix("_dseg") + SEGMENTATION["label-table"])
+    return {**_ended(base, SEGMENTATION), "segmentation": output, "label-table": table}
 
 
 def _with_dicom_mask(scan: Path, output: Path | None, count: int) -> Outputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg_diffusion.data.class_names import class_names
 from medseg_diffusion.data.pairs import MaskPair
 from medseg_diffusion.errors import InputError, remarks
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement
@@ -74,26 +75,40 @@ def measure_case(task: CaseTask) -> MeasuredCase:
             labels.update(values)
         spacing = volumes[1].spacing
         results = measure(prediction, reference, sorted(labels), spacing, task.options, volumes[1].voxel_mm3)
-        reliability, unused = _reliability(pair, reference)
+        reliability, unused = _reliability(pair, reference, task.labels)
     return MeasuredCase(results, prediction.size, spacing, reliability, tuple(said), unused)
 
 
-def _reliability(pair: MaskPair, truth: NDArray[np.integer]) -> tuple[Reliability | None, str]:
-    """Calibration of the probabilities beside the prediction; if they cannot be used, None and the reason."""
+def _reliability(
+    pair: MaskPair, truth: NDArray[np.integer], compared: Collection[int]
+) -> tuple[Reliability | None, str]:
+    """Calibration of the probabilities beside the prediction; if they cannot be used, None and the reason.
+
+    If ``compared``, the requested labels, are those of the prediction, all others are what its first channel is of.
+    """
     path = pair.companion("probabilities")
     if path is None:
         return None, ""
     p: NDArray[Any] = read_map(path).data.numpy()
     if p.shape[1:] != truth.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
         return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
-    named, every = sorted(stored_labels(pair.prediction)), list(range(1, len(p)))
-    if not pair.merged and len(named) == len(every) and named != every:  # chosen classes, behind everything else
+    named, every = [] if pair.merged else _named(pair.prediction), list(range(1, len(p)))
+    if named and len(named) == len(every) and (named != every or named == sorted(compared)):
+        # Chosen classes, behind everything else.
         places = np.zeros(max(named[-1], int(truth.max())) + 1, np.int64)
         places[named] = every
         truth = places[truth]
     if truth.max() >= len(p):
         return None, f"Not used for calibration: {path.name} has no probability of label {truth.max()}."
     return Reliability.of(p, truth, region(truth)), ""
+
+
+def _named(prediction: Path) -> list[int]:
+    """The values that a mask's header, or else files beside it, name; ascending, none if these cannot be read."""
+    try:
+        return sorted(stored_labels(prediction) or class_names([prediction])[0])
+    except InputError:  # not said before: the names of all classes were given
+        return []
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from medseg_diffusion.volumes.label_table import printable_name
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.volume import Volume
 
-from .label_files import from_segments
+from .label_files import few, from_segments
 from .results_table import BETWEEN, Row
 from .scans import ScanResult
 
@@ -99,13 +99,8 @@ def read_mask(path: Path, names: Mapping[int, str]) -> Volume:
 def _require_same(path: Path, stored: list[tuple[int, str]], expected: list[tuple[int, str]]) -> None:
     """InputError for a mask that names other classes: nobody has looked for those that it lacks."""
     if stored and stored != expected:
-        found, remedy = f"a mask of the classes {_few(stored)}", "segment it again without --skip-existing"
-        raise InputError(path, found, _few(expected), remedy)
-
-
-def _few(classes: list[tuple[int, str]]) -> str:
-    names = [name for _, name in classes]
-    return ", ".join(names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"])
+        found, names = (few(name for _, name in classes) for classes in (stored, expected))
+        raise InputError(path, f"a mask of the classes {found}", names, "segment it again without --skip-existing")
 
 
 def _volumes(mask: Volume, names: Mapping[int, str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +41,60 @@ class LabelFiles:
         folder: The folder given with -o, or None.
 
     Raises:
-        UsageError: The folder has a table of other classes, by which its masks would be misread.
+        UsageError: A folder of masks has a table of other classes, by which they would be misread.
     """
 
     def __init__(self, names: Mapping[int, str], masks: Sequence[Path], folder: Path | None) -> None:
         self.names, self.table = dict(names), label_table(names)
-        dicom = any(mask.suffix.lower() == ".dcm" for mask in masks)
-        shared = None if dicom else table_folder(masks, folder)
-        self._shared = None if shared is None else shared / NAME
-        self._single, self._written = len(masks) == 1 and not dicom, False
-        if self._shared is not None and self._shared.exists():
-            if not self._holds_for(self._shared):
-                raise UsageError(f"{self._shared}: names other classes; move it, or give -o another folder")
-            self._written = True  # by an earlier call, perhaps in other colours
+        self._single, self._written = len(masks) == 1, False
+        self._dicom = any(mask.suffix.lower() == ".dcm" for mask in masks)
+        place = None if self._dicom else table_folder(masks, folder)
+        self._shared = None if place is None else place / NAME
+        if self.names and not self._dicom and not self._single:
+            for each in sorted({mask.parent for mask in masks} | ({place} if place is not None else set())):
+                self._refuse_other(each / NAME)
 
     def write(self, own: Path) -> Outputs:
-        """Write the table, unless it is there; ``own`` is the file of a single scan. Only this one is returned."""
-        path = own if self._single else self._shared
-        if path is not None and not self._written:
-            write_files(path.parent, {path.name: to_tsv(self.table)})
-            self._written = True
-        return {"label-table": own} if self._single else {}
+        """Write the table of a mask before the mask. ``own`` is the file of this mask alone; only this one is returned.
 
-    def _holds_for(self, table: Path) -> bool:
+        Several scans have such a file from an earlier call for one of them. It counts before the shared table.
+
+        Raises:
+            UsageError: Another call has written a table of other classes since this one began.
+        """
+        if self._dicom:
+            return {}
+        if self._shared is not None and not self._written:
+            self._refuse_other(self._shared)
+            if not self._shared.exists():  # one in other colours stays
+                self._write(self._shared)
+            self._written = True
+        if not self._single and not own.exists():
+            return {}
+        self._write(own)
+        return {"label-table": own}
+
+    def _write(self, path: Path) -> None:
+        write_files(path.parent, {path.name: to_tsv(self.table)})
+
+    def _refuse_other(self, table: Path) -> None:
+        if not table.exists():
+            return
         try:
-            return names_in_table(table) == {value: printable_name(name) for value, name in self.names.items()}
-        except (OSError, ValueError, AttributeError):  # no table
-            return False
+            stored = names_in_table(table)
+        except (OSError, ValueError):
+            stored = {}
+        if stored != {value: printable_name(name) for value, name in self.names.items()}:
+            raise UsageError(
+                f"{table}: names other classes than those of this call ({few(self.names.values())}); move it, or give "
+                "-o another folder"
+            )
+
+
+def few(names: Iterable[str]) -> str:
+    """Names for a message: at most four, or the first three and the number of the others."""
+    listed = list(names)
+    return ", ".join(listed if len(listed) <= 4 else [*listed[:3], f"{len(listed) - 3} more"])
 
 
 def as_segments(labels: npt.NDArray[Any], names: Mapping[int, str]) -> npt.NDArray[Any]:

@@ -170,7 +170,7 @@ def segment(
     masks = {path: each["segmentation"] for path, each in outputs.items()}
     folder = None if len(sources) == 1 else options.output
     file = table_path("volumes", list(masks.values()), folder, options.shard) if options.volumes else None
-    labels = LabelFiles(names, list(masks.values()), folder)
+    label_files = LabelFiles(names, list(masks.values()), folder)
 
     def load() -> SegmentationModel:
         model = _load(options)
@@ -191,7 +191,7 @@ def segment(
             run_report.timed(read),
             load,
             lambda model, scan: partial(
-                _write_results, model, scan, options, _segment_one(model, scan, options, labels), labels
+                _write_results, model, scan, options, _segment_one(model, scan, options, label_files), label_files
             ),
             "segmentation",
             lambda path, files: finished_segmentation(path, files, names, table.earlier(path)),
@@ -252,24 +252,24 @@ class _Segmented:
     write_mask: Callable[[Tensor], None]
 
 
-def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions, labels: LabelFiles) -> _Segmented:
+def _segment_one(model: SegmentationModel, scan: Scan, options: SegmentOptions, label_files: LabelFiles) -> _Segmented:
     """Segment a scan, with the maps that are written: others would stay in memory while the next one is segmented."""
     require_fitting(scan.volume, model)
     scan.volume = scan.volume.described(model.saved.signature)
     # Refuses before the computation what cannot be written after it.
-    write_mask = _mask_writer(model, scan, options, labels)
+    write_mask = _mask_writer(model, scan, options, label_files)
     seed = derive_seed(options.seed, scan.name)
-    segmentation = model.segment(scan.volume, seed, scan.on_progress, _maps(options), labels.names)
+    segmentation = model.segment(scan.volume, seed, scan.on_progress, _maps(options), label_files.names)
     return _Segmented(segmentation, write_mask)
 
 
 def _write_results(
-    model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented, labels: LabelFiles
+    model: SegmentationModel, scan: Scan, options: SegmentOptions, segmented: _Segmented, label_files: LabelFiles
 ) -> ScanResult:
     """Write the files of a segmented scan, the mask last."""
     segmentation = segmented.segmentation
     scan.outputs["segmentation"].parent.mkdir(parents=True, exist_ok=True)
-    written = _write_maps(model, scan, options, segmentation, labels.table)
+    written = _write_maps(model, scan, options, segmentation, label_files.table)
     if options.preview:
         picture = _picture(scan, segmentation, model)
         write_files(scan.outputs["preview"].parent, {scan.outputs["preview"].name: picture})
@@ -277,7 +277,7 @@ def _write_results(
     if options.statistics:
         write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
         written["statistics"] = scan.outputs["statistics"]
-    written |= labels.write(scan.outputs["label-table"])
+    written |= label_files.write(scan.outputs["label-table"])
     segmented.write_mask(segmentation.labels)
     doubts = doubts_about(segmentation.volumes_ml, segmentation.quality, segmentation.unlike_training)
     return ScanResult(
@@ -320,7 +320,7 @@ def _write_maps(
 
 
 def _mask_writer(
-    model: SegmentationModel, scan: Scan, options: SegmentOptions, labels: LabelFiles
+    model: SegmentationModel, scan: Scan, options: SegmentOptions, label_files: LabelFiles
 ) -> Callable[[Tensor], None]:
     """A function that writes the mask.
 
@@ -329,13 +329,15 @@ def _mask_writer(
     """
     path = scan.outputs["segmentation"]
     if path.suffix.lower() != ".dcm":
-        return lambda mask: write_labels(mask, scan.volume, path, labels.table)
+        return lambda mask: write_labels(mask, scan.volume, path, label_files.table)
     codes = model.config.data.codes
-    segments = [Segment(name, **(codes[name].model_dump() if name in codes else {})) for name in labels.names.values()]
-    settings = _settings(model, options, labels.names)
+    segments = [
+        Segment(name, **(codes[name].model_dump() if name in codes else {})) for name in label_files.names.values()
+    ]
+    settings = _settings(model, options, label_files.names)
     file = SegmentationFile(scan.volume, segments, Algorithm(model.saved.name, model.saved.sha256, settings))
     # DICOM numbers segments 1, 2, ...
-    return lambda mask: file.write(torch.from_numpy(as_segments(mask.numpy(), labels.names)), path)
+    return lambda mask: file.write(torch.from_numpy(as_segments(mask.numpy(), label_files.names)), path)
 
 
 def _settings(model: SegmentationModel, options: SegmentOptions, names: Mapping[int, str]) -> dict[str, str]:

@@ -45,6 +45,12 @@ def test_names_return_and_every_reader_sees_the_same_voxels(tmp_path: Path, suff
         assert torch.equal(read_labels(path).data, read_labels(plain).data)
 
 
+def test_the_longest_table_returns_whole() -> None:
+    names = {value: f"class {value}" for value in range(1, 65536)}
+    content = to_extension({value: Label(name, "#808080") for value, name in names.items()})
+    assert from_extension(content) == names
+
+
 def test_colours_are_shares_of_one() -> None:
     text = to_extension(TABLE).decode()
     assert 'Key="1" Red="1" Green="0.501961" Blue="0" Alpha="1"' in text
@@ -71,7 +77,7 @@ def with_extensions(path: Path, *extensions: tuple[int, bytes]) -> Path:
         b"</CaretExtension>",
         to_extension(TABLE)[:-60],
         b"<!DOCTYPE CaretExtension [<!ENTITY a 'aaaa'>]>" + to_extension(TABLE)[39:].replace(b"left", b"&a;"),
-        b"<CaretExtension>" + b" " * 2**20 + b"</CaretExtension>",
+        b"<CaretExtension>" + b" " * 2**24 + b"</CaretExtension>",
         b"<other>text</other>",
     ],
 )

@@ -33,7 +33,7 @@ def test_of_the_outputs_only_masks_are_evaluated(tmp_path: Path) -> None:
 def test_outputs_of_a_named_file_share_its_name() -> None:
     named = segmentation_outputs(Path("a/scan.nii"), Path("b/liver_seg.nii.gz"), 1)
     assert named["segmentation"] == Path("b/liver_seg.nii.gz")
-    assert named["probabilities"] == Path("b/liver_prob.nii.gz")
+    assert named["probabilities"] == Path("b/liver_prob.nii.gz") and named["label-table"] == Path("b/liver_dseg.tsv")
     scores = anomaly_outputs(Path("a/scan.nii"), Path("b/head_anomaly.nii.gz"), 1)
     assert scores["map"] == Path("b/head_anomaly.nii.gz") and scores["mask"] == Path("b/head_anomaly_mask.nii.gz")
 

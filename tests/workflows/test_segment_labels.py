@@ -16,19 +16,20 @@ import torch
 from medseg_diffusion.api.models import Segmenter, load_model
 from medseg_diffusion.data.brain_classes import STRUCTURES as BRAIN
 from medseg_diffusion.data.brain_classes import tissues_of
-from medseg_diffusion.data.class_names import class_names
+from medseg_diffusion.data.class_names import class_names, names_in_table
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.reports.theme import class_colours
 from medseg_diffusion.volumes.io import stored_labels, write_labels, write_map
-from medseg_diffusion.volumes.label_table import Label
+from medseg_diffusion.volumes.label_table import Label, to_tsv
 from medseg_diffusion.volumes.volume import Volume
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, evaluate
+from medseg_diffusion.workflows.label_files import LabelFiles
 from medseg_diffusion.workflows.scans import ScanResult
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers.cli import error_lines, medseg
 from tests.helpers.dicom_series import series
-from tests.helpers.segmenters import STRUCTURES, calibrated, run, save, structures_model
+from tests.helpers.segmenters import STRUCTURES, calibrated, run, save, structures_model, with_seen
 
 CHOICE = "Hippocampus,other-csf"
 CHOSEN = {1: "left hippocampus", 2: "right hippocampus", 5: "other CSF"}
@@ -85,6 +86,19 @@ def test_a_choice_changes_no_voxel_and_no_number_of_what_is_chosen(tmp_path: Pat
     assert some.outputs["preview"].stat().st_size != whole.outputs["preview"].stat().st_size
 
 
+def test_a_choice_hides_no_doubt_about_the_whole_segmentation(tmp_path: Path) -> None:
+    """White matter of a microlitre says that the scan is not for the model, whatever is written of it."""
+    plain = structures_model(tmp_path / "plain")
+    model = calibrated(plain, tmp_path / "model", volume_errors=[0.1] * 5)
+    with_seen(model, classes={"white matter": {"volume_ml": [400, 500], "image_share": [0.3, 0.4]}})
+    scan = save(tmp_path / "scan.nii.gz")
+    (whole,) = run([scan], model, output=tmp_path / "a.nii.gz", ensemble=3)
+    (some,) = run([scan], model, output=tmp_path / "b.nii.gz", ensemble=3, labels=CHOICE)
+    assert "unlike training" in whole.flags and any("white matter of " in warning for warning in whole.warnings)
+    assert (some.flags, some.warnings, some.quality) == (whole.flags, whole.warnings, whole.quality)
+    assert not some.intervals_ml and not whole.intervals_ml
+
+
 def test_names_and_colours_travel_with_every_mask(tmp_path: Path, model: Path) -> None:
     scan = save(tmp_path / "scan.nii.gz")
     (result,) = run([scan], model, output=tmp_path / "out", labels=CHOICE, **EVERYTHING)
@@ -118,13 +132,48 @@ def test_masks_of_one_folder_share_a_table_and_another_table_is_refused(tmp_path
     (out / "dseg.tsv").write_text(table)  # other colours do no harm
     assert run(scans, model, output=out, labels=CHOICE)[0].status == "done"
     assert (out / "dseg.tsv").read_text() == table
-    for content in (None, "my own work"):
+    for content in (None, "my own work", "name\tindex\nCSF\n"):
         (out / "dseg.tsv").write_text(content or table)
-        with pytest.raises(UsageError, match=r"dseg\.tsv: names other classes; move it, or give -o another folder"):
+        with pytest.raises(UsageError, match=r"dseg\.tsv: names other classes than .*; move it, or give -o another"):
             run(scans, model, output=out, labels=CHOICE if content else None)
-    apart = [save(tmp_path / name / "scan.nii.gz") for name in "cd"]
-    run(apart, model)
-    assert not list(tmp_path.glob("[cd]/*.tsv")) and stored_labels(tmp_path / "c" / "scan_seg.nii.gz")
+
+
+def test_masks_of_several_folders_name_themselves_and_a_table_beside_one_is_not_passed_over(
+    tmp_path: Path, model: Path
+) -> None:
+    scans = [save(tmp_path / name / "scan.nii.gz") for name in "cd"]
+    run(scans, model, statistics=True)
+    assert not list(tmp_path.glob("[cd]/*.tsv"))
+    mask = tmp_path / "d" / "scan_seg.nii.gz"
+    assert class_names([mask])[0] == {value: name for value, name in STRUCTURES.items() if value}
+    run(scans, model, tissues=True)  # without statistics: those beside the masks are of the structures
+    assert class_names([mask]) == ({1: "CSF", 2: "grey matter", 3: "white matter"}, [])
+    (mask.parent / "dseg.tsv").write_text("index\tname\n1\tliver\n")
+    with pytest.raises(UsageError, match=r"d/dseg\.tsv: names other classes than those of this call \(CSF, grey"):
+        run(scans, model, tissues=True)
+
+
+def test_the_table_of_one_scan_follows_its_mask(tmp_path: Path, model: Path) -> None:
+    """It counts before the table of the folder, whichever call has written it."""
+    scans, out = [save(tmp_path / f"{name}.nii.gz") for name in "ab"], tmp_path / "out"
+    run(scans[:1], model, output=out, tissues=True)
+    assert class_names([out / "a_seg.nii.gz"])[0] == {1: "CSF", 2: "grey matter", 3: "white matter"}
+    run(scans, model, output=out, labels=CHOICE)
+    assert [class_names([out / f"{name}_seg.nii.gz"]) for name in "ab"] == [(CHOSEN, [])] * 2
+    assert not (out / "b_dseg.tsv").exists()
+    (named,) = run(scans[:1], model, output=tmp_path / "sub-1_dseg.nii.gz", labels=CHOICE)
+    assert named.outputs["label-table"] == tmp_path / "sub-1_dseg.tsv"
+    assert class_names([tmp_path / "sub-1_dseg.nii.gz"]) == (CHOSEN, [])
+
+
+def test_a_table_that_another_call_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
+    masks = [tmp_path / f"{name}_seg.nii.gz" for name in "ab"]
+    files = [LabelFiles(names, masks, None) for names in ({1: "CSF"}, {1: "CSF"}, {1: "liver"})]
+    own = tmp_path / "a_dseg.tsv"
+    assert [one.write(own) for one in files[:2]] == [{}, {}]
+    with pytest.raises(UsageError, match=r"dseg\.tsv: names other classes than those of this call \(liver\)"):
+        files[2].write(own)
+    assert names_in_table(tmp_path / "dseg.tsv") == {1: "CSF"} and not own.exists()
 
 
 @pytest.mark.parametrize("output_format", ["nifti", "dicom-seg"])
@@ -171,6 +220,26 @@ def test_probabilities_of_chosen_classes_are_evaluated_by_their_names(tmp_path: 
     found = evaluate(mask, tmp_path / "reference_seg.nii.gz", tmp_path / "e", EvaluateOptions(labels=[5]))
     assert found.reliability is not None and found.reliability.ece == 0
     assert found.labels == {5: "other CSF"} and found.means["dice"][5].mean == 1
+
+
+@pytest.mark.parametrize(("suffix", "chosen", "other"), [(".nii.gz", 1, 5), (".nrrd", 2, 1)])
+def test_what_was_not_chosen_is_what_the_first_channel_is_of(
+    tmp_path: Path, suffix: str, chosen: int, other: int
+) -> None:
+    """Also where the chosen values are the first ones, and where a table names them because the mask cannot."""
+    like, folder = Volume(torch.zeros(1, 8, 8, 8), np.eye(4)), tmp_path / "p"
+    labels = torch.full((8, 8, 8), other, dtype=torch.uint8)
+    labels[:4] = chosen
+    folder.mkdir()
+    write_labels(labels, like, tmp_path / "a_seg.nii.gz")
+    mask, table = folder / f"a_seg{suffix}", {chosen: Label("vessel", "#474F52")}
+    write_labels(torch.where(labels == chosen, chosen, 0), like, mask, table)
+    if suffix != ".nii.gz":
+        (folder / "a_dseg.tsv").write_text(to_tsv(table))
+    p = (labels == chosen).float()
+    write_map(torch.stack([1 - p, p]), like, folder / "a_prob.nii.gz")
+    found = evaluate(mask, tmp_path / "a_seg.nii.gz", tmp_path / "e", EvaluateOptions(labels=[chosen]))
+    assert found.reliability is not None and found.reliability.ece == 0
 
 
 # ---- tissues ---------------------------------------------------------------------------------------------------------
@@ -242,6 +311,7 @@ def test_a_model_that_was_trained_on_structures_knows_their_tissues(tmp_path: Pa
         nib.save(nib.Nifti1Image(labels, np.eye(4)), maps / f"map_{i}.nii.gz")
     preset = "baseline-brain-structures-small"
     small = {
+        "finder.window": [16, 16, 16], "finder.network.channel_mult": [1, 1], "finder.max_steps": 1,
         "data.window": [16, 16, 16], "data.test_cases": 1, "data.validation_cases": 1, "data.examples_per_map": 1,
         "network.channels": 16, "network.channel_mult": [1, 1], "training.max_steps": 1,
         "training.validate_every": 1, "training.warmup_steps": 0, "inference.window": [16, 16, 16],
@@ -288,4 +358,4 @@ def test_the_command_takes_both_options(tmp_path: Path, model: Path) -> None:
     result = medseg("segment", scan, "-m", model, "--tissues", "--ensemble", "1", "--json", "-o", tmp_path / "t")
     assert list(json.loads(result.stdout)["volumes_ml"]) == ["CSF", "grey matter", "white matter"]
     assert stored_labels(tmp_path / "t" / "scan_seg.nii.gz") == {1: "CSF", 2: "grey matter", 3: "white matter"}
-    assert set(STRUCTURES.values()) >= set(stored_labels(tmp_path / "scan_seg.nii.gz").values())
+    assert stored_labels(tmp_path / "scan_seg.nii.gz") == {value: STRUCTURES[value] for value in (1, 2)}
