@@ -95,7 +95,8 @@ class FeedForwardSection(Section):
     """The feed-forward baseline (`medseg_diffusion.tasks.mask.FeedForward`).
 
     ``loss`` "cross-entropy" leaves Dice out, so that the probabilities are honest. With ``members`` "pixels" every
-    member draws each pixel's class from its probabilities, on its own; "equal" members are the same mask.
+    member draws each pixel's class from its probabilities, on its own. With "equal" nothing is drawn: the members of an
+    ensemble are mirrored and jittered passes (`medseg_diffusion.tasks.jitter`).
     """
 
     loss: Literal["dice-cross-entropy", "cross-entropy"] = "dice-cross-entropy"

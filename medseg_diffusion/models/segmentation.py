@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -76,7 +76,7 @@ class Segmentation:
 
     If some of the classes were chosen, labels, probabilities, and all numbers by the name of a class are of these
     alone. They are the same as without the choice. All else tells about the whole segmentation: uncertainty, mutual
-    information, members, quality and disagreement.
+    information, members, quality, disagreement, and how it compares with the training.
 
     Attributes:
         classes: Class value -> name, without background: all of the model's, or the chosen ones.
@@ -101,6 +101,7 @@ class Segmentation:
             member.
         unlike_training: In what the scan or the mask is unlike those of the training (`methods.seen`), one sentence;
             empty if nothing is known. Such a scan has no intervals: they hold for scans like those of the calibration.
+        all_volumes_ml: As ``volumes_ml``, but of all classes, by which the whole mask is compared with the training.
     """
 
     classes: dict[int, str]
@@ -118,6 +119,7 @@ class Segmentation:
     quality: Quality | None
     disagreement: float | None
     unlike_training: str = ""
+    all_volumes_ml: dict[str, float] = field(default_factory=dict)
 
 
 class SegmentationModel(Protocol):
@@ -291,6 +293,7 @@ class Aggregation:
             agreement=_of(classes, agreement),
             quality=self._quality(agreement),
             disagreement=members.disagreement if several else None,
+            all_volumes_ml=volumes,
         )
 
     def members_on_scan(self, segmentation: Segmentation) -> Tensor:

@@ -53,7 +53,8 @@ class SegmenterData:
         calibration: Cases of the calibration side.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
         coarse: Examples and validation cases of the finder; None unless the configuration has one.
-        measure: Measures the training scans (`methods.seen`), which takes a while, and calls its argument after each.
+        measure: Measures the training scans (`methods.seen`), which takes a while, for a training of so many examples;
+            its second argument is called after each scan.
         tissues: Tissue -> names of the classes that belong to it, for classes that are structures of a brain.
     """
 
@@ -63,7 +64,7 @@ class SegmenterData:
     channels: tuple[str, ...]
     summary: dict[str, Any]
     split: Split
-    measure: Callable[[OnCase], Seen | None]
+    measure: Callable[[int, OnCase], Seen | None]
     several_readers: bool = False
     calibration: Sequence[Case] = ()
     shape: ShapePrior | None = None
@@ -143,7 +144,11 @@ def _labelled_scans(
     names = {case.name for case in held_out}
     validation = [case for case in prepared if case.name in names]
     calibration = [case for case in folder.cases if case.name in split.calibration]
-    measure = partial(seen_in_cases, training, folder, build.preprocessing(config.preprocessing), labels, dims, True)
+
+    def measure(examples: int, on_scan: OnCase) -> Seen | None:
+        preprocessing = build.preprocessing(config.preprocessing)
+        return seen_in_cases(training, folder, preprocessing, labels, dims, on_scan=on_scan)
+
     return SegmenterData(
         examples, validation, labels, folder.channels, summary, split, measure, several_readers, calibration
     )
