@@ -240,6 +240,8 @@ class SegmenterConfig(Section):
             raise ValueError("finder.network.dims must be 3")
         if self.finder is not None and self.preprocessing.crop_foreground:
             raise ValueError("finder finds the box; set preprocessing.crop_foreground: false")
+        if self.finder is not None and self.training.sharding:
+            raise ValueError("training.sharding is not for a segmenter with a finder, which is trained alone first")
         if self.method == "latent-mask" and self.training.sharding:
             raise ValueError(
                 "training.sharding is not for method: latent-mask, whose autoencoder is trained alone first"
