@@ -175,7 +175,7 @@ def synthetic_scan(
     config: SynthesisConfig = SynthesisConfig(),
     classes: BrainClasses = TISSUES,
     spacing_mm: float = 1.0,
-    size: Sequence[int] | None = None,
+    part: tuple[Sequence[int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, npt.NDArray[np.float64]]:
     """A scan at a random resolution: image (I, J, K) float32, class (I, J, K) uint8, affine (4, 4).
 
@@ -185,14 +185,11 @@ def synthetic_scan(
         config: ranges of the synthesis.
         classes: what the labels tell apart.
         spacing_mm: voxel size at which the scan is made; its own resolution is this or coarser.
-        size: voxels around the middle of the brain; None for the whole head.
+        part: size in voxels and centre, (3,) position in the label map, of the part that is made; None for all of it.
     """
     draw = Draw(generator)
-    if size is None:
-        size = tuple(int(1.1 * n / spacing_mm) // 8 * 8 + 8 for n in anatomy.index.shape)
-        centre = (torch.tensor(anatomy.index.shape) - 1) / 2.0
-    else:
-        centre = anatomy.brain.double().mean(0)
+    whole_size = [int(1.1 * n / spacing_mm) // 8 * 8 + 8 for n in anatomy.index.shape]
+    size, centre = part or (whole_size, (torch.tensor(anatomy.index.shape) - 1) / 2.0)
     image, labels, _, _ = _render(anatomy.index, draw, config, centre.double(), size, spacing_mm, upsample=False)
     values = class_values(classes)[labels]
     if image.shape != values.shape:

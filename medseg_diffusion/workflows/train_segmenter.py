@@ -135,8 +135,6 @@ def train_segmenter(
         weights = averaged.state_dict()
         if finder is not None:
             weights |= {build.FINDER + name: value for name, value in finder.state_dict().items()}
-        if prepared.tissues:
-            card[TISSUES] = {tissue: list(names) for tissue, names in prepared.tissues.items()}
         if prepared.shape is not None:
             card[build.SHAPE_PRIOR] = {"spacing_mm": prepared.shape.spacing_mm}
             weights[build.SHAPE_PRIOR] = (255 * prepared.shape.share).round().to(torch.uint8)
@@ -151,7 +149,7 @@ def train_segmenter(
         if prepared.calibration and not prepared.several_readers:
             store_calibration(job.model, prepared.calibration, str(runtime.device), job.on_prepare)
         measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
-        add_seen(job.model, seen)  # its weights may be those of a shorter call, whose entry tells less
+        add_seen(job.model, seen)  # the best weights may be of an earlier call, which measured less
     return job.model
 
 
@@ -326,7 +324,8 @@ def _card(
     origin: Mapping[str, str] | None,
     ceiling: Mapping[str, float],
 ) -> dict[str, Any]:
-    return common_entries(
+    tissues = {tissue: list(names) for tissue, names in data.tissues.items()}
+    entries = common_entries(
         config,
         task="mask",
         method=config.method,
@@ -342,3 +341,4 @@ def _card(
         },
         metrics={"validation": dict(numbers), **({"autoencoder's ceiling": dict(ceiling)} if ceiling else {})},
     )
+    return entries | ({TISSUES: tissues} if tissues else {})

@@ -52,8 +52,9 @@ SYNTHETIC_SCANS = 28
 """Number of synthetic heads that are measured for a training from label maps."""
 _COARSE_MM = 2.0
 """Voxel size of these heads: intensities and shares do not need finer ones, which take eight times as long."""
-_PART = (96, 96, 96)
-"""Voxels of 1 mm around the middle of the brain in which contrast is measured, which does depend on the resolution."""
+_SLAB, _SLAB_ABOVE_MM = (168, 208, 32), 25.0
+"""Voxels of 1 mm in which contrast is measured, which does depend on the resolution, and their height above the middle
+of the brain. There, grey matter is mostly cortex of both sides, as it is in the whole brain."""
 
 OnScan = Callable[[int, int], None]
 """Called with (scans measured, all scans)."""
@@ -132,7 +133,7 @@ def seen_in_label_maps(
 ) -> Seen | None:
     """What a training from label maps has seen.
 
-    Intensities and shares are those of whole synthetic T1-like heads, and contrast is that of parts of such heads,
+    Intensities and shares are those of whole synthetic T1-like heads, and contrast is that of slabs of such heads,
     because the model is for T1. Voxel sizes are the synthesis' range. Volumes are those of the label maps, and fields
     of view reach from the smallest brain, as after a brain extraction, to the largest head, both times the synthesis'
     range of scales. Structures are measured one by one and as tissues, because masks may be of either.
@@ -176,7 +177,7 @@ def _measured_head(
     config: SegmenterConfig,
     groups: Sequence[Mapping[str, Sequence[int]]],
 ) -> MeasuredScan:
-    """A synthetic head of `_COARSE_MM`, with the contrast of a fine part of another one of the same anatomy."""
+    """A synthetic head of `_COARSE_MM`, with the contrast of a fine slab of another one of the same anatomy."""
     classes, fine = CLASSES[config.data.brain_classes], build.preprocessing(config.preprocessing)
     assert fine.spacing_mm is not None  # `segmenter_data` refuses others
     i, j, k = (max(_COARSE_MM, mm) for mm in fine.spacing_mm)
@@ -186,11 +187,12 @@ def _measured_head(
     scaled, placement = coarse.apply(volume, _found(values, volume, config))
     label = apply_labels(volume.like(values[None]), placement)[0]
     shares = _measured_groups(label, scaled, groups).image_share
-    image, values, affine = synthetic_scan(anatomy, generator, synthesis, classes, size=_PART)
-    part = Volume(image[None], affine)
-    i, j, k = part.shape
-    sharp, placement = fine.apply(part, ((0, i), (0, j), (0, k)))
-    contrast = _measured_groups(apply_labels(part.like(values[None]), placement)[0], sharp, groups).contrast
+    centre = anatomy.brain.double().mean(0) + torch.tensor([0.0, 0.0, _SLAB_ABOVE_MM])
+    image, values, affine = synthetic_scan(anatomy, generator, synthesis, classes, part=(_SLAB, centre))
+    slab = Volume(image[None], affine)
+    i, j, k = slab.shape
+    sharp, placement = fine.apply(slab, ((0, i), (0, j), (0, k)))
+    contrast = _measured_groups(apply_labels(slab.like(values[None]), placement)[0], sharp, groups).contrast
     scan = measured(volume, scaled, fine.orientation, config.network.dims)
     return replace(scan, masks=[MeasuredMask({}, shares, contrast)])
 

@@ -174,6 +174,7 @@ def test_a_bundle_finds_the_organ_as_the_model_does(trained: Path, maps: Path) -
         ({"data": {"window": [8, 8, 8], "labels": ["a"]}}, "needs data.source: brain-labelmaps"),
         ({"preprocessing": {"spacing_mm": [1.0, 1.0, 1.0], "crop_foreground": True}}, "crop_foreground: false"),
         ({"finder": {"network": {"dims": 2}}}, "finder.network.dims must be 3"),
+        ({"training": {"sharding": True}}, "not for a segmenter with a finder"),
     ],
 )
 def test_a_finder_that_cannot_be_trained_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -276,6 +276,17 @@ def test_the_whole_mask_is_compared_when_some_classes_are_chosen(tmp_path: Path)
     assert some.warnings == whole.warnings and "white matter of " in some.warnings[0]
 
 
+def test_tissues_are_compared_as_tissues(tmp_path: Path) -> None:
+    model, scan = structures_model(tmp_path / "model"), save(tmp_path / "scan.nii.gz")
+    (usual,) = run([scan], model, output=tmp_path / "usual", tissues=True)
+    share = {"image_share": [0, 1]}
+    for grey, flags in (([0.5, 2.0], ()), ([100.0, 200.0], ("unlike training",))):
+        volume = [usual.volumes_ml["grey matter"] * end for end in grey]
+        with_seen(model, classes={"grey matter": {"volume_ml": volume, **share}, "cerebral cortex": share})
+        (result,) = run([scan], model, output=tmp_path / f"{grey[0]}", tissues=True)
+        assert result.flags == flags
+
+
 def test_many_scans_are_measured_evenly() -> None:
     assert spread(range(3)) == [0, 1, 2]
     chosen = spread(range(10 * MOST_SCANS))
