@@ -112,7 +112,7 @@ class MaskSegmenter(EnsembleSegmenter):
         for name, value in values.items():
             side, _, rest = name.partition(" ")
             other_side[value] = values.get(f"{opposite.get(side, side)} {rest}", value)
-        return Jitter((0,), torch.tensor(other_side))
+        return Jitter((0,), torch.tensor(other_side))  # the grid of heads is RAS
 
     def _times(self, steps: int) -> list[int]:
         with remarks() as said:

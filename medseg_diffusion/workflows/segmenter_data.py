@@ -193,12 +193,18 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
     spacing = config.preprocessing.spacing_mm
     if spacing is None or len(set(spacing)) != 1 or config.data.channels != 1 or config.network.dims != 3:
         raise UsageError("data.source brain-labelmaps needs isotropic preprocessing.spacing_mm, 1 channel and 3D")
+    section = config.preprocessing
+    if (section.orientation, section.intensity, section.low, section.high) != ("RAS", "percentile", 0.5, 99.5):
+        raise UsageError(
+            "data.source brain-labelmaps makes heads in RAS, scaled by percentiles 0.5 and 99.5; set "
+            "preprocessing.orientation: RAS, and leave intensity, low and high out"
+        )
     if isinstance(data, FileList):
         cases = [Case(one.name, one.images[0], one.images[0], one.patient) for one in data.entries]
     else:
         cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
     split = split_by_hash(cases, config.data.test_cases, config.data.validation_cases)
-    section, classes = config.data, CLASSES[config.data.brain_classes]
+    classes = CLASSES[config.data.brain_classes]
     maps: dict[str, LabelMap] = {}
     for case in cases:
         if case.name not in split.test:
@@ -206,14 +212,16 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
             on_case(len(maps), len(cases) - len(split.test))
     training, validating = [maps[name] for name in split.train], [maps[name] for name in split.validation]
 
-    def windows(size: Sequence[int], mm: float, told_apart: BrainClasses, margin_mm: float | None) -> _Windows:
-        shared: dict[str, Any] = {"classes": told_apart, "margin_mm": margin_mm}
+    def windows(size: Sequence[int], mm: float, told_apart: BrainClasses, margin: float | None) -> _Windows:
+        shared: dict[str, Any] = {"classes": told_apart, "margin_mm": margin}
         held_out = SyntheticBrains(validating, size, mm, **shared)
-        examples = SyntheticBrains(training, size, mm, section.examples_per_map, in_batches=on_gpu, **shared)
+        examples = SyntheticBrains(training, size, mm, config.data.examples_per_map, in_batches=on_gpu, **shared)
         return examples, _validation_windows(held_out)
 
     finder = config.finder
-    examples, validation = windows(section.window, spacing[0], classes, None if finder is None else finder.margin_mm)
+    examples, validation = windows(
+        config.data.window, spacing[0], classes, None if finder is None else finder.margin_mm
+    )
     coarse = None if finder is None else windows(finder.window, finder.spacing_mm, BRAIN, None)
     summary = {
         "label_maps": len(split.train),
@@ -234,7 +242,7 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
         partial(seen_in_label_maps, training, config, examples.config),
         shape=shape,
         coarse=coarse,
-        tissues=tissues_of(classes) if section.brain_classes == "structures" else {},
+        tissues=tissues_of(classes) if config.data.brain_classes == "structures" else {},
     )
 
 

@@ -168,6 +168,15 @@ def test_a_bundle_finds_the_organ_as_the_model_does(trained: Path, maps: Path) -
     assert torch.equal(bundle(volume.data[None])[0, 0], expected)
 
 
+@pytest.mark.parametrize("other", [{"orientation": "LPS"}, {"intensity": "zscore"}, {"high": 99.0}])
+def test_scans_are_prepared_as_the_synthetic_heads_are(other: dict[str, Any], maps: Path, tmp_path: Path) -> None:
+    """In LPS, for example, the model would call the left side right."""
+    changed = config(preprocessing={"spacing_mm": [1.0, 1.0, 1.0], **other})
+    with pytest.raises(UsageError, match="makes heads in RAS, scaled by percentiles"):
+        train_segmenter(changed, maps, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
