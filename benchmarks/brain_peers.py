@@ -5,10 +5,13 @@
 DATA is the folder with brain_structures/ (skull-stripped scans, manual structures) and whole_head/ (elderly heads with
 automatic brain masks). Every tool is a process of its own; seconds are from its start to the written mask. Tools that
 are not installed are left out (pip install antspyx deepbet dipy). Atropos and dipy get the scan's own brain mask on
-skull-stripped scans, and ours on whole heads, whose time is not counted. OUT/peers.csv has a row for each scan and
-tool, OUT/table.md the means. A tool that fails on a scan has an empty row, and is counted.
+skull-stripped scans, and ours on whole heads, whose time is not counted; where there is none, they are not run. Atropos
+runs without a correction of the bias field (N4), which would take longer and help it. OUT/peers.csv has a row for each
+scan and tool, OUT/table.md the means. A tool that fails on a scan has an empty row, and is counted.
 
-Structures are compared as the model's classes (studies/brain_references.py), tissues as CSF, grey and white matter.
+Structures are compared as the model's classes (studies/brain_references.py), tissues as grey and white matter. The
+brain of a skull-stripped scan is what has a manual label, which leaves out the CSF of the sulci: even the scan's own
+mask, which Atropos and dipy get, is larger.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ import sys
 from deepbet import run_bet
 run_bet([sys.argv[1]], mask_paths=[sys.argv[2]], no_gpu=True)
 """
+NEED_A_MASK = ("atropos", "dipy")
 STRUCTURES_OF_MEAN = ("thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala")
 """The structures of the mean in the table."""
 
@@ -100,10 +104,9 @@ def scored(
     for value, name in enumerate(TISSUES.names):
         if value > 1:  # manual CSF is that between the structures alone
             numbers[name] = dice(own, theirs, value)
-    if tool == "ours" and "left hippocampus" in names:
-        for value, name in enumerate(STRUCTURES.names):
-            if value and name != "other CSF":
-                numbers[name] = dice(labels, reference, value)
+    for value, name in enumerate(names if tool == "ours" else ()):
+        if value and name in STRUCTURES.names and name != "other CSF":
+            numbers[name] = dice((labels == value).astype(int), (reference == STRUCTURES.names.index(name)).astype(int))
     return numbers
 
 
@@ -141,7 +144,8 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=5, help="scans of each kind, the last by name")
     parser.add_argument("--tools", nargs="+", default=["ours", *PACKAGES], choices=["ours", *PACKAGES])
     options = parser.parse_args()
-    tools = [tool for tool in options.tools if tool == "ours" or installed(PACKAGES[tool])]
+    known = [tool for tool in ("ours", *PACKAGES) if tool == "ours" or installed(PACKAGES[tool])]
+    tools = [tool for tool in known if tool in options.tools]  # `ours` first: others need its masks
     names = [str(name) for name in load_card(options.model)["labels"].values()]
     work = options.out / "masks"
     work.mkdir(parents=True, exist_ok=True)
@@ -157,8 +161,11 @@ def main() -> None:
             brain, mask = reference, scan
         else:
             brain = read(scan.parent.parent / "dlmuse_automatic" / scan.name)
-            mask = work / f"ours_{scan.name}"  # `ours` is the first tool
+            mask = work / f"ours_{scan.name}"
         for tool in tools:
+            if tool in NEED_A_MASK and not mask.exists():
+                print(f"{tool} is left out on {scan.name}: it needs a mask of `ours`", flush=True)
+                continue
             out = work / f"{tool}_{scan.name}"
             started = time.perf_counter()
             log = subprocess.run(

@@ -83,7 +83,12 @@ def segment(
         ),
     ] = False,
     ensemble: Annotated[
-        int | None, typer.Option(min=1, help="Number of masks sampled per scan; default: the model's.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of masks per scan; default: the model's. They are samples, or of "
+            "a feed-forward model mirrored and jittered passes.",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; default: the model's.")] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the model's.")] = None,

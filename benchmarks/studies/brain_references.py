@@ -7,8 +7,9 @@ OASIS). OUT becomes a folder of the Medical Segmentation Decathlon, which `medse
 `calibrate-segmenter` read. --scans are numbers of scans in the order of their names; without it, all.
 
 What the protocols divide differently is left as it is: choroid plexus is part of the ventricle here and there, the
-optic chiasm is outside, vessels and lesions are white matter, the basal forebrain is cortex. The vermis has no side in
-these references. It goes to the side on which it lies, by the middle of the labelled cerebral white matter.
+optic chiasm and remnants of the exterior (42, 43) are outside, vessels (63, 64) are white matter, the basal forebrain
+(75, 76) is cortex. CSF of the sulci has no label. The vermis has no side in these references. It goes to the side on
+which it lies, by the middle of the labelled cerebral white matter.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ _RIGHT = {
     59: "thalamus",
     61: "ventral diencephalon",
     63: "cerebral white matter",
-    75: "cerebral cortex",
+    76: "cerebral cortex",
 }
 _OTHERS = {4: "third ventricle", 11: "fourth ventricle", 35: "brainstem", 46: "other CSF"}
-_LEFT_NUMBER = {23: 30}  # of every other structure it follows the right one
+_LEFT_NUMBER = {23: 30, 76: 75}  # of every other structure it follows the right one
 _VERMIS = (71, 72, 73)
 _FIRST_CORTEX = 100
 

@@ -390,7 +390,8 @@ def load_model(
     Args:
         name_or_path: Name of an installed model (`list_models`), model folder, or run folder of a training.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        ensemble: Segmenter: sampled masks per scan; None takes the model's default, as in all that follows.
+        ensemble: Segmenter: masks per scan, which are samples, or of a feed-forward model mirrored and jittered passes;
+            None takes the model's default, as in all that follows.
         steps: Segmenter: denoiser calls per mask. A generator takes them in ``.sample``.
         sampler: Segmenter: "ddpm", "ddim" or "dpm++". A generator takes it in ``.sample``.
         fusion: Segmenter: how masks become one, "mean", "majority" or "staple".

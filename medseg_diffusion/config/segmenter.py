@@ -95,7 +95,8 @@ class FeedForwardSection(Section):
     """The feed-forward baseline (`medseg_diffusion.tasks.mask.FeedForward`).
 
     ``loss`` "cross-entropy" leaves Dice out, so that the probabilities are honest. With ``members`` "pixels" every
-    member draws each pixel's class from its probabilities, on its own; "equal" members are the same mask.
+    member draws each pixel's class from its probabilities, on its own. With "equal" nothing is drawn: the members of an
+    ensemble are mirrored and jittered passes (`medseg_diffusion.tasks.jitter`).
     """
 
     loss: Literal["dice-cross-entropy", "cross-entropy"] = "dice-cross-entropy"
@@ -239,6 +240,8 @@ class SegmenterConfig(Section):
             raise ValueError("finder.network.dims must be 3")
         if self.finder is not None and self.preprocessing.crop_foreground:
             raise ValueError("finder finds the box; set preprocessing.crop_foreground: false")
+        if self.finder is not None and self.training.sharding:
+            raise ValueError("training.sharding is not for a segmenter with a finder, which is trained alone first")
         if self.method == "latent-mask" and self.training.sharding:
             raise ValueError(
                 "training.sharding is not for method: latent-mask, whose autoencoder is trained alone first"

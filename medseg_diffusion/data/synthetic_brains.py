@@ -95,8 +95,8 @@ class SyntheticBrains:
         per_map: examples of each anatomy in an epoch.
         config: ranges of the synthesis.
         classes: what the labels of an example tell apart.
-        margin_mm: examples lie in the box of the brain with this margin and are scaled by it, as behind a finder; with
-            None they lie anywhere in the head.
+        margin_mm: the middles of examples lie in the box of the brain with this margin, and intensities are scaled by
+            the box, as behind a finder; with None they lie anywhere in the head.
         in_batches: leaves the synthesis to `finish`, which is called with batches on the training's device.
     """
 
@@ -174,12 +174,23 @@ def synthetic_scan(
     generator: torch.Generator,
     config: SynthesisConfig = SynthesisConfig(),
     classes: BrainClasses = TISSUES,
+    spacing_mm: float = 1.0,
+    part: tuple[Sequence[int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, npt.NDArray[np.float64]]:
-    """A whole head at a random resolution: image (I, J, K) float32, class (I, J, K) uint8, affine (4, 4)."""
+    """A scan at a random resolution: image (I, J, K) float32, class (I, J, K) uint8, affine (4, 4).
+
+    Args:
+        anatomy: the label map.
+        generator: source of everything that is drawn.
+        config: ranges of the synthesis.
+        classes: what the labels tell apart.
+        spacing_mm: voxel size at which the scan is made; its own resolution is this or coarser.
+        part: size in voxels and centre, (3,) position in the label map, of the part that is made; None for all of it.
+    """
     draw = Draw(generator)
-    size = tuple(int(1.1 * n) // 8 * 8 + 8 for n in anatomy.index.shape)
-    centre = (torch.tensor(anatomy.index.shape) - 1) / 2.0
-    image, labels, _, _ = _render(anatomy.index, draw, config, centre.double(), size, 1.0, upsample=False)
+    whole_size = [int(1.1 * n / spacing_mm) // 8 * 8 + 8 for n in anatomy.index.shape]
+    size, centre = part or (whole_size, (torch.tensor(anatomy.index.shape) - 1) / 2.0)
+    image, labels, _, _ = _render(anatomy.index, draw, config, centre.double(), size, spacing_mm, upsample=False)
     values = class_values(classes)[labels]
     if image.shape != values.shape:
         shape, whole = (image.shape[0], image.shape[1], image.shape[2]), values
@@ -188,7 +199,7 @@ def synthetic_scan(
             share = F.adaptive_avg_pool3d((whole == value).float()[None], shape)[0]
             values[share > best] = value
             best = torch.maximum(best, share)
-    affine = np.diag([*(n / m for n, m in zip(size, image.shape, strict=True)), 1.0])
+    affine = np.diag([*(spacing_mm * n / m for n, m in zip(size, image.shape, strict=True)), 1.0])
     return 1000 * image, values, affine
 
 

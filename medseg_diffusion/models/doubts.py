@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -46,8 +46,11 @@ def with_doubts(
     names: Mapping[int, str],
     dims: int,
     orientation: str | None,
+    further: Sequence[str] = (),
 ) -> Segmentation:
     """The segmentation, marked and without intervals if the scan or the mask is unlike those of the training.
+
+    The mask of all classes is compared, also if only some were chosen.
 
     Args:
         segmentation: The segmentation.
@@ -57,6 +60,7 @@ def with_doubts(
         names: Value -> name of the classes, without background.
         dims: 2 for a model of slices, 3 for one of volumes.
         orientation: The axes of the model's grid, such as "RAS"; None for those of the scan.
+        further: Other doubts, which are said first.
     """
     # Of all classes: a choice among them changes neither the doubts nor what they withhold.
     placement, volumes = segmentation.placement, segmentation.all_volumes_ml
@@ -66,7 +70,8 @@ def with_doubts(
         {name: volume_ml / box_ml for name, volume_ml in volumes.items()},
         contrast(segmentation.members[0].cpu(), image[0].cpu(), names) if seen.contrast else {},
     )
-    found = [*seen.doubts_of_scan(measured(volume, image, orientation, dims)), *seen.doubts_of_mask(mask)]
+    of_scan = seen.doubts_of_scan(measured(volume, image, orientation, dims))
+    found = [*further, *of_scan, *seen.doubts_of_mask(mask)]
     if not found:
         return segmentation
     withheld = "no interval is given" if segmentation.intervals_ml else ""

@@ -16,11 +16,11 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.methods.seen import Seen
 from medseg_diffusion.methods.windows import Windows
-from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.preprocessing import Box, Placement, Preprocessing
 from medseg_diffusion.volumes.volume import Volume
 
 from .doubts import with_doubts
-from .finder import Finder
+from .finder import NOT_FOUND, Finder
 from .inference import filled_up_to
 from .memory import Limit, network_bytes
 from .passes import Pass, Slabs, Thrifty, on_model_grid, stepping_down
@@ -60,7 +60,7 @@ class EnsembleSegmenter:
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
     ) -> tuple[Ensemble, Placement]:
-        image, placement = self._on_model_grid(volume)
+        image, placement = on_model_grid(self.preprocessing, volume, self.device, self._box(volume))
         slabs = self._slabs(self._thrifty, image.to(self.device), seed, on_progress, self.way)
         return slabs.joined(), placement
 
@@ -74,7 +74,8 @@ class EnsembleSegmenter:
     ) -> Segmentation:
         if self._limit is not None:
             self._limit.before(volume)
-        image, placement = self._on_model_grid(volume)
+        box = self._box(volume)
+        image, placement = on_model_grid(self.preprocessing, volume, self.device, box)
         way = self.way if self._limit is None else self._limit.chosen(self.way, volume, image, maps)
 
         def run(windows: Windows, device: torch.device) -> Segmentation:
@@ -86,14 +87,15 @@ class EnsembleSegmenter:
 
         spatial = image.shape[1 : 1 + way.dims]
         segmentation = stepping_down(run, way.windows, spatial, self.device, self.smaller_windows)
-        if self.seen is None:
+        missed = [NOT_FOUND] if self.finder is not None and box is None else []
+        if self.seen is None and not missed:
             return segmentation
         names, orientation = self.aggregation.foreground, self.preprocessing.orientation
-        return with_doubts(segmentation, self.seen, volume, image, names, self.dims, orientation)
+        return with_doubts(segmentation, self.seen or Seen(0), volume, image, names, self.dims, orientation, missed)
 
-    def _on_model_grid(self, volume: Volume) -> tuple[Tensor, Placement]:
-        box = None if self.finder is None else self.finder.box(volume, self.device)
-        return on_model_grid(self.preprocessing, volume, self.device, box)
+    def _box(self, volume: Volume) -> Box | None:
+        """The part of a scan that is segmented; None for all of it."""
+        return None if self.finder is None else self.finder.box(volume, self.device)
 
     @cached_property
     def _limit(self) -> Limit | None:

@@ -13,7 +13,9 @@ from medseg_diffusion.volumes.volume import Volume
 from .passes import on_model_grid
 
 LEAST_ML = 30.0
-"""Smaller volumes of an organ are errors: a scan that shows less of it is segmented as a whole."""
+"""Smaller volumes of an organ are errors: a scan that shows less of it is segmented as a whole, and marked."""
+NOT_FOUND = f"less than {LEAST_ML:.0f} ml of the organ found on the coarse grid, so the whole scan was segmented"
+"""What is said of such a scan."""
 
 
 class Finder:

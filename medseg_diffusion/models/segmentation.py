@@ -88,7 +88,7 @@ class Segmentation:
         members: Labels of every member on the model's grid, (N, *S), of all classes.
         placement: How the model's grid lies in the scan.
         volumes_ml: Class name -> volume, without background.
-        all_volumes_ml: The same of all classes of the model, chosen or not.
+        all_volumes_ml: The same of all classes, chosen or not: the whole mask is compared with the training.
         members_ml: Class name -> smallest and largest volume of the members; empty for one member.
         intervals_ml: Class name -> an interval that contains the reference's volume in a share ``level`` of patients
             like the model's calibration patients (`methods.calibration`); empty if the model was not calibrated for

@@ -104,14 +104,15 @@ class MaskSegmenter(EnsembleSegmenter):
     def _jitter(self) -> Jitter:
         """The changes that the training has made the network used to."""
         if self.config.data.source == "scans":
-            return Jitter(self.config.augmentation.flip_axes)
+            section = self.config.augmentation
+            return Jitter(tuple(section.flip_axes) if section.probability > 0 else ())
         values = {name: value for value, name in classes_of(self.saved.card).items()}
         opposite = {"left": "right", "right": "left"}
         other_side = list(range(len(values)))
         for name, value in values.items():
             side, _, rest = name.partition(" ")
             other_side[value] = values.get(f"{opposite.get(side, side)} {rest}", value)
-        return Jitter((0,), torch.tensor(other_side))
+        return Jitter((0,), torch.tensor(other_side))  # the grid of heads is RAS
 
     def _times(self, steps: int) -> list[int]:
         with remarks() as said:
@@ -120,7 +121,7 @@ class MaskSegmenter(EnsembleSegmenter):
         return times
 
     def _check(self, options: EnsembleOptions) -> None:
-        """UsageError for options that the model does not have; a note for an ensemble of equal members."""
+        """UsageError for options that the model does not have; notes on what the others do not do."""
         if not self.samplers and (options.steps, options.sampler) != (None, None):
             kind = "samples in one step" if self.samples_masks else "is feed-forward"
             raise UsageError(f"{self.saved.path}: this model {kind}; leave --steps and --sampler out")

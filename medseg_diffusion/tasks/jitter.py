@@ -1,7 +1,8 @@
 """Mirrored and jittered passes: members of an ensemble for a network that has one answer.
 
 They differ where the answer depends on what does not matter: side, contrast, brightness, position of the grid
-(test-time augmentation, Wang et al. 2019, Neurocomputing 338). They are not samples of plausible masks.
+(test-time augmentation, Wang et al. 2019, Neurocomputing 338). They are not samples of plausible masks. An image in
+windows has another change in each window, so that its members differ less in their volumes than those of whole images.
 """
 
 from __future__ import annotations

@@ -235,7 +235,8 @@ class FeedForward(nn.Module):
             are in any model that predicts a probability for each pixel.
 
     Attributes:
-        jitter: how members differ; None for equal members. It is set for the inference.
+        jitter: how the members of an ensemble differ if no pixels are drawn; None in training and for one member, which
+            is the plain pass.
     """
 
     def __init__(self, network: nn.Module, encoding: MaskEncoding, dice: bool = True, pixels: bool = False) -> None:

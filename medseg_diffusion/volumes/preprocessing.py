@@ -201,11 +201,17 @@ class Preprocessing:
 
         Args:
             volume: the scan, (C, I, J, K).
-            box: part of the oriented scan to crop, instead of ``crop_foreground``.
+            box: part of the oriented scan to crop, instead of ``crop_foreground``; intensities are scaled by it.
 
         Returns:
             (C, *S) float32 on the model's grid, and the `Placement` that maps results back.
+
+        Raises:
+            InputError: voxels that would become too many of the model's.
+            ValueError: a box beside ``crop_centre``, which crops as well.
         """
+        if box is not None and self.crop_centre is not None:
+            raise ValueError("crop_centre crops the whole scan, so no box can be given")
         transform = orientation_transform(volume.affine, self.orientation or volume.axcodes)
         affine = volume.affine @ nib.orientations.inv_ornt_aff(transform, volume.shape)
         data = reorient(volume.data, transform).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def export_onnx(model: str | Path, output: str | Path) -> Path:
 
     Inputs are ``image`` (B, C, *S), preprocessed, and for a mask diffusion model ``noise`` (B, C', *S), standard
     normal; S is the model's window, B is free. The output is ``probabilities`` (B, K, *S). What happens before and
-    after the network is described in the file's metadata and done by the caller: windows, mean over members, parts.
+    after the network is described in the file's metadata and done by the caller: windows, mean over members, parts. A
+    finder is left out, and a warning says so: the image is then the box of the organ, scaled by its own intensities.
 
     Args:
         model: Model folder, run folder or installed name.
@@ -56,6 +58,11 @@ def export_onnx(model: str | Path, output: str | Path) -> Path:
     inputs = [_normal(0, 2, config.data.channels, *size)]
     if network.noise_channels:
         inputs.append(_normal(1, 2, network.noise_channels, *size))
+    if config.finder is not None:
+        warnings.warn(
+            f"{output}: holds the segmenter alone, without the finder of the box that the segmenter sees",
+            stacklevel=2,
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as temporary:
         _write(network, inputs, _metadata(saved, config, size), temporary, saved)
@@ -105,6 +112,7 @@ def _metadata(saved: SavedModel, config: SegmenterConfig, size: tuple[int, ...])
         "overlap": config.inference.overlap,
         "ensemble": config.inference.ensemble,
         "preprocessing": config.preprocessing.model_dump(mode="json"),
+        **({} if config.finder is None else {"finder": config.finder.model_dump(mode="json")}),
     }
     return {f"medseg.{key}": json.dumps(value) for key, value in content.items()}
 

@@ -37,7 +37,9 @@ TRAINERS = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anoma
 _IMAGES = ("pixel", "latent", "upsampler", "patched", "autoencoder", "classifier")
 """Methods of `medseg train-generator`."""
 _FIRST_STAGE = "autoencoder"
+_FINDER = "finder"
 _MASKS = "Autoencoder of masks (first stage)"
+_ORGAN = "Finder of the organ (first stage)"
 _PARTS = ("generator", "classifier")
 """Folders of the networks of an anomaly model."""
 
@@ -149,11 +151,11 @@ def _networks(run: Path, config: Mapping[str, Any]) -> Iterator[tuple[Path, str,
         return
     first, section = run / _FIRST_STAGE, _section(config)
     if method == "latent-mask" and is_logged(first):
-        own = config.get("mask_autoencoder") or {}
-        changed = {key: own[key] for key in ("max_steps", "learning_rate") if key in own}
-        yield first, _MASKS, {**section, **changed, "warmup_steps": 50}
+        yield first, _MASKS, _of_first_stage(section, config.get("mask_autoencoder"))
     elif (first / "config.yaml").is_file():
         yield first, "Autoencoder (first stage)", _section(_config(first)[0])
+    if is_logged(run / _FINDER):
+        yield run / _FINDER, _ORGAN, _of_first_stage(section, config.get("finder"))
     if (run / "config.yaml").is_file():
         yield run, _title(method), section
 
@@ -162,6 +164,8 @@ def _score(title: str, history: History) -> str:
     """What the score of a network's validations is."""
     if title == _MASKS:
         return "The score is the mean Dice of validation masks against their reconstructions."
+    if title == _ORGAN:
+        return "The score is the mean Dice of the organ in coarse validation windows."
     if "Autoencoder" in title:
         return "The score is the step: an adversarial loss trades reconstruction for sharpness. The last weights count."
     if title != "Segmenter":
@@ -180,6 +184,12 @@ def _section(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(section) if isinstance(section, dict) else {}
 
 
+def _of_first_stage(section: Mapping[str, Any], own: Any) -> dict[str, Any]:
+    """The training section of a segmenter's first stage, whose own section is ``own``."""
+    changed = {key: own[key] for key in ("max_steps", "learning_rate") if key in own} if isinstance(own, dict) else {}
+    return {**section, **changed, "warmup_steps": 50}
+
+
 def _network(folder: Path, title: str, section: Mapping[str, Any], now: float) -> TrainedNetwork:
     history = read_history(folder)
     options = _options(section)
@@ -196,7 +206,7 @@ def _network(folder: Path, title: str, section: Mapping[str, Any], now: float) -
         tuple(_pictures(pictures, history)),
         len(pictures),
         reconstructions="Autoencoder" in title,
-        validates_loss=title not in ("Segmenter", _MASKS),
+        validates_loss=title not in ("Segmenter", _MASKS, _ORGAN),
         score=_score(title, history),
     )
 

@@ -53,7 +53,8 @@ class SegmenterData:
         calibration: Cases of the calibration side.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
         coarse: Examples and validation cases of the finder; None unless the configuration has one.
-        measure: Measures the training scans (`methods.seen`), which takes a while, and calls its argument after each.
+        measure: Measures the training scans (`methods.seen`), which takes a while, for a training of so many examples;
+            its second argument is called after each scan.
         tissues: Tissue -> names of the classes that belong to it, for classes that are structures of a brain.
     """
 
@@ -63,7 +64,7 @@ class SegmenterData:
     channels: tuple[str, ...]
     summary: dict[str, Any]
     split: Split
-    measure: Callable[[OnCase], Seen | None]
+    measure: Callable[[int, OnCase], Seen | None]
     several_readers: bool = False
     calibration: Sequence[Case] = ()
     shape: ShapePrior | None = None
@@ -143,7 +144,11 @@ def _labelled_scans(
     names = {case.name for case in held_out}
     validation = [case for case in prepared if case.name in names]
     calibration = [case for case in folder.cases if case.name in split.calibration]
-    measure = partial(seen_in_cases, training, folder, build.preprocessing(config.preprocessing), labels, dims, True)
+
+    def measure(examples: int, on_scan: OnCase) -> Seen | None:
+        preprocessing = build.preprocessing(config.preprocessing)
+        return seen_in_cases(training, folder, preprocessing, labels, dims, on_scan=on_scan)
+
     return SegmenterData(
         examples, validation, labels, folder.channels, summary, split, measure, several_readers, calibration
     )
@@ -188,12 +193,18 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
     spacing = config.preprocessing.spacing_mm
     if spacing is None or len(set(spacing)) != 1 or config.data.channels != 1 or config.network.dims != 3:
         raise UsageError("data.source brain-labelmaps needs isotropic preprocessing.spacing_mm, 1 channel and 3D")
+    section = config.preprocessing
+    if (section.orientation, section.intensity, section.low, section.high) != ("RAS", "percentile", 0.5, 99.5):
+        raise UsageError(
+            "data.source brain-labelmaps makes heads in RAS, scaled by percentiles 0.5 and 99.5; set "
+            "preprocessing.orientation: RAS, and leave intensity, low and high out"
+        )
     if isinstance(data, FileList):
         cases = [Case(one.name, one.images[0], one.images[0], one.patient) for one in data.entries]
     else:
         cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
     split = split_by_hash(cases, config.data.test_cases, config.data.validation_cases)
-    section, classes = config.data, CLASSES[config.data.brain_classes]
+    classes = CLASSES[config.data.brain_classes]
     maps: dict[str, LabelMap] = {}
     for case in cases:
         if case.name not in split.test:
@@ -201,14 +212,16 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
             on_case(len(maps), len(cases) - len(split.test))
     training, validating = [maps[name] for name in split.train], [maps[name] for name in split.validation]
 
-    def windows(size: Sequence[int], mm: float, told_apart: BrainClasses, margin_mm: float | None) -> _Windows:
-        shared: dict[str, Any] = {"classes": told_apart, "margin_mm": margin_mm}
+    def windows(size: Sequence[int], mm: float, told_apart: BrainClasses, margin: float | None) -> _Windows:
+        shared: dict[str, Any] = {"classes": told_apart, "margin_mm": margin}
         held_out = SyntheticBrains(validating, size, mm, **shared)
-        examples = SyntheticBrains(training, size, mm, section.examples_per_map, in_batches=on_gpu, **shared)
+        examples = SyntheticBrains(training, size, mm, config.data.examples_per_map, in_batches=on_gpu, **shared)
         return examples, _validation_windows(held_out)
 
     finder = config.finder
-    examples, validation = windows(section.window, spacing[0], classes, None if finder is None else finder.margin_mm)
+    examples, validation = windows(
+        config.data.window, spacing[0], classes, None if finder is None else finder.margin_mm
+    )
     coarse = None if finder is None else windows(finder.window, finder.spacing_mm, BRAIN, None)
     summary = {
         "label_maps": len(split.train),
@@ -229,7 +242,7 @@ def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: O
         partial(seen_in_label_maps, training, config, examples.config),
         shape=shape,
         coarse=coarse,
-        tissues=tissues_of(classes) if section.brain_classes == "structures" else {},
+        tissues=tissues_of(classes) if config.data.brain_classes == "structures" else {},
     )
 
 

@@ -31,6 +31,7 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.methods.ablation import Replacement, without_x_t
 from medseg_diffusion.methods.ensemble import Ensemble
+from medseg_diffusion.methods.seen import Seen
 from medseg_diffusion.methods.segment import Segmenter, segment
 from medseg_diffusion.methods.windows import Windows
 from medseg_diffusion.metrics.ambiguity import SAMPLES, ReaderAgreement, ReaderSummary
@@ -51,7 +52,7 @@ from .calibrate_segmenter import store_calibration
 from .finder_stage import finder_job, train_finder
 from .mask_autoencoder_stage import mask_autoencoder_job, train_mask_autoencoder
 from .segmenter_data import SegmenterData, segmenter_data
-from .training_scans import add_seen
+from .training_scans import add_seen, seen_entry
 
 CASES_OF_X_T, MEMBERS_OF_X_T = 20, 5
 """Numbers of validation cases, and of members of each, with which the worth of x_t is measured."""
@@ -88,10 +89,10 @@ def train_segmenter(
         overrides: Values for single keys of the configuration, such as {"training.max_steps": 100}.
         resume: Continue an interrupted run with the same configuration.
         init: Trained model (folder or installed name) whose weights the run starts from, instead of random weights; the
-            model card names it.
-        max_steps: Stop at this step; the learning rate still follows config.training.max_steps. The training of a mask
-            autoencoder is not shortened.
-        time_limit_min: Stop this many minutes after the start of the call.
+            model card names it. If both have a finder, so does that.
+        max_steps: Stop at this step; the learning rate still follows config.training.max_steps. The training of a first
+            stage (mask autoencoder, finder) is not shortened.
+        time_limit_min: Stop the training this many minutes after the data are prepared; its calibration follows.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of weights, order, augmentation, times and noise.
         on_progress: Called with a text and the share done, 0 to 1, in the preparation and after every step.
@@ -112,29 +113,28 @@ def train_segmenter(
     job = job.clock_started()
     job.seed_weights()
     model = build.segmenter(config, len(prepared.labels))
+    finder = build.finder(config)
     if origin is not None and not Checkpoints(run).files():  # a resume file has later weights
-        _load_weights(model, origin)
+        _load_weights(model, finder, origin)
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
         stage = mask_autoencoder_job(job)
         ceiling = train_mask_autoencoder(model.autoencoder, config, prepared, stage, runtime)
         if runtime.any(job.minutes_left == 0):  # the autoencoder may be unfinished, so the denoiser cannot start
             return stage.model
-    finder = build.finder(config)
     if finder is not None:
         stage = finder_job(job)
         train_finder(finder, config, prepared, stage, runtime)
         if runtime.any(job.minutes_left == 0):
             return stage.model
     arranged(model.network, config.training)
+    seen = _seen(prepared, config, job) if runtime.is_main else None
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
-        card = _card(config, prepared, job, step, numbers, origin, ceiling)
+        card = _card(config, prepared, job, step, numbers, origin, ceiling) | seen_entry(seen)
         weights = averaged.state_dict()
         if finder is not None:
             weights |= {build.FINDER + name: value for name, value in finder.state_dict().items()}
-        if prepared.tissues:
-            card[TISSUES] = {tissue: list(names) for tissue, names in prepared.tissues.items()}
         if prepared.shape is not None:
             card[build.SHAPE_PRIOR] = {"spacing_mm": prepared.shape.spacing_mm}
             weights[build.SHAPE_PRIOR] = (255 * prepared.shape.share).round().to(torch.uint8)
@@ -149,7 +149,7 @@ def train_segmenter(
         if prepared.calibration and not prepared.several_readers:
             store_calibration(job.model, prepared.calibration, str(runtime.device), job.on_prepare)
         measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
-        add_seen(job.model, prepared.measure(lambda done, total: job.on_prepare("what training has seen", done, total)))
+        add_seen(job.model, seen)  # the best weights may be of an earlier call, which measured less
     return job.model
 
 
@@ -294,16 +294,25 @@ def _origin(init: str | Path | None, job: Job) -> dict[str, str] | None:
     return cast("dict[str, str] | None", yaml.safe_load((job.run / "config.yaml").read_text()).get("init"))
 
 
-def _load_weights(model: nn.Module, origin: Mapping[str, str]) -> None:
-    """Load the weights of a trained model into ``model``."""
+def _load_weights(model: nn.Module, finder: nn.Module | None, origin: Mapping[str, str]) -> None:
+    """Load the weights of a trained model into ``model``, and into ``finder`` if that model has one, too."""
     saved = load_model_files(origin["model"])
     if saved.sha256 != origin["sha256"]:
         raise ModelError(f"{saved.path}: has changed since the run was started from it; start a new run")
     try:
         model.load_state_dict(build.segmenter_weights(saved.weights))
+        if finder is not None and (own := build.finder_weights(saved.weights)):
+            finder.load_state_dict(own)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{saved.path}: its network is not that of the configuration ({reason})") from error
+
+
+def _seen(data: SegmenterData, config: SegmenterConfig, job: Job) -> Seen | None:
+    """What the training scans measured: before the training, so that models of stopped runs know it, too."""
+    steps = config.training.max_steps if job.max_steps is None else min(job.max_steps, config.training.max_steps)
+    examples = steps * config.training.batch_size
+    return data.measure(examples, lambda done, total: job.on_prepare("measuring the training scans", done, total))
 
 
 def _card(
@@ -315,7 +324,8 @@ def _card(
     origin: Mapping[str, str] | None,
     ceiling: Mapping[str, float],
 ) -> dict[str, Any]:
-    return common_entries(
+    tissues = {tissue: list(names) for tissue, names in data.tissues.items()}
+    entries = common_entries(
         config,
         task="mask",
         method=config.method,
@@ -331,3 +341,4 @@ def _card(
         },
         metrics={"validation": dict(numbers), **({"autoencoder's ceiling": dict(ceiling)} if ceiling else {})},
     )
+    return entries | ({TISSUES: tissues} if tissues else {})

@@ -17,7 +17,7 @@ from torch import Tensor
 from medseg_diffusion import build
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.segmenter import SegmenterConfig
-from medseg_diffusion.data.brain_classes import CLASSES, BrainClasses
+from medseg_diffusion.data.brain_classes import CLASSES, tissues_of
 from medseg_diffusion.data.cases import Case, CaseFolder, digest, find_cases, split_by_hash
 from medseg_diffusion.data.file_lists import Data, FileList, folder_or_files
 from medseg_diffusion.data.healthy import HealthyScan, healthy_source
@@ -26,7 +26,16 @@ from medseg_diffusion.data.mask_examples import CaseFormat, PreparedCase, prepar
 from medseg_diffusion.data.synthetic_brains import SynthesisConfig, synthetic_scan
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
-from medseg_diffusion.methods.seen import SEEN, MeasuredScan, Range, Seen, measured_mask, measured_scan
+from medseg_diffusion.methods.seen import (
+    FEWEST_SCANS,
+    SEEN,
+    MeasuredMask,
+    MeasuredScan,
+    Range,
+    Seen,
+    measured_mask,
+    measured_scan,
+)
 from medseg_diffusion.models.doubts import measured
 from medseg_diffusion.models.finder import box_of
 from medseg_diffusion.models.restore import typed_config
@@ -40,7 +49,12 @@ from medseg_diffusion.volumes.volume import Volume
 MOST_SCANS = 200
 """Largest number of scans that are measured."""
 SYNTHETIC_SCANS = 28
-"""Fewest synthetic scans that are measured for a training from label maps."""
+"""Number of synthetic heads that are measured for a training from label maps."""
+_COARSE_MM = 2.0
+"""Voxel size of these heads: intensities and shares do not need finer ones, which take eight times as long."""
+_SLAB, _SLAB_ABOVE_MM = (168, 208, 32), 25.0
+"""Voxels of 1 mm in which contrast is measured, which does depend on the resolution, and their height above the middle
+of the brain. There, grey matter is mostly cortex of both sides, as it is in the whole brain."""
 
 OnScan = Callable[[int, int], None]
 """Called with (scans measured, all scans)."""
@@ -114,52 +128,112 @@ def seen_in_label_maps(
     maps: Sequence[LabelMap],
     config: SegmenterConfig,
     synthesis: SynthesisConfig,
+    examples: int | None = None,
     on_scan: OnScan = lambda done, total: None,
 ) -> Seen | None:
     """What a training from label maps has seen.
 
-    Intensities, contrast and shares are those of whole synthetic T1-like heads, because the model is for T1. Voxel
-    sizes are the synthesis' range. Volumes are those of the label maps, and fields of view reach from the smallest
-    brain, as after a brain extraction, to the largest head, both times the synthesis' range of scales.
+    Intensities and shares are those of whole synthetic T1-like heads, and contrast is that of slabs of such heads,
+    because the model is for T1. Voxel sizes are the synthesis' range. Volumes are those of the label maps, and fields
+    of view reach from the smallest brain, as after a brain extraction, to the largest head, both times the synthesis'
+    range of scales. Structures are measured one by one and as tissues, because masks may be of either.
+
+    Args:
+        maps: The training anatomies.
+        config: The model's configuration.
+        synthesis: Ranges of the synthesis.
+        examples: Number of examples of the training; not more heads than that are measured.
+        on_scan: Called after every head.
     """
-    classes, preprocessing = CLASSES[config.data.brain_classes], build.preprocessing(config.preprocessing)
-    names = {value: name for value, name in enumerate(classes.names) if value}
+    groups = _groups(config)
     t1_like = replace(synthesis, t1_share=1.0)
-    repeats = max(1, -(-SYNTHETIC_SCANS // len(maps)))
+    count = SYNTHETIC_SCANS if examples is None else min(SYNTHETIC_SCANS, examples)
+    if count < FEWEST_SCANS:
+        return None
     scans = []
-    for anatomy in maps:
-        for number in range(repeats):
-            generator = torch.Generator().manual_seed(derive_seed("seen", f"{anatomy.name}-{number}"))
-            image, values, affine = synthetic_scan(anatomy, generator, t1_like, classes)
-            volume = Volume(image[None], affine)
-            scaled, placement = preprocessing.apply(volume, _found(values, volume, config))
-            label = apply_labels(volume.like(values[None]), placement)[0]
-            scan = measured(volume, scaled, preprocessing.orientation, config.network.dims)
-            scans.append(replace(scan, masks=[measured_mask(label, scaled, names, None)]))
-            on_scan(len(scans), len(maps) * repeats)
+    for number in range(count):
+        anatomy = maps[number % len(maps)]
+        seed = derive_seed("seen", f"{anatomy.name}-{number // len(maps)}")
+        scans.append(_measured_head(anatomy, torch.Generator().manual_seed(seed), t1_like, config, groups))
+        on_scan(len(scans), count)
     seen = Seen.of(scans)
-    return None if seen is None else _with_sizes(seen, maps, classes, synthesis)
+    return None if seen is None else _with_sizes(seen, maps, config, groups, synthesis)
+
+
+def _groups(config: SegmenterConfig) -> list[dict[str, list[int]]]:
+    """Name -> values of the classes, and the same of the tissues to which structures belong."""
+    classes = CLASSES[config.data.brain_classes]
+    value = {name: number for number, name in enumerate(classes.names)}
+    groups = [{name: [number] for name, number in value.items() if number}]
+    if config.data.brain_classes == "structures":
+        groups.append({tissue: [value[name] for name in names] for tissue, names in tissues_of(classes).items()})
+    return groups
+
+
+def _measured_head(
+    anatomy: LabelMap,
+    generator: torch.Generator,
+    synthesis: SynthesisConfig,
+    config: SegmenterConfig,
+    groups: Sequence[Mapping[str, Sequence[int]]],
+) -> MeasuredScan:
+    """A synthetic head of `_COARSE_MM`, with the contrast of a fine slab of another one of the same anatomy."""
+    classes, fine = CLASSES[config.data.brain_classes], build.preprocessing(config.preprocessing)
+    assert fine.spacing_mm is not None  # `segmenter_data` refuses others
+    i, j, k = (max(_COARSE_MM, mm) for mm in fine.spacing_mm)
+    coarse = replace(fine, spacing_mm=(i, j, k))
+    image, values, affine = synthetic_scan(anatomy, generator, synthesis, classes, _COARSE_MM)
+    volume = Volume(image[None], affine)
+    scaled, placement = coarse.apply(volume, _found(values, volume, config))
+    label = apply_labels(volume.like(values[None]), placement)[0]
+    shares = _measured_groups(label, scaled, groups).image_share
+    centre = anatomy.brain.double().mean(0) + torch.tensor([0.0, 0.0, _SLAB_ABOVE_MM])
+    image, values, affine = synthetic_scan(anatomy, generator, synthesis, classes, part=(_SLAB, centre))
+    slab = Volume(image[None], affine)
+    i, j, k = slab.shape
+    sharp, placement = fine.apply(slab, ((0, i), (0, j), (0, k)))
+    contrast = _measured_groups(apply_labels(slab.like(values[None]), placement)[0], sharp, groups).contrast
+    scan = measured(volume, scaled, fine.orientation, config.network.dims)
+    return replace(scan, masks=[MeasuredMask({}, shares, contrast)])
+
+
+def _measured_groups(label: Tensor, image: Tensor, groups: Sequence[Mapping[str, Sequence[int]]]) -> MeasuredMask:
+    """Shares and contrast of the classes in each of the groups."""
+    masks = []
+    for group in groups:
+        table = torch.zeros(256, dtype=torch.uint8)
+        for number, values in enumerate(group.values(), 1):
+            table[list(values)] = number
+        masks.append(measured_mask(table[label.long()], image, dict(enumerate(group, 1)), None))
+    shares = {name: share for mask in masks for name, share in mask.image_share.items()}
+    return MeasuredMask({}, shares, {name: others for mask in masks for name, others in mask.contrast.items()})
 
 
 def _found(values: Tensor, volume: Volume, config: SegmenterConfig) -> Box | None:
     """The box that a finder without errors finds in a synthetic head; None for a model without a finder."""
     if config.finder is None:
         return None
-    _, placement = Preprocessing(config.preprocessing.orientation).apply(volume)
-    return box_of(values > 0, placement, config.finder.margin_mm)
+    mm = config.finder.spacing_mm
+    _, placement = Preprocessing(config.preprocessing.orientation, (mm, mm, mm)).apply(volume)
+    brain = apply_labels(volume.like((values > 0).to(torch.uint8)[None]), placement)[0] > 0
+    return box_of(brain, placement, config.finder.margin_mm)
 
 
-def _with_sizes(seen: Seen, maps: Sequence[LabelMap], classes: BrainClasses, synthesis: SynthesisConfig) -> Seen:
+def _with_sizes(
+    seen: Seen,
+    maps: Sequence[LabelMap],
+    config: SegmenterConfig,
+    groups: Sequence[Mapping[str, Sequence[int]]],
+    synthesis: SynthesisConfig,
+) -> Seen:
     """The ranges of synthetic heads with the voxel sizes of the synthesis and the sizes of the label maps."""
     low, high = synthesis.scale
-    table = class_values(classes)
-    counts = [torch.bincount(table[one.index.long()].flatten(), minlength=len(classes.names)) for one in maps]
-    ml = [(count / 1000).tolist() for count in counts]
-    volumes = {
-        name: _range(low**3 * min(one[value] for one in ml), high**3 * max(one[value] for one in ml))
-        for value, name in enumerate(classes.names)
-        if value
-    }
+    table = class_values(CLASSES[config.data.brain_classes])
+    counts = [torch.bincount(table[one.index.long()].flatten(), minlength=int(table.max()) + 1) for one in maps]
+    volumes = {}
+    for name, values in ((name, values) for group in groups for name, values in group.items()):
+        ml = [float(count[list(values)].sum()) / 1000 for count in counts]
+        volumes[name] = _range(low**3 * min(ml), high**3 * max(ml))
     brains = [(one.brain.amax(0) - one.brain.amin(0) + 1).tolist() for one in maps]
     fields = {
         axis: _range(low * min(brain[n] for brain in brains), high * max(one.index.shape[n] for one in maps))
@@ -237,8 +311,9 @@ def _measured_again(saved: SavedModel, data: Path | FileList, on_scan: OnScan) -
         if isinstance(data, FileList):
             raise UsageError("label maps: give their folder")
         cases = [Case(scan_name(file), file, file, scan_name(file)) for file in find_scans(data)]
-        maps = [load_label_map(case.label) for case in _trained(saved, config, cases)]
-        return seen_in_label_maps(maps, config, SynthesisConfig(), on_scan)
+        classes = CLASSES[config.data.brain_classes]
+        maps = [load_label_map(case.label, classes) for case in _trained(saved, config, cases)]
+        return seen_in_label_maps(maps, config, SynthesisConfig(), on_scan=on_scan)
     folder = find_cases(data)
     chosen = spread(sorted(_trained(saved, config, folder.cases), key=lambda case: case.name))
     labels = {int(value): str(name) for value, name in saved.card["labels"].items()}

@@ -37,12 +37,12 @@ def names(values: np.ndarray) -> list[str]:
 
 
 def test_numbers_of_the_references_become_classes_of_their_side(references: ModuleType) -> None:
-    numbers = np.array([0, 4, 11, 23, 30, 35, 46, 47, 48, 50, 52, 62, 69, 101, 200, 44, 45]).reshape(-1, 1, 1)
+    numbers = np.array([0, 4, 11, 23, 30, 35, 46, 47, 48, 50, 52, 62, 69, 101, 200, 44, 45, 75, 76]).reshape(-1, 1, 1)
     assert names(references.structures(numbers, LAS)) == [
         "background", "third ventricle", "fourth ventricle", "right accumbens", "left accumbens", "brainstem",
         "other CSF", "right hippocampus", "left hippocampus", "left lateral ventricle", "left lateral ventricle",
         "left ventral diencephalon", "background", "left cerebral cortex", "right cerebral cortex",
-        "right cerebral white matter", "left cerebral white matter",
+        "right cerebral white matter", "left cerebral white matter", "left cerebral cortex", "right cerebral cortex",
     ]  # fmt: skip
 
 
@@ -64,6 +64,16 @@ def test_a_structure_belongs_to_one_tissue(peers: ModuleType) -> None:
     assert of["left thalamus"] == "grey matter" and of["brainstem"] == "white matter"
     assert of["third ventricle"] == of["other CSF"] == "CSF" and of["background"] == "background"
     assert np.array_equal(peers.tissues_of(np.arange(4), TISSUES.names), np.arange(4))
+
+
+def test_structures_are_compared_by_their_names(peers: ModuleType) -> None:
+    """Whatever values the model's classes have."""
+    own = ["background", "left hippocampus", "left thalamus", "other CSF"]
+    reference = np.array([STRUCTURES.names.index(name) for name in (own[1], own[2], own[2], own[0])])
+    numbers = peers.scored("ours", np.array([1, 2, 1, 0]), reference, reference, own)
+    assert numbers["brain"] == 1 and numbers["left thalamus"] == numbers["left hippocampus"] == pytest.approx(2 / 3)
+    assert numbers["grey matter"] == 1 and "other CSF" not in numbers and "right thalamus" not in numbers
+    assert peers.scored("deepbet", np.array([1, 1, 1, 1]), reference, reference, own) == {"brain": pytest.approx(6 / 7)}
 
 
 def test_the_table_counts_scans_that_failed(peers: ModuleType) -> None:

@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 from medseg_diffusion.data.brain_classes import STRUCTURES, TISSUES
-from medseg_diffusion.data.label_maps import LABELS, LabelMap, load_label_map
+from medseg_diffusion.data.label_maps import LABELS, TISSUE, LabelMap, load_label_map
 from medseg_diffusion.data.random_fields import Draw, along_axes, blur, linear_weights, resized
 from medseg_diffusion.data.synthetic_brains import (
     SynthesisConfig,
     SyntheticBrains,
     _acquired,
+    _box,
     _deformed,
     _diseased,
+    _render,
     _signal,
     _stripped,
     synthetic_scan,
@@ -140,6 +142,50 @@ def test_missing_field_of_view_is_background() -> None:
         lost.append(int((expected > 0).sum() - (tissue > 0).sum()))
         assert image.shape == whole.shape
     assert min(lost) >= 0 and max(lost) > 0
+
+
+def small_brain() -> LabelMap:
+    """A brain 32 mm wide in a corner of a head 96 mm wide."""
+    whole, inner = torch.full((96, 96, 96), LABELS.index(515), dtype=torch.uint8), head().index[::2, ::2, ::2]
+    brain = (inner > LABELS.index(0)) & (TISSUE[inner.long()] > 0)
+    whole[8:40, 8:40, 8:40][brain] = inner[brain]
+    return LabelMap("corner", whole, torch.nonzero(TISSUE[whole.long()]).int())
+
+
+def test_behind_a_finder_examples_show_the_brain() -> None:
+    def with_brain(margin_mm: float | None) -> list[bool]:
+        brains = SyntheticBrains([small_brain()], (48, 48, 48), config=STILL, margin_mm=margin_mm)
+        return [bool((brains.example(0, generator(seed))["label"] > 0).any()) for seed in range(10)]
+
+    assert all(with_brain(0.0)) and not all(with_brain(None))
+
+
+def test_intensities_are_scaled_by_what_is_seen() -> None:
+    """Of white matter alone, not of the whole head with its air."""
+    anatomy, ends = head(), []
+    for seen in (None, [slice(24, 40)] * 3):
+        draw, centre = Draw(generator()), torch.full((3,), 32.0).double()
+        _, _, low, high = _render(anatomy.index, draw, STILL, centre, [16] * 3, 1.0, True, seen)
+        ends.append((low, high))
+    assert ends[0][0] < ends[1][0] and ends[1][1] - ends[1][0] < (ends[0][1] - ends[0][0]) / 2
+
+
+def test_the_box_of_a_brain_has_its_margins_within_the_map() -> None:
+    box = _box(small_brain(), [2.0, 3.0, 100.0, 100.0, -1.0, 0.0])
+    first, last = (end(small_brain().brain, 0).tolist() for end in (torch.amin, torch.amax))
+    assert box == [slice(first[0] - 2, last[0] + 4), slice(0, 96), slice(first[2] + 1, last[2] + 1)]
+
+
+def test_a_coarse_scan_shows_the_same_head_and_a_part_its_middle() -> None:
+    anatomy, config = head(), replace(STILL, spacing=(1.0, 1.0))
+    _, whole, _ = synthetic_scan(anatomy, generator(1), config)
+    _, coarse, affine = synthetic_scan(anatomy, generator(1), config, spacing_mm=2.0)
+    np.testing.assert_allclose(np.abs(np.diag(affine)), [2, 2, 2, 1])
+    for value in (1, 2, 3):
+        assert 8 * int((coarse == value).sum()) == pytest.approx(int((whole == value).sum()), rel=0.05)
+    _, part, affine = synthetic_scan(anatomy, generator(1), config, part=((8, 8, 8), torch.full((3,), 31.5)))
+    np.testing.assert_allclose(np.abs(np.diag(affine)), 1.0)
+    assert part.shape == (8, 8, 8) and bool((part == 3).all()), "the middle of the balls is white matter"
 
 
 def test_epochs_cover_every_anatomy() -> None:

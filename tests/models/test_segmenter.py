@@ -89,6 +89,14 @@ def test_members_of_a_feed_forward_model_are_jittered_passes_and_are_called_so(t
     assert torch.equal(again.members, segmentation.members)
 
 
+def test_only_axes_that_the_training_mirrored_are_mirrored(tmp_path: Path) -> None:
+    for probability, axes in ((0.3, (0, 1)), (0.0, ())):
+        augmentation = {"flip_axes": [0, 1], "probability": probability}
+        config = tiny_config(method="baseline", augmentation=augmentation)
+        path = make_model(tmp_path / str(probability), config)
+        assert load_segmenter(path, "cpu", ensemble=2).model.jitter.mirrored == axes
+
+
 def test_a_mirrored_pass_swaps_the_sides_that_classes_name(tmp_path: Path) -> None:
     names = {0: "background", 1: "left hippocampus", 2: "right hippocampus", 3: "brainstem", 4: "left eye"}
     config = tiny_config(method="baseline", data={"source": "brain-labelmaps", "window": [8, 8, 8]})

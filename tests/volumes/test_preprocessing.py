@@ -96,6 +96,8 @@ def test_a_centre_crop_keeps_the_middle_and_the_scaling_of_the_whole_scan(sides)
 def test_a_centre_crop_excludes_that_of_the_foreground() -> None:
     with pytest.raises(ValueError, match="without crop_foreground"):
         Preprocessing(crop_foreground=True, crop_centre=(8, 8))
+    with pytest.raises(ValueError, match="no box can be given"):
+        Preprocessing(crop_centre=(8, 8)).apply(Volume(noise(1, 9, 9, 9), affine_of()), ((0, 9), (0, 9), (0, 5)))
 
 
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (0.7, 0.7, 0.7), (2.0, 1.0, 0.5)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ from medseg_diffusion import build
 from medseg_diffusion.config.load import parse_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.methods.seen import SEEN
 from medseg_diffusion.models.bundle_network import BundleSegmenter, bundle_card, bundle_state
+from medseg_diffusion.models.finder import NOT_FOUND
 from medseg_diffusion.models.segmenter import MaskSegmenter
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.volumes.volume import Volume
+from medseg_diffusion.workflows import export_onnx
+from medseg_diffusion.workflows.report import report
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers.brains import write_label_maps
 
@@ -95,10 +101,62 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(trained: Path, maps:
     assert all(torch.equal(value, expected[name]) for name, value in load_model_files(model).weights.items())
 
 
-def test_the_time_limit_ends_the_first_stage_too(maps: Path, tmp_path: Path) -> None:
-    assert train_segmenter(config(), maps, tmp_path / "run", device="cpu", time_limit_min=0.0) == (
-        tmp_path / "run" / "finder" / "model"
-    )
+def test_a_run_that_ended_between_the_stages_goes_on(trained: Path, maps: Path, tmp_path: Path) -> None:
+    """The time limit ends the first stage, too; a kill just after it leaves the same files."""
+    run = tmp_path / "run"
+    stopped = train_segmenter(config(), maps, run, device="cpu", time_limit_min=0.0)
+    assert stopped == run / "finder" / "model" and not (run / "model").exists()
+    model = train_segmenter(config(), maps, run, device="cpu", resume=True)
+    expected = load_model_files(trained).weights
+    assert all(torch.equal(value, expected[name]) for name, value in load_model_files(model).weights.items())
+
+
+def test_a_run_starts_from_both_networks_of_a_model(trained: Path, maps: Path, tmp_path: Path) -> None:
+    still = {"max_steps": 1, "learning_rate": 1e-12}
+    changes = {"finder": {**CONTENT["finder"], **still}, "training": {**CONTENT["training"], **still}}
+    model = train_segmenter(config(**changes), maps, tmp_path / "run", device="cpu", init=trained)
+    started = load_model_files(trained).weights
+    for name, value in load_model_files(model).weights.items():
+        torch.testing.assert_close(value, started[name], rtol=0, atol=1e-6)
+
+
+def test_a_scan_without_the_organ_is_marked(trained: Path, maps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a model that knows nothing about its training scans."""
+    saved = load_model_files(trained)
+    model = MaskSegmenter(replace(saved, card={**saved.card, SEEN: {"scans": 5}}), torch.device("cpu"))
+    assert model.finder is not None
+    box = tuple((0, n) for n in scan(maps).shape)
+    monkeypatch.setattr(model.finder, "box", lambda volume, device: box)
+    assert model.segment(scan(maps)).unlike_training == ""
+    monkeypatch.setattr(model.finder, "box", lambda volume, device: None)
+    for seen in (model.seen, None):
+        model.seen = seen
+        segmentation = model.segment(scan(maps))
+        assert segmentation.quality == "check"
+        assert segmentation.unlike_training == f"unlike the training scans: {NOT_FOUND}"
+
+
+def test_the_report_of_a_run_shows_both_stages(trained: Path, tmp_path: Path) -> None:
+    page, summary = report(trained.parent, tmp_path / "page.html")
+    finder, segmenter = summary.networks
+    assert (finder.max_steps, finder.history.step, segmenter.max_steps, segmenter.history.step) == (3, 3, 2, 2)
+    assert "organ in coarse validation windows" in finder.score and summary.state == "finished"
+    assert page.read_text().index("Finder of the organ (first stage)") < page.read_text().index("<h2>Segmenter</h2>")
+
+
+def test_an_onnx_file_says_that_it_has_no_finder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter itself, which takes long, is left out: it writes the metadata alone."""
+
+    def write(network: object, inputs: object, metadata: dict[str, str], file: Path, saved: object) -> None:
+        file.write_text(json.dumps(metadata))
+
+    monkeypatch.setattr(export_onnx, "_write", write)
+    monkeypatch.setattr(export_onnx, "_check", lambda *parts: None)
+    with pytest.warns(UserWarning, match="holds the segmenter alone, without the finder"):
+        file = export_onnx.export_onnx(trained, tmp_path / "model.onnx")
+    assert json.loads(json.loads(file.read_text())["medseg.finder"])["margin_mm"] == 4.0
 
 
 def test_a_bundle_finds_the_organ_as_the_model_does(trained: Path, maps: Path) -> None:
@@ -110,12 +168,22 @@ def test_a_bundle_finds_the_organ_as_the_model_does(trained: Path, maps: Path) -
     assert torch.equal(bundle(volume.data[None])[0, 0], expected)
 
 
+@pytest.mark.parametrize("other", [{"orientation": "LPS"}, {"intensity": "zscore"}, {"high": 99.0}])
+def test_scans_are_prepared_as_the_synthetic_heads_are(other: dict[str, Any], maps: Path, tmp_path: Path) -> None:
+    """In LPS, for example, the model would call the left side right."""
+    changed = config(preprocessing={"spacing_mm": [1.0, 1.0, 1.0], **other})
+    with pytest.raises(UsageError, match="makes heads in RAS, scaled by percentiles"):
+        train_segmenter(changed, maps, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data": {"window": [8, 8, 8], "labels": ["a"]}}, "needs data.source: brain-labelmaps"),
         ({"preprocessing": {"spacing_mm": [1.0, 1.0, 1.0], "crop_foreground": True}}, "crop_foreground: false"),
         ({"finder": {"network": {"dims": 2}}}, "finder.network.dims must be 3"),
+        ({"training": {"sharding": True}}, "not for a segmenter with a finder"),
     ],
 )
 def test_a_finder_that_cannot_be_trained_is_refused(changes: dict[str, Any], message: str) -> None:

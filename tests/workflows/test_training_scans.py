@@ -15,15 +15,16 @@ from typer.testing import CliRunner
 
 from medseg_diffusion import load_model
 from medseg_diffusion.config.segmenter import SegmenterConfig
-from medseg_diffusion.data.brain_classes import TISSUES
+from medseg_diffusion.data.brain_classes import STRUCTURES, TISSUES
 from medseg_diffusion.data.healthy import find_healthy
 from medseg_diffusion.data.label_maps import load_label_map
 from medseg_diffusion.data.synthetic_brains import SynthesisConfig
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.methods.seen import SEEN
+from medseg_diffusion.methods.seen import FEWEST_SCANS, SEEN, MeasuredMask
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_card, load_model_files, replace_card, save_model
 from medseg_diffusion.volumes.io import read_volume
+from medseg_diffusion.workflows import training_scans
 from medseg_diffusion.workflows.anomaly import AnomalyOptions, anomaly
 from medseg_diffusion.workflows.training_scans import (
     MOST_SCANS,
@@ -34,7 +35,18 @@ from medseg_diffusion.workflows.training_scans import (
 )
 from tests.helpers import training
 from tests.helpers.anomaly import small_config
-from tests.helpers.segmenters import FLAT, calibrated, make_model, run, save, save_image, tiny_config, with_seen
+from tests.helpers.brains import write_label_maps
+from tests.helpers.segmenters import (
+    FLAT,
+    calibrated,
+    make_model,
+    run,
+    save,
+    save_image,
+    structures_model,
+    tiny_config,
+    with_seen,
+)
 
 SPACING = {"R": [1.0, 1.2], "A": [1.0, 1.2], "S": [2.0, 2.0]}
 
@@ -205,7 +217,7 @@ def test_an_anomaly_training_has_seen_its_healthy_scans(anomaly_scans: Path) -> 
     assert -1.5 <= seen.intensity[0]["q50"][0] <= seen.intensity[0]["q50"][1] <= 1.5
 
 
-def test_training_from_label_maps_has_seen_whole_heads(tmp_path: Path) -> None:
+def test_training_from_label_maps_has_seen_whole_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in (40, 48, 40)], indexing="ij")
     radius = np.sqrt(sum(axis**2 for axis in axes))
     maps = []
@@ -219,14 +231,60 @@ def test_training_from_label_maps_has_seen_whole_heads(tmp_path: Path) -> None:
     )
     assert isinstance(config, SegmenterConfig)
     synthesis = SynthesisConfig(scale=(0.5, 2.0), spacing=(0.9, 1.5))
+    monkeypatch.setattr(training_scans, "SYNTHETIC_SCANS", 6)
     seen = seen_in_label_maps(maps, config, synthesis)
     assert seen is not None
     assert seen.voxel_mm == dict.fromkeys("RAS", (0.9, 1.5))
     white = [float((one.index == maps[0].index[20, 20, 20]).sum()) / 1000 for one in maps]
     assert seen.volume_ml["white matter"] == pytest.approx((min(white) / 8, 8 * max(white)), rel=1e-3)
     assert set(seen.volume_ml) == set(TISSUES.names[1:])
+    assert seen.scans == 6 and set(seen.contrast) <= set(TISSUES.names)
+    few = seen_in_label_maps(maps, config, synthesis, FEWEST_SCANS)
+    assert few is not None and few.scans == FEWEST_SCANS and few.volume_ml == seen.volume_ml
+    assert seen_in_label_maps(maps, config, synthesis, FEWEST_SCANS - 1) is None, "a training of so few steps"
     smallest = min(int(one.brain[:, 0].max() - one.brain[:, 0].min()) + 1 for one in maps)
     assert seen.field_of_view_mm["R"] == pytest.approx((0.5 * smallest, 2 * maps[0].index.shape[0]), rel=1e-3)
+
+
+def test_structures_are_measured_as_tissues_too(tmp_path: Path) -> None:
+    """So that masks of `--tissues` are compared with the training, by volume and by contrast."""
+    (file,) = sorted(write_label_maps(tmp_path / "maps").iterdir())[:1]
+    changes: dict[str, Any] = {
+        "data": {"source": "brain-labelmaps", "window": [16, 16, 16], "brain_classes": "structures"},
+        "preprocessing": {"spacing_mm": [1.0, 1.0, 1.0]},
+        "finder": {"network": {"dims": 3}},
+    }
+    seen = seen_in_label_maps([load_label_map(file)], tiny_config(**changes), SynthesisConfig(), FEWEST_SCANS)
+    assert seen is not None
+    assert set(seen.volume_ml) == set(seen.image_share) == {*STRUCTURES.names[1:], *TISSUES.names[1:]}
+    for structure, tissue in (("left cerebral white matter", "white matter"), ("left cerebral cortex", "grey matter")):
+        assert seen.volume_ml[structure] == seen.volume_ml[tissue] and seen.volume_ml[tissue][0] > 0
+        assert seen.image_share[structure][1] == seen.image_share[tissue][1], "the other side has all in mirrored heads"
+    assert seen.doubts_of_mask(MeasuredMask({"CSF": 1.0, "grey matter": 900.0, "white matter": 10.0}, {}, {}))
+
+
+def test_the_whole_mask_is_compared_when_some_classes_are_chosen(tmp_path: Path) -> None:
+    model = structures_model(tmp_path / "model")
+    scan = save(tmp_path / "scan.nii.gz")
+    (usual,) = run([scan], model, output=tmp_path / "usual")
+    ranges = {name: {"volume_ml": [ml / 2, 2 * ml + 1], "image_share": [0, 1]} for name, ml in usual.volumes_ml.items()}
+    ranges["white matter"]["volume_ml"] = [1000.0, 1100.0]
+    with_seen(model, classes=ranges)
+    (whole,) = run([scan], model, output=tmp_path / "whole")
+    (some,) = run([scan], model, output=tmp_path / "some", labels="other CSF")
+    assert set(some.volumes_ml) == {"other CSF"} and some.flags == whole.flags and "unlike training" in some.flags
+    assert some.warnings == whole.warnings and "white matter of " in some.warnings[0]
+
+
+def test_tissues_are_compared_as_tissues(tmp_path: Path) -> None:
+    model, scan = structures_model(tmp_path / "model"), save(tmp_path / "scan.nii.gz")
+    (usual,) = run([scan], model, output=tmp_path / "usual", tissues=True)
+    share = {"image_share": [0, 1]}
+    for grey, flags in (([0.5, 2.0], ()), ([100.0, 200.0], ("unlike training",))):
+        volume = [usual.volumes_ml["grey matter"] * end for end in grey]
+        with_seen(model, classes={"grey matter": {"volume_ml": volume, **share}, "cerebral cortex": share})
+        (result,) = run([scan], model, output=tmp_path / f"{grey[0]}", tissues=True)
+        assert result.flags == flags
 
 
 def test_many_scans_are_measured_evenly() -> None:
