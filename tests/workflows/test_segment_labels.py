@@ -315,7 +315,7 @@ def test_a_model_that_was_trained_on_structures_knows_their_tissues(tmp_path: Pa
         "data.window": [16, 16, 16], "data.test_cases": 1, "data.validation_cases": 1, "data.examples_per_map": 1,
         "network.channels": 16, "network.channel_mult": [1, 1], "training.max_steps": 1,
         "training.validate_every": 1, "training.warmup_steps": 0, "inference.window": [16, 16, 16],
-        "inference.largest_part": False, "finder.max_steps": 1, "finder.window": [16, 16, 16],
+        "inference.largest_part": False,
     }  # fmt: skip
     trained = train_segmenter(preset, maps, tmp_path / "run", overrides=small, device="cpu")
     assert load_model_files(trained).card["tissues"] == tissues_of(BRAIN)
