@@ -70,7 +70,7 @@ def test_examples_that_are_finished_on_the_device_give_the_same_statistics(block
     index = torch.full((16, 16, 16), LABELS.index(2), dtype=torch.uint8)
     anatomy = LabelMap("white", index, torch.tensor([[8, 8, 8]], dtype=torch.int32))
     brains = SyntheticBrains([anatomy], (8, 8, 8), in_batches=True)
-    data = SegmenterData(brains, [], dict(enumerate(TISSUES.names)), ("T1",), {}, data.split)
+    data = SegmenterData(brains, [], dict(enumerate(TISSUES.names)), ("T1",), {}, data.split, data.measure)
     autoencoder = build.segmenter(config, 4).autoencoder.eval()
     _standardise(autoencoder, data, job, Runtime("cpu", "fp32"))  # type: ignore[arg-type]
     assert autoencoder.codec.scale.isfinite().all()
