@@ -22,6 +22,7 @@ from medseg_diffusion.models.store import save_model
 
 from .log import require_trackers
 from .progress import OnProgress, count_of, silent, step_text
+from .resume import Checkpoints
 from .run import keep_sides, require_startable, start_run
 from .runtime import Runtime
 from .trainer import Callbacks, Outcome, Progress, TrainingOptions, TrainingRun, fit
@@ -92,6 +93,11 @@ class Job:
         """This call's training of a part in a folder of its own: resumed if it was started before."""
         part = replace(self, run=folder)
         return replace(part, resume=self.resume and part.started)
+
+    def first_stage(self, name: str) -> Job:
+        """The training of a part that the network needs, in the folder ``name``. Only the time limit ends it early."""
+        folder = self.run / name
+        return replace(self, run=folder, resume=self.resume and bool(Checkpoints(folder).files()), max_steps=None)
 
     def require_startable(self, config: BaseModel, noted: Mapping[str, Any] | None = None) -> None:
         """What `start` refuses, before any work is done; see `medseg_diffusion.training.run.require_startable`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,7 +14,6 @@ from medseg_diffusion.models.card import versions
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.tasks.mask import FeedForward
 from medseg_diffusion.training.job import Job
-from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks
 
@@ -23,12 +21,6 @@ from .segmenter_data import SegmenterData
 
 FOLDER = "finder"
 """Folder of this stage in the run folder."""
-
-
-def finder_job(job: Job) -> Job:
-    """The job of the finder of a segmenter's ``job``, in its own folder. Only the time limit ends it early."""
-    folder = job.run / FOLDER
-    return replace(job, run=folder, resume=job.resume and bool(Checkpoints(folder).files()), max_steps=None)
 
 
 def train_finder(finder: FeedForward, config: SegmenterConfig, data: SegmenterData, job: Job, runtime: Runtime) -> None:

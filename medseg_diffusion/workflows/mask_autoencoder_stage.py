@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -17,21 +16,15 @@ from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import MaskAutoencoder
 from medseg_diffusion.training.autoencoder import standardise
 from medseg_diffusion.training.job import Job
-from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks
 
 from .segmenter_data import SegmenterData
 
+FOLDER = "autoencoder"
+"""Folder of this stage in the run folder."""
 STANDARDISE_CASES = 64
 """Number of training masks from which the mean and the standard deviation of mask latents are estimated."""
-
-
-def mask_autoencoder_job(job: Job) -> Job:
-    """The job of the first stage of a segmenter's ``job``, in its own folder. Only the time limit ends it early."""
-    folder = job.run / "autoencoder"
-    resume = job.resume and bool(Checkpoints(folder).files())
-    return replace(job, run=folder, resume=resume, max_steps=None)
 
 
 def train_mask_autoencoder(

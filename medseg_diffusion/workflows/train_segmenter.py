@@ -48,9 +48,8 @@ from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
 
+from . import finder_stage, mask_autoencoder_stage
 from .calibrate_segmenter import store_calibration
-from .finder_stage import finder_job, train_finder
-from .mask_autoencoder_stage import mask_autoencoder_job, train_mask_autoencoder
 from .segmenter_data import SegmenterData, segmenter_data
 from .training_scans import add_seen, seen_entry
 
@@ -118,13 +117,13 @@ def train_segmenter(
         _load_weights(model, finder, origin)
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
-        stage = mask_autoencoder_job(job)
-        ceiling = train_mask_autoencoder(model.autoencoder, config, prepared, stage, runtime)
+        stage = job.first_stage(mask_autoencoder_stage.FOLDER)
+        ceiling = mask_autoencoder_stage.train_mask_autoencoder(model.autoencoder, config, prepared, stage, runtime)
         if runtime.any(job.minutes_left == 0):  # the autoencoder may be unfinished, so the denoiser cannot start
             return stage.model
     if finder is not None:
-        stage = finder_job(job)
-        train_finder(finder, config, prepared, stage, runtime)
+        stage = job.first_stage(finder_stage.FOLDER)
+        finder_stage.train_finder(finder, config, prepared, stage, runtime)
         if runtime.any(job.minutes_left == 0):
             return stage.model
     arranged(model.network, config.training)
