@@ -23,6 +23,8 @@ from medseg_diffusion.device import Precision, autocast_dtype, choose_device, ke
 from medseg_diffusion.errors import MedsegError
 
 _GRACE_S = 15.0
+_LAST_TENSORS_S = 0.5
+"""Seconds in which the threads of a process group let go of their tensors, before the process ends."""
 MEETING_MIN = 10.0
 """Minutes in which all processes of a training have to come: one that never starts must not hold up the others."""
 _WAIT = timedelta(days=1)
@@ -53,9 +55,14 @@ def _meet(device: torch.device) -> None:
 
 
 def _leave_group() -> None:
-    """Ends the threads of the process group, which could make a process abort at its exit."""
+    """Ends the threads of the process group, which could make a process abort at its exit.
+
+    Once a model was wrapped, torch leaves them running. Such a thread needs the interpreter to let go of its last
+    tensor; where the interpreter has ended before, the whole process aborts.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(_LAST_TENSORS_S)
 
 
 class Runtime:

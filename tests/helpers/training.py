@@ -183,6 +183,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
     finally:
         for process in processes:
             process.kill()
+            process.communicate(timeout=60)  # closes its pipes, which would fail a later test
 
 
 def train_slowly(run: str) -> None:
@@ -204,6 +205,16 @@ def train_sharded(run: str, **arguments: Any) -> None:
     train(Path(run), dropout=0.0, shared_out=True, prepare=models.append, **arguments)
     held = sum(part.numel() for part in sharding.local(list(models[0].parameters())))
     (Path(run) / f"{os.environ['RANK']}.txt").write_text(str(held))
+
+
+def leave_while_tensors_are_exchanged() -> None:
+    """Ends although the threads that add the tensors of all processes have much left to do."""
+    runtime = Runtime("cpu", "fp32")
+    layer = nn.Linear(1, 1)
+    runtime.prepare(layer, [torch.optim.AdamW(layer.parameters())])
+    tensors = [torch.ones(1000) for _ in range(2000)]
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor, async_op=True)
 
 
 def train_with_an_infinite_loss_in_one_process(run: str) -> None:

@@ -85,6 +85,11 @@ def test_all_processes_skip_the_same_steps(tmp_path: Path) -> None:
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
+def test_a_process_ends_well_while_the_threads_of_its_group_are_at_work() -> None:
+    """It would abort after all its work was done, and the training would count as failed."""
+    finish(start_two("leave_while_tensors_are_exchanged()"))
+
+
 def test_a_process_alone_initialises_nothing_distributed(tmp_path: Path) -> None:
     train(tmp_path, max_steps=1)
     assert not torch.distributed.is_initialized()
