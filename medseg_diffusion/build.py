@@ -284,6 +284,7 @@ def autoencoder(config: ImageAutoencoderConfig) -> KLAutoencoder | VQAutoencoder
         "channels": section.channels,
         "num_res_blocks": section.num_res_blocks,
         "attention_levels": section.attention_levels,
+        "middle_attention": section.middle_attention,
         "norm_groups": section.norm_groups,
     }
     try:

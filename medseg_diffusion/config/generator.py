@@ -81,7 +81,11 @@ class GeneratorSamplingSection(Section):
 
 
 class AutoencoderNetworkSection(Section):
-    """Network of an autoencoder; its image channels follow from the data. "vq" has a codebook instead of a variance."""
+    """Network of an autoencoder; its image channels follow from the data. "vq" has a codebook instead of a variance.
+
+    ``middle_attention`` attends to all positions of the latent at once, whose cost is quadratic in their number: too
+    much for volumes.
+    """
 
     quantiser: Literal["kl", "vq"] = "kl"
     codebook_size: int = Field(1024, ge=2)
@@ -89,6 +93,7 @@ class AutoencoderNetworkSection(Section):
     channels: tuple[int, ...] = (64, 128)
     num_res_blocks: int = Field(2, ge=1)
     attention_levels: tuple[bool, ...] = (False, False)
+    middle_attention: bool = True
     norm_groups: int = Field(32, gt=0)
 
 
@@ -97,7 +102,7 @@ class AutoencoderLossSection(Section):
 
     ``perceptual`` "lpips" needs the weights of its backbone, "gradient-ssim" needs none, and "auto" takes LPIPS if the
     weights are there. ``lpips_backbone`` is their file (VGG-16 of torchvision); None looks where torchvision keeps its
-    downloads.
+    downloads. Of a volume, the perceptual and the adversarial loss see ``slices`` in each of three planes.
     """
 
     perceptual: Literal["auto", "lpips", "gradient-ssim"] = "auto"
@@ -108,6 +113,7 @@ class AutoencoderLossSection(Section):
     adversarial_start: int = Field(50_001, ge=0)
     discriminator_channels: int = Field(64, gt=0)
     discriminator_layers: int = Field(3, ge=1)
+    slices: int = Field(8, ge=1)
 
 
 class ClassifierNetworkSection(Section):

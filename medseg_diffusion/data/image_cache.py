@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from .images import PLAIN, ImageCollection, Pixels, find_images
 
 VERSION = 4
 """Version of the packed content. After a change of it, collections are packed again."""
+VOXELS_AT_ONCE = 2**21
+"""Positions that an autoencoder computes together, about."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +251,11 @@ def _state(source: Path | FileList) -> list[object]:
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     stats = [(str(file.relative_to(source)), file.stat()) for file in files]
     return [len(files), hashlib.sha256(str([(n, s.st_size, s.st_mtime_ns) for n, s in stats]).encode()).hexdigest()]
+
+
+def images_at_once(size: Sequence[int], most: int) -> int:
+    """How many images of ``size`` an autoencoder computes together: ``most``, or fewer volumes."""
+    return max(1, min(most, VOXELS_AT_ONCE // math.prod(size)))
 
 
 def mirrored_axis(ndim: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medseg_diffusion.files import whole_file
 
-from .image_cache import PackedImages, mirrored_axis, to_unit
+from .image_cache import PackedImages, images_at_once, mirrored_axis, to_unit
 
 BATCH = 64
 
@@ -52,12 +52,13 @@ def cached_latents(
         with whole_file(file) as temporary:
             latents = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
             positions = np.sort(np.concatenate([images.part("train"), images.part("validation")]))
-            for first in range(0, len(positions), BATCH):
-                part = positions[first : first + BATCH]
+            at_once = images_at_once(size, BATCH)
+            for first in range(0, len(positions), at_once):
+                part = positions[first : first + at_once]
                 batch = to_unit(torch.from_numpy(np.array(images.images[part])).movedim(-1, 1)).to(device)
                 for mirrored, image in enumerate((batch, batch.flip(mirror))):
                     latents[part, mirrored] = codec.encode(image).float().cpu().numpy()
-                on_image(min(first + BATCH, len(positions)), len(positions))
+                on_image(min(first + at_once, len(positions)), len(positions))
             latents.flush()
     return np.memmap(file, np.float16, "r", shape=(count, 2, *shape))
 

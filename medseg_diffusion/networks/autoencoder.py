@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from medseg_diffusion.diffusion.noise import gaussian
 
 from .blocks import conv, speed_up_lone_volumes
+from .slabs import LARGE, by_slabs
 
 Layout = Literal["monai", "latent-diffusion"]
 
@@ -31,7 +32,7 @@ class Codec(Protocol):
     def decode(self, latent: Tensor) -> Tensor: ...
 
 
-class _Standardised(nn.Module):
+class Standardised(nn.Module):
     """Standardises latents for a diffusion model: (z - shift) * scale, per channel.
 
     Noise schedules assume data of zero mean and unit variance. The published code has a scale only, but an autoencoder
@@ -58,7 +59,7 @@ class _Standardised(nn.Module):
         return latent / _per_channel(self.scale, latent) + _per_channel(self.shift, latent)
 
 
-class KLAutoencoder(_Standardised):
+class KLAutoencoder(Standardised):
     """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)), standardised.
 
     Args:
@@ -134,7 +135,7 @@ class KLAutoencoder(_Standardised):
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latent before standardisation, each (B, latent_channels, *s)."""
-        h = self.encoder(image)
+        h = _computed(self.encoder, image)
         if self.layout == "latent-diffusion":
             mean, log_variance = self.quant_conv(h).chunk(2, dim=1)
         else:
@@ -150,7 +151,7 @@ class KLAutoencoder(_Standardised):
 
     def decode(self, latent: Tensor) -> Tensor:
         """The image of a standardised latent."""
-        return cast(Tensor, self.decoder(self.post_quant_conv(self.unstandardised(latent)))).float()
+        return _computed(self.decoder, self.post_quant_conv(self.unstandardised(latent))).float()
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The reconstruction (B, out_channels, *S) from a sampled latent, and the latent's KL divergence from N(0, I).
@@ -168,7 +169,7 @@ class KLAutoencoder(_Standardised):
         return _last_weight(self.decoder)
 
 
-class VQAutoencoder(_Standardised):
+class VQAutoencoder(Standardised):
     """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)) with a codebook.
 
     The diffusion model works on latents before quantisation; `decode` quantises them. The codebook follows the latents
@@ -191,6 +192,7 @@ class VQAutoencoder(_Standardised):
         attention_levels: Sequence[bool] = (False, False, False),
         codebook_size: int = 1024,
         norm_groups: int = 32,
+        middle_attention: bool = True,
     ) -> None:
         from monai.networks.layers.vector_quantizer import EMAQuantizer
         from monai.networks.nets.autoencoderkl import Decoder, Encoder
@@ -204,6 +206,7 @@ class VQAutoencoder(_Standardised):
             "norm_num_groups": norm_groups,
             "norm_eps": 1e-6,
             "attention_levels": list(attention_levels),
+            "with_nonlocal_attn": middle_attention,
             "use_flash_attention": True,
         }
         self.encoder = Encoder(in_channels=in_channels, out_channels=latent_channels, **shared)
@@ -215,12 +218,12 @@ class VQAutoencoder(_Standardised):
 
     def encode(self, image: Tensor) -> Tensor:
         """The standardised latent before quantisation."""
-        return self.standardised(self.quant_conv(self.encoder(image)))
+        return self.standardised(self.quant_conv(_computed(self.encoder, image)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """The image of a standardised latent, which is quantised first."""
         quantised, _ = self._quantised(self.unstandardised(latent))
-        return cast(Tensor, self.decoder(self.post_quant_conv(quantised))).float()
+        return _computed(self.decoder, self.post_quant_conv(quantised)).float()
 
     def reconstruct(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The reconstruction (B, out_channels, *S) and the commitment loss (B,), the same for all images.
@@ -248,6 +251,15 @@ def _check(channels: Sequence[int], attention_levels: Sequence[bool], norm_group
             f"channels must be multiples of norm_groups ({norm_groups}), with one attention_levels each: "
             f"got {channels}, {attention_levels}"
         )
+
+
+def _computed(chain: nn.Module, x: Tensor) -> Tensor:
+    """The encoder or decoder on ``x``; a large volume without gradients by slabs, to save memory."""
+    blocks = cast(nn.ModuleList, chain.blocks)
+    enlarged = 2 ** sum(type(block).__name__ == "UpSample" for block in blocks)
+    if x.ndim == 5 and not torch.is_grad_enabled() and x[0, 0].numel() * enlarged**3 >= LARGE:
+        return by_slabs(blocks, x)
+    return cast(Tensor, chain(x))
 
 
 def _per_channel(values: Tensor, latent: Tensor) -> Tensor:

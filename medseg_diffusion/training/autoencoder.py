@@ -3,6 +3,9 @@
 The loss is L1 + perceptual + regularisation. From some step on, a patch-based adversarial loss is added, whose weight
 balances the gradients at the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, eq. 7). All terms are means
 over pixels, while the published code takes sums; the weights are the published ones.
+
+The perceptual and the adversarial loss of a volume are those of some of its slices in three planes, because their
+networks are made for images.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from medseg_diffusion.diffusion.noise import generators
+from medseg_diffusion.diffusion.schedule import sent
 from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""(reconstruction, image), both (B, C, *S) in [-1, 1] -> a distance, a scalar."""
+"""(reconstruction, image), both (B, C, H, W) in [-1, 1] -> a distance, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class AutoencoderTraining(nn.Module):
         weights: of the losses.
         discriminator_channels: width of the discriminator's first layer.
         discriminator_layers: how often the discriminator halves the resolution.
+        slices: of each plane of a volume that the perceptual distance and the discriminator see.
     """
 
     step: Tensor
@@ -64,6 +69,7 @@ class AutoencoderTraining(nn.Module):
         weights: LossWeights = LossWeights(),
         discriminator_channels: int = 64,
         discriminator_layers: int = 3,
+        slices: int = 8,
     ) -> None:
         # Imported where used: MONAI takes seconds, which the rest of training does not need.
         from monai.networks.nets import PatchDiscriminator
@@ -73,11 +79,11 @@ class AutoencoderTraining(nn.Module):
         # In a list, which hides it from torch: the perceptual network is neither trained, nor averaged, nor stored.
         self._perceptual = [perceptual]
         self.weights = weights
-        first = next(autoencoder.encoder.parameters())
+        self.slices = slices
         self.discriminator = PatchDiscriminator(
-            spatial_dims=first.ndim - 2,
+            spatial_dims=2,
             channels=discriminator_channels,
-            in_channels=first.shape[1],
+            in_channels=next(autoencoder.encoder.parameters()).shape[1],
             num_layers_d=discriminator_layers,
             norm="INSTANCE",
         )
@@ -104,14 +110,15 @@ class AutoencoderTraining(nn.Module):
 
         In evaluation mode the adversarial part is left out: the loss then measures the reconstruction.
         """
-        image = batch["image"]
-        reconstruction, penalty = self.autoencoder.reconstruct(image, generators(batch["seed"].tolist()))
+        image, seeds = batch["image"], batch["seed"].tolist()
+        reconstruction, penalty = self.autoencoder.reconstruct(image, generators(seeds))
         # In float32: autocast would run the convolutions of SSIM in bfloat16. SSIM's variance is a difference of two
         # nearly equal moments, which would be rounded to noise of either sign.
         with torch.autocast(image.device.type, enabled=False):
             reconstruction, penalty = reconstruction.float(), penalty.float()
-            l1 = F.l1_loss(reconstruction, image)
-            reconstruction_loss = l1 + self.weights.perceptual * self._perceptual[0](reconstruction, image)
+            fakes, reals = (as_images(value, self.slices, seeds[0]) for value in (reconstruction, image))
+            perceptual = _mean(map(self._perceptual[0], fakes, reals))
+            reconstruction_loss = F.l1_loss(reconstruction, image) + self.weights.perceptual * perceptual
         pixels = image[0].numel() if isinstance(self.autoencoder, KLAutoencoder) else 1
         loss = reconstruction_loss + self.weights.regularisation * penalty.mean() / pixels
         if not self.training or self.weights.adversarial == 0:
@@ -120,11 +127,33 @@ class AutoencoderTraining(nn.Module):
             # A gradient of zero: several processes would wait for parameters that have none.
             return loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         constant = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-        adversarial_loss = -functional_call(self.discriminator, constant, (reconstruction,))[-1].mean()
+        adversarial_loss = -_mean(functional_call(self.discriminator, constant, (fake,))[-1].mean() for fake in fakes)
         ratio = balance(reconstruction_loss, adversarial_loss, self.autoencoder.last_layer)
         loss = loss + self.weights.adversarial * ratio * adversarial_loss
-        real, fake = self.discriminator(image)[-1], self.discriminator(reconstruction.detach())[-1]
-        return loss + 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        on_reals = _mean(F.relu(1 - self.discriminator(real)[-1]).mean() for real in reals)
+        on_fakes = _mean(F.relu(1 + self.discriminator(fake.detach())[-1]).mean() for fake in fakes)
+        return loss + 0.5 * (on_reals + on_fakes)
+
+
+def as_images(image: Tensor, count: int, seed: int) -> list[Tensor]:
+    """Images (B, C, H, W) as they are; volumes (B, C, D, H, W) as ``count`` slices across each of the three axes.
+
+    The slices of an axis are (B * count, C, *s), at random positions that are the same for all volumes of a size and
+    seed. A short axis gives all slices that it has.
+    """
+    if image.ndim == 4:
+        return [image]
+    (generator,) = generators([seed])
+    slices = []
+    for axis in (2, 3, 4):
+        positions = torch.randperm(image.shape[axis], generator=generator, device="cpu")[:count]
+        part = image.index_select(axis, sent(positions, image.device))
+        slices.append(part.movedim(axis, 1).flatten(0, 1))
+    return slices
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean()
 
 
 def balance(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
@@ -137,19 +166,18 @@ def balance(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: n
 class GradientSSIM:
     """1 - SSIM, plus L1 of the differences between neighbours at 3 scales: the fallback where LPIPS has no weights."""
 
-    def __init__(self, dims: int = 2) -> None:
+    def __init__(self) -> None:
         from monai.losses import SSIMLoss
 
-        self.ssim = SSIMLoss(spatial_dims=dims, data_range=2.0, win_size=7)
+        self.ssim = SSIMLoss(spatial_dims=2, data_range=2.0, win_size=7)
 
     def __call__(self, reconstruction: Tensor, image: Tensor) -> Tensor:
-        pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
         with image.device:  # MONAI would make its kernel on the CPU, and wait for the device to copy it there
             loss = self.ssim(reconstruction.float(), image.float())
         for _ in range(3):
-            for axis in range(2, image.ndim):
+            for axis in (2, 3):
                 loss = loss + F.l1_loss(reconstruction.diff(dim=axis), image.diff(dim=axis))
-            reconstruction, image = pool(reconstruction, 2), pool(image, 2)
+            reconstruction, image = F.avg_pool2d(reconstruction, 2), F.avg_pool2d(image, 2)
         return loss
 
 

@@ -23,7 +23,6 @@ def perceptual_loss(
     backbone: str | None,
     channels: int,
     device: torch.device,
-    dims: int = 2,
     download: bool = False,
 ) -> tuple[Perceptual, str, list[str]]:
     """Returns a perceptual distance, its name, and the fingerprints of the trained weights that it uses.
@@ -36,17 +35,14 @@ def perceptual_loss(
         backbone: file of torchvision's VGG-16 weights; None looks among torchvision's downloads.
         channels: of the images; LPIPS sees greyscale as RGB.
         device: of the images.
-        dims: 2 for images, 3 for volumes, which LPIPS cannot compare: "auto" is the fallback there.
         download: fetch missing weights, provided that the package is installed and ``backbone`` is None.
 
     Raises:
         ModelError: ``kind`` is "lpips" or a backbone is named, but something that LPIPS needs is missing, damaged or
             of another network; or a download failed.
     """
-    if dims == 3 and kind == "lpips":
-        raise ModelError("loss.perceptual=lpips: LPIPS compares images, not volumes; set loss.perceptual=gradient-ssim")
-    if dims == 3 or kind == "gradient-ssim":
-        return GradientSSIM(dims), "gradient-ssim", []
+    if kind == "gradient-ssim":
+        return GradientSSIM(), "gradient-ssim", []
     file = Path(backbone) if backbone else weight_file(BACKBONE_URL, download and find_spec("lpips") is not None)
     try:
         loss = LPIPS(file, channels)

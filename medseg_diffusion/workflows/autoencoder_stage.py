@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from medseg_diffusion import build
 from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig
 from medseg_diffusion.config.load import load_config, parse_config
-from medseg_diffusion.data.image_cache import ImageExamples
+from medseg_diffusion.data.image_cache import ImageExamples, images_at_once
 from medseg_diffusion.device import with_memory_format
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.models.store import SavedModel
 from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
-from medseg_diffusion.training.autoencoder import AutoencoderTraining, LossWeights, Perceptual, standardise
+from medseg_diffusion.training.autoencoder import AutoencoderTraining, LossWeights, Perceptual, as_images, standardise
 from medseg_diffusion.training.job import Job
 from medseg_diffusion.training.perceptual import perceptual_loss
 from medseg_diffusion.training.runtime import Runtime
@@ -28,7 +28,7 @@ from medseg_diffusion.training.trainer import Callbacks
 from .image_stage import ImageSourceOptions, image_card, mean_loss, prepare_images, validation_batches, write_pictures
 
 BATCH = 16
-"""Number of images that are encoded together, in validation and for the scale of latents."""
+"""Number of images that are encoded together, in validation and for the scale of latents; of volumes fewer."""
 SCALE_BATCHES = 64
 """Number of batches from which the mean and the standard deviation of latents are estimated."""
 PICTURES = 16
@@ -48,7 +48,6 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
         section.lpips_backbone,
         config.data.channels,
         runtime.device,
-        len(config.data.shape),
         download=source.download,
     )
     images = prepare_images(config, source, job, runtime)
@@ -57,7 +56,8 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
     job.seed_weights()
     model = _training(config, perceptual)
     examples = ImageExamples(images, images.epoch, config.data.flip)
-    batches = validation_batches(ImageExamples(images, images.part("validation"), flip=False), BATCH)
+    held_out = ImageExamples(images, images.part("validation"), flip=False)
+    batches = validation_batches(held_out, images_at_once(config.data.shape, BATCH))
 
     def validate(averaged: nn.Module) -> dict[str, float]:
         training = cast(AutoencoderTraining, averaged)
@@ -72,14 +72,18 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
             **_fidelity(reconstructions, originals),
         }
         if name == "lpips":
-            numbers["lpips"] = float(perceptual(reconstructions.to(runtime.device), originals.to(runtime.device)))
-        pairs = torch.stack([originals[:PICTURES], reconstructions[:PICTURES]], dim=1)
-        write_pictures(pairs.flatten(0, 1), job.run)
+            pairs = zip(
+                *(as_images(part, section.slices, job.seed) for part in (reconstructions, originals)), strict=True
+            )
+            distances = [float(perceptual(*(part.to(runtime.device) for part in pair))) for pair in pairs]
+            numbers["lpips"] = sum(distances) / len(distances)
+        both = torch.stack([originals[:PICTURES], reconstructions[:PICTURES]], dim=1)
+        write_pictures(both.flatten(0, 1), job.run)
         return numbers
 
     def save(averaged: nn.Module, step: int, numbers: Mapping[str, float]) -> None:
         codec = cast(AutoencoderTraining, averaged).autoencoder
-        standardise(codec, _scale_batches(examples, job, runtime))
+        standardise(codec, _scale_batches(examples, config.data.shape, job, runtime))
         card = image_card(config, images, job, step, numbers)
         card["training"]["perceptual_loss"] = name
         job.save(card | {"classes": [], "loss_extractors": fingerprints}, codec.state_dict())
@@ -128,7 +132,12 @@ def _training(config: ImageAutoencoderConfig, perceptual: Perceptual) -> Autoenc
         section.adversarial_start,
     )
     model = AutoencoderTraining(
-        build.autoencoder(config), perceptual, weights, section.discriminator_channels, section.discriminator_layers
+        build.autoencoder(config),
+        perceptual,
+        weights,
+        section.discriminator_channels,
+        section.discriminator_layers,
+        section.slices,
     )
     with_memory_format(model, config.training.channels_last)  # not compiled, because it is never called as a whole
     return model
@@ -153,12 +162,13 @@ def _fidelity(reconstructions: Tensor, originals: Tensor) -> dict[str, float]:
     return {"psnr": float(psnr), "ssim": float(cast(Tensor, ssim))}
 
 
-def _scale_batches(examples: ImageExamples, job: Job, runtime: Runtime) -> Iterator[Tensor]:
+def _scale_batches(examples: ImageExamples, shape: tuple[int, ...], job: Job, runtime: Runtime) -> Iterator[Tensor]:
     """Random training images on the device, for the scale of latents."""
     generator = torch.Generator().manual_seed(derive_seed(job.seed, "scale"))
     size = min(len(examples), SCALE_BATCHES * BATCH)
     chosen = torch.randperm(len(examples), generator=generator)[:size].tolist()
-    for first in range(0, size, BATCH):
+    at_once = images_at_once(shape, BATCH)
+    for first in range(0, size, at_once):
         job.on_prepare("statistics of latents: image", first, size)
-        batch = chosen[first : first + BATCH]
+        batch = chosen[first : first + at_once]
         yield torch.stack([examples.example(i, generator)["image"] for i in batch]).to(runtime.device)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from medseg_diffusion.data.draws import Draws
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
-from medseg_diffusion.training.autoencoder import AutoencoderTraining, GradientSSIM, LossWeights, balance
+from medseg_diffusion.training.autoencoder import (
+    AutoencoderTraining,
+    GradientSSIM,
+    LossWeights,
+    as_images,
+    balance,
+)
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, TrainingOptions, TrainingRun, fit
 from tests.helpers.training import resume_file
@@ -126,3 +132,35 @@ def test_each_network_has_an_optimiser_and_a_clip_of_its_own(tmp_path: Path) -> 
         # Adam's first moment is 0.1 of the clipped gradients; that of one step has the norm of the clip.
         norm = sum(float(state["exp_avg"].square().sum()) for state in moments["state"].values()) ** 0.5
         assert 0 < norm <= 1.001e-3 * (1 - 0.9**parts)
+
+
+def test_networks_for_images_see_a_volume_as_slices_in_three_planes() -> None:
+    """At random positions, which are those of a seed; each slice is one of the volume's."""
+    volume = torch.arange(2 * 4 * 5 * 6, dtype=torch.float32).reshape(2, 1, 4, 5, 6)
+    slices = as_images(volume, 2, seed=3)
+    assert [tuple(part.shape) for part in slices] == [(4, 1, 5, 6), (4, 1, 4, 6), (4, 1, 4, 5)]
+    for axis, part in zip((2, 3, 4), slices, strict=True):
+        own = [plane for one in volume for plane in one.movedim(axis - 1, 1)[0]]
+        assert all(any(torch.equal(image[0], plane) for plane in own) for image in part)
+        first, second = part[:2], part[2:]
+        assert torch.equal(second - first, torch.full_like(first, 4 * 5 * 6))  # the same positions of both volumes
+    again, other = as_images(volume, 2, seed=3), as_images(volume, 2, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(slices, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(slices, other, strict=True))
+    assert [len(part) for part in as_images(volume, 99, seed=0)] == [8, 10, 12]
+    image = volume[:, :, 0]
+    assert as_images(image, 2, seed=0)[0] is image
+
+
+@pytest.mark.parametrize("start", [0, 9])
+def test_an_autoencoder_of_volumes_learns_from_slices(start: int) -> None:
+    """Every parameter gets a gradient, and the discriminator one when its time has come."""
+    torch.manual_seed(0)
+    codec = KLAutoencoder(3, 1, 1, 2, (8, 8), 1, (False, False), norm_groups=4, middle_attention=False)
+    model = AutoencoderTraining(codec, GradientSSIM(), LossWeights(adversarial_start=start), 8, 1, slices=2).train()
+    model.begin_step(0)
+    loss = model({"image": torch.rand(2, 1, 16, 16, 24) * 2 - 1, "seed": torch.arange(2)})
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and bool(p.grad.any()) for p in codec.parameters() if p.ndim > 1)
+    assert any(bool(p.grad.any()) for p in model.discriminator.parameters()) == (start == 0)
