@@ -60,8 +60,10 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "sigmoid": schedule.sigmoid,
     "rectified-flow": schedule.rectified_flow,
 }
-# Euler's step is that of DDIM; a generator takes it at other times (`generator_times`).
 SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver, "euler": DDIM, "heun": Heun}
+"""Euler's step of rectified flow is that of DDIM; "euler" takes it at other times."""
+_SPACING: dict[str, Spacing] = {"euler": "trailing", "heun": "trailing"}
+"""Steps of equal lengths, that to the clean tensor included: those of rectified flow are even in u = t / T."""
 
 SHAPE_PRIOR = "shape_prior"
 """Key of the shape prior among a model's weights (uint8)."""
@@ -98,10 +100,8 @@ def generator_times(schedule: NoiseSchedule, sampler: str, steps: int) -> list[i
     """The times that a generator's sampler visits in ``steps`` steps, with the warnings of `spaced`.
 
     Published scores of DDPM and DDIM are for evenly spaced times from T to 1, DPM-Solver's for times even in log-SNR.
-    Steps of rectified flow have equal lengths, that to the clean image included.
     """
-    how: dict[str, Spacing] = {"dpm++": "log-snr", "euler": "trailing", "heun": "trailing"}
-    return spaced(schedule, steps, how.get(sampler, "linspace"))
+    return spaced(schedule, steps, _SPACING.get(sampler, "log-snr" if sampler == "dpm++" else "linspace"))
 
 
 def samplers(config: SegmenterConfig) -> tuple[str, ...]:
@@ -111,17 +111,18 @@ def samplers(config: SegmenterConfig) -> tuple[str, ...]:
     return ("ddpm",) if config.method == "categorical" else tuple(SAMPLERS)
 
 
-def times(config: SegmenterConfig, steps: int) -> list[int]:
+def times(config: SegmenterConfig, steps: int, sampler: str | None = None) -> list[int]:
     """The times that a segmenter's sampler visits in ``steps`` steps, with the warnings of `spaced`.
 
-    Categorical diffusion visits evenly spaced times. A method without a sampler takes one step.
+    ``sampler`` None is that of the configuration. Euler's and Heun's times, and those of categorical diffusion, are
+    evenly spaced, others even in log-SNR. A method without a sampler takes one step.
     """
     if not samplers(config):
         return [1, 0]
     schedule = noise_schedule(config.diffusion.schedule)
     if config.method != "categorical":
         first, last = _times_between(config.diffusion, schedule)
-        return spaced(schedule, steps, "log-snr", last, first)
+        return spaced(schedule, steps, _SPACING.get(sampler or config.inference.sampler, "log-snr"), last, first)
     first, last = _times_between(config.diffusion, label_noise(schedule))
     return spaced(schedule, steps, "trailing" if config.diffusion.log_snr is None else "linspace", last, first)
 
