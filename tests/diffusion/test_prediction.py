@@ -78,3 +78,21 @@ def test_conversions_without_eps_hold_up_to_pure_noise(t: int, start: Target, ot
     there = target_of(other, *read_output(start, out, x_t, alpha, sigma), alpha, sigma)
     back = target_of(start, *read_output(other, there, x_t, alpha, sigma), alpha, sigma)
     torch.testing.assert_close(back, out, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(name=st.sampled_from(sorted(SCHEDULES)), t=st.integers(1, 980))
+def test_the_preconditioning_of_edm_is_v(name, t) -> None:
+    """Karras et al. 2022, table 1, for data of variance 1: F = -v, its input x_t, and 1 / c_out^2 weighs v by 1."""
+    x0, eps = normal(11, 1, 1, 4, 4), normal(12, 1, 1, 4, 4)
+    alpha, sigma = SCHEDULES[name].scales(t, x0)
+    level = sigma / alpha  # of the noise on unscaled data
+    seen = x0 + level * eps
+    c_skip, c_out, c_in = 1 / (level**2 + 1), level / (level**2 + 1).sqrt(), 1 / (level**2 + 1).sqrt()
+    x_t = SCHEDULES[name].add_noise(x0, eps, t)
+    torch.testing.assert_close(c_in * seen, x_t, rtol=1e-9, atol=1e-9)
+    out = normal(13, 1, 1, 4, 4)
+    denoised = c_skip * seen + c_out * out
+    torch.testing.assert_close(denoised, read_output("v", -out, x_t, alpha, sigma)[0], rtol=1e-9, atol=1e-9)
+    error = target_of("v", x0, eps, alpha, sigma) + out
+    torch.testing.assert_close((denoised - x0) / c_out, error, rtol=1e-6, atol=1e-6)
