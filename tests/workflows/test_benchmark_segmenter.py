@@ -126,12 +126,12 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
     assert (row["factor"], row["sampler"], row["evaluations"]) == ("setting", "ddpm", 8)
     assert CliRunner().invoke(app, [*arguments, "--setting", "ddpm:4"]).exit_code == 2
     seen.clear()
-    with pytest.raises(UsageError, match="sampler 'euler' is unknown"):
+    with pytest.raises(UsageError, match="sampler 'pndm' is unknown"):
         benchmark_segmenter(
             [str(models["ensemdiff"])],
             data,
             tmp_path,
-            BenchmarkOptions(samplers=["euler"], device="cpu"),
+            BenchmarkOptions(samplers=["pndm"], device="cpu"),
             on_progress=lambda what, share: seen.append(what),
         )
     assert not seen, "found before anything is measured"
