@@ -85,6 +85,8 @@ class Sampler(StrEnum):
     DDPM = "ddpm"
     DDIM = "ddim"
     DPM_SOLVER = "dpm++"
+    EULER = "euler"
+    HEUN = "heun"
 
 
 Device = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from .diffusion import schedule
 from .diffusion.categorical import label_noise
 from .diffusion.denoiser import Denoiser, Head, NetworkDenoiser
 from .diffusion.guidance import Classifier, FixedCondition
-from .diffusion.noise import NoiseSource, gaussian
+from .diffusion.noise import LogitNormalTimes, NoiseSource, TimeSource, gaussian, uniform_times
 from .diffusion.objective import Bound, Hybrid, ImportanceTimes, Objective, Simple
 from .diffusion.schedule import NoiseSchedule
 from .diffusion.simplex import simplex
@@ -41,7 +42,8 @@ from .networks.unet import UNet
 from .sampling.ddim import DDIM
 from .sampling.ddpm import DDPM
 from .sampling.dpm_solver import DPMSolver
-from .sampling.loop import Sampler, spaced
+from .sampling.heun import Heun
+from .sampling.loop import Sampler, Spacing, spaced
 from .tasks.categorical_mask import CategoricalMaskDiffusion
 from .tasks.classifier import NoisyClassification
 from .tasks.image import ImageDiffusion
@@ -56,8 +58,12 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "cosine": schedule.cosine,
     "scaled-linear": schedule.scaled_linear,
     "sigmoid": schedule.sigmoid,
+    "rectified-flow": schedule.rectified_flow,
 }
-SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver}
+SAMPLERS: dict[str, type[Any]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver, "euler": DDIM, "heun": Heun}
+"""Euler's step of rectified flow is that of DDIM; "euler" takes it at other times."""
+_SPACING: dict[str, Spacing] = {"euler": "trailing", "heun": "trailing"}
+"""Steps of equal lengths, that to the clean tensor included: those of rectified flow are even in u = t / T."""
 
 SHAPE_PRIOR = "shape_prior"
 """Key of the shape prior among a model's weights (uint8)."""
@@ -85,6 +91,19 @@ def sampler(name: str) -> Sampler:
     return made
 
 
+def evaluations(sampler: str, steps: int) -> int:
+    """Calls of the denoiser for one sample: Heun's method takes two a step, and one for the step to the clean image."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def generator_times(schedule: NoiseSchedule, sampler: str, steps: int) -> list[int]:
+    """The times that a generator's sampler visits in ``steps`` steps, with the warnings of `spaced`.
+
+    Published scores of DDPM and DDIM are for evenly spaced times from T to 1, DPM-Solver's for times even in log-SNR.
+    """
+    return spaced(schedule, steps, _SPACING.get(sampler, "log-snr" if sampler == "dpm++" else "linspace"))
+
+
 def samplers(config: SegmenterConfig) -> tuple[str, ...]:
     """Names of the samplers of a segmenter; empty for a method that takes no steps."""
     if config.method in ("baseline", "probabilistic-unet"):
@@ -92,17 +111,18 @@ def samplers(config: SegmenterConfig) -> tuple[str, ...]:
     return ("ddpm",) if config.method == "categorical" else tuple(SAMPLERS)
 
 
-def times(config: SegmenterConfig, steps: int) -> list[int]:
+def times(config: SegmenterConfig, steps: int, sampler: str | None = None) -> list[int]:
     """The times that a segmenter's sampler visits in ``steps`` steps, with the warnings of `spaced`.
 
-    Categorical diffusion visits evenly spaced times. A method without a sampler takes one step.
+    ``sampler`` None is that of the configuration. Euler's and Heun's times, and those of categorical diffusion, are
+    evenly spaced, others even in log-SNR. A method without a sampler takes one step.
     """
     if not samplers(config):
         return [1, 0]
     schedule = noise_schedule(config.diffusion.schedule)
     if config.method != "categorical":
         first, last = _times_between(config.diffusion, schedule)
-        return spaced(schedule, steps, "log-snr", last, first)
+        return spaced(schedule, steps, _SPACING.get(sampler or config.inference.sampler, "log-snr"), last, first)
     first, last = _times_between(config.diffusion, label_noise(schedule))
     return spaced(schedule, steps, "trailing" if config.diffusion.log_snr is None else "linspace", last, first)
 
@@ -115,6 +135,21 @@ def _times_between(section: DiffusionSection, schedule: NoiseSchedule) -> tuple[
         return schedule.times_between(*section.log_snr, section.scale)
     except ValueError as error:
         raise UsageError(f"diffusion.log_snr: {error}") from error
+
+
+def _time_source(section: DiffusionSection, schedule: NoiseSchedule) -> TimeSource:
+    """How the training times of masks or their latents are drawn."""
+    first, last = _times_between(section, schedule)
+    if section.times == "uniform":
+        return partial(uniform_times, last, first=first)
+    return _logit_normal(section.times_mean, section.times_std, schedule, first, last)
+
+
+def _logit_normal(mean: float, std: float, schedule: NoiseSchedule, first: int, last: int) -> LogitNormalTimes:
+    try:
+        return LogitNormalTimes(schedule, mean, std, first, last)
+    except ValueError as error:
+        raise UsageError(f"diffusion.times: {error}") from error
 
 
 def preprocessing(section: PreprocessingSection) -> Preprocessing:
@@ -216,14 +251,15 @@ def _mask_diffusion(config: SegmenterConfig, encoding: MaskEncoding) -> MaskDiff
     simple = Simple(section.weighting, section.gamma)
     objective = Hybrid(simple, Bound("gaussian")) if section.learned_variance else simple
     if config.method == "latent-mask":
-        return LatentMaskDiffusion(denoiser, mask_autoencoder(config, encoding), objective)
+        codec = mask_autoencoder(config, encoding)
+        return LatentMaskDiffusion(denoiser, codec, objective, _time_source(section, denoiser.schedule))
     return MaskDiffusion(
         denoiser,
         encoding,
         objective,
         Auxiliary(section.dice_ce_weight, section.dice_ce_log_snr, section.cross_entropy_weight),
         AnchorLoss(**config.anchor_loss.model_dump()),
-        _times_between(section, denoiser.schedule),
+        _time_source(section, denoiser.schedule),
     )
 
 
@@ -333,10 +369,15 @@ def generator(
     simple = Simple(section.weighting, section.gamma)
     bound = Bound("gaussian" if latent_channels else "discretised")
     objectives: dict[str, Objective] = {"simple": simple, "hybrid": Hybrid(simple, bound), "bound": bound}
+    times: ImportanceTimes | LogitNormalTimes | None = None
+    if section.times == "importance":
+        times = ImportanceTimes(schedule.num_steps)
+    elif section.times == "logit-normal":
+        times = _logit_normal(section.times_mean, section.times_std, schedule, 1, schedule.num_steps)
     return ImageDiffusion(
         NetworkDenoiser(network, schedule, section.target, section.learned_variance),
         objectives[section.objective],
-        ImportanceTimes(schedule.num_steps) if section.times == "importance" else None,
+        times,
         num_classes if with_class else 0,
         condition.drop,
         token,

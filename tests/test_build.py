@@ -6,20 +6,25 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from medseg_cli._options import Sampler
 from torch import Tensor, nn
 
 from medseg_diffusion import build
-from medseg_diffusion.config.load import load_segmenter_config, parse_config
+from medseg_diffusion.config.generator import GeneratorConfig, GeneratorSamplingSection
+from medseg_diffusion.config.load import load_config, load_segmenter_config, parse_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
-from medseg_diffusion.config.shared import InferenceSection
+from medseg_diffusion.config.shared import InferenceSection, ScheduleSection
+from medseg_diffusion.diffusion.noise import LogitNormalTimes
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.ablation import without_x_t
 from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.tasks.categorical_mask import CategoricalMaskDiffusion
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
+from medseg_diffusion.tasks.mask import MaskDiffusion
 from medseg_diffusion.training.autoencoder import standardise
 from medseg_diffusion.training.job import training_options
 from tests.helpers.configs import MINIMAL, SEGMENTERS
+from tests.helpers.samplers import predict_once
 
 FULL = {
     # Millions of parameters. Ho et al. (2020) state 114 for their 256 x 256 network, which is EnsemDiff's; the authors
@@ -98,18 +103,24 @@ def test_a_small_preset_takes_a_step_on_data_of_another_kind(name, channels, win
 
 def test_every_name_that_a_configuration_may_use_is_built() -> None:
     base = parse_config(MINIMAL, "here").model_dump()
+    assert set(build.SCHEDULES) == set(get_args(ScheduleSection.model_fields["name"].annotation))
     for name in build.SCHEDULES:
         changed = {**base, "diffusion": {"schedule": {"name": name, "num_steps": 50}}}
         assert build.noise_schedule(parse_config(changed, name).diffusion.schedule).num_steps == 50
-    names = get_args(InferenceSection.model_fields["sampler"].annotation)
-    assert set(names) == set(build.SAMPLERS)
-    for name in names:
-        assert build.sampler(name).begin() is not None
+    assert set(build.SAMPLERS) == set(get_args(InferenceSection.model_fields["sampler"].annotation))
+    assert set(build.SAMPLERS) == set(get_args(GeneratorSamplingSection.model_fields["sampler"].annotation))
+    assert set(build.SAMPLERS) == {str(name) for name in Sampler}
+    for name in build.SAMPLERS:
+        assert build.sampler(name).begin(predict_once) is not None
 
 
 def test_what_cannot_be_built_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="sampler 'euler' is unknown; use ddpm, ddim"):
-        build.sampler("euler")
+    with pytest.raises(UsageError, match=r"sampler 'pndm' is unknown; use ddpm, ddim, dpm\+\+, euler, heun"):
+        build.sampler("pndm")
+    flow = {"schedule": {"name": "rectified-flow"}, "times": "logit-normal", "times_mean": 10, "times_std": 0.1}
+    within = parse_config({**MINIMAL, "diffusion": {**flow, "log_snr": (-2, 2)}}, "here")
+    with pytest.raises(UsageError, match=r"diffusion\.times: logit-normal times of mean 10 and .* miss the times"):
+        build.segmenter(within, 2)
     few = parse_config({**MINIMAL, "diffusion": {"schedule": {"num_steps": 10}}}, "here")
     with pytest.raises(UsageError, match=r"schedule: every beta must lie in"):
         build.segmenter(few, 2)
@@ -221,3 +232,68 @@ def test_steps_on_labels_lie_between_the_bounds_of_their_log_snr() -> None:
     assert isinstance(model, CategoricalMaskDiffusion) and model.times == (times[-2], times[0])
     every = parse_config({**content, "diffusion": {"schedule": {"name": "cosine"}}}, "test")
     assert isinstance(every, SegmenterConfig) and build.times(every, 20)[:2] == [1000, 950]
+
+
+FLOW: dict[str, Any] = {"schedule": {"name": "rectified-flow", "num_steps": 100}, "target": "flow"}
+
+
+@pytest.mark.parametrize("method", ["ensemdiff", "latent-mask"])
+def test_logit_normal_times_reach_the_training_of_masks_and_their_latents(method) -> None:
+    content = {
+        "method": method,
+        "data": {"window": [8, 8], "labels": ["one"]},
+        "network": {"dims": 2, "channels": 16, "channel_mult": [1, 2]},
+        "diffusion": {**FLOW, "times": "logit-normal", "times_mean": -2.0, "times_std": 0.1},
+    }
+    config = parse_config(content, "test")
+    model = build.segmenter(config, 2)
+    assert isinstance(model, MaskDiffusion | LatentMaskDiffusion) and isinstance(model.times, LogitNormalTimes)
+    seen: list[int] = []
+    model.network.register_forward_hook(lambda network, given, out: seen.extend(given[1].tolist()))
+    for seed in range(20):
+        batch = {"image": torch.zeros(2, 1, 8, 8), "label": torch.zeros(2, 8, 8, dtype=torch.int64)}
+        assert bool(model({**batch, "seed": torch.tensor([2 * seed, 2 * seed + 1])}).isfinite())
+    assert len(seen) == 40 and min(seen) >= 5 and max(seen) <= 20, "sigmoid(-2) of 100 steps is 12"
+
+
+@pytest.mark.parametrize("channels", [None, 3], ids=["pixels", "latents"])
+def test_logit_normal_times_reach_the_training_of_a_generator_and_not_its_validation(channels) -> None:
+    content = {
+        "method": "pixel" if channels is None else "latent",
+        "autoencoder": None if channels is None else "autoencoder-tiny-imagenet-small",
+        "data": {"size": 8, "channels": 1},
+        "network": {"dims": 2, "channels": 16, "channel_mult": [1, 2], "norm_groups": 8},
+        "diffusion": {**FLOW, "times": "logit-normal", "times_mean": 2.0, "times_std": 0.1},
+    }
+    config = parse_config(content, "test")
+    assert isinstance(config, GeneratorConfig)
+    model = build.generator(config, 0, channels)
+    seen: list[int] = []
+    model.network.register_forward_hook(lambda network, given, out: seen.extend(given[1].tolist()))
+    batch = {"image": torch.zeros(40, channels or 1, 8, 8), "seed": torch.arange(40)}
+    assert bool(model(batch).isfinite()) and min(seen) >= 80 and max(seen) <= 94, "sigmoid(2) of 100 steps is 88"
+    seen.clear()
+    assert bool(model.eval()(batch).isfinite()) and min(seen) < 20 and max(seen) > 80
+
+
+def test_the_presets_of_rectified_flow_differ_from_their_models_in_the_diffusion_alone() -> None:
+    """They are to be compared after equal time."""
+    for flow, other in (("rf", "adm"), ("rf-latent", "ldm")):
+        for size in ("", "-small"):
+            ours, theirs = (load_config(f"{name}-tiny-imagenet{size}") for name in (flow, other))
+            assert isinstance(ours, GeneratorConfig) and isinstance(theirs, GeneratorConfig)
+            for part in ("method", "autoencoder", "data", "network", "condition", "training"):
+                assert getattr(ours, part) == getattr(theirs, part), (flow, size, part)
+            section = ours.diffusion
+            assert (section.schedule.name, section.target, section.times) == ("rectified-flow", "flow", "logit-normal")
+            assert (ours.sampling.sampler, ours.sampling.steps) == ("euler", theirs.sampling.steps)
+
+
+def test_a_segmenters_sampler_has_its_own_times() -> None:
+    config = parse_config(
+        {**MINIMAL, "diffusion": {**FLOW, "log_snr": (-4.0, 2.0)}, "inference": {"sampler": "heun"}}, "t"
+    )
+    assert isinstance(config, SegmenterConfig)
+    even, other = build.times(config, 5), build.times(config, 5, "dpm++")
+    assert even == build.times(config, 5, "euler") == [88, 76, 63, 51, 38, 0]
+    assert other != even and other[0] == even[0] and other[-2:] == [27, 0]

@@ -309,8 +309,8 @@ class Generator(Network):
         Args:
             n: Number of images.
             label: Class of all images, by number or name; None cycles through the classes.
-            steps: Denoiser calls per image; None takes the model's default.
-            sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
+            steps: Steps of the sampler; None takes the model's default.
+            sampler: "ddpm", "ddim", "dpm++", "euler" or "heun"; None takes the model's default.
             guidance: Strength of classifier-free guidance; 1 for none.
             classifier_scale: Strength of the guidance by the classifier that was given to `load_model`.
             clip_first: Clip predicted pixels before the classifier's gradient, as guided diffusion does.
@@ -392,8 +392,8 @@ def load_model(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         ensemble: Segmenter: masks per scan, which are samples, or of a feed-forward model mirrored and jittered passes;
             None takes the model's default, as in all that follows.
-        steps: Segmenter: denoiser calls per mask. A generator takes them in ``.sample``.
-        sampler: Segmenter: "ddpm", "ddim" or "dpm++". A generator takes it in ``.sample``.
+        steps: Segmenter: steps of the sampler. A generator takes them in ``.sample``.
+        sampler: Segmenter: "ddpm", "ddim", "dpm++", "euler" or "heun". A generator takes it in ``.sample``.
         fusion: Segmenter: how masks become one, "mean", "majority" or "staple".
         uncertainty: Segmenter: kind of the uncertainty map, "entropy", "mutual-information" or "variance".
         keep_largest: Segmenter: keep only the largest connected part of the foreground.

@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from .shared import PreprocessingSection, ScheduleSection, Section, TrainingSection, UNetSection
+from .shared import PreprocessingSection, SamplerName, ScheduleSection, Section, TrainingSection, UNetSection
 
 
 class ImageDataSection(Section):
@@ -53,16 +53,20 @@ class ImageConditionSection(Section):
 class ImageDiffusionSection(Section):
     """The predicted quantity and the loss of a generator.
 
-    The objectives "hybrid" and "bound" train a learned variance and need ``learned_variance``. ``noise`` "simplex" is
-    that of AnoDDPM (`medseg_diffusion.diffusion.simplex`).
+    ``target`` "flow" is eps - x0 (`medseg_diffusion.diffusion.prediction`). The objectives "hybrid" and "bound" train a
+    learned variance and need ``learned_variance``. ``noise`` "simplex" is that of AnoDDPM
+    (`medseg_diffusion.diffusion.simplex`). ``times_mean`` and ``times_std`` are those of log(sigma / alpha) for
+    ``times`` "logit-normal" (`medseg_diffusion.diffusion.noise.LogitNormalTimes`).
     """
 
     schedule: ScheduleSection = ScheduleSection()
     noise: Literal["gaussian", "simplex"] = "gaussian"
-    target: Literal["eps", "x0", "v"] = "eps"
+    target: Literal["eps", "x0", "v", "flow"] = "eps"
     learned_variance: bool = False
     objective: Literal["simple", "hybrid", "bound"] = "simple"
-    times: Literal["uniform", "importance"] = "uniform"
+    times: Literal["uniform", "importance", "logit-normal"] = "uniform"
+    times_mean: float = Field(0.0, ge=-10, le=10)
+    times_std: float = Field(1.0, gt=0, le=10)
     weighting: Literal["none", "min-snr"] = "none"
     gamma: float = Field(5.0, gt=0)
 
@@ -70,13 +74,18 @@ class ImageDiffusionSection(Section):
     def _variance(self) -> ImageDiffusionSection:
         if self.learned_variance != (self.objective != "simple"):
             raise ValueError("a learned variance needs objective hybrid or bound, and they need learned_variance: true")
+        if self.times == "logit-normal" and self.learned_variance:
+            raise ValueError(
+                "times: logit-normal is for objective: simple; a bound needs all times alike, or importance"
+            )
+        self.schedule.require_x0(self.target)
         return self
 
 
 class GeneratorSamplingSection(Section):
     """Defaults of `medseg sample`, stored in the model."""
 
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = Field(50, ge=1)
 
 
@@ -212,4 +221,9 @@ class NoisyClassifierConfig(Section):
     @model_validator(mode="after")
     def _images(self) -> NoisyClassifierConfig:
         _no_size(self.preprocessing)
+        if self.schedule.name == "rectified-flow":
+            raise ValueError(
+                "schedule rectified-flow ends in pure noise, where a classifier cannot guide; guide a generator with "
+                "condition.classes instead"
+            )
         return self

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import (
     Field,
+    model_validator,
 )
 
 from .shared import ScheduleSection, Section, UNetSection
@@ -63,6 +64,11 @@ class DenoiserConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     target: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
+
+    @model_validator(mode="after")
+    def _x0(self) -> DenoiserConfig:
+        self.schedule.require_x0(self.target)
+        return self
 
 
 class ClassifierConfig(Section):

@@ -132,11 +132,12 @@ class DiffusionSection(Section):
     chooses between masks (`tasks.mask.auxiliary_weight`). Times are drawn, and steps spaced,
     where log(scale^2 alpha^2 / sigma^2) lies in ``log_snr`` (`diffusion.mask_noise`; for labels it is that of
     `diffusion.categorical.label_noise`). Categorical diffusion has the
-    schedule and ``cross_entropy_weight``, beside the variational bound.
+    schedule and ``cross_entropy_weight``, beside the variational bound. ``target`` "flow", ``times``, ``times_mean``
+    and ``times_std`` are as in a generator (`ImageDiffusionSection`).
     """
 
     schedule: ScheduleSection = ScheduleSection()
-    target: Literal["eps", "x0", "v"] = "x0"
+    target: Literal["eps", "x0", "v", "flow"] = "x0"
     head: Literal["linear", "logits"] = "linear"
     scale: float = Field(1.0, gt=0)
     normalised: bool = True
@@ -145,6 +146,9 @@ class DiffusionSection(Section):
     dice_ce_weight: float = Field(0.0, ge=0)
     dice_ce_log_snr: float | None = None
     log_snr: tuple[float, float] | None = None
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    times_mean: float = Field(0.0, ge=-10, le=10)
+    times_std: float = Field(1.0, gt=0, le=10)
     learned_variance: bool = False
     cross_entropy_weight: float = Field(0.0, ge=0)
 
@@ -160,6 +164,9 @@ class DiffusionSection(Section):
             raise ValueError(f"log_snr: the first bound must be the smaller one, got {self.log_snr}")
         if self.head == "logits" and self.target != "x0":
             raise ValueError("head: logits needs target: x0")
+        if self.times == "logit-normal" and self.learned_variance:
+            raise ValueError("times: logit-normal has no learned_variance, whose bound needs all times alike")
+        self.schedule.require_x0(self.target)
         return self
 
 
@@ -255,6 +262,8 @@ class SegmenterConfig(Section):
             raise ValueError("diffusion.log_snr is for masks, not for their latents")
         if self.method == "categorical" and self.inference.sampler != "ddpm":
             raise ValueError("method: categorical has one sampler; set inference.sampler: ddpm")
+        if self.method == "categorical" and self.diffusion.times != "uniform":
+            raise ValueError("diffusion.times: method: categorical trains a bound, which needs all times alike")
         return self
 
     @property

@@ -71,13 +71,17 @@ class UNetSection(Section):
     middle_attention: bool | None = None
 
 
+SamplerName = Literal["ddpm", "ddim", "dpm++", "euler", "heun"]
+"""Name of a sampler (`medseg_diffusion.build.SAMPLERS`)."""
+
+
 class ScheduleSection(Section):
-    """Noise schedule by name, with T.
+    """Noise schedule by name, with T. The last noise level of "rectified-flow" is pure noise.
 
     ``beta_start`` and ``beta_end`` apply to linear and scaled-linear schedules; None takes the published values.
     """
 
-    name: Literal["linear", "cosine", "scaled-linear", "sigmoid"] = "linear"
+    name: Literal["linear", "cosine", "scaled-linear", "sigmoid", "rectified-flow"] = "linear"
     num_steps: int = Field(1000, ge=2)
     beta_start: float | None = Field(None, gt=0, lt=1)
     beta_end: float | None = Field(None, gt=0, lt=1)
@@ -87,6 +91,14 @@ class ScheduleSection(Section):
         if (self.beta_start, self.beta_end) != (None, None) and self.name not in ("linear", "scaled-linear"):
             raise ValueError(f"a {self.name} schedule has no beta_start and beta_end")
         return self
+
+    def require_x0(self, target: str) -> None:
+        """Refuse a target from which x0 does not follow at every time, with a ValueError."""
+        if self.name == "rectified-flow" and target == "eps":
+            raise ValueError(
+                "target: eps gives no image at the last time of schedule rectified-flow, which is pure noise; "
+                "set target to flow, v or x0"
+            )
 
 
 class PreprocessingSection(Section):
@@ -159,7 +171,7 @@ class InferenceSection(Section):
     which is registered to the prediction (`medseg_diffusion.methods.shape_prior`).
     """
 
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"
+    sampler: SamplerName = "dpm++"
     steps: int = Field(5, ge=1)
     ensemble: int = Field(1, ge=1)
     window: tuple[PositiveInt, ...] | None = None

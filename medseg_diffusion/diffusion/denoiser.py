@@ -47,7 +47,8 @@ class NetworkDenoiser(nn.Module):
             That falls to ``scale`` near t = 1: a mask of scale 0.05 would be almost invisible otherwise.
 
     Raises:
-        ValueError: a classifying head with another target than x0, or with a learned variance.
+        ValueError: a classifying head with another target than x0, or with a learned variance; or target eps where the
+            schedule ends in pure noise, from which eps gives no x0.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class NetworkDenoiser(nn.Module):
         super().__init__()
         if head != "linear" and (target != "x0" or learned_variance):
             raise ValueError(f"head {head!r} emits class logits: it needs target 'x0' and no learned variance")
+        if target == "eps" and schedule.ends_in_noise:
+            raise ValueError("target 'eps' gives no x0 at the last time of this schedule, which is pure noise")
         self.network = network
         self.schedule = schedule
         self.target: Target = target

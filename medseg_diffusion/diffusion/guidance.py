@@ -65,10 +65,17 @@ class ClassifierGuided:
 
     It shifts the score, so it works with every sampler. Algorithm 1 shifts the mean of ancestral sampling instead; it
     is an option of `medseg_diffusion.sampling.ddpm.DDPM`. The two agree as steps become small.
+
+    Raises:
+        ValueError: the schedule ends in pure noise: x_T then has no x0 for its eps (`NoiseSchedule.ends_in_noise`).
     """
 
     denoiser: Denoiser
     gradient: ClassifierGradient
+
+    def __post_init__(self) -> None:
+        if self.schedule.ends_in_noise:
+            raise ValueError("classifier guidance changes eps, which gives no x0 where this schedule is pure noise")
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -7,7 +7,7 @@ device, so that an element's draws are the same in any batch, on CPU and on CUDA
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule, sent
+
+TimeSource = Callable[[Sequence[torch.Generator]], Tensor]
+"""Draws one training time per batch element, (B,) int64 in 1..T, each from its own generator."""
 
 
 class NoiseSource(Protocol):
@@ -44,6 +47,48 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def uniform_times(last: int, generators: Sequence[torch.Generator], first: int = 1) -> Tensor:
     """One training time per batch element, uniform in first..last: (B,) int64, each from its own generator."""
     return torch.stack([torch.randint(first, last + 1, (), generator=g) for g in generators])
+
+
+class LogitNormalTimes:
+    """Training times at which log(sigma / alpha) is normal, N(mean, std^2): a `TimeSource`.
+
+    On the rectified-flow schedule log(sigma / alpha) = logit(u) with u = t / T, so that u is logit-normal (Esser et al.
+    2024, arXiv 2403.03206, eq. 19). On any schedule it is EDM's log-normal noise level (Karras et al. 2022, arXiv
+    2206.00364, table 1). Time t stands for the levels from that of t - 1 to its own. Losses keep their weight of 1:
+    the density of the times is their weight.
+
+    Args:
+        schedule: the noise schedule.
+        mean: of log(sigma / alpha); the larger, the more noise.
+        std: its standard deviation, positive.
+        first: the first time that can be drawn, 1..last.
+        last: the last one; None for T.
+
+    Raises:
+        ValueError: ``std`` is not positive, or the times from ``first`` to ``last`` are too unlikely to be drawn.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0, first: int = 1, last: int | None = None
+    ) -> None:
+        if not std > 0:
+            raise ValueError(f"the standard deviation of the times must be positive, got {std:g}")
+        self.first = first
+        last = schedule.num_steps if last is None else last
+        levels = -schedule.half_log_snr()[first - 1 : last + 1]
+        self.distribution = torch.special.ndtr((levels - mean) / std)
+        if not float(self.distribution[-1] - self.distribution[0]) > 1e-6:
+            raise ValueError(
+                f"logit-normal times of mean {mean:g} and standard deviation {std:g} miss the times {first} to {last}, "
+                f"where log(sigma / alpha) is {float(levels[1]):.3g} to {float(levels[-1]):.3g}"
+            )
+
+    def __call__(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """By the inverse of the distribution function of a uniform number from each generator."""
+        uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        low, high = self.distribution[0], self.distribution[-1]
+        index = torch.searchsorted(self.distribution, low + uniform * (high - low), right=True)
+        return self.first - 1 + index.clamp(max=len(self.distribution) - 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,8 @@ class Simple:
     """L_simple = E ||target - prediction||^2 (Ho et al. 2020, eq. 14), optionally with the min-SNR-gamma weight.
 
     Min-SNR (Hang et al. 2023, arXiv 2303.09556, eq. 8) weighs the error of x0 by min(SNR, gamma); in the other
-    parameterisations that is min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v.
+    parameterisations that is min(SNR, gamma) / SNR for eps, min(SNR, gamma) / (SNR + 1) for v and
+    min(SNR, gamma) / (sqrt(SNR) + 1)^2 for the flow.
     """
 
     weighting: Weighting = "none"
@@ -48,6 +49,8 @@ class Simple:
             weight = weight / snr
         elif target == "v":
             weight = weight / (snr + 1)
+        elif target == "flow":
+            weight = weight / (snr.sqrt() + 1) ** 2
         return expand(weight, error) * error
 
 

@@ -5,8 +5,9 @@ A schedule is a table of ``alpha_bar[t]`` for t = 0..T, and the forward process 
     q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I),   alpha_t = sqrt(alpha_bar[t]),   sigma_t = sqrt(1 - alpha_bar[t])
 
 (Ho et al. 2020, arXiv 2006.11239, eq. 4). Time is an integer: 0 is clean, 1..T are noisy. The only constraint on a
-schedule is that ``alpha_bar`` starts at 1 and decreases. A schedule is chosen once, for training. Sampling with fewer
-steps takes another list of times (`medseg_diffusion.sampling.loop`), never another schedule.
+schedule is that ``alpha_bar`` starts at 1 and decreases, and only its last entry may be 0. A schedule is chosen once,
+for training. Sampling with fewer steps takes another list of times (`medseg_diffusion.sampling.loop`), never another
+schedule.
 
 Tables are on the CPU, whatever torch's default device is, because their values are needed as numbers. Times on another
 device are looked up in a copy there: reading them back would wait for the device.
@@ -23,7 +24,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The table ``alpha_bar``: shape (T + 1,), float64, ``alpha_bar[0] == 1``, strictly decreasing, positive."""
+    """The table ``alpha_bar``: shape (T + 1,), float64, ``alpha_bar[0] == 1``, strictly decreasing, not negative.
+
+    Only ``alpha_bar[T]`` can be 0: x_T is then pure noise (`ends_in_noise`).
+    """
 
     alpha_bar: Tensor
     _values: tuple[float, ...] = field(default=(), init=False, repr=False)
@@ -35,14 +39,23 @@ class NoiseSchedule:
             raise ValueError(f"alpha_bar must be float64 of shape (T + 1,), got {ab.dtype} of shape {tuple(ab.shape)}")
         if float(ab[0]) != 1.0:
             raise ValueError(f"alpha_bar[0] is the clean image and must be 1, got {float(ab[0])}")
-        if not bool((ab[1:] < ab[:-1]).all()) or not float(ab[-1]) > 0:
-            raise ValueError("alpha_bar must decrease strictly and stay positive: some beta is 0, 1 or beyond")
+        if not bool((ab[1:] < ab[:-1]).all()) or not float(ab[-1]) >= 0:
+            raise ValueError("alpha_bar must decrease strictly to 0 or above: some beta is 0 or beyond 1")
         object.__setattr__(self, "_values", tuple(ab.tolist()))
 
     @property
     def num_steps(self) -> int:
         """T, the number of noise levels that the model was trained on."""
         return len(self.alpha_bar) - 1
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether x_T is pure noise, alpha_bar[T] = 0 ("zero terminal SNR", Lin et al. 2023, arXiv 2305.08891).
+
+        x_T = eps then says nothing of x0. A network has to predict x0, v or the flow there, not eps, and
+        `guidance.ClassifierGuided`, which changes eps alone, is undefined. All the rest works, samplers included.
+        """
+        return self.value(self.num_steps) == 0
 
     def value(self, t: int) -> float:
         """``alpha_bar[t]`` as a number; also works where tensors have no values (tracing, fake tensors)."""
@@ -102,7 +115,10 @@ class NoiseSchedule:
         return 1 + int(inside[0]), 1 + int(inside[-1])
 
     def half_log_snr(self) -> Tensor:
-        """lambda_t = log(alpha_t / sigma_t) for t = 0..T, float64 (T + 1,); lambda_0 is infinite."""
+        """lambda_t = log(alpha_t / sigma_t) for t = 0..T, float64 (T + 1,).
+
+        lambda_0 is infinite, and lambda_T minus infinity if the schedule `ends_in_noise`.
+        """
         return 0.5 * (self.alpha_bar / (1 - self.alpha_bar)).log()
 
 
@@ -169,3 +185,14 @@ def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: f
     g = ((start + u * (end - start)) / tau).sigmoid()
     alpha_bar = (g[-1] - g) / (g[-1] - g[0])
     return NoiseSchedule(alpha_bar.clamp(min=1e-9))
+
+
+def rectified_flow(num_steps: int = 1000) -> NoiseSchedule:
+    """The path z = (1 - u) x0 + u eps, u = t / T, divided by its norm: alpha = (1 - u) / n, sigma = u / n.
+
+    n = sqrt((1 - u)^2 + u^2). Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747, eq. 20 to 23
+    with sigma_min = 0). The division keeps the variance; z = x_t / (alpha + sigma) and u = sigma / (alpha + sigma)
+    undo it. x_T is pure noise.
+    """
+    u = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
+    return NoiseSchedule((1 - u) ** 2 / ((1 - u) ** 2 + u**2))

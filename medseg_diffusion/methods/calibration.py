@@ -42,7 +42,7 @@ class Sampling:
 
     Attributes:
         sampler: name of the sampler; empty for a model that takes no steps.
-        steps: network calls per sample.
+        steps: steps of the sampler.
         ensemble: number of members.
         fusion: how they become one mask.
     """

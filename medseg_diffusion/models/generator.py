@@ -20,7 +20,7 @@ from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.networks.autoencoder import Codec, KLAutoencoder, VQAutoencoder
 from medseg_diffusion.networks.unet import UNet
-from medseg_diffusion.sampling.loop import sample, spaced
+from medseg_diffusion.sampling.loop import sample
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 
@@ -71,8 +71,8 @@ class Generator:
 
         Args:
             seeds: One seed per image.
-            sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
-            steps: Number of denoiser calls; None takes the model's default.
+            sampler: "ddpm", "ddim", "dpm++", "euler" or "heun"; None takes the model's default.
+            steps: Number of steps; None takes the model's default.
             label: Classes (B,), for a model that is conditioned by them.
             low: Low-resolution images (B, C, H / factor, W / factor), for an upsampler.
             guidance: Strength of classifier-free guidance, 1 for none.
@@ -100,9 +100,8 @@ class Generator:
         noise = source(self.shape, noise_generators, torch.zeros((), device=device))
         defaults = self.config.sampling
         name, count = sampler or defaults.sampler, steps or defaults.steps
-        # Published scores of DDPM and DDIM are for evenly spaced times, DPM-Solver's for times even in log-SNR.
         cond = task.condition(label, low, self.shape[1:])
-        times = spaced(task.denoiser.schedule, count, "log-snr" if name == "dpm++" else "linspace")
+        times = build.generator_times(task.denoiser.schedule, name, count)
         x0 = sample(denoiser, build.sampler(name), noise, times, cond, generators=noise_generators)
         return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)
 

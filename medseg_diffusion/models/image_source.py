@@ -30,8 +30,8 @@ class SampleOptions:
 
     Attributes:
         count: Number of images.
-        sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
-        steps: Denoiser calls per image; None takes the model's default.
+        sampler: "ddpm", "ddim", "dpm++", "euler" or "heun"; None takes the model's default.
+        steps: Steps of the sampler; None takes the model's default.
         label: Number of the class of all images; None cycles through the classes.
         guidance: Strength of classifier-free guidance; 1 for none.
         classifier: Noisy classifier that guides the sampling: model folder, run folder or installed name.

@@ -38,8 +38,8 @@ def load_segmenter(
         name_or_path: Model folder, run folder or installed name, or a model that was read before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         ensemble: Members per scan; None takes the model's default.
-        steps: Denoiser calls per sample; None takes the model's default.
-        sampler: "ddpm", "ddim" or "dpm++"; None takes the model's default.
+        steps: Steps of the sampler; None takes the model's default.
+        sampler: "ddpm", "ddim", "dpm++", "euler" or "heun"; None takes the model's default.
         fusion: "mean", "majority" or "staple".
         uncertainty: "entropy", "mutual-information" or "variance" (`Ensemble.uncertainty`).
         keep_largest: Keep only the largest connected part of the foreground; None takes the model's default.

@@ -51,8 +51,8 @@ class EnsembleOptions:
 
     Attributes:
         ensemble: Number of sampled masks.
-        steps: Denoiser calls per sample.
-        sampler: "ddpm", "ddim" or "dpm++".
+        steps: Steps of the sampler.
+        sampler: "ddpm", "ddim", "dpm++", "euler" or "heun".
         fusion: "mean", "majority" or "staple" (`Ensemble.fuse`).
         uncertainty: Kind of the uncertainty map (`Ensemble.uncertainty`).
         keep_largest: Whether only the largest connected part of the foreground is kept.
@@ -136,7 +136,7 @@ class SegmentationModel(Protocol):
         ensemble: Members per scan.
         samplers: Names of the samplers that can be chosen; empty for a model that takes no steps.
         sampler_name: Name of the sampler; empty for a model that takes no steps.
-        num_steps: Network calls per sample.
+        num_steps: Steps of the sampler.
         merge_labels: Whether all labels above 0 were merged into one class for the training.
         aggregation: How members become one segmentation.
         notes: Remarks on the chosen options for the user, one sentence each.

@@ -116,7 +116,7 @@ class MaskSegmenter(EnsembleSegmenter):
 
     def _times(self, steps: int) -> list[int]:
         with remarks() as said:
-            times = build.times(self.config, steps)
+            times = build.times(self.config, steps, self.sampler_name or None)
         self.notes += said
         return times
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
-from .loop import Noise
+from .loop import Noise, Predict
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,14 @@ class DDIM:
 
     ``eta`` 0 is deterministic, 1 has the variance of ancestral sampling. With eta 0 the same rule also goes upwards,
     s > t, which inverts sampling (sec. 4.3).
+
+    With eta 0 it is also Euler's step of rectified flow, z_s = z_t + (u_s - u_t) (eps - x0), in z = x / (alpha + sigma)
+    and u = sigma / (alpha + sigma): both sides are (1 - u_s) x0 + u_s eps.
     """
 
     eta: float = 0.0
 
-    def begin(self) -> DDIM:
+    def begin(self, predict: Predict) -> DDIM:
         return self
 
     def __call__(

@@ -12,7 +12,7 @@ from medseg_diffusion.diffusion.posterior import FixedVariance, log_variance, po
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
-from .loop import Noise
+from .loop import Noise, Predict
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DDPM:
     variance: FixedVariance = "posterior"
     gradient: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def begin(self) -> DDPM:
+    def begin(self, predict: Predict) -> DDPM:
         return self
 
     def __call__(

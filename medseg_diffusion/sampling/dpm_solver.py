@@ -10,7 +10,7 @@ from torch import Tensor
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 
-from .loop import Noise, Step
+from .loop import Noise, Predict, Step
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,11 @@ class DPMSolver:
     """x_s = (sigma_s / sigma_t) x_t - alpha_s (exp(-h) - 1) D, h = lambda_s - lambda_t (algorithm 2).
 
     D extrapolates the last two predictions of x0: D = x0 + (x0 - x0_previous) / (2 r), r = h_previous / h. The first
-    step and the step to t = 0, where lambda is infinite, are of first order (D = x0).
+    step and the step to t = 0, where lambda is infinite, are of first order (D = x0). Where the schedule ends in pure
+    noise, lambda_T is infinite as well, and so is the first h: the second step is then of first order, too.
     """
 
-    def begin(self) -> Step:
+    def begin(self, predict: Predict) -> Step:
         return _Walk()
 
 
@@ -38,7 +39,7 @@ class _Walk:
         ab_t, ab_s = schedule.value(t), schedule.value(s)
         if s == 0:
             return prediction.x0
-        h = 0.5 * (math.log(ab_s / (1 - ab_s)) - math.log(ab_t / (1 - ab_t)))
+        h = math.inf if ab_t == 0 else 0.5 * (math.log(ab_s / (1 - ab_s)) - math.log(ab_t / (1 - ab_t)))
         data = prediction.x0
         if self.x0 is not None:
             data = data + (h / (2 * self.h)) * (data - self.x0)

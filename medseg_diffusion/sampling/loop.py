@@ -24,6 +24,8 @@ LOWEST_HALF_LOG_SNR = -5.1
 """log(alpha / sigma) at the end of the linear schedule of 1000 steps; everything below is pure noise."""
 Noise = Callable[[], Tensor]
 """Draws new standard normal noise of the shape of x_t; deterministic steps do not call it."""
+Predict = Callable[[Tensor, int], Prediction]
+"""The denoiser of a walk, with its condition, at a tensor and a time 1..T: for steps that need a further prediction."""
 
 
 class Step(Protocol):
@@ -37,19 +39,19 @@ class Step(Protocol):
 class Sampler(Protocol):
     """Makes the `Step` of one walk. Multistep methods keep their history in the step, so it ends with the walk."""
 
-    def begin(self) -> Step: ...
+    def begin(self, predict: Predict) -> Step: ...
 
 
 def spaced(
     schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start: int | None = None, stop: int = 1
 ) -> list[int]:
-    """The times of a walk with ``count`` denoiser calls from ``start`` (default T) to 0: count + 1 times, the last 0.
+    """The times of a walk of ``count`` steps from ``start`` (default T) to 0: count + 1 times, the last 0.
 
     Times that coincide after rounding are removed, with a warning that gives the remaining number of steps.
 
     Args:
         schedule: the model's noise schedule.
-        count: number of denoiser calls, at least 1; if there are not more times, every time is visited.
+        count: number of steps, at least 1; if there are not more times, every time is visited.
         how: "log-snr" is uniform in log(alpha / sigma) between ``start`` and ``stop``, the default of DPM-Solver (Lu et
             al. 2022, arXiv 2206.00927, sec. 3.4). Values below -5.1 count as -5.1 there: otherwise the clipped last
             betas of the cosine schedule would take half of the steps, all in pure noise. "trailing" is start,
@@ -104,7 +106,8 @@ def spread(schedule: NoiseSchedule, count: int, start: int) -> list[int]:
     if not 1 <= count <= start <= schedule.num_steps:
         raise ValueError(f"needs 1 <= count <= start <= {schedule.num_steps}, got {count} times from {start}")
     lam = schedule.half_log_snr()[1 : start + 1]
-    even = torch.linspace(float(lam[0]), float(lam[-1]), count, dtype=torch.float64)
+    end = float(lam[-1]) if lam[-1].isfinite() else LOWEST_HALF_LOG_SNR
+    even = torch.linspace(float(lam[0]), end, count, dtype=torch.float64)
     times = [0]  # ascending; the 0 is only a lower limit and is not returned
     for i, value in enumerate(even[:-1], start=1):
         nearest = 1 + int((lam - value).abs().argmin())
@@ -127,7 +130,7 @@ def sample(
 
     Args:
         denoiser: the model, which may be guided and clipped.
-        sampler: DDPM, DDIM or DPM-Solver++.
+        sampler: DDPM, DDIM, DPM-Solver++ or Heun.
         x: the tensor at ``times[0]``: pure noise at T, or a noised image at a smaller time.
         times: strictly monotone, usually decreasing to 0 (`spaced`).
         cond: passed to the denoiser at every step, so anything costly (an encoded image) should be computed before.
@@ -147,9 +150,12 @@ def sample(
             raise ValueError(f"this sampler draws noise: {len(x)} generators are needed, got {len(generators)}")
         return gaussian(x.shape[1:], generators, like=x)
 
-    step = sampler.begin()
+    def predict(x_t: Tensor, t: int) -> Prediction:
+        return denoiser(x_t, torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device), cond)
+
+    step = sampler.begin(predict)
     for t, s in pairs:
-        prediction = denoiser(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), cond)
+        prediction = predict(x, t)
         x = step(denoiser.schedule, prediction, x, t, s, noise)
         if on_step is not None:
             on_step(s, x, prediction)

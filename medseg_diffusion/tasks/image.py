@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import Condition, NetworkDenoiser
 from medseg_diffusion.diffusion.guidance import dropped
-from medseg_diffusion.diffusion.noise import NoiseSource, draw_noised, gaussian, generators
+from medseg_diffusion.diffusion.noise import LogitNormalTimes, NoiseSource, draw_noised, gaussian, generators
 from medseg_diffusion.diffusion.objective import ImportanceTimes, Objective
 
 
@@ -21,7 +21,7 @@ class ImageDiffusion(nn.Module):
     Args:
         denoiser: of x0 (B, C, *S), the image in [-1, 1] or its standardised latent.
         objective: the diffusion loss.
-        times: None for uniform training times.
+        times: how training times are drawn; None for uniform ones.
         num_classes: number of classes that condition the model, 0 for none. Label ``num_classes`` means "no class".
         drop: probability that a training example loses its class.
         context_channels: width of a class's token for cross-attention; None adds the class embedding to the time
@@ -34,7 +34,7 @@ class ImageDiffusion(nn.Module):
         self,
         denoiser: NetworkDenoiser,
         objective: Objective,
-        times: ImportanceTimes | None = None,
+        times: ImportanceTimes | LogitNormalTimes | None = None,
         num_classes: int = 0,
         drop: float = 0.1,
         context_channels: int | None = None,
@@ -65,8 +65,11 @@ class ImageDiffusion(nn.Module):
         """
         x0, schedule = batch["image"], self.denoiser.schedule
         own = generators(batch["seed"].tolist())
-        importance = self.times if self.training else None
+        times = self.times if self.training else None
+        importance = times if isinstance(times, ImportanceTimes) else None
         t, weights = (None, None) if importance is None else importance.draw(own)
+        if isinstance(times, LogitNormalTimes):
+            t = times(own)
         noised = draw_noised(schedule, x0, own, self.noise, t)
         label = batch["label"] if self.num_classes else None
         if label is not None and self.training:

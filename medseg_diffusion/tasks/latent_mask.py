@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
-from medseg_diffusion.diffusion.noise import draw_noised, generators
+from medseg_diffusion.diffusion.noise import TimeSource, draw_noised, generators
 from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
 from medseg_diffusion.sampling.loop import Sampler
@@ -72,13 +72,21 @@ class LatentMaskDiffusion(nn.Module):
         autoencoder: already trained; it is frozen.
         objective: the diffusion loss. With target x0 the model can predict a mask in one step from pure noise; SDSeg
             predicts eps and adds an L1 loss of x0 for this purpose.
+        times: draws the training times; None for uniform ones.
     """
 
-    def __init__(self, denoiser: NetworkDenoiser, autoencoder: MaskAutoencoder, objective: Objective) -> None:
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        autoencoder: MaskAutoencoder,
+        objective: Objective,
+        times: TimeSource | None = None,
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.autoencoder = autoencoder.requires_grad_(False)
         self.objective = objective
+        self.times = times
 
     @property
     def network(self) -> nn.Module:
@@ -89,7 +97,8 @@ class LatentMaskDiffusion(nn.Module):
         schedule = self.denoiser.schedule
         with torch.no_grad():
             z0 = self.denoiser.scale * self.autoencoder.encode(batch["label"]).to(batch["image"].dtype)
-        noised = draw_noised(schedule, z0, generators(batch["seed"].tolist()))
+        own = generators(batch["seed"].tolist())
+        noised = draw_noised(schedule, z0, own, t=None if self.times is None else self.times(own))
         prediction = self.denoiser(noised.x_t, noised.t, self._condition(batch["image"]))
         return self.objective(schedule, self.denoiser.target, prediction, noised).mean()
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.categorical import draw, one_hot
 from medseg_diffusion.diffusion.denoiser import Clipped, Condition, Denoiser, NetworkDenoiser
-from medseg_diffusion.diffusion.noise import draw_noised, gaussian, generators, uniform_times
+from medseg_diffusion.diffusion.noise import TimeSource, draw_noised, gaussian, generators
 from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.sampling.loop import Sampler, sample
@@ -134,7 +134,7 @@ class MaskDiffusion(nn.Module):
         objective: the diffusion loss.
         auxiliary: losses of the logits; they need a classifying head.
         anchor_loss: for networks whose condition has an "anchor", the logits of a mask.
-        times: the first and the last time that training draws; None for 1 and T.
+        times: draws the training times; None for uniform ones.
 
     Raises:
         ValueError: auxiliary losses without a classifying head.
@@ -147,7 +147,7 @@ class MaskDiffusion(nn.Module):
         objective: Objective,
         auxiliary: Auxiliary = Auxiliary(),
         anchor_loss: AnchorLoss = AnchorLoss(),
-        times: tuple[int, int] | None = None,
+        times: TimeSource | None = None,
     ) -> None:
         super().__init__()
         if denoiser.head == "linear" and max(auxiliary.dice_ce, auxiliary.cross_entropy) > 0:
@@ -157,7 +157,7 @@ class MaskDiffusion(nn.Module):
         self.objective = objective
         self.auxiliary = auxiliary
         self.anchor_loss = anchor_loss
-        self.times = times or (1, denoiser.schedule.num_steps)
+        self.times = times
 
     @property
     def network(self) -> nn.Module:
@@ -168,8 +168,7 @@ class MaskDiffusion(nn.Module):
         schedule = self.denoiser.schedule
         x0 = self.encoding.encode(batch["label"])
         own = generators(batch["seed"].tolist())
-        first, last = self.times
-        noised = draw_noised(schedule, x0, own, t=uniform_times(last, own, first))
+        noised = draw_noised(schedule, x0, own, t=None if self.times is None else self.times(own))
         cond = self.denoiser.network.encode_condition(batch["image"])  # type: ignore[operator]
         prediction: Prediction = self.denoiser(noised.x_t, noised.t, cond)
         loss = self.objective(schedule, self.denoiser.target, prediction, noised).mean()

@@ -336,7 +336,7 @@ def _row(
         ece=ece,
         ece_uncalibrated=ece_uncalibrated,
         ece_everywhere=ece_everywhere,
-        evaluations=setting.steps * setting.ensemble,
+        evaluations=build.evaluations(setting.sampler, setting.steps) * setting.ensemble,
         seconds=float(np.median([measurement.seconds for measurement in measurements])),
         cases=len(measurements),
         patients=len({entry["patient"] for entry in by_case}),

@@ -432,7 +432,8 @@ def parse_samplers(text: str) -> list[tuple[str, int]]:
     samplers = []
     for part in text.split(","):
         name, _, steps = part.strip().partition(":")
-        if name not in ("ddpm", "ddim", "dpm++") or not steps.isdecimal() or int(steps) < 1:
-            raise UsageError(f"--samplers {part!r}: expected NAME:STEPS with ddpm, ddim or dpm++, for instance ddim:50")
+        if name not in build.SAMPLERS or not steps.isdecimal() or int(steps) < 1:
+            names = ", ".join(build.SAMPLERS)
+            raise UsageError(f"--samplers {part!r}: expected NAME:STEPS with one of {names}, for instance ddim:50")
         samplers.append((name, int(steps)))
     return samplers

@@ -58,8 +58,8 @@ class SegmentOptions:
         model: Model folder, run folder or installed name; None takes the built-in model.
         output: File (one scan) or folder; None writes next to each scan.
         ensemble: Number of sampled masks.
-        steps: Denoiser calls per sample.
-        sampler: "ddpm", "ddim" or "dpm++".
+        steps: Steps of the sampler.
+        sampler: "ddpm", "ddim", "dpm++", "euler" or "heun".
         fusion: How members become one mask: "mean", "majority" or "staple".
         seed: Seed of all randomness; every scan derives its seed from this and its name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".

@@ -60,7 +60,7 @@ def test_version() -> None:
         ["segment", "scan.nii.gz", "--no-such-option"],
         ["segment"],
         ["segment", "scan.nii.gz", "--ensemble", "0"],
-        ["segment", "scan.nii.gz", "--sampler", "euler"],
+        ["segment", "scan.nii.gz", "--sampler", "pndm"],
         ["segment", "scan.nii.gz", "--device", "gpu"],
         ["segment", "scan.nii.gz", "--shard", "3/2"],
         ["train-segmenter", "preset"],

@@ -22,6 +22,31 @@ def test_a_class_that_nothing_attends_to_is_refused() -> None:
         ({"method": "latent"}, "method latent needs an autoencoder"),
         ({"method": "pixel", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
         ({"method": "autoencoder", "preprocessing": {"size": [64, 64]}}, "use data.size for the size of images"),
+        (
+            {"method": "pixel", "diffusion": {"schedule": {"name": "rectified-flow"}}},
+            r"diffusion: .*target: eps gives no image at the last time of schedule rectified-flow.*flow, v or x0",
+        ),
+        (
+            {
+                "method": "pixel",
+                "diffusion": {"times": "logit-normal", "objective": "hybrid", "learned_variance": True},
+            },
+            "times: logit-normal is for objective: simple",
+        ),
+        ({"method": "pixel", "diffusion": {"times_std": 0}}, r"diffusion\.times_std: .*greater than 0"),
+        ({"method": "pixel", "diffusion": {"times_mean": float("nan")}}, r"diffusion\.times_mean: .*"),
+        (
+            {"method": "pixel", "diffusion": {"times_mean": float("inf")}},
+            r"diffusion\.times_mean: .*less than or equal",
+        ),
+        (
+            {"method": "classifier", "schedule": {"name": "rectified-flow"}},
+            "ends in pure noise, where a classifier cannot guide",
+        ),
+        (
+            {"method": "patched", "diffusion": {"schedule": {"name": "rectified-flow"}, "target": "flow"}},
+            "method patched needs diffusion.target: x0",
+        ),
     ],
 )
 def test_contradictions_of_a_configuration_are_named(content, message) -> None:

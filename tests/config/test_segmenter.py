@@ -39,6 +39,23 @@ def test_the_presets_for_nuclei_and_flair_differ_in_their_method_alone() -> None
         ({"network": 3}, r"network: .*got 3"),
         ({"diffusion": {"dice_ce_weight": 1}}, "dice_ce_weight needs head: logits"),
         ({"diffusion": {"head": "logits", "target": "eps"}}, "head: logits needs target: x0"),
+        ({"diffusion": {"head": "logits", "target": "flow"}}, "head: logits needs target: x0"),
+        (
+            {"diffusion": {"schedule": {"name": "rectified-flow"}, "target": "eps"}},
+            "target: eps gives no image at the last time of schedule rectified-flow",
+        ),
+        (
+            {"diffusion": {"times": "logit-normal", "learned_variance": True}},
+            "times: logit-normal has no learned_variance",
+        ),
+        (
+            {"diffusion": {"times": "importance"}},
+            r"diffusion\.times: .*'uniform' or 'logit-normal' \(got 'importance'\)",
+        ),
+        (
+            {"method": "categorical", "diffusion": {"times": "logit-normal"}, "inference": {"sampler": "ddpm"}},
+            "method: categorical trains a bound, which needs all times alike",
+        ),
         ({"preprocessing": {"size": [64, 64]}}, r"preprocessing\.size resizes 2D images, but network\.dims is 3"),
         ({"preprocessing": {"size": [64, 64], "spacing_mm": [1, 1, 1]}}, "size and spacing_mm exclude each other"),
         ({"preprocessing": {"size": [64, 0]}}, r"preprocessing\.size\.1: .*greater than 0"),

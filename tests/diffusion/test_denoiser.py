@@ -12,7 +12,8 @@ from medseg_diffusion.diffusion.denoiser import Clipped, GaussianDenoiser, Netwo
 from medseg_diffusion.diffusion.posterior import posterior
 from medseg_diffusion.diffusion.prediction import read_output, target_of
 from medseg_diffusion.sampling.ddpm import DDPM
-from tests.helpers.diffusion import SCHEDULES, TARGETS, Constant, normal
+from tests.helpers.diffusion import FLOW, SCHEDULES, TARGETS, Constant, normal
+from tests.helpers.samplers import predict_once
 
 
 @pytest.mark.parametrize("spatial", [(6, 5), (4, 6, 5)], ids=["2D", "3D"])
@@ -51,7 +52,7 @@ def test_learned_variance_is_split_from_the_prediction(value) -> None:
     assert prediction.var_weight is not None
     torch.testing.assert_close(prediction.var_weight, torch.full_like(mean_part, (value + 1) / 2))
     one = torch.ones_like(x_t)
-    step = DDPM(variance="beta").begin()
+    step = DDPM(variance="beta").begin(predict_once)
     std = step(schedule, prediction, x_t, t, s, lambda: one) - step(schedule, prediction, x_t, t, s, lambda: 0 * one)
     q = posterior(schedule, prediction.x0, x_t, t, s)
     expected = q.variance ** ((1 - value) / 4) * q.max_variance ** ((1 + value) / 4)
@@ -148,3 +149,20 @@ def test_the_gaussian_denoiser_is_the_regression_of_the_image_on_its_noisy_versi
     torch.testing.assert_close(prediction.x0, fitted, rtol=0, atol=0.02)
     alpha, sigma = schedule.scales(t, x_t)
     torch.testing.assert_close(prediction.eps, (x_t - alpha * prediction.x0) / sigma)
+
+
+def test_noise_as_a_target_is_refused_where_a_time_is_noise_alone() -> None:
+    """eps would be x_T itself there, and x0 a division by zero."""
+    with pytest.raises(ValueError, match="'eps' gives no x0 at the last time of this schedule"):
+        NetworkDenoiser(nn.Identity(), FLOW, "eps")
+
+
+@pytest.mark.parametrize("target", ["x0", "v", "flow"])
+def test_at_pure_noise_eps_is_x_t_and_the_network_says_x0(target) -> None:
+    x_t, out, last = normal(31, 2, 1, 4, 4), normal(32, 2, 1, 4, 4), torch.full((2,), 1000)
+    prediction = NetworkDenoiser(Constant(out), FLOW, target)(x_t, last)
+    torch.testing.assert_close(prediction.x0, {"x0": out, "v": -out, "flow": x_t - out}[target], rtol=0, atol=0)
+    torch.testing.assert_close(prediction.eps, x_t, rtol=0, atol=0)
+    clipped = Clipped(NetworkDenoiser(Constant(out), FLOW, target), -0.1, 0.1)(x_t, last)
+    torch.testing.assert_close(clipped.x0, prediction.x0.clamp(-0.1, 0.1), rtol=0, atol=0)
+    torch.testing.assert_close(clipped.eps, x_t, rtol=0, atol=0)

@@ -16,12 +16,14 @@ from medseg_diffusion.diffusion.schedule import NoiseSchedule
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
+from medseg_diffusion.sampling.heun import Heun
 from medseg_diffusion.sampling.loop import sample, spaced
-from tests.helpers.diffusion import LINEAR, normal
+from tests.helpers.diffusion import FLOW, LINEAR, normal
+from tests.helpers.samplers import predict_once
 
 MEANS = torch.tensor([-0.6, 0.4], dtype=torch.float64)
 STD = 0.3
-SAMPLERS = {"ddpm": DDPM(), "ddim": DDIM(), "ddim eta 1": DDIM(1.0), "dpm++": DPMSolver()}
+SAMPLERS = {"ddpm": DDPM(), "ddim": DDIM(), "ddim eta 1": DDIM(1.0), "dpm++": DPMSolver(), "heun": Heun()}
 
 
 class TwoClasses:
@@ -115,8 +117,8 @@ def test_ancestral_guidance_shifts_the_mean_by_the_variance_times_the_gradient()
     prediction = GaussianDenoiser(LINEAR, 0.0, 1.0)(x_t, torch.tensor([500, 500]))
     gradient = ClassifierGradient(classifier, labels, 3.0)
     zero = lambda: torch.zeros_like(x_t)  # noqa: E731
-    plain = DDPM().begin()(LINEAR, prediction, x_t, 500, 480, zero)
-    guided = DDPM(gradient=gradient).begin()(LINEAR, prediction, x_t, 500, 480, zero)
+    plain = DDPM().begin(predict_once)(LINEAR, prediction, x_t, 500, 480, zero)
+    guided = DDPM(gradient=gradient).begin(predict_once)(LINEAR, prediction, x_t, 500, 480, zero)
     ab_t, ab_s = LINEAR.alpha_bar[500], LINEAR.alpha_bar[480]
     variance = (1 - ab_s) * (1 - ab_t / ab_s) / (1 - ab_t)
     torch.testing.assert_close(guided - plain, variance * gradient(x_t, torch.tensor([500, 500])))
@@ -219,3 +221,32 @@ def test_a_start_in_between_keeps_more_of_the_image_the_earlier_it_is(name, star
     stochastic = "ddpm" in name or "eta" in name  # fresh noise forgets the image a second time, on the way down
     wanted = 1.5 * (kept**2 if stochastic else kept)
     assert float(found.mean()) == pytest.approx(wanted, abs=0.2)
+
+
+def test_a_classifier_does_not_guide_where_a_time_is_noise_alone() -> None:
+    """A change of eps has no x0 there. Classifier-free guidance combines predictions of x0, which it has."""
+    denoiser, gradient = (
+        GaussianDenoiser(FLOW, 0.2, 0.5),
+        ClassifierGradient(classifier, torch.zeros(2, dtype=torch.int64)),
+    )
+    with pytest.raises(ValueError, match="classifier guidance changes eps"):
+        ClassifierGuided(denoiser, gradient)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_classifier_free_guidance_starts_at_pure_noise(name) -> None:
+    """Two classes without spread: with strength s the walk ends at the guided mean, whatever the steps."""
+
+    class Points:
+        schedule = FLOW
+
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor] | None = None) -> Prediction:
+            assert cond is not None
+            mean = torch.tensor([-0.6, 0.4], dtype=x_t.dtype)[cond["label"]].reshape(-1, 1, 1, 1)
+            return GaussianDenoiser(FLOW, mean, 0.0)(x_t, t)
+
+    guided = ClassifierFreeGuided(Points(), {"label": torch.tensor([0])}, 3.0)
+    x = gaussian((1, 4, 4), generators([0, 1])).double()
+    cond = {"label": torch.tensor([1, 1])}
+    out = sample(guided, SAMPLERS[name], x, [1000, 700, 300, 0], cond, generators=generators([2, 3]))
+    torch.testing.assert_close(out, torch.full_like(out, -0.6 + 3.0 * 1.0), rtol=0, atol=1e-9)

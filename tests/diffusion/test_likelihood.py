@@ -13,8 +13,8 @@ from medseg_diffusion.diffusion.denoiser import GaussianDenoiser
 from medseg_diffusion.diffusion.likelihood import kl_maps, variational_bound
 from medseg_diffusion.diffusion.noise import generators
 from medseg_diffusion.diffusion.posterior import posterior
-from medseg_diffusion.diffusion.schedule import cosine
-from tests.helpers.diffusion import LINEAR, levels, normal
+from medseg_diffusion.diffusion.schedule import cosine, rectified_flow
+from tests.helpers.diffusion import FLOW, LINEAR, levels, normal
 
 
 @pytest.mark.parametrize("spatial", [(60, 60), (15, 16, 15)], ids=["2D", "3D"])
@@ -33,9 +33,11 @@ def test_the_divergence_of_the_exact_denoiser_is_the_closed_form(t, spatial) -> 
     assert float(maps.mean()) == pytest.approx(float(expected), rel=0.06)
 
 
+@pytest.mark.parametrize("schedule", [cosine(50), rectified_flow(50)], ids=["cosine", "rectified-flow"])
 @pytest.mark.parametrize("walk", [list(range(50, -1, -1)), [50, 30, 29, 11, 3, 0]], ids=["all times", "some"])
-def test_the_whole_bound_is_the_sum_of_closed_forms(walk) -> None:
-    schedule, std = cosine(50), 0.5
+def test_the_whole_bound_is_the_sum_of_closed_forms(walk, schedule) -> None:
+    """Also where x_T is noise alone: the prior's term is then 0."""
+    std = 0.5
     x0 = std * normal(17, 3, 2, 40, 40)
     denoiser = GaussianDenoiser(schedule, 0.0, std)
     found = variational_bound(denoiser, x0, generators([1, 2, 3]), "continuous", times=walk)
@@ -70,6 +72,17 @@ def test_no_model_has_less_than_eight_bits_on_uniform_levels() -> None:
     total = variational_bound(GaussianDenoiser(LINEAR, 0.0, spread), noise, generators([0, 1]), "8-bit").total
     # A Gaussian of the right variance is 0.25 bits worse than the truth, the fixed variances cost another bit.
     assert bool((total > 8.2).all()) and bool((total < 9.6).all())
+
+
+def test_maps_and_bits_exist_up_to_pure_noise() -> None:
+    """No term may divide by alpha_bar[T] = 0. Even steps in u are few near the clean image, which costs some bits."""
+    x0 = levels(19, 2, 1, 12, 12)
+    denoiser = GaussianDenoiser(FLOW, 0.0, math.sqrt(1 / 3))
+    maps = kl_maps(denoiser, x0, generators([0, 1]), [1000, 999, 2])
+    assert bool(maps.isfinite().all()) and bool((maps >= 0).all())
+    found = variational_bound(denoiser, x0, generators([0, 1]), "8-bit")
+    assert bool((found.total > 8.2).all()) and bool((found.total < 12).all())
+    assert float(found.prior.abs().max()) == 0
 
 
 @pytest.mark.parametrize("value", [0.123, 1.5])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.diffusion.noise import (
+    LogitNormalTimes,
     NoiseSource,
     derive_seed,
     draw_noised,
@@ -16,7 +17,7 @@ from medseg_diffusion.diffusion.noise import (
     generators,
     uniform_times,
 )
-from medseg_diffusion.diffusion.schedule import cosine
+from medseg_diffusion.diffusion.schedule import cosine, rectified_flow
 from medseg_diffusion.diffusion.simplex import simplex
 
 
@@ -101,3 +102,49 @@ def test_training_times_cover_all_noise_levels_evenly_and_depend_on_their_own_se
     assert counts[1:].min() > 300 and counts[1:].max() < 500  # 400 expected, 5 standard deviations are 95
     again = uniform_times(10, [torch.Generator().manual_seed(seed) for seed in (7, 3)])
     assert again.tolist() == [int(t[7]), int(t[3])]
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.6, 0.5), (1.0, 2.0)])
+def test_logit_normal_times_are_a_sigmoid_of_normal_numbers(mean, std) -> None:
+    """Esser et al. 2024: u = sigmoid(N(mean, std^2)); t is the first time whose u is not below it."""
+    t = LogitNormalTimes(rectified_flow(1000), mean, std)(generators(range(20000)))
+    assert t.dtype == torch.int64 and int(t.min()) >= 1 and int(t.max()) <= 1000
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    quantiles = torch.quantile(t.double() / 1000, levels)
+    expected = (mean + std * torch.special.ndtri(levels)).sigmoid()
+    torch.testing.assert_close(quantiles, expected, rtol=0, atol=0.02)
+
+
+def test_logit_normal_times_are_log_normal_noise_levels_on_any_schedule() -> None:
+    """Karras et al. 2022: log(sigma / alpha) ~ N(mean, std^2), here with their mean of -1.2 and their spread of 1.2."""
+    t = LogitNormalTimes(SCHEDULE, -1.2, 1.2)(generators(range(20000)))
+    level = -SCHEDULE.half_log_snr()[t]
+    assert float(level.mean()) == pytest.approx(-1.2, abs=0.05) and float(level.std()) == pytest.approx(1.2, abs=0.05)
+
+
+def test_logit_normal_times_stay_within_their_bounds_in_proportion() -> None:
+    schedule = rectified_flow(10)
+    within = torch.bincount(LogitNormalTimes(schedule, 0.0, 1.0, 3, 5)(generators(range(8000))), minlength=11)
+    assert int(within[3:6].sum()) == 8000
+    logits = [-float(schedule.half_log_snr()[t]) for t in (2, 3, 4, 5)]
+    below = torch.special.ndtr(torch.tensor(logits, dtype=torch.float64))
+    expected = below.diff() / (below[-1] - below[0])
+    torch.testing.assert_close(within[3:6] / 8000, expected.float(), rtol=0, atol=0.03)
+
+
+def test_a_logit_normal_time_belongs_to_its_own_seed_and_comes_before_the_noise() -> None:
+    times, own = LogitNormalTimes(SCHEDULE), generators(SEEDS)
+    t = times(own)
+    assert times(generators([5])).tolist() == [int(t[1])]
+    noise = gaussian((3, 3), own)
+    for i, seed in enumerate(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        torch.rand((), generator=generator, dtype=torch.float64)
+        assert torch.equal(noise[i], torch.randn(3, 3, generator=generator))
+
+
+def test_times_that_can_hardly_be_drawn_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        LogitNormalTimes(SCHEDULE, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"mean 10 and standard deviation 0\.1 miss the times 1 to 20, where log"):
+        LogitNormalTimes(SCHEDULE, 10.0, 0.1, 1, 20)

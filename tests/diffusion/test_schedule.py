@@ -20,6 +20,7 @@ ALL = {
     "scaled-linear": schedules.scaled_linear,
     "cosine": schedules.cosine,
     "sigmoid": schedules.sigmoid,
+    "rectified-flow": schedules.rectified_flow,
 }
 
 
@@ -69,7 +70,7 @@ def test_every_schedule_starts_clean_and_loses_signal_at_every_step(name, num_st
     assert schedule.alpha_bar.dtype == torch.float64
     assert float(schedule.alpha_bar[0]) == 1.0
     assert bool((schedule.alpha_bar.diff() < 0).all())
-    assert float(schedule.alpha_bar[-1]) > 0
+    assert schedule.ends_in_noise == (name == "rectified-flow") == (float(schedule.alpha_bar[-1]) == 0)
     assert bool((schedule.half_log_snr()[1:].diff() < 0).all())
 
 
@@ -93,9 +94,10 @@ def test_linear_with_a_beta_of_one_is_refused_with_a_remedy(num_steps) -> None:
         (torch.tensor([[1.0, 0.5]], dtype=torch.float64), "shape"),
         (torch.tensor([0.9, 0.5], dtype=torch.float64), "must be 1"),
         (torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64), "decrease strictly"),
-        (torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), "stay positive"),
+        (torch.tensor([1.0, 0.5, 0.0, 0.0], dtype=torch.float64), "decrease strictly"),
+        (torch.tensor([1.0, 0.5, -0.1], dtype=torch.float64), "to 0 or above"),
     ],
-    ids=["float32", "matrix", "noisy-start", "plateau", "zero-end"],
+    ids=["float32", "matrix", "noisy-start", "plateau", "two-zeros", "negative-end"],
 )
 def test_a_table_that_is_no_schedule_is_refused(table, message) -> None:
     with pytest.raises(ValueError, match=message):
@@ -192,3 +194,26 @@ def test_the_times_between_two_log_snr_are_all_of_them(scale) -> None:
 def test_bounds_without_a_time_are_refused() -> None:
     with pytest.raises(ValueError, match="no time has a log-SNR between 50 and 60"):
         schedules.cosine(1000).times_between(50, 60)
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 1000])
+def test_rectified_flow_is_the_straight_path_divided_by_its_norm(num_steps) -> None:
+    """x_t n = (1 - u) x0 + u eps with n = 1 / (alpha + sigma), at every u = t / T, u = 1 included."""
+    schedule = schedules.rectified_flow(num_steps)
+    x0, eps = torch.full((1, 1, 1, 1), 0.7, dtype=torch.float64), torch.full((1, 1, 1, 1), -1.3, dtype=torch.float64)
+    for t in range(num_steps + 1):
+        u = t / num_steps
+        alpha, sigma = schedule.scales(t, x0)
+        assert float(alpha**2 + sigma**2) == pytest.approx(1, abs=1e-12)
+        assert float(sigma / (alpha + sigma)) == pytest.approx(u, abs=1e-9)
+        z = schedule.add_noise(x0, eps, t) / (alpha + sigma)
+        torch.testing.assert_close(z, (1 - u) * x0 + u * eps, rtol=0, atol=1e-9)
+    assert schedule.ends_in_noise and torch.equal(schedule.add_noise(x0, eps, num_steps), eps)
+
+
+def test_log_snr_times_of_rectified_flow_are_those_of_logits_of_u() -> None:
+    """log(alpha^2 / sigma^2) = 2 log((1 - u) / u); minus infinity at u = 1 belongs to no bounded interval."""
+    schedule = schedules.rectified_flow(1000)
+    assert schedule.times_between(2 * math.log(1 / 3), 2 * math.log(3)) == (250, 750)
+    assert schedule.times_between(-math.inf, 0) == (500, 1000)
+    assert float(schedule.half_log_snr()[-1]) == -math.inf and float(schedule.snr(1000)) == 0

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.prediction import Target
-from medseg_diffusion.diffusion.schedule import cosine, linear, scaled_linear, sigmoid
+from medseg_diffusion.diffusion.schedule import cosine, linear, rectified_flow, scaled_linear, sigmoid
 
 LINEAR = linear(1000)
-SCHEDULES = {"linear": LINEAR, "cosine": cosine(1000), "scaled": scaled_linear(1000), "sigmoid": sigmoid(1000)}
-TARGETS: list[Target] = ["eps", "x0", "v"]
+FLOW = rectified_flow(1000)
+SCHEDULES = {
+    "linear": LINEAR,
+    "cosine": cosine(1000),
+    "scaled": scaled_linear(1000),
+    "sigmoid": sigmoid(1000),
+    "rectified-flow": FLOW,
+}
+TARGETS: list[Target] = ["eps", "x0", "v", "flow"]
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

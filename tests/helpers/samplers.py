@@ -12,13 +12,21 @@ from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.diffusion.schedule import NoiseSchedule, cosine, linear, scaled_linear
+from medseg_diffusion.diffusion.prediction import Prediction
+from medseg_diffusion.diffusion.schedule import NoiseSchedule, cosine, linear, rectified_flow, scaled_linear
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
+from medseg_diffusion.sampling.heun import Heun
 from medseg_diffusion.sampling.loop import Sampler, spaced
 
-SCHEDULES = {"linear": linear(1000), "linear-100": linear(100), "cosine": cosine(1000), "scaled": scaled_linear(1000)}
+SCHEDULES = {
+    "linear": linear(1000),
+    "linear-100": linear(100),
+    "cosine": cosine(1000),
+    "scaled": scaled_linear(1000),
+    "rectified-flow": rectified_flow(1000),
+}
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": DDPM(),
     "ddpm-beta": DDPM("beta"),
@@ -26,6 +34,7 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim-0.5": DDIM(0.5),
     "ddim-1": DDIM(1.0),
     "dpm++": DPMSolver(),
+    "heun": Heun(),
 }
 SPACINGS = ["log-snr", "trailing", "leading", "linspace"]
 
@@ -36,6 +45,11 @@ GRIDS = {
     "log-snr": spaced(SCHEDULES["linear"], 12),
     "irregular": [1000, 990, 640, 333, 332, 60, 7, 1, 0],
 }
+
+
+def predict_once(x_t: Tensor, t: int) -> Prediction:
+    """For the steps of samplers that need no prediction but the one they are given."""
+    raise AssertionError("a second prediction")
 
 
 class Wave(nn.Module):
@@ -65,7 +79,7 @@ def assert_same_walk(
     denoiser = NetworkDenoiser(Wave(), schedule, target)
     own, other = generators([1, 1])
     x = gaussian((2, 8, 8), generators([0])).double()
-    step = sampler.begin()
+    step = sampler.begin(predict_once)
     for t, s in pairwise(times):
         prediction = denoiser(x, torch.tensor([t]))
         ours = step(schedule, prediction, x, t, s, partial(gaussian, x.shape[1:], [own], like=x))

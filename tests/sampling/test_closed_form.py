@@ -56,6 +56,13 @@ def closed_form(name: str, schedule: NoiseSchedule, times: list[int], mean: floa
             variance = 1 / (1 / sigma_s**2 + root**2 / beta)
             new = variance * (alpha_s / sigma_s**2 * x0 + root / beta * x)
             added = beta if name == "ddpm-beta" else variance
+        elif name == "heun":
+            # Liu et al. 2022: z = (1 - u) x0 + u eps has the velocity eps - x0; Heun's method in z and u.
+            (z, u), size = ((x / (alpha_t + sigma_t), sigma_t / (alpha_t + sigma_t)), alpha_s + sigma_s)
+            u_s = sigma_s / size
+            first = velocity(z, u, mean, std, one)
+            second = velocity(z + (u_s - u) * first, u_s, mean, std, one)
+            new = size * (z + (u_s - u) * (first + second) / 2)
         elif name.startswith("ddim"):
             # Song et al. 2020, eq. 12 and 16.
             eta = float(name.partition("-")[2] or 0)
@@ -63,7 +70,7 @@ def closed_form(name: str, schedule: NoiseSchedule, times: list[int], mean: floa
             new = alpha_s * x0 + math.sqrt(sigma_s**2 - added) * eps
         else:
             # Lu et al. 2022 (DPM-Solver++), algorithm 2.
-            h = math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
+            h = math.log(alpha_s / sigma_s) - (math.log(alpha_t / sigma_t) if alpha_t else -math.inf)
             data = x0
             if h_previous is not None:
                 r = h_previous / h
@@ -74,6 +81,13 @@ def closed_form(name: str, schedule: NoiseSchedule, times: list[int], mean: floa
         centre, slope = step @ centre, step @ slope
         covariance = step @ covariance @ step.T + np.diag([added, 0.0, 0.0])
     return Moments(float(centre[0]), math.sqrt(float(covariance[0, 0])), float(slope[0]))
+
+
+def velocity(z: np.ndarray, u: float, mean: float, std: float, one: np.ndarray) -> np.ndarray:
+    """E[eps - x0 | z] of z = (1 - u) x0 + u eps, a linear form in the state."""
+    spread = (1 - u) ** 2 * std**2 + u**2
+    x0 = mean * one + (1 - u) * std**2 / spread * (z - (1 - u) * mean * one)
+    return (z - (1 - u) * x0) / u - x0
 
 
 def walk(name: str, schedule: NoiseSchedule, times: list[int], mean: float, std: float, count: int = 20000) -> Tensor:
@@ -120,7 +134,7 @@ def test_any_decreasing_times_follow_the_closed_form(name, schedule, kept, mean,
 @pytest.mark.filterwarnings("ignore:.*distinct times remain")  # a property of the grids, tested below
 @pytest.mark.parametrize("how", SPACINGS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "heun"])
 def test_deterministic_samplers_are_the_closed_form_exactly(name, schedule, how) -> None:
     """Without noise the result is one affine map of the start: no Monte-Carlo error hides a small mistake."""
     times = spaced(SCHEDULES[schedule], 15, how)
@@ -162,7 +176,7 @@ def test_the_spread_by_number_of_steps_is_the_established_table(name, how, stds)
 
 
 @pytest.mark.filterwarnings("ignore:.*distinct times remain")  # a property of the grids, tested below
-@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "heun"])
 def test_more_steps_come_closer_to_the_data(name) -> None:
     schedule = SCHEDULES["linear"]
     errors = [abs(closed_form(name, schedule, spaced(schedule, n), 0.3, 0.2).std - 0.2) for n in (5, 20, 200)]

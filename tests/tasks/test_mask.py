@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from medseg_diffusion import build, device
 from medseg_diffusion.config.segmenter import SegmenterConfig, SegmenterMethod
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.noise import uniform_times
 from medseg_diffusion.diffusion.objective import Simple
 from medseg_diffusion.diffusion.schedule import linear
 from medseg_diffusion.sampling.ddim import DDIM
@@ -434,7 +435,12 @@ def test_the_drawn_times_lie_between_the_bounds() -> None:
             return x
 
     network, batch = Noting(), problem(2)
-    model = MaskDiffusion(NetworkDenoiser(network, linear(100), "x0"), MaskEncoding(2), Simple(), times=(40, 44))
+    model = MaskDiffusion(
+        NetworkDenoiser(network, linear(100), "x0"),
+        MaskEncoding(2),
+        Simple(),
+        times=functools.partial(uniform_times, 44, first=40),
+    )
     for seed in range(40):
         model(batch | {"seed": torch.tensor([2 * seed, 2 * seed + 1])})
     assert set(network.times) == {40, 41, 42, 43, 44}

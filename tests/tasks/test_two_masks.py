@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.methods.ablation import without_x_t
-from medseg_diffusion.sampling.ddpm import DDPM
 
 CHANCE = 0.3
 SAMPLES = 200
@@ -82,8 +81,9 @@ def as_often_as_true(samples: Tensor) -> bool:
     return first + second > 0.95 and low - 0.1 <= first <= high + 0.1
 
 
-def samples_of(model: build.Segmenter, times: list[int]) -> Tensor:
-    return model.probabilities(torch.zeros(1, 1, 12, 12), [list(range(SAMPLES))], DDPM(), times)[0].argmax(1)
+def samples_of(model: build.Segmenter, times: list[int], name: str = "ddpm") -> Tensor:
+    sampler = build.sampler(name)
+    return model.probabilities(torch.zeros(1, 1, 12, 12), [list(range(SAMPLES))], sampler, times)[0].argmax(1)
 
 
 SLOW = pytest.mark.slow
@@ -111,3 +111,13 @@ def test_each_mask_is_sampled_as_often_as_it_is_true(method: str, steps: int, di
         for replacement in ("fresh", "shared", "zeros"):
             with without_x_t(model.network, replacement, method == "categorical"):
                 assert not as_often_as_true(samples_of(model, times)), replacement
+
+
+@pytest.mark.slow
+def test_rectified_flow_samples_each_mask_as_often_as_it_is_true() -> None:
+    """With its own target, schedule, times and samplers."""
+    flow = {"schedule": {"name": "rectified-flow", "num_steps": 100}, "target": "flow", "times": "logit-normal"}
+    model = trained("ensemdiff", 400, flow)
+    for name, steps in (("euler", 20), ("heun", 10)):
+        times = build.times(config("ensemdiff", flow), steps, name)
+        assert as_often_as_true(samples_of(model, times, name)), name

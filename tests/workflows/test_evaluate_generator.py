@@ -266,7 +266,7 @@ def test_too_few_images_are_refused(image_models, pictures, scoring_network, tmp
 
 
 def test_samplers_are_parsed_or_refused() -> None:
-    assert parse_samplers("ddim:50, ddpm:1000") == [("ddim", 50), ("ddpm", 1000)]
-    for text in ("ddim", "euler:5", "ddim:0", "ddim:x"):
+    assert parse_samplers("ddim:50, ddpm:1000,heun:5") == [("ddim", 50), ("ddpm", 1000), ("heun", 5)]
+    for text in ("ddim", "pndm:5", "ddim:0", "ddim:x"):
         with pytest.raises(UsageError, match="expected NAME:STEPS"):
             parse_samplers(text)

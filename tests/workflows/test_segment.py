@@ -206,8 +206,8 @@ def test_contradictions_are_refused_before_any_work(tmp_path: Path, tiny_model: 
         run([a, b], tiny_model, output=tmp_path / "out")
     with pytest.raises(UsageError, match="overwrite the scan"):
         run([a], tiny_model, output=a)
-    with pytest.raises(UsageError, match="sampler 'euler' is unknown"):
-        run([a], tiny_model, sampler="euler")
+    with pytest.raises(UsageError, match="sampler 'pndm' is unknown"):
+        run([a], tiny_model, sampler="pndm")
 
 
 def test_a_missing_or_damaged_model(tmp_path: Path, tiny_model: Path) -> None:
