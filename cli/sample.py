@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Compile, Device, ModelArgument, Quiet, Sampler, Seed, existing_model
+from ._options import AsJson, Compile, Device, ModelArgument, Quiet, Sampler, Seed, existing, existing_model
 from ._shared import print_json, progress
 
 
@@ -15,7 +15,17 @@ from ._shared import print_json, progress
 def sample(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the images.")],
-    count: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 16,
+    count: Annotated[
+        int | None, typer.Option("-n", min=1, help="Number of images; with --masks, of each mask.", show_default=False)
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Label maps that the images obey, for a generator of masks; the result is a labelled folder.",
+            callback=existing("a folder of label maps"),
+        ),
+    ] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; default: the model's.")] = None,
     label: Annotated[
@@ -56,7 +66,7 @@ def sample(
     from medseg_diffusion.workflows.sample import sample as run
 
     options = SampleOptions(
-        count=count,
+        count=count if count is not None else 16 if masks is None else 1,
         sampler=sampler.value if sampler else None,
         steps=steps,
         label=label,
@@ -71,7 +81,7 @@ def sample(
         seed=seed,
     )
     with progress(quiet) as show:
-        paths = run(model, output, options, show)
+        paths = run(model, output, options, show, masks=masks)
     if as_json:
         print_json({"images": paths, "grid": output / "grid.png"})
     elif not quiet:

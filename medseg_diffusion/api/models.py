@@ -434,7 +434,7 @@ def load_model(
         others = [None if model is None else str(model) for model in (upsampler, classifier)]
         sampling = SampleOptions(upsampler=others[0], classifier=others[1], device=device, compile=compile)
         try:
-            return Generator(ImageSource(saved, sampling))
+            return Generator(ImageSource(saved, sampling, masked=None))
         except (UsageError, ModelError) as error:  # it cannot be sampled, but its network can be used
             if given:
                 raise

@@ -122,6 +122,8 @@ class AnomalyConfig(Section):
         generator, classifier = self.generator, self.classifier
         if generator.method == "upsampler":
             raise ValueError("generator.method upsampler enlarges images; it cannot detect anomalies")
+        if generator.condition.mask:
+            raise ValueError("generator.condition.mask: healthy images have no masks")
         if generator.method == "latent" and generator.condition.classes != "none":
             raise ValueError("generator.method latent takes no classes here; counterfactuals need method pixel")
         if classifier is not None and not self.needs_unhealthy:
