@@ -85,13 +85,9 @@ def packed_labelled(
     splits = split_of_patients([case.patient for case in cases], *source.held_out)
     files = [path for case in cases for path in (*case.images, *case.labels)]
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = [state, splits, sorted((case.name, case.patient) for case in cases), sorted(source.names.items())]
-    about += [
-        asdict(source.expected) | {"named_labels": sorted(source.folder.labels)},
-        list(size),
-        skip_broken,
-        VERSION,
-    ]
+    expected = asdict(source.expected) | {"named_labels": sorted(source.folder.labels)}
+    about: list[object] = [state, splits, sorted((case.name, case.patient) for case in cases)]
+    about += [sorted(source.names.items()), expected, list(size), skip_broken, VERSION]
     key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
     folder = store / f"labelled-{'x'.join(map(str, size))}-{key}"
     near = cases[0].image.parent
@@ -112,9 +108,7 @@ def packed_labelled(
             levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
             yield Row(case.name, -1, splits[case.patient], levels.numpy(), masks.to(torch.uint8).numpy())
             on_case(done, len(cases))
-        if empty := [
-            f"{value} ({name})" for value, name in sorted(source.names.items()) if value and value not in seen
-        ]:
+        if empty := [f"{value} ({source.names[value]})" for value in sorted(set(source.names) - seen - {0})]:
             raise InputError(
                 near,
                 f"no voxel of label {', '.join(empty)} in the training cases",

@@ -129,7 +129,9 @@ class ImageSource:
         self._check()
 
     def with_options(self, options: SampleOptions, masked: bool = False) -> ImageSource:
-        """The same models on the same device, with the other options from ``options``; ``masked`` as in the constructor.
+        """The same models on the same device, with the other options from ``options``.
+
+        ``masked`` says whether images of masks will be drawn.
 
         Raises:
             UsageError: options that do not fit the models.
@@ -237,9 +239,7 @@ class ImageSource:
             raise UsageError("--classifier: images of masks are guided by --guidance; leave it or --masks out")
         if task.mask_classes and self.masked is False:
             if not task.drop:
-                raise UsageError(
-                    f"{path}: was trained with condition.drop 0 and draws images of masks only: give --masks"
-                )
+                raise UsageError(f"{path}: trained with condition.drop 0, it draws images of masks only: give --masks")
             if options.guidance != 1:
                 raise UsageError(f"{path}: --guidance strengthens the mask, and there is none: give --masks")
 

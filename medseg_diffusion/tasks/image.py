@@ -1,4 +1,4 @@
-"""Images, or their latents, as the diffused tensor; nothing, a class, a mask or a low-resolution image as the condition."""
+"""Images, or their latents, as the diffused tensor, conditioned by nothing, a class, a mask or a low-resolution image."""
 
 from __future__ import annotations
 
@@ -171,11 +171,11 @@ def enlarged(low: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def class_shares(mask: Tensor, num_classes: int, size: Sequence[int]) -> Tensor:
-    """The condition (B, num_classes, *size) of masks (B, *S): the share of each class, background included, in each cell.
+    """The condition (B, num_classes, *size) of masks (B, *S): the share of each class in each cell.
 
-    At the mask's own size these are zeros and ones; a latent's cells hold several pixels. The shares of a cell add up
-    to 1. Label ``num_classes`` has no channel, so that "no mask" is 0 everywhere, which no mask is: without a channel of
-    the background, an empty mask would look like a dropped one.
+    At the mask's own size these are zeros and ones; a latent's cells hold several pixels. Background has a channel, so
+    that the shares of a cell add up to 1. Label ``num_classes`` has none: "no mask" is 0 everywhere, which no mask is,
+    not even an empty one.
     """
     shares = F.one_hot(mask.long(), num_classes + 1)[..., :num_classes].movedim(-1, 1).float()
     return enlarged(shares, size)

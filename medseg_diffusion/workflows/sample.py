@@ -54,8 +54,8 @@ def sample(
         output: The folder, new or of the same samples.
         options: The options.
         on_progress: Called with a text and the share done, 0 to 1.
-        masks: Label map, folder of label maps, or labelled folder, for a generator that is conditioned by masks. Of each
-            label map, ``options.count`` images are drawn.
+        masks: Label map, folder of label maps, or labelled folder, for a generator that is conditioned by masks.
+            ``options.count`` images are drawn of each label map.
 
     Returns:
         The files of the images, in their order.
@@ -102,6 +102,8 @@ def _start(output: Path, about: Mapping[str, Any], others: Mapping[str, str] = M
     note = output / "samples.json"
     if note.is_file() and json.loads(note.read_text()) != about:
         raise UsageError(f"{output}: holds samples of another model or of other options; choose another folder")
+    if not note.is_file() and (taken := [name for name in others if (output / name).exists()]):
+        raise UsageError(f"{output}: holds {taken[0]}, but no samples; choose another folder")
     write_files(output, {"samples.json": json.dumps(about, indent=2) + "\n", **others})
 
 

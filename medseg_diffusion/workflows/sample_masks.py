@@ -71,7 +71,7 @@ def case_name(mask: MaskFile, number: int) -> str:
 
 
 def find_mask_files(masks: Path) -> list[MaskFile]:
-    """The label maps of a folder or file, or those of a labelled folder (`medseg_diffusion.data.cases`), sorted by name.
+    """The label maps of a folder or file, or of a labelled folder (`medseg_diffusion.data.cases`), sorted by name.
 
     Patients are those of the labelled folder, or of the patients.csv in the folder of masks or, for a folder called
     labels, labelsTr or masks, beside it. Without one, every label map has a patient of its own.
@@ -86,6 +86,9 @@ def find_mask_files(masks: Path) -> list[MaskFile]:
         files = find_masks(masks)
         patients = patients_of(masks, files) if masks.is_dir() else {}
         found = [MaskFile(name, path, patients.get(name, name)) for name, path in sorted(files.items())]
+    names_of_cases = [case_name(mask, 0) for mask in found]
+    if twice := sorted({name for name in names_of_cases if names_of_cases.count(name) > 1}):
+        raise InputError(masks, f"two masks that give {twice[0]}", "names that differ", "rename one of them")
     pictures = [mask.path for mask in found if is_image(mask.path)]
     if pictures and len(pictures) < len(found):
         raise InputError(pictures[0], "an image file among volumes", "masks of one kind", "give them one by one")
