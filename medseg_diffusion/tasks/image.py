@@ -1,4 +1,4 @@
-"""Images, or their latents, as the diffused tensor, conditioned by nothing, a class, a mask or a low-resolution image."""
+"""Images, or their latents, as the diffused tensor; nothing, a class, a mask or a small image as the condition."""
 
 from __future__ import annotations
 
