@@ -129,7 +129,7 @@ class AnomalyConfig(Section):
         if classifier is not None and not self.needs_unhealthy:
             raise ValueError("a classifier needs a generator with generator.condition.classes")
         if classifier is not None and (
-            classifier.data != generator.data
+            classifier.data != generator.data.images
             or classifier.preprocessing != generator.preprocessing
             or classifier.schedule != generator.diffusion.schedule
         ):

@@ -48,6 +48,11 @@ class GeneratorDataSection(ImageDataSection):
     labels: tuple[str, ...] = ()
     merge_labels: bool = False
 
+    @property
+    def images(self) -> ImageDataSection:
+        """The images alone, for models that see no masks."""
+        return ImageDataSection(**self.model_dump(include=set(ImageDataSection.model_fields)))
+
     @model_validator(mode="after")
     def _merged(self) -> GeneratorDataSection:
         if self.merge_labels and len(self.labels) != 1:

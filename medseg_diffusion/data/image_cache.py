@@ -182,6 +182,7 @@ class Row:
     masks: Pixels | None = None
 
 
+# many: one for each entry of the index
 def write_packed(
     folder: Path,
     rows: Iterable[Row],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion import build
-from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig, ImageDataSection
+from medseg_diffusion.config.generator import GeneratorConfig, ImageAutoencoderConfig
 from medseg_diffusion.config.load import load_config, parse_config
 from medseg_diffusion.data.image_cache import ImageExamples
 from medseg_diffusion.device import with_memory_format
@@ -99,8 +99,7 @@ def autoencoder_of(config: GeneratorConfig) -> ImageAutoencoderConfig:
     stage = load_config(str(config.autoencoder))
     if not isinstance(stage, ImageAutoencoderConfig):
         raise UsageError(f"autoencoder: {config.autoencoder} configures a {stage.method}, not an autoencoder")
-    data = config.data.model_dump(include=set(ImageDataSection.model_fields))  # an autoencoder sees no masks
-    same = {"data": data, "preprocessing": config.preprocessing.model_dump()}
+    same = {"data": config.data.images.model_dump(), "preprocessing": config.preprocessing.model_dump()}
     return cast(ImageAutoencoderConfig, parse_config({**stage.model_dump(), **same}, str(config.autoencoder)))
 
 

@@ -227,7 +227,7 @@ def test_masks_that_do_not_fit_are_refused_in_one_line(
         of_volumes,
         "--masks",
         saved("large.nii.gz", np.ones((13, 9, 9))),
-    )  # noqa: E501
+    )
     refused(3, "a 2D mask (16 x 16); expected volumes", of_volumes, "--masks", squares / "masks")
     refused(3, "a single slice across another axis", obedient, "--masks", saved("thin.nii.gz", np.ones((16, 1, 16))))
     refused(2, "is not conditioned by masks", image_models["pixel"], "--masks", squares / "masks")
