@@ -20,7 +20,7 @@ from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_genera
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 
 from .cases import Bounds, Case, CaseFolder, split_of_patients
-from .image_cache import VERSION, PackedImages, Row, open_packed, write_packed
+from .image_cache import VERSION, PackedImages, Row, open_packed, to_levels, write_packed
 from .images import FOREGROUND_SHARE
 from .mask_examples import CaseFormat, read_case_image, read_case_labels, require_slices
 
@@ -97,7 +97,7 @@ def packed_labelled(
         seen: set[int] = set()
         for done, case in enumerate(cases, 1):
             try:
-                images, masks = _read(case, source.expected, size, preprocessing)
+                images, masks = read_labelled(case, source.expected, size, preprocessing)
             except InputError:
                 if not skip_broken:
                     raise
@@ -105,8 +105,7 @@ def packed_labelled(
                 continue
             if splits[case.patient] == "train":
                 seen.update(torch.unique(masks).tolist())
-            levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
-            yield Row(case.name, -1, splits[case.patient], levels.numpy(), masks.to(torch.uint8).numpy())
+            yield Row(case.name, -1, splits[case.patient], images.numpy(), masks.to(torch.uint8).numpy())
             on_case(done, len(cases))
         if empty := [f"{value} ({source.names[value]})" for value in sorted(set(source.names) - seen - {0})]:
             raise InputError(
@@ -124,8 +123,14 @@ def packed_labelled(
     return open_packed(folder)
 
 
-def _read(case: Case, expected: CaseFormat, size: Sequence[int], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """The images (n, C, *size) and masks (n, *size) of a case on the generator's grid."""
+def read_labelled(
+    case: Case, expected: CaseFormat, size: Sequence[int], preprocessing: Preprocessing
+) -> tuple[Tensor, Tensor]:
+    """The images (n, *size, C) uint8 and masks (n, *size) of a case on the generator's grid.
+
+    Raises:
+        InputError: an unusable case.
+    """
     volume = read_case_image(case, expected.channels)
     if len(size) == 2:
         require_slices(volume, preprocessing.orientation)
@@ -144,4 +149,5 @@ def _read(case: Case, expected: CaseFormat, size: Sequence[int], preprocessing: 
         kept = visible | label.flatten(0, 1).any(0) | (label.shape[-1] == 1)
         images.append(image.movedim(-1, 0)[kept])
         masks.append(label.movedim(-1, 0)[kept])
-    return to_generator_grid(torch.cat(images), size), labels_to_generator_grid(torch.cat(masks), size)
+    on_grid = to_generator_grid(torch.cat(images).clamp(-1, 1), size)
+    return to_levels(on_grid).movedim(1, -1), labels_to_generator_grid(torch.cat(masks), size)

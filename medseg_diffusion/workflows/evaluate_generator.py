@@ -109,7 +109,7 @@ def evaluate_generator(
     _check_models(names, options, extract)
     real = _real_images(reference, names, options, device, on_count)
     _check_counts(names, real, options.sampling.count)
-    real_features = _features(real.images, extract, partial(on_count, "real images"))
+    real_features = features_of(real.images, extract, partial(on_count, "real images"))
     count = len(real.images)
     result = GeneratorEvaluation(extract.name, extract.maps, str(reference), count, options.sampling.upsampler)
     fewest, n_features = min(options.sampling.count, count), real_features.pooled.shape[1]
@@ -128,7 +128,7 @@ def evaluate_generator(
     sampled: list[Pictures] = []
     for model in names:
         for sample in _samples_of(model, options, output, real.size, on_count):
-            features = _features(sample.images, extract, partial(on_count, f"{sample.name}: features"))
+            features = features_of(sample.images, extract, partial(on_count, f"{sample.name}: features"))
             write_files(output, {f"{sample.name}.png": _picture(sample.images)})
             add(GeneratorRow(model, sample.sampler, sample.steps, scores(features, real_features)))
             sampled.append(Pictures(sample.name, np.array(sample.images[:TILES]), sample.classes))
@@ -226,7 +226,8 @@ def _samples(
     return np.concatenate(parts)
 
 
-def _features(images: Images, extract: Extractor, on_progress: Callable[[int, int], None]) -> Features:
+def features_of(images: Images, extract: Extractor, on_progress: Callable[[int, int], None]) -> Features:
+    """The features of images (N, H, W, C) uint8; ``on_progress`` is called with the images done and all."""
     parts = []
     for first in range(0, len(images), CHUNK):
         parts.append(extract(torch.from_numpy(np.array(images[first : first + CHUNK]))))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.data.image_cache import to_unit
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder, write_files
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.placed_mask import place_mask
@@ -24,11 +24,13 @@ from medseg_diffusion.volumes.io import read_labels, read_map, write_map
 from medseg_diffusion.volumes.volume import Volume
 
 from .sample_masks import (
+    contact_sheet,
     draw_missing,
     find_mask_files,
     folder_files,
     folder_state,
     labelled_samples,
+    read_png,
     require_same_classes,
 )
 
@@ -118,6 +120,7 @@ def _sample_masks(
     samples = labelled_samples(files, output, source.options.count)
     _start(output, {**about, "masks": folder_state(files)}, folder_files(samples, source))
     draw_missing(samples, source, on_progress)
+    write_files(output, {"grid.png": png(contact_sheet(samples, source))})
     return [sample.image for sample in samples]
 
 
@@ -128,18 +131,6 @@ def _on_step(on_progress: OnProgress, first: int, batch: int, total: int) -> Cal
         on_progress(f"image: {first} of {total}, step {done} of {steps}", (first + batch * done / steps) / total)
 
     return on_step
-
-
-def read_png(path: Path) -> np.ndarray:
-    """Read a sampled image, (H, W, 1 or 3) uint8."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image)
-    except OSError as error:
-        raise InputError(path, f"a broken image ({error})", "a PNG", "delete it and sample again") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from medseg_diffusion.data.cases import find_cases
 from medseg_diffusion.data.class_names import class_names, misnamed
+from medseg_diffusion.data.image_cache import to_unit
 from medseg_diffusion.data.pairs import find_masks
 from medseg_diffusion.data.patients import COLUMNS, patients_of
 from medseg_diffusion.data.patients import FILE as PATIENTS
@@ -33,12 +35,18 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.models.image_source import ImageSource
 from medseg_diffusion.models.placed_mask import PlacedMask, place_mask
-from medseg_diffusion.reports.pictures import png
+from medseg_diffusion.reports.pictures import grid, outlined, png
+from medseg_diffusion.reports.theme import class_colours
 from medseg_diffusion.training.progress import OnProgress
-from medseg_diffusion.volumes.io import read_labels, write_labels, write_map
+from medseg_diffusion.volumes.io import read_labels, read_map, write_labels, write_map
 from medseg_diffusion.volumes.paths import is_image
 
 from .label_files import label_table
+
+SHOWN = 32
+"""Images on the contact sheet."""
+TILE_PIXELS = 160
+"""Smaller images are enlarged up to this side, so that outlines are thin."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,43 @@ def _write(one: _Open, source: ImageSource) -> None:
         write_files(sample.image.parent, {sample.image.name: png(_picture(image))})
     else:
         write_map(image, volume.described(source.saved.signature), sample.image)
+
+
+def contact_sheet(samples: Sequence[LabelledSample], source: ImageSource) -> npt.NDArray[np.uint8]:
+    """The first images, each beside itself with the outlines of its mask; of a volume the slice with the largest mask.
+
+    Slices are drawn in the radiological convention, image files as they are.
+    """
+    colours = class_colours({value: name for value, name in source.generator.mask_classes.items() if value})
+    tiles = []
+    for sample in samples[:SHOWN]:
+        if is_image(sample.image):
+            image, mask = read_png(sample.image), read_png(sample.label)[..., 0]
+        else:
+            volume, labels = read_map(sample.image).oriented("LAS"), read_labels(sample.label).oriented("LAS")
+            place = int((labels.data > 0).sum((0, 1, 2)).argmax()) if labels.data.any() else labels.shape[2] // 2
+            image = volume.data[..., place].permute(2, 1, 0).flip(0).round().to(torch.uint8).numpy()
+            mask = labels.data[0, ..., place].T.flip(0).numpy()
+        times = max(1, TILE_PIXELS // max(mask.shape))
+        image, mask = (array.repeat(times, 0).repeat(times, 1) for array in (image, mask))
+        plain = np.ascontiguousarray(np.broadcast_to(image, (*mask.shape, 3)))
+        tiles += [plain, outlined(plain, mask, colours)]
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    padded = [np.pad(tile, ((0, height - len(tile)), (0, width - tile.shape[1]), (0, 0))) for tile in tiles]
+    images = to_unit(torch.from_numpy(np.stack(padded)).movedim(-1, 1))
+    return grid(images, columns=2 * math.ceil(math.sqrt(len(tiles) / 4)))
+
+
+def read_png(path: Path) -> np.ndarray:
+    """Read a sampled image, (H, W, 1 or 3) uint8."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image)
+    except OSError as error:
+        raise InputError(path, f"a broken image ({error})", "a PNG", "delete it and sample again") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _picture(image: Tensor) -> npt.NDArray[np.uint8]:
