@@ -33,6 +33,7 @@ from .sample_masks import (
     read_png,
     require_same_classes,
 )
+from .sample_reference import Reference, read_samples
 
 
 def sample(
@@ -42,6 +43,8 @@ def sample(
     on_progress: OnProgress = silent,
     *,
     masks: str | Path | None = None,
+    reference: str | Path | None = None,
+    extractor: str = "auto",
 ) -> list[Path]:
     """Sample images into the folder ``output``: 00000.png, ..., grid.png of the first 64, and samples.json.
 
@@ -58,14 +61,17 @@ def sample(
         on_progress: Called with a text and the share done, 0 to 1.
         masks: Label map, folder of label maps, or labelled folder, for a generator that is conditioned by masks.
             ``options.count`` images are drawn of each label map.
+        reference: The data of the generator's training. Real images are shown beside the samples, and samples that are
+            copies of training images are looked for: reference.png and reference.json.
+        extractor: Name or file of the feature extractor that compares images, as in `evaluate_generator`.
 
     Returns:
         The files of the images, in their order.
 
     Raises:
         UsageError: Options that do not fit the model, or a folder with samples of other options.
-        InputError: Label maps that do not fit the model.
-        ModelError: No usable model.
+        InputError: Label maps or real images that do not fit the model.
+        ModelError: No usable model or feature extractor.
     """
     output = Path(output)
     require_folder(output)
@@ -75,8 +81,9 @@ def sample(
         **source.sha256,
         **{k: v for k, v in asdict(options).items() if k not in ("count", "batch_size", "device", "compile")},
     }
+    real = None if reference is None else Reference(source, Path(reference), extractor, on_progress)
     if masks is not None:
-        return _sample_masks(source, output, about, Path(masks), on_progress)
+        return _sample_masks(source, output, about, Path(masks), real, on_progress)
     _start(output, about)
     volumes = len(source.last.config.data.shape) == 3
     spacing = source.last.config.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
@@ -96,6 +103,9 @@ def sample(
     read = (lambda path: read_map(path).data) if volumes else (lambda path: _channels_first(read_png(path)))
     shown = torch.stack([to_unit(read(path)) for path in paths[:64]])
     write_files(output, {"grid.png": png(grid(as_pictures(shown)))})
+    if real is not None:
+        levels = [read(path).movedim(0, -1).round().to(torch.uint8).numpy() for path in paths]
+        real.compare(np.stack(levels), output)
     return paths
 
 
@@ -110,7 +120,12 @@ def _start(output: Path, about: Mapping[str, Any], others: Mapping[str, str] = M
 
 
 def _sample_masks(
-    source: ImageSource, output: Path, about: Mapping[str, Any], masks: Path, on_progress: OnProgress
+    source: ImageSource,
+    output: Path,
+    about: Mapping[str, Any],
+    masks: Path,
+    real: Reference | None,
+    on_progress: OnProgress,
 ) -> list[Path]:
     files = find_mask_files(masks)
     require_same_classes(files, source)
@@ -121,6 +136,8 @@ def _sample_masks(
     _start(output, {**about, "masks": folder_state(files)}, folder_files(samples, source))
     draw_missing(samples, source, on_progress)
     write_files(output, {"grid.png": png(contact_sheet(samples, source))})
+    if real is not None:
+        real.compare(read_samples(samples, source), output)
     return [sample.image for sample in samples]
 
 

@@ -158,6 +158,23 @@ def test_python_draws_images_of_masks(obedient: Path) -> None:
         model.sample(1, masks="mask.nii.gz")
 
 
+def test_the_sheet_outlines_the_masks_and_real_images_stand_beside(
+    obedient: Path, of_volumes: Path, squares: Path, blocks: Path, scoring_network: Path, tmp_path: Path
+) -> None:
+    """Beside each image stands the same one, with the border of its mask in the colour of its class."""
+    for model, data, name in ((obedient, squares, "squares"), (of_volumes, blocks, "blocks")):
+        sample(model, tmp_path / name, drawn(steps=1), masks=data, reference=data, extractor=str(scoring_network))
+        found = json.loads((tmp_path / name / "reference.json").read_text())
+        assert found["samples"] == len(list((tmp_path / name / "imagesTr").iterdir()))
+        assert found["training_images"] + found["unseen_images"] == len(list((data / "images").iterdir()))
+    picture = np.asarray(Image.open(tmp_path / "squares" / "grid.png"))
+    plain, marked = picture[:160, :160], picture[:160, 162:322]
+    changed = (plain != marked).any(-1)
+    inside = read_png(squares / "masks" / "0.png")[..., 0].repeat(10, 0).repeat(10, 1) > 0
+    assert changed[inside].any() and not changed[~inside].any() and not changed.all()
+    assert len(np.unique(marked[changed], axis=0)) == 1
+
+
 def test_volumes_have_the_grid_and_the_names_of_their_masks(of_volumes: Path, blocks: Path, tmp_path: Path) -> None:
     images = sample(of_volumes, tmp_path / "out", drawn(steps=1), masks=blocks / "labels")
     for path in images:
