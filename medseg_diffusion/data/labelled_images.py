@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
+from medseg_diffusion.volumes.paths import is_image
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 
 from .cases import Bounds, Case, CaseFolder, split_of_patients
@@ -123,6 +124,14 @@ def packed_labelled(
     return open_packed(folder)
 
 
+def oriented_for(preprocessing: Preprocessing, source: Path | None) -> Preprocessing:
+    """The preprocessing that leaves an image file upright and not mirrored; that of volumes is as it was.
+
+    Image files are read with ITK's axes (`volumes.raster`), and slices are turned as those of RAS volumes.
+    """
+    return replace(preprocessing, orientation="LAS") if source is not None and is_image(source) else preprocessing
+
+
 def read_labelled(
     case: Case, expected: CaseFormat, size: Sequence[int], preprocessing: Preprocessing
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +145,7 @@ def read_labelled(
         require_slices(volume, preprocessing.orientation)
     elif 1 in volume.shape:
         raise InputError(case.image, "a 2D image", "volumes, for data.size of three sides", "give data.size one number")
-    image, placement = preprocessing.apply(volume)
+    image, placement = oriented_for(preprocessing, case.image).apply(volume)
     images, masks = [], []
     for path in case.labels:
         label = apply_labels(read_case_labels(path, volume, expected), placement)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from medseg_diffusion import build
 from medseg_diffusion.data.healthy import require_usable
+from medseg_diffusion.data.labelled_images import oriented_for
 from medseg_diffusion.data.mask_examples import CaseFormat, checked_labels, require_slices
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.fitting import from_generator_grid, labels_to_generator_grid
@@ -72,7 +73,7 @@ def place_mask(volume: Volume, generator: Generator) -> PlacedMask:
         raise InputError(volume.source, found, "volumes for a model of volumes", "use a model of slices")
     # The scaling of intensities, which a mask has not, changes no grid.
     preprocessing = replace(build.image_preprocessing(config.preprocessing, size), intensity="percentile")
-    _, placement = preprocessing.apply(labels.like(labels.data.float()))
+    _, placement = oriented_for(preprocessing, volume.source).apply(labels.like(labels.data.float()))
     require_usable(labels, placement.shape, size, None)
     model = apply_labels(labels, placement)[0]
     slices = model.movedim(-1, 0) if len(size) == 2 else model[None]

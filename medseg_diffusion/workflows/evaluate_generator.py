@@ -31,12 +31,15 @@ from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.files import as_paths, require_folder, write_files
 from medseg_diffusion.metrics.generation import NEIGHBOUR, Features, Scores, scores
 from medseg_diffusion.metrics.generation_summary import FLOOR, GeneratorEvaluation, GeneratorRow
+from medseg_diffusion.models.generator import Generator
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import home
 from medseg_diffusion.networks.extractors import Extractor, extractor
 from medseg_diffusion.reports.generator_page import TILES, Pictures, generator_page
 from medseg_diffusion.reports.pictures import grid, png
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
+
+from .real_images import labelled_images_of_training
 
 Images = np.ndarray | np.memmap
 """(N, H, W, C) uint8."""
@@ -285,6 +288,7 @@ class _ModelImages:
         size: Side length and channels; None without a model.
         test_images: The numbers of test images of the models.
         bounds: The held-out sides of the models.
+        masks: The first generator of masks, for which real images are read with their masks; None without one.
     """
 
     section: ImageDataSection
@@ -292,6 +296,7 @@ class _ModelImages:
     size: tuple[int, int] | None
     test_images: set[int]
     bounds: set[Bounds]
+    masks: Generator | None = None
 
 
 def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages:
@@ -302,6 +307,7 @@ def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages
     """
     sizes, preprocessings, test_images = set(), set(), set()
     bounds: set[Bounds] = set()
+    masks: Generator | None = None
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if _is_samples(model):
@@ -310,6 +316,7 @@ def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages
         config = source.last.config
         test_images |= {source.generator.config.data.test_images, config.data.test_images}
         bounds |= {one.held_out for one in (source.generator, source.last) if one.held_out is not None}
+        masks = masks or (source.generator if source.generator.mask_classes else None)
         preprocessings.add(config.preprocessing.model_dump_json())
         section, preprocessing = config.data, config.preprocessing
         if not isinstance(section.size, int):
@@ -319,7 +326,7 @@ def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages
         raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
     if len(preprocessings) > 1:
         raise UsageError("the models see scans after different preprocessing; evaluate them separately")
-    return _ModelImages(section, preprocessing, next(iter(sizes), None), test_images, bounds)
+    return _ModelImages(section, preprocessing, next(iter(sizes), None), test_images, bounds, masks)
 
 
 def _real_images(
@@ -345,15 +352,20 @@ def _real_images(
         n_held_out = bounds.count(entry.group for entry in entries)
         n_held_out = n_held_out if n_held_out[0] else (0, 0)
     size = expected.size or _sample_size(models)
-    collection: PackedImages = packed(
-        reference,
-        home() / "images",
-        *size,
-        preprocessing=build.image_preprocessing(expected.preprocessing, (size[0], size[0])),
-        held_out=n_held_out,
-        skip_broken=options.skip_broken,
-        on_file=partial(on_progress, "packing real images"),
-    )
+    on_file = partial(on_progress, "packing real images")
+    collection: PackedImages
+    if expected.masks is not None:
+        collection = labelled_images_of_training(expected.masks, reference, on_file, options.skip_broken)
+    else:
+        collection = packed(
+            reference,
+            home() / "images",
+            *size,
+            preprocessing=build.image_preprocessing(expected.preprocessing, (size[0], size[0])),
+            held_out=n_held_out,
+            skip_broken=options.skip_broken,
+            on_file=on_file,
+        )
     test = collection.part("test")
     positions = test if len(test) else collection.part("train")
     if not len(positions):

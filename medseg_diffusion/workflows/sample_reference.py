@@ -7,7 +7,7 @@ DIR/reference.png    samples, real images, and the samples that are closest to a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,21 +16,20 @@ import numpy.typing as npt
 import torch
 
 from medseg_diffusion import build
-from medseg_diffusion.data.cases import Case, find_cases
-from medseg_diffusion.data.image_cache import PackedImages, packed, to_unit
-from medseg_diffusion.data.images import find_images
-from medseg_diffusion.data.labelled_images import LabelledImages, packed_labelled, read_labelled
+from medseg_diffusion.data.cases import Case
+from medseg_diffusion.data.image_cache import to_unit
+from medseg_diffusion.data.labelled_images import read_labelled
 from medseg_diffusion.data.mask_examples import CaseFormat
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.metrics.generation import Features, Memorisation, memorisation
 from medseg_diffusion.models.image_source import ImageSource
-from medseg_diffusion.models.store import home
 from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.reports.pictures import as_pictures, grid, png, sheet
 from medseg_diffusion.training.progress import OnProgress, count_of
 
 from .evaluate_generator import features_of
+from .real_images import images_of_training
 from .sample_masks import LabelledSample
 
 FILE, PICTURE = "reference.json", "reference.png"
@@ -58,7 +57,7 @@ class Reference:
     def __init__(self, source: ImageSource, data: Path, features: str, on_progress: OnProgress) -> None:
         self.data, self._on_count = data, count_of(on_progress)
         self.extract = extractor(features, source.device)
-        self.images = _packed(source, data, partial(self._on_count, "packing real images"))
+        self.images = images_of_training(source, data, partial(self._on_count, "packing real images"))
         test, validation = self.images.part("test"), self.images.part("validation")
         self.training, self.unseen = self.images.part("train"), test if len(test) else validation
         if not len(self.training) or not len(self.unseen):
@@ -115,28 +114,6 @@ def read_samples(samples: Sequence[LabelledSample], source: ImageSource) -> Pixe
     expected = CaseFormat(config.data.channels, len(source.generator.mask_classes))
     cases = [Case(one.name, one.image, one.label, one.mask.patient) for one in samples]
     return np.concatenate([read_labelled(case, expected, size, preprocessing)[0].numpy() for case in cases])
-
-
-def _packed(source: ImageSource, data: Path, on_file: Callable[[int, int], None]) -> PackedImages:
-    """The images of a training, on the sides of its split."""
-    config, bounds = source.last.config, source.generator.held_out
-    size, preprocessing = config.data.shape, build.image_preprocessing(config.preprocessing, config.data.shape)
-    if source.generator.mask_classes:
-        folder = find_cases(data)
-        held_out = (0, 0) if bounds is None else bounds.count(case.patient for case in folder.cases)
-        section, classes = config.data, source.generator.mask_classes
-        labelled = LabelledImages(folder, classes, section.channels, section.merge_labels, held_out)
-        return packed_labelled(labelled, home() / "images", size, preprocessing, on_case=on_file)
-    held_out = (0, 0) if bounds is None else bounds.count(entry.group for entry in find_images(data).entries)
-    return packed(
-        data,
-        home() / "images",
-        size,
-        config.data.channels,
-        preprocessing=preprocessing,
-        held_out=held_out,
-        on_file=on_file,
-    )
 
 
 def _planes(images: Pixels) -> list[Pixels]:

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.data.image_cache import ImageExamples, PackedImages
@@ -34,6 +35,15 @@ def test_masks_lie_on_their_images_mirrored_or_not(size, tmp_path: Path) -> None
         assert torch.equal(example["image"][0] > 0, example["mask"] == 1)
         seen.add(int(example["mask"].argmax()))
     assert len(seen) == 2 and images.mask_classes == ("background", "block")
+
+
+def test_image_files_are_upright_and_not_mirrored(tmp_path: Path) -> None:
+    save_labelled_pictures(tmp_path / "data")
+    images = pack(tmp_path / "data", tmp_path / "store", (16, 16))
+    assert images.masks is not None
+    for name, mask in zip(images.names, images.masks, strict=True):
+        with Image.open(tmp_path / "data" / "masks" / f"{name}.png") as picture:
+            assert np.array_equal(mask, np.asarray(picture))
 
 
 def test_the_splits_are_those_of_a_segmenter(tmp_path: Path) -> None:
