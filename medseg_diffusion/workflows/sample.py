@@ -32,6 +32,7 @@ from .sample_masks import (
     labelled_samples,
     read_png,
     require_same_classes,
+    with_earlier,
 )
 from .sample_reference import Reference, read_samples
 
@@ -132,8 +133,8 @@ def _sample_masks(
     for done, file in enumerate(files, 1):  # a later one should not fail after hours
         place_mask(read_labels(file.path), source.generator)
         count_of(on_progress)("checking masks", done, len(files))
-    samples = labelled_samples(files, output, source.options.count)
-    _start(output, {**about, "masks": folder_state(files)}, folder_files(samples, source))
+    samples, listed = (make(files, output, source.options.count) for make in (labelled_samples, with_earlier))
+    _start(output, {**about, "masks": folder_state(files)}, folder_files(listed, source))
     draw_missing(samples, source, on_progress)
     write_files(output, {"grid.png": png(contact_sheet(samples, source))})
     if real is not None:

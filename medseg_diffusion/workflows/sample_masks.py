@@ -127,8 +127,7 @@ def folder_state(masks: Sequence[MaskFile]) -> str:
 
 def labelled_samples(masks: Sequence[MaskFile], output: Path, count: int) -> list[LabelledSample]:
     """``count`` images of each label map, all first images before all second ones."""
-    suffix = ".png" if is_image(masks[0].path) else ".nii.gz"
-    samples = []
+    suffix, samples = _suffix(masks[0]), []
     for number in range(count):
         for mask in masks:
             name = case_name(mask, number)
@@ -137,14 +136,25 @@ def labelled_samples(masks: Sequence[MaskFile], output: Path, count: int) -> lis
     return samples
 
 
+def _suffix(mask: MaskFile) -> str:
+    return ".png" if is_image(mask.path) else ".nii.gz"
+
+
+def with_earlier(masks: Sequence[MaskFile], output: Path, count: int) -> list[LabelledSample]:
+    """``count`` images of each label map, and those that an earlier call for more of them has written."""
+    while any(one.image.is_file() for one in labelled_samples(masks, output, count + 1)[count * len(masks) :]):
+        count += 1
+    return labelled_samples(masks, output, count)
+
+
 def folder_files(samples: Sequence[LabelledSample], source: ImageSource) -> dict[str, str]:
-    """dataset.json, in the form of nnU-Net, and patients.csv."""
+    """dataset.json, in the form of nnU-Net, and patients.csv of all images in the folder."""
     classes = source.generator.mask_classes
     dataset = {
         "channel_names": {str(i): name for i, name in enumerate(source.saved.card["channels"])},
         "labels": {name: value for value, name in sorted(classes.items())},
         "numTraining": len(samples),
-        "file_ending": "".join(samples[0].label.suffixes[-2:]) if samples[0].label.suffix == ".gz" else ".png",
+        "file_ending": _suffix(samples[0].mask),
         "description": f"images drawn by {source.saved.signature}",
     }
     text = io.StringIO()

@@ -122,6 +122,8 @@ def test_images_are_the_same_in_any_batch_and_a_call_can_be_finished(
         assert np.abs(read_png(one).astype(int) - read_png(two).astype(int)).max() <= 1
     rows = (tmp_path / "b" / "patients.csv").read_text().splitlines()
     assert len(rows) == 25 and rows[1] == "0_s001,0"
+    sample(obedient, tmp_path / "b", drawn(1, sampler="ddpm", steps=4), masks=squares / "masks")
+    assert len(find_cases(tmp_path / "b").cases) == 24, "fewer images take none out, and all have their patient"
     some = tmp_path / "some"
     shutil.copytree(squares / "masks", some)
     (some / "0.png").unlink()
