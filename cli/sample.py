@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Compile, Device, ModelArgument, Quiet, Sampler, Seed, existing_model
+from ._options import AsJson, Compile, Device, ModelArgument, Quiet, Sampler, Seed, existing, existing_model
 from ._shared import print_json, progress
 
 
@@ -15,7 +16,17 @@ from ._shared import print_json, progress
 def sample(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the images.")],
-    count: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 16,
+    count: Annotated[
+        int | None, typer.Option("-n", min=1, help="Number of images; with --masks, of each mask.", show_default=False)
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Label maps that the images obey, for a generator of masks; the result is a labelled folder.",
+            callback=existing("a folder of label maps"),
+        ),
+    ] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; default: the model's.")] = None,
     label: Annotated[
@@ -44,6 +55,17 @@ def sample(
             metavar="MODEL", help="Upsampler that enlarges the images; default: none.", callback=existing_model
         ),
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="D",
+            help="Data of the generator's training: shows real images beside the samples, and looks for copies.",
+            callback=existing("the data of the training"),
+        ),
+    ] = None,
+    extractor: Annotated[
+        str, typer.Option(help="Feature extractor for --reference, as in evaluate-generator.")
+    ] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
     device: Device = "auto",
     compile: Compile = False,
@@ -51,12 +73,16 @@ def sample(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sample images from a generator into numbered files and grid.png; a repeated call finishes an interrupted one."""
+    """Sample images from a generator into numbered files and grid.png; a repeated call finishes an interrupted one.
+
+    With --masks the images obey label maps, and the folder trains a segmenter.
+    """
     from medseg_diffusion.models.image_source import SampleOptions
     from medseg_diffusion.workflows.sample import sample as run
+    from medseg_diffusion.workflows.sample_reference import FILE, PICTURE
 
     options = SampleOptions(
-        count=count,
+        count=count if count is not None else 16 if masks is None else 1,
         sampler=sampler.value if sampler else None,
         steps=steps,
         label=label,
@@ -71,9 +97,16 @@ def sample(
         seed=seed,
     )
     with progress(quiet) as show:
-        paths = run(model, output, options, show)
+        paths = run(model, output, options, show, masks=masks, reference=reference, extractor=extractor)
+    compared = None if reference is None else json.loads((output / FILE).read_text(encoding="utf-8"))
     if as_json:
-        print_json({"images": paths, "grid": output / "grid.png"})
+        print_json({"images": paths, "grid": output / "grid.png", **({} if compared is None else compared)})
     elif not quiet:
         typer.echo(f"{len(paths)} images: {output}")
         typer.echo(f"grid: {output / 'grid.png'}")
+        if compared is not None:
+            typer.echo(
+                f"closer to a training image than an unseen image is: {compared['closer']:.0%} of the pairs "
+                f"(50% if nothing is copied); than every unseen image: {compared['closest']:.0%} of the samples"
+            )
+            typer.echo(f"real images: {output / PICTURE}")

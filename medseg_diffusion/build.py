@@ -337,7 +337,7 @@ def noise_source(name: Literal["gaussian", "simplex"]) -> NoiseSource:
 
 
 def generator(
-    config: GeneratorConfig, num_classes: int, latent_channels: int | None = None
+    config: GeneratorConfig, num_classes: int, latent_channels: int | None = None, mask_classes: int = 0
 ) -> ImageDiffusion | PatchedDiffusion:
     """The untrained generator of a configuration.
 
@@ -345,16 +345,20 @@ def generator(
         config: Configuration of a pixel, latent, upsampler or patched generator.
         num_classes: Number of classes in the data; used if the configuration has a class condition.
         latent_channels: Channels of the autoencoder's latents; None for pixels.
+        mask_classes: Number of classes of the masks, background included; used if the configuration has masks.
     """
     section, condition = config.diffusion, config.condition
     channels = latent_channels or config.data.channels
     with_class = condition.classes != "none"
     if with_class and not num_classes:
         raise UsageError("condition.classes asks for classes, but the data has none; set condition.classes=none")
+    if condition.mask and not mask_classes:
+        raise UsageError("condition.mask asks for masks, but the data has none; set condition.mask=false")
+    concatenated = mask_classes if condition.mask else config.data.channels if config.method == "upsampler" else 0
     token = condition.context_channels if condition.classes == "cross-attention" else None
     try:
         network = UNet(
-            in_channels=channels + (config.data.channels if config.method == "upsampler" else 0),
+            in_channels=channels + concatenated,
             out_channels=(1 + section.learned_variance) * channels,
             num_classes=num_classes + 1 if condition.classes == "embedding" else None,
             context_channels=token,
@@ -383,6 +387,7 @@ def generator(
         token,
         config.factor if config.method == "upsampler" else None,
         noise,
+        mask_classes if condition.mask else 0,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from medseg_diffusion.data.healthy import require_volume
 from medseg_diffusion.device import choose_device, tune
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
+from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, ModelError, UsageError, remarks
 from medseg_diffusion.methods.ensemble import Fusion, Uncertainty
 from medseg_diffusion.models.anomaly import AnomalyModel, DetectionOptions
@@ -21,6 +22,7 @@ from medseg_diffusion.models.classes import chosen_classes
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.imported import restore_network
 from medseg_diffusion.models.load import load_segmenter
+from medseg_diffusion.models.placed_mask import place_mask
 from medseg_diffusion.models.segmentation import Map, SegmentationModel
 from medseg_diffusion.models.store import SavedModel, load_model_files
 from medseg_diffusion.networks.noisy_classifier import NoisyClassifier
@@ -31,7 +33,7 @@ from medseg_diffusion.workflows.finished import doubts_about
 from medseg_diffusion.workflows.segment import require_fitting
 
 from .results import Samples, ScoredMap, ScoredScan, SegmentedMap, SegmentedScan
-from .scans import Scan, read_scan
+from .scans import Image, Scan, has_geometry, read_mask, read_scan
 
 _USES = {
     "segment": "a segmenter",
@@ -278,6 +280,7 @@ class Generator(Network):
     Attributes:
         module: The denoiser, in evaluation mode.
         classes: Names of the classes of its images; empty without classes.
+        mask_classes: Label value -> class name of the masks that it is conditioned by; empty for other generators.
         shape: Size of its images, (H, W) or (I, J, K), after an upsampler.
     """
 
@@ -286,6 +289,7 @@ class Generator(Network):
     def __init__(self, source: ImageSource) -> None:
         super().__init__(source.saved, source.generator.task.denoiser)
         self.classes: tuple[str, ...] = source.generator.classes
+        self.mask_classes: dict[int, str] = dict(source.generator.mask_classes)
         self.shape: tuple[int, ...] = tuple(source.last.config.data.shape)
         self._source = source
 
@@ -294,6 +298,8 @@ class Generator(Network):
         self,
         n: int = 16,
         *,
+        masks: Sequence[Image] | None = None,
+        spacing_mm: Sequence[float] | None = None,
         label: int | str | None = None,
         steps: int | None = None,
         sampler: str | None = None,
@@ -307,7 +313,11 @@ class Generator(Network):
         """Draw images. Image i is the same for any ``n`` and ``batch_size``, up to rounding.
 
         Args:
-            n: Number of images.
+            n: Number of images; with ``masks``, of each mask.
+            masks: Label maps that the images obey, for a generator that is conditioned by masks: files, volumes, images
+                of nibabel, or arrays. A model of slices draws each slice of a volume. All first images come before all
+                second ones, on the grid of the model; `sample` writes them on that of the label map.
+            spacing_mm: Voxel size of label maps that are arrays.
             label: Class of all images, by number or name; None cycles through the classes.
             steps: Steps of the sampler; None takes the model's default.
             sampler: "ddpm", "ddim", "dpm++", "euler" or "heun"; None takes the model's default.
@@ -320,24 +330,41 @@ class Generator(Network):
 
         Raises:
             UsageError: Options that do not fit the model, or a class that it does not have.
+            InputError: Label maps that do not fit the model.
         """
         source = self._source.with_options(
             SampleOptions(
                 n, sampler, steps, self._label(label), guidance,
                 classifier_scale=classifier_scale, clip_first=clip_first, batch_size=batch_size, seed=seed,
-            )
+            ),
+            masked=masks is not None,
         )  # fmt: skip
-        drawn, numbers = [], range(n)
-        for first in range(0, n, batch_size):
-            drawn.append(source.draw(numbers[first : first + batch_size]))
-            done = min(first + batch_size, n)
-            on_progress(f"drawing with {self.name}: {done} of {n}", done / n)
+        placed = None if masks is None else self._placed(masks, n, spacing_mm)
+        drawn, numbers = [], range(n if placed is None else len(placed))
+        for first in range(0, len(numbers), batch_size):
+            part = numbers[first : first + batch_size]
+            if placed is None:
+                drawn.append(source.draw(part))
+            else:
+                seeds = [derive_seed(seed, "mask", number) for number in part]
+                drawn.append(source.draw_masks(placed[first : first + batch_size], seeds))
+            done = first + len(part)
+            on_progress(f"drawing with {self.name}: {done} of {len(numbers)}", done / len(numbers))
         spacing = source.last.config.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
         return Samples(
             torch.cat(drawn).numpy(),
             tuple(self.classes[label] for label in source.labels(numbers).tolist()) if self.classes else (),
             spacing if len(self.shape) == 3 else None,
+            None if placed is None else placed.to(torch.uint8).numpy(),
         )
+
+    def _placed(self, masks: Sequence[Image], count: int, spacing_mm: Sequence[float] | None) -> Tensor:
+        """The label maps on the model's grid, (N, *S), all of them ``count`` times."""
+        if isinstance(masks, str | Path) or not isinstance(masks, Sequence) or not masks:
+            raise UsageError('masks: expected a list of label maps, such as ["mask.nii.gz"]')
+        volumes = [read_mask(mask, None if has_geometry(mask) else spacing_mm) for mask in masks]
+        labels = [place_mask(volume, self._source.generator).labels for volume in volumes]
+        return torch.cat(labels * count)
 
     def _label(self, label: int | str | None) -> int | None:
         if not isinstance(label, str):
@@ -434,7 +461,7 @@ def load_model(
         others = [None if model is None else str(model) for model in (upsampler, classifier)]
         sampling = SampleOptions(upsampler=others[0], classifier=others[1], device=device, compile=compile)
         try:
-            return Generator(ImageSource(saved, sampling))
+            return Generator(ImageSource(saved, sampling, masked=None))
         except (UsageError, ModelError) as error:  # it cannot be sampled, but its network can be used
             if given:
                 raise

@@ -212,11 +212,13 @@ class Samples:
         images: (n, H, W, C) of pictures or (n, I, J, K, C) of volumes, uint8 levels 0 to 255; C is 1 or 3.
         classes: Name of the class of each image; empty for a generator without classes.
         spacing_mm: Voxel size of volumes, whose axes are RAS; None for pictures, which have none.
+        masks: The mask that each image obeys, (n, H, W) or (n, I, J, K) uint8 labels; None for images without masks.
     """
 
     images: npt.NDArray[np.uint8]
     classes: tuple[str, ...]
     spacing_mm: tuple[float, float, float] | None
+    masks: npt.NDArray[np.uint8] | None = None
 
     def to_nibabel(self, index: int) -> nib.Nifti1Image:
         """One of the volumes as an image of nibabel.

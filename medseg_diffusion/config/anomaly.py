@@ -122,12 +122,14 @@ class AnomalyConfig(Section):
         generator, classifier = self.generator, self.classifier
         if generator.method == "upsampler":
             raise ValueError("generator.method upsampler enlarges images; it cannot detect anomalies")
+        if generator.condition.mask:
+            raise ValueError("generator.condition.mask: healthy images have no masks")
         if generator.method == "latent" and generator.condition.classes != "none":
             raise ValueError("generator.method latent takes no classes here; counterfactuals need method pixel")
         if classifier is not None and not self.needs_unhealthy:
             raise ValueError("a classifier needs a generator with generator.condition.classes")
         if classifier is not None and (
-            classifier.data != generator.data
+            classifier.data != generator.data.images
             or classifier.preprocessing != generator.preprocessing
             or classifier.schedule != generator.diffusion.schedule
         ):

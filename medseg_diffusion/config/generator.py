@@ -38,14 +38,38 @@ class ImageDataSection(Section):
         return self
 
 
+class GeneratorDataSection(ImageDataSection):
+    """Images of a generator, with masks if it is conditioned by them.
+
+    ``labels`` are the names of labels 1, 2, ...; without it they are those of dataset.json. ``merge_labels`` reads
+    every label above 0 as 1. Both are those of segmenters.
+    """
+
+    labels: tuple[str, ...] = ()
+    merge_labels: bool = False
+
+    @property
+    def images(self) -> ImageDataSection:
+        """The images alone, for models that see no masks."""
+        return ImageDataSection(**self.model_dump(include=set(ImageDataSection.model_fields)))
+
+    @model_validator(mode="after")
+    def _merged(self) -> GeneratorDataSection:
+        if self.merge_labels and len(self.labels) != 1:
+            raise ValueError(f"merge_labels leaves one class; name it in labels (got {len(self.labels)} names)")
+        return self
+
+
 class ImageConditionSection(Section):
-    """Conditioning of a generator by classes.
+    """Conditioning of a generator by classes, or by masks.
 
     ``classes`` says how a class reaches the network; "cross-attention" makes it a token of ``context_channels``.
-    ``drop`` is the share of training examples without their class, for classifier-free guidance.
+    ``mask`` concatenates the mask of the image to the network's input. ``drop`` is the share of training examples
+    without their class or mask, for classifier-free guidance.
     """
 
     classes: Literal["none", "embedding", "cross-attention"] = "none"
+    mask: bool = False
     drop: float = Field(0.1, ge=0, le=1)
     context_channels: int = Field(256, gt=0)
 
@@ -158,7 +182,7 @@ class GeneratorConfig(Section):
     method: Literal["pixel", "latent", "upsampler", "patched"]
     autoencoder: str | None = None
     factor: int = Field(2, ge=2)
-    data: ImageDataSection = ImageDataSection()
+    data: GeneratorDataSection = GeneratorDataSection()
     preprocessing: PreprocessingSection = PreprocessingSection()
     network: UNetSection = UNetSection(dims=2)
     condition: ImageConditionSection = ImageConditionSection()
@@ -184,7 +208,20 @@ class GeneratorConfig(Section):
         attends = bool(self.network.attention_factors) or self.network.middle_attention is True
         if self.condition.classes == "cross-attention" and not attends:
             raise ValueError("condition.classes cross-attention needs network.attention_factors")
+        self._check_masks()
         return self
+
+    def _check_masks(self) -> None:
+        if not self.condition.mask:
+            if self.data.labels:
+                raise ValueError("data.labels and data.merge_labels are for condition.mask: true")
+            return
+        if self.method not in ("pixel", "latent"):
+            raise ValueError(f"condition.mask is for methods pixel and latent, not {self.method}")
+        if self.condition.classes != "none":
+            raise ValueError("condition.mask and condition.classes exclude each other")
+        if self.preprocessing.crop_foreground:
+            raise ValueError("preprocessing.crop_foreground needs an image, and a mask to draw one for has none yet")
 
 
 class ImageAutoencoderConfig(Section):

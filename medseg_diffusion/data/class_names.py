@@ -91,6 +91,23 @@ def names_in_table(source: Path) -> dict[int, str]:
     return {int(row["index"]): row["name"].strip() for row in rows if int(row["index"])}
 
 
+def misnamed(known: Mapping[int, str], stored: Mapping[int, str]) -> tuple[int, int] | None:
+    """The first label above 0 of ``stored`` whose name is rather that of another label of ``known``, and that label.
+
+    Names need not be equal: "Anterior" is the "anterior hippocampus". None if the names do not contradict each other.
+    """
+
+    def words(name: str) -> set[str]:
+        return set(name.lower().replace("_", " ").replace("-", " ").split())
+
+    for value, name in stored.items():
+        shared = {label: len(words(name) & words(other)) for label, other in known.items()}
+        best = max(shared.values())
+        if value and best > shared.get(value, 0):
+            return value, next(label for label, count in shared.items() if count == best)
+    return None
+
+
 def _from_statistics(content: Mapping[str, Any]) -> dict[int, str]:
     """The classes of `medseg segment`; files of earlier versions list them in the order of their labels 1, 2, ..."""
     classes = content["classes"].items()

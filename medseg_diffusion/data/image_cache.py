@@ -3,6 +3,7 @@
 Any image is read in microseconds, and the collection takes no RAM. A packed collection is a folder with two files:
 
 images.u8     all images, (N, *size, channels) uint8, without a header
+masks.u8      their masks, (N, *size) uint8, if they have masks
 index.json    shape, class names, labels, splits, names, skipped files
 """
 
@@ -12,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,8 @@ class PackedImages:
         skipped: broken files that were left out.
         draws: positions of the images of one training epoch, with repetitions; empty if an epoch is the training split.
         held_out: bounds of the splits by hash; None if the collection has official splits.
+        masks: (N, *size) uint8 labels of every pixel, memory-mapped and read-only; None for images without masks.
+        mask_classes: names of the masks' labels by value, background first.
     """
 
     folder: Path
@@ -60,6 +64,8 @@ class PackedImages:
     skipped: tuple[str, ...]
     draws: npt.NDArray[np.int64]
     held_out: Bounds | None
+    masks: Pixels | None = None
+    mask_classes: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the folder's name alone. A memory map would be sent to worker processes as a copy of the file."""
@@ -134,7 +140,9 @@ def open_packed(folder: Path) -> PackedImages:
     labels, draws = (np.asarray(index.get(key, []), np.int64) for key in ("labels", "draws"))
     classes, names, skipped = (tuple(index[key]) for key in ("classes", "names", "skipped"))
     held_out = None if index["held_out"] is None else Bounds(**index["held_out"])
-    return PackedImages(folder, images, labels, parts, classes, names, skipped, draws, held_out)
+    mask_classes = tuple(index.get("mask_classes", []))
+    masks = np.memmap(folder / "masks.u8", np.uint8, "r", shape=tuple(index["shape"][:-1])) if mask_classes else None
+    return PackedImages(folder, images, labels, parts, classes, names, skipped, draws, held_out, masks, mask_classes)
 
 
 def _pack(
@@ -168,14 +176,16 @@ def _pack(
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The images (n, *size, channels) of one file, all of one class and split."""
+    """The images (n, *size, channels) of one file, all of one class and split, and their masks (n, *size) if any."""
 
     name: str
     label: int
     part: SplitName
     images: Pixels
+    masks: Pixels | None = None
 
 
+# many: one for each entry of the index
 def write_packed(
     folder: Path,
     rows: Iterable[Row],
@@ -185,6 +195,7 @@ def write_packed(
     skipped: Sequence[str] = (),
     draws: Sequence[int] = (),
     held_out: Bounds | None = None,
+    mask_classes: Sequence[str] = (),
 ) -> None:
     """Write a packed collection into an empty folder.
 
@@ -197,6 +208,7 @@ def write_packed(
         skipped: names of broken files. It may grow while ``rows`` is consumed.
         draws: see `PackedImages`. It may grow while ``rows`` is consumed.
         held_out: see `PackedImages`.
+        mask_classes: see `PackedImages`. With it, every row has masks.
 
     Raises:
         InputError: no image to train on.
@@ -204,9 +216,14 @@ def write_packed(
     labels: list[int] = []
     names: list[str] = []
     parts: dict[str, list[int]] = {}
-    with (folder / "images.u8").open("wb") as file:
+    with ExitStack() as files:
+        file = files.enter_context((folder / "images.u8").open("wb"))
+        masks = files.enter_context((folder / "masks.u8").open("wb")) if mask_classes else None
         for row in rows:
             file.write(np.ascontiguousarray(row.images).tobytes())
+            if masks is not None:
+                assert row.masks is not None
+                masks.write(np.ascontiguousarray(row.masks).tobytes())
             first = len(names)
             names += [row.name] * len(row.images)
             labels += [row.label] * len(row.images)
@@ -222,6 +239,7 @@ def write_packed(
         "skipped": list(skipped),
         "draws": list(draws),
         "held_out": None if held_out is None else asdict(held_out),
+        "mask_classes": list(mask_classes),
     }
     (folder / "index.json").write_text(json.dumps(index))
 
@@ -275,13 +293,23 @@ class ImageExamples:
         return len(self.positions)
 
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """The "image" (C, *size) float32 in [-1, 1] and "label" () int64."""
+        """The "image" (C, *size) float32 in [-1, 1] and "label" () int64; of images with masks "mask" (*size) uint8."""
         position = self.positions[index]
         pixels = np.moveaxis(self.images.images[position], -1, 0)
-        if self.flip and float(torch.rand((), generator=generator)) < 0.5:
+        mirrored = self.flip and float(torch.rand((), generator=generator)) < 0.5
+        if mirrored:
             pixels = np.flip(pixels, mirrored_axis(pixels.ndim - 1))
         image = to_unit(torch.from_numpy(np.array(pixels)))
-        return {"image": image, "label": torch.tensor(int(self.images.labels[position]))}
+        label = torch.tensor(int(self.images.labels[position]))
+        return {"image": image, "label": label, **mask_of(self.images, position, mirrored)}
+
+
+def mask_of(images: PackedImages, position: int, mirrored: bool) -> dict[str, Tensor]:
+    """The "mask" (*size) uint8 of an image, mirrored left to right if so; empty for images without masks."""
+    if images.masks is None:
+        return {}
+    mask = images.masks[position]
+    return {"mask": torch.from_numpy(np.array(np.flip(mask, mirrored_axis(mask.ndim)) if mirrored else mask))}
 
 
 def to_unit(pixels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medseg_diffusion.files import whole_file
 
-from .image_cache import PackedImages, images_at_once, mirrored_axis, to_unit
+from .image_cache import PackedImages, images_at_once, mask_of, mirrored_axis, to_unit
 
 BATCH = 64
 
@@ -103,6 +103,8 @@ class LatentExamples:
     def example(self, index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
         """The "image" (C', *s) float32, which is a standardised latent, the "label" () int64, and "low" for upsamplers.
 
+        Images with masks have "mask" (*S) uint8 at the resolution of the image.
+
         The draw of the mirror image comes from ``generator``.
         """
         position = self.positions[index]
@@ -112,4 +114,4 @@ class LatentExamples:
         if self.low is not None:
             image = to_unit(torch.from_numpy(np.array(self.images.images[position])).movedim(-1, 0))[None]
             example["low"] = self.low(image.flip(mirrored_axis(image.ndim - 2)) if mirrored else image)[0]
-        return example
+        return {**example, **mask_of(self.images, position, bool(mirrored))}

@@ -113,6 +113,15 @@ def read_case_labels(path: Path, volume: Volume, expected: CaseFormat) -> Volume
     """
     labels = read_labels(path)
     volume.require_same_grid(labels)
+    return checked_labels(labels, path, expected)
+
+
+def checked_labels(labels: Volume, path: Path | None, expected: CaseFormat) -> Volume:
+    """The labels, merged if ``expected`` says so; ``path`` is named in messages.
+
+    Raises:
+        InputError: an unexpected label value.
+    """
     if expected.merge_labels:
         _check_merged(labels, path, expected.named_labels)
         labels = labels.like(labels.data.clamp(max=1))
@@ -193,7 +202,7 @@ def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str]
         )
 
 
-def _check_merged(labels: Volume, path: Path, named: Collection[int]) -> None:
+def _check_merged(labels: Volume, path: Path | None, named: Collection[int]) -> None:
     """InputError for values that are not to be merged: see `CaseFormat`. Levels of grey are refused."""
     values = torch.unique(labels.data).tolist()
     unnamed = [value for value in values if value and value not in named]
@@ -209,7 +218,7 @@ def _check_merged(labels: Volume, path: Path, named: Collection[int]) -> None:
         )
 
 
-def _check_values(labels: Volume, path: Path, num_classes: int) -> None:
+def _check_values(labels: Volume, path: Path | None, num_classes: int) -> None:
     largest = int(labels.data.max())
     if largest < num_classes:
         return

@@ -62,8 +62,8 @@ def read_columns(file: Path, key: str, value: str) -> dict[str, str]:
 
 
 def patients_of(folder: Path, cases: Collection[str]) -> dict[str, str]:
-    """`read_patients` of the file in a data folder, or beside a folder of images; empty where there is none."""
-    beside = [folder.parent] if folder.resolve().name in ("images", "imagesTr") else []
+    """`read_patients` of the file in a data folder, or beside a folder of images or masks; empty without one."""
+    beside = [folder.parent] if folder.resolve().name in ("images", "imagesTr", "labels", "labelsTr", "masks") else []
     for place in (folder, *beside):
         if (place / FILE).is_file():
             return read_patients(place / FILE, cases)

@@ -62,8 +62,9 @@ class Activations(nn.Module):
         if not isinstance(network, UNet) or not isinstance(task, ImageDiffusion) or task.factor is not None:
             raise ModelError("activations are taken from generators of whole images, not of patches or enlarged ones")
         names = network.block_names()
-        if task.num_classes and not task.drop:
-            raise ModelError("the generator is conditioned by classes and never saw an image without one")
+        if (task.num_classes or task.mask_classes) and not task.drop:
+            kind = "classes" if task.num_classes else "masks"
+            raise ModelError(f"the generator is conditioned by {kind} and never saw an image without one")
         if unknown := [name for name in blocks if name not in names]:
             raise UsageError(f"the generator has no block {unknown[0]}; it has {names[0]} to {names[-1]}")
         if wrong := [t for t in times if not 0 <= t < task.denoiser.schedule.num_steps]:
@@ -87,10 +88,11 @@ class Activations(nn.Module):
         task = self.task
         activations: list[Tensor] = []
         label = torch.full((len(x0),), task.num_classes, device=x0.device) if task.num_classes else None
+        cond = task.condition(label, size=x0.shape[2:], mask=task.no_mask(x0))
         for t in self.times:
             x_t = task.denoiser.schedule.add_noise(x0, self.noise.to(x0.dtype).expand_as(x0), t + 1)
             steps = torch.full((len(x0),), t, device=x0.device)
-            by_name = self._network().activations(x_t, steps, task.condition(label), self.blocks)
+            by_name = self._network().activations(x_t, steps, cond, self.blocks)
             activations += [by_name[name] for name in self.blocks]
         return activations
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from medseg_diffusion.sampling.loop import sample
 from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 
+from .classes import classes_of
 from .inference import placed
 from .restore import ready, typed_config, usable
 from .store import SavedModel
@@ -38,7 +39,8 @@ class Generator:
         config: Configuration of its training.
         shape: Shape (C, *S) of x0, which is the image or the latent.
         codec: Autoencoder of a latent generator; None for pixels.
-        classes: Names of the classes.
+        classes: Names of the classes of images.
+        mask_classes: Label value -> class name of the masks that condition it, background included; empty without.
         held_out: The bounds of the split of its images; None for an imported generator, and for images with an official
             split.
     """
@@ -49,12 +51,14 @@ class Generator:
     codec: Codec | None = None
     classes: tuple[str, ...] = ()
     held_out: Bounds | None = None
+    mask_classes: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
         return next(self.task.parameters()).device
 
+    # many: one keyword for each condition and option of the sampling
     @torch.no_grad()
     def sample(
         self,
@@ -66,6 +70,8 @@ class Generator:
         guidance: float = 1.0,
         classifier: ClassifierGradient | None = None,
         clip_first: bool = False,
+        mask: Tensor | None = None,
+        on_step: Callable[[int, int], None] = lambda done, total: None,
     ) -> Tensor:
         """Sample images (B, C, H, W) in [-1, 1]. A seed gives the same image in any batch, up to rounding.
 
@@ -79,6 +85,9 @@ class Generator:
             classifier: Gradient of a noisy classifier.
             clip_first: Clip the predicted pixels before the classifier's gradient is added, as guided diffusion's code
                 does, and not after it.
+            mask: Label of every pixel, (B, H, W) whole numbers, for a model that is conditioned by masks; None draws
+                without a mask.
+            on_step: Called after every step with the steps done and those in all.
 
         Raises:
             UsageError: A patched model.
@@ -87,22 +96,30 @@ class Generator:
         if isinstance(task, PatchedDiffusion):
             raise UsageError("a patched model restores patches of images; it cannot generate images")
         denoiser: Denoiser = task.denoiser
+        noise_generators = generators(seeds)
+        source = build.noise_source(self.config.diffusion.noise)
+        noise = source(self.shape, noise_generators, torch.zeros((), device=device))
         if guidance != 1:
-            denoiser = ClassifierFreeGuided(denoiser, task.null(torch.zeros((), device=device)), guidance)
+            denoiser = ClassifierFreeGuided(denoiser, task.null(noise), guidance)
         pixels = self.codec is None  # pixels have a range, latents have none
         if classifier is not None and clip_first and pixels:
             denoiser = ClassifierGuided(Clipped(denoiser), classifier)
         else:
             denoiser = denoiser if classifier is None else ClassifierGuided(denoiser, classifier)
             denoiser = Clipped(denoiser) if pixels else denoiser
-        noise_generators = generators(seeds)
-        source = build.noise_source(self.config.diffusion.noise)
-        noise = source(self.shape, noise_generators, torch.zeros((), device=device))
         defaults = self.config.sampling
         name, count = sampler or defaults.sampler, steps or defaults.steps
-        cond = task.condition(label, low, self.shape[1:])
+        cond = task.condition(label, low, self.shape[1:], task.no_mask(noise) if mask is None else mask)
         times = build.generator_times(task.denoiser.schedule, name, count)
-        x0 = sample(denoiser, build.sampler(name), noise, times, cond, generators=noise_generators)
+        x0 = sample(
+            denoiser,
+            build.sampler(name),
+            noise,
+            times,
+            cond,
+            generators=noise_generators,
+            on_step=lambda time, x, prediction: on_step(times.index(time), len(times) - 1),
+        )
         return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)
 
 
@@ -125,10 +142,12 @@ def restore_generator(saved: SavedModel, device: torch.device | str = "cpu", com
             codec = build.autoencoder(stage)
             ready(codec.requires_grad_(False), saved.weights_under("codec"))
             placed(codec, device, stage.training.channels_last)
-        task = build.generator(config, len(classes), None if codec is None else shape[0])
+        mask_classes = classes_of(saved.card) if config.condition.mask else {}
+        task = build.generator(config, len(classes), None if codec is None else shape[0], len(mask_classes))
         ready(task, {name: value for name, value in saved.weights.items() if not name.startswith("codec.")})
     placed(task.denoiser.network, device, config.training.channels_last, compiled)
-    return Generator(task.requires_grad_(False).to(device), config, shape, codec, classes, held_out)
+    task.requires_grad_(False).to(device)
+    return Generator(task, config, shape, codec, classes, held_out, mask_classes)
 
 
 def _imported(saved: SavedModel, device: torch.device | str, compiled: bool) -> Generator:

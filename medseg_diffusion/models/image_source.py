@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +18,18 @@ from medseg_diffusion.device import autocast, choose_device, keep_freed_memory, 
 from medseg_diffusion.diffusion.guidance import ClassifierGradient
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
+from medseg_diffusion.tasks.image import ImageDiffusion
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 
 from .generator import Generator, restore_classifier, restore_generator
 from .store import SavedModel, load_model_files
+
+OnStep = Callable[[int, int], None]
+"""Called with the denoising steps done, and those in all."""
+
+
+def _silent(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class SampleOptions:
     """Options of `sample`.
 
     Attributes:
-        count: Number of images.
+        count: Number of images; with masks, of each mask.
         sampler: "ddpm", "ddim", "dpm++", "euler" or "heun"; None takes the model's default.
         steps: Steps of the sampler; None takes the model's default.
         label: Number of the class of all images; None cycles through the classes.
@@ -78,8 +86,25 @@ class ImageSource:
         loss_extractors: Fingerprints of the feature extractors that were used in a training loss.
     """
 
-    def __init__(self, name_or_path: str | Path | SavedModel, options: SampleOptions = SampleOptions()) -> None:
-        self.options = options
+    def __init__(
+        self,
+        name_or_path: str | Path | SavedModel,
+        options: SampleOptions = SampleOptions(),
+        masked: bool | None = False,
+    ) -> None:
+        """Load the models and check the options.
+
+        Args:
+            name_or_path: Generator: model folder, run folder or installed name.
+            options: The options.
+            masked: Whether images of masks will be drawn (`draw_masks`); None if that is not known yet.
+
+        Raises:
+            ModelError: No usable model.
+            UsageError: Options that do not fit the models, masks for a model that takes none, or none for one that
+                needs them.
+        """
+        self.options, self.masked = options, masked
         self.device = choose_device(options.device)
         tune(self.device)
         if self.device.type == "cpu":
@@ -103,15 +128,17 @@ class ImageSource:
             self._check_classifier(config)
         self._check()
 
-    def with_options(self, options: SampleOptions) -> ImageSource:
+    def with_options(self, options: SampleOptions, masked: bool = False) -> ImageSource:
         """The same models on the same device, with the other options from ``options``.
+
+        ``masked`` says whether images of masks will be drawn.
 
         Raises:
             UsageError: options that do not fit the models.
         """
         loaded = {name: getattr(self.options, name) for name in ("classifier", "upsampler", "device", "compile")}
         other = copy(self)
-        other.options = replace(options, **loaded)
+        other.options, other.masked = replace(options, **loaded), masked
         other._check()
         if other.classifier is not None:
             other._check_class(other.num_classes)
@@ -122,18 +149,39 @@ class ImageSource:
         """The model that makes the final images: the upsampler, or the generator where there is none."""
         return self.upsampler or self.generator
 
-    def draw(self, numbers: Sequence[int]) -> Tensor:
-        """The images with these numbers, (B, *S, C) uint8."""
+    def draw(self, numbers: Sequence[int], on_step: OnStep = _silent) -> Tensor:
+        """The images with these numbers, (B, *S, C) uint8. ``on_step`` is called with the steps done and all."""
+        seeds = [derive_seed(self.options.seed, "sample", number) for number in numbers]
+        return self._drawn(seeds, self.labels(numbers).to(self.device), None, on_step)
+
+    def draw_masks(self, masks: Tensor, seeds: Sequence[int], on_step: OnStep = _silent) -> Tensor:
+        """An image of each mask, (B, *S, C) uint8.
+
+        Args:
+            masks: (B, *S) whole numbers on the model's grid (`placed_mask.place_mask`).
+            seeds: One seed per image. A seed and a mask give the same image in any batch, up to rounding.
+            on_step: Called with the steps done and those in all.
+        """
+        return self._drawn(seeds, torch.zeros(len(masks), dtype=torch.long), masks.to(self.device), on_step)
+
+    def _drawn(self, seeds: Sequence[int], label: Tensor, masks: Tensor | None, on_step: OnStep) -> Tensor:
         options, task = self.options, self.generator.task
-        label = self.labels(numbers).to(self.device)
-        seeds = [derive_seed(options.seed, "sample", number) for number in numbers]
         gradient = None
         if self.classifier is not None:
             gradient = ClassifierGradient(cast(Any, self.classifier), label, options.classifier_scale)
         with autocast(self.device, self.generator.config.training.precision):
             classes = label if task.num_classes else None
             image = self.generator.sample(
-                seeds, options.sampler, options.steps, classes, None, options.guidance, gradient, options.clip_first
+                seeds,
+                options.sampler,
+                options.steps,
+                classes,
+                None,
+                options.guidance,
+                gradient,
+                options.clip_first,
+                masks,
+                on_step,
             )
             if self.upsampler:
                 upsampler_seeds = [derive_seed(seed, "upsampled") for seed in seeds]
@@ -160,8 +208,9 @@ class ImageSource:
             raise UsageError(f"{path}: this model has no classes; leave --class out")
         if options.clip_first and self.classifier is None:
             raise UsageError(f"{path}: --clip-first is about a classifier's guidance; give --classifier")
-        if options.guidance != 1 and not (task.num_classes and self.generator.config.condition.drop):
+        if options.guidance != 1 and not ((task.num_classes or task.mask_classes) and task.drop):
             raise UsageError(f"{path}: --guidance needs a model that was trained with condition.drop above 0")
+        self._check_masks(task)
         if task.num_classes:
             self._check_class(task.num_classes)
         if self.classifier is not None and self.generator.codec is not None:
@@ -179,6 +228,20 @@ class ImageSource:
                 raise UsageError(
                     f"{options.upsampler}: needs one of {upsampler_classes} classes, the images have {self.num_classes}"
                 )
+
+    def _check_masks(self, task: ImageDiffusion) -> None:
+        options, path = self.options, self.saved.path
+        if self.masked and not task.mask_classes:
+            raise UsageError(f"{path}: is not conditioned by masks (condition.mask); leave --masks out")
+        if self.masked and options.upsampler is not None:
+            raise UsageError("--upsampler: images of masks are not enlarged; leave it or --masks out")
+        if self.masked and options.classifier is not None:
+            raise UsageError("--classifier: images of masks are guided by --guidance; leave it or --masks out")
+        if task.mask_classes and self.masked is False:
+            if not task.drop:
+                raise UsageError(f"{path}: trained with condition.drop 0, it draws images of masks only: give --masks")
+            if options.guidance != 1:
+                raise UsageError(f"{path}: --guidance strengthens the mask, and there is none: give --masks")
 
     def _check_classifier(self, config: NoisyClassifierConfig) -> None:
         """Require that the classifier was made for the images, schedule and classes of the generator."""

@@ -135,8 +135,7 @@ def sample(
         times: strictly monotone, usually decreasing to 0 (`spaced`).
         cond: passed to the denoiser at every step, so anything costly (an encoded image) should be computed before.
         generators: one CPU generator per batch element; only stochastic steps need them.
-        on_step: called after every step with (time reached, x there, the prediction that led there). No command uses
-            it; it is for those who want to look at the walk.
+        on_step: called after every step with (time reached, x there, the prediction that led there).
 
     Raises:
         ValueError: ``times`` are not strictly monotone, or a stochastic sampler has too few generators.

@@ -103,7 +103,7 @@ def autoencoder_of(config: GeneratorConfig) -> ImageAutoencoderConfig:
     stage = load_config(str(config.autoencoder))
     if not isinstance(stage, ImageAutoencoderConfig):
         raise UsageError(f"autoencoder: {config.autoencoder} configures a {stage.method}, not an autoencoder")
-    same = {"data": config.data.model_dump(), "preprocessing": config.preprocessing.model_dump()}
+    same = {"data": config.data.images.model_dump(), "preprocessing": config.preprocessing.model_dump()}
     return cast(ImageAutoencoderConfig, parse_config({**stage.model_dump(), **same}, str(config.autoencoder)))
 
 

@@ -31,12 +31,15 @@ from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.files import as_paths, require_folder, write_files
 from medseg_diffusion.metrics.generation import NEIGHBOUR, Features, Scores, scores
 from medseg_diffusion.metrics.generation_summary import FLOOR, GeneratorEvaluation, GeneratorRow
+from medseg_diffusion.models.generator import Generator
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import home
 from medseg_diffusion.networks.extractors import Extractor, extractor
 from medseg_diffusion.reports.generator_page import TILES, Pictures, generator_page
 from medseg_diffusion.reports.pictures import grid, png
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
+
+from .real_images import labelled_images_of_training
 
 Images = np.ndarray | np.memmap
 """(N, H, W, C) uint8."""
@@ -109,7 +112,7 @@ def evaluate_generator(
     _check_models(names, options, extract)
     real = _real_images(reference, names, options, device, on_count)
     _check_counts(names, real, options.sampling.count)
-    real_features = _features(real.images, extract, partial(on_count, "real images"))
+    real_features = features_of(real.images, extract, partial(on_count, "real images"))
     count = len(real.images)
     result = GeneratorEvaluation(extract.name, extract.maps, str(reference), count, options.sampling.upsampler)
     fewest, n_features = min(options.sampling.count, count), real_features.pooled.shape[1]
@@ -128,7 +131,7 @@ def evaluate_generator(
     sampled: list[Pictures] = []
     for model in names:
         for sample in _samples_of(model, options, output, real.size, on_count):
-            features = _features(sample.images, extract, partial(on_count, f"{sample.name}: features"))
+            features = features_of(sample.images, extract, partial(on_count, f"{sample.name}: features"))
             write_files(output, {f"{sample.name}.png": _picture(sample.images)})
             add(GeneratorRow(model, sample.sampler, sample.steps, scores(features, real_features)))
             sampled.append(Pictures(sample.name, np.array(sample.images[:TILES]), sample.classes))
@@ -226,7 +229,8 @@ def _samples(
     return np.concatenate(parts)
 
 
-def _features(images: Images, extract: Extractor, on_progress: Callable[[int, int], None]) -> Features:
+def features_of(images: Images, extract: Extractor, on_progress: Callable[[int, int], None]) -> Features:
+    """The features of images (N, H, W, C) uint8; ``on_progress`` is called with the images done and all."""
     parts = []
     for first in range(0, len(images), CHUNK):
         parts.append(extract(torch.from_numpy(np.array(images[first : first + CHUNK]))))
@@ -284,6 +288,7 @@ class _ModelImages:
         size: Side length and channels; None without a model.
         test_images: The numbers of test images of the models.
         bounds: The held-out sides of the models.
+        masks: The first generator of masks, for which real images are read with their masks; None without one.
     """
 
     section: ImageDataSection
@@ -291,6 +296,7 @@ class _ModelImages:
     size: tuple[int, int] | None
     test_images: set[int]
     bounds: set[Bounds]
+    masks: Generator | None = None
 
 
 def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages:
@@ -301,6 +307,7 @@ def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages
     """
     sizes, preprocessings, test_images = set(), set(), set()
     bounds: set[Bounds] = set()
+    masks: Generator | None = None
     section, preprocessing = ImageDataSection(), PreprocessingSection()
     for model in models:
         if _is_samples(model):
@@ -309,6 +316,7 @@ def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages
         config = source.last.config
         test_images |= {source.generator.config.data.test_images, config.data.test_images}
         bounds |= {one.held_out for one in (source.generator, source.last) if one.held_out is not None}
+        masks = masks or (source.generator if source.generator.mask_classes else None)
         preprocessings.add(config.preprocessing.model_dump_json())
         section, preprocessing = config.data, config.preprocessing
         if not isinstance(section.size, int):
@@ -318,7 +326,7 @@ def _model_images(models: Sequence[str], options: SampleOptions) -> _ModelImages
         raise UsageError(f"the models make images of different sizes ({sorted(sizes)}); evaluate them separately")
     if len(preprocessings) > 1:
         raise UsageError("the models see scans after different preprocessing; evaluate them separately")
-    return _ModelImages(section, preprocessing, next(iter(sizes), None), test_images, bounds)
+    return _ModelImages(section, preprocessing, next(iter(sizes), None), test_images, bounds, masks)
 
 
 def _real_images(
@@ -344,15 +352,20 @@ def _real_images(
         n_held_out = bounds.count(entry.group for entry in entries)
         n_held_out = n_held_out if n_held_out[0] else (0, 0)
     size = expected.size or _sample_size(models)
-    collection: PackedImages = packed(
-        reference,
-        home() / "images",
-        *size,
-        preprocessing=build.image_preprocessing(expected.preprocessing, (size[0], size[0])),
-        held_out=n_held_out,
-        skip_broken=options.skip_broken,
-        on_file=partial(on_progress, "packing real images"),
-    )
+    on_file = partial(on_progress, "packing real images")
+    collection: PackedImages
+    if expected.masks is not None:
+        collection = labelled_images_of_training(expected.masks, reference, on_file, options.skip_broken)
+    else:
+        collection = packed(
+            reference,
+            home() / "images",
+            *size,
+            preprocessing=build.image_preprocessing(expected.preprocessing, (size[0], size[0])),
+            held_out=n_held_out,
+            skip_broken=options.skip_broken,
+            on_file=on_file,
+        )
     test = collection.part("test")
     positions = test if len(test) else collection.part("train")
     if not len(positions):

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion import build
+from medseg_diffusion.config.generator import GeneratorDataSection
 from medseg_diffusion.config.load import ImageConfig
+from medseg_diffusion.data.cases import find_cases
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.file_lists import FileList
 from medseg_diffusion.data.image_cache import PackedImages, packed
+from medseg_diffusion.data.labelled_images import LabelledImages, packed_labelled
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.models.card import common_entries
@@ -22,6 +25,8 @@ from medseg_diffusion.models.store import home
 from medseg_diffusion.reports.pictures import as_pictures, grid, write_png
 from medseg_diffusion.training.job import Job
 from medseg_diffusion.training.runtime import Runtime
+
+from .segmenter_data import class_names_of
 
 VALIDATION_IMAGES = 512
 """Number of validation images. They and their noise are always the same; their loss chooses the best weights."""
@@ -36,11 +41,14 @@ class ImageSourceOptions:
             images.
         skip_broken: Leave broken files out instead of stopping.
         download: Download the weights of LPIPS if they are missing; nothing is downloaded otherwise.
+        masks: Section of a generator that is conditioned by masks: its images, and those of its autoencoder, are read
+            with their masks.
     """
 
     data: Path | FileList | PackedImages
     skip_broken: bool = False
     download: bool = False
+    masks: GeneratorDataSection | None = None
 
 
 def prepare_images(
@@ -75,16 +83,29 @@ def prepare_images(
 def _packed(config: ImageConfig, source: ImageSourceOptions, job: Job) -> PackedImages:
     if isinstance(source.data, PackedImages):
         return source.data
-    section = config.data
+    section, store = config.data, home() / "images"
+    preprocessing = build.image_preprocessing(config.preprocessing, section.shape)
+    held_out = section.test_images, section.validation_images
+
+    def on_file(done: int, total: int) -> None:
+        job.on_prepare("images", done, total)
+
+    if source.masks is not None:
+        folder = find_cases(source.data)
+        names = class_names_of(source.masks, folder, source.data)
+        labelled = LabelledImages(folder, names, section.channels, source.masks.merge_labels, held_out)
+        return packed_labelled(
+            labelled, store, section.shape, preprocessing, skip_broken=source.skip_broken, on_case=on_file
+        )
     images = packed(
         source.data,
-        home() / "images",
+        store,
         section.shape,
         section.channels,
-        preprocessing=build.image_preprocessing(config.preprocessing, section.shape),
-        held_out=(section.test_images, section.validation_images),
+        preprocessing=preprocessing,
+        held_out=held_out,
         skip_broken=source.skip_broken,
-        on_file=lambda done, total: job.on_prepare("images", done, total),
+        on_file=on_file,
     )
     if not len(images.part("validation")):
         raise InputError(str(source.data), "no validation images", "a val/ side with annotations", "restore it")
@@ -143,7 +164,7 @@ def image_card(
         method=config.method,
         dims=len(config.data.shape),
         channels=["red", "green", "blue"] if config.data.channels == 3 else ["grey"],
-        labels={},
+        labels=dict(enumerate(images.mask_classes)),
         training={"seed": job.seed, "step": step, "data": data, **held_out},
         metrics={"validation": {name: value for name, value in numbers.items() if name != "score"}},
     )

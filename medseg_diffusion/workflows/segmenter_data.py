@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from medseg_diffusion import build
-from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.config.generator import GeneratorDataSection
+from medseg_diffusion.config.segmenter import DataSection, SegmenterConfig
 from medseg_diffusion.config.shared import warn_of_unused
 from medseg_diffusion.data.augmentation import Augmenter
 from medseg_diffusion.data.brain_classes import BRAIN, CLASSES, BrainClasses, tissues_of
 from medseg_diffusion.data.cases import Case, CaseFolder, Split, find_cases, middle_cases, split_by_hash
+from medseg_diffusion.data.class_names import misnamed
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.file_lists import FileList
 from medseg_diffusion.data.label_maps import LabelMap, load_label_map, tissues
@@ -103,7 +105,7 @@ def _labelled_scans(
     if config.inference.shape_prior_mm is not None:
         raise UsageError("inference.shape_prior_mm is for data.source brain-labelmaps")
     folder = find_cases(data)
-    labels = _class_names(config, folder, data)
+    labels = class_names_of(config.data, folder, data)
     section = config.data
     split = split_by_hash(folder.cases, section.test_cases, section.validation_cases, section.calibration_cases)
     prepared = prepare(
@@ -154,39 +156,36 @@ def _labelled_scans(
     )
 
 
-def _class_names(config: SegmenterConfig, folder: CaseFolder, data: Path | FileList) -> dict[int, str]:
-    """Label value -> class name, from the configuration or else from the folder."""
-    labels = dict(enumerate(["background", *config.data.labels])) if config.data.labels else folder.labels
+def class_names_of(
+    section: DataSection | GeneratorDataSection, folder: CaseFolder, data: Path | FileList
+) -> dict[int, str]:
+    """Label value -> class name, background included, from the configuration or else from the folder.
+
+    Raises:
+        UsageError: names that are unknown, or that contradict those of the folder.
+    """
+    labels = dict(enumerate(["background", *section.labels])) if section.labels else folder.labels
     if len(labels) < 2 or sorted(labels) != list(range(len(labels))):
         raise UsageError(f"{data}: the names of labels 1, 2, ... are unknown; set data.labels in the configuration")
-    if folder.labels and not config.data.merge_labels and set(folder.labels) != set(labels):
+    if folder.labels and not section.merge_labels and set(folder.labels) != set(labels):
         raise UsageError(
             f"{data}: dataset.json names labels {', '.join(map(str, sorted(folder.labels)))}, but data.labels names "
             f"labels 0 to {len(labels) - 1}; name all of them, or set data.merge_labels"
         )
-    if folder.labels and not config.data.merge_labels:
+    if folder.labels and not section.merge_labels:
         _require_same_names(labels, folder.labels, data)
     return labels
 
 
 def _require_same_names(configured: dict[int, str], stored: dict[int, str], data: Path | FileList) -> None:
-    """UsageError if dataset.json gives a label the name that the configuration gives to another one.
-
-    Names need not be equal: "Anterior" is the "anterior hippocampus".
-    """
-
-    def words(name: str) -> set[str]:
-        return set(name.lower().replace("_", " ").replace("-", " ").split())
-
-    for value, name in stored.items():
-        shared = {label: len(words(name) & words(other)) for label, other in configured.items()}
-        best = max(shared.values())
-        if value and best > shared[value]:
-            other = next(label for label, count in shared.items() if count == best)
-            raise UsageError(
-                f"{data}: dataset.json names label {value} {name!r}, but data.labels names it {configured[value]!r} "
-                f"and label {other} {configured[other]!r}; put data.labels into the order of dataset.json"
-            )
+    """UsageError if dataset.json gives a label the name that the configuration gives to another one."""
+    if (wrong := misnamed(configured, stored)) is not None:
+        value, other = wrong
+        raise UsageError(
+            f"{data}: dataset.json names label {value} {stored[value]!r}, but data.labels names it "
+            f"{configured[value]!r} and label {other} {configured[other]!r}; put data.labels into the order of "
+            "dataset.json"
+        )
 
 
 def _synthetic_brains(config: SegmenterConfig, data: Path | FileList, on_case: OnCase, on_gpu: bool) -> SegmenterData:

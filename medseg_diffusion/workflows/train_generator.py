@@ -86,7 +86,7 @@ def train_generator(
             classifier.
         data: A folder or zip of images, a folder of scans (`medseg_diffusion.data.images`), or a list whose entries are
             files, or mappings with "image" and, if known, "patient", "class" and "name". All files of a list are
-            images, or all are scans.
+            images, or all are scans. A generator of masks takes what segmenters take (`train_segmenter`).
         run: The run directory, new unless ``resume``.
         overrides: Values for single keys of the configuration, such as {"training.max_steps": 100}.
         autoencoder: Trained autoencoder (folder or installed name) for a latent generator or upsampler. Without it, the
@@ -115,7 +115,8 @@ def train_generator(
         raise UsageError("--autoencoder and --stage are for configurations that name an autoencoder; this one has none")
     job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_step, on_outcome)
     images = data if isinstance(data, PackedImages) else folder_or_files(data)
-    source = ImageSourceOptions(images, skip_broken, download)
+    masks = config.data if isinstance(config, GeneratorConfig) and config.condition.mask else None
+    source = ImageSourceOptions(images, skip_broken, download, masks)
     if isinstance(config, ImageAutoencoderConfig):
         return train_autoencoder(config, source, job)
     if isinstance(config, NoisyClassifierConfig):
@@ -170,12 +171,10 @@ def _train_diffusion(
     channels = latent_channels(codec)
     runtime = Runtime(job.device, config.training.precision, config.training.sharding)
     notes = {} if first is None else {"autoencoder_sha256": first.saved.sha256}
-    images = prepare_images(
-        config, source, job, runtime, lambda packed: build.generator(config, len(packed.classes), channels), notes
-    )
+    images = prepare_images(config, source, job, runtime, lambda packed: _untrained(config, packed, channels), notes)
     examples, held_out, shape = _examples(config, images, first, job, runtime)
     job.seed_weights()
-    model = build.generator(config, len(images.classes), channels)
+    model = _untrained(config, images, channels)
     arranged(model.network, config.training)
     batches = validation_batches(held_out, config.training.batch_size)
     with_classes = isinstance(model, ImageDiffusion) and model.num_classes > 0
@@ -202,6 +201,12 @@ def _train_diffusion(
 
     job.fit(model, examples, config.training, Callbacks(validate, save, job.step_done), runtime)
     return job.model
+
+
+def _untrained(
+    config: GeneratorConfig, images: PackedImages, latent_channels: int | None
+) -> ImageDiffusion | PatchedDiffusion:
+    return build.generator(config, len(images.classes), latent_channels, len(images.mask_classes))
 
 
 def _examples(
@@ -254,7 +259,7 @@ def _labelled(images: PackedImages, part: Literal["train", "validation"]) -> npt
 
 
 def _pictures(generator: Generator, images: PackedImages) -> Tensor:
-    """Samples, with the same noise, classes and low-resolution images at every validation.
+    """Samples, with the same noise, classes, masks and low-resolution images at every validation.
 
     For a patched model, validation images beside their restored versions.
     """
@@ -263,13 +268,26 @@ def _pictures(generator: Generator, images: PackedImages) -> Tensor:
         real = _real(images).to(device)
         restored = Patched(task.denoiser, task.noise, real.shape[2:]).healthy(real, range(len(real)))
         return torch.stack([real, restored], dim=1).flatten(0, 1).cpu()
-    label, low = torch.arange(PICTURES) % max(1, task.num_classes), None
+    label, low, mask = torch.arange(PICTURES) % max(1, task.num_classes), None, None
+    if task.mask_classes:
+        assert images.masks is not None
+        mask = torch.from_numpy(images.masks[_with_most_classes(images)]).to(device)
+        label = label[: len(mask)]
     if task.factor is not None:
         low = reduced(_real(images), task.factor).to(device)
         label = torch.from_numpy(images.labels[images.part("validation")[:PICTURES]]).long()
         label = torch.where(label < 0, task.num_classes, label)
     seeds = [derive_seed("picture", i) for i in range(len(label))]
-    return generator.sample(seeds, "ddim", 20, label.to(device) if task.num_classes else None, low).cpu()
+    classes = label.to(device) if task.num_classes else None
+    return generator.sample(seeds, "ddim", 20, classes, low, mask=mask).cpu()
+
+
+def _with_most_classes(images: PackedImages) -> npt.NDArray[np.int64]:
+    """Positions of the validation masks that are shown: those with the most classes, of equal ones the first."""
+    assert images.masks is not None
+    positions = images.part("validation")
+    counts = [-len(np.unique(images.masks[position])) for position in positions]
+    return positions[np.argsort(counts, kind="stable")[:PICTURES]]
 
 
 def _real(images: PackedImages) -> Tensor:

@@ -47,6 +47,14 @@ def test_a_class_that_nothing_attends_to_is_refused() -> None:
             {"method": "patched", "diffusion": {"schedule": {"name": "rectified-flow"}, "target": "flow"}},
             "method patched needs diffusion.target: x0",
         ),
+        ({"method": "pixel", "data": {"labels": ["a"]}}, "data.labels and data.merge_labels are for condition.mask"),
+        ({"method": "upsampler", "condition": {"mask": True}}, "for methods pixel and latent, not upsampler"),
+        ({"method": "pixel", "condition": {"mask": True, "classes": "embedding"}}, "exclude each other"),
+        (
+            {"method": "pixel", "condition": {"mask": True}, "preprocessing": {"crop_foreground": True}},
+            "crop_foreground needs an image",
+        ),
+        ({"method": "pixel", "condition": {"mask": True}, "data": {"merge_labels": True}}, "merge_labels leaves one"),
     ],
 )
 def test_contradictions_of_a_configuration_are_named(content, message) -> None:

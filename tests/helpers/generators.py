@@ -1,9 +1,10 @@
-"""Images of two classes, and the smallest generators of them."""
+"""Images of two classes or with masks, and the smallest generators of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -83,6 +84,48 @@ def train_models(pictures: Path, root: Path) -> dict[str, Path]:
     for name, config in configs.items():
         codec = autoencoder if getattr(config, "autoencoder", None) is not None else None
         found[name] = train_generator(config, pictures, root / name, autoencoder=codec, device="cpu")
+    return found
+
+
+def save_labelled_pictures(folder: Path, count: int = 12) -> None:
+    """Grey 16 x 16 images and their masks: a bright square of class 1 on a dark background."""
+    generator = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for i in range(count):
+        mask = np.zeros((16, 16), np.uint8)
+        top, left = generator.integers(1, 9, 2)
+        mask[top : top + 6, left : left + 6] = 1
+        image = np.where(mask, 220, 40).astype(np.uint8) + generator.integers(0, 10, mask.shape, dtype=np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{i}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+
+
+def save_labelled_volumes(folder: Path, shape: tuple[int, int, int] = (12, 10, 9), classes: int = 1) -> None:
+    """Six volumes of 1 x 1 x 2 mm, stored as LPS, with a bright block of each class, and their label maps."""
+    generator = np.random.default_rng(0)
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for i in range(6):
+        label = np.zeros(shape, np.uint8)
+        for value in range(1, classes + 1):
+            label[3 * value - 1 : 3 * value + 1, 2 : 5 + i % 3, 2:6] = value
+        image = (label + 0.2 * generator.random(shape)).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, affine), folder / "images" / f"case{i}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), folder / "labels" / f"case{i}.nii.gz")
+
+
+def mask_config(method: str = "pixel", drop: float = 0.2, **changes: object) -> GeneratorConfig:
+    """The smallest generator of 16 x 16 images that obey masks of a square."""
+    content: dict[str, object] = {
+        "data": {"size": 16, "channels": 1, "validation_images": 2, "labels": ["square"]},
+        "condition": {"mask": True, "drop": drop},
+        "network": {"dims": 2, "channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4},
+        "diffusion": {"target": "v"},
+    }
+    found = small_config(method, **{**content, **changes})
+    assert isinstance(found, GeneratorConfig)
     return found
 
 

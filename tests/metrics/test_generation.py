@@ -20,6 +20,7 @@ from medseg_diffusion.metrics.generation import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    memorisation,
     precision_recall,
     scores,
 )
@@ -138,3 +139,18 @@ def test_without_map_and_logits_their_scores_are_none() -> None:
     row = scores(features[:20], features)
     assert row.inception_score is None and row.sfid is None
     assert all(math.isfinite(value) for value in vars(row).values() if value is not None)
+
+
+def test_copies_are_closer_to_training_images_than_unseen_images_are() -> None:
+    """Copies with a little noise give 1, further images of the same distribution about a half; equal sets a half."""
+    training, unseen, fresh = (normal(300, 8, seed) for seed in (1, 2, 3))
+    copies = memorisation(training[:50] + 1e-3 * normal(50, 8, 4), training, unseen)
+    assert copies.closer == copies.closest == 1
+    assert copies.neighbours.tolist() == list(range(50))
+    honest = memorisation(fresh, training, unseen)
+    assert abs(honest.closer - 0.5) < 0.05 and honest.closest < 0.05
+    assert memorisation(unseen, training, unseen).closer == 0.5
+    far = memorisation(normal(20, 8, 5, mean=50.0), training, unseen)
+    assert far.closer == far.closest == 0
+    brute = cdist(fresh.numpy(), training.numpy())
+    np.testing.assert_allclose(honest.distances.numpy(), brute.min(1), rtol=1e-6)

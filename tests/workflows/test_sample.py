@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -10,11 +11,14 @@ import pytest
 from PIL import Image
 
 from medseg_diffusion.errors import UsageError
-from medseg_diffusion.models.image_source import SampleOptions
+from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.training.progress import silent
 from medseg_diffusion.workflows.evaluate_generator import evaluate_generator
 from medseg_diffusion.workflows.sample import read_png, sample
+from medseg_diffusion.workflows.sample_reference import Reference
 from medseg_diffusion.workflows.train_generator import train_generator
+from tests.helpers.documented import assert_documented
 from tests.helpers.generators import QUIET, small_config
 
 pytestmark = QUIET
@@ -62,3 +66,33 @@ def test_an_interrupted_call_is_finished_with_the_same_images(image_models, tmp_
         assert grid.size == (3 * 18 - 2, 2 * 18 - 2)
     with pytest.raises(UsageError, match="of other options"):
         sample(image_models["pixel"], tmp_path / "b", SampleOptions(count=5, steps=9, device="cpu"))
+
+
+def test_samples_that_are_training_images_are_found(image_models, pictures, scoring_network, tmp_path: Path) -> None:
+    """Training images in the place of samples are closer to the training images than unseen images are."""
+
+    def compared(folder: Path, count: int) -> dict[str, object]:
+        options = SampleOptions(count=count, steps=1, device="cpu")
+        sample(image_models["pixel"], folder, options, reference=pictures, extractor=str(scoring_network))
+        assert_documented("reference.json", folder / "reference.json")
+        found: dict[str, object] = json.loads((folder / "reference.json").read_text())
+        return found
+
+    drawn = compared(tmp_path / "out", 5)
+    assert (drawn["samples"], drawn["training_images"], drawn["unseen_images"]) == (5, 20, 4)
+    source = ImageSource(image_models["pixel"], SampleOptions(device="cpu"))
+    reference = Reference(source, pictures, str(scoring_network), silent)
+    copies = reference.compare(reference.images.images[reference.training[:6]], tmp_path / "out")
+    assert copies.closer == 1 and copies.neighbours.tolist() == list(range(6))
+    with Image.open(tmp_path / "out" / "reference.png") as picture:
+        assert picture.width > 100
+
+
+def test_progress_goes_up_step_by_step(image_models, tmp_path: Path) -> None:
+    """A batch of volumes takes minutes: its steps are told, too."""
+    told: list[tuple[str, float]] = []
+    options = SampleOptions(count=4, batch_size=2, steps=3, device="cpu")
+    sample(image_models["pixel"], tmp_path / "out", options, lambda what, share: told.append((what, share)))
+    shares = [share for _, share in told]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 2 * 3 + 2
+    assert told[0] == ("image: 0 of 4, step 1 of 3", pytest.approx(1 / 6))

@@ -15,7 +15,7 @@ from medseg_diffusion.config.load import load_config, presets
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows.train_generator import train_generator
-from tests.helpers.generators import OTHERS, QUIET, small_config
+from tests.helpers.generators import OTHERS, QUIET, save_labelled_volumes, small_config
 
 pytestmark = QUIET
 
@@ -28,7 +28,10 @@ def test_a_preset_trains_for_a_step_and_is_a_loadable_model(name, pictures, imag
     small_data = ["data.validation_images=2", "data.test_images=0"]
     config = load_config(name, ["training.batch_size=2", "training.workers=0", *small_data])
     assert not isinstance(config, OTHERS)
-    if len(config.data.shape) == 3:
+    if isinstance(config, GeneratorConfig) and config.condition.mask:
+        pictures = tmp_path / "labelled"
+        save_labelled_volumes(pictures, (20, 20, 20), len(config.data.labels))
+    elif len(config.data.shape) == 3:
         for i in range(4):
             pixels = np.random.default_rng(i).random((20, 20, 20)).astype(np.float32)
             nib.save(nib.Nifti1Image(pixels, np.eye(4)), tmp_path / f"{i}.nii.gz")
