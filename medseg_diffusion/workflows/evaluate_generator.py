@@ -354,8 +354,10 @@ def _real_images(
     size = expected.size or _sample_size(models)
     on_file = partial(on_progress, "packing real images")
     collection: PackedImages
+    without_test = []
     if expected.masks is not None:
         collection = labelled_images_of_training(expected.masks, reference, on_file, options.skip_broken)
+        without_test = [collection.part("validation")]
     else:
         collection = packed(
             reference,
@@ -367,7 +369,8 @@ def _real_images(
             on_file=on_file,
         )
     test = collection.part("test")
-    positions = test if len(test) else collection.part("train")
+    # Labelled images keep a validation side, which others give up where there is no test side.
+    positions = test if len(test) else np.concatenate([collection.part("train"), *without_test])
     if not len(positions):
         raise InputError(reference, "no image", "real images", "check --reference")
     classes = tuple(collection.classes[label] if label >= 0 else "" for label in collection.labels[positions])

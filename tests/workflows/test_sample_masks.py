@@ -19,6 +19,8 @@ from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.volumes.io import stored_labels
+from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
+from medseg_diffusion.workflows.real_images import images_of_training
 from medseg_diffusion.workflows.sample import read_png, sample
 from medseg_diffusion.workflows.train_generator import train_generator
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
@@ -144,6 +146,19 @@ def test_one_model_draws_with_and_without_masks(obedient: Path, squares: Path, t
         ImageSource(obedient, drawn(guidance=g), masked=True).draw_masks(masks, [5, 5]).int() for g in (1.0, 2.0)
     )
     assert int((plainly[0] - plainly[1]).abs().max()) > 50 and not torch.equal(plainly, strongly)
+
+
+def test_a_generator_of_masks_is_scored_against_images_as_it_was_trained_on(
+    obedient: Path, squares: Path, scoring_network: Path, tmp_path: Path
+) -> None:
+    """Without masks, and with real images read as in the training: scaled by percentiles, not as they are stored."""
+    options = GeneratorEvaluationOptions(
+        [("ddim", 8)], SampleOptions(count=6, device="cpu"), extractor=str(scoring_network)
+    )
+    result = evaluate_generator(obedient, squares, tmp_path / "scores", options)
+    assert result.reference_count == 12 and [row.sampler for row in result.rows] == ["", "ddim"]
+    real = images_of_training(ImageSource(obedient, drawn()), squares)
+    assert int(real.images.min()) == 0 and int(real.images.max()) == 255, "stored are levels 40 to 229"
 
 
 def test_python_draws_images_of_masks(obedient: Path) -> None:
