@@ -32,7 +32,7 @@ class Codec(Protocol):
     def decode(self, latent: Tensor) -> Tensor: ...
 
 
-class Standardised(nn.Module):
+class _Standardised(nn.Module):
     """Standardises latents for a diffusion model: (z - shift) * scale, per channel.
 
     Noise schedules assume data of zero mean and unit variance. The published code has a scale only, but an autoencoder
@@ -59,7 +59,7 @@ class Standardised(nn.Module):
         return latent / _per_channel(self.scale, latent) + _per_channel(self.shift, latent)
 
 
-class KLAutoencoder(Standardised):
+class KLAutoencoder(_Standardised):
     """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)), standardised.
 
     Args:
@@ -169,7 +169,7 @@ class KLAutoencoder(Standardised):
         return _last_weight(self.decoder)
 
 
-class VQAutoencoder(Standardised):
+class VQAutoencoder(_Standardised):
     """Image (B, in_channels, *S) <-> latent (B, latent_channels, *S / 2^(levels - 1)) with a codebook.
 
     The diffusion model works on latents before quantisation; `decode` quantises them. The codebook follows the latents
