@@ -37,7 +37,7 @@ def _meet(device: torch.device) -> None:
     Accelerate would do so with one time limit for the meeting and for everything after it.
 
     Raises:
-        MedsegError: not all processes have come within `MEETING_MIN` minutes.
+        MedsegError: not all processes have come within `MEETING_MIN` minutes, or one of them has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
         return
@@ -51,7 +51,20 @@ def _meet(device: torch.device) -> None:
         ) from error
     store.set_timeout(_WAIT)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_WAIT)
+    try:
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_WAIT)
+    except RuntimeError as error:  # one has met the others, and ended before they had met it
+        raise _ended_early(error) from error
+
+
+def _ended_early(error: RuntimeError) -> MedsegError:
+    """The error of a process that cannot reach another one.
+
+    The exit code of a training is that of the process that ends first. It should be the one with the actual error, so
+    this one waits; the launcher ends it meanwhile.
+    """
+    time.sleep(_GRACE_S)
+    return MedsegError(f"another process ended early ({str(error).splitlines()[0]})")
 
 
 def _leave_group() -> None:
@@ -193,10 +206,7 @@ class Runtime:
         except RuntimeError as error:
             if self.world_size == 1:
                 raise
-            # The exit code of the run is that of the process that ends first. It should be the one with the actual
-            # error, so this one waits; the launcher ends it meanwhile.
-            time.sleep(_GRACE_S)
-            raise MedsegError(f"another process ended early ({str(error).splitlines()[0]})") from error
+            raise _ended_early(error) from error
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

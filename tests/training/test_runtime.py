@@ -113,6 +113,23 @@ def test_a_process_alone_keeps_its_own_failure(monkeypatch: pytest.MonkeyPatch) 
         runtime.wait()
 
 
+def test_a_process_that_misses_one_that_has_ended_waits_for_the_end_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has the error that is told, and ends with its exit code."""
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("Connection closed by peer\nmore")
+
+    waited: list[float] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    monkeypatch.setattr("medseg_diffusion.training.runtime.time.sleep", waited.append)
+    store = torch.distributed.TCPStore("127.0.0.1", int(free_port()), 1, True)
+    monkeypatch.setattr("medseg_diffusion.training.runtime.rendezvous", lambda *a, **b: iter([(store, 0, 2)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MedsegError, match=r"another process ended early \(Connection closed by peer\)"):
+        Runtime("cpu", "fp32")
+    assert waited == [15.0]
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_does_not_wait_for_days_for_one_that_never_starts(rank: str) -> None:
     """As where the address of the first process is wrong, or a node of a cluster has failed."""
