@@ -63,10 +63,8 @@ def _residual(block: Any, x: Tensor, voxels: int) -> Tensor:
     out = x[:, :channels] if channels <= x.shape[1] and x.dtype == h.dtype else torch.empty_like(h)
     for first, last in _slabs(x, voxels):
         low, high = max(first - 1, 0), min(last + 1, x.shape[2])
-        branch = block.conv2(F.silu(normalise(h[:, :, low:high]), inplace=True))[:, :, first - low :][
-            :, :, : last - first
-        ]
-        out[:, :, first:last] = block.nin_shortcut(x[:, :, first:last]) + branch
+        branch = block.conv2(F.silu(normalise(h[:, :, low:high]), inplace=True))
+        out[:, :, first:last] = block.nin_shortcut(x[:, :, first:last]) + branch[:, :, first - low : last - low]
     return out
 
 
@@ -90,7 +88,7 @@ def _normalisation(norm: nn.GroupNorm, x: Tensor, voxels: int) -> Layer:
     scale = per_channel(factor) * norm.weight
     shift = norm.bias - per_channel(mean) * scale
     scale, shift = (value.float()[:, :, None, None, None] for value in (scale, shift))
-    return lambda part: torch.addcmul(shift, part, scale)
+    return lambda part: torch.addcmul(shift, part.float(), scale)
 
 
 def _divided(layer: Layer, x: Tensor, voxels: int, halved: int = 1, doubled: int = 1) -> Tensor:

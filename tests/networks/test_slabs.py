@@ -40,6 +40,15 @@ def test_slabs_of_any_thickness_give_the_result_of_the_whole(
     assert torch.equal(image, before)
 
 
+@pytest.mark.parametrize("layout", ["monai", "latent-diffusion"])
+def test_slabs_are_computed_in_bfloat16_as_the_whole_is(layout: str) -> None:
+    model, image = autoencoder(layout), torch.randn(1, 1, 16, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole, slabs = model.encoder(image), by_slabs(model.encoder.blocks, image, 300)
+        assert slabs.dtype == whole.dtype
+        assert float((slabs - whole).abs().max()) < 0.05 * float(whole.abs().max())
+
+
 def test_large_volumes_are_computed_by_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding and decoding, by a threshold in voxels of the image; never with gradients."""
     model, image = autoencoder("monai"), torch.randn(1, 1, 16, 16, 16)
