@@ -35,7 +35,9 @@ def evaluate_generator(
     extractor: Annotated[
         str,
         typer.Option(
-            help="Feature extractor: inception, efficientnet-lite0, a .pt or .onnx file, or auto (the first available)."
+            metavar="NAME",
+            help="What computes the features: inception, efficientnet-lite0, a .pt or .onnx file, a segmenter (its "
+            "encoder), or auto (the first available of the first two).",
         ),
     ] = "auto",
     inception: Annotated[Path | None, typer.Option(metavar="FILE", help="File with the weights of Inception.")] = None,
@@ -54,7 +56,10 @@ def evaluate_generator(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score generators against real images: recall, precision, IS, FID, sFID and KID per model and sampler."""
+    """Score generators against real images: recall, precision, IS, FID, sFID and KID per model and sampler.
+
+    Volumes are scored by their slices in three planes, and by their similarity to each other (MS-SSIM).
+    """
     require_one_on_stdout(markdown, as_json)
     from medseg_diffusion.models.image_source import SampleOptions
     from medseg_diffusion.reports.generator_page import generator_markdown

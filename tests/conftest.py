@@ -91,6 +91,24 @@ def scoring_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def ball_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve scans of a bright ball."""
+    from tests.helpers import generators
+
+    folder = tmp_path_factory.mktemp("ball-scans")
+    generators.save_balls(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ball_generator(ball_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator of such volumes."""
+    from tests.helpers import generators
+
+    return generators.train_ball_generator(ball_scans, tmp_path_factory.mktemp("ball-generator") / "run")
+
+
 # ---- pixel classifiers -----------------------------------------------------------------------------------------------
 
 

@@ -131,11 +131,17 @@ def test_cases_csv_of_a_benchmark(benchmarks: list[Path]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_scores_csv_and_json(pictures: Path, scoring_network: Path, tmp_path: Path) -> None:
-    options = GeneratorEvaluationOptions((), SampleOptions(count=8, device="cpu"), str(scoring_network))
-    evaluate_generator([str(pictures)], pictures, tmp_path, options)
-    assert_documented("scores.csv", tmp_path / "scores.csv")
-    assert_documented("scores.json", tmp_path / "scores.json")
+def test_scores_csv_and_json(
+    pictures: Path, ball_scans: Path, ball_generator: Path, scoring_network: Path, tmp_path: Path
+) -> None:
+    def run(model: Path, reference: Path, output: str) -> Path:
+        options = GeneratorEvaluationOptions([("ddim", 1)], SampleOptions(count=8, device="cpu"), str(scoring_network))
+        evaluate_generator([str(model)], reference, tmp_path / output, options)
+        return tmp_path / output
+
+    images, volumes = run(pictures, pictures, "images"), run(ball_generator, ball_scans, "volumes")
+    assert_documented("scores.csv", images / "scores.csv", volumes / "scores.csv")
+    assert_documented("scores.json", images / "scores.json", volumes / "scores.json")
 
 
 def test_volumes_statistics_and_failures(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Scores of generated against real images, from their features: FID, sFID, KID, Inception Score, precision and recall.
 
-`memorisation` tells whether samples are copies of training images.
+Volumes are scored by their slices in three planes (`SliceFeatures`). `memorisation` tells whether samples are copies of
+training images.
 
 The definitions are those of guided diffusion's evaluator. The extractor decides what the features are, so a score has
 to be reported with the name of its extractor. All arithmetic is in float64.
@@ -8,7 +9,8 @@ to be reported with the name of its extractor. All arithmetic is in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ NEIGHBOUR = 3
 """Precision and recall: a ball reaches to the third nearest neighbour of its centre."""
 ROWS = 2_000
 """Precision and recall: rows of the distance matrix that are computed at a time."""
+PLANES = ("sagittal", "coronal", "axial")
+"""Planes across the first, second and third axis of a RAS volume."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +43,45 @@ class Features:
         return Features(self.pooled[index], self.spatial[index], self.logits[index])
 
 
+@dataclass(frozen=True, eq=False)
+class SliceFeatures:
+    """Features of N volumes: of ``slices`` slices of each volume in each of the `PLANES`.
+
+    A plane's `Features` hold the slices of the first volume, then those of the second, and so on.
+    """
+
+    planes: Mapping[str, Features]
+    slices: int
+
+    def __len__(self) -> int:
+        return len(self.planes[PLANES[0]]) // self.slices
+
+    def __getitem__(self, index: slice | Tensor) -> SliceFeatures:
+        """The features of some of the volumes."""
+        rows = torch.arange(len(self) * self.slices).view(len(self), self.slices)[index].flatten()
+        return SliceFeatures({name: plane[rows] for name, plane in self.planes.items()}, self.slices)
+
+    @property
+    def middle(self) -> Tensor:
+        """(N, 3 D), one row for each volume: the pooled features of its middle slice in each plane."""
+        parts = [self.planes[name].pooled.unflatten(0, (-1, self.slices))[:, self.slices // 2] for name in PLANES]
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class PlaneScores:
+    """The scores of the slices of volumes in one plane."""
+
+    fid: float
+    kid: float
+
+
 @dataclass(frozen=True)
 class Scores:
     """The scores of ``count`` images against ``reference_count`` real ones.
 
-    ``inception_score`` is None if the extractor has no logits, ``sfid`` if it has no spatial features.
+    ``inception_score`` is None if the extractor has no logits, ``sfid`` if it has no spatial features; both are None
+    for volumes. ``planes`` and ``ms_ssim`` (`medseg_diffusion.metrics.diversity`) are of volumes.
     """
 
     recall: float
@@ -54,6 +92,8 @@ class Scores:
     kid: float
     count: int
     reference_count: int
+    planes: Mapping[str, PlaneScores] = field(default_factory=dict)
+    ms_ssim: float | None = None
 
 
 def scores(samples: Features, reference: Features, seed: int = 0) -> Scores:
@@ -72,6 +112,21 @@ def scores(samples: Features, reference: Features, seed: int = 0) -> Scores:
         len(samples),
         len(reference),
     )
+
+
+def slice_scores(samples: SliceFeatures, reference: SliceFeatures, seed: int = 0) -> Scores:
+    """All scores of volumes by their slices.
+
+    FID and KID compare the slices of a plane, and are averaged over the planes. Precision and recall compare volumes
+    (`SliceFeatures.middle`): the nearest neighbours of a slice would be other slices of the same volume.
+    """
+    precision, recall = precision_recall(samples.middle, chosen(reference.middle, len(samples), seed))
+    planes = {}
+    for name in PLANES:
+        a, b = (side.planes[name].pooled for side in (samples, reference))
+        planes[name] = PlaneScores(frechet_distance(a, b), kernel_distance(a, b))
+    fid, kid = (sum(getattr(plane, score) for plane in planes.values()) / len(planes) for score in ("fid", "kid"))
+    return Scores(recall, precision, None, fid, None, kid, len(samples), len(reference), planes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,9 @@ class GeneratorRow:
             "FID": round(s.fid, 2),
             "sFID": None if s.sfid is None else round(s.sfid, 2),
             "KID": round(s.kid, 5),
+            **({} if s.ms_ssim is None else {"MS-SSIM": round(s.ms_ssim, 4)}),
             "N": s.count,
+            **{f"FID {name}": round(plane.fid, 2) for name, plane in s.planes.items()},
         }
 
 

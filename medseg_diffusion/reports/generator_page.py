@@ -30,6 +30,10 @@ _RULES = {
     "Recall": "Share of real images that lie among the samples. Copies of a few good images have a high precision and "
     "a low recall.",
     "IS": "Inception Score: is a classifier sure of each image, and does it see many classes? It knows no real image.",
+    "Volumes": "FID and KID compare slices in three planes, and are means over them. Precision and recall compare "
+    "volumes by their three middle slices.",
+    "MS-SSIM": "Mean structural similarity of pairs of samples, 1 if all are alike (Wang et al. 2003). That of real "
+    "volumes is in the row of the floor: samples of a higher value differ too little.",
     "Floor": "Real images against other real images, at most as many as there are samples: a perfect generator could "
     "not be expected to do better.",
 }
@@ -67,13 +71,14 @@ def generator_page(
         command=command,
         date=date,
         made=_made(result),
-        rules=rules_table(_RULES),
+        rules=rules_table(_rules(result)),
         lead=lead(result),
         sentences=sentences(result),
         warnings=result.warnings,
         facts=_facts(result),
         scores=scores_table(result),
         pictures=[{"title": one.title, "tiles": _tiles(one)} for one in pictures],
+        volumes=any(row.scores.ms_ssim is not None for row in result.rows),
         shrunk=max(sides, default=0) > TILE_PIXELS,
         tile_pixels=TILE_PIXELS,
     )
@@ -108,13 +113,17 @@ def sentences(result: GeneratorEvaluation) -> list[str]:
 
 def scores_table(result: GeneratorEvaluation) -> Table:
     """One row for each model and sampler, the floor first."""
-    columns = ["Model", "Sampler", "Recall", "Precision", "IS", "FID", "sFID", "KID", "N"]
+    planes = list(dict.fromkeys(name for row in result.rows for name in row.scores.planes))
+    columns = ["Model", "Sampler", "Recall", "Precision", "IS", "FID", "sFID", "KID"]
+    columns += ["MS-SSIM", "N", *(f"FID {name}" for name in planes)]
     rows, names = [], _short_names(result)
     for row in result.rows:
         s = row.scores
-        values = ((s.recall, 3), (s.precision, 3), (s.inception_score, 2), (s.fid, 2), (s.sfid, 2), (s.kid, 5))
-        cells = [Cell(names[row.model]), Cell(_sampler(row))]
-        rows.append(Row([*cells, *(number(value, digits) for value, digits in values), Cell(f"{s.count:,}", s.count)]))
+        values: list[tuple[float | None, int]] = [(s.recall, 3), (s.precision, 3), (s.inception_score, 2)]
+        values += [(s.fid, 2), (s.sfid, 2), (s.kid, 5), (s.ms_ssim, 3)]
+        cells = [Cell(names[row.model]), Cell(_sampler(row)), *(number(value, digits) for value, digits in values)]
+        cells += [Cell(f"{s.count:,}", s.count), *(number(s.planes[name].fid, 2) for name in planes)]
+        rows.append(Row(cells))
     empty = [i for i in range(2, len(columns)) if all(row.cells[i].text == "\u2013" for row in rows)]
     kept = [i for i in range(len(columns)) if i not in empty]
     return Table(
@@ -124,6 +133,17 @@ def scores_table(result: GeneratorEvaluation) -> Table:
         sortable=True,
         text_columns=(1,),
     )
+
+
+def _rules(result: GeneratorEvaluation) -> dict[str, str]:
+    """How the numbers of this page are computed."""
+    volumes = any(row.scores.planes for row in result.rows)
+    absent = set() if volumes else {"Volumes"}
+    if not any(row.scores.ms_ssim is not None for row in result.rows):
+        absent.add("MS-SSIM")
+    if all(row.scores.inception_score is None for row in result.rows):
+        absent.add("IS")
+    return {name: text for name, text in _RULES.items() if name not in absent}
 
 
 def _short_names(result: GeneratorEvaluation) -> dict[str, str]:

@@ -22,13 +22,12 @@ from medseg_diffusion.data.labelled_images import read_labelled
 from medseg_diffusion.data.mask_examples import CaseFormat
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import write_files
-from medseg_diffusion.metrics.generation import Features, Memorisation, memorisation
+from medseg_diffusion.metrics.generation import Memorisation, SliceFeatures, memorisation
 from medseg_diffusion.models.image_source import ImageSource
-from medseg_diffusion.networks.extractors import extractor
 from medseg_diffusion.reports.pictures import as_pictures, grid, png, sheet
 from medseg_diffusion.training.progress import OnProgress, count_of
 
-from .evaluate_generator import features_of
+from .image_features import feature_extractor, features_of
 from .real_images import images_of_training
 from .sample_masks import LabelledSample
 
@@ -46,7 +45,7 @@ class Reference:
         source: The generator.
         data: What it was trained on: a folder or zip of images, a folder of scans or, for a generator of masks, a
             labelled folder. The sides of its split are those of the training.
-        features: Name or file of the feature extractor (`medseg_diffusion.networks.extractors`).
+        features: Name or file of the feature extractor (`medseg_diffusion.networks.extractors`), or a segmenter.
         on_progress: Called with a text and the share done, 0 to 1.
 
     Raises:
@@ -56,7 +55,7 @@ class Reference:
 
     def __init__(self, source: ImageSource, data: Path, features: str, on_progress: OnProgress) -> None:
         self.data, self._on_count = data, count_of(on_progress)
-        self.extract = extractor(features, source.device)
+        self.extract = feature_extractor(features, source.device)
         self.images = images_of_training(source, data, partial(self._on_count, "packing real images"))
         test, validation = self.images.part("test"), self.images.part("validation")
         self.training, self.unseen = self.images.part("train"), test if len(test) else validation
@@ -102,9 +101,8 @@ class Reference:
 
     def _features(self, images: Pixels, what: str) -> torch.Tensor:
         """Pooled features (N, D) of images, or of the three middle planes of volumes."""
-        on_progress = partial(self._on_count, f"features of {what}")
-        parts: list[Features] = [features_of(plane, self.extract, on_progress) for plane in _planes(images)]
-        return torch.cat([part.pooled for part in parts], dim=1)
+        found = features_of(images, self.extract, partial(self._on_count, f"features of {what}"))
+        return found.middle if isinstance(found, SliceFeatures) else found.pooled
 
 
 def read_samples(samples: Sequence[LabelledSample], source: ImageSource) -> Pixels:
@@ -114,13 +112,6 @@ def read_samples(samples: Sequence[LabelledSample], source: ImageSource) -> Pixe
     expected = CaseFormat(config.data.channels, len(source.generator.mask_classes))
     cases = [Case(one.name, one.image, one.label, one.mask.patient) for one in samples]
     return np.concatenate([read_labelled(case, expected, size, preprocessing)[0].numpy() for case in cases])
-
-
-def _planes(images: Pixels) -> list[Pixels]:
-    """Images (N, H, W, C) as they are; of volumes (N, I, J, K, C) the middle plane across each axis."""
-    if images.ndim == 4:
-        return [images]
-    return [images.take(images.shape[axis] // 2, axis) for axis in (1, 2, 3)]
 
 
 def _grid(images: Pixels) -> Pixels:

@@ -35,6 +35,23 @@ def save_pictures(folder: Path) -> None:
         Image.fromarray(pixels).save(path)
 
 
+def save_balls(folder: Path) -> None:
+    """Twelve scans of a bright ball at varying places, 12 x 12 x 12."""
+    grid = np.stack(np.meshgrid(*[np.arange(12)] * 3, indexing="ij"), -1)
+    for i in range(12):
+        rng = np.random.default_rng(i)
+        ball = np.linalg.norm(grid - rng.uniform(4, 8, 3), axis=-1) < 3
+        image = rng.normal(100, 5, (12, 12, 12)) + 100 * ball
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"s{i:02d}.nii.gz")
+
+
+def train_ball_generator(scans: Path, run: Path) -> Path:
+    """The smallest generator of volumes."""
+    network = {"dims": 3, "channels": 8, "channel_mult": [1, 1], "num_res_blocks": 1, "norm_groups": 4}
+    data = {"size": [12, 12, 12], "channels": 1, "validation_images": 1}
+    return train_generator(small_config("pixel", data=data, network=network), scans, run, device="cpu")
+
+
 def small_config(method: str, **changes: object) -> GeneratorConfig | ImageAutoencoderConfig | NoisyClassifierConfig:
     """The smallest configuration of a method, on 16 x 16 images."""
     network: dict[str, object] = {

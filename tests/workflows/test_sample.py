@@ -14,7 +14,6 @@ from medseg_diffusion.errors import UsageError
 from medseg_diffusion.models.image_source import ImageSource, SampleOptions
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.training.progress import silent
-from medseg_diffusion.workflows.evaluate_generator import evaluate_generator
 from medseg_diffusion.workflows.sample import read_png, sample
 from medseg_diffusion.workflows.sample_reference import Reference
 from medseg_diffusion.workflows.train_generator import train_generator
@@ -49,8 +48,6 @@ def test_generators_of_volumes_from_scans_to_scans(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{method}-samples" / "grid.png") as picture:
             assert picture.size == (2 * 12 + 2, 12)
         assert sample(model, tmp_path / f"{method}-samples", options) == paths
-    with pytest.raises(UsageError, match="makes volumes, and the scores are of images"):
-        evaluate_generator([str(run)], tmp_path / "scans", tmp_path / "scores")
 
 
 def test_an_interrupted_call_is_finished_with_the_same_images(image_models, tmp_path: Path) -> None:
