@@ -131,7 +131,7 @@ def test_codes_of_shipped_models_are_those_of_snomed(name: str) -> None:
 def test_presets_and_shipped_models_agree() -> None:
     for preset, name in (
         ("ensemdiff-brain-tissue-small", "brain-tissue-t1"),
-        ("ensemdiff-hippocampus-small", "hippocampus-t1"),
+        ("baseline-hippocampus-small", "hippocampus-t1"),
         ("ensemdiff-lung-nodule-small", "lung-nodule-ct"),
     ):
         assert load_config(preset).data.codes == load_segmenter(name, device="cpu").config.data.codes
