@@ -8,9 +8,10 @@ import pytest
 import torch
 from medseg_cli._options import Sampler
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medseg_diffusion import build
-from medseg_diffusion.config.generator import GeneratorConfig, GeneratorSamplingSection
+from medseg_diffusion.config.generator import GeneratorConfig, GeneratorSamplingSection, ImageAutoencoderConfig
 from medseg_diffusion.config.load import load_config, load_segmenter_config, parse_config
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.config.shared import InferenceSection, ScheduleSection
@@ -18,6 +19,7 @@ from medseg_diffusion.diffusion.noise import LogitNormalTimes
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.methods.ablation import without_x_t
 from medseg_diffusion.metrics.overlap import label_overlap
+from medseg_diffusion.networks.unet import UNet
 from medseg_diffusion.tasks.categorical_mask import CategoricalMaskDiffusion
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
 from medseg_diffusion.tasks.mask import MaskDiffusion
@@ -297,3 +299,25 @@ def test_a_segmenters_sampler_has_its_own_times() -> None:
     even, other = build.times(config, 5), build.times(config, 5, "dpm++")
     assert even == build.times(config, 5, "euler") == [88, 76, 63, 51, 38, 0]
     assert other != even and other[0] == even[0] and other[-2:] == [27, 0]
+
+
+def test_the_published_networks_of_whole_heads_take_a_step_without_memory() -> None:
+    """Forward and backward on fake tensors: shapes fit, and every parameter gets a gradient."""
+    first, second = load_config("autoencoder-heads"), load_config("ldm-heads")
+    assert isinstance(first, ImageAutoencoderConfig) and isinstance(second, GeneratorConfig)
+    with FakeTensorMode():
+        codec = build.autoencoder(first)
+        image = torch.zeros(1, 1, *first.data.shape)
+        latent = codec.encoder(image)
+        assert latent.shape == (1, 3, 20, 28, 20)  # Pinaya et al. 2022, sec. 2.1
+        mean, log_variance = codec.quant_conv_mu(latent), codec.quant_conv_log_sigma(latent)
+        restored = codec.decoder(codec.post_quant_conv(mean + log_variance))
+        assert restored.shape == image.shape
+        (restored - image).abs().mean().backward()
+        assert all(parameter.grad is not None for parameter in codec.parameters())
+        network = UNet(in_channels=3, out_channels=3, **second.network.model_dump())
+        eps = network(latent.detach(), torch.zeros(1, dtype=torch.int64), {})
+        assert eps.shape == latent.shape
+        eps.square().mean().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+        assert 4e8 < sum(parameter.numel() for parameter in network.parameters()) < 7e8

@@ -57,6 +57,21 @@ def test_the_image_encoder_is_made_of_scaled_residuals() -> None:
     torch.testing.assert_close(encoder.trunk[0](x), x + 0.2 * (x + 3 * 0.2))
 
 
+@torch.no_grad()
+def test_the_features_of_the_image_never_drown_those_of_the_mask() -> None:
+    """Without a normalisation they grow without bound in training: then samples of one image are all equal."""
+    network = segdiff(2)
+    encoder: Any = network.image_encoder
+    image, t = normal(15, 1, 2, 16, 16), torch.tensor([400])
+    before = network.encode_condition(image)["stem"]
+    encoder.last.weight.mul_(1e7)
+    encoder.last.bias.mul_(1e7)
+    after = network.encode_condition(image)
+    torch.testing.assert_close(after["stem"], before, rtol=1e-3, atol=1e-3)
+    one, other = (network(normal(seed, 1, 1, 16, 16), t, after) for seed in (16, 17))
+    assert (one - other).std() > 0.1 * one.std()
+
+
 class CountingEncoder(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
