@@ -50,6 +50,17 @@ def test_padding_repeats_the_border_and_is_cropped_at_the_end(dims, patch_size) 
 
 
 @BOTH
+def test_a_last_kernel_of_one_looks_at_its_own_patch(dims) -> None:
+    """Apart from the last convolution the network is the published one."""
+    wide, narrow = (small(dims, patch_size=2, out_kernel=side) for side in (3, 1))
+    shapes = [{name: part.shape for name, part in network.state_dict().items()} for network in (wide, narrow)]
+    differing = [name for name in shapes[0] if shapes[0][name] != shapes[1][name]]
+    assert differing == ["out.2.weight"] and shapes[1]["out.2.weight"][2:] == (1,) * dims
+    x = normal(3, 1, wide.in_channels, *size(dims, 9, 7, 5))
+    assert awake(narrow)(x, torch.tensor([5])).shape[2:] == x.shape[2:]
+
+
+@BOTH
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("resampling", ["resblock", "conv", "plain"])
 def test_an_untrained_network_answers_exactly_zero(dims, patch_size, resampling) -> None:
