@@ -24,7 +24,9 @@ from medseg_diffusion.errors import MedsegError
 
 _GRACE_S = 15.0
 _LAST_TENSORS_S = 0.5
-"""Seconds in which the threads of a process group let go of their tensors, before the process ends."""
+"""Seconds after which is checked whether the threads of a process group have let go of their tensors."""
+_IDLE_S = 0.02
+"""Processor time in `_LAST_TENSORS_S` below which they have ended."""
 MEETING_MIN = 10.0
 """Minutes in which all processes of a training have to come: one that never starts must not hold up the others."""
 _WAIT = timedelta(days=1)
@@ -75,7 +77,12 @@ def _leave_group() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        time.sleep(_LAST_TENSORS_S)
+        ends = time.monotonic() + _GRACE_S
+        while time.monotonic() < ends:  # nothing tells when they have ended; at work, they take processor time
+            before = time.process_time()
+            time.sleep(_LAST_TENSORS_S)
+            if time.process_time() - before < _IDLE_S:
+                break
 
 
 class Runtime:

@@ -15,7 +15,9 @@ from torchmetrics.image.kid import poly_mmd
 
 from medseg_diffusion.metrics import generation
 from medseg_diffusion.metrics.generation import (
+    PLANES,
     Features,
+    SliceFeatures,
     chosen,
     frechet_distance,
     inception_score,
@@ -23,6 +25,7 @@ from medseg_diffusion.metrics.generation import (
     memorisation,
     precision_recall,
     scores,
+    slice_scores,
 )
 
 
@@ -131,14 +134,15 @@ def test_a_row_has_every_score_and_both_counts() -> None:
     features = Features(normal(60, 6, 0), normal(60, 9, 1), normal(60, 3, 2))
     row = scores(features[:20], features)
     assert (row.count, row.reference_count) == (20, 60)
-    assert all(math.isfinite(value) for value in vars(row).values())
+    assert all(math.isfinite(value) for value in vars(row).values() if isinstance(value, float))
+    assert row.planes == {} and row.ms_ssim is None
 
 
 def test_without_map_and_logits_their_scores_are_none() -> None:
     features = Features(normal(60, 6, 0), torch.empty(60, 0), torch.empty(60, 0))
     row = scores(features[:20], features)
     assert row.inception_score is None and row.sfid is None
-    assert all(math.isfinite(value) for value in vars(row).values() if value is not None)
+    assert all(math.isfinite(value) for value in vars(row).values() if isinstance(value, float))
 
 
 def test_copies_are_closer_to_training_images_than_unseen_images_are() -> None:
@@ -154,3 +158,26 @@ def test_copies_are_closer_to_training_images_than_unseen_images_are() -> None:
     assert far.closer == far.closest == 0
     brute = cdist(fresh.numpy(), training.numpy())
     np.testing.assert_allclose(honest.distances.numpy(), brute.min(1), rtol=1e-6)
+
+
+def test_volumes_are_compared_plane_by_plane_and_as_wholes() -> None:
+    def of(count: int, seed: int, mean: float = 0.0) -> SliceFeatures:
+        nothing = torch.empty(3 * count, 0)
+        planes = {
+            name: Features(normal(3 * count, 6, seed + i, mean), nothing, nothing) for i, name in enumerate(PLANES)
+        }
+        return SliceFeatures(planes, slices=3)
+
+    samples, reference = of(20, 0), of(30, 10)
+    row = slice_scores(samples, reference)
+    assert (row.count, row.reference_count) == (20, 30) and len(samples) == 20
+    for name in PLANES:
+        a, b = (side.planes[name].pooled for side in (samples, reference))
+        assert row.planes[name].fid == frechet_distance(a, b) and row.planes[name].kid == kernel_distance(a, b)
+    assert row.fid == pytest.approx(sum(plane.fid for plane in row.planes.values()) / 3)
+    some = reference[torch.tensor([4, 1])]
+    torch.testing.assert_close(some.planes["axial"].pooled, reference.planes["axial"].pooled[[12, 13, 14, 3, 4, 5]])
+    torch.testing.assert_close(some.middle[0], torch.cat([reference.planes[name].pooled[13] for name in PLANES]))
+    own = slice_scores(reference, reference)
+    assert own.fid == pytest.approx(0, abs=1e-6) and own.precision == own.recall == 1
+    assert slice_scores(of(20, 20, mean=5.0), reference).precision == 0
