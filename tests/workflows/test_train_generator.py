@@ -33,10 +33,11 @@ def test_a_preset_trains_for_a_step_and_is_a_loadable_model(name, pictures, imag
         pictures = tmp_path / "labelled"
         save_labelled_volumes(pictures, (20, 20, 20), len(config.data.labels))
     elif len(config.data.shape) == 3:
+        pictures = tmp_path / "scans"  # apart from the pictures of the first stage's run
+        pictures.mkdir()
         for i in range(4):
             pixels = np.random.default_rng(i).random((20, 20, 20)).astype(np.float32)
-            nib.save(nib.Nifti1Image(pixels, np.eye(4)), tmp_path / f"{i}.nii.gz")
-        pictures = tmp_path
+            nib.save(nib.Nifti1Image(pixels, np.eye(4)), pictures / f"{i}.nii.gz")
     if isinstance(config, GeneratorConfig) and config.autoencoder is not None:
         # The first stage of 64 x 64 images, untrained, stands for the preset's own.
         first = load_config(str(config.autoencoder), ["training.batch_size=2", "training.workers=0", *small_data])
