@@ -50,7 +50,7 @@ class Reference:
 
     Raises:
         InputError: Unusable images, or none that were held out of the training.
-        ModelError, UsageError: No usable extractor.
+        ModelError, UsageError: No usable extractor, or one of other images.
     """
 
     def __init__(self, source: ImageSource, data: Path, features: str, on_progress: OnProgress) -> None:
@@ -66,6 +66,7 @@ class Reference:
                 "both, to compare samples with",
                 "give the data that the generator was trained on",
             )
+        self._features(self.images.images[self.unseen[:1]], "the first image")  # fails before hours of sampling
 
     def compare(self, samples: Pixels, output: Path) -> Memorisation:
         """Compare samples (N, *S, C) uint8 on the model's grid; write `FILE` and `PICTURE` into ``output``."""

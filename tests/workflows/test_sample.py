@@ -93,3 +93,14 @@ def test_progress_goes_up_step_by_step(image_models, tmp_path: Path) -> None:
     shares = [share for _, share in told]
     assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 2 * 3 + 2
     assert told[0] == ("image: 0 of 4, step 1 of 3", pytest.approx(1 / 6))
+
+
+def test_an_extractor_of_other_images_is_refused_before_anything_is_drawn(
+    image_models, pictures, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="takes volumes of 1 channels, and these have 3 and 2 axes"):
+        sample(
+            image_models["pixel"], tmp_path / "out", SampleOptions(count=2, device="cpu"), reference=pictures,
+            extractor="hippocampus-t1",
+        )  # fmt: skip
+    assert not list((tmp_path / "out").glob("0*.png"))
