@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,7 +106,8 @@ Quiet = Annotated[
         "--quiet/--verbose", help="Print only errors, or details and progress line by line.", show_default=False
     ),
 ]
-AsJson = Annotated[
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+AsJsonLines = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout; of several scans, one line for each.")
 ]
 
@@ -162,16 +163,32 @@ TimeLimit = Annotated[
 ]
 Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
 
-Scans = Annotated[
-    list[Path] | None,
-    typer.Argument(
+
+def scans_argument(formats: str) -> Any:
+    """The argument SCAN of a command that reads ``formats``."""
+    return typer.Argument(
         metavar="SCAN",
-        help="NIfTI, NRRD or MetaImage files (segment: PNG, JPEG, TIFF and BMP, too), DICOM folders or zips, folders "
-        "of them, BIDS folders, or lists (.txt, one path in each line).",
+        help=f"{formats}, DICOM folders or zips, folders of them, BIDS folders, or lists (.txt, one path in"
+        " each line).",
         callback=existing_sources,
         show_default=False,
-    ),
-]
+    )
+
+
+def model_option(default: str) -> Any:
+    """The option -m of a command whose built-in model is ``default``."""
+    return typer.Option(
+        "-m", "--model", help=f"Name or folder of a model; default: {default}.", callback=existing_model
+    )
+
+
+def output_option(result: str) -> Any:
+    """The option -o of a command that writes a ``result`` of each scan."""
+    return typer.Option(
+        "-o", "--output", help=f"Folder to write, or for one scan the file of the {result}; default: next to each scan."
+    )
+
+
 AlsoScans = Annotated[
     list[Path] | None,
     typer.Option("-i", "--input", metavar="SCAN", help="The same as SCAN; repeatable.", callback=existing_sources),
@@ -204,21 +221,6 @@ Volumes = Annotated[
         metavar="SCAN...",
         help="NIfTI, NRRD or MetaImage files, DICOM folders, or folders of them.",
         callback=existing_scans,
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "-o",
-        "--output",
-        help="Folder to write, or for one scan the file of the mask (segment) or score map (anomaly); default: next to "
-        "each scan.",
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "-m", "--model", help="Name or folder of a model; default: the built-in model.", callback=existing_model
     ),
 ]
 ModelArgument = Annotated[

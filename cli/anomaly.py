@@ -15,20 +15,20 @@ from medseg_diffusion.errors import UsageError
 from ._detection import Erosion, LatentQuantile, Median, MinVolume
 from ._options import (
     AlsoScans,
-    AsJson,
+    AsJsonLines,
     Compile,
     Device,
-    Model,
-    Output,
     Pattern,
     Preview,
     Quiet,
     RunReport,
-    Scans,
     Seed,
     Series,
     SkipExisting,
+    model_option,
     named_scans,
+    output_option,
+    scans_argument,
 )
 from ._shards import Shard, failures_file, parse_shard
 from ._shared import run_scans
@@ -47,8 +47,8 @@ class Method(StrEnum):
 
 # many, long: one parameter, with its help, for each option of the command
 def anomaly(
-    scans: Scans = None,
-    model: Model = None,
+    scans: Annotated[list[Path] | None, scans_argument("NIfTI, NRRD or MetaImage files")] = None,
+    model: Annotated[str | None, model_option("flair-anomaly")] = None,
     threshold: Annotated[
         str,
         typer.Option(
@@ -60,7 +60,7 @@ def anomaly(
     median: Median = None,
     erosion: Erosion = None,
     min_volume: MinVolume = None,
-    output: Output = None,
+    output: Annotated[Path | None, output_option("score map")] = None,
     also: AlsoScans = None,
     pattern: Pattern = None,
     series: Series = None,
@@ -85,7 +85,7 @@ def anomaly(
     compile: Compile = False,
     seed: Seed = 0,
     quiet: Quiet = None,
-    as_json: AsJson = False,
+    as_json: AsJsonLines = False,
     fast: Annotated[bool, typer.Option("--fast", hidden=True)] = False,
     keep_largest: Annotated[bool, typer.Option("--keep-largest", hidden=True)] = False,
 ) -> None:

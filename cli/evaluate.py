@@ -146,7 +146,7 @@ def evaluate(
     ] = None,
     view: Annotated[
         list[str] | None,
-        typer.Option("--view", metavar="CASE", help="Case that the page shows in any case; repeatable."),
+        typer.Option("--view", metavar="CASE", help="Case that the page always shows; repeatable."),
     ] = None,
     seed: Seed = 0,
     markdown: Markdown = None,

@@ -26,7 +26,7 @@ def report(
     quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a page about a training, also while it goes on: curves, pictures, data, and the command to go on."""
+    """Write a page about a training, finished or running: curves, pictures, data, and the command that continues it."""
     require_one_on_stdout(markdown, as_json)
     from medseg_diffusion.reports.run_page import run_markdown, run_sentences
     from medseg_diffusion.workflows.report import report as run_report

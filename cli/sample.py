@@ -23,7 +23,7 @@ def sample(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Label maps that the images obey, for a generator of masks; the result is a labelled folder.",
+            help="Label maps to condition the images on, for a mask-conditioned generator; writes a labelled folder.",
             callback=existing("a folder of label maps"),
         ),
     ] = None,
@@ -75,7 +75,7 @@ def sample(
 ) -> None:
     """Sample images from a generator into numbered files and grid.png; a repeated call finishes an interrupted one.
 
-    With --masks the images obey label maps, and the folder trains a segmenter.
+    With --masks the images are conditioned on label maps, and the folder can train a segmenter.
     """
     from medseg_diffusion.models.image_source import SampleOptions
     from medseg_diffusion.workflows.sample import sample as run

@@ -12,23 +12,23 @@ import typer
 
 from ._options import (
     AlsoScans,
-    AsJson,
+    AsJsonLines,
     Channels,
     Compile,
     Device,
-    Model,
-    Output,
     Pattern,
     Preview,
     Quiet,
     RunReport,
     Sampler,
-    Scans,
     Seed,
     Series,
     SkipExisting,
+    model_option,
     named_scans,
+    output_option,
     parsed_channels,
+    scans_argument,
 )
 from ._shards import Shard, failures_file, parse_shard
 from ._shared import run_scans
@@ -59,9 +59,9 @@ class Format(StrEnum):
 
 # many, long: one parameter, with its help, for each option of the command
 def segment(
-    scans: Scans = None,
-    model: Model = None,
-    output: Output = None,
+    scans: Annotated[list[Path] | None, scans_argument("NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF or BMP files")] = None,
+    model: Annotated[str | None, model_option("brain-tissue-t1")] = None,
+    output: Annotated[Path | None, output_option("mask")] = None,
     also: AlsoScans = None,
     pattern: Pattern = None,
     channel: Channels = None,
@@ -160,7 +160,7 @@ def segment(
     compile: Compile = False,
     seed: Seed = 0,
     quiet: Quiet = None,
-    as_json: AsJson = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Segment scans, and write a mask for each."""
     part = parse_shard(shard)

@@ -14,9 +14,10 @@ A model in memory takes scans as files, images of nibabel, arrays or volumes, an
     segmented.save("scan_seg.nii.gz")
 
 `load_model` loads any model: segmenters have ``.segment``, anomaly models ``.anomaly``, generators ``.sample``.
-`evaluate_arrays` compares two label maps. Every command of `medseg` is a function of the same name that reads and
-writes files: `segment`, `anomaly`, `sample`, `evaluate`, `train_segmenter` and so on. Trainings take a preset's name or
-a typed configuration, and a folder or a list of files.
+`evaluate_arrays` compares two label maps. Commands of `medseg` are functions of the same name that read and write
+files: `segment`, `anomaly`, `sample`, `evaluate`, `train_segmenter` and so on; for `medseg models` and `medseg configs`
+these are `list_models`, `install_model`, `presets`, `load_config` and others. Trainings take a preset's name or a typed
+configuration, and a folder or a list of files.
 
 Whatever takes long has ``on_progress``, which is called with a text and the share done, 0 to 1. Errors that a user can
 meet are `MedsegError`, with a message of one line.

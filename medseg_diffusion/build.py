@@ -441,13 +441,13 @@ def make_detector(
             return Patched(denoiser, noise, size, patched.time, draws=patched.draws, residual=kind)
         assert isinstance(task, ImageDiffusion)
         section = config.counterfactual
-        walk = section.start, section.steps
+        span = section.start, section.steps
         label = torch.tensor([HEALTHY], device=next(task.parameters()).device)
         null = task.null(label)
         if method == "classifier-guided":
             guide = cast(Classifier, classifier)
-            return ClassifierCounterfactual(FixedCondition(denoiser, null), guide, HEALTHY, *walk, section.scale, kind)
-        return FreeCounterfactual(denoiser, task.condition(label), null, *walk, section.guidance, kind)
+            return ClassifierCounterfactual(FixedCondition(denoiser, null), guide, HEALTHY, *span, section.scale, kind)
+        return FreeCounterfactual(denoiser, task.condition(label), null, *span, section.guidance, kind)
     except ValueError as error:
         raise UsageError(f"{method}: {error}") from error
 

@@ -44,7 +44,7 @@ _USES = {
 """What models can do, and the kind that does it."""
 
 
-class NotItsUse(UsageError, AttributeError):
+class WrongModelKind(UsageError, AttributeError):
     """A model was asked for what models of another kind do."""
 
 
@@ -70,7 +70,7 @@ class Model:
         if name in _USES:
             own = vars(self)  # not getattr: a copy that is being made has nothing yet
             reason = own.get("_reason") or f".{name} is for {_USES[name]}"
-            raise NotItsUse(f"{own.get('name')} is {self._kind}, which has .{self._use}; {reason}")
+            raise WrongModelKind(f"{own.get('name')} is {self._kind}, which has .{self._use}; {reason}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -136,32 +136,32 @@ class Segmenter(Model):
             volume = read_scan(scan, ModelInput.of(self.name, self.card), spacing_mm, affine)
             require_fitting(volume, model)
             volume = volume.described(model.saved.signature)
-            found = model.segment(
+            segmentation = model.segment(
                 volume, seed, lambda share: on_progress(f"segmenting with {self.name}", share), on_grid, chosen
             )
         made: dict[SegmentedMap, Tensor | None] = {
-            "probabilities": found.probabilities,
-            "uncertainty": found.uncertainty,
-            "mutual-information": found.mutual_information,
-            "members": model.aggregation.members_on_scan(found) if "members" in maps else None,
+            "probabilities": segmentation.probabilities,
+            "uncertainty": segmentation.uncertainty,
+            "mutual-information": segmentation.mutual_information,
+            "members": model.aggregation.members_on_scan(segmentation) if "members" in maps else None,
         }
         return SegmentedScan(
             scan=volume,
-            labels=found.labels.numpy(),
-            classes={0: self.classes.get(0, "background"), **found.classes},
-            volumes_ml=found.volumes_ml,
+            labels=segmentation.labels.numpy(),
+            classes={0: self.classes.get(0, "background"), **segmentation.classes},
+            volumes_ml=segmentation.volumes_ml,
             maps={name: data.numpy() for name, data in made.items() if data is not None},
-            members_ml=found.members_ml,
-            intervals_ml=found.intervals_ml,
-            level=found.level,
-            agreement=found.agreement,
-            disagreement=found.disagreement,
-            quality=found.quality,
-            unlike_training=found.unlike_training,
+            members_ml=segmentation.members_ml,
+            intervals_ml=segmentation.intervals_ml,
+            level=segmentation.level,
+            agreement=segmentation.agreement,
+            disagreement=segmentation.disagreement,
+            quality=segmentation.quality,
+            unlike_training=segmentation.unlike_training,
             warnings=(
                 *said,
                 *model.notes,
-                *doubts_about(found.volumes_ml, found.quality, found.unlike_training).values(),
+                *doubts_about(segmentation.volumes_ml, segmentation.quality, segmentation.unlike_training).values(),
             ),
         )
 

@@ -66,10 +66,10 @@ def _in_order(images: Mapping[str, Image], takes: ModelInput) -> list[Image]:
 
 
 def _read_one(path: Path, takes: ModelInput) -> Volume:
-    found = find_sources([path], takes, InputOptions())
-    if len(found) > 1:
-        raise UsageError(f"{path}: holds {len(found)} scans; name one, or write files for all of them with segment()")
-    return read_source(found[0], takes)
+    sources = find_sources([path], takes, InputOptions())
+    if len(sources) > 1:
+        raise UsageError(f"{path}: holds {len(sources)} scans; name one, or write files for all of them with segment()")
+    return read_source(sources[0], takes)
 
 
 def _image(image: Image, kind: str | None, spacing_mm: Sequence[float] | None, affine: npt.ArrayLike | None) -> Volume:
@@ -102,6 +102,6 @@ def read_mask(mask: Image, spacing_mm: Sequence[float] | None = None, affine: np
     if not isinstance(mask, Volume):
         return read_labels(mask)
     if mask.data.is_floating_point() or len(mask.data) != 1:
-        found = f"{len(mask.data)} channels of {mask.data.dtype}"
-        raise InputError(mask.source, found, "one channel of whole numbers", "read the file with read_labels")
+        actual = f"{len(mask.data)} channels of {mask.data.dtype}"
+        raise InputError(mask.source, actual, "one channel of whole numbers", "read the file with read_labels")
     return mask

@@ -143,13 +143,13 @@ class AnomalyConfig(Section):
 
     def _check_times(self, last: int) -> None:
         """Check the times before the training; a detector would reject them only after it."""
-        healing, partial, walk = self.latent_healing, self.partial_noise, self.counterfactual
+        healing, partial, counterfactual = self.latent_healing, self.partial_noise, self.counterfactual
         for method, fits, needed in (
             ("latent-healing", healing.steps <= healing.start <= last, f"steps <= start <= {last}"),
             ("latent-healing", healing.earliest <= healing.latest <= last, f"earliest <= latest <= {last}"),
             ("partial-noise", partial.steps <= partial.start <= last, f"steps <= start <= {last}"),
             ("patched", self.patched.time <= last, f"time <= {last}"),
-            ("counterfactual", walk.steps < walk.start <= last, f"steps < start <= {last}"),
+            ("counterfactual", counterfactual.steps < counterfactual.start <= last, f"steps < start <= {last}"),
         ):
             if method in self.detectors and not fits:
                 raise ValueError(f"{method.replace('-', '_')}: needs {needed}")

@@ -72,11 +72,11 @@ class Preset:
 def described_presets() -> list[Preset]:
     """All presets, by command and name."""
     fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # six times as fast, and not in every build of PyYAML
-    found = []
+    presets_here = []
     for name, path in presets().items():
         content = fast(path.read_text(encoding="utf-8")).get_single_data()
-        found.append(Preset(name, command_of(content["method"]), " ".join(content["description"].split())))
-    return sorted(found, key=lambda preset: (preset.command, preset.name))
+        presets_here.append(Preset(name, command_of(content["method"]), " ".join(content["description"].split())))
+    return sorted(presets_here, key=lambda preset: (preset.command, preset.name))
 
 
 def command_of(method: str) -> str:
@@ -187,8 +187,8 @@ def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
     """Turn plain types, such as those of a model card, into a configuration; errors name ``source`` and the key."""
     method = content.get("method")
     if method not in _SCHEMAS:
-        found = f"got {method!r}" if method else "Field required"
-        raise UsageError(f"{source}: method: {found}; known: {', '.join(_SCHEMAS)}")
+        actual = f"got {method!r}" if method else "Field required"
+        raise UsageError(f"{source}: method: {actual}; known: {', '.join(_SCHEMAS)}")
     schema = _SCHEMAS[str(method)]
     try:
         return schema.model_validate(content)

@@ -204,10 +204,10 @@ class DataSection(Section):
 
 
 class SegmenterConfig(Section):
-    """A mask segmenter: mask diffusion with one of four networks, of labels, or in latents; or one of two rivals.
+    """A segmenter: mask diffusion with one of four networks, of labels, or in latents; or one without diffusion.
 
-    "ensemdiff" and "categorical", which diffuses labels, concatenate the image to the mask. The rivals have the same
-    backbone: the feed-forward "baseline" and "probabilistic-unet". ``image_encoder`` is for SegDiff,
+    "ensemdiff" and "categorical", which diffuses labels, concatenate the image to the mask. The references have the
+    same backbone: the feed-forward "baseline" and "probabilistic-unet". ``image_encoder`` is for SegDiff,
     ``dynamic_encoding`` for MedSegDiff, ``semantic_condition`` and ``anchor_loss`` are for MedSegDiff-V2,
     ``mask_autoencoder`` is for "latent-mask", ``feed_forward`` for "baseline", ``finder`` for label maps of the head.
     """

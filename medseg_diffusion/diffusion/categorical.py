@@ -75,8 +75,8 @@ def uniform_labels(num_classes: int, shape: Sequence[int], generators: Sequence[
 
 def noised_probabilities(schedule: NoiseSchedule, x0: Tensor, t: Tensor | int) -> Tensor:
     """q(x_t | x_0), (B, K, *S), of one-hot labels or probabilities ``x0`` (B, K, *S)."""
-    kept = expand(schedule.at(t), x0)
-    return kept * x0 + (1 - kept) / x0.shape[1]
+    alpha_bar = expand(schedule.at(t), x0)
+    return alpha_bar * x0 + (1 - alpha_bar) / x0.shape[1]
 
 
 def draw_noised_labels(

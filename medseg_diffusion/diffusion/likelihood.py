@@ -85,9 +85,14 @@ def variational_bound(
         ValueError: ``data`` is "8-bit" but ``x0`` is not, or ``times`` do not decrease from T to 0.
     """
     last = denoiser.schedule.num_steps
-    walk = list(range(last, -1, -1)) if times is None else list(times)
-    if len(walk) < 3 or walk[0] != last or walk[-1] != 0 or any(t <= s for t, s in pairwise(walk)):
-        raise ValueError(f"times must decrease from {last} to 0 in at least two steps, got {walk[:5]}...")
+    trajectory = list(range(last, -1, -1)) if times is None else list(times)
+    if (
+        len(trajectory) < 3
+        or trajectory[0] != last
+        or trajectory[-1] != 0
+        or any(t <= s for t, s in pairwise(trajectory))
+    ):
+        raise ValueError(f"times must decrease from {last} to 0 in at least two steps, got {trajectory[:5]}...")
     if data == "8-bit":
         levels = (x0 + 1) * 127.5
         if float((levels - levels.round()).abs().max()) > 1e-2 or float(levels.min()) < -0.01 or levels.max() > 255.01:
@@ -98,7 +103,7 @@ def variational_bound(
     decoder: Decoder = "discretised" if data == "8-bit" else "none"
     bits = data == "8-bit"
     per_unit = 1 / math.log(2) if bits else float(x0.shape[1])
-    steps = list(zip(walk[:-1], walk[1:], [walk[0], *walk[:-2]], strict=True))
+    steps = list(zip(trajectory[:-1], trajectory[1:], [trajectory[0], *trajectory[:-2]], strict=True))
 
     def mean(nats: Tensor) -> Tensor:
         return per_unit * nats.double().flatten(1).mean(1)
@@ -114,7 +119,7 @@ def variational_bound(
         prior,
         terms[:, :-1],
         terms[:, -1] if bits else None,
-        walk[:-2],
+        trajectory[:-2],
     )
 
 

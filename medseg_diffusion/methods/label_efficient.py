@@ -25,7 +25,7 @@ from medseg_diffusion.sampling.loop import Sampler
 from medseg_diffusion.volumes.fitting import from_generator_grid, to_generator_grid
 
 from .activations import PUBLISHED_BLOCKS, Activations
-from .labelled_pixels import ALONE, LabelledPixels, PixelSampling, Together, labelled_pixels
+from .labelled_pixels import ALONE, LabelledPixels, PixelSampling, WorkerGroup, labelled_pixels
 
 PUBLISHED_FEATURES = 8448
 """Number of features of a pixel. If the finer blocks of a decoder have no more than this, all of them are used."""
@@ -104,11 +104,11 @@ def fit_classifiers(
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_member: Callable[[int, int], None] = lambda done, total: None,
-    together: Together = ALONE,
+    together: WorkerGroup = ALONE,
 ) -> PixelClassifiers:
     """Train the classifiers on the sampled pixels, one after another, and correct them for the sampling.
 
-    Of several processes (``together``), each trains its own members only: `Together.mine`.
+    Of several processes (``together``), each trains its own members only: `WorkerGroup.mine`.
 
     The sample is balanced, so the classifiers overestimate rare classes. The logarithm of each class's share in the
     images, divided by its share in the sample, is added to the last biases. The probabilities then have the images'

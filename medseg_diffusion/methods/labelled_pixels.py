@@ -74,7 +74,7 @@ class PixelSampling:
 
 
 @dataclass(frozen=True)
-class Together:
+class WorkerGroup:
     """Process ``index`` of ``count`` that share the work. ``wait`` returns when all of them have called it."""
 
     index: int = 0
@@ -86,7 +86,7 @@ class Together:
         return number % self.count == self.index
 
 
-ALONE = Together()
+ALONE = WorkerGroup()
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def labelled_pixels(
     sampling: PixelSampling,
     store: Path | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
-    together: Together = ALONE,
+    together: WorkerGroup = ALONE,
 ) -> LabelledPixels:
     """Sample the same number of pixels of every class, as far as there are enough, and gather their features.
 
@@ -157,7 +157,7 @@ def _gather(activations: Activations, image: Tensor, pixels: Tensor, features: n
 
 
 def _joined(
-    own: Path, store: Path, shape: tuple[int, int], firsts: npt.NDArray[np.int64], together: Together
+    own: Path, store: Path, shape: tuple[int, int], firsts: npt.NDArray[np.int64], together: WorkerGroup
 ) -> npt.NDArray[np.float16]:
     """The features of all processes, each of which has written a file of its own; the first process joins them.
 

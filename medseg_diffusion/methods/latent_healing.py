@@ -106,14 +106,14 @@ class LatentHealing(Detector):
             raise ValueError(f"fitted with {len(healthy.mean)} times, used with {len(times)}")
         self.denoiser, self.codec = denoiser, codec
         self.times = list(times)
-        self.walk = spaced(denoiser.schedule, steps, "trailing", start)
+        self.trajectory = spaced(denoiser.schedule, steps, "trailing", start)
         self.quantile, self.smoothing = quantile, smoothing
         self.healthy = healthy
         self.batch_size, self.residual, self.draws = batch_size, residual, draws
 
     @property
     def evaluations(self) -> int:
-        return (len(self.times) if self.quantile > 0 else 0) + self.draws * (len(self.walk) - 1)
+        return (len(self.times) if self.quantile > 0 else 0) + self.draws * (len(self.trajectory) - 1)
 
     @torch.no_grad()
     def divergence(self, latent: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -169,8 +169,8 @@ class LatentHealing(Detector):
             latent.shape[1:], generators([derive_seed(seed, "healing", draw) for seed in seeds]), like=latent
         )
         keep = 1 - mask.to(latent.dtype)
-        z = schedule.add_noise(latent, eps, self.walk[0])
-        for t, s in pairwise(self.walk):
+        z = schedule.add_noise(latent, eps, self.trajectory[0])
+        for t, s in pairwise(self.trajectory):
             times = torch.full((len(z),), t, device=z.device)
             sampled = step(schedule, self.denoiser(z, times), z, t, s, _no_noise)
             original = schedule.add_noise(latent, eps, s) if s else latent

@@ -141,9 +141,9 @@ def _intensity(channel: Tensor) -> dict[str, float]:
     return dict(zip(_INTENSITIES, (lowest, *quantiles), strict=True))
 
 
-def _step(size: int, wanted: int) -> int:
-    """A step that leaves about ``wanted`` of ``size`` voxels, and visits every place along every axis."""
-    step = max(1, size // wanted)
+def _step(size: int, count: int) -> int:
+    """A step that leaves about ``count`` of ``size`` voxels, and visits every place along every axis."""
+    step = max(1, size // count)
     while math.gcd(step, size) > 1:
         step += 1
     return step
@@ -165,14 +165,14 @@ def contrast(labels: Tensor, image: Tensor, names: Mapping[int, str]) -> dict[st
         places = (flat_labels == value).nonzero()[:, 0]  # along one axis: 8 bytes a voxel, not 24
         chosen = places[:: _step(len(places), _SAMPLED_OF_CLASS)]
         sampled[value] = np.sort(intensities[chosen].double().cpu().numpy())
-    found: dict[str, dict[str, float]] = {}
+    contrasts: dict[str, dict[str, float]] = {}
     for one in sampled:
         for other in sampled:
             if one < other:
                 share = _brighter(sampled[one], sampled[other])
-                found.setdefault(names[one], {})[names[other]] = share
-                found.setdefault(names[other], {})[names[one]] = 1 - share
-    return found
+                contrasts.setdefault(names[one], {})[names[other]] = share
+                contrasts.setdefault(names[other], {})[names[one]] = 1 - share
+    return contrasts
 
 
 def _brighter(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
@@ -279,15 +279,15 @@ class Seen:
         if not any(measured.values()):
             return ["an empty mask (no training scan had one)"] if any(low > 0 for low, _ in seen.values()) else []
         unit, scale = ("ml", 1.0) if by_volume else ("% of the image", 100.0)
-        found = {
+        doubts = {
             f"{name} of {_short(scale * measured[name])} {unit} (trained on {_between(one, scale, unit)})": by
             for name, one in seen.items()
             if name in measured and (by := _times_beyond(measured[name], one, _factor(one))) > 1
         }
-        return [*_worst(found), *_worst(self._contrast_below(mask))]
+        return [*_worst(doubts), *_worst(self._contrast_below(mask))]
 
     def _intensities_beyond(self, scan: MeasuredScan) -> list[str]:
-        found: dict[str, float] = {}
+        doubts: dict[str, float] = {}
         for number, (seen, measured) in enumerate(zip(self.intensity, scan.intensity, strict=False), 1):
             of = f" of channel {number}" if len(self.intensity) > 1 else ""
             for name, (low, high) in seen.items():
@@ -295,18 +295,18 @@ class Seen:
                 beyond = max(low - measured[name], measured[name] - high) / margin
                 if beyond > 1:
                     what = f"other intensities: {_INTENSITIES[name].format(measured[name], of)}"
-                    found[f"{what} (trained on {low:.2f} to {high:.2f})"] = beyond
-        return _worst(found)
+                    doubts[f"{what} (trained on {low:.2f} to {high:.2f})"] = beyond
+        return _worst(doubts)
 
     def _contrast_below(self, mask: MeasuredMask) -> dict[str, float]:
-        found = {}
+        doubts = {}
         for one, others in self.contrast.items():
             for other, (low, high) in others.items():
                 share = mask.contrast.get(one, {}).get(other, 1.0)
                 if share < low:
                     what = f"{one} brighter than {other} in only {100 * share:.0f} % of pairs of voxels"
-                    found[f"{what} (trained on {100 * low:.0f} to {100 * high:.0f} %)"] = low - share
-        return found
+                    doubts[f"{what} (trained on {100 * low:.0f} to {100 * high:.0f} %)"] = low - share
+        return doubts
 
 
 def sentence(doubts: Sequence[str], withheld: str = "") -> str:
@@ -346,16 +346,16 @@ def _factor(ends: Range) -> float:
 
 
 def _lengths_beyond(what: str, seen: Mapping[str, Range], measured: Mapping[str, float]) -> list[str]:
-    found = {
+    doubts = {
         f"{what.format(measured[axis], axis)} (trained on {_between(ends, 1.0, 'mm')})": by
         for axis, ends in seen.items()
         if axis in measured and (by := _times_beyond(measured[axis], ends, LENGTH_FACTOR)) > 1
     }
-    return _worst(found)
+    return _worst(doubts)
 
 
-def _worst(found: Mapping[str, float]) -> list[str]:
-    return [max(found, key=lambda phrase: found[phrase])] if found else []
+def _worst(doubts: Mapping[str, float]) -> list[str]:
+    return [max(doubts, key=lambda phrase: doubts[phrase])] if doubts else []
 
 
 def _between(ends: Range, scale: float, unit: str) -> str:

@@ -202,6 +202,6 @@ def centreline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return mask
     line: NDArray[np.bool_] = skeletonize(mask)
     components, count = ndimage.label(mask, np.ones((3,) * mask.ndim, bool))
-    kept = np.bincount(components[line], minlength=count + 1) > 0
-    kept[0] = True
-    return line | ~kept[components]
+    has_line = np.bincount(components[line], minlength=count + 1) > 0
+    has_line[0] = True
+    return line | ~has_line[components]

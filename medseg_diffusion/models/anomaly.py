@@ -101,20 +101,20 @@ class AnomalyModel:
         """The calibration of the chosen detector on healthy scans; None without calibration."""
         return stored_scores(self.saved, self.method)
 
-    def comparable_scores(self, found: AnomalyMap) -> HealthyScores | None:
+    def comparable_scores(self, scan_map: AnomalyMap) -> HealthyScores | None:
         """The calibration with which the map of a scan can be compared.
 
         None without one, for options that it does not hold for, and for a scan unlike those of the training.
         """
-        return None if self.notes or found.unlike_training else self.healthy_scores()
+        return None if self.notes or scan_map.unlike_training else self.healthy_scores()
 
-    def percentile(self, found: AnomalyMap) -> float | None:
+    def percentile(self, scan_map: AnomalyMap) -> float | None:
         """Share of healthy scans with a lower score, in %; None if the map is not comparable.
 
         It is rounded as in the files, so that a finished scan has the flags and the words of a new one.
         """
-        healthy = self.comparable_scores(found)
-        return None if healthy is None else round(healthy.percentile(found.scan_score), 1)
+        healthy = self.comparable_scores(scan_map)
+        return None if healthy is None else round(healthy.percentile(scan_map.scan_score), 1)
 
     def score(
         self,
@@ -131,10 +131,10 @@ class AnomalyModel:
             InputError: A scan without foreground.
         """
         grid = on_grid(self.config, volume)
-        found = scored(
+        scan_map = scored(
             self.detector, self.config, grid, seed, self.device, self.networks, None, on_progress, counterpart
         )
-        return replace(found, unlike_training=self._unlike_training(grid))
+        return replace(scan_map, unlike_training=self._unlike_training(grid))
 
     def _unlike_training(self, grid: OnGrid) -> str:
         if self.seen is None:

@@ -71,10 +71,10 @@ def with_doubts(
         contrast(segmentation.members[0].cpu(), image[0].cpu(), names) if seen.contrast else {},
     )
     of_scan = seen.doubts_of_scan(measured(volume, image, orientation, dims))
-    found = [*further, *of_scan, *seen.doubts_of_mask(mask)]
-    if not found:
+    doubts = [*further, *of_scan, *seen.doubts_of_mask(mask)]
+    if not doubts:
         return segmentation
     withheld = "no interval is given" if segmentation.intervals_ml else ""
     return replace(
-        segmentation, quality="check", intervals_ml={}, level=None, unlike_training=sentence(found, withheld)
+        segmentation, quality="check", intervals_ml={}, level=None, unlike_training=sentence(doubts, withheld)
     )

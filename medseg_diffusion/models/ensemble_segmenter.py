@@ -23,7 +23,7 @@ from .doubts import with_doubts
 from .finder import NOT_FOUND, Finder
 from .inference import filled_up_to
 from .memory import Limit, network_bytes
-from .passes import Pass, Slabs, Thrifty, on_model_grid, stepping_down
+from .passes import MemoryLimitedSegmenter, Pass, Slabs, on_model_grid, stepping_down
 from .segmentation import Aggregation, Map, Segmentation
 
 
@@ -54,14 +54,14 @@ class EnsembleSegmenter:
     seen: Seen | None = None
 
     @cached_property
-    def _thrifty(self) -> Thrifty:
-        return self.way.thrifty(self.model, self.device)
+    def _memory_limited(self) -> MemoryLimitedSegmenter:
+        return self.way.memory_limited(self.model, self.device)
 
     def sample(
         self, volume: Volume, seed: int, on_progress: Callable[[float], None] = lambda done: None
     ) -> tuple[Ensemble, Placement]:
         image, placement = on_model_grid(self.preprocessing, volume, self.device, self._box(volume))
-        slabs = self._slabs(self._thrifty, image.to(self.device), seed, on_progress, self.way)
+        slabs = self._slabs(self._memory_limited, image.to(self.device), seed, on_progress, self.way)
         return slabs.joined(), placement
 
     def segment(
@@ -107,19 +107,19 @@ class EnsembleSegmenter:
         return Limit(round(self.max_memory * 1e9), process_bytes(), len(self.labels), self.ensemble, network, window)
 
     def _slabs(
-        self, model: Thrifty, image: Tensor, seed: int, on_progress: Callable[[float], None], way: Pass
+        self, model: MemoryLimitedSegmenter, image: Tensor, seed: int, on_progress: Callable[[float], None], way: Pass
     ) -> Slabs:
         seeds = [derive_seed(seed, member) for member in range(self.ensemble)]
         return way.slabs(model, image, seeds, len(self.labels), on_progress)
 
     @contextmanager
-    def _on(self, device: torch.device) -> Iterator[Thrifty]:
+    def _on(self, device: torch.device) -> Iterator[MemoryLimitedSegmenter]:
         """The model, moved to ``device`` for the block."""
         if device == self.device:
-            yield self._thrifty
+            yield self._memory_limited
             return
         self.model.to(device)
         try:
-            yield self.way.thrifty(self.model, device)
+            yield self.way.memory_limited(self.model, device)
         finally:
             self.model.to(self.device)

@@ -116,7 +116,7 @@ def network_bytes(model: Any, way: Pass, channels: int, device: torch.device) ->
     handles = [layer.register_forward_hook(add) for layer in layers]
     try:
         with not_compiled(model):
-            way.thrifty(model, device).probabilities(image, [[0]], way.sampler, way.times[-2:])  # one step
+            way.memory_limited(model, device).probabilities(image, [[0]], way.sampler, way.times[-2:])  # one step
     finally:
         for handle in handles:
             handle.remove()

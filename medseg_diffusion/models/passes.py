@@ -49,7 +49,7 @@ class Slabs:
         return Ensemble.joined(self.parts, self.axis)
 
 
-class Thrifty:
+class MemoryLimitedSegmenter:
     """A segmenter that computes fewer samples at once after the GPU ran out of memory (`methods.segment.Segmenter`).
 
     A sample's noise depends on its seed alone, so that this changes results by rounding only.
@@ -159,10 +159,10 @@ class Pass:
     together: bool = False
     groups: Sequence[int] | None = None
 
-    def thrifty(self, model: Segmenter, device: torch.device) -> Thrifty:
+    def memory_limited(self, model: Segmenter, device: torch.device) -> MemoryLimitedSegmenter:
         """The model with this precision on the device."""
         members = None if self.together else MEMBERS_AT_ONCE
-        return Thrifty(model, autocast_dtype(device, self.precision), members, self.groups)
+        return MemoryLimitedSegmenter(model, autocast_dtype(device, self.precision), members, self.groups)
 
     def slabs(
         self, model: Segmenter, image: Tensor, seeds: Sequence[int], classes: int, on_progress: Callable[[float], None]
@@ -230,8 +230,8 @@ def stepping_down(
 ) -> Result:
     """The result of ``run(windows, device)``; after the GPU ran out of memory, with smaller windows, then on the CPU.
 
-    Each step is one warning. `Thrifty` has tried smaller batches before. Every scan begins anew, so that results do not
-    depend on the scans before.
+    Each step is one warning. `MemoryLimitedSegmenter` has tried smaller batches before. Every scan begins anew, so
+    that results do not depend on the scans before.
 
     Args:
         run: the computation.

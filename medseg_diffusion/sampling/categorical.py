@@ -23,7 +23,7 @@ def sample_categorical(
     times: Sequence[int],
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Walks labels ``x`` (B, *S) down the ``times`` and returns probabilities (B, K, *S) of x_0 at the last of them.
+    """Moves labels ``x`` (B, *S) along the ``times`` and returns probabilities (B, K, *S) of x_0 at the last of them.
 
     The labels of a sample are its most probable classes: drawing them would only add noise from pixel to pixel.
 

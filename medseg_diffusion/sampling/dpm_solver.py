@@ -23,11 +23,11 @@ class DPMSolver:
     """
 
     def begin(self, predict: Predict) -> Step:
-        return _Walk()
+        return _Trajectory()
 
 
-class _Walk:
-    """The step of one walk, with the previous prediction of x0 and the previous h."""
+class _Trajectory:
+    """The step of one trajectory, with the previous prediction of x0 and the previous h."""
 
     def __init__(self) -> None:
         self.x0: Tensor | None = None

@@ -24,11 +24,11 @@ class Heun:
     """
 
     def begin(self, predict: Predict) -> Step:
-        return _Walk(predict)
+        return _Trajectory(predict)
 
 
-class _Walk:
-    """The step of one walk, with the denoiser for the second prediction."""
+class _Trajectory:
+    """The step of one trajectory, with the denoiser for the second prediction."""
 
     def __init__(self, predict: Predict) -> None:
         self.predict = predict

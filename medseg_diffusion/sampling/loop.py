@@ -25,7 +25,7 @@ LOWEST_HALF_LOG_SNR = -5.1
 Noise = Callable[[], Tensor]
 """Draws new standard normal noise of the shape of x_t; deterministic steps do not call it."""
 Predict = Callable[[Tensor, int], Prediction]
-"""The denoiser of a walk, with its condition, at a tensor and a time 1..T: for steps that need a further prediction."""
+"""The denoiser with its condition, at a tensor and a time 1..T: for steps that need a further prediction."""
 
 
 class Step(Protocol):
@@ -37,7 +37,7 @@ class Step(Protocol):
 
 
 class Sampler(Protocol):
-    """Makes the `Step` of one walk. Multistep methods keep their history in the step, so it ends with the walk."""
+    """Makes the `Step` of one trajectory. Multistep methods keep their history in the step, which ends with it."""
 
     def begin(self, predict: Predict) -> Step: ...
 
@@ -45,7 +45,7 @@ class Sampler(Protocol):
 def spaced(
     schedule: NoiseSchedule, count: int, how: Spacing = "log-snr", start: int | None = None, stop: int = 1
 ) -> list[int]:
-    """The times of a walk of ``count`` steps from ``start`` (default T) to 0: count + 1 times, the last 0.
+    """The times of a trajectory of ``count`` steps from ``start`` (default T) to 0: count + 1 times, the last 0.
 
     Times that coincide after rounding are removed, with a warning that gives the remaining number of steps.
 
@@ -93,7 +93,7 @@ def spread(schedule: NoiseSchedule, count: int, start: int) -> list[int]:
     """Exactly ``count`` times from ``start`` down to 1, as uniform in log(alpha / sigma) as whole numbers can be.
 
     Like "log-snr" of `spaced`, but times that coincide after rounding are moved to the next free one, not removed: a
-    walk from a small ``start`` would lose many. The last time is 1; append 0 to end at the clean tensor.
+    trajectory from a small ``start`` would lose many. The last time is 1; append 0 to end at the clean tensor.
 
     Args:
         schedule: the model's noise schedule.
@@ -126,7 +126,7 @@ def sample(
     generators: Sequence[torch.Generator] = (),
     on_step: Callable[[int, Tensor, Prediction], None] | None = None,
 ) -> Tensor:
-    """Walks ``x`` (B, C, *S) from ``times[0]`` to ``times[-1]`` and returns the tensor at that last time.
+    """Moves ``x`` (B, C, *S) from ``times[0]`` to ``times[-1]`` and returns the tensor at that last time.
 
     Args:
         denoiser: the model, which may be guided and clipped.

@@ -205,7 +205,7 @@ def _images(path: Path) -> list[_File]:
 
     A segmentation is no image: a result that was exported with its series changes nothing.
     """
-    found: list[_File] = []
+    files: list[_File] = []
     others: list[str] = []
     damaged: list[str] = []
     for name, opener in _files(path):
@@ -218,10 +218,10 @@ def _images(path: Path) -> list[_File]:
         elif _attribute(header, "Modality") == "SEG":
             continue
         elif "Rows" in header and "Columns" in header:
-            found.append((name, opener, header))
+            files.append((name, opener, header))
         elif "Image Storage" in UID(str(header.SOPClassUID)).name:  # not a report or a presentation state
             damaged.append(name)
-    if not found:
+    if not files:
         raise InputError(path, "no DICOM image", "the slices of one series", "check the path")
     if damaged:  # at the end of a series, a slice that is left out would not show as a gap
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
@@ -229,7 +229,7 @@ def _images(path: Path) -> list[_File]:
     if others:
         some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         remark(f"{path.name}: left out files that are no DICOM: {some}")
-    return found
+    return files
 
 
 def _files(path: Path) -> Iterator[tuple[str, Opener]]:
@@ -332,11 +332,11 @@ def _chosen(path: Path, series: Sequence[_Series], choice: SeriesChoice) -> _Ser
         some = fitting if choice.named is not None and fitting else series
         which = f" that {choice.named!r} names" if some is fitting else ""
         more = f"; and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
-        wanted = f"one {choice.kind or ''} series".replace("  ", " ")
+        expected = f"one {choice.kind or ''} series".replace("  ", " ")
         raise InputError(
             path,
             f"{len(some)} DICOM series{which}: {'; '.join(map(_with_uid(some), some[:_LISTED]))}{more}",
-            wanted if choice.named is None else f"one series that is named by {choice.named!r}",
+            expected if choice.named is None else f"one series that is named by {choice.named!r}",
             "choose one with --series: its number, the start of its UID, or a part of its description",
         )
     if choice.named is None:

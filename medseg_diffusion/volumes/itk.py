@@ -133,16 +133,16 @@ def _require_whole(path: Path, header: _TextHeader, size: int) -> None:
     if header.packed is None:  # text, or parts of the file are skipped
         return
     file, begin = header.data or path, 0 if header.data else header.end
-    found = file.stat().st_size - begin
+    stored = file.stat().st_size - begin
     if header.packed:
-        length = header.fields.get("CompressedDataSize", "none") if header.meta else str(found)
-        if not length.isdecimal() or int(length) > found:
-            raise _unreadable(path, f" (CompressedDataSize = {length[:20]}, but there are {found} bytes)")
+        length = header.fields.get("CompressedDataSize", "none") if header.meta else str(stored)
+        if not length.isdecimal() or int(length) > stored:
+            raise _unreadable(path, f" (CompressedDataSize = {length[:20]}, but there are {stored} bytes)")
         with file.open("rb") as content:
             content.seek(begin)
-            found = _unpacked_size(path, content, int(length), size)
-    if found != size:
-        count = f"more than {size}" if found > size else str(found)
+            stored = _unpacked_size(path, content, int(length), size)
+    if stored != size:
+        count = f"more than {size}" if stored > size else str(stored)
         raise _unreadable(path, f" ({count} bytes of voxels, where its header asks for {size})")
 
 

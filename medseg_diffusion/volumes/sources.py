@@ -118,8 +118,8 @@ def find_sources(paths: Sequence[Path], takes: ModelInput, options: InputOptions
             raise UsageError("--channel names the files of one scan; leave SCAN and --pattern out")
         sources = [_of_channels(options.channels, takes)]
     else:
-        found = [source for path in map(Path, paths) for source in _sources(path, takes, options.pattern)]
-        sources = _cases(dict.fromkeys(found), len(takes.channels))
+        named = [source for path in map(Path, paths) for source in _sources(path, takes, options.pattern)]
+        sources = _cases(dict.fromkeys(named), len(takes.channels))
     if options.series is not None and not any(is_dicom(file) for source in sources for file in source.files):
         raise UsageError("--series chooses one of several DICOM series, but none of the scans is DICOM; leave it out")
     return sources
@@ -153,12 +153,12 @@ def _listed(file: Path, takes: ModelInput) -> list[Source]:
         if not line or line.startswith("#"):
             continue
         try:
-            found = _sources(file.parent / line, takes, None, listed=True)
+            listed_here = _sources(file.parent / line, takes, None, listed=True)
         except InputError as error:
             raise InputError(
                 file, f"in line {number}, {line}: {error.found}", error.expected, "correct the line or remove it"
             ) from error
-        sources += [replace(source, folder=_below(source.path, file.parent)) for source in found]
+        sources += [replace(source, folder=_below(source.path, file.parent)) for source in listed_here]
     if not sources:
         raise InputError(file, "a list without paths", "one path in each line", "check the list")
     return sources

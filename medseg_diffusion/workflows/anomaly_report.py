@@ -22,7 +22,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .anomaly_result import AnomalyResult, compared
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, BatchReport, Room, made_by, remarks_of
+from .viewed import MOST_VIEWED, BatchReport, ViewerCapacity, made_by, remarks_of
 
 MOST_PICTURES = 8
 """Largest number of scans whose worst slices are drawn."""
@@ -68,7 +68,7 @@ class AnomalyReport(BatchReport):
         scans = worst_first([_on_page(name, result, path) for name, result in results.items()])
         if not self._made:
             self._finished_earlier()
-        cases, pictures, room = list[ViewedCase](), list[WorstSlices](), Room()
+        cases, pictures, room = list[ViewedCase](), list[WorstSlices](), ViewerCapacity()
         for name, reason in chosen(scans):
             volumes = self._volumes(results[name])
             if volumes is None:

@@ -246,9 +246,9 @@ def _measure(
     calibration = model.aggregation.calibration
     model.aggregation = replace(model.aggregation, calibration=None)
     temperature = 1.0 if calibration is None else calibration.temperature
-    walk = f"{setting.sampler} {model.num_steps} steps, " if setting.sampler else ""
+    sampling = f"{setting.sampler} {model.num_steps} steps, " if setting.sampler else ""
     seen = "" if setting.x_t == "own" else f", {setting.x_t} x_t"
-    description = f"{model.saved.name}: {walk}ensemble {setting.ensemble}{seen}"
+    description = f"{model.saved.name}: {sampling}ensemble {setting.ensemble}{seen}"
     measurements = []
     for done, case in enumerate(cases, 1):
         volume, reference = _read(case, model, named_labels)

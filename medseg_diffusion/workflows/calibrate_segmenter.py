@@ -111,10 +111,10 @@ def _fitted(
     for done, case in enumerate(cases):
         on_prepare("scans of the calibration", done, len(cases))
         volume, labels = read_case(case, expected)
-        found = model.segment(volume, derive_seed(0, case.name), maps=["probabilities"])
-        assert found.probabilities is not None
-        agreement = [dice for dice in found.agreement.values() if dice == dice]
+        segmentation = model.segment(volume, derive_seed(0, case.name), maps=["probabilities"])
+        assert segmentation.probabilities is not None
+        agreement = [dice for dice in segmentation.agreement.values() if dice == dice]
         pairwise = fmean(agreement) if agreement else None
-        fit.add(case.patient, found.probabilities, found.labels, labels.data[0], pairwise)
+        fit.add(case.patient, segmentation.probabilities, segmentation.labels, labels.data[0], pairwise)
     on_prepare("scans of the calibration", len(cases), len(cases))
     return fit.result()

@@ -124,9 +124,9 @@ def _check(network: OneEvaluation, inputs: list[Tensor], file: Path, saved: Save
         raise ModelError("the check needs onnxruntime; pip install 'medseg-diffusion[onnx]'") from error
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
-    (found,) = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    (output,) = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
     with torch.no_grad():
-        difference = float((torch.from_numpy(found) - network(*inputs)).abs().max())
+        difference = float((torch.from_numpy(output) - network(*inputs)).abs().max())
     if not difference <= TOLERANCE:
         raise ModelError(
             f"{saved.path}: probabilities of the ONNX file differ by {difference:.2g}; nothing was written"

@@ -99,8 +99,8 @@ def read_mask(path: Path, names: Mapping[int, str]) -> Volume:
 def _require_same(path: Path, stored: list[tuple[int, str]], expected: list[tuple[int, str]]) -> None:
     """InputError for a mask that names other classes: nobody has looked for those that it lacks."""
     if stored and stored != expected:
-        found, names = (few(name for _, name in classes) for classes in (stored, expected))
-        raise InputError(path, f"a mask of the classes {found}", names, "segment it again without --skip-existing")
+        actual, names = (few(name for _, name in classes) for classes in (stored, expected))
+        raise InputError(path, f"a mask of the classes {actual}", names, "segment it again without --skip-existing")
 
 
 def _volumes(mask: Volume, names: Mapping[int, str]) -> dict[str, float]:

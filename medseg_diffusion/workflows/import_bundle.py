@@ -35,8 +35,8 @@ def import_bundle(
     part = given.pop("part", None)
     if part is not None and not isinstance(part, str):
         raise UsageError(f"--set part={part}: use denoiser or autoencoder")
-    found = read_bundle(Path(folder), part)
+    bundle = read_bundle(Path(folder), part)
     if "num_heads" in given or "head_channels" in given:
         for name in ("num_heads", "head_channels"):
-            found.settings.pop(name, None)
-    return import_model(found.file, "monai", output, {**found.settings, **given})
+            bundle.settings.pop(name, None)
+    return import_model(bundle.file, "monai", output, {**bundle.settings, **given})

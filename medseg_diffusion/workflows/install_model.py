@@ -43,17 +43,17 @@ def install_model(source: str | Path, name: str | None = None, overwrite: bool =
     home.mkdir(parents=True, exist_ok=True)
     with temporary_folder(home / "incoming") as staged:
         if repository is not None:
-            found = repository.partition("@")[0].partition("/")[2]
+            own_name = repository.partition("@")[0].partition("/")[2]
             download(repository, staged)
         elif Path(source).is_dir():
             folder = find_model(source)
-            found = name_of(folder)
+            own_name = name_of(folder)
             for file in (*FILES, SUMS):
                 if (folder / file).is_file():
                     shutil.copyfile(folder / file, staged / file)
         else:
-            found = unpack(Path(source), staged)
-        name = name or found
+            own_name = unpack(Path(source), staged)
+        name = name or own_name
         _require_free(name, overwrite)
         try:
             load_model_files(staged)

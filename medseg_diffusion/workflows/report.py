@@ -284,8 +284,8 @@ def _json(file: Path) -> dict[str, Any]:
 def _entry(card: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """A mapping inside the card; empty where there is none."""
     for key in keys:
-        found = card.get(key)
-        card = found if isinstance(found, dict) else {}
+        stored = card.get(key)
+        card = stored if isinstance(stored, dict) else {}
     return dict(card)
 
 

@@ -89,18 +89,18 @@ def find_mask_files(masks: Path) -> list[MaskFile]:
     """
     names = {path.name for path in masks.iterdir()} if masks.is_dir() else set()
     if "dataset.json" in names or any({"images", labels} <= names for labels in ("labels", "masks", "raters")):
-        found = [MaskFile(case.name, case.label, case.patient) for case in find_cases(masks).cases]
+        files = [MaskFile(case.name, case.label, case.patient) for case in find_cases(masks).cases]
     else:
-        files = find_masks(masks)
-        patients = patients_of(masks, files) if masks.is_dir() else {}
-        found = [MaskFile(name, path, patients.get(name, name)) for name, path in sorted(files.items())]
-    names_of_cases = [case_name(mask, 0) for mask in found]
+        paths = find_masks(masks)
+        patients = patients_of(masks, paths) if masks.is_dir() else {}
+        files = [MaskFile(name, path, patients.get(name, name)) for name, path in sorted(paths.items())]
+    names_of_cases = [case_name(mask, 0) for mask in files]
     if twice := sorted({name for name in names_of_cases if names_of_cases.count(name) > 1}):
         raise InputError(masks, f"two masks that give {twice[0]}", "names that differ", "rename one of them")
-    pictures = [mask.path for mask in found if is_image(mask.path)]
-    if pictures and len(pictures) < len(found):
+    pictures = [mask.path for mask in files if is_image(mask.path)]
+    if pictures and len(pictures) < len(files):
         raise InputError(pictures[0], "an image file among volumes", "masks of one kind", "give them one by one")
-    return found
+    return files
 
 
 def require_same_classes(masks: Sequence[MaskFile], source: ImageSource) -> None:

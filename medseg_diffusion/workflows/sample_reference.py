@@ -75,18 +75,18 @@ class Reference:
             self._features(images, what)
             for images, what in ((samples, "samples"), (training, "training images"), (unseen, "unseen images"))
         ]
-        found = memorisation(*features)
+        comparison = memorisation(*features)
         content = {
             "reference": str(self.data),
             "extractor": self.extract.name,
             "samples": len(samples),
             "training_images": len(training),
             "unseen_images": len(unseen),
-            "closer": found.closer,
-            "closest": found.closest,
+            "closer": comparison.closer,
+            "closest": comparison.closest,
         }
-        closest = torch.argsort(found.distances, stable=True)[:SHOWN].numpy()
-        neighbours = training[found.neighbours[closest].numpy()]
+        closest = torch.argsort(comparison.distances, stable=True)[:SHOWN].numpy()
+        neighbours = training[comparison.neighbours[closest].numpy()]
         spread = np.linspace(0, len(unseen) - 1, min(SHOWN, len(unseen))).round().astype(int)
         picture = sheet(
             {
@@ -98,12 +98,12 @@ class Reference:
             }
         )
         write_files(output, {FILE: json.dumps(content, indent=2) + "\n", PICTURE: png(picture)})
-        return found
+        return comparison
 
     def _features(self, images: Pixels, what: str) -> torch.Tensor:
         """Pooled features (N, D) of images, or of the three middle planes of volumes."""
-        found = features_of(images, self.extract, partial(self._on_count, f"features of {what}"))
-        return found.middle if isinstance(found, SliceFeatures) else found.pooled
+        features = features_of(images, self.extract, partial(self._on_count, f"features of {what}"))
+        return features.middle if isinstance(features, SliceFeatures) else features.pooled
 
 
 def read_samples(samples: Sequence[LabelledSample], source: ImageSource) -> Pixels:

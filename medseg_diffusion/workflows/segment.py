@@ -354,12 +354,12 @@ def _settings(model: SegmentationModel, options: SegmentOptions, names: Mapping[
 
 def _maps(options: SegmentOptions) -> list[Map]:
     """The maps on the scan's grid that the options need."""
-    wanted: dict[Map, bool] = {
+    needed: dict[Map, bool] = {
         "probabilities": options.save_probabilities,
         "uncertainty": options.save_uncertainty,
         "mutual-information": options.save_pseudo_labels,
     }
-    return [name for name, asked in wanted.items() if asked]
+    return [name for name, asked in needed.items() if asked]
 
 
 def _picture(scan: Scan, segmentation: Segmentation, model: SegmentationModel) -> bytes:

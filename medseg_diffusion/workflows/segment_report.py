@@ -16,7 +16,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .finished import read_mask
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, BatchReport, Room, made_by, onto, remarks_of
+from .viewed import MOST_VIEWED, BatchReport, ViewerCapacity, made_by, onto, remarks_of
 
 
 class SegmentReport(BatchReport):
@@ -49,7 +49,7 @@ class SegmentReport(BatchReport):
 
     def _cases(self, chosen: Sequence[tuple[str, str]], results: Mapping[str, ScanResult]) -> Iterator[ViewedCase]:
         """The chosen scans, one after the other; those whose files have gone are left out."""
-        room = Room()
+        room = ViewerCapacity()
         for name, reason in chosen:
             result = results[name]
             try:

@@ -32,7 +32,7 @@ from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder, write_json
 from medseg_diffusion.methods.activations import Activations
 from medseg_diffusion.methods.label_efficient import ClassifierOptions, choose_blocks, fit_classifiers
-from medseg_diffusion.methods.labelled_pixels import LabelledPixels, PixelSampling, Together, labelled_pixels
+from medseg_diffusion.methods.labelled_pixels import LabelledPixels, PixelSampling, WorkerGroup, labelled_pixels
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.models.card import common_entries, render_card
 from medseg_diffusion.models.generator import Generator, restore_generator
@@ -176,7 +176,7 @@ class _Training:
         """Train, and return the labelled images and the names of the generator's blocks."""
         config, job, runtime = self.config, self.job, self.runtime
         cache = job.run / "cache"
-        together = Together(runtime.rank, runtime.world_size, runtime.wait)
+        together = WorkerGroup(runtime.rank, runtime.world_size, runtime.wait)
         with runtime.main_first():
             chosen = labelled_units(config, self.generator, data, labelling, cache, job.on_prepare)
         images, masks = [unit.images for unit in chosen.units], [unit.labels for unit in chosen.units]

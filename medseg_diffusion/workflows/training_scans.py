@@ -184,7 +184,7 @@ def _measured_head(
     coarse = replace(fine, spacing_mm=(i, j, k))
     image, values, affine = synthetic_scan(anatomy, generator, synthesis, classes, _COARSE_MM)
     volume = Volume(image[None], affine)
-    scaled, placement = coarse.apply(volume, _found(values, volume, config))
+    scaled, placement = coarse.apply(volume, _finder_box(values, volume, config))
     label = apply_labels(volume.like(values[None]), placement)[0]
     shares = _measured_groups(label, scaled, groups).image_share
     centre = anatomy.brain.double().mean(0) + torch.tensor([0.0, 0.0, _SLAB_ABOVE_MM])
@@ -209,7 +209,7 @@ def _measured_groups(label: Tensor, image: Tensor, groups: Sequence[Mapping[str,
     return MeasuredMask({}, shares, {name: others for mask in masks for name, others in mask.contrast.items()})
 
 
-def _found(values: Tensor, volume: Volume, config: SegmenterConfig) -> Box | None:
+def _finder_box(values: Tensor, volume: Volume, config: SegmenterConfig) -> Box | None:
     """The box that a finder without errors finds in a synthetic head; None for a model without a finder."""
     if config.finder is None:
         return None
@@ -257,12 +257,12 @@ def seen_in_healthy(
     size = config.generator.data.shape
     preprocessing = build.image_preprocessing(config.generator.preprocessing, size)
     chosen = spread(sorted(scans, key=lambda scan: scan.name))
-    found = []
+    measured_scans = []
     for done, scan in enumerate(chosen, 1):
         volume = read_volume(scan.image)
-        found.append(measured(volume, preprocessing.apply(volume)[0], preprocessing.orientation, len(size)))
+        measured_scans.append(measured(volume, preprocessing.apply(volume)[0], preprocessing.orientation, len(size)))
         on_scan(done, len(chosen))
-    return Seen.of(found)
+    return Seen.of(measured_scans)
 
 
 # ---- older models ----------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def onto(result: Volume, scan: Volume) -> Volume:
     return scan.like(data)
 
 
-class Room:
+class ViewerCapacity:
     """How many scans fit into the viewer: at most `MOST_VIEWED`, fewer if they are large.
 
     All of them are in memory until the page is written.

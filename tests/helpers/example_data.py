@@ -119,10 +119,11 @@ def write_scans(root: Path) -> None:
 
 
 def write_heads(root: Path) -> None:
-    """FLAIR-like heads without lesions, of two scanners, and one with a lesion."""
+    """FLAIR-like heads without lesions, of two scanners, with lesions and their masks, and one with a lesion alone."""
     for i in range(8):
         anomaly.write(root / "healthy" / f"h{i}.nii.gz", anomaly.head(i)[0])
         anomaly.write(root / "other-scanner" / f"o{i}.nii.gz", anomaly.head(30 + i)[0])
+    anomaly.write_scans(root / "lgg_flair")
     anomaly.write(root / "flair.nii.gz", anomaly.head(20, slice(2, 4), shape=(20, 24, 8))[0])
 
 

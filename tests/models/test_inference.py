@@ -77,7 +77,7 @@ def test_further_shapes_are_not_compiled(uncompiled) -> None:
 
 
 def test_after_too_little_memory_smaller_batches_are_not_filled_up(uncompiled) -> None:
-    """A scan is then sampled with fewer samples at once (`passes.Thrifty`), which must need less memory."""
+    """Fewer samples at once (`passes.MemoryLimitedSegmenter`) must need less memory."""
 
     class Small(Doubling):
         def forward(self, x: Tensor, timesteps: Tensor, cond: Any = None) -> Tensor:

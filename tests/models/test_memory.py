@@ -144,7 +144,7 @@ def test_smaller_windows_and_then_the_cpu(tmp_path: Path, monkeypatch) -> None:
     volume = read_volume(save(tmp_path / "scan.nii.gz", np.random.default_rng(0).random((40, 40, 80))))
     model = load_segmenter(path, "cpu", ensemble=1)
     gpu = SmallGpu(model, monkeypatch, 1, side=50)
-    model._thrifty.samples = 1  # as far as batches go
+    model._memory_limited.samples = 1  # as far as batches go
     moves: list[str] = []
     monkeypatch.setattr(model.model, "to", lambda device: moves.append(str(device)))
     with warnings.catch_warnings(record=True) as caught:

@@ -60,21 +60,21 @@ def read_bundle(folder: Path, part: str | None = None) -> BundleNetwork:
             folder, "no folder configs", "the folder of a MONAI bundle", "unpack the bundle and give its folder"
         )
     configs = [_Config.read(path) for path in _config_files(folder / "configs")]
-    found: dict[Part, tuple[_Config, Mapping[str, Any]]] = {}
+    networks: dict[Part, tuple[_Config, Mapping[str, Any]]] = {}
     for config in configs:
         for name, section in config.sections():
             if name in _CLASSES:
-                found.setdefault(_CLASSES[name], (config, section))
-    if not found:
+                networks.setdefault(_CLASSES[name], (config, section))
+    if not networks:
         raise ModelError(f"{folder}: names no {' and no '.join(_CLASSES)}, which are what can be imported")
-    if part is None and len(found) > 1:
+    if part is None and len(networks) > 1:
         raise UsageError(
-            f"{folder}: holds a {' and an '.join(sorted(found, reverse=True))}; choose with --set part=NAME"
+            f"{folder}: holds a {' and an '.join(sorted(networks, reverse=True))}; choose with --set part=NAME"
         )
-    chosen = next((one for one in found if part in (None, one)), None)
+    chosen = next((one for one in networks if part in (None, one)), None)
     if chosen is None:
-        raise UsageError(f"--set part={part}: {folder} holds {', '.join(found)}")
-    config, section = found[chosen]
+        raise UsageError(f"--set part={part}: {folder} holds {', '.join(networks)}")
+    config, section = networks[chosen]
     settings = _of_network(config, section)
     if chosen == "denoiser":
         settings |= _heads(config, section) | _of_scheduler(configs)
