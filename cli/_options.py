@@ -159,7 +159,12 @@ MaxSteps = Annotated[
     typer.Option(min=1, help="Stop each network after this many training steps; default: the configuration's."),
 ]
 TimeLimit = Annotated[
-    float | None, typer.Option(min=0.0, metavar="MIN", help="Stop training after MIN minutes; default: no limit.")
+    float | None,
+    typer.Option(
+        min=0.0,
+        metavar="MIN",
+        help="Stop training after MIN minutes; default: no limit. train-generator counts the preparation of images.",
+    ),
 ]
 Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
 

@@ -63,7 +63,7 @@ def write_markdown(path: Path | None, text: Callable[[], str]) -> None:
 
 
 @contextmanager
-def warnings_at_once(quiet: bool | None = None) -> Iterator[None]:
+def _warnings_at_once(quiet: bool | None = None) -> Iterator[None]:
     """Inside the block, print every warning at once as one line on stderr, and the same warning only once.
 
     Nothing is printed if quiet.
@@ -83,10 +83,17 @@ def warnings_at_once(quiet: bool | None = None) -> Iterator[None]:
 
 @contextmanager
 def progress(quiet: bool | None) -> Iterator[ProgressCallback]:
-    """Yield a callback (message, fraction done in [0, 1]) that shows nothing if quiet.
+    """Yield a callback (message, fraction done in [0, 1]), and print warnings as lines (`_warnings_at_once`).
 
-    On a terminal it draws one bar on stderr; with --verbose it prints lines there, one a second at most.
+    Quiet shows neither. On a terminal the callback draws one bar on stderr; with --verbose it prints lines there, one
+    a second at most.
     """
+    with _warnings_at_once(quiet), _bar_or_lines(quiet) as show:
+        yield show
+
+
+@contextmanager
+def _bar_or_lines(quiet: bool | None) -> Iterator[ProgressCallback]:
     if quiet is True:
         yield lambda message, fraction: None
     elif quiet is False:
@@ -156,7 +163,7 @@ def run_scans(
             print_scan(result, volumes=quiet is False)
 
     started = time.monotonic()
-    with progress(quiet) as on_progress, warnings_at_once(quiet), _ended_by_sigterm():
+    with progress(quiet) as on_progress, _ended_by_sigterm():
         results = run(show, on_progress)
     failed = [result for result in results if result.status == "failed"]
     if len(results) != 1 and not quiet:

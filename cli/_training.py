@@ -17,7 +17,7 @@ import typer
 from medseg_diffusion.errors import Stopped, UsageError
 
 from ._launchers import TORCHRUN, is_task, rendezvous
-from ._shared import ProgressCallback, fail, print_json, print_table, progress, warnings_at_once
+from ._shared import ProgressCallback, fail, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from medseg_diffusion.training.trainer import Outcome
@@ -72,11 +72,7 @@ def training(run: Path, quiet: bool | None, resumable: bool = True) -> Iterator[
 
     quiet = quiet if is_first() else True
     try:
-        with (
-            progress(quiet) as show,
-            warnings_at_once(not is_first()),
-            stopped_by_signals("stopped outside of the training loop"),
-        ):
+        with progress(quiet) as show, stopped_by_signals("stopped outside of the training loop"):
             yield show
     except Stopped as error:
         if not is_first():  # the first process says it for all

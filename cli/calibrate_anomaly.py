@@ -9,7 +9,7 @@ import typer
 
 from ._detection import Erosion, ExcludeLabelled, Healthy, LatentQuantile, Median, MinVolume, print_calibration
 from ._options import AsJson, Device, ModelArgument, Quiet
-from ._shared import progress, warnings_at_once
+from ._shared import progress
 
 
 # many: one parameter for each option of the command
@@ -45,6 +45,6 @@ def calibrate_anomaly(
 
     detection = DetectionOptions(None, latent_quantile, median, erosion, min_volume)
     options = CalibrationOptions(exclude_labelled, quantile, detection, overrides or ())
-    with progress(quiet) as show, warnings_at_once():
+    with progress(quiet) as show:
         result = calibrate(model, healthy, output, options, device=device, on_progress=show)
     print_calibration(result, quiet, as_json)

@@ -36,7 +36,7 @@ def check(
     elif not quiet:
         for name, value in report.rows().items():
             typer.echo(f"{name}: {value}")
-    for line in report.remarks:
+    for line in report.remarks if not quiet else ():
         fail(line, kind="warning")
     for line in report.broken:
         fail(line)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._options import STDOUT, AsJson, Markdown, Quiet, Seed, existing, require_one_on_stdout
-from ._shared import print_json, print_table, progress, warnings_at_once, write_markdown
+from ._shared import print_json, print_table, progress, write_markdown
 
 if TYPE_CHECKING:
     from medseg_diffusion.metrics.comparison import Comparison
@@ -186,7 +186,7 @@ def evaluate(
         jobs=jobs,
         command=shlex.join(["medseg", *sys.argv[1:]]),
     )
-    with progress(quiet) as show, warnings_at_once(quiet):
+    with progress(quiet) as show:
         if len(predictions) > 1:
             comparison = compare_predictions(predictions, last, output, options, show)
         else:

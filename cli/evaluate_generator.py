@@ -36,7 +36,7 @@ def evaluate_generator(
         str,
         typer.Option(
             metavar="NAME",
-            help="What computes the features: inception, efficientnet-lite0, a .pt or .onnx file, a segmenter (its "
+            help="What computes the features: inception, efficientnet-lite0, an .onnx file, a segmenter (its "
             "encoder), or auto (the first available of the first two).",
         ),
     ] = "auto",
@@ -85,7 +85,7 @@ def evaluate_generator(
             options,
             on_progress=show,
         )
-    for warning in result.warnings:
+    for warning in result.warnings if not quiet else ():
         fail(warning, kind="warning")
     write_markdown(markdown, lambda: generator_markdown(result, options.command))
     if as_json:

@@ -74,15 +74,22 @@ def return_freed_memory() -> None:
 
 
 def process_bytes() -> int:
-    """Bytes of memory that this process takes now; without /proc, the most that it has taken."""
+    """Bytes of memory that this process takes now; without /proc the most that it has taken, and 0 if unknown."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource
+        return peak_process_bytes() or 0
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+
+def peak_process_bytes() -> int | None:
+    """The most memory in bytes that this process has taken; None where the system does not tell it (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def with_memory_format(network: nn.Module, channels_last: bool) -> nn.Module:

@@ -6,6 +6,7 @@ What is trained here is trained once for all tests. Imports stay inside: a test 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,9 +35,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _denormals() -> Iterator[None]:
     """A training flushes denormal numbers in the whole process: the other tests want them back."""
     yield
-    import torch
-
-    torch.set_flush_denormal(False)
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
 
 
 # ---- segmenters ------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_models(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One trained generator of each kind, of the pictures."""
+    """A generator of each kind, of the pictures; trained on use."""
     from tests.helpers import generators
 
     return generators.train_models(pictures, tmp_path_factory.mktemp("image-models"))
@@ -86,7 +86,7 @@ def scoring_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network of random weights in the place of Inception."""
     from tests.helpers import generators
 
-    path = tmp_path_factory.mktemp("network") / "small.pt"
+    path = tmp_path_factory.mktemp("network") / "small.onnx"
     generators.save_scoring_network(path)
     return path
 
@@ -168,7 +168,7 @@ def anomaly_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def anomaly_models(
     anomaly_scans: Path, anomaly_autoencoder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """One anomaly model of each kind of generator, trained and calibrated."""
+    """An anomaly model of each kind of generator, calibrated; trained on use."""
     from tests.helpers import anomaly
 
     return anomaly.train_models(anomaly_scans, anomaly_autoencoder, tmp_path_factory.mktemp("anomaly-models"))

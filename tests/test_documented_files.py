@@ -130,7 +130,6 @@ def test_cases_csv_of_a_benchmark(benchmarks: list[Path]) -> None:
     assert_documented("cases.csv of a benchmark", *(folder / "cases.csv" for folder in benchmarks))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_scores_csv_and_json(
     pictures: Path, ball_scans: Path, ball_generator: Path, scoring_network: Path, tmp_path: Path
 ) -> None:

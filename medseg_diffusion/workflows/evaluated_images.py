@@ -28,6 +28,7 @@ from medseg_diffusion.reports.pictures import as_pictures
 from medseg_diffusion.volumes.io import read_map
 
 from .real_images import labelled_images_of_training
+from .sample_reference import PICTURE
 
 Images = npt.NDArray[np.uint8]
 """Images (N, H, W, C), or RAS volumes (N, I, J, K, C)."""
@@ -195,7 +196,8 @@ def sampled(folder: str, shape: tuple[int, ...]) -> Images:
         return torch.stack(levels).numpy()
     collection = packed(Path(folder), home() / "images", sides, channels)
     by_medseg = (Path(folder) / "samples.json").is_file()
-    return collection.images[[i for i, name in enumerate(collection.names) if not (by_medseg and name == "grid.png")]]
+    montages = {"grid.png", PICTURE} if by_medseg else set()
+    return collection.images[[i for i, name in enumerate(collection.names) if name not in montages]]
 
 
 def _sampled_volumes(folder: str) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from medseg_diffusion.device import peak_process_bytes
 from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.files import plain, write_json
 from medseg_diffusion.models.card import versions
@@ -114,7 +114,7 @@ class RunReport:
             "versions": versions(),
             "platform": platform.platform(),
             "device": None if self._device is None else _device(self._device),
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": None if (peak := peak_process_bytes()) is None else peak / 1e6,
             "options": asdict(self._options),
             "model": self._model,
             "counts": {state: states.count(state) for state in ("done", "skipped", "failed")},
@@ -140,16 +140,6 @@ def _device(device: torch.device) -> dict[str, Any]:
         "description": torch.cuda.get_device_name(device),
         "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6,
     }
-
-
-def _peak_memory_mb() -> float | None:
-    """Largest memory of this process until now; None where the system does not tell it (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def _sha256(scan: Path) -> str | None:

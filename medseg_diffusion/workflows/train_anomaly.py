@@ -76,7 +76,7 @@ def train_anomaly(
             the labelled slices of labelled scans are used.
         resume: Continue an interrupted run with the same configuration.
         max_steps: Stop each network at this step; the learning rate still follows training.max_steps.
-        time_limit_min: Stop training this many minutes after the start of the call; calibration takes further time.
+        time_limit_min: Stop training this many minutes after the data are prepared; calibration takes further time.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of weights, order, times and noise.
         on_progress: Called with a text and the share done, 0 to 1, in the preparation and after every step.

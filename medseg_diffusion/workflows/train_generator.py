@@ -94,7 +94,7 @@ def train_generator(
         stage: "autoencoder" stops after the first stage of a latent generator.
         resume: Continue an interrupted run with the same configuration.
         max_steps: Stop each stage at this step; the learning rate still follows training.max_steps.
-        time_limit_min: Stop this many minutes after the start of the call.
+        time_limit_min: Stop this many minutes after the start of the call, the preparation of the images included.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of weights, order, times and noise.
         skip_broken: Leave broken files out instead of stopping.

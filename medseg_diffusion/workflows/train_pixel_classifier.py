@@ -8,6 +8,7 @@ RUN/test/           masks of the held-out cases and their references, with repor
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -289,6 +290,7 @@ def _score(job: Job, cases: Sequence[Case], labels: dict[int, str], device: str)
         job.on_prepare("held-out cases", done, len(cases))
     foreground = {value: name for value, name in labels.items() if value}
     patients = folder / PATIENTS_FILE
-    rows = [f"{case.name.replace('/', '__')},{case.patient}" for case in cases]
-    patients.write_text("\n".join(["case,patient", *rows]) + "\n")
+    with patients.open("w", encoding="utf-8", newline="") as file:
+        rows = ((case.name.replace("/", "__"), case.patient) for case in cases)
+        csv.writer(file, lineterminator="\n").writerows([("case", "patient"), *rows])
     return evaluate(masks, references, folder, EvaluateOptions(labels=foreground, patients=patients, seed=job.seed))

@@ -14,6 +14,14 @@ from tests.helpers.cli import error_lines, medseg
 GENERATOR = "adm-tiny-imagenet-small"
 
 
+def test_warnings_are_one_line_each_and_quiet_hides_them(image_models: dict[str, Path], tmp_path: Path) -> None:
+    """More steps than there are times: they are fewer, which is said."""
+    command = ("sample", image_models["pixel"], "-n", 1, "--sampler", "dpm++", "--steps", 90, "--device", "cpu")
+    said = error_lines(medseg(*command, "-o", tmp_path / "loud"))
+    assert len(said) == 1 and said[0].startswith("medseg: warning: 90 steps")
+    assert medseg(*command, "-o", tmp_path / "quiet", "--quiet").stderr == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -75,7 +75,7 @@ def fewer(words: tuple[str, ...]) -> list[str]:
     elif name == "sample":
         more = ["--steps", "2", "-n", "4"]
     elif name == "evaluate-generator":
-        more = ["--samplers", "ddim:2,ddpm:2", "-n", "8", "--extractor", "features.pt"]
+        more = ["--samplers", "ddim:2,ddpm:2", "-n", "8", "--extractor", "features.onnx"]
     elif name == "benchmark-segmenter":
         more = ["-n", "2"]
     elif name == "segment" and not {"-m", "brain.nii.gz"} & set(words):

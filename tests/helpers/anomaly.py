@@ -12,6 +12,8 @@ from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.load import load_config, parse_config, presets
 from medseg_diffusion.workflows.train_anomaly import train_anomaly
 
+from .trained import TrainedOnUse
+
 PRESETS = [name for name in presets() if isinstance(load_config(name), AnomalyConfig)]
 AUTOENCODER = """
 method: autoencoder
@@ -91,10 +93,10 @@ def train_models(scans: Path, autoencoder: str, root: Path) -> dict[str, Path]:
         "patched": small_config("patched"),
         "classes": small_config("classes"),
     }
-    found = {}
-    for name, config in configs.items():
-        others = scans if config.needs_unhealthy else None
-        found[name] = train_anomaly(
-            config, scans, root / name, exclude_labelled=2, unhealthy=others, device="cpu"
-        ).model
-    return found
+
+    def train(name: str) -> Path:
+        others = scans if configs[name].needs_unhealthy else None
+        options = {"exclude_labelled": 2, "unhealthy": others, "device": "cpu"}
+        return train_anomaly(configs[name], scans, root / name, **options).model
+
+    return TrainedOnUse(train)

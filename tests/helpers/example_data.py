@@ -144,7 +144,7 @@ def prepare(root: Path) -> None:
         for path in sorted(images.rglob("*")):
             archive.write(path, path.relative_to(root))
     shutil.rmtree(images)
-    generators.save_scoring_network(root / "features.pt")
+    generators.save_scoring_network(root / "features.onnx")
     segmenters.make_model(root / "runs" / "tiny", segmenters.tiny_config())
     two_channels = {"labels": ["bright"], "window": [8, 8, 8], "channels": 2}
     segmenters.make_model(root / "runs" / "lesions", segmenters.tiny_config(data=two_channels))

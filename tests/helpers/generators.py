@@ -7,7 +7,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from medseg_diffusion.config.anomaly import AnomalyConfig
@@ -17,8 +16,11 @@ from medseg_diffusion.config.pixel_classifier import PixelClassifierConfig
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.workflows.train_generator import train_generator
 
-QUIET = pytest.mark.filterwarnings("ignore:LPIPS has no weights here", "ignore:.*torch.jit")
-"""For tests that train an autoencoder of images, or score images with a traced network."""
+from .onnx_networks import save_network
+from .trained import TrainedOnUse
+
+QUIET = pytest.mark.filterwarnings("ignore:LPIPS has no weights here")
+"""For tests that train an autoencoder of images, or score images."""
 
 OTHERS = SegmenterConfig | PixelClassifierConfig | AnomalyConfig
 
@@ -81,12 +83,12 @@ def small_config(method: str, **changes: object) -> GeneratorConfig | ImageAutoe
 
 def train_models(pictures: Path, root: Path) -> dict[str, Path]:
     """One trained model of each kind; two steps each."""
-    autoencoder = train_generator(small_config("autoencoder"), pictures, root / "autoencoder", device="cpu")
     by_class = {"condition": {"classes": "embedding"}}
     attention = {"dims": 2, "channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_factors": [2]}
     by_token = {"condition": {"classes": "cross-attention", "context_channels": 8}, "network": attention}
     half = {"data": {"size": 8, "validation_images": 4}}
     configs = {
+        "autoencoder": small_config("autoencoder"),
         "pixel": small_config("pixel", diffusion={"learned_variance": True, "objective": "hybrid"}),
         "class": small_config("pixel", **by_class),
         "half": small_config("pixel", **half),
@@ -97,11 +99,13 @@ def train_models(pictures: Path, root: Path) -> dict[str, Path]:
         "latent": small_config("latent"),
         "token": small_config("latent", **by_token),
     }
-    found = {"autoencoder": autoencoder}
-    for name, config in configs.items():
-        codec = autoencoder if getattr(config, "autoencoder", None) is not None else None
-        found[name] = train_generator(config, pictures, root / name, autoencoder=codec, device="cpu")
-    return found
+
+    def train(name: str) -> Path:
+        codec = models["autoencoder"] if getattr(configs[name], "autoencoder", None) is not None else None
+        return train_generator(configs[name], pictures, root / name, autoencoder=codec, device="cpu")
+
+    models = TrainedOnUse(train)
+    return models
 
 
 def save_labelled_pictures(folder: Path, count: int = 12) -> None:
@@ -148,17 +152,4 @@ def mask_config(method: str = "pixel", drop: float = 0.2, **changes: object) -> 
 
 def save_scoring_network(path: Path) -> None:
     """A small network of random weights in the place of Inception, with its three outputs."""
-
-    class Small(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv = torch.nn.Conv2d(3, 8, 5, stride=4)
-            self.fc = torch.nn.Linear(8, 4)
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            maps = self.conv(x).relu()
-            pooled = maps.mean((2, 3))
-            return pooled, maps, self.fc(pooled)
-
-    torch.jit.trace(Small().eval(), torch.zeros(2, 3, 64, 64)).save(str(path))
+    save_network(path, np.random.default_rng(0).normal(0, 0.1, (8, 3, 5, 5)), stride=4)

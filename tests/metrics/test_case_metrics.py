@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from itertools import combinations, product
 from pathlib import Path
 
@@ -306,11 +305,9 @@ def test_columns_and_keys_are_distinct_and_complete() -> None:
 # ---- other implementations -------------------------------------------------------------------------------------------
 
 
-def real_pair(case: str) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+def real_pair(folder: Path, case: str) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
     """A manual mask of the hippocampus, and the same moved and thinned as a prediction; spacing made anisotropic."""
-    file = Path(os.environ.get("MEDSEG_DATA", "../shared/data")) / "Task04_Hippocampus" / "labelsTr" / f"{case}.nii.gz"
-    if not file.is_file():
-        pytest.skip(f"{file} is missing")
+    file = folder / "Task04_Hippocampus" / "labelsTr" / f"{case}.nii.gz"
     reference = np.asarray(nib.load(file).dataobj).astype(np.int32)
     prediction = np.roll(reference, (1, -1, 0), (0, 1, 2))
     prediction[::7] = 0
@@ -320,10 +317,10 @@ def real_pair(case: str) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
 @pytest.mark.data
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's own call
 @pytest.mark.parametrize("case", ["hippocampus_001", "hippocampus_004"])
-def test_real_masks_have_the_numbers_of_monai(case) -> None:
+def test_real_masks_have_the_numbers_of_monai(case, data_folder: Path) -> None:
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
 
-    prediction, reference, spacing = real_pair(case)
+    prediction, reference, spacing = real_pair(data_folder, case)
     results = measure(prediction, reference, [1, 2], spacing, MeasureOptions(1.2))
     masks = [torch.from_numpy(np.stack([labels == k for k in range(3)])[None]) for labels in (prediction, reference)]
     expected = {
@@ -340,10 +337,10 @@ def test_real_masks_have_the_numbers_of_monai(case) -> None:
 @pytest.mark.data
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the package is of 2018
 @pytest.mark.parametrize("case", ["hippocampus_001", "hippocampus_004"])
-def test_real_masks_have_nearly_the_numbers_of_surface_distance(case) -> None:
+def test_real_masks_have_nearly_the_numbers_of_surface_distance(case, data_folder: Path) -> None:
     """The surface is another one, of area-weighted elements between voxels: numbers are near, but not the same."""
     surface_distance = pytest.importorskip("surface_distance")
-    prediction, reference, spacing = real_pair(case)
+    prediction, reference, spacing = real_pair(data_folder, case)
     results = measure(prediction, reference, [1, 2], spacing, MeasureOptions(2.0))
     for label in (1, 2):
         distances = surface_distance.compute_surface_distances(reference == label, prediction == label, spacing)

@@ -69,7 +69,7 @@ def test_an_upsampler_doubles_what_is_sampled(name, image_models) -> None:
     ],
 )
 def test_wishes_that_a_model_cannot_fulfil_are_refused(model, options, message, image_models) -> None:
-    named = {key: str(image_models[value]) if value in image_models else value for key, value in options.items()}
+    named = {key: str(image_models[value]) if isinstance(value, str) else value for key, value in options.items()}
     with pytest.raises(UsageError, match=message):
         ImageSource(image_models[model], SampleOptions(device="cpu", **named))
 

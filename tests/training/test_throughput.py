@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from medseg_diffusion.networks.blocks import conv
 from medseg_diffusion.training.batches import Batches
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.throughput import Throughput, flops_of_pass, peak_flops
+from medseg_diffusion.training.throughput import Throughput, flops_of_pass, peak_bytes, peak_flops
 
 
 def on_gpu(dtype: torch.dtype | None) -> Runtime:
@@ -40,6 +41,13 @@ def test_the_peak_is_that_of_the_device_and_precision(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert (peak_flops(on_gpu(torch.bfloat16)), peak_flops(on_gpu(None))) == (half, single)
     assert peak_flops(Runtime("cpu", "fp32")) is None
+
+
+def test_a_system_that_tells_no_memory_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no module `resource`."""
+    assert peak_bytes(torch.device("cpu")) > 1e7
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_bytes(torch.device("cpu")) is None
 
 
 class Clock:

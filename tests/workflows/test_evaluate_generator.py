@@ -49,7 +49,7 @@ def test_the_table_has_a_row_a_sampler_and_the_floor_and_resumes(
     result = run()
     table = result.table()
     assert [row["sampler"] for row in table] == ["", "ddim-2", "ddpm-4", ""]
-    assert result.extractor.startswith("small.pt (")
+    assert result.extractor.startswith("small.onnx (")
     assert all(row["N"] == 10 for row in table)
     own = table[-1]  # ten of the real images against all of them
     assert own["recall"] > 0.3 and own["precision"] == 1
@@ -150,7 +150,7 @@ def test_what_cannot_be_scored_is_said_before_anything_is_sampled(
     saved = load_model_files(image_models["pixel"])
     inside = sorted(extractor(str(scoring_network)).fingerprints)
     save_model(tmp_path / "cheat", {**saved.card, "loss_extractors": inside[:1]}, saved.weights, "")
-    with pytest.raises(ModelError, match=r"was trained with small\.pt .* cannot score it"):
+    with pytest.raises(ModelError, match=r"was trained with small\.onnx .* cannot score it"):
         run(image_models["half"], tmp_path / "cheat")
     save_model(tmp_path / "other" / image_models["pixel"].parent.name / "model", saved.card, saved.weights, "")
     with pytest.raises(UsageError, match="the name of two models or folders"):
@@ -173,6 +173,7 @@ def test_what_cannot_be_scored_is_said_before_anything_is_sampled(
 
 def test_samples_are_scored_without_their_overview(image_models, pictures, scoring_network, tmp_path: Path) -> None:
     sample(str(image_models["pixel"]), tmp_path / "s", SampleOptions(count=6, steps=2, device="cpu"))
+    shutil.copy(tmp_path / "s" / "grid.png", tmp_path / "s" / "reference.png")  # as of `sample --reference`
     options = SampleOptions(count=100, device="cpu")
     result = evaluate_generator(
         [str(tmp_path / "s")], pictures, tmp_path / "out", GeneratorEvaluationOptions((), options, str(scoring_network))

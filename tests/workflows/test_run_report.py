@@ -123,7 +123,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(tmp_path: Pa
 
 def test_anomaly_reports_too(tmp_path: Path, anomaly_models: dict[str, Path], anomaly_scans: Path) -> None:
     scan = sorted((anomaly_scans / "images").iterdir())[0]
-    model = next(iter(anomaly_models.values()))
+    model = anomaly_models["pixel"]
     options = AnomalyOptions(
         model=str(model), output=tmp_path, device="cpu", threshold="0.5", run_report=tmp_path / "run.json"
     )

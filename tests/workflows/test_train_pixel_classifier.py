@@ -256,6 +256,18 @@ def test_held_out_references_of_two_files_are_scored(box_scans, box_generators, 
     assert found.test is not None and found.test.dice[1].n == 2
 
 
+def test_scores_are_by_patient_whatever_their_names(box_scans, box_generators, tmp_path: Path) -> None:
+    """Names with commas would merge in a careless table: two held-out people would be one."""
+    data = with_labels(box_scans, tmp_path / "data")
+    rows = "".join(
+        f'{path.name.removesuffix(".nii.gz")},"Doe, {path.name[:2]}"\n' for path in (data / "images").iterdir()
+    )
+    (data / "patients.csv").write_text(f"case,patient\n{rows}")
+    scores = train_pixel_classifier(quick(), box_generators[2], data, 1, tmp_path / "run", device="cpu").test
+    assert scores is not None and scores.dice[1].n == len(scores.cases) > 1
+    assert '"Doe, s' in (tmp_path / "run" / "test" / "patients.csv").read_text()
+
+
 def test_an_unfit_generator_is_refused_before_the_data_is_read(box_generators, tmp_path: Path) -> None:
     config = quick()
     features = config.features.model_copy(update={"times": (50, 1000)})
