@@ -28,19 +28,3 @@ def threshold_dice(log_snr: float, share: float) -> float:
     true = share * upper(distance - threshold)  # background has mean 0 and foreground mean d'
     false = (1 - share) * upper(-threshold)
     return float((2 * true / (true + false + share)).max())
-
-
-def log_snr_of_dice(dice: float, share: float) -> float:
-    """The log-SNR at which `threshold_dice` reaches ``dice``, to 1e-6; minus infinity if any threshold has it.
-
-    Args:
-        dice: below 1. Marking every position has a Dice of 2 share / (1 + share) already.
-        share: share of the positions that are foreground.
-    """
-    low, high = -40.0, 20.0
-    if threshold_dice(low, share) >= dice:
-        return -torch.inf
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (low, middle) if threshold_dice(middle, share) >= dice else (middle, high)
-    return (low + high) / 2

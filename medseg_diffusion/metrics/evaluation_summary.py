@@ -151,11 +151,6 @@ class Evaluation:
         return mean(interval.mean for interval in self.dice.values())
 
     @property
-    def mean_iou(self) -> float:
-        """Mean over the classes of the mean IoU of each; NaN if no class occurs in any case."""
-        return mean(interval.mean for interval in self.iou.values())
-
-    @property
     def n_with_probabilities(self) -> int:
         """Cases whose probabilities entered `reliability`."""
         return sum(case.reliability is not None for case in self.cases)

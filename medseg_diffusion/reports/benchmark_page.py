@@ -87,7 +87,7 @@ def benchmark_page(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, *, date: s
         rules=_rules(rows),
         title="Benchmark of segmenters" if len(names) > 1 else f"Benchmark of {next(iter(names.values()))}",
         lead=_lead(rows, info),
-        sentences=sentences(rows, info, comparison),
+        sentences=sentences(rows, comparison),
         warnings=_warnings(rows, info, comparison),
         facts=_facts(comparison),
         plots=_plots(ordinary, comparison, names),
@@ -106,7 +106,7 @@ def benchmark_markdown(rows: Sequence[BenchmarkRow], info: BenchmarkInfo) -> str
     tables += filter(None, [_readers_table(ordinary, names), _replaced_table(replaced, names)])
     return markdown_page(
         "Benchmark of segmenters",
-        [_lead(rows, info), *sentences(rows, info, comparison)],
+        [_lead(rows, info), *sentences(rows, comparison)],
         [markdown_table(table) for table in tables if table.rows],
         _warnings(rows, info, comparison),
         info.command,
@@ -135,7 +135,7 @@ def _lead(rows: Sequence[BenchmarkRow], info: BenchmarkInfo) -> str:
     return f"{plural(len(models), 'model')} on {of} that training did not see ({info.side} side)."
 
 
-def sentences(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Comparison | None) -> list[str]:
+def sentences(rows: Sequence[BenchmarkRow], comparison: Comparison | None) -> list[str]:
     """What the numbers say, and what they leave open."""
     if comparison is None:
         return ["No case has a score: every class is absent from all masks and references."]

@@ -29,6 +29,8 @@ from .trainer import Callbacks, Outcome, Progress, TrainingOptions, TrainingRun,
 
 ARITHMETIC = ("precision", "channels_last", "compile", "sharding")
 """Keys of the training section that say how to compute, not what."""
+FIRST_STAGE_WARMUP = 50
+"""Warm-up steps of the small networks that a segmenter needs first: the finder and the autoencoder of masks."""
 
 
 @dataclass(frozen=True)

@@ -224,11 +224,6 @@ def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
     sitk.WriteImage(image, str(path), useCompression=True)
 
 
-def affine_of(image: sitk.Image) -> FloatArray:
-    """(4, 4) voxel -> RAS mm of a SimpleITK image of three or more axes."""
-    return _affine(image.GetSpacing(), image.GetOrigin(), image.GetDirection(), image.GetDimension())
-
-
 def _affine(
     spacing: tuple[float, ...], origin: tuple[float, ...], direction: tuple[float, ...], axes: int
 ) -> FloatArray:

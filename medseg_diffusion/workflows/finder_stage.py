@@ -13,7 +13,7 @@ from medseg_diffusion.metrics.overlap import label_overlap
 from medseg_diffusion.models.card import versions
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.tasks.mask import FeedForward
-from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.job import FIRST_STAGE_WARMUP, Job
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks
 
@@ -53,7 +53,7 @@ def train_finder(finder: FeedForward, config: SegmenterConfig, data: SegmenterDa
             "batch_size": section.batch_size,
             "max_steps": section.max_steps,
             "learning_rate": section.learning_rate,
-            "warmup_steps": 50,
+            "warmup_steps": FIRST_STAGE_WARMUP,
             "validate_every": max(1, section.max_steps // 4),
         }
     )

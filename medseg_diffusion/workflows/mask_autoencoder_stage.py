@@ -15,7 +15,7 @@ from medseg_diffusion.models.card import versions
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import MaskAutoencoder
 from medseg_diffusion.training.autoencoder import standardise
-from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.job import FIRST_STAGE_WARMUP, Job
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks
 
@@ -55,7 +55,11 @@ def train_mask_autoencoder(
 
     section = config.mask_autoencoder
     changed = config.training.model_copy(
-        update={"max_steps": section.max_steps, "learning_rate": section.learning_rate, "warmup_steps": 50}
+        update={
+            "max_steps": section.max_steps,
+            "learning_rate": section.learning_rate,
+            "warmup_steps": FIRST_STAGE_WARMUP,
+        }
     )
     job.fit(autoencoder, data.examples, changed, Callbacks(validate, save, job.step_done), runtime)
     saved = load_model_files(job.model)

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from medseg_diffusion.config.load import command_of
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import require_replaceable, write_files
 from medseg_diffusion.metrics.training_history import History
 from medseg_diffusion.reports.run_page import Picture, RunSummary, State, TrainedNetwork, run_page
 from medseg_diffusion.training.history import is_logged, read_history
+from medseg_diffusion.training.job import FIRST_STAGE_WARMUP
 from medseg_diffusion.training.trainer import TrainingOptions, learning_rate
 
 QUIET_SECONDS = 600.0
@@ -32,10 +34,6 @@ PICTURES = 8
 """Pictures that are shown of each network."""
 PICTURE_PIXELS = 512
 """Largest side of a picture on the page."""
-TRAINERS = {"label-efficient": "train-pixel-classifier", "anomaly": "train-anomaly"}
-"""Method -> command, where it is neither that of generators nor that of segmenters."""
-_IMAGES = ("pixel", "latent", "upsampler", "patched", "autoencoder", "classifier")
-"""Methods of `medseg train-generator`."""
 _FIRST_STAGE = "autoencoder"
 _FINDER = "finder"
 _MASKS = "Autoencoder of masks (first stage)"
@@ -92,7 +90,7 @@ def run_summary(run: Path, now: float) -> RunSummary:
         data=_data(run, card),
         model=_model(run / "model", card),
         metrics=_metrics(card),
-        commands=_commands(run, config, state, any(one.state == "finished" for one in networks)),
+        commands=_commands(run, config, state),
         warnings=_warnings(networks),
     )
 
@@ -118,6 +116,18 @@ def _config(run: Path) -> tuple[dict[str, Any], str]:
     return content, text
 
 
+def _trainer(method: str) -> str:
+    """The command that trains a method; for one of another version, that of segmenters."""
+    try:
+        return command_of(method)
+    except KeyError:
+        return "train-segmenter"
+
+
+def _of_images(method: str) -> bool:
+    return _trainer(method) == "train-generator"
+
+
 def _kind(config: Mapping[str, Any]) -> str:
     method = config["method"]
     if method == "anomaly":
@@ -128,7 +138,7 @@ def _kind(config: Mapping[str, Any]) -> str:
         return "Classifier of noised images"
     if method == "label-efficient":
         return "Pixel classifier (label-efficient)"
-    return f"{'Generator' if method in _IMAGES else 'Segmenter'} ({method})"
+    return f"{'Generator' if _of_images(method) else 'Segmenter'} ({method})"
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def _score(title: str, history: History) -> str:
 
 def _title(method: str) -> str:
     names = {"autoencoder": "Autoencoder", "classifier": "Classifier", "upsampler": "Upsampler"}
-    return names.get(method, "Generator" if method in _IMAGES else "Segmenter")
+    return names.get(method, "Generator" if _of_images(method) else "Segmenter")
 
 
 def _section(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def _section(config: Mapping[str, Any]) -> dict[str, Any]:
 def _of_first_stage(section: Mapping[str, Any], own: Any) -> dict[str, Any]:
     """The training section of a segmenter's first stage, whose own section is ``own``."""
     changed = {key: own[key] for key in ("max_steps", "learning_rate") if key in own} if isinstance(own, dict) else {}
-    return {**section, **changed, "warmup_steps": 50}
+    return {**section, **changed, "warmup_steps": FIRST_STAGE_WARMUP}
 
 
 def _network(folder: Path, title: str, section: Mapping[str, Any], now: float) -> TrainedNetwork:
@@ -350,7 +360,7 @@ def _metrics(card: Mapping[str, Any]) -> dict[str, float]:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def _commands(run: Path, config: Mapping[str, Any], state: State, some_finished: bool) -> dict[str, str]:
+def _commands(run: Path, config: Mapping[str, Any], state: State) -> dict[str, str]:
     """What it is for -> the command line. Capital letters stand for paths that a run does not store."""
     if state == "finished":
         return _uses(run, config)
@@ -362,9 +372,7 @@ def _commands(run: Path, config: Mapping[str, Any], state: State, some_finished:
 
 def _resume(run: Path, config: Mapping[str, Any]) -> str:
     method, own = config["method"], run / "config.yaml"
-    image = method in _IMAGES
-    trainer = TRAINERS.get(method, "train-generator" if image else "train-segmenter")
-    parts = ["medseg", trainer, str(own) if own.is_file() else "CONFIG"]
+    parts = ["medseg", _trainer(method), str(own) if own.is_file() else "CONFIG"]
     parts += ["--healthy" if method == "anomaly" else "--data", "DATA"]
     if isinstance(noted := config.get("exclude_labelled"), int):
         parts += ["--exclude-labelled", str(noted)]
@@ -393,7 +401,7 @@ def _uses(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
         return {"Enlarge the images of a generator": f"medseg sample GENERATOR --upsampler {name} -n 16 -o {beside}"}
     if method == "patched":
         return {}
-    if method in _IMAGES:
+    if _of_images(method):
         return {
             "Sample": f"medseg sample {name} -n 16 -o {beside}",
             "Score it": f"medseg evaluate-generator {name} --reference DATA -o {beside}",

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 def save_network(path: Path, weight: np.ndarray, stride: int, outputs: int = 3) -> Path:
     """RGB images -> features, a map, logits, and the features again, as many of them as ``outputs``.
 
-    The map is a convolution with ``weight`` (C, 3, k, k), where it is above 0; the features are its means, the logits repeat the features.
+    The map is a convolution with ``weight`` (C, 3, k, k), where it is above 0; the features are its means, and the
+    logits repeat the features.
     """
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, "height", "width"])
     nodes = [
