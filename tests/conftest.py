@@ -33,7 +33,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _denormals() -> Iterator[None]:
-    """A training flushes denormal numbers in the whole process: the other tests want them back."""
+    """A training flushes denormal numbers: the other tests want them back."""
     yield
     if torch := sys.modules.get("torch"):
         torch.set_flush_denormal(False)

@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     keep_freed_memory()  # as `medseg segment` does
-    model = load_segmenter(options.model, options.device, options.ensemble, options.steps)
+    model = load_segmenter(options.model, options.device, ensemble=options.ensemble, steps=options.steps)
     assert isinstance(model, MaskSegmenter), f"{model.saved.name} samples no masks"
     if options.sweep:
         if not options.labelmaps:

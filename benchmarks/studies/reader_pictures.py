@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--crop", type=int, default=64)
     options = parser.parse_args()
-    models = [load_segmenter(name, "cpu", SAMPLES) for name in options.models]
+    models = [load_segmenter(name, "cpu", ensemble=SAMPLES) for name in options.models]
     named = {case.name: case for case in find_cases(options.data).cases}
     cases = [named[name] for name in options.cases] or chosen(models[0], options.data, options.count)
     readers = max(len(case.labels) for case in cases)

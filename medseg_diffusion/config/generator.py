@@ -241,6 +241,12 @@ class ImageAutoencoderConfig(Section):
         factor = 2 ** (len(self.network.channels) - 1)
         if odd := [side for side in self.data.shape if side % factor]:
             raise ValueError(f"data.size: {odd[0]} is no multiple of {factor}, by which the autoencoder divides it")
+        least, smallest = 3 * 2**self.loss.discriminator_layers, min(self.data.shape)
+        if self.loss.adversarial_weight > 0 and smallest < least:
+            raise ValueError(
+                f"data.size: a side of {smallest} is too small for loss.discriminator_layers "
+                f"{self.loss.discriminator_layers}, which need {least}; set fewer, or loss.adversarial_weight: 0"
+            )
         return self
 
 

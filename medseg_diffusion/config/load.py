@@ -16,12 +16,13 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from medseg_diffusion.errors import UsageError
+from medseg_diffusion.errors import UsageError, remark
 
 from .anomaly import AnomalyConfig
 from .generator import GeneratorConfig, ImageAutoencoderConfig, NoisyClassifierConfig
 from .pixel_classifier import PixelClassifierConfig
 from .segmenter import SegmenterConfig, SegmenterMethod
+from .unread import unread_keys
 
 
 def presets() -> dict[str, Path]:
@@ -97,14 +98,15 @@ Overrides = Sequence[str] | Mapping[str, Any]
 def load_config(config: str | Path | AnyConfig, overrides: Overrides = ()) -> AnyConfig:
     """Read a preset or a YAML file, or take a configuration, and apply overrides. ``method`` decides the type.
 
-    In the config.yaml of a run folder, the keys `NOTES` are ignored.
+    In the config.yaml of a run folder, the keys `NOTES` are ignored. Keys of a preset or file that are set although
+    nothing reads them (`unread_keys`) are named in a warning.
 
     Args:
         config: Name of a preset (`presets`), YAML file, or a configuration.
         overrides: Values for single keys: {"training.max_steps": 100}, or the command line's "training.max_steps=100".
 
     Raises:
-        UsageError: unknown preset or file, bad YAML, an unknown key (with the nearest known one) or a bad value.
+        UsageError: unknown preset or file, bad YAML, an unknown key (with the nearest known one), or a bad value.
     """
     if isinstance(config, BaseModel):
         if not overrides:
@@ -118,7 +120,11 @@ def load_config(config: str | Path | AnyConfig, overrides: Overrides = ()) -> An
     else:
         for override in overrides:
             override_key(content, override)
-    return parse_config(content, source)
+    loaded = parse_config(content, source)
+    if not isinstance(config, BaseModel):
+        for reason, keys in unread_keys(loaded).items():
+            remark(f"{source}: without an effect, because of {reason}: {', '.join(keys)}")
+    return loaded
 
 
 def _content(name_or_path: str | Path) -> tuple[dict[str, Any], str]:

@@ -29,7 +29,7 @@ class Simple:
 
     Min-SNR (Hang et al. 2023, arXiv 2303.09556, eq. 8) weighs the error of x0 by min(SNR, gamma); in the other
     parameterisations that is min(SNR, gamma) / SNR for eps, min(SNR, gamma) / (SNR + 1) for v and
-    min(SNR, gamma) / (sqrt(SNR) + 1)^2 for the flow.
+    min(SNR, gamma) / (sqrt(SNR) + 1)^2 for the flow. The SNR is that of x0 with unit variance, also for scaled masks.
     """
 
     weighting: Weighting = "none"

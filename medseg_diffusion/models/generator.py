@@ -118,6 +118,7 @@ class Generator:
             times,
             cond,
             generators=noise_generators,
+            source=source,
             on_step=lambda time, x, prediction: on_step(times.index(time), len(times) - 1),
         )
         return (x0 if self.codec is None else self.codec.decode(x0)).clamp(-1, 1)

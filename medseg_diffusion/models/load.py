@@ -21,6 +21,7 @@ DEFAULT_SEGMENTER = "brain-tissue-t1"
 def load_segmenter(
     name_or_path: str | Path | SavedModel = DEFAULT_SEGMENTER,
     device: str = "auto",
+    *,
     ensemble: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
@@ -62,7 +63,16 @@ def load_segmenter(
     chosen = choose_device(device)
     tune(chosen)
     saved = load_model_files(name_or_path)
-    options = EnsembleOptions(ensemble, steps, sampler, fusion, uncertainty, keep_largest, fast, tissues)
+    options = EnsembleOptions(
+        ensemble=ensemble,
+        steps=steps,
+        sampler=sampler,
+        fusion=fusion,
+        uncertainty=uncertainty,
+        keep_largest=keep_largest,
+        fast=fast,
+        tissues=tissues,
+    )
     pixels = saved.card.get("method") == "label-efficient"
     if pixels and compile:
         raise UsageError(f"{saved.path}: classifies pixels, which is not compiled: leave --compile out")

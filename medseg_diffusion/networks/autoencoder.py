@@ -37,8 +37,8 @@ class _Standardised(nn.Module):
 
     Noise schedules assume data of zero mean and unit variance. The published code has a scale only, but an autoencoder
     of this package was trained to means of two standard deviations. ``shift`` and ``scale`` are buffers
-    (latent_channels,) that are stored with the weights. Latents and images are float32 even under autocast, because
-    diffusion takes differences of nearly equal numbers.
+    (latent_channels,) that are stored with the weights. Under autocast, latents and images are of the type float32,
+    with values that were rounded on their way.
     """
 
     shift: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.diffusion.denoiser import Condition, Denoiser
-from medseg_diffusion.diffusion.noise import gaussian
+from medseg_diffusion.diffusion.noise import NoiseSource, gaussian
 from medseg_diffusion.diffusion.prediction import Prediction
 from medseg_diffusion.diffusion.schedule import NoiseSchedule
 from medseg_diffusion.errors import remark
@@ -124,6 +124,7 @@ def sample(
     cond: Condition | None = None,
     *,
     generators: Sequence[torch.Generator] = (),
+    source: NoiseSource = gaussian,
     on_step: Callable[[int, Tensor, Prediction], None] | None = None,
 ) -> Tensor:
     """Moves ``x`` (B, C, *S) from ``times[0]`` to ``times[-1]`` and returns the tensor at that last time.
@@ -135,6 +136,7 @@ def sample(
         times: strictly monotone, usually decreasing to 0 (`spaced`).
         cond: passed to the denoiser at every step, so anything costly (an encoded image) should be computed before.
         generators: one CPU generator per batch element; only stochastic steps need them.
+        source: the noise that the model was trained with.
         on_step: called after every step with (time reached, x there, the prediction that led there).
 
     Raises:
@@ -147,7 +149,7 @@ def sample(
     def noise() -> Tensor:
         if len(generators) != len(x):
             raise ValueError(f"this sampler draws noise: {len(x)} generators are needed, got {len(generators)}")
-        return gaussian(x.shape[1:], generators, like=x)
+        return source(x.shape[1:], generators, x)
 
     def predict(x_t: Tensor, t: int) -> Prediction:
         return denoiser(x_t, torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device), cond)

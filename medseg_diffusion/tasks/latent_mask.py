@@ -109,7 +109,7 @@ class LatentMaskDiffusion(nn.Module):
         """Samples masks of ``image`` (B, C, *S): probabilities (B, N, K, *S), see `MaskDiffusion.probabilities`."""
         cond = self._condition(image)
         shape = (len(self.autoencoder.codec.scale), *cond["concat"].shape[2:])
-        z0 = sample_all(self.denoiser, sampler, times, cond, seeds, shape, image)
+        z0 = sample_all(self.denoiser, sampler, times, cond, seeds, shape, image, self.denoiser.scale)
         batch = at_once(math.prod(image.shape[2:]), image.device)
         latents = z0 / self.denoiser.scale
         decoded = [self.autoencoder.decode(part, image.shape[2:]) for part in latents.split(batch)]

@@ -193,7 +193,8 @@ class MaskDiffusion(nn.Module):
         denoiser: Denoiser = self.denoiser
         if self.denoiser.head == "linear":  # other heads cannot leave the range of a mask
             denoiser = Clipped(denoiser, -self.encoding.scale, self.encoding.scale)
-        x0 = sample_all(denoiser, sampler, times, cond, seeds, (self.encoding.channels, *image.shape[2:]), image)
+        shape = (self.encoding.channels, *image.shape[2:])
+        x0 = sample_all(denoiser, sampler, times, cond, seeds, shape, image, self.encoding.scale)
         return self.encoding.decode(x0).unflatten(0, (len(image), -1))
 
 
@@ -205,11 +206,15 @@ def sample_all(
     seeds: Sequence[Sequence[int]],
     shape: Sequence[int],
     like: Tensor,
+    scale: float,
 ) -> Tensor:
     """Draws N samples for each of the B conditions, one for each seed: (B N, *shape), dtype and device of ``like``.
 
-    They are sampled in batches of `at_once`.
+    They are sampled in batches of `at_once`. They start from noise of the standard deviation that x_t has at the first
+    time, for x0 of the standard deviation ``scale``: before T, alpha is not 0, and a scale below 1 makes x_t narrower.
     """
+    signal = denoiser.schedule.value(times[0])
+    deviation = math.sqrt(signal * scale**2 + 1 - signal)
     count = len(seeds[0])
     own = generators([seed for members in seeds for seed in members])
     batch = at_once(math.prod(shape[1:]), like.device)
@@ -218,7 +223,7 @@ def sample_all(
         part = own[first : first + batch]
         which = [i // count for i in range(first, first + len(part))]
         own_cond = {name: value[which] for name, value in cond.items()}
-        noise = gaussian(shape, part, like=like)
+        noise = deviation * gaussian(shape, part, like=like)
         samples.append(sample(denoiser, sampler, noise, times, own_cond, generators=part))
     return torch.cat(samples)
 

@@ -149,7 +149,8 @@ def flops_of_pass(model: nn.Module, batch: Mapping[str, Tensor], runtime: Runtim
     known = {torch.ops.aten.mkldnn_convolution: single}
 
     # The search for the fastest convolution is not worth it for one pass.
-    patient = torch.backends.cudnn.flags(benchmark=False, allow_tf32=True)
+    cudnn = torch.backends.cudnn
+    patient = cudnn.flags(enabled=cudnn.enabled, benchmark=False, allow_tf32=True)
     with (
         _eager(model),
         patient,

@@ -202,7 +202,7 @@ def _standing(state: TrainingState, options: TrainingOptions) -> str:
 
 @contextmanager
 def _without_denormals() -> Iterator[None]:
-    """Inside the block, numbers too small for full precision are 0.
+    """Inside the block, numbers too small for full precision are 0, in this thread and in those that it starts.
 
     Saturated softmax heads leave gradients, and Adam's moments, full of them, and CPUs take 10 to 100 times longer.
     """

@@ -241,7 +241,7 @@ def _measure(
 ) -> BenchmarkRow:
     """Segment the cases with one model at one setting."""
     steps, sampler = (setting.steps, setting.sampler) if setting.sampler else (None, None)
-    model = load_segmenter(name, options.device, setting.ensemble, steps, sampler)
+    model = load_segmenter(name, options.device, ensemble=setting.ensemble, steps=steps, sampler=sampler)
     # The temperature is applied here, because the numbers without it are reported, too.
     calibration = model.aggregation.calibration
     model.aggregation = replace(model.aggregation, calibration=None)

@@ -226,16 +226,16 @@ def _load(options: SegmentOptions) -> SegmentationModel:
     model = load_segmenter(
         options.model or DEFAULT_SEGMENTER,
         options.device,
-        options.ensemble,
-        options.steps,
-        options.sampler,
-        options.fusion,
-        options.uncertainty,
-        options.keep_largest,
-        options.fast,
-        options.max_memory,
-        options.compile,
-        options.tissues,
+        ensemble=options.ensemble,
+        steps=options.steps,
+        sampler=options.sampler,
+        fusion=options.fusion,
+        uncertainty=options.uncertainty,
+        keep_largest=options.keep_largest,
+        fast=options.fast,
+        max_memory=options.max_memory,
+        compile=options.compile,
+        tissues=options.tissues,
     )
     if options.save_pseudo_labels and model.ensemble < 2:
         raise UsageError("pseudo-labels need members that can disagree; use --ensemble 2 or more")

@@ -47,6 +47,7 @@ def test_a_class_that_nothing_attends_to_is_refused() -> None:
             {"method": "patched", "diffusion": {"schedule": {"name": "rectified-flow"}, "target": "flow"}},
             "method patched needs diffusion.target: x0",
         ),
+        ({"method": "autoencoder", "data": {"size": 16}}, "a side of 16 is too small for loss.discriminator_layers 3"),
         ({"method": "pixel", "data": {"labels": ["a"]}}, "data.labels and data.merge_labels are for condition.mask"),
         ({"method": "upsampler", "condition": {"mask": True}}, "for methods pixel and latent, not upsampler"),
         ({"method": "pixel", "condition": {"mask": True, "classes": "embedding"}}, "exclude each other"),

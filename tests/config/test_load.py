@@ -124,3 +124,29 @@ def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
 def test_a_bad_override_is_refused(tmp_path: Path, override, message) -> None:
     with pytest.raises(UsageError, match=message):
         load_config(write(tmp_path, MINIMAL), [override])
+
+
+# ---- keys without an effect ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "key"),
+    [
+        ("ensemdiff-nuclei-small", "image_encoder.encoder_channels=8", "image_encoder.encoder_channels"),
+        ("segdiff-nuclei-small", "anchor_loss.every=2", "anchor_loss.every"),
+        ("ensemdiff-nuclei-small", "feed_forward.loss=cross-entropy", "feed_forward.loss"),
+        ("baseline-nuclei-small", "diffusion.target=v", "diffusion.target"),
+        ("categorical-lung-nodule-small", "diffusion.target=v", "diffusion.target"),
+        ("baseline-brain-structures-small", "augmentation.probability=0.5", "augmentation.probability"),
+        ("anomaly-patched-small", "generator.diffusion.weighting=min-snr", "generator.diffusion.weighting"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_named(preset: str, override: str, key: str) -> None:
+    """It would stand in the model's card as if it had counted. It stays: a method may be changed back."""
+    with pytest.warns(UserWarning, match=f"without an effect, because of .*: {key}$"):
+        load_config(preset, [override])
+
+
+def test_another_method_names_all_that_it_ignores() -> None:
+    with pytest.warns(UserWarning, match="because of method: baseline: diffusion.schedule, diffusion.head, "):
+        load_config("ensemdiff-lung-nodule-small", ["method=baseline"])

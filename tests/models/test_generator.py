@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from medseg_diffusion.config.generator import GeneratorConfig
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.guidance import ClassifierGradient
-from medseg_diffusion.diffusion.noise import gaussian, generators
+from medseg_diffusion.diffusion.noise import NoiseSource, gaussian, generators
 from medseg_diffusion.diffusion.objective import Simple
-from medseg_diffusion.diffusion.schedule import NoiseSchedule
+from medseg_diffusion.diffusion.schedule import NoiseSchedule, linear
 from medseg_diffusion.models.generator import Generator, restore_generator
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.tasks.image import ImageDiffusion
@@ -28,6 +28,27 @@ def test_an_upsampler_of_latents_sees_the_low_resolution_image(image_models) -> 
             parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     dark, bright = (found.sample([0], "ddim", 2, low=torch.full((1, 3, 8, 8), value)) for value in (-1.0, 1.0))
     assert dark.shape == (1, 3, 16, 16) and not torch.allclose(dark, bright)
+
+
+@pytest.mark.parametrize(("sampler", "draws"), [("ddim", 1), ("ddpm", 3)])
+def test_all_noise_of_a_sample_is_of_the_kind_that_the_model_was_trained_with(
+    sampler: str, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """White noise added to smooth noise would be an input that the network has never seen."""
+    config = GeneratorConfig.model_validate({"method": "pixel", "data": {"size": 8}, "diffusion": {"noise": "simplex"}})
+    asked: list[str] = []
+
+    def source(name: str) -> NoiseSource:
+        def noise(*arguments: object) -> Tensor:
+            asked.append(name)
+            return gaussian(*arguments)  # type: ignore[arg-type]
+
+        return noise
+
+    monkeypatch.setattr("medseg_diffusion.build.noise_source", source)
+    task = ImageDiffusion(NetworkDenoiser(Constant(), linear(1000), "x0"), Simple())
+    Generator(task.requires_grad_(False), config, (1, 4, 4), None).sample([0], sampler, 3)
+    assert asked == ["simplex"] * draws
 
 
 class Constant(nn.Module):

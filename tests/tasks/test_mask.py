@@ -18,20 +18,50 @@ from torch import Tensor, nn
 from medseg_diffusion import build, device
 from medseg_diffusion.config.segmenter import SegmenterConfig, SegmenterMethod
 from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
-from medseg_diffusion.diffusion.noise import uniform_times
+from medseg_diffusion.diffusion.noise import draw_noised, generators, uniform_times
 from medseg_diffusion.diffusion.objective import Simple
-from medseg_diffusion.diffusion.schedule import linear
+from medseg_diffusion.diffusion.prediction import Prediction
+from medseg_diffusion.diffusion.schedule import cosine, linear
 from medseg_diffusion.sampling.ddim import DDIM
 from medseg_diffusion.sampling.ddpm import DDPM
 from medseg_diffusion.sampling.dpm_solver import DPMSolver
 from medseg_diffusion.sampling.loop import spaced
-from medseg_diffusion.tasks.mask import AnchorLoss, Auxiliary, Batch, FeedForward, MaskDiffusion, MaskEncoding, dice_ce
+from medseg_diffusion.tasks.mask import (
+    AnchorLoss,
+    Auxiliary,
+    Batch,
+    FeedForward,
+    MaskDiffusion,
+    MaskEncoding,
+    dice_ce,
+    sample_all,
+)
 
 BOTH = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
 
 
 def labels_of(seed: int, num_classes: int, *shape: int) -> Tensor:
     return torch.randint(num_classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("start", [1000, 400])
+@pytest.mark.parametrize("scale", [1.0, 0.05])
+def test_samples_start_as_wide_as_x_t_of_the_training(scale: float, start: int) -> None:
+    """Also at a first time before T, where a scaled mask and its noise have less than unit variance."""
+    mask = scale * (2.0 * labels_of(0, 2, 1, 1, 64, 64) - 1)
+    schedule, shown = cosine(1000), list[Tensor]()
+
+    class Spy:
+        def __init__(self) -> None:
+            self.schedule = schedule
+
+        def __call__(self, x_t: Tensor, t: Tensor, cond: object = None) -> Prediction:
+            shown.append(x_t)
+            return Prediction(mask, x_t)
+
+    sample_all(Spy(), DDIM(), [start, 0], {}, [[0]], mask.shape[1:], mask, scale)
+    x_t = draw_noised(schedule, mask, generators([1]), t=torch.tensor([start])).x_t
+    assert float(shown[0].std()) == pytest.approx(float(x_t.std()), rel=0.05)
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------
