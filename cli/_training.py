@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -21,6 +21,8 @@ from ._shared import ProgressCallback, fail, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from medseg_diffusion.training.trainer import Outcome
+
+Config = TypeVar("Config")
 
 
 def start_processes(gpus: int, device: str) -> None:
@@ -54,6 +56,16 @@ def start_processes(gpus: int, device: str) -> None:
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if count == 1 and tasks not in ("", "1") and not is_task(os.environ):
         fail(f"SLURM_NTASKS is {tasks}, but srun has not started this process: it trains alone", kind="warning")
+
+
+def configured(
+    load: Callable[[str, Sequence[str]], Config], config: str, overrides: Sequence[str] | None, quiet: bool | None
+) -> Config:
+    """The configuration of a training. The first of several processes prints its warnings as lines."""
+    from medseg_diffusion.training.launch import is_first
+
+    with progress(quiet if is_first() else True):
+        return load(config, overrides or [])
 
 
 @contextmanager

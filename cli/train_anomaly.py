@@ -22,7 +22,7 @@ from ._options import (
     TimeLimit,
     existing,
 )
-from ._training import Trained, print_trained, start_processes, training
+from ._training import Trained, configured, print_trained, start_processes, training
 
 
 # many: one parameter for each option of the command
@@ -51,7 +51,7 @@ def train_anomaly(
     """Train an anomaly model on healthy scans, and calibrate its thresholds on held-out healthy scans."""
     from medseg_diffusion.config.load import load_anomaly_config
 
-    settings = load_anomaly_config(config, overrides or [])
+    settings = configured(load_anomaly_config, config, overrides, quiet)
     start_processes(gpus, device)
     trained = Trained(run, "medseg anomaly SCAN -m MODEL")
     with training(run, quiet) as show:

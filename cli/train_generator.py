@@ -22,7 +22,7 @@ from ._options import (
     TimeLimit,
     existing_model,
 )
-from ._training import Trained, print_trained, start_processes, training
+from ._training import Trained, configured, print_trained, start_processes, training
 
 
 class Stage(StrEnum):
@@ -63,7 +63,7 @@ def train_generator(
     """Train a generator, an upsampler, an autoencoder or a noisy classifier on images."""
     from medseg_diffusion.config.load import load_image_config
 
-    settings = load_image_config(config, overrides or [])
+    settings = configured(load_image_config, config, overrides, quiet)
     start_processes(gpus, device)
     trained = Trained(run, _use(settings.method))
     with training(run, quiet) as show:

@@ -9,7 +9,7 @@ import typer
 
 from ._options import AsJson, Config, Device, Gpus, LabelledScans, Overrides, Quiet, RunFolder, Seed, existing_model
 from ._shared import print_json, print_table
-from ._training import Trained, start_processes, training
+from ._training import Trained, configured, start_processes, training
 
 if TYPE_CHECKING:
     from medseg_diffusion.workflows.train_pixel_classifier import TrainedPixelClassifier
@@ -54,7 +54,7 @@ def train_pixel_classifier(
     """Train a segmenter on the activations of a generator for a few labelled images."""
     from medseg_diffusion.config.load import load_pixel_config
 
-    settings = load_pixel_config(config, overrides or [])
+    settings = configured(load_pixel_config, config, overrides, quiet)
     from medseg_diffusion.training.launch import is_first
 
     start_processes(gpus, device)

@@ -21,7 +21,7 @@ from ._options import (
     TimeLimit,
     existing_model,
 )
-from ._training import Trained, print_trained, start_processes, training
+from ._training import Trained, configured, print_trained, start_processes, training
 
 
 # many: one parameter for each option of the command
@@ -51,7 +51,7 @@ def train_segmenter(
     """Train a segmenter on labelled scans."""
     from medseg_diffusion.config.load import load_segmenter_config
 
-    settings = load_segmenter_config(config, overrides or [])
+    settings = configured(load_segmenter_config, config, overrides, quiet)
     start_processes(gpus, device)
     trained = Trained(run, "medseg segment SCAN -m MODEL")
     with training(run, quiet) as show:

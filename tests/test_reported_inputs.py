@@ -235,7 +235,7 @@ def test_an_empty_mask_is_said_and_is_not_usual(tiny_model: Path, tmp_path: Path
 
     model = load_segmenter(calibrated(tiny_model, tmp_path / "model"), "cpu", ensemble=3)
     model.model = thresholding(tmp_path / "other", level=9.0).model  # type: ignore[attr-defined]
-    monkeypatch.setattr(workflow, "load_segmenter", lambda *options: model)
+    monkeypatch.setattr(workflow, "load_segmenter", lambda *arguments, **options: model)
     (result,) = run([segmenters.save(tmp_path / "scan.nii.gz")], tmp_path)
     assert result.volumes_ml == {"bright": 0.0} and result.quality == "check"
     assert any("nothing was found: the mask is empty" in line for line in result.warnings)

@@ -186,7 +186,7 @@ def load_pixel_config(config: str | Path | PixelClassifierConfig, overrides: Ove
 
 def _of_another_kind(config: str | Path | AnyConfig, loaded: AnyConfig) -> UsageError:
     named = config if isinstance(config, str | Path) else "the configuration"
-    return UsageError(f"{named}: configures a {loaded.method}; train it with {command_of(loaded.method)}")
+    return UsageError(f"{named}: is of method {loaded.method}; train it with {command_of(loaded.method)}")
 
 
 def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:

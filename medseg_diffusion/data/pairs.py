@@ -162,11 +162,19 @@ def find_masks(path: Path) -> dict[str, Path]:
     candidates = {
         name: file for name, file in _files(path).items() if name.endswith(MASKS) or not name.endswith(RESULTS)
     }
-    masks = {
-        _case_name(name): file
-        for name, file in candidates.items()
-        if name.endswith(MASKS) or not any(name + ending in candidates for ending in MASKS)
-    }
+    masks: dict[str, Path] = {}
+    for name, file in candidates.items():
+        if not name.endswith(MASKS) and any(name + ending in candidates for ending in MASKS):
+            continue
+        case = _case_name(name)
+        if case in masks:
+            raise InputError(
+                path,
+                f"two masks of the case {case}, {masks[case].name} and {file.name}",
+                "one mask for each case",
+                "move the masks of one kind into a folder of their own",
+            )
+        masks[case] = file
     if not masks:
         raise InputError(path, "a folder without label maps", f"files that end with {', '.join(SUFFIXES)}", "check it")
     return masks
@@ -234,7 +242,10 @@ def find_for_each(path: Path, pairs: Sequence[MaskPair], endings: Sequence[str],
 
 def find_foregrounds_beside(maps: Mapping[str, Path]) -> dict[str, Path] | None:
     """Case name -> foreground mask that `medseg anomaly` wrote beside the score map; None unless every case has one."""
-    foregrounds = {name: path.with_name(name + ANOMALY["foreground"]) for name, path in maps.items()}
+    ending = ANOMALY["map"]
+    foregrounds = {
+        name: path.with_name(path.name.removesuffix(ending) + ANOMALY["foreground"]) for name, path in maps.items()
+    }
     return foregrounds if all(path.is_file() for path in foregrounds.values()) else None
 
 

@@ -136,5 +136,6 @@ def draw_noised(
 
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) from all parts, e.g. (seed, case name, sample index). By SHA-256: the same everywhere."""
-    digest = hashlib.sha256("\x1f".join(f"{type(part).__name__}:{part}" for part in parts).encode()).digest()
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
     return int.from_bytes(digest[:8], "big") >> 1

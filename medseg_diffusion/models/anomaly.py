@@ -179,7 +179,9 @@ def postprocessing(config: AnomalyConfig, options: DetectionOptions) -> Postproc
         return PostprocessingSection(**{**config.postprocessing.model_dump(), **changed})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from error
+        raise UsageError(
+            f"--{first['loc'][0]} {first['input']}: {first['msg'].removeprefix('Value error, ')}"
+        ) from error
 
 
 def restore_anomaly(

@@ -48,7 +48,7 @@ def typed_config(saved: SavedModel, kind: type[Config]) -> Config:
             return kind.model_validate(content)
         config = parse_config(content, str(saved.path / "model.json"))
     if not isinstance(config, kind):
-        raise ModelError(f"{saved.path}: a {config.method}, not {what}; use a model made by {command}")
+        raise ModelError(f"{saved.path}: holds method {config.method}, not {what}; use a model made by {command}")
     return config
 
 

@@ -246,7 +246,8 @@ def model_input(name_or_path: str | Path) -> ModelInput:
 
 def name_of(path: Path) -> str:
     """Name of a model's folder, or of the run folder for RUN/model."""
-    return path.resolve().parent.name if path.name == "model" else path.name
+    whole = path.resolve()
+    return whole.parent.name if whole.name == "model" else whole.name
 
 
 def find_model(name_or_path: str | Path) -> Path:

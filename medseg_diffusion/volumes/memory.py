@@ -68,21 +68,22 @@ def _opened_array(
 ) -> FileImage:
     if spacing_mm is not None and affine is not None:
         raise UsageError("spacing_mm and affine both say how large voxels are; give one of them")
-    if array.ndim == 2:
+    single = array.ndim == 2
+    if single:
         array = array[..., None]
     if affine is not None:
         matrix: FloatArray = np.array(affine, dtype=np.float64)
     else:
-        matrix = np.diag([*_spacing(spacing_mm), 1.0])
+        matrix = np.diag([*_spacing(spacing_mm, single), 1.0])
     return FileImage(array.shape, array.dtype, matrix, Header(), lambda: array)
 
 
-def _spacing(spacing_mm: Sequence[float] | None) -> list[float]:
-    """Three voxel sizes; a single slice may have two."""
+def _spacing(spacing_mm: Sequence[float] | None, single: bool) -> list[float]:
+    """Three voxel sizes; a ``single`` slice may have two."""
     if spacing_mm is None:
         raise InputError(_ARRAY, "no voxel size", "that of the scan in mm", _SIZE_OF_ARRAY)
     sizes = np.ravel(spacing_mm).astype(float).tolist()  # a single number is refused below, not an error of Python
-    sizes += [1.0] * (len(sizes) == 2)
+    sizes += [1.0] * (single and len(sizes) == 2)
     if len(sizes) != 3 or not all(0 < size < float("inf") for size in sizes):
         given = ", ".join(f"{size:g}" for size in sizes)
         raise InputError(_ARRAY, f"spacing_mm=({given})", "three sizes above 0, in mm", _SIZE_OF_ARRAY)

@@ -112,6 +112,8 @@ def anomaly_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
     Raises:
         UsageError: a file for several scans.
     """
+    if output is not None and output.name.lower().endswith(".png"):
+        raise UsageError(f"-o {output}: a score map is no picture; use {', '.join(VOLUME_SUFFIXES)}")
     if not _is_file(output, count):
         return _beside(scan, output, ANOMALY)
     assert output is not None
@@ -131,16 +133,16 @@ def refuse_collisions(outputs: Mapping[Path, Outputs], inputs: Collection[Path] 
         outputs: the files of each scan.
         inputs: further files that are read, such as those of channels.
     """
-    read = {path.absolute() for path in (*outputs, *inputs)}
+    read = {path.resolve() for path in (*outputs, *inputs)}
     owners: dict[Path, Path] = {}
     for folder in {path.parent for files in outputs.values() for path in files.values()}:
         require_folder(folder)
         if is_series(folder):
             raise UsageError(f"{folder}: holds a DICOM series, which results must not join; give -o another folder")
     for scan, files in outputs.items():
-        targets = [path.absolute() for path in files.values()]
+        targets = [path.resolve() for path in files.values()]
         if lost := [target for target in targets if target in read]:
-            which = "the scan" if scan.absolute() in lost else f"the scan {lost[0]}"
+            which = "the scan" if scan.resolve() in lost else f"the scan {lost[0]}"
             raise UsageError(f"{scan}: the result would overwrite {which}; give -o another name")
         # An image and a volume of the same name have masks with different suffixes, but the same map files.
         for target in targets:
@@ -157,7 +159,7 @@ def require_report(report: Path, scans: Collection[Path]) -> None:
     require_folder(report.parent)
     if report.is_dir():
         raise UsageError(f"{report}: is a folder; give the report the name of a file")
-    if report.absolute() in {scan.absolute() for scan in scans}:
+    if report.resolve() in {scan.resolve() for scan in scans}:
         raise UsageError(f"{report}: the report would overwrite the scan; give it another name")
     if is_series(report.parent):
         raise UsageError(f"{report.parent}: holds a DICOM series, which results must not join; choose another folder")

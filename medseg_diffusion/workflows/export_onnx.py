@@ -51,8 +51,8 @@ def export_onnx(model: str | Path, output: str | Path) -> Path:
         network = OneEvaluation(segmenter, build.times(config, steps)).eval()
     except ValueError as error:
         raise ModelError(
-            f"{saved.path}: a {config.method} of {steps} step{'s'[: steps != 1]}; ONNX files are made of models that "
-            "evaluate their network once (inference.steps 1, or the baseline)"
+            f"{saved.path}: method {config.method} with {steps} step{'s'[: steps != 1]}; ONNX files are made of "
+            "models that evaluate their network once (inference.steps 1, or the baseline)"
         ) from error
     size = config.inference.window or config.data.window
     inputs = [_normal(0, 2, config.data.channels, *size)]

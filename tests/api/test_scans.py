@@ -74,6 +74,8 @@ def test_an_array_needs_its_voxel_size_and_nothing_else_may_have_one(tmp_path: P
         read_scan(values(), ONE, spacing_mm=(1, 1, 1), affine=np.eye(4))
     with pytest.raises(InputError, match=r"spacing_mm=\(1, 0, 1\); expected three sizes above 0"):
         read_scan(values(), ONE, spacing_mm=(1, 0, 1))
+    with pytest.raises(InputError, match=r"spacing_mm=\(1, 2\); expected three sizes above 0"):  # of a volume
+        read_scan(values(), ONE, spacing_mm=(1, 2))
     with pytest.raises(InputError, match=r"spacing_mm=\(2\); expected three sizes above 0"):
         read_scan(values(), ONE, spacing_mm=2)  # type: ignore[arg-type]
 

@@ -88,7 +88,7 @@ def test_a_preset_of_another_kind_names_the_function_for_it(tmp_path: Path) -> N
         (train_anomaly, "label-efficient", "train-pixel-classifier"),
         (train_segmenter, "anomaly-patched", "train-anomaly"),
     ):
-        with pytest.raises(UsageError, match=f"{preset}: configures a .*; train it with {function}"):
+        with pytest.raises(UsageError, match=f"{preset}: is of method .*; train it with {function}"):
             train(preset, tmp_path, tmp_path / "run")  # type: ignore[operator]
     with pytest.raises(UsageError, match="no such file and no preset of that name; did you mean"):
         train_segmenter("ensemdif-hippocampus-small", tmp_path, tmp_path / "run")

@@ -38,7 +38,7 @@ def test_the_configuration_of_a_run_is_one(name, tmp_path: Path) -> None:
 
 
 def test_a_generator_is_no_segmenter() -> None:
-    with pytest.raises(UsageError, match="configures a pixel; train it with train-generator"):
+    with pytest.raises(UsageError, match="is of method pixel; train it with train-generator"):
         load_segmenter_config("adm-tiny-imagenet-small")
 
 

@@ -85,6 +85,13 @@ def test_scans_maps_and_hidden_files_are_not_masks(tmp_path: Path) -> None:
     assert find_masks(tmp_path) == {"a": tmp_path / "a_seg.nii.gz", "b": tmp_path / "b.nii.gz"}
 
 
+def test_two_masks_of_a_case_are_refused(tmp_path: Path) -> None:
+    """As where `segment` and `anomaly` have written into one folder: which of them is meant, is unknown."""
+    touch(tmp_path, "a_seg.nii.gz", "a_anomaly_mask.nii.gz")
+    with pytest.raises(InputError, match=r"two masks of the case a, .*; expected one mask for each case"):
+        find_masks(tmp_path)
+
+
 def test_a_rater_of_a_single_case_has_any_name(tmp_path: Path) -> None:
     file = touch(tmp_path, "second.nii.gz") / "second.nii.gz"
     assert find_rater(file, pairs_of("a")) == {"a": file}
@@ -119,6 +126,8 @@ def test_foregrounds_beside_the_maps_are_used_if_every_case_has_one(tmp_path: Pa
     assert find_foregrounds_beside(maps) is None
     touch(tmp_path, "b_anomaly_foreground.nii.gz")
     assert find_foregrounds_beside(maps) == {name: tmp_path / f"{name}_anomaly_foreground.nii.gz" for name in "ab"}
+    single = {"lesions": maps["a"]}  # two files that are compared may have any names
+    assert find_foregrounds_beside(single) == {"lesions": tmp_path / "a_anomaly_foreground.nii.gz"}
 
 
 def test_companions_lie_beside_the_prediction(tmp_path: Path) -> None:

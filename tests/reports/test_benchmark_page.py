@@ -25,7 +25,7 @@ BETTER = [0.6, 0.7, 0.8, 0.9]
 )
 def test_the_best_setting_and_what_the_patients_leave_open(others: list[list[float]], expected: str) -> None:
     rows = [row(steps=steps, dice=dice) for steps, dice in enumerate(others, 1)] + [row(steps=9, dice=BETTER)]
-    said = sentences(rows, INFO, compare(rows))
+    said = sentences(rows, compare(rows))
     assert said[0].startswith("The best mean Dice is 0.750 (95 % interval 0.")
     assert said[0].endswith("ddim, 9 steps, 1 sample, 9 network evaluations and 0.9 s a case.")
     assert len(said) == 2 and said[1].startswith(expected)

@@ -9,7 +9,7 @@ import pytest
 from medseg_diffusion.data.pairs import find_masks
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.volumes.inputs import find_scans
-from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions, segmentation_outputs
+from medseg_diffusion.volumes.outputs import anomaly_outputs, refuse_collisions, require_report, segmentation_outputs
 
 
 @pytest.mark.parametrize("scan", ["case.nii.gz", "case.1.nrrd", "case.png", "case.TIFF"])
@@ -58,3 +58,20 @@ def test_no_scan_and_no_channel_is_overwritten(tmp_path: Path) -> None:
     channel = tmp_path / "b.nii.gz"
     with pytest.raises(UsageError, match=r"would overwrite the scan .*b.nii.gz"):
         refuse_collisions({first: segmentation_outputs(first, channel, 1)}, [first, channel])
+
+
+def test_a_scan_that_is_named_in_another_way_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a path with "..", and through a link to its folder."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    scan = folder / "a.nii.gz"
+    scan.touch()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for named, output in ((Path("../in/a.nii.gz"), Path("a.nii.gz")), (tmp_path / "link" / "a.nii.gz", scan)):
+        with pytest.raises(UsageError, match="would overwrite the scan"):
+            refuse_collisions({named: segmentation_outputs(named, output, 1)})
+        with pytest.raises(UsageError, match="the report would overwrite the scan"):
+            require_report(output, [named])

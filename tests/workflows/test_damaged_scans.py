@@ -39,7 +39,7 @@ def write_damaged(kind: str, folder: Path) -> list[Path]:
 @pytest.mark.parametrize("kind", ["NIfTI", "NRRD", "MetaImage", "DICOM"])
 def test_damaged_scans_leave_whole_masks_or_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = thresholding(tmp_path / "model", preprocessing={"spacing_mm": [1.5, 1.5, 3.0]})
-    monkeypatch.setattr(workflow, "load_segmenter", lambda *options: model)
+    monkeypatch.setattr(workflow, "load_segmenter", lambda *arguments, **options: model)
     scans, output = write_damaged(kind, tmp_path / "in"), tmp_path / "out"
     with warnings.catch_warnings(action="error"):  # what is worth saying is in the result
         results = run(scans, tmp_path / "model", output=output, statistics=True)

@@ -70,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, object]:
 
 
 def segmented(model: object, scan: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> nib.Nifti1Image:
-    monkeypatch.setattr(workflow, "load_segmenter", lambda *arguments: model)
+    monkeypatch.setattr(workflow, "load_segmenter", lambda *arguments, **options: model)
     monkeypatch.setattr(workflow, "model_input", lambda name: ModelInput("threshold", ("image",)))
     monkeypatch.setattr(workflow, "load_card", lambda name: {"labels": {"0": "background", "1": "bright"}})
     (result,) = run([scan], scan, output=scan.parent / "out", **options)

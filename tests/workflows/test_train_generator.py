@@ -61,13 +61,14 @@ def test_training_resumes_exactly(pictures, tmp_path: Path) -> None:
 def test_options_that_do_not_fit_are_refused(pictures, image_models, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--autoencoder and --stage are for configurations that name an autoencoder"):
         train_generator(small_config("pixel"), pictures, tmp_path / "a", autoencoder=image_models["autoencoder"])
-    with pytest.raises(ModelError, match="a pixel, not an autoencoder"):
+    with pytest.raises(ModelError, match="holds method pixel, not an autoencoder"):
         train_generator(small_config("latent"), pictures, tmp_path / "b", autoencoder=image_models["pixel"])
     with pytest.raises(InputError, match="24 files; expected more than 0 for testing and 40"):
         train_generator(small_config("pixel", data={"size": 16, "validation_images": 40}), pictures, tmp_path / "c")
     with pytest.raises(ModelError, match=r"nothing\.pth: cannot load LPIPS"):
         lpips = small_config(
-            "autoencoder", loss={"perceptual": "lpips", "lpips_backbone": str(tmp_path / "nothing.pth")}
+            "autoencoder",
+            loss={"discriminator_layers": 1, "perceptual": "lpips", "lpips_backbone": str(tmp_path / "nothing.pth")},
         )
         train_generator(lpips, pictures, tmp_path / "d")
 
