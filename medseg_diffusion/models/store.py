@@ -246,8 +246,8 @@ def model_input(name_or_path: str | Path) -> ModelInput:
 
 def name_of(path: Path) -> str:
     """Name of a model's folder, or of the run folder for RUN/model."""
-    whole = path.resolve()
-    return whole.parent.name if whole.name == "model" else whole.name
+    named = path if path.name not in ("", "..") else path.resolve()
+    return named.resolve().parent.name if named.name == "model" else named.name
 
 
 def find_model(name_or_path: str | Path) -> Path:

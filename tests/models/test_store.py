@@ -19,6 +19,7 @@ from medseg_diffusion.models.store import (
     list_models,
     load_card,
     load_model_files,
+    name_of,
     save_model,
 )
 
@@ -203,3 +204,10 @@ def test_packaged_models_are_looked_for_beside_the_code(tmp_path: Path, monkeypa
     folders = checkpoint.model_folders()
     assert folders["user"] == tmp_path / "models"
     assert folders["package"] == Path(checkpoint.__file__).parents[1] / "pretrained"
+
+
+def test_the_current_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for folder, name in ((tmp_path / "run", "run"), (tmp_path / "run" / "model", "run")):
+        monkeypatch.chdir(folder)
+        assert name_of(Path(".")) == name_of(folder) == name
