@@ -101,7 +101,7 @@ def test_a_file_that_differs_from_the_model_is_refused(exported: tuple[Path, Pat
     ("changes", "name", "code", "message"),
     [
         ({}, "m.onnx", 4, "2 steps; ONNX files are made of models that evaluate their network once"),
-        ({"method": "categorical", "inference": {"steps": 1, "sampler": "ddpm"}}, "m.onnx", 4, "categorical with 1 step"),
+        ({"method": "categorical", "inference": {"steps": 1, "sampler": "ddpm"}}, "m.onnx", 4, "categorical with 1"),
         (ONE, "m.zip", 2, "expected a name that ends in .onnx"),
     ],
 )  # fmt: skip
