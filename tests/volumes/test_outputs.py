@@ -63,14 +63,20 @@ def test_no_scan_and_no_channel_is_overwritten(tmp_path: Path) -> None:
 def test_a_scan_that_is_named_in_another_way_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a path with "..", and through a link to its folder."""
+    """By a path with "..", through a link to its folder, and where the scan itself is a link."""
     folder = tmp_path / "in"
     folder.mkdir()
     scan = folder / "a.nii.gz"
     scan.touch()
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(folder)
-    for named, output in ((Path("../in/a.nii.gz"), Path("a.nii.gz")), (tmp_path / "link" / "a.nii.gz", scan)):
+    (folder / "b.nii.gz").symlink_to(scan)
+    for named, output in (
+        (Path("../in/a.nii.gz"), Path("a.nii.gz")),
+        (tmp_path / "link" / "a.nii.gz", scan),
+        (folder / "b.nii.gz", scan),
+        (folder / "b.nii.gz", folder / "b.nii.gz"),
+    ):
         with pytest.raises(UsageError, match="would overwrite the scan"):
             refuse_collisions({named: segmentation_outputs(named, output, 1)})
         with pytest.raises(UsageError, match="the report would overwrite the scan"):
