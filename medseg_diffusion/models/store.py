@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_diffusion.errors import ModelError
 from medseg_diffusion.files import whole_folder, write_files
 from medseg_diffusion.volumes.modality import ModelInput
+from medseg_diffusion.volumes.paths import MAKER
 
 if TYPE_CHECKING:  # listing models and showing their cards needs no torch
     import torch
@@ -80,7 +81,7 @@ class SavedModel:
     @property
     def signature(self) -> str:
         """Name and weights in one line, which a NIfTI file has room for (`Volume.described`)."""
-        return f"medseg-diffusion {self.name[:48]} {self.sha256[:12]}"
+        return f"{MAKER} {self.name[:48]} {self.sha256[:12]}"
 
     def part(self, name: str) -> SavedModel:
         """A model inside this one. Its card is the entry ``name``, and its weights are those with the prefix "name.".

@@ -22,7 +22,7 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError, UsageError, quiet_libraries
 from medseg_diffusion.files import whole_file
 
-from .paths import is_dicom
+from .paths import MAKER, is_dicom
 from .volume import Volume, grid_distance
 
 if TYPE_CHECKING:
@@ -178,6 +178,18 @@ def read_segmentation(path: Path) -> tuple[Volume, list[str]]:
     return Volume(torch.from_numpy(read.array.astype(np.int32))[None], affine, path), labels
 
 
+def manufacturer(path: Path) -> str:
+    """The manufacturer that a DICOM file names; empty if it names none or cannot be read."""
+    from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        with quiet_libraries():
+            return str(dcmread(path, stop_before_pixels=True, specific_tags=["Manufacturer"]).get("Manufacturer", ""))
+    except (AttributeError, EOFError, InvalidDicomError, KeyError, OSError, TypeError, ValueError):
+        return ""
+
+
 def segment_label(name: str) -> str:
     """The label of the segment of a class: the name, as far as DICOM can hold it."""
     return _text(name)
@@ -205,7 +217,7 @@ def _segmentation(
         series_description=_text(f"{algorithm.name}: {header.get('SeriesDescription') or 'segmentation'}"),
         sop_instance_uid=generate_uid(prefix=None),
         instance_number=1,
-        manufacturer="medseg-diffusion",
+        manufacturer=MAKER,
         manufacturer_model_name=_text(algorithm.name),
         software_versions=version("medseg-diffusion"),
         device_serial_number=algorithm.version,

@@ -19,7 +19,7 @@ from medseg_diffusion.files import temporary_folder
 from . import nifti
 from .label_table import LabelTable
 from .modality import SeriesChoice
-from .paths import is_dicom, is_image, require_file, suffix_of
+from .paths import MAKER, is_dicom, is_image, require_file, suffix_of
 from .volume import FileImage, FloatArray, Shape, Volume, check_affine, check_spacing, grid_distance
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -130,6 +130,18 @@ def labels_of(opened: FileImage, source: Path) -> Volume:
 def stored_labels(path: Path | str) -> dict[int, str]:
     """Label value -> name, by the label table in the header of a NIfTI mask; empty for files without one."""
     return nifti.stored_labels(Path(path)) if suffix_of(path) in NIFTI_SUFFIXES else {}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a result file says that medseg wrote it, also if it was edited since by a program that keeps the words.
+
+    One that cannot be read does not say it: medseg writes whole files only.
+    """
+    if path.suffix.lower() == ".dcm":
+        from . import dicom_seg
+
+        return dicom_seg.manufacturer(path) == MAKER
+    return format_of(path).description(path).startswith(MAKER)
 
 
 def write_labels(labels: Tensor, like: Volume, path: Path | str, table: LabelTable | None = None) -> None:

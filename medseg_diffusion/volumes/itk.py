@@ -19,6 +19,7 @@ from medseg_diffusion.errors import InputError, remark
 from .volume import FileImage, FloatArray, Header, Volume, spacing_of
 
 _LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
+_SOFTWARE = "Software"  # key of the description, which neither format has a field for
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,19 @@ def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
     image.SetSpacing(spacing)
     image.SetOrigin(affine[:3, 3].tolist())
     image.SetDirection((affine[:3, :3] / np.array(spacing)).ravel().tolist())
+    if like.header.description:
+        image.SetMetaData(_SOFTWARE, like.header.description)
     sitk.WriteImage(image, str(path), useCompression=True)
+
+
+def description(path: Path) -> str:
+    """What a file says of itself (`Header.description`); empty if it says nothing or cannot be read."""
+    try:
+        header = _read_header(path)
+    except (InputError, OSError):
+        return ""
+    name = _SOFTWARE if header.meta else _SOFTWARE.lower()
+    return header.fields.get(name, "").removeprefix("=")  # an NRRD has "key:=value"
 
 
 def _affine(

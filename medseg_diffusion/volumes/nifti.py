@@ -78,14 +78,26 @@ def opened_in_memory(image: nib.spatialimages.SpatialImage, name: Path) -> FileI
 
 def stored_labels(path: Path) -> dict[int, str]:
     """Label value -> name, by the label table in the header of a file (`label_table`); empty without one."""
+    header = _readable_header(path)
+    extensions = [] if header is None else header.extensions
+    tables = (from_extension(extension.content) for extension in extensions if extension.get_code() in (CARET, 0))
+    return next((table for table in tables if table), {})
+
+
+def description(path: Path) -> str:
+    """What a file says of itself (`Header.description`); empty if it says nothing or cannot be read."""
+    header = _readable_header(path)
+    return "" if header is None else header["descrip"].item().decode("latin-1")
+
+
+def _readable_header(path: Path) -> nib.Nifti1Header | None:
+    """The header of a file; None if it cannot be read, of which reading the voxels says what is wrong."""
     try:
         with _quiet():
             image = nib.load(path)
-    except (*_BROKEN, *_BROKEN_HEADER):  # reading the voxels says what is wrong
-        return {}
-    extensions = image.header.extensions if isinstance(image, nib.Nifti1Image) else []
-    tables = (from_extension(extension.content) for extension in extensions if extension.get_code() in (CARET, 0))
-    return next((table for table in tables if table), {})
+    except (*_BROKEN, *_BROKEN_HEADER):
+        return None
+    return image.header if isinstance(image, nib.Nifti1Image) else None
 
 
 def write(path: Path, array: npt.NDArray[np.generic], like: Volume, labels: LabelTable | None = None) -> None:
@@ -108,7 +120,7 @@ def image_of(array: npt.NDArray[np.generic], like: Volume, labels: LabelTable | 
     header.set_qform(to_file @ qform, code=like.header.qform_code)
     header.set_sform(to_file @ like.affine, code=like.header.sform_code)
     header["xyzt_units"] = units
-    header["descrip"] = like.header.description.encode("ascii", "replace")[:79]
+    header["descrip"] = like.header.description.encode("ascii")[:79]
     header.set_slope_inter(1, 0)
     if labels:
         content = to_extension(labels, maps=array.shape[3] if array.ndim == 4 else 1)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from medseg_diffusion.errors import InputError
 
+MAKER = "medseg-diffusion"
+"""First word of what results say of themselves in their headers, and manufacturer of DICOM segmentations."""
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 """Images without geometry. They are read as volumes of one slice, with a nominal voxel size of 1 mm."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError, UsageError, quiet_libraries
 
@@ -19,6 +19,7 @@ from .volume import FileImage, Header, Volume
 # patient's left; j, downwards, is posterior. A map written as NIfTI then covers the image in viewers that use ITK.
 _AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NO_UNIT = 0  # NIfTI's code
+_SOFTWARE = "Software"  # keyword of the PNG standard, for the description
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _GREY: dict[str, npt.DTypeLike] = {
     "1": np.uint8,
@@ -83,8 +84,20 @@ def require_mask(path: Path, array: npt.NDArray[np.generic]) -> None:
 
 
 def write(path: Path, array: npt.NDArray[np.generic], like: Volume) -> None:
-    """Write labels (W, H, 1), uint8 or uint16, as a greyscale PNG. A PNG has no geometry, so ``like`` is not used."""
-    Image.fromarray(np.ascontiguousarray(array[:, :, 0].T)).save(path, format="PNG")
+    """Write labels (W, H, 1), uint8 or uint16, as a greyscale PNG, which has no geometry; ``like`` tells its words."""
+    texts = PngImagePlugin.PngInfo()
+    if like.header.description:
+        texts.add_text(_SOFTWARE, like.header.description)
+    Image.fromarray(np.ascontiguousarray(array[:, :, 0].T)).save(path, format="PNG", pnginfo=texts)
+
+
+def description(path: Path) -> str:
+    """What a PNG says of itself (`Header.description`); empty if it says nothing or cannot be read."""
+    try:
+        with quiet_libraries(), Image.open(path, formats=("PNG",)) as image:
+            return str(image.info.get(_SOFTWARE, ""))
+    except _BROKEN:
+        return ""
 
 
 def _decoded(path: Path, exact: bool = False) -> Image.Image:

@@ -30,7 +30,7 @@ class Header:
         modality: DICOM modality, such as "MR" or "CT"; empty if the file does not tell it.
         series: UID of the DICOM series; empty for another format.
         white: level of white in an image file (PNG, ...): 1, 255 or 65535; 0 if the file does not tell it.
-        description: what a NIfTI file that is written says of itself; that of a file that is read is not preserved.
+        description: what a file that is written says of itself, in ASCII; that of a file that is read is not preserved.
     """
 
     qform_code: int = 1
@@ -126,8 +126,8 @@ class Volume:
         return replace(self, data=data)
 
     def described(self, text: str) -> Volume:
-        """The same volume; NIfTI files that are written like it say ``text``, of which 79 bytes fit."""
-        return replace(self, header=replace(self.header, description=text))
+        """The same volume; files that are written like it say ``text``, of which NIfTI takes 79 characters."""
+        return replace(self, header=replace(self.header, description=text.encode("ascii", "replace").decode()))
 
     def require_same_grid(self, other: Volume) -> None:
         """Refuse a volume whose shape or position differs by more than a tenth of a voxel.

@@ -34,7 +34,7 @@ from .anomaly_report import AnomalyReport
 from .anomaly_result import COLUMNS, AnomalyResult, entries_of, finished_anomaly, flags_of, numbers_of
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, Write, each_scan, part_of, paths_of, telling
+from .scans import Scan, ScanResult, Work, Write, each_scan, part_of, paths_of, refuse_foreign, telling
 from .viewed import refuse_report
 
 DEFAULT_MODEL = "flair-anomaly"
@@ -104,7 +104,8 @@ def anomaly(
         on_progress: Called with the scan's name, after "3 of 8: " if there are several, and the share done, 0 to 1.
 
     Raises:
-        UsageError: Contradictory options, or two scans with the same output.
+        UsageError: Contradictory options, two scans with the same output, or a file in the place of a mask or map that
+            medseg did not write.
         InputError: A path that does not exist, or a folder without scans.
         ModelError: No usable model, or "auto" for a model without calibration.
     """
@@ -119,6 +120,8 @@ def anomaly(
     refuse_collisions(outputs, [file for each in files.values() for file in each])
     refuse_report(options.report, options.run_report, files)
     ours = part_of(outputs, options.shard)
+    if not options.skip_existing:
+        refuse_foreign(each[kind] for each in ours.values() for kind in ("mask", "map"))
     masks = {path: each["mask"] for path, each in outputs.items()}
     folder = None if len(sources) == 1 else options.output
     file = table_path("anomalies", list(masks.values()), folder, options.shard) if options.table else None

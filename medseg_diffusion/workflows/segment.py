@@ -41,7 +41,7 @@ from .finished import columns_of, doubts_about, finished_segmentation, numbers_o
 from .label_files import LabelFiles, as_segments
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, each_scan, part_of, paths_of, telling
+from .scans import Scan, ScanResult, Work, each_scan, part_of, paths_of, refuse_foreign, telling
 from .segment_report import SegmentReport
 from .segmentation_statistics import segmentation_statistics
 from .viewed import refuse_report
@@ -147,7 +147,8 @@ def segment(
 
     Raises:
         UsageError: Contradictory options, two scans with the same output, a DICOM segmentation of a scan that is no
-            DICOM, a class that the model does not have, or a table of other classes in the folder of the masks.
+            DICOM, a class that the model does not have, a table of other classes in the folder of the masks, or a file
+            in the place of a mask that medseg did not write.
         InputError: A path that does not exist, or a folder without scans.
         ModelError: No usable model.
     """
@@ -167,6 +168,8 @@ def segment(
     refuse_report(options.report, options.run_report, files)
     names = _classes(options)
     ours = part_of(outputs, options.shard)
+    if not options.skip_existing:
+        refuse_foreign(each["segmentation"] for each in ours.values())
     masks = {path: each["segmentation"] for path, each in outputs.items()}
     folder = None if len(sources) == 1 else options.output
     file = table_path("volumes", list(masks.values()), folder, options.shard) if options.volumes else None

@@ -183,6 +183,21 @@ def test_one_bad_scan_stops_no_other(
     assert (tmp_path / "b_anomaly_mask.nii.gz").exists() and not (tmp_path / "a_anomaly_mask.nii.gz").exists()
 
 
+@pytest.mark.parametrize("kind", ["mask", "map"])
+def test_masks_and_maps_of_others_are_not_replaced(kind, anomaly_models, tmp_path: Path) -> None:
+    """A lesion mask that was drawn by hand must not be lost; running a command again must work."""
+    scan = write(tmp_path / "scan.nii.gz", head(3)[0])
+    options = AnomalyOptions(str(anomaly_models["pixel"]), output=tmp_path / "lesion.nii.gz", device="cpu")
+    for _ in range(2):
+        (result,) = anomaly([scan], options)
+        assert result.status == "done", result.error
+    drawn = write(result.outputs[kind], head(3)[1])
+    before = drawn.read_bytes()
+    with pytest.raises(UsageError, match=f"{drawn.name}: a file that medseg did not write"):
+        anomaly([scan], options)
+    assert drawn.read_bytes() == before
+
+
 def test_whole_volumes(tmp_path: Path) -> None:
     for i in range(6):
         write(tmp_path / "scans" / f"v{i}.nii.gz", head(i, shape=(12, 14, 10))[0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from medseg_cli.main import app
@@ -18,9 +20,12 @@ from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.methods.ensemble import Ensemble
 from medseg_diffusion.models.load import load_segmenter
-from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.io import read_labels, read_volume, write_labels
+from medseg_diffusion.volumes.volume import Header
+from medseg_diffusion.workflows.scans import part_of
 from medseg_diffusion.workflows.segment import SegmentOptions
-from tests.helpers.segmenters import OBLIQUE, calibrated, make_model, run, save, tiny_config
+from tests.helpers.dicom_series import series
+from tests.helpers.segmenters import FLAT, OBLIQUE, calibrated, make_model, run, save, save_image, tiny_config
 
 
 def test_every_output_lies_on_the_grid_of_the_scan(tmp_path: Path, tiny_model: Path) -> None:
@@ -208,6 +213,61 @@ def test_contradictions_are_refused_before_any_work(tmp_path: Path, tiny_model: 
         run([a], tiny_model, output=a)
     with pytest.raises(UsageError, match="sampler 'pndm' is unknown"):
         run([a], tiny_model, sampler="pndm")
+
+
+FOREIGN = "a file that medseg did not write, which the result would replace; move it, give -o another name, or keep it"
+
+
+@pytest.mark.parametrize("name", ["m.nii", "m.nii.gz", "m.nrrd", "m.mha", "m.mhd", "m.png", "m.dcm"])
+def test_a_mask_of_medseg_is_replaced_and_no_other_file(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    """A mask that was drawn by hand must not be lost; running a command again must work in every format."""
+    mask, model = tmp_path / name, tiny_model
+    if mask.suffix == ".png":
+        scan, model = save_image(tmp_path / "scan.png"), make_model(tmp_path / "flat", tiny_config(**FLAT))
+    else:
+        scan = series(tmp_path / "scan") if mask.suffix == ".dcm" else save(tmp_path / "scan.nii.gz")
+    for seed in (0, 1):
+        (result,) = run([scan], model, output=mask, seed=seed)
+        assert result.status == "done", result.error
+    drawn = tmp_path / "drawn" / name
+    drawn.parent.mkdir()
+    if mask.suffix == ".dcm":
+        file = pydicom.dcmread(mask)
+        file.Manufacturer = "QIICR"
+        file.save_as(drawn)
+    else:
+        write_labels(read_labels(mask).data[0], replace(read_labels(mask), header=Header()), drawn)
+    for part in drawn.parent.iterdir():
+        part.replace(tmp_path / part.name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(UsageError, match=f"^{re.escape(str(mask))}: {FOREIGN} with --skip-existing$"):
+        run([scan], model, output=mask, report=tmp_path / "page.html")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_foreign_mask_is_left_by_skip_existing_and_concerns_its_part_alone(tmp_path: Path, tiny_model: Path) -> None:
+    scans = [save(tmp_path / f"{name}.nii.gz") for name in "abcd"]
+    mask = save(tmp_path / "a_seg.nii.gz", np.ones((11, 13, 9), np.uint8))
+    before = mask.read_bytes()
+    parts = [set(part_of({scan: {} for scan in scans}, (i, 2))) for i in (1, 2)]
+    other = 2 if scans[0] in parts[0] else 1
+    results = [*run(scans, tiny_model, shard=(other, 2)), *run(scans, tiny_model, skip_existing=True)]
+    assert {result.status for result in results} == {"done", "skipped"} and mask.read_bytes() == before
+    with pytest.raises(UsageError, match=r"a_seg\.nii\.gz: a file that medseg did not write"):
+        run(scans, tiny_model)
+
+
+def test_a_damaged_file_is_no_mask_of_medseg_and_an_empty_one_is_replaced(tmp_path: Path, tiny_model: Path) -> None:
+    """Results appear whole, so half a file comes from elsewhere; a command that is given a fresh ``mktemp`` works."""
+    scan, mask = save(tmp_path / "scan.nii.gz"), tmp_path / "mask.nii.gz"
+    for content in (b"half a file", save(tmp_path / "other.nii.gz").read_bytes()[:100]):
+        mask.write_bytes(content)
+        with pytest.raises(UsageError, match="a file that medseg did not write"):
+            run([scan], tiny_model, output=mask)
+        assert mask.read_bytes() == content
+    mask.write_bytes(b"")
+    (result,) = run([scan], tiny_model, output=mask)
+    assert result.status == "done" and mask.stat().st_size
 
 
 def test_a_missing_or_damaged_model(tmp_path: Path, tiny_model: Path) -> None:
