@@ -237,7 +237,8 @@ RunReport = Annotated[
     typer.Option(
         "--run-report",
         metavar="FILE",
-        help="Write versions, device, model, options, times, memory and the results of all scans to this JSON file.",
+        help="Write versions, device, model, options, times, memory and the results of all scans to this JSON file; "
+        "with --shard each part has its own, such as run.1-of-4.json.",
     ),
 ]
 SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans that already have a result.")]

@@ -43,10 +43,9 @@ def parse_shard(value: str | None, environment: Mapping[str, str] = os.environ) 
         raise UsageError(f"--shard {value}: {error}") from error
 
 
-def failures_file(output: Path | None, part: tuple[int, int] | None) -> Path:
-    """The list of failed scans in the output folder, or else in the current one; each part has its own."""
-    name = "failures.csv" if part is None else f"failures.{part[0]}-of-{part[1]}.csv"
-    return (output or Path()) / name
+def failures_file(output: Path | None) -> Path:
+    """The list of failed scans in the output folder, or else in the current one."""
+    return (output or Path()) / "failures.csv"
 
 
 def _of_launcher(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def anomaly(
         Path | None,
         typer.Option(
             help="Write one HTML page about all scans of this call, finished ones too, and the counterparts, which it "
-            "shows; with --shard, one for each part."
+            "shows; with --shard each part has its own, such as report.1-of-4.html."
         ),
     ] = None,
     run_report: RunReport = None,
@@ -99,10 +99,11 @@ def anomaly(
     if keep_largest:
         raise UsageError("anomaly has no --keep-largest, because anomalies may be several; use --min-volume")
     part = parse_shard(shard)
-    failures = failures_file(output, part)
+    failures = failures_file(output)
     from medseg_diffusion.models.anomaly import DetectionOptions
     from medseg_diffusion.volumes.sources import InputOptions
     from medseg_diffusion.workflows import anomaly as workflow
+    from medseg_diffusion.workflows.scans import of_part
 
     options = workflow.AnomalyOptions(
         model=model,
@@ -123,4 +124,5 @@ def anomaly(
         shard=part,
         failures=failures,
     )
-    run_scans(lambda on_case, show: workflow.anomaly(named, options, on_case, show), quiet, as_json, failures)
+    listed = of_part(failures, part)
+    run_scans(lambda on_case, show: workflow.anomaly(named, options, on_case, show), quiet, as_json, listed)

@@ -142,7 +142,8 @@ def segment(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write one HTML page about all scans of this call, finished ones too; with --shard, one for each part."
+            help="Write one HTML page about all scans of this call, finished ones too; with --shard each part has its "
+            "own, such as report.1-of-4.html."
         ),
     ] = None,
     run_report: RunReport = None,
@@ -164,11 +165,12 @@ def segment(
 ) -> None:
     """Segment scans, and write a mask for each."""
     part = parse_shard(shard)
-    failures = failures_file(output, part)
+    failures = failures_file(output)
     channels = parsed_channels(channel)
     named = named_scans(scans, also, channel or ())
     from medseg_diffusion.volumes.sources import InputOptions
     from medseg_diffusion.workflows import segment as workflow
+    from medseg_diffusion.workflows.scans import of_part
 
     options = workflow.SegmentOptions(
         model=model,
@@ -203,4 +205,5 @@ def segment(
         labels=labels,
         tissues=tissues,
     )
-    run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json, failures)
+    listed = of_part(failures, part)
+    run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json, listed)

@@ -34,7 +34,7 @@ from .anomaly_report import AnomalyReport
 from .anomaly_result import COLUMNS, AnomalyResult, entries_of, finished_anomaly, flags_of, numbers_of
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, Write, each_scan, part_of, paths_of, refuse_foreign, telling
+from .scans import Scan, ScanResult, Work, Write, each_scan, of_part, part_of, paths_of, refuse_foreign, telling
 from .viewed import refuse_report
 
 DEFAULT_MODEL = "flair-anomaly"
@@ -60,7 +60,8 @@ class AnomalyOptions:
         skip_existing: Skip scans whose mask exists.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         inputs: What is read: pattern, DICOM series.
-        shard: (i, n) with 1 <= i <= n: score only part i of the scans, chosen by a hash of the path.
+        shard: (i, n) with 1 <= i <= n: score only part i of the scans, chosen by a hash of the path. Each part has
+            its own table, page, report on the run and list of failures: report.1-of-4.html.
         failures: CSV file of the scans that fail (`each_scan`). A single scan writes none.
     """
 
@@ -118,7 +119,8 @@ def anomaly(
     }
     files = {path: source.files for path, source in sources.items()}
     refuse_collisions(outputs, [file for each in files.values() for file in each])
-    refuse_report(options.report, options.run_report, files)
+    report, run_json = (of_part(file, options.shard) for file in (options.report, options.run_report))
+    refuse_report(report, run_json, files)
     ours = part_of(outputs, options.shard)
     if not options.skip_existing:
         refuse_foreign(each[kind] for each in ours.values() for kind in ("mask", "map"))
@@ -139,8 +141,8 @@ def anomaly(
         return _read(sources[path], takes, options)
 
     with (
-        RunReport(options.run_report, "anomaly", options, files) as run_report,
-        AnomalyReport(options.report, options.model or DEFAULT_MODEL, read, options.command, len(ours)) as page,
+        RunReport(run_json, "anomaly", options, files) as run_report,
+        AnomalyReport(report, options.model or DEFAULT_MODEL, read, options.command, len(ours)) as page,
         ResultsTable(file, COLUMNS, numbers_of, masks) as table,  # first at the end: a page takes a while
     ):
         work = Work(
@@ -152,7 +154,7 @@ def anomaly(
             skip_existing=options.skip_existing,
             on_case=telling(run_report.add, table.add, page.add, on_case),
             on_progress=on_progress,
-            failures=options.failures if len(sources) > 1 else None,
+            failures=of_part(options.failures, options.shard) if len(sources) > 1 else None,
         )
 
 

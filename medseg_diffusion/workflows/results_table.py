@@ -13,7 +13,7 @@ from types import TracebackType
 from medseg_diffusion.errors import UsageError, remark
 from medseg_diffusion.files import write_files
 
-from .scans import ScanResult
+from .scans import ScanResult, of_part
 
 FIRST = ("scan", "output", "status")
 """The first columns of every table, by which it is recognised."""
@@ -132,15 +132,13 @@ def table_path(name: str, outputs: Sequence[Path], folder: Path | None, part: tu
     """The file of the table in `table_folder`, or None.
 
     Args:
-        name: Name of the table without suffix. Each part has its own: volumes.1-of-4.csv.
+        name: Name of the table without suffix.
         outputs: The marking outputs of all scans.
         folder: The folder given with -o.
-        part: The part of the scans that this call takes.
+        part: The part of the scans that this call takes. Each has its own table: volumes.1-of-4.csv.
     """
     place = table_folder(outputs, folder)
-    if place is None:
-        return None
-    return place / (f"{name}.csv" if part is None else f"{name}.{part[0]}-of-{part[1]}.csv")
+    return None if place is None else of_part(place / f"{name}.csv", part)
 
 
 def table_folder(outputs: Sequence[Path], folder: Path | None) -> Path | None:

@@ -338,3 +338,10 @@ def part_of(outputs: Mapping[Path, Outputs], shard: tuple[int, int] | None) -> d
         return int(hashlib.sha256(scan.as_posix().encode(errors="surrogateescape")).hexdigest(), 16) % count + 1
 
     return {scan: files for scan, files in outputs.items() if number(scan) == part}
+
+
+def of_part(file: Path | None, shard: tuple[int, int] | None) -> Path | None:
+    """A file that tells of all scans of a call, by the name that it has for a part of them: report.1-of-4.html."""
+    if file is None or shard is None:
+        return file
+    return file.with_name(f"{file.stem}.{shard[0]}-of-{shard[1]}{file.suffix}")

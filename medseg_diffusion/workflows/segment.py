@@ -41,7 +41,7 @@ from .finished import columns_of, doubts_about, finished_segmentation, numbers_o
 from .label_files import LabelFiles, as_segments
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, each_scan, part_of, paths_of, refuse_foreign, telling
+from .scans import Scan, ScanResult, Work, each_scan, of_part, part_of, paths_of, refuse_foreign, telling
 from .segment_report import SegmentReport
 from .segmentation_statistics import segmentation_statistics
 from .viewed import refuse_report
@@ -78,7 +78,8 @@ class SegmentOptions:
         command: The command line, for the page; empty shows none.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         skip_existing: Skip scans whose mask exists.
-        shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the path.
+        shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the path. Each part has
+            its own table, page, report on the run and list of failures: report.1-of-4.html.
         failures: CSV file of the scans that fail (`each_scan`). A single scan writes none.
         output_format: Format of the mask: "nifti" (or the format of the file ``output``), or "dicom-seg", which refers
             to the images of a DICOM series. None takes that of the file ``output``, or "nifti".
@@ -165,7 +166,8 @@ def segment(
     refuse_collisions(outputs, [file for each in files.values() for file in each])
     if mask_format == "dicom-seg":
         require_series(list(sources))
-    refuse_report(options.report, options.run_report, files)
+    report, run_json = (of_part(file, options.shard) for file in (options.report, options.run_report))
+    refuse_report(report, run_json, files)
     names = _classes(options)
     ours = part_of(outputs, options.shard)
     if not options.skip_existing:
@@ -186,8 +188,8 @@ def segment(
         return read_source(sources[path], takes, options.inputs.series)
 
     with (
-        RunReport(options.run_report, "segment", options, files) as run_report,
-        SegmentReport(options.report, names, read, options.command, len(ours)) as page,
+        RunReport(run_json, "segment", options, files) as run_report,
+        SegmentReport(report, names, read, options.command, len(ours)) as page,
         ResultsTable(file, columns_of(names), numbers_of, masks) as table,  # first at the end: a page takes a while
     ):
         work = Work(
@@ -205,7 +207,7 @@ def segment(
             skip_existing=options.skip_existing,
             on_case=telling(run_report.add, table.add, page.add, on_case),
             on_progress=on_progress,
-            failures=options.failures if len(sources) > 1 else None,
+            failures=of_part(options.failures, options.shard) if len(sources) > 1 else None,
         )
 
 

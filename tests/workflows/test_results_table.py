@@ -169,6 +169,33 @@ def test_the_command_writes_one_table_with_the_failures_and_one_for_each_part(
     assert parts == {f"volumes.{i}-of-2.csv": names for i, names in shares.items() if names}
 
 
+@pytest.mark.parametrize("command", ["segment", "anomaly"])
+def test_no_part_replaces_what_another_part_tells_of_its_scans(
+    command: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    anomaly_models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The page, the report on the run and the list of failures of a part are its own, as its table is."""
+    monkeypatch.chdir(tmp_path)
+    for good, bad in (("s0", "bad0"), ("s4", "bad1")):  # by the hash of their paths a pair for each part
+        save(Path("in") / f"{good}.nii.gz")
+        (Path("in") / f"{bad}.nii.gz").write_bytes(b"no scan")
+    shares = {i: part_of({scan: {} for scan in sorted(Path("in").iterdir())}, (i, 2)) for i in (1, 2)}
+    model = tiny_model if command == "segment" else anomaly_models["pixel"]
+    words = ["-m", model, "-o", "out", "--report", "page.html", "--run-report", "run.json", *CPU]
+    for i, share in shares.items():
+        bad, good = sorted(scan.name for scan in share)
+        result = medseg(command, "in", "--shard", f"{i}/2", *words)
+        assert result.exit_code == 1 and f"see out/failures.{i}-of-2.csv" in result.stderr
+        assert good in Path(f"page.{i}-of-2.html").read_text()
+        told = json.loads(Path(f"run.{i}-of-2.json").read_text())["scans"]
+        assert sorted(Path(scan["scan"]).name for scan in told) == [bad, good]
+        assert list(rows(Path(f"out/failures.{i}-of-2.csv"))) == [bad]
+    assert not Path("page.html").exists() and not Path("run.json").exists()
+
+
 def test_where_the_table_stands(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beside, apart = [Path("a/x_seg.nii.gz"), Path("a/y_seg.nii.gz")], [Path("a/x_seg.nii.gz"), Path("b/x_seg.nii.gz")]
     assert table_path("volumes", beside, None, None) == Path("a/volumes.csv")
