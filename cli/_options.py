@@ -241,4 +241,6 @@ RunReport = Annotated[
         "with --shard each part has its own, such as run.1-of-4.json.",
     ),
 ]
-SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Skip scans that already have a result.")]
+SkipExisting = Annotated[
+    bool, typer.Option("--skip-existing", help="Skip scans that already have a mask, whatever else is asked for.")
+]

@@ -34,7 +34,19 @@ from .anomaly_report import AnomalyReport
 from .anomaly_result import COLUMNS, AnomalyResult, entries_of, finished_anomaly, flags_of, numbers_of
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, Write, each_scan, of_part, part_of, paths_of, refuse_foreign, telling
+from .scans import (
+    Scan,
+    ScanResult,
+    Work,
+    Write,
+    each_scan,
+    of_part,
+    part_of,
+    paths_of,
+    refuse_foreign,
+    say_lacking,
+    telling,
+)
 from .viewed import refuse_report
 
 DEFAULT_MODEL = "flair-anomaly"
@@ -57,7 +69,7 @@ class AnomalyOptions:
         table: Write the numbers of all scans to one table beside the masks (`results_table.table_path`).
         report: Write one HTML page about all scans to this file, and the counterparts, which it shows.
         command: The command line, for the page; empty shows none.
-        skip_existing: Skip scans whose mask exists.
+        skip_existing: Skip scans whose mask exists. A remark counts those that lack other files that are asked for.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
         inputs: What is read: pattern, DICOM series.
         shard: (i, n) with 1 <= i <= n: score only part i of the scans, chosen by a hash of the path. Each part has
@@ -122,7 +134,9 @@ def anomaly(
     report, run_json = (of_part(file, options.shard) for file in (options.report, options.run_report))
     refuse_report(report, run_json, files)
     ours = part_of(outputs, options.shard)
-    if not options.skip_existing:
+    if options.skip_existing:
+        say_lacking(ours, "mask", {"preview": options.preview, "counterpart": options.save_counterpart})
+    else:
         refuse_foreign(each[kind] for each in ours.values() for kind in ("mask", "map"))
     masks = {path: each["mask"] for path, each in outputs.items()}
     folder = None if len(sources) == 1 else options.output

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -311,6 +312,28 @@ def refuse_foreign(results: Iterable[Path]) -> None:
                 f"{path}: a file that medseg did not write, which the result would replace; move it, give -o another "
                 "name, or keep it with --skip-existing"
             )
+
+
+def say_lacking(scans: Mapping[Path, Outputs], last: str, asked: Mapping[str, bool]) -> None:
+    """Say in one remark which files that are asked for are missing beside the results of finished scans.
+
+    Such scans are skipped all the same: their results may have been corrected by hand.
+
+    Args:
+        scans: Scan -> kind -> file.
+        last: Kind of output whose file marks a finished scan.
+        asked: Kind of output -> whether the options ask for it.
+    """
+    kinds = [kind for kind, wanted in asked.items() if wanted]
+    finished = [files for files in scans.values() if files[last].exists()] if kinds else []
+    missing = [[kind for kind in kinds if not files[kind].exists()] for files in finished]
+    if any(missing):
+        counts = Counter(kind for each in missing for kind in each)
+        which = ", ".join(f"{kind} of {counts[kind]}" for kind in kinds if counts[kind])
+        remark(
+            f"{sum(map(bool, missing))} of {len(finished)} finished scans lack files that this call asks for ({which}) "
+            "and stay skipped; process them with another -o, or without --skip-existing, which replaces their masks"
+        )
 
 
 def paths_of(scans: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -34,14 +34,25 @@ from medseg_diffusion.volumes.outputs import (
     segmentation_outputs,
 )
 from medseg_diffusion.volumes.paths import is_image
-from medseg_diffusion.volumes.sources import InputOptions, find_sources, read_source
+from medseg_diffusion.volumes.sources import InputOptions, Source, find_sources, read_source
 from medseg_diffusion.volumes.volume import Volume
 
 from .finished import columns_of, doubts_about, finished_segmentation, numbers_of
 from .label_files import LabelFiles, as_segments
 from .results_table import ResultsTable, table_path
 from .run_report import RunReport
-from .scans import Scan, ScanResult, Work, each_scan, of_part, part_of, paths_of, refuse_foreign, telling
+from .scans import (
+    Scan,
+    ScanResult,
+    Work,
+    each_scan,
+    of_part,
+    part_of,
+    paths_of,
+    refuse_foreign,
+    say_lacking,
+    telling,
+)
 from .segment_report import SegmentReport
 from .segmentation_statistics import segmentation_statistics
 from .viewed import refuse_report
@@ -77,7 +88,7 @@ class SegmentOptions:
         report: Write one HTML page about all scans to this file.
         command: The command line, for the page; empty shows none.
         run_report: Write a report on the run to this file, as JSON (`workflows.run_report`).
-        skip_existing: Skip scans whose mask exists.
+        skip_existing: Skip scans whose mask exists. A remark counts those that lack other files that are asked for.
         shard: (i, n) with 1 <= i <= n: segment only part i of the scans, chosen by a hash of the path. Each part has
             its own table, page, report on the run and list of failures: report.1-of-4.html.
         failures: CSV file of the scans that fail (`each_scan`). A single scan writes none.
@@ -157,20 +168,15 @@ def segment(
         raise UsageError("--fast stands for --steps 1 --ensemble 1; leave --steps and --ensemble out")
     takes = model_input(options.model or DEFAULT_SEGMENTER)
     sources = {source.path: source for source in find_sources(paths_of(scans), takes, options.inputs)}
-    mask_format = format_of_masks(options.output, options.output_format)
-    outputs = {
-        path: segmentation_outputs(source.named, source.output(options.output), len(sources), mask_format)
-        for path, source in sources.items()
-    }
     files = {path: source.files for path, source in sources.items()}
-    refuse_collisions(outputs, [file for each in files.values() for file in each])
-    if mask_format == "dicom-seg":
-        require_series(list(sources))
+    outputs = _outputs(sources, options)
     report, run_json = (of_part(file, options.shard) for file in (options.report, options.run_report))
     refuse_report(report, run_json, files)
     names = _classes(options)
     ours = part_of(outputs, options.shard)
-    if not options.skip_existing:
+    if options.skip_existing:
+        say_lacking(ours, "segmentation", _extras(options))
+    else:
         refuse_foreign(each["segmentation"] for each in ours.values())
     masks = {path: each["segmentation"] for path, each in outputs.items()}
     folder = None if len(sources) == 1 else options.output
@@ -209,6 +215,19 @@ def segment(
             on_progress=on_progress,
             failures=of_part(options.failures, options.shard) if len(sources) > 1 else None,
         )
+
+
+def _outputs(sources: Mapping[Path, Source], options: SegmentOptions) -> dict[Path, Outputs]:
+    """The files of every scan; UsageError for files that cannot be written."""
+    mask_format = format_of_masks(options.output, options.output_format)
+    outputs = {
+        path: segmentation_outputs(source.named, source.output(options.output), len(sources), mask_format)
+        for path, source in sources.items()
+    }
+    refuse_collisions(outputs, [file for source in sources.values() for file in source.files])
+    if mask_format == "dicom-seg":
+        require_series(list(sources))
+    return outputs
 
 
 def _classes(options: SegmentOptions) -> dict[int, str]:
@@ -354,6 +373,18 @@ def _settings(model: SegmentationModel, options: SegmentOptions, names: Mapping[
         "seed": str(options.seed),
         **({"classes": "tissues"} if options.tissues else {}),
         **({"labels": ", ".join(names.values())} if options.labels is not None else {}),
+    }
+
+
+def _extras(options: SegmentOptions) -> dict[str, bool]:
+    """Kind of file beside the mask -> whether the options ask for it."""
+    return {
+        "probabilities": options.save_probabilities,
+        "uncertainty": options.save_uncertainty,
+        "members": options.save_members,
+        "pseudo-labels": options.save_pseudo_labels,
+        "preview": options.preview,
+        "statistics": options.statistics,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,30 @@ def test_skip_existing_and_shards(tmp_path: Path, tiny_model: Path) -> None:
     assert sorted(path for part in parts for path in part) == scans
     again = run(scans, tiny_model, output=tmp_path / "out", skip_existing=True)
     assert {r.status for r in again} == {"skipped"}
+
+
+def test_finished_scans_that_lack_what_is_asked_for_are_counted_and_stay_as_they_are(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """One line for the call: a mask may have been corrected by hand, and must not be made again for its statistics."""
+    scans = [save(tmp_path / "in" / f"{name}.nii.gz") for name in "abc"]
+    out = tmp_path / "out"
+    first = run(scans[:2], tiny_model, output=out, preview=True)
+    before = [result.outputs["segmentation"].read_bytes() for result in first]
+    first[0].outputs["preview"].unlink()
+    with pytest.warns(UserWarning) as said:
+        results = run(scans, tiny_model, output=out, skip_existing=True, preview=True, statistics=True, seed=1)
+    assert [str(one.message) for one in said] == [
+        "2 of 2 finished scans lack files that this call asks for (preview of 1, statistics of 2) and stay skipped; "
+        "process them with another -o, or without --skip-existing, which replaces their masks"
+    ]
+    assert [result.status for result in results] == ["skipped", "skipped", "done"]
+    assert [result.outputs["segmentation"].read_bytes() for result in results[:2]] == before
+    assert not any("lack" in text for result in results for text in result.warnings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(scans[1:], tiny_model, output=out, skip_existing=True, preview=True)
+        run(scans, tiny_model, output=out, skip_existing=True)
 
 
 def test_outputs_are_named_as_asked(tmp_path: Path, tiny_model: Path) -> None:
