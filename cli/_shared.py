@@ -144,16 +144,19 @@ def run_scans(
     quiet: bool | None,
     as_json: bool,
     failures: Path | None = None,
+    go_on: str = "",
 ) -> None:
     """Run a command on scans and print its results.
 
     Failures are listed on stderr. A single failed scan decides the exit code; a failure among several scans gives 1.
+    Ctrl-C (130) and SIGTERM (143) end it with one line, after the result that is being written.
 
     Args:
         run: Called with a function that prints a result, and with the progress callback.
         quiet: Print only failures; False also prints volumes.
         as_json: Print each result as one line of JSON.
         failures: File that lists the failures among several scans.
+        go_on: The option with which the same command does the rest after a signal; empty for none.
     """
 
     def show(result: ScanResult) -> None:
@@ -163,8 +166,14 @@ def run_scans(
             print_scan(result, volumes=quiet is False)
 
     started = time.monotonic()
-    with progress(quiet) as on_progress, _ended_by_sigterm():
-        results = run(show, on_progress)
+    try:
+        with progress(quiet) as on_progress, _ended_by_sigterm():
+            results = run(show, on_progress)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        by, code = ("Ctrl-C", 130) if isinstance(stop, KeyboardInterrupt) else ("SIGTERM", 143)
+        rest = f"; the same command with {go_on} goes on" if go_on else ""
+        fail(" ".join([by, *getattr(stop, "__notes__", [])]) + rest, kind="stopped")
+        raise typer.Exit(code) from stop
     failed = [result for result in results if result.status == "failed"]
     if len(results) != 1 and not quiet:
         typer.echo(_summary(results, time.monotonic() - started), err=as_json)
@@ -202,10 +211,12 @@ def _to_check(results: Sequence[ScanResult], most: int = 5) -> str:
 def _ended_by_sigterm() -> Iterator[None]:
     """Inside the block, SIGTERM ends the process as Ctrl-C does: the result that is being written is completed.
 
-    Schedulers send it before they kill. Without this, a process that is the first of its container ignores it.
+    Schedulers send it before they kill, some of them more than once. Without this, a process that is the first of its
+    container ignores it.
     """
 
     def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

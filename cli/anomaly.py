@@ -124,5 +124,10 @@ def anomaly(
         shard=part,
         failures=failures,
     )
-    listed = of_part(failures, part)
-    run_scans(lambda on_case, show: workflow.anomaly(named, options, on_case, show), quiet, as_json, listed)
+    run_scans(
+        lambda on_case, show: workflow.anomaly(named, options, on_case, show),
+        quiet,
+        as_json,
+        of_part(failures, part),
+        go_on="--skip-existing",
+    )

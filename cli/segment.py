@@ -205,5 +205,10 @@ def segment(
         labels=labels,
         tissues=tissues,
     )
-    listed = of_part(failures, part)
-    run_scans(lambda on_case, show: workflow.segment(named, options, on_case, show), quiet, as_json, listed)
+    run_scans(
+        lambda on_case, show: workflow.segment(named, options, on_case, show),
+        quiet,
+        as_json,
+        of_part(failures, part),
+        go_on="--skip-existing",
+    )

@@ -11,9 +11,9 @@ import hashlib
 import io
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -190,6 +190,7 @@ def each_scan(
     jobs = [partial(read, *item) for item in outputs.items()]
     # At the end, also after Ctrl-C, what was computed is written, and nothing else is begun.
     with (
+        _noting_how_far(results, len(outputs)),
         ThreadPoolExecutor(1, "read") as reader,
         ThreadPoolExecutor(1, "write") as writer,
         closing(_one_ahead(reader, jobs)) as steps,
@@ -208,6 +209,16 @@ def each_scan(
             behind.result()
     remove_left_over((file for files in outputs.values() for file in files.values()), before=begun)
     return results
+
+
+@contextmanager
+def _noting_how_far(results: Sequence[ScanResult], count: int) -> Iterator[None]:
+    """Note on Ctrl-C, or on another end by a signal, how many of the scans have results."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(f"after {len(results)} of {count} scans")
+        raise
 
 
 def telling(*listeners: Callable[[ScanResult], None] | None) -> Callable[[ScanResult], None]:

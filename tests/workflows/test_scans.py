@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 import re
+import signal
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -215,6 +218,44 @@ def test_the_printing_of_a_result_may_fail(tmp_path: Path) -> None:
 
     with pytest.raises(BrokenPipeError):
         each_scan(scans(tmp_path, 3), make_work(), on_case=closed)
+
+
+@pytest.mark.parametrize(("number", "by", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
+def test_a_stopped_command_says_in_one_line_how_far_it_was_and_how_to_go_on(
+    number: signal.Signals, by: str, code: int, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedulers repeat SIGTERM: what was computed is written all the same, and nothing temporary stays."""
+    for i in range(4):
+        save(tmp_path / "in" / f"s{i}.nii.gz")
+    compute, write = segment_module._segment_one, segment_module._write_results
+    again = threading.Event()
+
+    def stopped(model: object, scan: Any, *others: object) -> object:
+        if scan.name == "s2":
+            again.set()
+            signal.raise_signal(number)
+        return compute(model, scan, *others)  # type: ignore[arg-type]
+
+    def writing(model: object, scan: Any, *others: object) -> ScanResult:
+        if scan.name == "s1":  # beside s2
+            assert again.wait(PATIENCE_S)
+            if number == signal.SIGTERM:
+                os.kill(os.getpid(), number)
+        return write(model, scan, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segment_module, "_segment_one", stopped)
+    monkeypatch.setattr(segment_module, "_write_results", writing)
+    out = tmp_path / "out"
+    words = ("segment", tmp_path / "in", "-m", tiny_model, "-o", out, "--device", "cpu")
+    result = medseg(*words)
+    assert result.exit_code == code
+    assert error_lines(result) == [
+        f"medseg: stopped: {by} after 2 of 4 scans; the same command with --skip-existing goes on"
+    ]
+    assert sorted(path.name for path in out.iterdir()) == ["dseg.tsv", "s0_seg.nii.gz", "s1_seg.nii.gz", "volumes.csv"]
+    monkeypatch.undo()
+    done = medseg(*words, "--skip-existing")
+    assert done.exit_code == 0 and "4 scans: 2 done, 2 skipped, 0 failed" in done.stdout
 
 
 # ---- the list of failures --------------------------------------------------------------------------------------------
