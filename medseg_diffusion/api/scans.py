@@ -60,7 +60,8 @@ def read_scan(
 def _in_order(images: Mapping[str, Image], takes: ModelInput) -> list[Image]:
     if set(images) != set(takes.channels):
         raise UsageError(
-            f"the channels {', '.join(images) or 'none'}; the model {takes} takes one image for each of its own"
+            f"images of the channels {', '.join(map(str, images)) or 'none'}; expected one image for each of "
+            f"{', '.join(takes.channels)}, the channels of the model {takes.model}; name the images so"
         )
     return [images[channel] for channel in takes.channels]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder
@@ -53,8 +53,10 @@ def format_of_masks(output: Path | None, wanted: Format | None) -> Format:
     """The format of the masks: the one that is wanted, or that of the file ``output``, or NIfTI.
 
     Raises:
-        UsageError: a file of one format where another one is wanted.
+        UsageError: an unknown format, or a file of one format where another one is wanted.
     """
+    if wanted not in (None, *get_args(Format)):
+        raise UsageError(f"output_format {wanted!r} is unknown; use {', '.join(get_args(Format))}")
     suffix = "" if output is None else output.name.lower()
     if suffix.endswith(".dcm"):
         if wanted == "nifti":

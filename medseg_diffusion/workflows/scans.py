@@ -365,8 +365,13 @@ def part_of(outputs: Mapping[Path, Outputs], shard: tuple[int, int] | None) -> d
     """The scans of part i of n, for a shard (i, n) with 1 <= i <= n; all for None.
 
     The part of a scan depends only on its whole path as given, so that further scans change no other's part.
+
+    Raises:
+        UsageError: No such part.
     """
     part, count = shard or (1, 1)
+    if not 1 <= part <= count:
+        raise UsageError(f"shard {shard}: expected (i, n) with 1 <= i <= n, such as (1, 4)")
 
     def number(scan: Path) -> int:
         return int(hashlib.sha256(scan.as_posix().encode(errors="surrogateescape")).hexdigest(), 16) % count + 1

@@ -57,8 +57,12 @@ def test_channels_are_named_or_in_order(tmp_path: Path) -> None:
     assert torch.equal(listed.data, named.data) and len(listed.data) == 2
     with pytest.raises(UsageError, match=r"a list of 3 images; the model model \(2 channels: T1, FLAIR\) takes one"):
         read_scan([t1, t1, flair], TWO)
-    with pytest.raises(UsageError, match=r"the channels T1, T2; the model model \(2 channels"):
+    with pytest.raises(UsageError, match=r"^images of the channels T1, T2; expected one image for each of T1, FLAIR, "):
         read_scan({"T1": t1, "T2": flair}, TWO)
+    with pytest.raises(UsageError, match=r"channels mri; .* each of T1, the channels of the model model; name the ima"):
+        read_scan({"mri": t1}, ONE)
+    with pytest.raises(UsageError, match=r"channels 0; expected"):
+        read_scan({0: t1}, ONE)  # type: ignore[dict-item]
     with pytest.raises(InputError, match="resample one onto the other's grid"):
         read_scan([t1, save(tmp_path / "other.nii.gz", affine=np.eye(4))], TWO)
 

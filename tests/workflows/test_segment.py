@@ -238,6 +238,11 @@ def test_contradictions_are_refused_before_any_work(tmp_path: Path, tiny_model: 
         run([a], tiny_model, output=a)
     with pytest.raises(UsageError, match="sampler 'pndm' is unknown"):
         run([a], tiny_model, sampler="pndm")
+    with pytest.raises(UsageError, match="output_format 'foo' is unknown; use nifti, dicom-seg"):
+        run([a], tiny_model, output_format="foo")
+    for shard in ((5, 2), (0, 2), (0, 0)):  # not an empty part, which would look like work done
+        with pytest.raises(UsageError, match=re.escape(f"shard {shard}: expected (i, n) with 1 <= i <= n")):
+            run([a], tiny_model, shard=shard)
 
 
 FOREIGN = "a file that medseg did not write, which the result would replace; move it, give -o another name, or keep it"
