@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._options import STDOUT, AsJson, Markdown, Quiet, Seed, existing, require_one_on_stdout
-from ._shared import print_json, print_table, progress, write_markdown
+from ._shared import fail, print_json, print_table, progress, write_markdown
 
 if TYPE_CHECKING:
     from medseg_diffusion.metrics.comparison import Comparison
@@ -196,19 +196,28 @@ def evaluate(
     else:
         write_markdown(markdown, lambda: evaluation_markdown(evaluation, options.command))
     if as_json:
-        print_json(_comparison_json(comparison) if len(predictions) > 1 else evaluation.table())
+        print_json(_comparison_json(comparison) if len(predictions) > 1 else _evaluation_json(evaluation))
     elif not quiet and markdown != STDOUT:
         if len(predictions) > 1:
             _print_comparison(comparison)
         else:
             _print(evaluation)
         typer.echo(f"report: {output / 'report.html'}")
+    for warning in () if quiet else (comparison if len(predictions) > 1 else evaluation).warnings:
+        fail(warning, kind="warning")
+
+
+def _evaluation_json(result: Evaluation) -> dict[str, object]:
+    from medseg_diffusion.reports.summary import optional_sections
+
+    return {"rows": result.table(), **optional_sections(result), "warnings": result.warnings}
 
 
 def _comparison_json(comparison: Comparison) -> dict[str, object]:
     return {
         "predictions": {name: evaluation.table() for name, evaluation in comparison.evaluations.items()},
         "comparisons": [asdict(one) for one in comparison.differences],
+        "warnings": comparison.warnings,
     }
 
 
@@ -230,8 +239,6 @@ def _print(result: Evaluation) -> None:
     if result.detection is not None:
         for line in detection_lines(result.detection):
             typer.echo(line)
-    for warning in result.warnings:
-        typer.echo(f"warning: {warning}", err=True)
 
 
 def _print_comparison(comparison: Comparison) -> None:
@@ -247,8 +254,6 @@ def _print_comparison(comparison: Comparison) -> None:
         typer.echo(sentence)
     if further := len(comparison.differences) - len(comparison.conclusions):
         typer.echo(f"in comparison.json: {further} more, of other metrics, by which no difference is shown")
-    for warning in comparison.warnings:
-        typer.echo(f"warning: {warning}", err=True)
 
 
 def _rows(means: Means, evaluation: Evaluation, first: dict[str, str]) -> list[dict[str, str | int]]:

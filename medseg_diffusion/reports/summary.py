@@ -42,7 +42,7 @@ def summary_json(evaluation: Evaluation) -> str:
         "mean": {str(label): _with_keys(means) for label, means in evaluation.class_means().items()},
         "metric_per_case": [_case_json(evaluation, case) for case in evaluation.cases],
         "confidence_interval_95": _intervals(evaluation.means, evaluation.labels),
-        **_optional_sections(evaluation),
+        **optional_sections(evaluation),
         "labels": {str(label): name for label, name in evaluation.labels.items()},
         "n_cases": len(evaluation.cases),
         **({"n_patients": len(set(evaluation.patients.values()))} if evaluation.patients else {}),
@@ -100,7 +100,7 @@ def _detection_numbers(evaluation: Evaluation, case: EvaluatedCase) -> dict[str,
     return {} if evaluation.detection is None else case_numbers(evaluation.detection.cases[case.name])
 
 
-def _optional_sections(evaluation: Evaluation) -> dict[str, Any]:
+def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
     """Calibration, agreement with several raters and detection by score maps, where they were measured."""
     sections: dict[str, Any] = {}
     if (reliability := evaluation.reliability) is not None:

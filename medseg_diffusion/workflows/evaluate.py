@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 from warnings import catch_warnings, simplefilter
@@ -22,9 +22,8 @@ from medseg_diffusion.data.pairs import (
 )
 from medseg_diffusion.data.patients import read_patients
 from medseg_diffusion.data.strata import read_strata
-from medseg_diffusion.errors import InputError, UsageError, remark
+from medseg_diffusion.errors import InputError, UsageError, remark, remarks
 from medseg_diffusion.files import as_paths, require_folder, write_files
-from medseg_diffusion.metrics.ambiguity import ReaderAgreement
 from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM, MeasureOptions
 from medseg_diffusion.metrics.comparison import Comparison, compare
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
@@ -34,11 +33,11 @@ from medseg_diffusion.reports.comparison_page import comparison_page
 from medseg_diffusion.reports.evaluation_page import evaluation_page
 from medseg_diffusion.reports.page import relative_link
 from medseg_diffusion.reports.summary import cases_csv, comparison_json, summary_json
-from medseg_diffusion.reports.viewer import viewer
+from medseg_diffusion.reports.viewer import Viewer, viewer
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.paths import is_image, scan_name
 
-from .evaluate_cases import CaseTask, MeasuredCase, RatersTask, compare_with_raters, measure_case
+from .evaluate_cases import CaseTask, MeasuredCase, RatedCase, RatersTask, compare_with_raters, measure_case
 from .evaluate_maps import FOREGROUND_ENDINGS, MAP_ENDINGS, evaluate_scores
 from .evaluation_views import require_cases, viewed_cases
 from .parallel import call_each
@@ -150,7 +149,8 @@ def evaluate(
         on_progress: Called with a text and the share done, 0 to 1, after each case.
 
     Returns:
-        The numbers. `warnings` names predictions without a reference and labels that were left out.
+        The numbers. `warnings` names predictions without a reference, labels that were left out, and whatever else the
+        reader should know about the files.
 
     Raises:
         InputError: A path or file that cannot be used, a reference without a prediction, two files for one case, a
@@ -164,9 +164,12 @@ def evaluate(
     output, reference = Path(output), Path(reference)
     require_folder(output)
     pairs, warnings = find_pairs(Path(prediction), reference, merged=options.merge_labels)
-    inputs, remarks = _find_inputs(pairs, options)
-    (result,) = _evaluate_sets([inputs], reference, options, [*warnings, *remarks], count_of(on_progress))
-    write_files(output, _files(result, inputs, output, options))
+    with remarks() as said:
+        inputs, unused = _find_inputs(pairs, options)
+        (result,) = _evaluate_sets([inputs], reference, options, [*warnings, *unused], count_of(on_progress))
+        shown = _viewer(result, inputs, options)
+    result = replace(result, warnings=(*result.warnings, *_on_files(said)))
+    write_files(output, _files(result, shown, inputs, output, options))
     return result
 
 
@@ -207,21 +210,23 @@ def compare_predictions(
                 f"-o {output}: the results of {name} would be written among its masks; name another folder"
             )
     pairs, left_out = find_common_pairs(folders, reference, merged=options.merge_labels)
-    inputs, warnings = _find_inputs(next(iter(pairs.values())), options)
-    sets = [
-        _Inputs(own, inputs.images, inputs.raters, None, None, inputs.patients, inputs.strata) for own in pairs.values()
-    ]
-    if left_out:
-        reasons = [f"{name} ({reason})" for name, reason in left_out.items()]
-        warnings.insert(0, f"Only cases that all have are compared. Left out: {listed(reasons)}.")
-    evaluations = _evaluate_sets(sets, reference, options, warnings, count_of(on_progress))
+    with remarks() as said:
+        inputs, warnings = _find_inputs(next(iter(pairs.values())), options)
+        sets = [replace(inputs, pairs=own) for own in pairs.values()]
+        if left_out:
+            reasons = [f"{name} ({reason})" for name, reason in left_out.items()]
+            warnings.insert(0, f"Only cases that all have are compared. Left out: {listed(reasons)}.")
+        evaluations = _evaluate_sets(sets, reference, options, warnings, count_of(on_progress))
+        viewers = [_viewer(*one, options) for one in zip(evaluations, sets, strict=True)]
+    on_files = _on_files(said)
+    evaluations = [replace(one, warnings=(*one.warnings, *on_files)) for one in evaluations]
     named = dict(zip(folders, evaluations, strict=True))
     paths = {name: str(path) for name, path in folders.items()}
-    result = Comparison(named, paths, compare(named), left_out, tuple(warnings))
+    result = Comparison(named, paths, compare(named), left_out, (*warnings, *on_files))
     # All are made before the first is written: a file that cannot be used leaves nothing behind.
     files = {
-        output / name: _files(evaluation, one, output / name, options)
-        for (name, evaluation), one in zip(named.items(), sets, strict=True)
+        output / name: _files(evaluation, shown, one, output / name, options)
+        for (name, evaluation), shown, one in zip(named.items(), viewers, sets, strict=True)
     }
     for folder, contents in files.items():
         write_files(folder, contents)
@@ -231,16 +236,32 @@ def compare_predictions(
     return result
 
 
-def _files(result: Evaluation, inputs: _Inputs, output: Path, options: EvaluateOptions) -> dict[str, str]:
-    """The files of one set of predictions in the folder ``output``: name -> content."""
+def _viewer(result: Evaluation, inputs: _Inputs, options: EvaluateOptions) -> Viewer | None:
+    """The page's viewer; None without a case to show."""
     shown = viewed_cases(result, inputs.pairs, inputs.images, inputs.maps, options.view)
+    return viewer(shown) if shown else None
+
+
+def _files(
+    result: Evaluation, shown: Viewer | None, inputs: _Inputs, output: Path, options: EvaluateOptions
+) -> dict[str, str]:
+    """The files of one set of predictions in the folder ``output``: name -> content. ``shown`` is the viewer."""
     report = evaluation_page(
         result,
-        viewer(shown) if shown else None,
+        shown,
         links={pair.name: relative_link(pair.prediction, output) for pair in inputs.pairs},
         command=options.command,
     )
     return {"summary.json": summary_json(result), "cases.csv": cases_csv(result), "report.html": report}
+
+
+def _on_files(said: Iterable[str]) -> list[str]:
+    """One sentence for each fact about files, with the names of all: a folder of masks may share the same fault."""
+    names: dict[str, list[str]] = {}
+    for text in said:
+        name, _, fact = text.partition(": ")
+        names.setdefault(fact, []).append(name)
+    return [f"{listed(files)}: {fact}." for fact, files in names.items()]
 
 
 def _set_names(paths: Sequence[Path]) -> dict[str, Path]:
@@ -282,14 +303,15 @@ def _evaluate_sets(
         options.jobs,
         lambda done: on_progress("cases", done, len(pairs)),
     )
-    for text in dict.fromkeys(text for case in measured for text in case.remarks):
-        remark(text)
     labels, remarks = _evaluated_labels(requested, known, measured, reference, scored=sets[0].maps is not None)
     warnings += remarks
     if unused := sorted(set(how.tolerances_mm) - set(labels)):
         warnings.append(f"Tolerances of labels that are not evaluated: {listed(unused)}.")
-    agreements = _agreements(sets, tuple(labels), options.jobs, on_progress)
-    evaluations, remaining = [], iter(zip(measured, agreements, strict=True))
+    rated = _rated_cases(sets, tuple(labels), options.jobs, on_progress)
+    for case in (*measured, *rated):
+        for text in case.remarks if case is not None else ():
+            remark(text)
+    evaluations, remaining = [], iter(zip(measured, rated, strict=True))
     for inputs in sets:
         own = [(pair, *next(remaining)) for pair in inputs.pairs]
         cases = [
@@ -297,12 +319,12 @@ def _evaluate_sets(
                 name=pair.name,
                 prediction_file=str(pair.prediction),
                 reference_file=str(pair.reference),
-                results=case.results_of(labels, how),
-                spacing_mm=case.spacing_mm,
-                reliability=case.reliability,
-                agreement=agreement,
+                results=result.results_of(labels, how),
+                spacing_mm=result.spacing_mm,
+                reliability=result.reliability,
+                agreement=None if raters is None else raters.agreement,
             )
-            for pair, case, agreement in own
+            for pair, result, raters in own
         ]
         detection, remarks = _detect(inputs, cases, labels, options)
         evaluations.append(
@@ -314,15 +336,15 @@ def _evaluate_sets(
                 patients=inputs.patients,
                 strata=inputs.strata,
                 seed=options.seed,
-                warnings=[*warnings, *(case.unused for _, case, _ in own if case.unused), *remarks],
+                warnings=[*warnings, *(result.unused for _, result, _ in own if result.unused), *remarks],
             )
         )
     return evaluations
 
 
-def _agreements(
+def _rated_cases(
     sets: Sequence[_Inputs], labels: tuple[int, ...], jobs: int | None, on_progress: OnCount
-) -> list[ReaderAgreement | None]:
+) -> list[RatedCase | None]:
     """For each case of each set, its samples compared with the raters; None without further raters."""
     tasks = [
         RatersTask(pair, tuple(rater[pair.name] for rater in inputs.raters if pair.name in rater), labels)

@@ -120,12 +120,26 @@ class RatersTask:
     labels: tuple[int, ...]
 
 
-def compare_with_raters(task: RatersTask) -> ReaderAgreement:
+@dataclass(frozen=True)
+class RatedCase:
+    """The agreement of a case's samples with all raters, and what the user should know about the files."""
+
+    agreement: ReaderAgreement
+    remarks: tuple[str, ...]
+
+
+def compare_with_raters(task: RatersTask) -> RatedCase:
     """The samples of a case compared with all raters, including the reference.
 
     Raises:
         InputError: A file that cannot be used, or is on another grid.
     """
+    with remarks() as said:
+        agreement = _agreement(task)
+    return RatedCase(agreement, tuple(said))
+
+
+def _agreement(task: RatersTask) -> ReaderAgreement:
     pair = task.pair
     reference = pair.read_labels(pair.reference)
     references = [reference]

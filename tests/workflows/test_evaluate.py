@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -538,6 +539,53 @@ def test_the_command_compares_and_says_what_the_numbers_show(sets, tmp_path: Pat
     content = json.loads(again.stdout)
     assert set(content["predictions"]) == {"first", "second"}
     assert {one["metric"] for one in content["comparisons"]} >= {"dice", "nsd", "hd95_mm", "absolute_volume_error_ml"}
+
+
+def test_json_has_the_warnings_of_the_table_and_both_go_to_stderr(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """A program that reads stdout must not miss that cases were left out, and stdout stays JSON."""
+    pred, ref = folders
+    save(pred / "more_seg.nii.gz", box(3))
+    warning = "Predictions without a reference, not evaluated: more."
+    command = ("evaluate", pred, ref, "-o", tmp_path / "out")
+    table, as_json = medseg(*command), medseg(*command, "--json")
+    assert table.stderr == as_json.stderr == f"medseg: warning: {warning}\n"
+    content = json.loads(as_json.stdout)
+    assert content["warnings"] == [warning] and [row["label"] for row in content["rows"]] == [1, 2, 3]
+    quiet = medseg(*command, "--json", "--quiet")
+    assert json.loads(quiet.stdout) == content and not quiet.stderr
+    both = ("evaluate", pred, ref, ref, "-o", tmp_path / "both")
+    warning = "Only cases that all have are compared. Left out: more (no reference)."
+    compared = medseg(*both, "--json")
+    assert json.loads(compared.stdout)["warnings"] == [warning]
+    assert medseg(*both).stderr == compared.stderr == f"medseg: warning: {warning}\n"
+
+
+def test_json_has_calibration_raters_and_strata_as_the_table(tmp_path: Path) -> None:
+    pred, ref = save(tmp_path / "p" / "a_seg.nii.gz", box(5)).parent, save(tmp_path / "r" / "a.nii.gz", box(5)).parent
+    save(pred / "a_prob.nii.gz", np.stack([box(5) == 0, box(5) == 1], axis=-1).astype(np.float32))
+    (tmp_path / "sites.csv").write_text("case,site\na,north\n")
+    extra = ("--rater", save(tmp_path / "second.nii.gz", box(6)), "--strata", f"{tmp_path / 'sites.csv'}:site")
+    content = json.loads(medseg("evaluate", pred, ref, "-o", tmp_path / "out", *extra, "--json").stdout)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert all(content[key] == summary[key] for key in ("calibration", "raters", "strata"))
+    assert content["calibration"]["ECE"] == 0 and content["strata"]["column"] == "site"
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_facts_about_files_are_warnings_of_the_result_once_for_all_files(tmp_path: Path, jobs: int) -> None:
+    """Also those of processes of their own, which would print them on stderr in another form."""
+    files = {"pred": "{}_seg.nii.gz", "ref": "{}.nii.gz", "other": "{}.nii"}
+    for folder, name in files.items():
+        (tmp_path / folder).mkdir()
+        for case in "ab":
+            nib.save(nib.Nifti1Image(box(5), None), tmp_path / folder / name.format(case))
+    pred, ref, other = (tmp_path / folder for folder in files)
+    result = evaluate(pred, ref, tmp_path / "out", EvaluateOptions(raters=[other], jobs=jobs))
+    (warning,) = result.warnings
+    names, _, fact = warning.partition(": ")
+    assert set(names.split(", ")) == {name.format(case) for name in files.values() for case in "ab"}
+    assert fact.startswith("its header has no orientation") and fact.endswith(".")
+    assert warning in json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"]
 
 
 @pytest.mark.parametrize(

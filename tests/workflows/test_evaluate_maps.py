@@ -268,5 +268,7 @@ def test_the_command_prints_the_scores(scored: tuple[Path, Path, Path], tmp_path
     assert "2 scans without lesions: 0.500" in printed
     assert "at least 10 % of its voxels" in (tmp_path / "out" / "report.html").read_text()
     assert EvaluateOptions().lesion_overlap == 0.1, "one default for both interfaces"
-    rows = json.loads(CliRunner().invoke(script.load(), [*words, "--json"]).stdout)
+    content = json.loads(CliRunner().invoke(script.load(), [*words, "--json"]).stdout)
+    assert content["detection"]["lesions"]["n_detected"] == 2
+    rows = content["rows"]
     assert rows[0]["lesion_sensitivity"] == pytest.approx(2 / 3) and rows[0]["scan_auroc"] is None
