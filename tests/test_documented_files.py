@@ -82,7 +82,7 @@ def test_the_files_of_an_evaluation(masks: tuple[Path, Path], tmp_path: Path) ->
     pred, ref = masks
     table = tmp_path / "table.csv"
     options = EvaluateOptions(
-        raters=[ref], scores=tmp_path / "maps", patients=table, strata=(table, "site"), cldice=True
+        raters=[tmp_path / "other"], scores=tmp_path / "maps", patients=table, strata=(table, "site"), cldice=True
     )
     evaluate(pred, ref, tmp_path / "plain")
     evaluate(pred, ref, tmp_path / "all", options)

@@ -157,7 +157,8 @@ def evaluate(
             prediction or image on another grid than its reference, no label to evaluate, a case without a row in the
             tables of patients or strata; a score map or foreground mask that is missing, on another grid or not usable.
             Nothing is written then.
-        UsageError: Options that contradict each other, are out of range, or name a class that does not exist.
+        UsageError: Options that contradict each other, are out of range, or name a class that does not exist; a rater
+            who is named twice, or is the reference.
         MedsegError: A process that was killed.
     """
     options.require_valid()
@@ -376,6 +377,7 @@ def _find_inputs(pairs: Sequence[MaskPair], options: EvaluateOptions) -> tuple[_
     """The further files of the cases, and remarks on those that are not used."""
     images = find_backgrounds(Path(options.images), pairs) if options.images is not None else {}
     raters = [find_rater(Path(path), pairs) for path in options.raters]
+    _require_distinct(pairs, list(zip(options.raters, raters, strict=True)))
     names = {pair.name for pair in pairs}
     require_cases(options.view, names)
     remarks = [
@@ -406,6 +408,21 @@ def _find_inputs(pairs: Sequence[MaskPair], options: EvaluateOptions) -> tuple[_
         file, column = options.strata
         strata = str(file), column, read_strata(Path(file), column, names, patients)
     return _Inputs(pairs, images, raters, maps, foregrounds, patients, strata), remarks
+
+
+def _require_distinct(pairs: Sequence[MaskPair], raters: Sequence[tuple[Path, Mapping[str, Path]]]) -> None:
+    """UsageError for a rater whose mask is the file of the reference or of another rater: it would count twice."""
+    for pair in pairs:
+        known = {pair.reference.resolve(): "the reference"}
+        for path, masks in raters:
+            if pair.name not in masks:
+                continue
+            mask = masks[pair.name].resolve()
+            if mask in known:
+                raise UsageError(
+                    f"--rater {path}: its mask of {pair.name} is that of {known[mask]}; name each rater once"
+                )
+            known[mask] = f"--rater {path}"
 
 
 # ---- labels ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
-from tests.helpers.cli import medseg
+from tests.helpers.cli import error_lines, medseg
 from tests.helpers.masks import AFFINE, box, save
 from tests.helpers.pages import viewed
 
@@ -266,6 +266,20 @@ def test_a_single_case_takes_a_rater_of_any_name_and_strangers_are_named(tmp_pat
     strangers = save(tmp_path / "others" / "b.nii.gz", box(6)).parent
     unrated = evaluate(pred, ref, tmp_path / "again", EvaluateOptions(raters=[strangers]))
     assert unrated.readers is None and f"No case of this rater is evaluated: {strangers}." in unrated.warnings
+
+
+def test_a_rater_is_not_counted_twice(tmp_path: Path) -> None:
+    """Neither under one name nor under two, nor as the reference: agreement would look better than it is."""
+    pred, ref = save(tmp_path / "pred" / "a.nii.gz", box(4)).parent, save(tmp_path / "ref" / "a.nii.gz", box(4)).parent
+    rater = save(tmp_path / "rater" / "a.nii.gz", box(6)).parent
+    (tmp_path / "link").symlink_to(rater)
+    for named, other in ((rater, rater), (rater, tmp_path / "link"), (rater, rater / "a.nii.gz"), (ref, "")):
+        options = ("--rater", named, *(("--rater", other) if other else ()))
+        result = medseg("evaluate", pred, ref, "-o", tmp_path / "out", *options)
+        (line,) = error_lines(result)
+        where = f"--rater {named}" if other else "the reference"
+        assert result.exit_code == 2 and f"its mask of a is that of {where}; name each rater once" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:
