@@ -199,15 +199,21 @@ def find_backgrounds(path: Path, pairs: Sequence[MaskPair]) -> dict[str, Path]:
         pairs: The cases.
 
     Raises:
-        InputError: A path that does not exist, or two files of one name.
+        InputError: A path that does not exist, two files of one name, or no scan of any case.
     """
     if not path.exists():
         raise InputError(path, "no such file or folder", "a scan or a folder of scans", "check the path")
-    if not path.is_dir():
-        return {pairs[0].name: path} if len(pairs) == 1 else {scan_name(path): path}
-    files = _files(path)
-    scans = {pair.name: files.get(pair.name) or files.get(f"{pair.name}_0000") for pair in pairs}
-    return {name: file for name, file in scans.items() if file is not None}
+    if not path.is_dir() and len(pairs) == 1:
+        return {pairs[0].name: path}
+    files = _files(path) if path.is_dir() else {scan_name(path): path}
+    found = {pair.name: files.get(pair.name) or files.get(f"{pair.name}_0000") for pair in pairs}
+    scans = {name: file for name, file in found.items() if file is not None}
+    if not scans:
+        name = pairs[0].name
+        raise InputError(
+            path, "no scan of any case", f"scans named as the cases, {name} or {name}_0000", "check the folder"
+        )
+    return scans
 
 
 def find_for_each(path: Path, pairs: Sequence[MaskPair], endings: Sequence[str], kind: str) -> dict[str, Path]:

@@ -154,9 +154,9 @@ def evaluate(
 
     Raises:
         InputError: A path or file that cannot be used, a reference without a prediction, two files for one case, a
-            prediction or image on another grid than its reference, no label to evaluate, a case without a row in the
-            tables of patients or strata; a score map or foreground mask that is missing, on another grid or not usable.
-            Nothing is written then.
+            prediction or image on another grid than its reference, images of none of the cases, no label to evaluate,
+            a case without a row in the tables of patients or strata; a score map or foreground mask that is missing, on
+            another grid or not usable. Nothing is written then.
         UsageError: Options that contradict each other, are out of range, or name a class that does not exist; a rater
             who is named twice, or is the reference.
         MedsegError: A process that was killed.

@@ -104,9 +104,17 @@ def test_backgrounds_are_those_that_exist(tmp_path: Path) -> None:
     assert scans == {"a": folder / "a.nii.gz", "b": folder / "b_0000.nii.gz"}
     other = folder / "other.nii.gz"
     assert find_backgrounds(other, pairs_of("a")) == {"a": other}
-    assert find_backgrounds(other, pairs_of("a", "b")) == {"other": other}
+    assert find_backgrounds(folder / "a.nii.gz", pairs_of("a", "b")) == {"a": folder / "a.nii.gz"}
     with pytest.raises(InputError, match="expected a scan or a folder of scans"):
         find_backgrounds(tmp_path / "nowhere", pairs_of("a"))
+
+
+def test_scans_of_no_case_are_refused(tmp_path: Path) -> None:
+    """A wrong folder would otherwise be noticed after the evaluation, when the pictures are black."""
+    folder = touch(tmp_path / "images", "other.nii.gz")
+    for path in (folder, folder / "other.nii.gz"):
+        with pytest.raises(InputError, match=r"no scan of any case; expected .* as the cases, a or a_0000; check"):
+            find_backgrounds(path, pairs_of("a", "b"))
 
 
 def test_the_first_ending_that_exists_is_taken_for_each_case(tmp_path: Path) -> None:
