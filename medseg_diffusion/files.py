@@ -176,6 +176,13 @@ def require_new_folder(path: Path) -> None:
     require_folder(path)
 
 
+def require_new_file(path: Path) -> None:
+    """UsageError for a path that exists, or that cannot become a file; nothing is made."""
+    if path.exists():
+        raise UsageError(f"{path}: exists; choose a new file")
+    require_folder(path.parent)
+
+
 def require_replaceable(path: Path) -> None:
     """UsageError unless ``path`` is a file that can be replaced, or can become one; nothing is made."""
     if path.is_dir():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from medseg_diffusion.errors import ModelError, UsageError
-from medseg_diffusion.files import require_new_folder
+from medseg_diffusion.files import require_new_file, require_new_folder
 from medseg_diffusion.models.card import ABOUT, render_card, template_of, texts_of
 from medseg_diffusion.models.packed import pack
 from medseg_diffusion.models.store import SavedModel, copy_model, load_model_files, save_model
@@ -47,13 +47,15 @@ def export_model(
     repository = repository_of(output)
     if Path(output).suffix.lower() == ".onnx":
         raise UsageError(f"{output}: an ONNX file is written with --onnx")
-    if repository is None:
+    as_folder = repository is None and Path(output).suffix.lower() != ".zip"
+    if as_folder:
         require_new_folder(Path(output))
+    elif repository is None:
+        require_new_file(Path(output))
     saved = load_model_files(model)
     card = {**saved.card, "about": {**texts_of(saved.card), **about}}
     if licence:
         card["licence"] = licence
-    as_folder = repository is None and Path(output).suffix.lower() != ".zip"
     path = Path(repository or output).resolve()
     name = path.name if as_folder or repository else path.stem
     readme = rendered_card(saved, card, name)

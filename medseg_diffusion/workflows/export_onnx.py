@@ -13,7 +13,7 @@ from torch import Tensor
 from medseg_diffusion import build
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.errors import ModelError, UsageError, quiet_libraries
-from medseg_diffusion.files import require_folder, whole_file
+from medseg_diffusion.files import require_new_file, whole_file
 from medseg_diffusion.models.one_evaluation import OneEvaluation
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import SavedModel, load_model_files
@@ -41,9 +41,7 @@ def export_onnx(model: str | Path, output: str | Path) -> Path:
     output = Path(output)
     if output.suffix.lower() != ".onnx":
         raise UsageError(f"{output}: expected a name that ends in .onnx")
-    if output.exists():
-        raise UsageError(f"{output}: exists; choose a new file")
-    require_folder(output.parent)
+    require_new_file(output)
     saved = load_model_files(model)
     segmenter, config = restore_segmenter(saved)
     steps = config.inference.steps if build.samplers(config) else 1

@@ -46,6 +46,9 @@ def test_a_copy_is_half_as_large_says_where_it_comes_from_and_works(tmp_path: Pa
     assert load_segmenter(tmp_path / "hippo", device="cpu").labels
     with pytest.raises(UsageError, match="exists; choose a new folder"):
         export_model("hippocampus-t1", tmp_path / "hippo")
+    (tmp_path / "hippo.zip").touch()
+    with pytest.raises(UsageError, match=r"hippo\.zip: exists; choose a new file"):
+        export_model("hippocampus-t1", tmp_path / "hippo.zip")
 
 
 def test_an_imported_model_is_not_ours_to_hand_on(tmp_path: Path) -> None:
