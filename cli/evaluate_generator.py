@@ -31,7 +31,15 @@ def evaluate_generator(
     samplers: Annotated[
         str, typer.Option(metavar="NAME:STEPS,...", help="Samplers to compare, with their numbers of steps.")
     ] = "ddim:50,ddim:200,ddpm:1000",
-    count: Annotated[int, typer.Option("-n", min=1, help="Number of samples for each row of the table.")] = 10_000,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            min=1,
+            help="Number of samples for each row of the table; default: 10000 images, or as many volumes as there are "
+            "real ones, up to 100.",
+        ),
+    ] = None,
     extractor: Annotated[
         str,
         typer.Option(
@@ -89,7 +97,8 @@ def evaluate_generator(
         fail(warning, kind="warning")
     write_markdown(markdown, lambda: generator_markdown(result, options.command))
     if as_json:
-        print_json({"extractor": result.extractor, "reference": result.reference_count, "rows": result.table()})
+        about = {"extractor": result.extractor, "reference": result.reference_count}
+        print_json({**about, "rows": result.table(), "warnings": result.warnings})
     elif not quiet and markdown != STDOUT:
         print_table(result.table())
         if upsampler:

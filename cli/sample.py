@@ -17,7 +17,8 @@ def sample(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the images.")],
     count: Annotated[
-        int | None, typer.Option("-n", min=1, help="Number of images; with --masks, of each mask.", show_default=False)
+        int | None,
+        typer.Option("-n", min=1, help="Number of images, default: 16; with --masks, of each mask, default: 1."),
     ] = None,
     masks: Annotated[
         Path | None,
@@ -82,7 +83,7 @@ def sample(
     from medseg_diffusion.workflows.sample_reference import FILE, PICTURE
 
     options = SampleOptions(
-        count=count if count is not None else 16 if masks is None else 1,
+        count=count,
         sampler=sampler.value if sampler else None,
         steps=steps,
         label=label,

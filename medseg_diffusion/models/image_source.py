@@ -37,7 +37,8 @@ class SampleOptions:
     """Options of `sample`.
 
     Attributes:
-        count: Number of images; with masks, of each mask.
+        count: Number of images; with masks, of each mask. None is the default of what draws them: `sample` 16 images,
+            or 1 of each mask; `evaluate_generator` 10,000 images, or as many volumes as there are real ones, up to 100.
         sampler: "ddpm", "ddim", "dpm++", "euler" or "heun"; None takes the model's default.
         steps: Steps of the sampler; None takes the model's default.
         label: Number of the class of all images; None cycles through the classes.
@@ -55,7 +56,7 @@ class SampleOptions:
         UsageError: A number of images, steps or images of a batch below 1.
     """
 
-    count: int = 16
+    count: int | None = None
     sampler: str | None = None
     steps: int | None = None
     label: int | None = None

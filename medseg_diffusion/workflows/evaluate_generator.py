@@ -39,7 +39,9 @@ CHUNK = 64
 """Images in a file of samples."""
 _NEUTRAL_OPTIONS = ("count", "batch_size", "device", "compile")
 """Options that do not change the samples."""
-_DEFAULT_SAMPLING = SampleOptions(count=10_000)
+DEFAULT_IMAGES, DEFAULT_VOLUMES = 10_000, 100
+"""Samples of a row, unless the options say how many; and never more volumes than there are real ones, since each takes
+minutes."""
 MAX_FID_FACTOR = 2.0
 """A warning is given if a sampler's FID is more than this many times that of the sampler with the most steps."""
 
@@ -60,7 +62,7 @@ class GeneratorEvaluationOptions:
     """
 
     samplers: Sequence[tuple[str, int]] = (("ddim", 50), ("ddim", 200), ("ddpm", 1000))
-    sampling: SampleOptions = _DEFAULT_SAMPLING
+    sampling: SampleOptions = SampleOptions()
     extractor: str = "auto"
     inception: Path | None = None
     download: bool = False
@@ -107,11 +109,12 @@ def evaluate_generator(
     real = real_images(reference, names, sampling, options.skip_broken, on_count)
     if extract.dims == 3 and len(real.shape) == 3:
         raise UsageError(f"{extract.name} takes volumes, and these are images; use another --extractor")
-    _check_counts(names, real, options.sampling.count)
+    count = options.sampling.count or default_count(real)
+    _check_counts(names, real, count)
     real_features = features_of(real.images, extract, partial(on_count, "real images"))
-    count = len(real.images)
-    result = GeneratorEvaluation(extract.name, extract.maps, str(reference), count, options.sampling.upsampler)
-    result.warnings += _bias(real_features, min(options.sampling.count, count))
+    n_real = len(real.images)
+    result = GeneratorEvaluation(extract.name, extract.maps, str(reference), n_real, options.sampling.upsampler)
+    result.warnings += _bias(real_features, min(count, n_real))
     if not real.held_out:
         result.warnings.append("the reference is what generators train on: no images of it are held out")
 
@@ -119,10 +122,10 @@ def evaluate_generator(
         result.rows.append(row)
         on_row(row)
 
-    add(GeneratorRow(FLOOR, "", 0, with_diversity(_floor(real_features, options.sampling.count), real.images)))
+    add(GeneratorRow(FLOOR, "", 0, with_diversity(_floor(real_features, count), real.images)))
     shown: list[Pictures] = []
     for model in names:
-        for sample in _samples_of(model, options, output, real.shape, on_count):
+        for sample in _samples_of(model, options, count, output, real.shape, on_count):
             features = features_of(sample.images, extract, partial(on_count, f"{sample.name}: features"))
             write_files(output, {f"{sample.name}.png": _picture(sample.images)})
             scored = with_diversity(scores_of(features, real_features), sample.images)
@@ -132,6 +135,11 @@ def evaluate_generator(
     result.warnings += _suspicious(result.rows)
     _write(result, [real.beside(shown), *shown], output, options.command)
     return result
+
+
+def default_count(real: RealImages) -> int:
+    """Number of samples of a row, unless the options say it."""
+    return min(DEFAULT_VOLUMES, len(real.images)) if len(real.shape) == 4 else DEFAULT_IMAGES
 
 
 def _check_models(models: Sequence[str], options: GeneratorEvaluationOptions, extract: Extractor) -> None:
@@ -178,36 +186,38 @@ class _Samples:
 def _samples_of(
     model: str,
     options: GeneratorEvaluationOptions,
+    count: int,
     output: Path,
     shape: tuple[int, ...],
     on_progress: Callable[[str, int, int], None],
 ) -> Iterator[_Samples]:
-    """The samples of every row of a model or folder of samples."""
+    """The samples, ``count`` at most, of every row of a model or folder of samples."""
     if is_samples(model):
-        yield _Samples(_name(model), "", 0, sampled(model, shape)[: options.sampling.count])
+        yield _Samples(_name(model), "", 0, sampled(model, shape)[:count])
         return
     for sampler, steps in options.samplers:
         name, sampling = f"{_name(model)}-{sampler}-{steps}", replace(options.sampling, sampler=sampler, steps=steps)
         source = ImageSource(model, sampling)
         names = source.generator.classes
-        shown = range(min(TILES, options.sampling.count))
+        shown = range(min(TILES, count))
         classes = tuple(names[label] for label in source.labels(shown).tolist()) if names else ()
-        images = _samples(source, sampling, output / "samples" / name, name, on_progress)
+        images = _samples(source, count, output / "samples" / name, name, on_progress)
         yield _Samples(name, sampler, steps, images, classes)
 
 
 def _samples(
-    source: ImageSource, options: SampleOptions, folder: Path, name: str, on_progress: Callable[[str, int, int], None]
+    source: ImageSource, count: int, folder: Path, name: str, on_progress: Callable[[str, int, int], None]
 ) -> Images:
     """The samples, read from their files as far as they exist."""
+    options = source.options
     identity = {**source.sha256, **{k: v for k, v in asdict(options).items() if k not in _NEUTRAL_OPTIONS}}
     record = folder / "samples.json"
     if record.is_file() and json.loads(record.read_text()) != identity:
         raise UsageError(f"{folder}: holds samples of another model or of other options; choose another output folder")
     write_files(folder, {"samples.json": json.dumps(identity, indent=2) + "\n"})
     parts = []
-    for first in range(0, options.count, CHUNK):
-        end = min(first + CHUNK, options.count)
+    for first in range(0, count, CHUNK):
+        end = min(first + CHUNK, count)
         file = folder / f"{first // CHUNK:05d}.npy"
         existing = [np.load(file)[: end - first]] if file.is_file() else []
         starts = range(first + sum(map(len, existing)), end, options.batch_size)
@@ -218,7 +228,7 @@ def _samples(
             np.save(buffer, part)
             write_files(folder, {file.name: buffer.getvalue()})
         parts.append(part)
-        on_progress(f"{name}: samples", end, options.count)
+        on_progress(f"{name}: samples", end, count)
     return np.concatenate(parts)
 
 

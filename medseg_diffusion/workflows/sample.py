@@ -36,6 +36,9 @@ from .sample_masks import (
 )
 from .sample_reference import Reference, read_samples
 
+DEFAULT_COUNT = 16
+"""Number of images, unless the options or masks say it."""
+
 
 def sample(
     name_or_path: str | Path,
@@ -61,7 +64,7 @@ def sample(
         options: The options.
         on_progress: Called with a text and the share done, 0 to 1.
         masks: Label map, folder of label maps, or labelled folder, for a generator that is conditioned by masks.
-            ``options.count`` images are drawn of each label map.
+            ``options.count`` images are drawn of each label map, by default 1.
         reference: The data of the generator's training. Real images are shown beside the samples, and samples that are
             copies of training images are looked for: reference.png and reference.json.
         extractor: Name or file of the feature extractor that compares images, as in `evaluate_generator`.
@@ -88,7 +91,8 @@ def sample(
     _start(output, about)
     volumes = len(source.last.config.data.shape) == 3
     spacing = source.last.config.preprocessing.spacing_mm or (1.0, 1.0, 1.0)
-    paths = [output / f"{i:05d}{'.nii.gz' if volumes else '.png'}" for i in range(options.count)]
+    count = DEFAULT_COUNT if options.count is None else options.count
+    paths = [output / f"{i:05d}{'.nii.gz' if volumes else '.png'}" for i in range(count)]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     for first in range(0, len(missing), options.batch_size):
         numbers = missing[first : first + options.batch_size]
@@ -133,7 +137,8 @@ def _sample_masks(
     for done, file in enumerate(files, 1):  # a later one should not fail after hours
         place_mask(read_labels(file.path), source.generator)
         count_of(on_progress)("checking masks", done, len(files))
-    samples, listed = (make(files, output, source.options.count) for make in (labelled_samples, with_earlier))
+    count = 1 if source.options.count is None else source.options.count
+    samples, listed = (make(files, output, count) for make in (labelled_samples, with_earlier))
     _start(output, {**about, "masks": folder_state(files)}, folder_files(listed, source))
     draw_missing(samples, source, on_progress)
     write_files(output, {"grid.png": png(contact_sheet(samples, source))})

@@ -13,7 +13,12 @@ import pytest
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.metrics.generation import PLANES
 from medseg_diffusion.models.image_source import SampleOptions
-from medseg_diffusion.workflows.evaluate_generator import GeneratorEvaluationOptions, evaluate_generator
+from medseg_diffusion.workflows.evaluate_generator import (
+    GeneratorEvaluationOptions,
+    default_count,
+    evaluate_generator,
+)
+from medseg_diffusion.workflows.evaluated_images import RealImages
 from medseg_diffusion.workflows.image_features import SLICES, slice_positions
 from medseg_diffusion.workflows.sample import sample
 from tests.helpers.cli import medseg
@@ -78,6 +83,27 @@ def test_a_segmenter_of_volumes_compares_whole_volumes(
     options = GeneratorEvaluationOptions((), SAMPLING, "hippocampus-t1")
     with pytest.raises(UsageError, match="takes volumes, and these are images"):
         evaluate_generator(str(pictures), pictures, tmp_path / "images", options)
+
+
+def test_without_a_number_as_many_volumes_are_drawn_as_there_are_real_ones(
+    ball_generator: Path, ball_scans, scoring_network, tmp_path: Path
+) -> None:
+    """10,000 samples, the default for images, would be days of volumes."""
+    options = GeneratorEvaluationOptions([("ddim", 1)], SampleOptions(device="cpu"), str(scoring_network))
+    _, row = evaluate_generator([str(ball_generator)], ball_scans, tmp_path / "out", options).rows
+    assert row.scores.count == row.scores.reference_count == 12
+    command = ("evaluate-generator", ball_generator, "--reference", ball_scans, "-o", tmp_path / "command")
+    more = ("--samplers", "ddim:1", "--extractor", scoring_network, "--device", "cpu", "--json")
+    content = json.loads(medseg(*command, *more).stdout)
+    assert content["rows"][1]["N"] == 12
+    assert content["warnings"] == json.loads((tmp_path / "command" / "scores.json").read_text())["warnings"] != []
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((300, 4, 4, 4, 1), 100), ((30, 4, 4, 4, 1), 30), ((30, 4, 4, 3), 10_000)]
+)
+def test_the_default_number_of_samples(shape: tuple[int, ...], count: int) -> None:
+    assert default_count(RealImages(np.zeros(shape, np.uint8), True, ())) == count
 
 
 def test_slices_lie_in_the_middle_half_and_the_middle_one_is_among_them() -> None:

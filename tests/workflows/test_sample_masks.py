@@ -133,6 +133,13 @@ def test_images_are_the_same_in_any_batch_and_a_call_can_be_finished(
         sample(obedient, tmp_path / "b", drawn(2, sampler="ddpm", steps=4), masks=some)
 
 
+def test_without_a_number_one_image_of_each_mask_is_drawn(obedient: Path, squares: Path, tmp_path: Path) -> None:
+    """In Python as by the command; 16 of each would be the default without masks."""
+    images = sample(obedient, tmp_path / "out", SampleOptions(steps=1, device="cpu"), masks=squares / "masks")
+    assert len(images) == 12
+    assert len(sample(obedient, tmp_path / "plain", SampleOptions(steps=1, device="cpu"))) == 16
+
+
 def test_one_model_draws_with_and_without_masks(obedient: Path, squares: Path, tmp_path: Path) -> None:
     """Guidance 0 is the model without mask, whatever the mask; guidance 2 is not 1."""
     plain = sample(obedient, tmp_path / "plain", drawn(2))
