@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from ._shared import fail, print_json, print_table, progress, write_markdown
 if TYPE_CHECKING:
     from medseg_diffusion.metrics.comparison import Comparison
     from medseg_diffusion.metrics.evaluation_summary import Evaluation, Means
+    from medseg_diffusion.metrics.registry import Metric
     from medseg_diffusion.metrics.statistics import Interval
 
 
@@ -224,16 +226,20 @@ def _comparison_json(comparison: Comparison) -> dict[str, object]:
 def _print(result: Evaluation) -> None:
     from medseg_diffusion.reports.detection_text import detection_lines
 
-    print_table(_rows(result.means, result, {}))
+    print_table(_rows(result.means, result, result.key_metrics, {}))
     if (strata := result.strata) is not None:
         typer.echo()
-        rows = [row for name, means in strata.means.items() for row in _rows(means, result, {"stratum": name})]
+        rows = [
+            row
+            for name, means in strata.means.items()
+            for row in _rows(means, result, result.key_metrics, {"stratum": name})
+        ]
         print_table(rows)
     if result.reliability is not None:
         typer.echo(f"ECE {result.reliability.ece:.4f}, Brier score {result.reliability.brier_score:.4f}")
     if (readers := result.readers) is not None:
         typer.echo(
-            f"generalised energy distance {readers.energy_distance}, matched IoU {readers.matched_iou}, "
+            f"generalised energy distance (GED^2) {readers.energy_distance}, matched IoU {readers.matched_iou}, "
             f"frequency ECE {readers.frequency_ece:.3f}"
         )
     if result.detection is not None:
@@ -246,7 +252,7 @@ def _print_comparison(comparison: Comparison) -> None:
         [
             row
             for name, evaluation in comparison.evaluations.items()
-            for row in _rows(evaluation.means, evaluation, {"predictions": name})
+            for row in _rows(evaluation.means, evaluation, comparison.key_metrics, {"predictions": name})
         ]
     )
     typer.echo()
@@ -256,8 +262,10 @@ def _print_comparison(comparison: Comparison) -> None:
         typer.echo(f"in comparison.json: {further} more, of other metrics, by which no difference is shown")
 
 
-def _rows(means: Means, evaluation: Evaluation, first: dict[str, str]) -> list[dict[str, str | int]]:
-    """One row per class of the metrics that say most, after the cells of ``first``."""
+def _rows(
+    means: Means, evaluation: Evaluation, metrics: Sequence[Metric], first: dict[str, str]
+) -> list[dict[str, str | int]]:
+    """One row per class of these metrics, after the cells of ``first``."""
     return [
         {
             **first,
@@ -267,7 +275,7 @@ def _rows(means: Means, evaluation: Evaluation, first: dict[str, str]) -> list[d
                 metric.heading: _with_missing(
                     f"{means[metric.name][label].mean:.{metric.digits}f}", means[metric.name][label]
                 )
-                for metric in evaluation.key_metrics
+                for metric in metrics
                 if metric.name != "dice"
             },
             evaluation.unit: means["dice"][label].n + means["dice"][label].n_missing,

@@ -75,6 +75,11 @@ class Comparison:
         return next(iter(self.evaluations.values()))
 
     @property
+    def key_metrics(self) -> list[Metric]:
+        """The metrics that say most, for short tables; lesion F1 where anything in any set has several lesions."""
+        return max((evaluation.key_metrics for evaluation in self.evaluations.values()), key=len)
+
+    @property
     def conclusions(self) -> list[str]:
         """The sentences that a summary has: those on Dice, and those on other metrics whose corrected p is small."""
         return [one.conclusion for one in self.differences if one.metric == "dice" or one.p_holm < ALPHA]

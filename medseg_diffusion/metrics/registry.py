@@ -123,11 +123,11 @@ METRICS: Mapping[str, Metric] = {
             "The volume error in percent of the reference's volume.", _NONE, -100.0, _NONE,
         ),
         Metric(
-            "reference_lesions", "reference_lesions", "Reference lesions", "", 0, "neither",
+            "reference_lesions", "reference_lesions", "Reference lesions", "", 1, "neither",
             "Connected components of the reference; voxels that touch at a corner are connected.", 0.0, COMPUTED, 0.0,
         ),
         Metric(
-            "predicted_lesions", "predicted_lesions", "Predicted lesions", "", 0, "neither",
+            "predicted_lesions", "predicted_lesions", "Predicted lesions", "", 1, "neither",
             "Connected components of the prediction.", 0.0, 0.0, COMPUTED,
         ),
         Metric(

@@ -12,7 +12,7 @@ from medseg_diffusion.metrics.comparison import METHOD, Comparison
 from medseg_diffusion.metrics.registry import METRICS
 
 from .evaluation_page import few_cases, metric_rules
-from .page import Cell, Row, Table, interval, number, plural, render
+from .page import Cell, Row, Table, interval, interval_with_missing, number, plural, render
 from .plots import distributions
 from .theme import class_colours
 
@@ -89,7 +89,7 @@ def _differences_table(comparison: Comparison) -> Table:
         first.unit.capitalize(),
         "Missing",
     ]
-    return Table("Paired differences", headings, rows, sortable=True, text_columns=(1, 2))
+    return Table("Paired differences", headings, rows, sortable=True, text_columns=(1, 2), stacked=True)
 
 
 def _means_table(comparison: Comparison, pages: Mapping[str, str]) -> Table:
@@ -100,7 +100,7 @@ def _means_table(comparison: Comparison, pages: Mapping[str, str]) -> Table:
             [
                 Cell(name, link=pages.get(name, "")),
                 Cell(title, colour=colours[label]),
-                *(interval(evaluation.means[metric.name][label], metric.digits) for metric in metrics),
+                *(interval_with_missing(evaluation.means[metric.name][label], metric.digits) for metric in metrics),
             ]
         )
         for name, evaluation in comparison.evaluations.items()

@@ -111,10 +111,10 @@ def detection_lines(detection: Detection) -> list[str]:
         f"lesions detected: {lesions.n_detected} of {lesions.n} (precision {_text(lesions.precision)}), "
         f"false positives per scan: {detection.lesion_means['false_positives']}",
     ]
-    if detection.n_without_lesions:
+    if count := detection.n_without_lesions:
         components, share = detection.healthy["components"], detection.healthy["share"]
         lines.append(
-            f"{detection.n_without_lesions} scans without lesions: {components} false positives per scan, "
+            f"{count} {'scan' if count == 1 else 'scans'} without lesions: {components} false positives per scan, "
             f"{share.mean:.3%} of the voxels"
         )
     if not math.isnan(detection.scan_auroc):

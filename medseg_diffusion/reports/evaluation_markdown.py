@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from medseg_diffusion.metrics.comparison import Comparison
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
+from medseg_diffusion.metrics.registry import Metric
 
 from .markdown import markdown_page, markdown_table
-from .page import Cell, Row, Table, interval, number, plural
+from .page import Cell, Row, Table, interval_with_missing, number, plural
 
 MAX_CLASSES = 6
 """With more classes, the worst cases have their mean Dice alone."""
@@ -19,7 +20,7 @@ WORST = 5
 
 def evaluation_markdown(evaluation: Evaluation, command: str = "") -> str:
     """A summary of an evaluation for a pull request, in GitHub-flavoured Markdown."""
-    tables = [_classes_table({"": evaluation})]
+    tables = [_classes_table({"": evaluation}, evaluation.key_metrics)]
     if evaluation.strata is not None:
         tables.append(_strata_table(evaluation))
     tables.append(_worst_table(evaluation))
@@ -36,7 +37,7 @@ def evaluation_markdown(evaluation: Evaluation, command: str = "") -> str:
 def comparison_markdown(comparison: Comparison, command: str = "") -> str:
     """A summary of a comparison of several sets of predictions."""
     said = [_counted(comparison.first), *comparison.conclusions]
-    table = markdown_table(_classes_table(comparison.evaluations))
+    table = markdown_table(_classes_table(comparison.evaluations, comparison.key_metrics))
     return markdown_page("Comparison of segmentations", said, [table], comparison.warnings, command)
 
 
@@ -47,18 +48,17 @@ def _counted(evaluation: Evaluation) -> str:
     return f"{count}; means are over {evaluation.unit}, with 95 % intervals."
 
 
-def _classes_table(evaluations: Mapping[str, Evaluation]) -> Table:
+def _classes_table(evaluations: Mapping[str, Evaluation], metrics: Sequence[Metric]) -> Table:
     """One row for each set and class; the column of sets is left out for a single one without a name."""
     sets = list(evaluations.items())
     first = sets[0][1]
-    metrics = first.key_metrics
     named = ["Predictions"] if len(sets) > 1 else []
     rows = [
         Row(
             [
                 *([Cell(title)] if named else []),
                 Cell(class_name),
-                *(interval(evaluation.means[metric.name][label], metric.digits) for metric in metrics),
+                *(interval_with_missing(evaluation.means[metric.name][label], metric.digits) for metric in metrics),
                 number(evaluation.dice[label].n, 0),
                 number(evaluation.dice[label].n_missing, 0),
             ]
@@ -73,7 +73,14 @@ def _classes_table(evaluations: Mapping[str, Evaluation]) -> Table:
 def _strata_table(evaluation: Evaluation) -> Table:
     assert evaluation.strata is not None
     rows = [
-        Row([Cell(stratum), Cell(class_name), interval(means["dice"][label]), number(means["dice"][label].n, 0)])
+        Row(
+            [
+                Cell(stratum),
+                Cell(class_name),
+                interval_with_missing(means["dice"][label]),
+                number(means["dice"][label].n, 0),
+            ]
+        )
         for stratum, means in evaluation.strata.means.items()
         for label, class_name in evaluation.labels.items()
     ]

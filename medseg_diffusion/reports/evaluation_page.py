@@ -14,7 +14,7 @@ from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluatio
 from medseg_diffusion.metrics.registry import METRICS, Metric
 
 from .detection_page import detection_page
-from .page import Cell, Row, Table, interval, limits, number, plural, render
+from .page import Cell, Row, Table, interval_with_missing, limits, missing, number, plural, render
 from .plots import BOX_FROM, distributions, reliability_diagram, volume_agreement
 from .summary import CALIBRATION_REGION
 from .theme import class_colours
@@ -135,10 +135,11 @@ def _lead(evaluation: Evaluation) -> str:
 def _facts(evaluation: Evaluation, flags: Mapping[str, Sequence[str]]) -> dict[str, str]:
     facts = {}
     for name in ("dice", "nsd", "hd95_mm"):
-        values = [mean.mean for mean in evaluation.means[name].values() if mean.n]
-        if values:
-            metric = METRICS[name]
-            facts[f"Mean {metric.heading}"] = number(float(np.mean(values)), metric.digits).text
+        means = [mean for mean in evaluation.means[name].values() if mean.n]
+        if means:
+            metric, lacking = METRICS[name], sum(mean.n_missing for mean in means)
+            title = f"Mean {metric.heading}" + (f" ({lacking} without)" if lacking else "")
+            facts[title] = number(float(np.mean([mean.mean for mean in means])), metric.digits).text
     facts["Cases"] = str(len(evaluation.cases))
     if evaluation.patients:
         facts["Patients"] = str(len(set(evaluation.patients.values())))
@@ -193,8 +194,9 @@ _GROUPS: Mapping[str, Sequence[str]] = {
         "reference_volume_ml", "volume_ml", "volume_error_ml", "absolute_volume_error_ml", "volume_error_percent",
     ),
     "Lesions (connected components)": (
-        "reference_lesions", "predicted_lesions", "lesion_recall", "lesion_precision", "lesion_f1", "pq", "sq", "rq",
+        "reference_lesions", "predicted_lesions", "lesion_recall", "lesion_precision", "lesion_f1",
     ),
+    "Panoptic quality of lesions": ("pq", "sq", "rq"),
 }  # fmt: skip
 
 
@@ -228,8 +230,7 @@ def _mean(evaluation: Evaluation, metric: Metric, label: int) -> Cell:
     notes = [limits(mean, metric.digits)]
     if mean.n > 2:
         notes.append(f"median {number(mean.median, metric.digits).text}")
-    if mean.n_missing:
-        notes.append(f"{mean.n_missing} of {mean.n + mean.n_missing} without")
+    notes.append(missing(mean))
     return number(mean.mean, metric.digits, "\n".join(note for note in notes if note))
 
 
@@ -244,7 +245,7 @@ def _strata_table(evaluation: Evaluation) -> Table | None:
             [
                 Cell(stratum),
                 Cell(title, colour=colours[label]),
-                *(interval(means[metric.name][label], metric.digits) for metric in metrics),
+                *(interval_with_missing(means[metric.name][label], metric.digits) for metric in metrics),
                 number(means["dice"][label].n, 0),
             ]
         )

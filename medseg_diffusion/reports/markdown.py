@@ -57,7 +57,8 @@ def markdown_table(table: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    return markdown_text(cell.text) + (f" ({markdown_text(cell.note)})" if cell.note else "")
+    note = markdown_text(cell.note.replace("\n", ", "))
+    return markdown_text(cell.text) + (f" ({note})" if note else "")
 
 
 def markdown_text(text: str) -> str:

@@ -110,6 +110,16 @@ def interval(mean: Interval, digits: int = 3) -> Cell:
     return number(mean.mean, digits, limits(mean, digits))
 
 
+def interval_with_missing(mean: Interval, digits: int = 3) -> Cell:
+    """`interval`, and below the ends how many values the mean lacks, if any."""
+    return number(mean.mean, digits, "\n".join(filter(None, (limits(mean, digits), missing(mean)))))
+
+
+def missing(mean: Interval) -> str:
+    """How many values a mean lacks, such as "2 of 9 without"; empty if none."""
+    return f"{mean.n_missing} of {mean.n + mean.n_missing} without" if mean.n_missing else ""
+
+
 def limits(mean: Interval, digits: int = 3) -> str:
     """The ends of an interval, such as "0.81 to 0.92"; empty where there are none."""
     if math.isnan(mean.low):

@@ -22,7 +22,8 @@ INERT = "&lt;img src=x onerror=alert(1)&gt;\\|@\u2060somebody"
 def test_a_summary_has_the_counts_the_means_and_the_worst_cases() -> None:
     text = evaluation_markdown(evaluation(), "medseg evaluate a b")
     assert text.startswith("### Evaluation of segmentations\n\n2 cases; means are over cases, with 95 % intervals.")
-    assert "| one | 0.833 (0.667 to 1.000) |" in text and "```\nmedseg evaluate a b\n```" in text
+    assert "| one | 0.833 (0.667 to 1.000) |" in text and "| case\\_a | 1.000 (1 of 2 without) |" in text
+    assert "```\nmedseg evaluate a b\n```" in text
     assert (
         "| Worst cases | Mean Dice | Dice one | Dice case\\_a | Dice three |" in text and "\n- about case\\_a\n" in text
     )
@@ -56,6 +57,20 @@ def test_a_comparison_says_what_can_be_concluded() -> None:
     shown = [one for one in differences if one.metric == "dice"]
     assert shown and all(one.conclusion.split(".")[0] in text.replace("\\", "") for one in shown)
     assert "| Predictions | Class |" in text and text.count("| A | ") == text.count("| B | ") == 3
+
+
+def test_tables_of_sets_have_lesion_f1_where_one_set_has_several_lesions(tmp_path: Path) -> None:
+    """A row without the column, or a table without it, would hide what the other set is compared by."""
+    whole, parts = box(8), box(8)
+    parts[:, :, 4] = 0
+    for folder, mask in (("one", whole), ("two", parts), ("reference", whole)):
+        save(tmp_path / folder / "a.nii.gz", mask)
+    folders = [tmp_path / name for name in ("one", "two", "reference")]
+    printed = medseg("evaluate", *folders, "-o", tmp_path / "out", "--markdown", tmp_path / "summary.md")
+    head, *rows = printed.stdout.splitlines()[:3]
+    assert head.split()[-3:] == ["Lesion", "F1", "cases"]
+    assert [row.split()[-2:] for row in rows] == [["1.000", "1"], ["1.000", "1"]]
+    assert "| Lesion F1 | Cases |" in (tmp_path / "summary.md").read_text()
 
 
 def test_the_command_prints_the_summary_alone(tmp_path: Path) -> None:

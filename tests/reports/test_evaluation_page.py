@@ -39,6 +39,15 @@ def many(count: int, missed: int = 0) -> Evaluation:
     return summarise(cases, {1: "box"})
 
 
+def test_means_say_how_many_values_they_lack() -> None:
+    """A mean HD95 leaves the cases out in which nothing is predicted: without them it looks better than it is."""
+    page = Page(evaluation_page(many(5, missed=2)))
+    assert "Mean HD95 mm (2 without)" in page.seen and "Mean Dice" in page.seen
+    sets = {"one": many(5, missed=2), "other": many(5)}
+    compared = Page(comparison_page(Comparison(sets, {}, compare(sets))))
+    assert "2 of 5 without" in " ".join(compared.seen.split())
+
+
 @pytest.mark.parametrize("name", ["case", EVIL])
 def test_pages_are_self_contained_and_escaped(name: str) -> None:
     one = evaluation(name)
