@@ -109,8 +109,7 @@ def _on_one_grid(prediction: Image, reference: Image, spacing_mm: Sequence[float
         read_mask(mask, spacing_mm, affine) if volume is None else volume
         for mask, volume in zip((prediction, reference), own, strict=True)
     )
-    true.require_same_grid(predicted)
-    return predicted, true
+    return true.aligned(predicted), true
 
 
 def _names(labels: Mapping[int, str] | Sequence[int] | None, present: Sequence[int]) -> dict[int, str]:

@@ -35,14 +35,13 @@ class MaskPair:
     merged: bool = False
 
     def read(self) -> tuple[Volume, Volume]:
-        """Prediction and reference.
+        """Prediction and reference, with the axes of the reference.
 
         Raises:
             InputError: A file that cannot be used, or two different grids.
         """
         prediction, reference = self.read_labels(self.prediction), self.read_labels(self.reference)
-        reference.require_same_grid(prediction)
-        return prediction, reference
+        return reference.aligned(prediction), reference
 
     def read_labels(self, path: Path) -> Volume:
         """Any label map of this case, merged if the pair's masks are.

@@ -151,6 +151,19 @@ class Volume:
                 "resample one onto the other's grid",
             )
 
+    def aligned(self, other: Volume) -> Volume:
+        """``other`` on this grid: its axes are permuted and flipped if they are stored in another order or direction.
+
+        Raises:
+            InputError: as `require_same_grid`, if it is on another grid all the same.
+        """
+        try:
+            self.require_same_grid(other)
+        except InputError:
+            other = other.oriented(self.axcodes)
+            self.require_same_grid(other)
+        return other
+
     def oriented(self, codes: str = "RAS") -> Volume:
         """Permute and flip the axes so that they point as nearly as possible along `codes`. Nothing is interpolated.
 

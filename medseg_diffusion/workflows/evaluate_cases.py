@@ -17,6 +17,7 @@ from medseg_diffusion.metrics.ambiguity import ReaderAgreement
 from medseg_diffusion.metrics.calibration import Reliability, region
 from medseg_diffusion.metrics.case_metrics import ClassResult, MeasureOptions, absent, labels_of, measure
 from medseg_diffusion.volumes.io import read_map, stored_labels
+from medseg_diffusion.volumes.volume import Volume
 
 # A label map has a few hundred classes at most. A scan that was passed by mistake has thousands of values.
 _MAX_CLASSES = 1000
@@ -75,13 +76,11 @@ def measure_case(task: CaseTask) -> MeasuredCase:
             labels.update(values)
         spacing = volumes[1].spacing
         results = measure(prediction, reference, sorted(labels), spacing, task.options, volumes[1].voxel_mm3)
-        reliability, unused = _reliability(pair, reference, task.labels)
+        reliability, unused = _reliability(pair, volumes[1], task.labels)
     return MeasuredCase(results, prediction.size, spacing, reliability, tuple(said), unused)
 
 
-def _reliability(
-    pair: MaskPair, truth: NDArray[np.integer], compared: Collection[int]
-) -> tuple[Reliability | None, str]:
+def _reliability(pair: MaskPair, reference: Volume, compared: Collection[int]) -> tuple[Reliability | None, str]:
     """Calibration of the probabilities beside the prediction; if they cannot be used, None and the reason.
 
     If ``compared``, the requested labels, are those of the prediction, all others are what its first channel is of.
@@ -89,8 +88,9 @@ def _reliability(
     path = pair.companion("probabilities")
     if path is None:
         return None, ""
-    p: NDArray[Any] = read_map(path).data.numpy()
-    if p.shape[1:] != truth.shape or len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
+    volume, truth = aligned_or_none(read_map(path), reference), reference.data[0].numpy()
+    p: NDArray[Any] = np.empty(0) if volume is None else volume.data.numpy()
+    if len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
         return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
     named, every = [] if pair.merged else _named(pair.prediction), list(range(1, len(p)))
     if named and len(named) == len(every) and (named != every or named == sorted(compared)):
@@ -101,6 +101,14 @@ def _reliability(
     if truth.max() >= len(p):
         return None, f"Not used for calibration: {path.name} has no probability of label {truth.max()}."
     return Reliability.of(p, truth, region(truth)), ""
+
+
+def aligned_or_none(volume: Volume, reference: Volume) -> Volume | None:
+    """A map that nobody asked for, with the axes of the reference; None on another grid, as that of an earlier run."""
+    try:
+        return reference.aligned(volume)
+    except InputError:
+        return None
 
 
 def _named(prediction: Path) -> list[int]:
@@ -142,13 +150,9 @@ def compare_with_raters(task: RatersTask) -> RatedCase:
 def _agreement(task: RatersTask) -> ReaderAgreement:
     pair = task.pair
     reference = pair.read_labels(pair.reference)
-    references = [reference]
-    for path in task.raters:
-        references.append(pair.read_labels(path))
-        reference.require_same_grid(references[-1])
+    references = [reference, *(reference.aligned(pair.read_labels(path)) for path in task.raters)]
     members = pair.companion("members")
-    samples = pair.read_labels(pair.prediction) if members is None else read_map(members)
-    reference.require_same_grid(samples)
+    samples = reference.aligned(pair.read_labels(pair.prediction) if members is None else read_map(members))
     arrays = [volume.data.numpy().astype(np.int64) for volume in (samples, *references)]
     if pair.merged:
         arrays = [array.clip(max=1) for array in arrays]

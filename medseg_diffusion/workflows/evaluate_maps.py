@@ -61,8 +61,7 @@ def evaluate_scores(
     measured, has_nan = {}, False
     for name, path in maps.items():
         prediction, reference = masks(name)
-        scores = read_scores(path)
-        reference.require_same_grid(scores)
+        scores = reference.aligned(read_scores(path))
         values = scores.data[0].numpy()
         counted = ~np.isnan(values)
         has_nan |= not counted.all()
@@ -96,8 +95,7 @@ def evaluate_scores(
 
 
 def _foreground(path: Path, reference: Volume) -> NDArray[np.bool_]:
-    mask = read_labels(path)
-    reference.require_same_grid(mask)
+    mask = reference.aligned(read_labels(path))
     inside: NDArray[np.bool_] = mask.data[0].numpy() > 0
     return inside
 

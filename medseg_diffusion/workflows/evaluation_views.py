@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 from medseg_diffusion.data.pairs import MaskPair
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.errors import UsageError
 from medseg_diffusion.metrics.evaluation_summary import Evaluation
 from medseg_diffusion.reports.evaluation_page import case_flags
 from medseg_diffusion.reports.viewer import LayerKind, ViewedCase, viewed_case
 from medseg_diffusion.volumes.io import read_map, read_volume
 from medseg_diffusion.volumes.scores import read_scores
 from medseg_diffusion.volumes.volume import Volume
+
+from .evaluate_cases import aligned_or_none
 
 MAX_FLAGGED = 6
 """Flagged cases in the viewer beside the worst, the median and the best one."""
@@ -81,25 +83,15 @@ def _viewed(
     pair: MaskPair, reason: str, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
 ) -> ViewedCase:
     prediction, reference = pair.read()
-    # The reference is first: whatever lies on another grid is named in the error.
     volumes: dict[LayerKind, Volume] = {"reference": _only(reference, labels), "prediction": _only(prediction, labels)}
     if image is not None:
-        volumes["scan"] = read_volume(image, channels=None)
+        volumes["scan"] = reference.aligned(read_volume(image, channels=None))
     uncertainty = pair.companion("uncertainty")
-    if uncertainty is not None and _on_grid(volume := read_map(uncertainty), reference):
+    if uncertainty is not None and (volume := aligned_or_none(read_map(uncertainty), reference)) is not None:
         volumes["uncertainty"] = volume
     if score_map is not None:
-        volumes["anomaly"] = read_scores(score_map)
+        volumes["anomaly"] = reference.aligned(read_scores(score_map))
     return viewed_case(pair.name, reason, volumes, labels)
-
-
-def _on_grid(volume: Volume, reference: Volume) -> bool:
-    """Whether a map that nobody asked for can be shown; one of an earlier run may not fit."""
-    try:
-        reference.require_same_grid(volume)
-    except InputError:
-        return False
-    return True
 
 
 def _only(volume: Volume, labels: Mapping[int, str]) -> Volume:

@@ -115,6 +115,15 @@ def test_same_grid_compares_shape_and_position() -> None:
         volume.require_same_grid(make(shape=(3, 4, 6)))
 
 
+def test_axes_in_another_order_are_the_same_grid() -> None:
+    volume = make()
+    aligned = volume.aligned(volume.oriented("PIR"))
+    assert torch.equal(aligned.data, volume.data) and np.array_equal(aligned.affine, volume.affine)
+    assert volume.aligned(near := make(origin=(-31.7, 12.3, 0.13))) is near, "nothing moves that needs not"
+    with pytest.raises(InputError, match="10 mm away"):
+        volume.aligned(make(origin=(-21.7, 12.3, 0.123)).oriented("PIR"))
+
+
 def test_a_volume_refuses_what_has_no_place() -> None:
     with pytest.raises(ValueError, match=r"\(C, I, J, K\)"):
         Volume(torch.zeros(3, 4, 5), np.eye(4))

@@ -205,6 +205,33 @@ def test_file_names_are_escaped(tmp_path: Path) -> None:
     assert name not in page and "&lt;img onerror" in page
 
 
+def test_files_that_store_the_axes_in_another_order_give_the_same_result(tmp_path: Path) -> None:
+    """Masks from other programs: the same voxels at the same places, and nothing is interpolated."""
+    noise = np.random.default_rng(0).random((10, 9, 8)).astype(np.float32)
+    arrays = {
+        "p/a_seg": box(5), "p/a_prob": np.stack([1 - noise, noise], -1), "p/a_uncertainty": noise,
+        "p/a_members": np.stack([box(5), box(4)], -1), "rater/a": box(6), "maps/a": noise, "foreground/a": box(8),
+        "images/a": noise,
+    }  # fmt: skip
+    ref, results = save(tmp_path / "ref" / "a.nii.gz", box(6)).parent, []
+    for axes in ("RAS", "PIR"):
+        turn = nib.orientations.ornt_transform(
+            nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
+        )
+        for name, array in arrays.items():
+            image = nib.load(save(tmp_path / axes / f"{name}.nii.gz", array)).as_reoriented(turn)
+            nib.save(image, tmp_path / axes / f"{name}.nii.gz")
+        paths = {name: tmp_path / axes / name for name in ("images", "foreground")}
+        options = EvaluateOptions(raters=[tmp_path / axes / "rater"], scores=tmp_path / axes / "maps", **paths)
+        evaluate(tmp_path / axes / "p", ref, tmp_path / axes / "out", options)
+        page, summary = ((tmp_path / axes / "out" / name).read_text() for name in ("report.html", "summary.json"))
+        results.append((viewed(page), json.loads(summary.replace(f"/{axes}/", "/"))))
+    assert results[0] == results[1]
+    layers, summary = results[0]
+    assert {"scan", "uncertainty", "anomaly"} <= set(layers["a"]), "all of them were used"
+    assert {"calibration", "raters", "detection"} <= set(summary) and not summary["warnings"]
+
+
 # ---- surfaces, calibration, several raters ---------------------------------------------------------------------------
 
 
