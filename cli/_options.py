@@ -163,7 +163,7 @@ TimeLimit = Annotated[
     typer.Option(
         min=0.0,
         metavar="MIN",
-        help="Stop training after MIN minutes; default: no limit. train-generator counts the preparation of images.",
+        help="Stop training after MIN minutes; default: no limit. In train-generator the preparation of images counts.",
     ),
 ]
 Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
@@ -223,7 +223,7 @@ Channels = Annotated[
 Volumes = Annotated[
     list[Path],
     typer.Argument(
-        metavar="SCAN...",
+        metavar="SCAN",
         help="NIfTI, NRRD or MetaImage files, DICOM folders, or folders of them.",
         callback=existing_scans,
     ),
@@ -231,7 +231,7 @@ Volumes = Annotated[
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name or folder of a model.", callback=existing_model)
 ]
-Preview = Annotated[bool, typer.Option("--preview", help="Write a preview as PNG.")]
+Preview = Annotated[bool, typer.Option("--preview", help="Write a preview of each scan as PNG.")]
 RunReport = Annotated[
     Path | None,
     typer.Option(

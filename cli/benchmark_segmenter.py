@@ -39,7 +39,7 @@ def _setting(text: str) -> tuple[str, int, int]:
 # many, long: one parameter, with its help, for each option of the command
 def benchmark_segmenter(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Names or folders of segmenters.", callback=existing_models)
+        list[str], typer.Argument(metavar="MODEL", help="Names or folders of segmenters.", callback=existing_models)
     ],
     data: Annotated[
         Path,
@@ -69,7 +69,10 @@ def benchmark_segmenter(
     ] = None,
     without_x_t: Annotated[
         bool,
-        typer.Option("--without-x-t", help="Also measure models of several steps with noise in place of the mask."),
+        typer.Option(
+            "--without-x-t",
+            help="Also measure models of several steps with other noise, or none, in place of the noised mask.",
+        ),
     ] = False,
     one_per_patient: Annotated[
         bool, typer.Option("--one-per-patient", help="Take only the middle case of each patient, by name.")

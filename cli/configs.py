@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict
 from difflib import get_close_matches
 from itertools import groupby
-from textwrap import fill
+from textwrap import fill, indent
 from typing import Annotated
 
 import typer
@@ -21,7 +21,7 @@ app = typer.Typer(help="List and show the presets.", no_args_is_help=True)
 
 @app.command("list")
 def list_presets(as_json: AsJson = False) -> None:
-    """List the presets by the command that takes them, and what each is for."""
+    """List the presets, and what each is for, by the command that takes them."""
     from medseg_diffusion.config.load import described_presets
 
     presets = described_presets()
@@ -33,12 +33,14 @@ def list_presets(as_json: AsJson = False) -> None:
         typer.echo(f"medseg {command}")
         for preset in group:
             typer.echo(f"  {preset.name}")
-            typer.echo(fill(preset.description, width, initial_indent="    ", subsequent_indent="    "))
+            # A name such as adm-tiny-imagenet that is broken at its hyphen could not be copied or found.
+            text = fill(preset.description, width - 4, break_on_hyphens=False)
+            typer.echo(indent(text, " " * 4))
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a preset.")]) -> None:
-    """Print a preset as YAML, to save and change it."""
+    """Print a preset as YAML, to be saved and changed."""
     from medseg_diffusion.config.load import presets
 
     available = presets()

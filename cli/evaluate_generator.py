@@ -16,7 +16,7 @@ from ._shared import fail, print_json, print_table, progress, write_markdown
 # many, long: one parameter, with its help, for each option of the command
 def evaluate_generator(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL_OR_SAMPLES...", help="Generators, or folders of sampled images.")
+        list[str], typer.Argument(metavar="MODEL_OR_SAMPLES", help="Generators, or folders of sampled images.")
     ],
     reference: Annotated[
         Path,
@@ -27,7 +27,9 @@ def evaluate_generator(
             callback=existing("a folder or zip of images"),
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for samples, scores and page.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the samples, the scores and the page.")
+    ],
     samplers: Annotated[
         str, typer.Option(metavar="NAME:STEPS,...", help="Samplers to compare, with their numbers of steps.")
     ] = "ddim:50,ddim:200,ddpm:1000",
@@ -57,7 +59,7 @@ def evaluate_generator(
         str | None, typer.Option(metavar="MODEL", help="Upsampler that enlarges the samples; default: none.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; the images do not depend on it.")] = 16,
     device: Device = "auto",
     seed: Seed = 0,
     markdown: Markdown = None,

@@ -46,7 +46,7 @@ def show(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the card of a model: use, input, training data, licence, metrics, what the noise is worth, and limits."""
+    """Print the card of a model: intended use, input, training data, licence, metrics and limits."""
     from medseg_diffusion.models.store import load_card, load_readme
 
     if config and as_json:
@@ -66,12 +66,13 @@ def install_model(
     source: Annotated[
         str,
         typer.Argument(
-            help="Zip or folder of a model, run folder, or hf:OWNER/NAME[@REVISION] for a download from the Hugging "
-            "Face hub."
+            help="Zip or folder of a model, run folder, or hf:OWNER/NAME or hf:OWNER/NAME@REVISION for a download from "
+            "the Hugging Face hub."
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(help="Name of the model for `-m`; default: that in the zip or of the folder.")
+        str | None,
+        typer.Option(help="Name of the model for `-m`; default: the name of its folder, or of the folder in the zip."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an installed model of this name.")] = False,
     as_json: AsJson = False,
@@ -91,13 +92,13 @@ def remove_model(
     name: Annotated[str, typer.Argument(help="Name of an installed model.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a model from MEDSEG_HOME; built-in ones stay."""
+    """Delete an installed model from MEDSEG_HOME. Built-in models cannot be deleted."""
     from medseg_diffusion.workflows.install_model import remove_model as run
     from medseg_diffusion.workflows.install_model import require_removable
 
     path = require_removable(name)
     if not yes and not typer.confirm(f"Delete {path}?"):
-        raise UsageError(f"{name}: kept")
+        raise UsageError(f"{name}: not deleted")
     typer.echo(f"{name}: removed {run(name)}")
 
 
@@ -110,16 +111,16 @@ def export_model(
         typer.Option(
             "--output",
             "-o",
-            help="New folder, .zip file or .onnx file, or hf:OWNER/NAME to push to the Hugging Face hub; its name is "
-            "the card's title.",
+            help="New folder, .zip file or .onnx file, or hf:OWNER/NAME to push to the Hugging Face hub. The last "
+            "part of the name is the title of the card.",
         ),
     ],
     half: Annotated[bool, typer.Option("--half", help="Round the weights to float16, for half the size.")] = False,
     monai_bundle: Annotated[
-        bool, typer.Option("--monai-bundle", help="Write the folder of a MONAI bundle, of a segmenter.")
+        bool, typer.Option("--monai-bundle", help="Write a segmenter as a MONAI bundle, which is a folder.")
     ] = False,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Write an .onnx file of a segmenter that evaluates its network once.")
+        bool, typer.Option("--onnx", help="Write a segmenter that evaluates its network once as an .onnx file.")
     ] = False,
     command: Annotated[str, typer.Option(help="Command that trained the model, for the card.")] = "",
     data: Annotated[str, typer.Option(help="Credit and terms of the training data, for the card.")] = "",
@@ -128,7 +129,7 @@ def export_model(
     licence: Annotated[str, typer.Option(help="Licence of the weights; default: that of the model.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Copy a model for others, with a complete card: as a folder, a zip, a MONAI bundle, ONNX, or to a hub."""
+    """Write a copy of a model, with a complete card, to share: a folder, a zip, a MONAI bundle, ONNX, or to a hub."""
     texts = {"command": command, "data": data, "intended_use": intended_use, "limits": limits}
     if (monai_bundle or onnx) and (half or licence or any(texts.values()) or (monai_bundle and onnx)):
         raise UsageError("--monai-bundle and --onnx are exported alone; export the model with its card first")

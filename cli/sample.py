@@ -47,7 +47,7 @@ def sample(
         bool,
         typer.Option(
             "--clip-first",
-            help="Clip predicted pixels before the classifier's gradient, as guided diffusion.",
+            help="Clip predicted pixels before the classifier's gradient, as guided-diffusion does.",
         ),
     ] = False,
     upsampler: Annotated[
@@ -60,14 +60,15 @@ def sample(
         Path | None,
         typer.Option(
             metavar="D",
-            help="Data of the generator's training: shows real images beside the samples, and looks for copies.",
+            help="Training data of the generator: shows real images beside the samples, and tells whether samples are "
+            "copies of training images.",
             callback=existing("the data of the training"),
         ),
     ] = None,
     extractor: Annotated[
         str, typer.Option(help="Feature extractor for --reference, as in evaluate-generator.")
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change them.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; the images do not depend on it.")] = 16,
     device: Device = "auto",
     compile: Compile = False,
     seed: Seed = 0,

@@ -71,7 +71,7 @@ def segment(
         typer.Option(
             metavar="NAME,...",
             help="Write some of the classes: names or values with commas between; a name without its side "
-            "(hippocampus) takes left and right. Default: all.",
+            "(hippocampus) takes left and right; default: all.",
         ),
     ] = None,
     tissues: Annotated[
@@ -86,8 +86,8 @@ def segment(
         int | None,
         typer.Option(
             min=1,
-            help="Number of masks per scan; default: the model's. They are samples, or of "
-            "a feed-forward model mirrored and jittered passes.",
+            help="Number of masks that are combined for each scan; default: the model's. A diffusion model draws "
+            "samples; a feed-forward model uses test-time augmentation (mirrored and jittered passes).",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; default: the model's.")] = None,
@@ -142,8 +142,8 @@ def segment(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Write one HTML page about all scans of this call, finished ones too; with --shard each part has its "
-            "own, such as report.1-of-4.html."
+            help="Write one HTML page about all scans of this call, also those that are skipped because they are "
+            "finished; with --shard each part has its own, such as report.1-of-4.html."
         ),
     ] = None,
     run_report: RunReport = None,
@@ -154,7 +154,8 @@ def segment(
         typer.Option(
             min=0.1,
             metavar="GB",
-            help="Most memory of the process, by an estimate: large scans take smaller parts, or are refused.",
+            help="Limit of the memory of the process, by an estimate: large scans are segmented in smaller windows, or "
+            "refused.",
         ),
     ] = None,
     device: Device = "auto",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+from typer.testing import CliRunner
+
 from medseg_diffusion.config.load import load_config, presets
-from tests.helpers.cli import error_lines, medseg
+from tests.helpers.cli import SCRIPT, error_lines, medseg
 
 
 def test_every_preset_says_what_it_is_for_and_which_command_takes_it() -> None:
@@ -20,6 +22,12 @@ def test_every_preset_says_what_it_is_for_and_which_command_takes_it() -> None:
     commands = [line for line in lines if not line.startswith(" ")]
     assert commands == [f"medseg train-{kind}" for kind in ("anomaly", "generator", "pixel-classifier", "segmenter")]
     assert [line.strip() for line in lines if line.startswith("  ") and line[2] != " "] == [row["name"] for row in rows]
+
+
+def test_names_of_presets_are_whole_in_descriptions() -> None:
+    """A name that is broken at a hyphen can neither be copied nor found by grep."""
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(SCRIPT.load(), ["configs", "list"]).stdout
+    assert "the training of adm-tiny-imagenet, logit-normal" in " ".join(said.split())
 
 
 def test_configs_show() -> None:

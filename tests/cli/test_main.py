@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import typer
+from typer.core import TyperGroup
+from typer.testing import CliRunner
 
 from tests.helpers.cli import SCRIPT, medseg
 from tests.helpers.commands import MEDSEG
@@ -48,6 +52,26 @@ def test_help_lists_the_commands() -> None:
 @pytest.mark.parametrize("command", [*COMMANDS, "configs list", "configs show", "models list", "models show"])
 def test_every_command_has_help(command: str) -> None:
     assert medseg(*command.split(), "--help").exit_code == 0
+
+
+def commands(group: TyperGroup, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The words of each command, and the command."""
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_help_shows_all_of_every_text() -> None:
+    """Rich takes words in brackets such as [@REVISION] for markup, and drops them."""
+    every = dict(commands(cast(TyperGroup, typer.main.get_command(SCRIPT.load()))))
+    assert len(every) > 20
+    for path, command in every.items():
+        shown = CliRunner(env={"COLUMNS": "1000", "NO_COLOR": "1", "TERM": "dumb"}).invoke(SCRIPT.load(), [*path, "-h"])
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert " ".join(text.split()) in " ".join(shown.output.split()), (path, parameter.name)
 
 
 def test_version() -> None:
