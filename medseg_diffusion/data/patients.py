@@ -49,6 +49,8 @@ def read_columns(file: Path, key: str, value: str) -> dict[str, str]:
             if not {key, value} <= set(reader.fieldnames or ()):
                 raise InputError(file, f"the columns {', '.join(reader.fieldnames or ()) or 'none'}", expected, remedy)
             rows = [((row[key] or "").strip(), (row[value] or "").strip()) for row in reader]
+    except FileNotFoundError as error:
+        raise InputError(file, "no such file", expected, "check the path") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(file, f"an unreadable file ({error})", expected, remedy) from error
     values: dict[str, str] = {}
