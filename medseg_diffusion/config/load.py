@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -192,14 +192,18 @@ def _of_another_kind(config: str | Path | AnyConfig, loaded: AnyConfig) -> Usage
 def parse_config(content: Mapping[str, Any], source: str) -> AnyConfig:
     """Turn plain types, such as those of a model card, into a configuration; errors name ``source`` and the key."""
     method = content.get("method")
-    if method not in _SCHEMAS:
+    if not isinstance(method, str) or method not in _SCHEMAS:
+        misspelt = difflib.get_close_matches("method", list(map(str, content)), n=1)
+        if misspelt and "method" not in content:
+            raise UsageError(f"{source}: unknown key {misspelt[0]}; did you mean method?")
         actual = f"got {method!r}" if method else "Field required"
         raise UsageError(f"{source}: method: {actual}; known: {', '.join(_SCHEMAS)}")
-    schema = _SCHEMAS[str(method)]
+    schema = _SCHEMAS[method]
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        # Unknown keys first: a misspelt section leaves defaults in its place, with which the other values may clash.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             names = _fields(schema, first["loc"][:-1])
@@ -243,8 +247,12 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
 
 def _fields(section: Any, location: Sequence[int | str]) -> Sequence[str]:
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        section = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
+        if get_origin(section) is dict:  # sections by name, such as data.codes
+            section = get_args(section)[1]
+            continue
+        section = section.model_fields[str(part)].annotation
+        if get_origin(section) is not dict:
+            section = next((one for one in get_args(section) if hasattr(one, "model_fields")), section)
     return list(section.model_fields)
 
 

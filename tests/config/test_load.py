@@ -52,6 +52,7 @@ def test_a_generator_is_no_segmenter() -> None:
         ({"network": {"chanels": 3}}, "network.chanels", "channels"),
         ({"diffusion": {"schedule": {"steps": 3}}}, "diffusion.schedule.steps", "num_steps"),
         ({"data": {"window": [8, 8, 8], "test_case": 3}}, "data.test_case", "test_cases"),
+        ({"data": {"codes": {"lung": {"regoin": None}}}}, "data.codes.lung.regoin", "region"),
     ],
 )
 def test_an_unknown_key_is_refused_with_file_path_and_nearest_key(tmp_path: Path, change, key, nearest) -> None:
@@ -59,6 +60,23 @@ def test_an_unknown_key_is_refused_with_file_path_and_nearest_key(tmp_path: Path
     with pytest.raises(UsageError) as caught:
         load_config(path)
     assert str(caught.value) == f"{path}: unknown key {key}; did you mean {nearest}?"
+
+
+def test_an_unknown_key_is_told_before_other_problems(tmp_path: Path) -> None:
+    """They may follow from it: with a misspelt section, the other values meet defaults."""
+    path = write(tmp_path, {**MINIMAL, "data": {"window": 5}, "trainning": {"max_steps": 3}})
+    with pytest.raises(UsageError, match=r"unknown key trainning; did you mean training\?"):
+        load_config(path)
+
+
+def test_a_misspelt_method_is_an_unknown_key(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown key methd; did you mean method\?"):
+        load_config(write(tmp_path, {"methd": "baseline"}))
+
+
+def test_a_method_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"method: got \['baseline'\]; known: ensemdiff"):
+        load_config(write(tmp_path, {**MINIMAL, "method": ["baseline"]}))
 
 
 def test_an_unknown_key_that_resembles_nothing_is_refused_with_all_keys(tmp_path: Path) -> None:
