@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder
 
-from .paths import SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, scan_name, suffix_of
+from .paths import SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, scan_name
 
 Outputs = dict[str, Path]
 """Kind of output -> its file."""
@@ -86,13 +86,10 @@ def segmentation_outputs(scan: Path, output: Path | None, count: int, mask_forma
     """
     if mask_format == "dicom-seg":
         return _with_dicom_mask(scan, output, count)
-    if not _is_file(output, count):
+    if not _is_file(output, scan, count, "mask"):
         ending = MASK_OF_IMAGE if is_image(scan) else SEGMENTATION["segmentation"]
         return {**_beside(scan, output, SEGMENTATION), "segmentation": _named(scan, output, ending)}
     assert output is not None
-    if is_image(output) and not (is_image(scan) and suffix_of(output) == ".png"):
-        formats = ".png or .nii.gz" if is_image(scan) else ".nii.gz"
-        raise UsageError(f"-o {output}: the mask of {scan.name} is not written as {suffix_of(output)}; use {formats}")
     base = output.parent / scan_name(output).removesuffix(scan_name(SEGMENTATION["segmentation"]))
     # In BIDS, sub-1_dseg.tsv is of sub-1_dseg.nii.gz.
     table = base.with_name(base.name.removesuffix("_dseg") + SEGMENTATION["label-table"])
@@ -112,11 +109,9 @@ def anomaly_outputs(scan: Path, output: Path | None, count: int) -> Outputs:
     """The output files of a scored scan; ``output`` is the file of the map, a folder, or None for the scan's folder.
 
     Raises:
-        UsageError: a file for several scans.
+        UsageError: a file for several scans, or a file format that cannot hold the map.
     """
-    if output is not None and output.name.lower().endswith(".png"):
-        raise UsageError(f"-o {output}: a score map is no picture; use {', '.join(VOLUME_SUFFIXES)}")
-    if not _is_file(output, count):
+    if not _is_file(output, scan, count, "score map"):
         return _beside(scan, output, ANOMALY)
     assert output is not None
     base = output.parent / scan_name(output).removesuffix(scan_name(ANOMALY["map"]))
@@ -175,14 +170,16 @@ def require_report(report: Path, scans: Collection[Path]) -> None:
         raise UsageError(f"{report.parent}: holds a DICOM series, which results must not join; choose another folder")
 
 
-def _is_file(output: Path | None, count: int) -> bool:
-    """Whether ``output`` names a file; UsageError if there are several scans for it, or if it cannot be written."""
-    if output is None:
+def _is_file(output: Path | None, scan: Path, count: int, result: Literal["mask", "score map"]) -> bool:
+    """Whether ``output`` names a file; UsageError for a format that is not written, or several scans."""
+    name = "" if output is None else output.name.lower()
+    suffix = next((one for one in (*SUFFIXES, *_OTHER_FORMATS) if name.endswith(one)), None)
+    if suffix is None:
         return False
-    if output.name.lower().endswith(_OTHER_FORMATS) and not output.name.lower().endswith(SUFFIXES):
-        raise UsageError(f"-o {output}: masks are written as {', '.join(VOLUME_SUFFIXES)} or .png; use one of them")
-    if not output.name.lower().endswith(SUFFIXES):
-        return False
+    as_picture = result == "mask" and is_image(scan)
+    if suffix not in VOLUME_SUFFIXES and not (as_picture and suffix == ".png"):
+        formats = ".png or .nii.gz" if as_picture else ".nii.gz"
+        raise UsageError(f"-o {output}: the {result} of {scan.name} is not written as {suffix}; use {formats}")
     if count > 1:
         raise UsageError(f"-o {output} is a file, but there are {count} scans; give a folder")
     return True

@@ -50,6 +50,22 @@ def test_outputs_that_cannot_be_written_are_refused() -> None:
         refuse_collisions({path: segmentation_outputs(path, Path("out"), 2) for path in (scan, Path("b/scan.nii"))})
 
 
+@pytest.mark.parametrize("suffix", [".dcm", ".mgz", ".hdr", ".npy", ".nii.bz2", ".zip", ".png", ".jpg"])
+def test_the_format_that_is_recommended_is_written(suffix: str) -> None:
+    """A score map, and the masks of a volume and of a picture."""
+    for outputs, scan in (
+        (anomaly_outputs, "scan.nii.gz"),
+        (segmentation_outputs, "scan.nii.gz"),
+        (segmentation_outputs, "scan.png"),
+    ):
+        if (outputs, scan, suffix) == (segmentation_outputs, "scan.png", ".png"):
+            continue
+        with pytest.raises(UsageError, match=r"of scan\.(nii\.gz|png) is not written as \.\w+; use ") as caught:
+            outputs(Path(scan), Path(f"out{suffix}"), 1)
+        for recommended in str(caught.value).rpartition("; use ")[2].split(" or "):
+            assert Path(f"out{recommended}") in outputs(Path(scan), Path(f"out{recommended}"), 1).values()
+
+
 def test_no_scan_and_no_channel_is_overwritten(tmp_path: Path) -> None:
     first, second = tmp_path / "a.nii.gz", tmp_path / "a_seg.nii.gz"
     outputs = {path: segmentation_outputs(path, None, 2) for path in (first, second)}
