@@ -16,7 +16,7 @@ def check(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="Folder or zip of images, folder of scans or DICOM series, or one scan.",
+            help="Folder or zip of images, folder of scans or DICOM series, or one scan or image.",
             callback=existing("images or scans"),
         ),
     ],

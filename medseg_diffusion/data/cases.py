@@ -88,7 +88,7 @@ def find_cases(data: Path | FileList) -> CaseFolder:
         return _listed(data)
     folder = data
     if not folder.is_dir():
-        raise InputError(folder, "no such folder", "a data folder", "check the path given with --data")
+        raise InputError(folder, "no such folder", "a data folder", "check the path")
     found = _cases(folder)
     patients = patients_of(folder, [case.name for case in found.cases])
     return replace(

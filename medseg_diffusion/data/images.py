@@ -186,7 +186,7 @@ def _collection(source: Path) -> tuple[ImageCollection, str]:
         source,
         f"{len(names)} files, none of them an image",
         f"Tiny ImageNet, or files that end with {', '.join(IMAGE_SUFFIXES)} or {', '.join(VOLUME_SUFFIXES)}",
-        "check the path given with --data",
+        "check the path",
     )
 
 
@@ -356,7 +356,7 @@ def open_image(source: Path, name: str, content: bytes) -> Image.Image:
             f"{source}/{name}",
             f"a broken image ({error})",
             "a whole image",
-            "replace it, or leave it out with --skip-broken",
+            f"replace it, or {_SKIP}",
         ) from error
     levels = np.asarray(image) if image.mode == "I" else np.zeros(1)
     if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
@@ -364,7 +364,7 @@ def open_image(source: Path, name: str, content: bytes) -> Image.Image:
             f"{source}/{name}",
             f"levels that no 16 bits hold (mode {image.mode})",
             "whole levels of 8 or 16 bits",
-            "convert it, or leave it out with --skip-broken",
+            f"convert it, or {_SKIP}",
         )
     return image
 
@@ -404,3 +404,4 @@ def _scan(file: Path, size: Sequence[int], channels: int, preprocessing: Preproc
 
 
 _REPAIR = "download the official archive again"
+_SKIP = "leave it out with --skip-broken of train-generator or evaluate-generator"

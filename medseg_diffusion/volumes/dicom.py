@@ -337,7 +337,8 @@ def _chosen(path: Path, series: Sequence[_Series], choice: SeriesChoice) -> _Ser
             path,
             f"{len(some)} DICOM series{which}: {'; '.join(map(_with_uid(some), some[:_LISTED]))}{more}",
             expected if choice.named is None else f"one series that is named by {choice.named!r}",
-            "choose one with --series: its number, the start of its UID, or a part of its description",
+            "choose one with --series of segment or anomaly (its number, the start of its UID, or a part of its "
+            "description), or give a folder that holds it alone",
         )
     if choice.named is None:
         rest = "; ".join(str(one) for one in series if one is not fitting[0])

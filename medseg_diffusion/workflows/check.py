@@ -10,14 +10,14 @@ from medseg_diffusion.data.image_check import ImageCheck, check_images
 from medseg_diffusion.data.images import Entry, ImageCollection, find_images
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
-from medseg_diffusion.volumes.paths import VOLUME_SUFFIXES, is_dicom, is_series
+from medseg_diffusion.volumes.paths import is_image, is_series, require_file
 
 
 def check(data: str | Path, on_progress: OnProgress = silent) -> ImageCheck:
     """Open every file of a data set. What is wrong is listed in the result and raises no error.
 
     Args:
-        data: A folder or zip of images, a folder of scans or DICOM series with or without labels, or one scan.
+        data: A folder or zip of images, a folder of scans or DICOM series with or without labels, or one scan or image.
         on_progress: Called with a text and the share done, 0 to 1.
 
     Raises:
@@ -28,8 +28,9 @@ def check(data: str | Path, on_progress: OnProgress = silent) -> ImageCheck:
 
 def _everything(data: Path) -> ImageCollection:
     """The images of a path, and the DICOM series that `medseg segment` would read."""
-    if data.is_file() and (data.name.lower().endswith(VOLUME_SUFFIXES) or (is_dicom(data) and data.suffix != ".zip")):
-        return _scans(data.parent, [data])
+    if data.is_file() and data.suffix.lower() != ".zip":
+        require_file(data)
+        return replace(_scans(data.parent, [data]), kind="images" if is_image(data) else "scans")
     if is_series(data):
         return _scans(data, [data])
     try:

@@ -243,7 +243,7 @@ def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     with pytest.raises(InputError, match="no labelled case"):
         find_cases(tmp_path)
-    with pytest.raises(InputError, match=r"no such folder.*--data"):
+    with pytest.raises(InputError, match=r"no such folder; expected a data folder; check the path$"):
         find_cases(tmp_path / "nothing")
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from medseg_diffusion.workflows.check import check
 from tests.helpers import untrusted_files
 from tests.helpers.cli import error_lines, medseg
+from tests.volumes.test_dicom_series import study
 
 
 def save(path: Path, array: np.ndarray, shift: float = 0.0) -> None:
@@ -137,10 +138,37 @@ def test_dicom_series_are_opened_wherever_they_are(tmp_path: Path) -> None:
     assert report.parts == {"all": 3} and "d/s2: found several images at one position" in line
 
 
-def test_an_empty_folder_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_one_picture_is_opened_as_segment_would(tmp_path: Path) -> None:
+    Image.new("L", (8, 9)).save(tmp_path / "picture.png")
+    report = check(tmp_path / "picture.png")
+    assert (report.kind, report.parts, report.sizes, report.broken) == ("images", {"all": 1}, {"8 x 9": 1}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("empty", "check the path"),
+        ("notes.txt", "convert or rename the file"),
+        ("a.zip", "download or unpack it again"),
+        ("nowhere", "check the path"),
+    ],
+)
+def test_what_holds_no_data_is_refused_with_a_remedy_that_check_has(tmp_path: Path, name: str, remedy: str) -> None:
+    """`check` takes its path without an option."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no scan")
-    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
-    for name in ("empty", "notes.txt", "nowhere"):
-        result = medseg("check", tmp_path / name)
-        assert result.exit_code == 3 and len(error_lines(result)) == 1, name
+    (tmp_path / "a.zip").write_text("no zip")
+    result = medseg("check", tmp_path / name)
+    (line,) = error_lines(result)
+    assert result.exit_code == 3 and line.endswith(f"; {remedy}"), line
+
+
+def test_options_in_a_remedy_are_told_with_the_commands_that_have_them(tmp_path: Path) -> None:
+    """`check` has neither --skip-broken nor --series."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"broken")
+    (line,) = error_lines(medseg("check", tmp_path / "pictures"))
+    assert line.endswith("; replace it, or leave it out with --skip-broken of train-generator or evaluate-generator")
+    (line,) = error_lines(medseg("check", study(tmp_path / "series")))
+    assert "; choose one with --series of segment or anomaly (" in line
+    assert line.endswith("), or give a folder that holds it alone")
