@@ -31,7 +31,7 @@ from .cases import Bounds, SplitName, split_of_patients
 from .file_lists import FileList
 from .images import PLAIN, ImageCollection, Pixels, find_images
 
-VERSION = 4
+VERSION = 5
 """Version of the packed content. After a change of it, collections are packed again."""
 VOXELS_AT_ONCE = 2**21
 """Positions that an autoencoder computes together, about."""

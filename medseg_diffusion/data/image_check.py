@@ -17,7 +17,7 @@ from medseg_diffusion.volumes.io import read_labels, read_map, read_volume
 from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Case, CaseFolder, find_cases
-from .images import UNLABELLED, Entry, ImageCollection, Kind, open_image
+from .images import UNLABELLED, Entry, ImageCollection, Kind, is_image_file, mixture, open_image
 from .pairs import listed
 
 
@@ -82,6 +82,8 @@ def check_images(
         on_file: called with (files done, files in all).
     """
     folder, broken = _cases(collection.source)
+    if (mixed := mixture(collection)) is not None:
+        broken.append(str(mixed))
     cases = {case.image: case for case in folder.cases} if folder else {}
     entries = {collection.source / entry.name: entry for entry in collection.entries}
     # dataset.json may list images elsewhere.
@@ -135,12 +137,12 @@ def _opened(collection: ImageCollection, cases: Mapping[Path, Case], entry: Entr
     opened, path = _Opened(), collection.source / entry.name
     try:
         volume = None
-        if collection.kind == "scans":
-            volume = read_volume(path, channels=None)
-            opened.size, opened.colours = " x ".join(map(str, volume.shape)), f"{len(volume.data)} channels"
-        else:
+        if is_image_file(entry.name):
             with open_image(collection.source, entry.name, collection.read(entry.name)) as image:
                 opened.size, opened.colours = "{} x {}".format(*image.size), image.mode
+        else:
+            volume = read_volume(path, channels=None)
+            opened.size, opened.colours = " x ".join(map(str, volume.shape)), f"{len(volume.data)} channels"
         if (case := cases.get(path)) is not None:
             _open_labels(case, read_map(path) if volume is None else volume, opened)
     except InputError as error:

@@ -6,7 +6,8 @@ There are three layouts, recognised in this order:
 "images"         images at any depth; if all of them are in subfolders, the first folder is the class
 "scans"          volumes (NIfTI, NRRD, MetaImage): their slices across the third axis (RAS), or the whole volumes
 
-A folder and a zip of it are the same collection. From a folder of labelled images (imagesTr/ beside labelsTr/, images/
+A folder of both images and scans is refused. Pictures that `medseg` itself writes, such as previews, are no images. A
+folder and a zip of it are the same collection. From a folder of labelled images (imagesTr/ beside labelsTr/, images/
 beside labels/ or masks/) only the images are used. They are grouped by patient as in `medseg_diffusion.data.cases`, so
 that a segmenter and a generator of the same folder have the same splits.
 """
@@ -32,16 +33,17 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.archives import zip_entries
 from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
-from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SEGMENTATION
+from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SAMPLES, SEGMENTATION
 from medseg_diffusion.volumes.paths import SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import SplitName
 from .file_lists import FileList
+from .pairs import listed
 from .patients import FILE as PATIENTS
 from .patients import patients_of
 
-Kind = Literal["tiny-imagenet", "images", "scans"]
+Kind = Literal["tiny-imagenet", "images", "scans", "images and scans"]
 Pixels = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -77,7 +79,7 @@ class ImageCollection:
 
     Attributes:
         source: the folder or zip.
-        kind: layout.
+        kind: layout. "images and scans" is one that only `images_and_scans` returns.
         entries: the files.
         classes: class names by label; empty without classes.
         read: name of an entry -> content of its file.
@@ -120,13 +122,23 @@ def find_images(source: Path | FileList) -> ImageCollection:
     paths without suffix in the folder, or in the folder of images beside labels.
 
     Raises:
-        InputError: a missing path, a file that is no zip, no image, an incomplete or malformed Tiny ImageNet, or a
-            patients.csv that lacks an image.
+        InputError: a missing path, a file that is no zip, no image, both images and scans, an incomplete or malformed
+            Tiny ImageNet, or a patients.csv that lacks an image.
     """
-    if isinstance(source, FileList):
-        return _listed(source)
+    collection = _listed(source) if isinstance(source, FileList) else images_and_scans(source)
+    if (mixed := mixture(collection)) is not None:
+        raise mixed
+    return collection
+
+
+def images_and_scans(source: Path) -> ImageCollection:
+    """`find_images` of a folder or zip, where both images and scans are no error, but a kind of their own.
+
+    Raises:
+        InputError: as `find_images`.
+    """
     collection, images = _collection(source)
-    if not source.is_dir():
+    if not source.is_dir() or collection.kind == "images and scans":
         return collection
     names = [_without_suffix(entry.name.removeprefix(images)) for entry in collection.entries]
     patients = patients_of(source, names)
@@ -137,13 +149,28 @@ def find_images(source: Path | FileList) -> ImageCollection:
     return replace(collection, entries=tuple(grouped))
 
 
+def mixture(collection: ImageCollection) -> InputError | None:
+    """Why a collection of images and scans is no training data; None for one of a single kind."""
+    if collection.kind != "images and scans":
+        return None
+    names = [entry.name for entry in collection.entries]
+    images, scans = [name for name in names if is_image_file(name)], [name for name in names if not is_image_file(name)]
+    found = f"both images ({len(images)}: {listed(images, 2)}) and scans ({len(scans)}: {listed(scans, 2)})"
+    return InputError(collection.source, found, "files of one kind", "put each kind into a folder of its own")
+
+
+def is_image_file(name: str) -> bool:
+    """Whether a name ends like one of `IMAGE_SUFFIXES`."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def _listed(files: FileList) -> ImageCollection:
     paths = [Path(os.path.abspath(entry.images[0])) for entry in files.entries]
     if several := [entry.images[0] for entry in files.entries if len(entry.images) > 1]:
         raise InputError(
             several[0], "one of several channels of an image", "one file for each image", "give one of them"
         )
-    images = [path for path in paths if path.name.lower().endswith(IMAGE_SUFFIXES)]
+    images = [path for path in paths if is_image_file(path.name)]
     if images and len(images) < len(paths):
         raise InputError(images[0], "an image file in a list of scans", "either of them alone", "make two lists")
     folder = Path(os.path.commonpath([path.parent for path in paths]))
@@ -171,17 +198,21 @@ def _collection(source: Path) -> tuple[ImageCollection, str]:
     labelled = _images_beside_labels(names)
     candidates = [name for name in names if labelled is None or name.startswith(labelled + "/")]
     unique = set(candidates)
-    images = [name for name in candidates if name.lower().endswith(IMAGE_SUFFIXES) and not _is_result(name, unique)]
+    images = [name for name in candidates if is_image_file(name) and not _is_result(name, unique)]
+    scans = [n for n in candidates if n.lower().endswith(VOLUME_SUFFIXES) and not scan_name(n).endswith(RESULTS)]
+    prefix = "" if labelled is None else f"{labelled}/"
+    if images and scans:
+        entries = tuple(Entry(name, name) for name in (*images, *scans))
+        return ImageCollection(source, "images and scans", entries, (), read), prefix
     if images:
         if labelled is not None:
             entries = tuple(Entry(name, _patient(name, labelled)) for name in images)
-            return ImageCollection(source, "images", entries, (), read), f"{labelled}/"
-        return _images(source, images, read), ""
-    scans = [n for n in candidates if n.lower().endswith(VOLUME_SUFFIXES) and not scan_name(n).endswith(RESULTS)]
+            return ImageCollection(source, "images", entries, (), read), prefix
+        return _images(source, images, read), prefix
     if source.is_dir() and scans:
         groups = _patients(scans) if labelled is None else [_patient(name, labelled) for name in scans]
         entries = tuple(Entry(name, group) for name, group in zip(scans, groups, strict=True))
-        return ImageCollection(source, "scans", entries, (), read), "" if labelled is None else f"{labelled}/"
+        return ImageCollection(source, "scans", entries, (), read), prefix
     raise InputError(
         source,
         f"{len(names)} files, none of them an image",
@@ -191,12 +222,13 @@ def _collection(source: Path) -> tuple[ImageCollection, str]:
 
 
 def _is_result(name: str, names: set[str]) -> bool:
-    """Whether an image is the mask or the preview that `medseg segment` wrote beside the scan of the same name."""
-    for ending in (MASK_OF_IMAGE, SEGMENTATION["preview"]):
-        if name.endswith(ending):
-            scan = name.removesuffix(ending)
-            return any(scan + suffix in names for suffix in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
-    return False
+    """Whether an image is one that `medseg` writes: a preview, a contact sheet, or the mask of a scan beside it."""
+    file = name.rpartition("/")[2]
+    if file in (SAMPLES["grid"], SAMPLES["reference"]):
+        return name.removesuffix(file) + SAMPLES["options"] in names
+    scan = name.removesuffix(MASK_OF_IMAGE)
+    mask = scan != name and any(scan + suffix in names for suffix in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
+    return mask or name.endswith(SEGMENTATION["preview"])
 
 
 def _images_beside_labels(names: Sequence[str]) -> str | None:
@@ -299,7 +331,7 @@ def _tiny_imagenet(source: Path, root: str, names: Sequence[str], read: Callable
     label = {wnid: i for i, wnid in enumerate(wnids)}
     inside: dict[str, list[str]] = {}
     for name in names:
-        if name.lower().endswith(IMAGE_SUFFIXES) and name.startswith(root):
+        if is_image_file(name) and name.startswith(root):
             inside.setdefault(name.rpartition("/")[0].removeprefix(root), []).append(name)
     entries: list[Entry] = []
     for wnid in wnids:

@@ -36,6 +36,8 @@ ANOMALY = {
     "preview": "_anomaly_preview.png",
 }
 """File endings of `medseg anomaly`."""
+SAMPLES = {"options": "samples.json", "grid": "grid.png", "reference": "reference.png"}
+"""Files of `medseg sample` beside its samples: how they were made, the first of them, and real images beside them."""
 MASK_OF_IMAGE = "_seg.png"
 """File ending of the segmentation of an image without geometry."""
 DICOM_SEGMENTATION = "_seg.dcm"

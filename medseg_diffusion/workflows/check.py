@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from medseg_diffusion.data.image_check import ImageCheck, check_images
-from medseg_diffusion.data.images import Entry, ImageCollection, find_images
+from medseg_diffusion.data.images import Entry, ImageCollection, find_images, images_and_scans
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.paths import is_image, is_series, require_file
@@ -34,14 +34,15 @@ def _everything(data: Path) -> ImageCollection:
     if is_series(data):
         return _scans(data, [data])
     try:
-        collection = find_images(data)
+        # Scans in a zip cannot be opened, so that a mixture there is refused.
+        collection = images_and_scans(data) if data.is_dir() else find_images(data)
     except InputError:
         if data.is_dir() and (series := _series_in(data)):
             return _scans(data, series)
         if data.is_file() and _holds_dicom(data):
             return _scans(data.parent, [data])
         raise
-    if collection.kind != "scans":
+    if collection.kind not in ("scans", "images and scans"):
         return collection
     return replace(collection, entries=(*collection.entries, *_scans(data, _series_in(data)).entries))
 

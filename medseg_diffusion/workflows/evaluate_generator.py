@@ -31,6 +31,7 @@ from medseg_diffusion.networks.extractors import Extractor
 from medseg_diffusion.reports.generator_page import TILES, Pictures, generator_page
 from medseg_diffusion.reports.pictures import grid, png
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
+from medseg_diffusion.volumes.outputs import SAMPLES
 
 from .evaluated_images import Images, RealImages, in_two_dimensions, is_samples, real_images, sampled
 from .image_features import feature_extractor, features_of, scores_of, with_diversity
@@ -211,10 +212,10 @@ def _samples(
     """The samples, read from their files as far as they exist."""
     options = source.options
     identity = {**source.sha256, **{k: v for k, v in asdict(options).items() if k not in _NEUTRAL_OPTIONS}}
-    record = folder / "samples.json"
+    record = folder / SAMPLES["options"]
     if record.is_file() and json.loads(record.read_text()) != identity:
         raise UsageError(f"{folder}: holds samples of another model or of other options; choose another output folder")
-    write_files(folder, {"samples.json": json.dumps(identity, indent=2) + "\n"})
+    write_files(folder, {SAMPLES["options"]: json.dumps(identity, indent=2) + "\n"})
     parts = []
     for first in range(0, count, CHUNK):
         end = min(first + CHUNK, count)

@@ -26,9 +26,9 @@ from medseg_diffusion.models.store import home
 from medseg_diffusion.reports.generator_page import TILES, Pictures
 from medseg_diffusion.reports.pictures import as_pictures
 from medseg_diffusion.volumes.io import read_map
+from medseg_diffusion.volumes.outputs import SAMPLES
 
 from .real_images import labelled_images_of_training
-from .sample_reference import PICTURE
 
 Images = npt.NDArray[np.uint8]
 """Images (N, H, W, C), or RAS volumes (N, I, J, K, C)."""
@@ -178,7 +178,7 @@ def real_images(
 
 
 def sampled(folder: str, shape: tuple[int, ...]) -> Images:
-    """The images of a folder of samples, without the overview grid that `medseg sample` writes beside them.
+    """The images of a folder of samples.
 
     Raises:
         InputError: Volumes of another shape, or a file that cannot be read.
@@ -194,15 +194,12 @@ def sampled(folder: str, shape: tuple[int, ...]) -> Images:
                 raise InputError(path, f"a volume of {found}", expected, "use samples of the models to compare")
             levels.append(level)
         return torch.stack(levels).numpy()
-    collection = packed(Path(folder), home() / "images", sides, channels)
-    by_medseg = (Path(folder) / "samples.json").is_file()
-    montages = {"grid.png", PICTURE} if by_medseg else set()
-    return collection.images[[i for i, name in enumerate(collection.names) if name not in montages]]
+    return np.array(packed(Path(folder), home() / "images", sides, channels).images)
 
 
 def _sampled_volumes(folder: str) -> list[Path]:
     """The volumes that `medseg sample` wrote into a folder, whose levels are those of its model."""
-    return sorted(Path(folder).glob("*.nii.gz")) if (Path(folder) / "samples.json").is_file() else []
+    return sorted(Path(folder).glob("*.nii.gz")) if (Path(folder) / SAMPLES["options"]).is_file() else []
 
 
 def _shape_of_samples(folder: str) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from medseg_diffusion.models.placed_mask import place_mask
 from medseg_diffusion.reports.pictures import as_pictures, grid, png
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.io import read_labels, read_map, write_map
+from medseg_diffusion.volumes.outputs import SAMPLES
 from medseg_diffusion.volumes.volume import Volume
 
 from .sample_masks import (
@@ -107,7 +108,7 @@ def sample(
         count_of(on_progress)("image", min(first + options.batch_size, len(missing)), len(missing))
     read = (lambda path: read_map(path).data) if volumes else (lambda path: _channels_first(read_png(path)))
     shown = torch.stack([to_unit(read(path)) for path in paths[:64]])
-    write_files(output, {"grid.png": png(grid(as_pictures(shown)))})
+    write_files(output, {SAMPLES["grid"]: png(grid(as_pictures(shown)))})
     if real is not None:
         levels = [read(path).movedim(0, -1).round().to(torch.uint8).numpy() for path in paths]
         real.compare(np.stack(levels), output)
@@ -116,12 +117,12 @@ def sample(
 
 def _start(output: Path, about: Mapping[str, Any], others: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write samples.json and ``others``; UsageError for a folder of other samples."""
-    note = output / "samples.json"
+    note = output / SAMPLES["options"]
     if note.is_file() and json.loads(note.read_text()) != about:
         raise UsageError(f"{output}: holds samples of another model or of other options; choose another folder")
     if not note.is_file() and (taken := [name for name in others if (output / name).exists()]):
         raise UsageError(f"{output}: holds {taken[0]}, but no samples; choose another folder")
-    write_files(output, {"samples.json": json.dumps(about, indent=2) + "\n", **others})
+    write_files(output, {SAMPLES["options"]: json.dumps(about, indent=2) + "\n", **others})
 
 
 def _sample_masks(
@@ -141,7 +142,7 @@ def _sample_masks(
     samples, listed = (make(files, output, count) for make in (labelled_samples, with_earlier))
     _start(output, {**about, "masks": folder_state(files)}, folder_files(listed, source))
     draw_missing(samples, source, on_progress)
-    write_files(output, {"grid.png": png(contact_sheet(samples, source))})
+    write_files(output, {SAMPLES["grid"]: png(contact_sheet(samples, source))})
     if real is not None:
         real.compare(read_samples(samples, source), output)
     return [sample.image for sample in samples]

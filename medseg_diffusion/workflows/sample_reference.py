@@ -26,12 +26,13 @@ from medseg_diffusion.metrics.generation import Memorisation, SliceFeatures, mem
 from medseg_diffusion.models.image_source import ImageSource
 from medseg_diffusion.reports.pictures import as_pictures, grid, png, sheet
 from medseg_diffusion.training.progress import OnProgress, count_of
+from medseg_diffusion.volumes.outputs import SAMPLES
 
 from .image_features import feature_extractor, features_of
 from .real_images import images_of_training
 from .sample_masks import LabelledSample
 
-FILE, PICTURE = "reference.json", "reference.png"
+FILE, PICTURE = "reference.json", SAMPLES["reference"]
 SHOWN = 16
 """Samples, real images and pairs on the picture."""
 

@@ -194,6 +194,33 @@ def test_a_missing_class_folder_and_a_wrong_zip_are_refused(tmp_path: Path) -> N
         find_images(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_images_and_scans_together_are_refused(tmp_path: Path, as_zip: bool) -> None:
+    """One picture among scans would be all that a generator learns from."""
+    folder = tmp_path / "data"
+    for i in range(5):
+        (folder / f"p{i}").mkdir(parents=True)
+        nib.save(nib.Nifti1Image(np.ones((8, 8, 3), np.float32), np.eye(4)), folder / f"p{i}" / "t1.nii.gz")
+    Image.new("L", (8, 8)).save(folder / "logo.png")
+    source = zipped(folder) if as_zip else folder
+    inside = "data/" if as_zip else ""
+    message = (
+        rf"^{source}: found both images \(1: {inside}logo\.png\) and scans \(5: {inside}p0/t1\.nii\.gz, "
+        rf"{inside}p1/t1\.nii\.gz and 3 more\); expected files of one kind; put each kind into a folder of its own$"
+    )
+    with pytest.raises(InputError, match=message):
+        packed(source, tmp_path / "store", 8)
+    assert not (tmp_path / "store").exists()
+
+
+def test_images_beside_labels_of_another_format_are_no_mixture(tmp_path: Path) -> None:
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "a.png")
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 1), np.uint8), np.eye(4)), tmp_path / "labels" / "a.nii.gz")
+    assert [entry.name for entry in find_images(tmp_path).entries] == ["images/a.png"]
+
+
 def test_scans_of_a_patient_stay_together(tmp_path: Path) -> None:
     """By file names alone all T1 would be on one side and all FLAIR on another."""
     for patient in range(6):

@@ -366,6 +366,19 @@ def test_scans_with_previews_stay_scans(tmp_path: Path) -> None:
     assert (collection.kind, [entry.name for entry in collection.entries]) == ("scans", ["a.nii.gz"])
 
 
+def test_pictures_that_medseg_writes_are_no_images_wherever_they_lie(tmp_path: Path) -> None:
+    """Previews in a folder of results, and the contact sheets among samples; elsewhere grid.png is an image."""
+    for name in ("a_preview.png", "a_anomaly_preview.png", "grid.png", "b.png"):
+        save(tmp_path / name)
+    assert [entry.name for entry in find_images(tmp_path).entries] == ["b.png", "grid.png"]
+    save(tmp_path / "reference.png")
+    (tmp_path / "samples.json").write_text("{}")
+    assert [entry.name for entry in find_images(tmp_path).entries] == ["b.png"]
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(InputError, match="none of them an image"):
+        find_images(tmp_path)
+
+
 def test_every_suffix_has_a_reader_and_volumes_keep_theirs() -> None:
     assert set(SUFFIXES) == {*VOLUME_SUFFIXES, *IMAGE_SUFFIXES}
     assert set(VOLUME_SUFFIXES) == {".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"}

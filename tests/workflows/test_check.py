@@ -138,6 +138,26 @@ def test_dicom_series_are_opened_wherever_they_are(tmp_path: Path) -> None:
     assert report.parts == {"all": 3} and "d/s2: found several images at one position" in line
 
 
+def test_a_picture_does_not_hide_the_scans_beside_it(tmp_path: Path) -> None:
+    """All files are opened, and the mixture is told, because it stops a training."""
+    for name in "abcde":
+        save(tmp_path / f"{name}.nii.gz", np.random.default_rng(0).random((6, 7, 8)).astype(np.float32))
+    (tmp_path / "b.nii.gz").write_bytes(b"")
+    Image.new("L", (8, 9)).save(tmp_path / "montage.png")
+    report = check(tmp_path)
+    assert (report.kind, report.parts, report.sizes) == ("images and scans", {"all": 6}, {"6 x 7 x 8": 4, "8 x 9": 1})
+    mixture, damaged = report.broken
+    assert "found both images (1: montage.png) and scans (5: a.nii.gz, b.nii.gz and 3 more)" in mixture
+    assert "b.nii.gz: found an unreadable file" in damaged
+
+
+def test_previews_of_scans_are_no_images(tmp_path: Path) -> None:
+    save(tmp_path / "a.nii.gz", np.random.default_rng(0).random((6, 7, 8)).astype(np.float32))
+    Image.new("L", (8, 9)).save(tmp_path / "b_preview.png")
+    report = check(tmp_path)
+    assert (report.kind, report.parts, report.broken) == ("scans", {"all": 1}, [])
+
+
 def test_one_picture_is_opened_as_segment_would(tmp_path: Path) -> None:
     Image.new("L", (8, 9)).save(tmp_path / "picture.png")
     report = check(tmp_path / "picture.png")
