@@ -96,7 +96,8 @@ def check_images(
             on_file(len(opened), len(jobs))
     broken += [line for one in opened for line in one.wrong]
     if folder:
-        broken += _of_all(collection.source, folder, opened)
+        of_cases = [one for one, job in zip(opened, jobs, strict=True) if collection.source / job.name in cases]
+        broken += _of_all(collection.source, folder, of_cases)
     parts = Counter[str](entry.part or "all" for entry in collection.entries)
     labels = [e.label for e in collection.entries if e.label != UNLABELLED and e.part in (None, "train")]
     counts = Counter(labels).values()

@@ -6,10 +6,10 @@ There are three layouts, recognised in this order:
 "images"         images at any depth; if all of them are in subfolders, the first folder is the class
 "scans"          volumes (NIfTI, NRRD, MetaImage): their slices across the third axis (RAS), or the whole volumes
 
-A folder of both images and scans is refused. Pictures that `medseg` itself writes, such as previews, are no images. A
-folder and a zip of it are the same collection. From a folder of labelled images (imagesTr/ beside labelsTr/, images/
-beside labels/ or masks/) only the images are used. They are grouped by patient as in `medseg_diffusion.data.cases`, so
-that a segmenter and a generator of the same folder have the same splits.
+A folder of images and scans (or DICOM series) is refused. Pictures that `medseg` itself writes, such as previews, are
+no images. A folder and a zip of it are the same collection. From a folder of labelled images (imagesTr/ beside
+labelsTr/, images/ beside labels/ or masks/) only the images are used. They are grouped by patient as in
+`medseg_diffusion.data.cases`, so that a segmenter and a generator of the same folder have the same splits.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SAMPLES, SEGMENTATION
 from medseg_diffusion.volumes.paths import SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
+from medseg_diffusion.volumes.sources import series_below
 
 from .cases import SplitName
 from .file_lists import FileList
@@ -201,6 +202,8 @@ def _collection(source: Path) -> tuple[ImageCollection, str]:
     images = [name for name in candidates if is_image_file(name) and not _is_result(name, unique)]
     scans = [n for n in candidates if n.lower().endswith(VOLUME_SUFFIXES) and not scan_name(n).endswith(RESULTS)]
     prefix = "" if labelled is None else f"{labelled}/"
+    if images and source.is_dir() and labelled is None:
+        scans += [path.relative_to(source).as_posix() for path in series_below(source)]
     if images and scans:
         entries = tuple(Entry(name, name) for name in (*images, *scans))
         return ImageCollection(source, "images and scans", entries, (), read), prefix

@@ -200,6 +200,14 @@ def study_of(folder: Path) -> str:
     return ""
 
 
+def holds_scan(folder: Path) -> bool:
+    """Whether one of the series in a folder is neither a localizer nor a single slice, or cannot be read."""
+    try:
+        return not all(one.is_no_scan for one in _all_series(_images(folder)))
+    except InputError:
+        return True
+
+
 def _images(path: Path) -> list[_File]:
     """Name, opener and header of every DICOM image, sorted by name; InputError if there is none.
 

@@ -269,24 +269,44 @@ def _folder(folder: Path) -> list[Source]:
     return scans
 
 
+def series_below(folder: Path) -> list[Path]:
+    """The DICOM series below a folder, of which `find_sources` reads one for each study.
+
+    The localizers of a study that has other series are left out.
+    """
+    from .dicom import holds_scan
+
+    found = []
+    for members in _by_study(folder):
+        scans = [path for path in members if holds_scan(path)] if len(members) > 1 else members
+        found += scans or members
+    return found
+
+
 def _studies(folder: Path) -> list[Source]:
     """The DICOM studies below a folder.
 
     Series of one study are one scan, of which one series is read, if a folder holds them and no other series. Otherwise
     each series is a scan. DICOM segmentations are results.
     """
+    studies = _by_study(folder)
+    series = [path for members in studies for path in members]
+    paths = []
+    for members in studies:
+        common = Path(os.path.commonpath(members))
+        inside = [path for path in series if path.is_relative_to(common)]
+        paths += [common] if inside == members and common not in members else members
+    return [Source(path, folder=path.parent.relative_to(folder) if path != folder else Path()) for path in paths]
+
+
+def _by_study(folder: Path) -> list[list[Path]]:
+    """The folders of DICOM series below a folder, those of each study together."""
     from .dicom import study_of
 
     studies: dict[str, list[Path]] = defaultdict(list)
     for path in filter(is_series, folders_below(folder)):
         studies[study_of(path) or str(path)].append(path)
-    series = [path for members in studies.values() for path in members]
-    paths = []
-    for members in studies.values():
-        common = Path(os.path.commonpath(members))
-        inside = [path for path in series if path.is_relative_to(common)]
-        paths += [common] if inside == members and common not in members else members
-    return [Source(path, folder=path.parent.relative_to(folder) if path != folder else Path()) for path in paths]
+    return list(studies.values())
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from medseg_diffusion.data.images import Entry, ImageCollection, find_images, im
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.paths import is_image, is_series, require_file
+from medseg_diffusion.volumes.sources import series_below
 
 
 def check(data: str | Path, on_progress: OnProgress = silent) -> ImageCheck:
@@ -37,18 +38,14 @@ def _everything(data: Path) -> ImageCollection:
         # Scans in a zip cannot be opened, so that a mixture there is refused.
         collection = images_and_scans(data) if data.is_dir() else find_images(data)
     except InputError:
-        if data.is_dir() and (series := _series_in(data)):
+        if data.is_dir() and (series := series_below(data)):
             return _scans(data, series)
         if data.is_file() and _holds_dicom(data):
             return _scans(data.parent, [data])
         raise
-    if collection.kind not in ("scans", "images and scans"):
+    if data.is_file() or collection.kind in ("tiny-imagenet", "images and scans"):
         return collection
-    return replace(collection, entries=(*collection.entries, *_scans(data, _series_in(data)).entries))
-
-
-def _series_in(folder: Path) -> list[Path]:
-    return sorted(inner for inner in folder.iterdir() if is_series(inner))
+    return replace(collection, entries=(*collection.entries, *_scans(data, series_below(data)).entries))
 
 
 def _holds_dicom(data: Path) -> bool:

@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medseg_diffusion.data.images import find_images
+from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes.modality import ModelInput
+from medseg_diffusion.volumes.sources import find_sources
 from medseg_diffusion.workflows.check import check
 from tests.helpers import untrusted_files
 from tests.helpers.cli import error_lines, medseg
-from tests.volumes.test_dicom_series import study
+from tests.volumes.test_dicom import COLUMNS, ROWS, series
+from tests.volumes.test_dicom_series import study, values
 
 
 def save(path: Path, array: np.ndarray, shift: float = 0.0) -> None:
@@ -162,6 +167,34 @@ def test_one_picture_is_opened_as_segment_would(tmp_path: Path) -> None:
     Image.new("L", (8, 9)).save(tmp_path / "picture.png")
     report = check(tmp_path / "picture.png")
     assert (report.kind, report.parts, report.sizes, report.broken) == ("images", {"all": 1}, {"8 x 9": 1}, [])
+
+
+@pytest.mark.parametrize("beside", ["nothing", "scan", "picture", "labelled pictures"])
+def test_the_studies_that_segment_reads_are_opened_at_any_depth(tmp_path: Path, beside: str) -> None:
+    """Of a study each series but the localizer. Labelled pictures beside them are training data all the same."""
+    study(tmp_path / "patients" / "p1" / "visit", nested=True)
+    series(tmp_path / "patients" / "p2" / "visit" / "s", values(), StudyInstanceUID="1.9")
+    if beside == "scan":
+        save(tmp_path / "a.nii.gz", np.random.default_rng(0).random((6, 7, 8)).astype(np.float32))
+    elif beside != "nothing":
+        for part in ("images", "labels") if beside == "labelled pictures" else (".",):
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.new("L", (8, 9)).save(tmp_path / part / "a.png")
+    found = [source.path for source in find_sources([tmp_path / "patients"], ModelInput())]
+    assert found == [tmp_path / "patients" / "p1" / "visit", tmp_path / "patients" / "p2" / "visit" / "s"]
+    report = check(tmp_path)
+    assert report.parts == {"all": 4 + (beside != "nothing")} and report.sizes[f"{COLUMNS} x {ROWS} x 6"] == 4
+    if beside == "picture":
+        names = r"patients/p1/visit/S2, patients/p1/visit/S3 and 2 more"
+        assert re.search(rf"found both images \(1: a\.png\) and scans \(4: {names}\)", report.broken.pop())
+    assert report.broken == []
+
+
+def test_a_picture_beside_dicom_is_no_data_set(tmp_path: Path) -> None:
+    series(tmp_path / "s", values())
+    Image.new("L", (8, 9)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"both images \(1: a\.png\) and scans \(1: s\)"):
+        find_images(tmp_path)
 
 
 @pytest.mark.parametrize(
