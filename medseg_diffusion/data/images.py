@@ -15,10 +15,8 @@ labelsTr/, images/ beside labels/ or masks/) only the images are used. They are 
 from __future__ import annotations
 
 import io
-import lzma
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medseg_diffusion.errors import InputError
-from medseg_diffusion.volumes.archives import zip_entries
+from medseg_diffusion.volumes.archives import UNREADABLE, zip_entries
 from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SAMPLES, SEGMENTATION
@@ -275,8 +273,6 @@ def _without_suffix(name: str) -> str:
 
 
 _MOST_OF_IMAGE = 2**28  # bytes of one image file, which is read whole
-_BROKEN_ENTRY = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError)
-"""What zipfile raises: RuntimeError for encryption or an unknown compression, ValueError for an entry's name."""
 
 
 def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -291,7 +287,7 @@ def _zip(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except _BROKEN_ENTRY as error:
+        except UNREADABLE as error:
             raise InputError(f"{source}/{name}", f"an unreadable entry ({error})", "a whole file", _REPAIR) from error
 
     return names, read

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from medseg_diffusion.errors import InputError
@@ -12,6 +14,8 @@ MOST_BYTES = 2**36
 """Largest total size of the unpacked entries of a zip (64 GB)."""
 MOST_OF_ENTRY = 2**32
 """Largest size of one unpacked entry (4 GB)."""
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError)
+"""What zipfile raises: RuntimeError for encryption or an unknown compression, ValueError for an entry's name."""
 
 
 def zip_entries(archive: zipfile.ZipFile, source: Path, most_of_entry: int = MOST_OF_ENTRY) -> list[zipfile.ZipInfo]:

@@ -252,6 +252,8 @@ def _files(path: Path) -> Iterator[tuple[str, Opener]]:
         for info in zip_entries(archive, path):
             if info.filename.rpartition("/")[2].upper() != "DICOMDIR":
                 yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
+    elif path.suffix.lower() == ".zip":
+        raise _unreadable(path, "no zip, or a part of one")
     else:
         yield path.name, lambda: path.open("rb")
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError
+
+from .archives import UNREADABLE
 
 MAKER = "medseg-diffusion"
 """First word of what results say of themselves in their headers, and manufacturer of DICOM segmentations."""
@@ -68,6 +71,20 @@ def is_dicom(path: Path) -> bool:
     return path.suffix.lower() == ".zip" or _has_dicom(path)
 
 
+def is_dicom_zip(path: Path) -> bool:
+    """Whether a path is a zip with DICOM images, or one that cannot be read: reading it as a scan says why.
+
+    Segmentations are no images. `is_dicom` takes every zip for DICOM, because it looks at the name alone.
+    """
+    if path.suffix.lower() != ".zip" or not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(_is_slice(archive, info) for info in archive.infolist())
+    except UNREADABLE:
+        return True
+
+
 def dicom_files(folder: Path) -> list[Path]:
     """The visible files directly in the folder of a DICOM series (`is_series`); in another, those of all subfolders.
 
@@ -112,10 +129,22 @@ def _has_dicom(path: Path) -> bool:
     if path.name.lower().endswith(SUFFIXES):  # a folder of 100,000 other scans is not opened file by file
         return False
     with path.open("rb") as file:
-        start = file.read(132)
-    return start[128:] == _DICOM or start[:4] in _BARE_DICOM
+        return _starts_dicom(file.read(132))
+
+
+def _starts_dicom(start: bytes) -> bool:
+    return start[128:132] == _DICOM or start[:4] in _BARE_DICOM
 
 
 def _is_segmentation(path: Path) -> bool:
     with path.open("rb") as file:
         return _DICOM_SEGMENTATION in file.read(512)
+
+
+def _is_slice(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    name = info.filename.rpartition("/")[2].lower()
+    if not name or name == "dicomdir" or name.endswith(SUFFIXES):
+        return False
+    with archive.open(info) as file:
+        start = file.read(512)
+    return _starts_dicom(start) and _DICOM_SEGMENTATION not in start

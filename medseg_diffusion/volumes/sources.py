@@ -20,6 +20,7 @@ from .paths import (
     VOLUME_SUFFIXES,
     folders_below,
     is_dicom,
+    is_dicom_zip,
     is_dicomdir,
     is_image,
     is_series,
@@ -94,8 +95,8 @@ def find_sources(paths: Sequence[Path], takes: ModelInput, options: InputOptions
       start with # do not count;
     - a BIDS folder (dataset_description.json): the images of its subjects (sub-*) of the model's kind, without
       derivatives;
-    - another folder: the scans in it, and all DICOM studies below it. With a pattern, the files and DICOM folders below
-      it that match.
+    - another folder: the scans in it, and all DICOM studies below it, in folders or zips. With a pattern, the files and
+      DICOM folders below it that match.
 
     Results of earlier runs, by their names, do not count, unless a path or a list names them. Results of scans from a
     list, a BIDS folder or a pattern lie in the same subfolders as the scans. Scans of a list that are not below the
@@ -188,7 +189,7 @@ def _matching(folder: Path, pattern: str) -> list[Source]:
     paths = [
         path
         for path in visible
-        if (is_series(path) if path.is_dir() else path.name.lower().endswith(SUFFIXES) or is_dicom(path))
+        if (is_series(path) if path.is_dir() else path.name.lower().endswith(SUFFIXES) or _is_dicom_file(path))
     ]
     # A slice stands for its series.
     scans = [
@@ -205,6 +206,10 @@ def _matching(folder: Path, pattern: str) -> list[Source]:
             "check the pattern: it is relative to the folder, and **/ stands for any subfolders",
         )
     return [Source(path, folder=path.parent.relative_to(folder) if path != folder else Path()) for path in scans]
+
+
+def _is_dicom_file(path: Path) -> bool:
+    return is_dicom_zip(path) if path.suffix.lower() == ".zip" else is_dicom(path)
 
 
 def _is_result(path: Path) -> bool:
@@ -270,7 +275,7 @@ def _folder(folder: Path) -> list[Source]:
 
 
 def series_below(folder: Path) -> list[Path]:
-    """The DICOM series below a folder, of which `find_sources` reads one for each study.
+    """The DICOM series below a folder, of which `find_sources` reads one for each study, and the zips of series.
 
     The localizers of a study that has other series are left out.
     """
@@ -280,14 +285,14 @@ def series_below(folder: Path) -> list[Path]:
     for members in _by_study(folder):
         scans = [path for path in members if holds_scan(path)] if len(members) > 1 else members
         found += scans or members
-    return found
+    return found + _zips_below(folder, found)
 
 
 def _studies(folder: Path) -> list[Source]:
     """The DICOM studies below a folder.
 
     Series of one study are one scan, of which one series is read, if a folder holds them and no other series. Otherwise
-    each series is a scan. DICOM segmentations are results.
+    each series is a scan. Each zip with DICOM is a scan. DICOM segmentations are results.
     """
     studies = _by_study(folder)
     series = [path for members in studies for path in members]
@@ -296,7 +301,15 @@ def _studies(folder: Path) -> list[Source]:
         common = Path(os.path.commonpath(members))
         inside = [path for path in series if path.is_relative_to(common)]
         paths += [common] if inside == members and common not in members else members
+    paths += _zips_below(folder, series)
     return [Source(path, folder=path.parent.relative_to(folder) if path != folder else Path()) for path in paths]
+
+
+def _zips_below(folder: Path, series: Sequence[Path]) -> list[Path]:
+    """The zips with DICOM below a folder, without those that were unpacked: series lie in a folder of their name."""
+    files = (path for inner in folders_below(folder) for path in sorted(inner.iterdir()))
+    zips = (path for path in files if not path.name.startswith(".") and is_dicom_zip(path))
+    return [path for path in zips if not any(one.is_relative_to(path.with_suffix("")) for one in series)]
 
 
 def _by_study(folder: Path) -> list[list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from medseg_diffusion.data.image_check import ImageCheck, check_images
 from medseg_diffusion.data.images import Entry, ImageCollection, find_images, images_and_scans
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
-from medseg_diffusion.volumes.paths import is_image, is_series, require_file
+from medseg_diffusion.volumes.paths import is_dicom_zip, is_image, is_series, require_file
 from medseg_diffusion.volumes.sources import series_below
 
 
@@ -40,23 +41,12 @@ def _everything(data: Path) -> ImageCollection:
     except InputError:
         if data.is_dir() and (series := series_below(data)):
             return _scans(data, series)
-        if data.is_file() and _holds_dicom(data):
+        if zipfile.is_zipfile(data) and is_dicom_zip(data):
             return _scans(data.parent, [data])
         raise
     if data.is_file() or collection.kind in ("tiny-imagenet", "images and scans"):
         return collection
     return replace(collection, entries=(*collection.entries, *_scans(data, series_below(data)).entries))
-
-
-def _holds_dicom(data: Path) -> bool:
-    """Whether a zip has DICOM images, or something that would be one but for an error."""
-    from medseg_diffusion.volumes import dicom
-
-    try:
-        dicom.open_image(data)
-    except InputError as error:
-        return error.found != "no DICOM image"
-    return True
 
 
 def _scans(folder: Path, scans: list[Path]) -> ImageCollection:

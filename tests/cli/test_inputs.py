@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import pytest
 
 from tests.helpers.cli import error_lines, medseg
 from tests.helpers.segmenters import make_model, save, tiny_config
+from tests.volumes.test_dicom import series
 from tests.volumes.test_dicom_series import study, values
 
 
@@ -112,6 +114,19 @@ def test_a_dicom_study_is_segmented_by_the_models_series(tiny_model: Path, tmp_p
     other = medseg("segment", folder, "-m", tiny_model, "-o", tmp_path / "out", "--device", "cpu", "--series", "9")
     (line,) = error_lines(other)
     assert other.exit_code == 3 and "3 MR t2_flair (6 slices)" in line and "named by '9'" in line
+
+
+def test_a_folder_of_dicom_zips_is_segmented_and_checked(tiny_model: Path, tmp_path: Path) -> None:
+    """Each zip as when it is named directly."""
+    for name in ("p1", "p2"):
+        shutil.make_archive(str(tmp_path / "zips" / name), "zip", series(tmp_path / name, values()))
+    shutil.make_archive(str(tmp_path / "zips" / "model"), "zip", tiny_model)
+    named = segment(tmp_path / "zips" / "p1.zip", "-m", tiny_model, "-o", tmp_path / "one")
+    masks = segment(tmp_path / "zips", "-m", tiny_model, "-o", tmp_path / "out")
+    assert [Path(mask).name for mask in masks] == ["p1_seg.nii.gz", "p2_seg.nii.gz"]
+    assert (nib.load(masks[0]).get_fdata() == nib.load(named[0]).get_fdata()).all()
+    checked = json.loads(medseg("check", tmp_path / "zips", "--json").stdout)
+    assert (checked["all files"], checked["problems"]) == (2, 0)
 
 
 def test_anomaly_reads_folders_by_pattern(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydicom.uid import SegmentationStorage
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.modality import ModelInput, SeriesChoice
-from medseg_diffusion.volumes.sources import InputOptions, find_sources
+from medseg_diffusion.volumes.sources import InputOptions, find_sources, series_below
 from tests.helpers import volumes
 from tests.volumes.test_dicom import COLUMNS, ROWS, edited, enhanced, series, turned
 
@@ -117,6 +118,46 @@ def test_the_studies_below_a_folder_are_scans(tmp_path: Path) -> None:
     assert {(str(one.path.relative_to(tmp_path)), str(one.folder)) for one in found} == {
         ("p1/visit", "p1"), ("p2/visit", "p2"), ("p3", "."),
     }  # fmt: skip
+
+
+def zipped(path: Path, folder: Path) -> Path:
+    return Path(shutil.make_archive(str(path.with_suffix("")), "zip", folder))
+
+
+def test_zips_with_dicom_in_a_folder_are_scans(tmp_path: Path) -> None:
+    """At any depth. Not those that hold no DICOM or only segmentations, nor those that were unpacked beside."""
+    slices = series(tmp_path / "s", values())
+    folder = tmp_path / "d"
+    for path in (folder / "a.zip", folder / "more" / "b.zip", folder / "more" / "c.zip"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        zipped(path, slices)
+    shutil.copytree(slices, folder / "more" / "c" / "series")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("no image")
+    (tmp_path / "other" / "x.nii.gz").touch()
+    zipped(folder / "notes.zip", tmp_path / "other")
+    mask = pydicom.dcmread(next(slices.iterdir()))
+    mask.Modality, mask.SOPClassUID, mask.file_meta.MediaStorageSOPClassUID = "SEG", *2 * [SegmentationStorage]
+    (tmp_path / "masks").mkdir()
+    mask.save_as(tmp_path / "masks" / "mask.dcm")
+    zipped(folder / "masks.zip", tmp_path / "masks")
+    found = {one.path.relative_to(folder).as_posix(): one for one in find_sources([folder], BRAIN)}
+    assert {name: str(one.folder) for name, one in found.items()} == {
+        "more/c/series": "more/c", "a.zip": ".", "more/b.zip": "more",
+    }  # fmt: skip
+    assert found["a.zip"] == find_sources([folder / "a.zip"], BRAIN)[0]
+    assert (read_volume(found["a.zip"].path).data == read_volume(slices).data).all()
+    matching = find_sources([folder], BRAIN, InputOptions(pattern="*.zip"))
+    assert [one.path.name for one in matching] == ["a.zip"]
+    assert {path.relative_to(folder).as_posix() for path in series_below(folder)} == set(found)
+
+
+def test_a_part_of_a_zip_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "d" / "a.zip", series(tmp_path / "s", values()))
+    path.write_bytes(path.read_bytes()[:-50])
+    (source,) = find_sources([tmp_path / "d"], BRAIN)
+    with pytest.raises(InputError, match=r"a\.zip: found an unreadable DICOM series \(no zip, or a part of one\)"):
+        read_volume(source.path)
 
 
 def test_a_slice_that_matches_a_pattern_stands_for_its_series(tmp_path: Path) -> None:
