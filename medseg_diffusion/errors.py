@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -57,6 +57,12 @@ class Stopped(MedsegError):
     """
 
     exit_code = 75
+
+
+def listed(items: Sequence[object], limit: int = 20) -> str:
+    """The items separated by commas; of a long list the first items and the number of the others."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
 
 
 # ---- remarks ---------------------------------------------------------------------------------------------------------

@@ -12,13 +12,12 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from medseg_diffusion.errors import InputError, remarks
+from medseg_diffusion.errors import InputError, listed, remarks
 from medseg_diffusion.volumes.io import read_labels, read_map, read_volume
 from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Case, CaseFolder, find_cases
 from .images import UNLABELLED, Entry, ImageCollection, Kind, is_image_file, mixture, open_image
-from .pairs import listed
 
 
 @dataclass

@@ -27,18 +27,18 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, listed
 from medseg_diffusion.volumes.archives import UNREADABLE, zip_entries
 from medseg_diffusion.volumes.fitting import to_generator_grid
+from medseg_diffusion.volumes.inputs import of_unread_formats
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SAMPLES, SEGMENTATION
-from medseg_diffusion.volumes.paths import SUFFIXES, VOLUME_SUFFIXES, scan_name
+from medseg_diffusion.volumes.paths import SUFFIXES, UNREAD_SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 from medseg_diffusion.volumes.sources import series_below
 
 from .cases import SplitName
 from .file_lists import FileList
-from .pairs import listed
 from .patients import FILE as PATIENTS
 from .patients import patients_of
 
@@ -214,12 +214,10 @@ def _collection(source: Path) -> tuple[ImageCollection, str]:
         groups = _patients(scans) if labelled is None else [_patient(name, labelled) for name in scans]
         entries = tuple(Entry(name, group) for name, group in zip(scans, groups, strict=True))
         return ImageCollection(source, "scans", entries, (), read), prefix
-    raise InputError(
-        source,
-        f"{len(names)} files, none of them an image",
-        f"Tiny ImageNet, or files that end with {', '.join(IMAGE_SUFFIXES)} or {', '.join(VOLUME_SUFFIXES)}",
-        "check the path",
-    )
+    expected = f"Tiny ImageNet, or files that end with {', '.join(IMAGE_SUFFIXES)} or {', '.join(VOLUME_SUFFIXES)}"
+    if unread := [name for name in names if name.lower().endswith(UNREAD_SUFFIXES)]:
+        raise InputError(source, f"no image, but {of_unread_formats(unread)}", expected, "convert them to NIfTI")
+    raise InputError(source, f"{len(names)} files, none of them an image", expected, "check the path")
 
 
 def _is_result(name: str, names: set[str]) -> bool:

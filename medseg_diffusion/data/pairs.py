@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, listed
 from medseg_diffusion.volumes.inputs import scan_files
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.outputs import ANOMALY, MASKS, RESULTS, SEGMENTATION
@@ -252,12 +252,6 @@ def find_foregrounds_beside(maps: Mapping[str, Path]) -> dict[str, Path] | None:
         name: path.with_name(path.name.removesuffix(ending) + ANOMALY["foreground"]) for name, path in maps.items()
     }
     return foregrounds if all(path.is_file() for path in foregrounds.values()) else None
-
-
-def listed(items: Sequence[object], limit: int = 20) -> str:
-    """The items separated by commas; of a long list the first items and the number of the others."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(map(str, items[:limit])) + more
 
 
 def _case_name(name: str) -> str:

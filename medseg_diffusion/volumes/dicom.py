@@ -24,7 +24,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from medseg_diffusion.errors import InputError, quiet_libraries, remark
+from medseg_diffusion.errors import InputError, listed, quiet_libraries, remark
 
 from .archives import zip_entries
 from .modality import BIDS_SUFFIX, DICOM_MODALITY, SeriesChoice, kind_of
@@ -235,8 +235,7 @@ def _images(path: Path) -> list[_File]:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         raise _unreadable(path, f"{damaged[0]}{more}: no complete DICOM image")
     if others:
-        some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        remark(f"{path.name}: left out files that are no DICOM: {some}")
+        remark(f"{path.name}: left out files that are no DICOM: {listed(others, 3)}")
     return files
 
 
@@ -478,8 +477,7 @@ def _volume(path: Path, frames: list[_Frame]) -> list[_Frame]:
         return _stacked(path, frames)  # without localizers, too, they are no volume: the message is about all of them
     if localizers:
         names = list(dict.fromkeys(frame.name for frame in localizers))
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        remark(f"{path.name}: left out localizers: {some}")
+        remark(f"{path.name}: left out localizers: {listed(names, 3)}")
     return stacked
 
 

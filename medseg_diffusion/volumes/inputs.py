@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, listed
 
 from .outputs import RESULTS, SEGMENTATION
-from .paths import SUFFIXES, is_image, is_series, require_file, scan_name
+from .paths import SUFFIXES, UNREAD_SUFFIXES, is_image, is_series, require_file, scan_name
 
 
 def scan_files(folder: Path) -> list[Path]:
@@ -34,6 +34,17 @@ def refuse_lost(paths: Iterable[Path]) -> None:
             "the file itself",
             "fetch it (datalad get, git annex get), or remove the link",
         )
+
+
+def unread_files(folder: Path) -> list[Path]:
+    """The visible files directly in a folder that look like scans in formats that are not read, sorted by name."""
+    named = (path for path in folder.iterdir() if path.name.lower().endswith(UNREAD_SUFFIXES))
+    return sorted(path for path in named if path.is_file() and not path.name.startswith("."))
+
+
+def of_unread_formats(files: Sequence[Path | str]) -> str:
+    """What messages say of files that `unread_files` finds: their number, and the first of them."""
+    return f"{len(files)} file{'s' if len(files) > 1 else ''} in formats that are not read ({listed(files, 3)})"
 
 
 def find_scans(path: Path | str) -> list[Path]:

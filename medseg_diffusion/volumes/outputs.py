@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder
 
-from .paths import SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, scan_name
+from .paths import SUFFIXES, UNREAD_SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, scan_name
 
 Outputs = dict[str, Path]
 """Kind of output -> its file."""
@@ -44,7 +44,7 @@ DICOM_SEGMENTATION = "_seg.dcm"
 """File ending of the segmentation in the format "dicom-seg"."""
 MASKS = tuple(scan_name(ending) for ending in (SEGMENTATION["segmentation"], ANOMALY["mask"]))
 """Endings of the names of masks, without suffix."""
-_OTHER_FORMATS = (".dcm", ".mgz", ".mgh", ".mnc", ".img", ".hdr", ".gz", ".bz2", ".zip", ".npy", ".npz")
+_OTHER_FORMATS = (*UNREAD_SUFFIXES, ".dcm", ".gz", ".bz2", ".zip")
 """Formats that a file given with -o may be meant to have, but does not get."""
 _ENDINGS = (*SEGMENTATION.values(), *ANOMALY.values())
 RESULTS = tuple(scan_name(ending) for ending in _ENDINGS if ending.endswith(VOLUME_SUFFIXES))

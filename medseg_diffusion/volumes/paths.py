@@ -16,6 +16,13 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 """Images without geometry. They are read as volumes of one slice, with a nominal voxel size of 1 mm."""
 SUFFIXES = VOLUME_SUFFIXES + IMAGE_SUFFIXES
+_OTHER_SCANS = (".mgz", ".mgh", ".mnc", ".img", ".hdr", ".nhdr", ".mif", ".rec", ".npy", ".npz")
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+UNREAD_SUFFIXES = (
+    *(suffix + packed for suffix in VOLUME_SUFFIXES for packed in _PACKED if suffix + packed not in VOLUME_SUFFIXES),
+    *(suffix + packed for suffix in _OTHER_SCANS for packed in ("", *_PACKED)),
+)
+"""Formats of scans that are not read."""
 _DICOM = b"DICM"  # bytes 128 to 131 of a DICOM file
 # The first element of a DICOM file without its preamble: group 2 or 8, little endian.
 _BARE_DICOM = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")

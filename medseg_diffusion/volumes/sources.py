@@ -9,14 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.errors import InputError, UsageError, remark
 
-from .inputs import refuse_lost, scan_files
+from .inputs import of_unread_formats, refuse_lost, scan_files, unread_files
 from .io import read_volume, stacked
 from .modality import BIDS_SUFFIX, ModelInput, SeriesChoice
 from .outputs import RESULTS, SEGMENTATION, is_output_file
 from .paths import (
     SUFFIXES,
+    UNREAD_SUFFIXES,
     VOLUME_SUFFIXES,
     folders_below,
     is_dicom,
@@ -119,32 +120,38 @@ def find_sources(paths: Sequence[Path], takes: ModelInput, options: InputOptions
             raise UsageError("--channel names the files of one scan; leave SCAN and --pattern out")
         sources = [_of_channels(options.channels, takes)]
     else:
-        named = [source for path in map(Path, paths) for source in _sources(path, takes, options.pattern)]
+        left_out: list[Path] = []
+        named = [source for path in map(Path, paths) for source in _sources(path, takes, options.pattern, left_out)]
+        if unread := list(dict.fromkeys(left_out)):
+            remark(f"left out {of_unread_formats(unread)}; convert them to NIfTI")
         sources = _cases(dict.fromkeys(named), len(takes.channels))
     if options.series is not None and not any(is_dicom(file) for source in sources for file in source.files):
         raise UsageError("--series chooses one of several DICOM series, but none of the scans is DICOM; leave it out")
     return sources
 
 
-def _sources(path: Path, takes: ModelInput, pattern: str | None, listed: bool = False) -> list[Source]:
+def _sources(
+    path: Path, takes: ModelInput, pattern: str | None, left_out: list[Path], listed: bool = False
+) -> list[Source]:
+    """The scans of one path; ``left_out`` gets the files in formats that are not read."""
     if pattern is not None:
-        return _matching(path, pattern)
+        return _matching(path, pattern, left_out)
     if not listed and path.suffix.lower() == _LIST and path.is_file() and not is_dicom(path):
-        return _listed(path, takes)
+        return _listed(path, takes, left_out)
     if is_dicomdir(path):
-        return _folder(path.parent)
+        return _folder(path.parent, left_out)
     if not path.is_dir():
         require_file(path)
         return [Source(path)]
     if (path / _BIDS).is_file() and any(path.glob("sub-*/")):
         return _bids(path, takes)
-    return _folder(path)
+    return _folder(path, left_out)
 
 
 # ---- lists, patterns and BIDS ----------------------------------------------------------------------------------------
 
 
-def _listed(file: Path, takes: ModelInput) -> list[Source]:
+def _listed(file: Path, takes: ModelInput, left_out: list[Path]) -> list[Source]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -154,7 +161,7 @@ def _listed(file: Path, takes: ModelInput) -> list[Source]:
         if not line or line.startswith("#"):
             continue
         try:
-            listed_here = _sources(file.parent / line, takes, None, listed=True)
+            listed_here = _sources(file.parent / line, takes, None, left_out, listed=True)
         except InputError as error:
             raise InputError(
                 file, f"in line {number}, {line}: {error.found}", error.expected, "correct the line or remove it"
@@ -171,7 +178,7 @@ def _below(path: Path, folder: Path) -> Path:
     return parent.relative_to(base if parent.is_relative_to(base) else parent.anchor)
 
 
-def _matching(folder: Path, pattern: str) -> list[Source]:
+def _matching(folder: Path, pattern: str, left_out: list[Path]) -> list[Source]:
     if not folder.is_dir():
         if not folder.exists():
             require_file(folder)
@@ -191,12 +198,16 @@ def _matching(folder: Path, pattern: str) -> list[Source]:
         for path in visible
         if (is_series(path) if path.is_dir() else path.name.lower().endswith(SUFFIXES) or _is_dicom_file(path))
     ]
+    unread = [path for path in visible if path.name.lower().endswith(UNREAD_SUFFIXES) and path not in paths]
     # A slice stands for its series.
     scans = [
         path.parent if path.suffix.lower() != ".zip" and path.is_file() and is_series(path.parent) else path
         for path in paths
         if not _is_result(path)
     ]
+    if not scans and unread:
+        found = f"no scan that matches {pattern}, but {of_unread_formats([path.name for path in unread])}"
+        raise InputError(folder, found, "scans", "convert them to NIfTI")
     if not scans:
         found = f"only results ({len(paths)} files)" if paths else f"{len(visible)} files, but no scan"
         raise InputError(
@@ -205,6 +216,7 @@ def _matching(folder: Path, pattern: str) -> list[Source]:
             "scans",
             "check the pattern: it is relative to the folder, and **/ stands for any subfolders",
         )
+    left_out += unread
     return [Source(path, folder=path.parent.relative_to(folder) if path != folder else Path()) for path in scans]
 
 
@@ -260,16 +272,20 @@ def _bids_images(folder: Path, kind: str) -> dict[Path, Path]:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _folder(folder: Path) -> list[Source]:
+def _folder(folder: Path, left_out: list[Path]) -> list[Source]:
     """The scans directly in a folder, and all DICOM studies below it."""
     if is_series(folder):
         return [Source(folder)]
     files = scan_files(folder)
     scans = [Source(file) for file in files if not scan_name(file).endswith(RESULTS)]
     scans += _studies(folder)
+    left_out += (unread := unread_files(folder))
     if not scans:
         found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
         remedy = "check the path; --pattern '**/*.nii.gz' reads subfolders, too"
+        if unread:
+            found = f"no scan, but {of_unread_formats([path.name for path in unread])}"
+            remedy = "convert them to NIfTI"
         raise InputError(folder, found, f"files that end with {', '.join(SUFFIXES)}, or DICOM", remedy)
     return scans
 

@@ -11,7 +11,8 @@ from medseg_diffusion.data.image_check import ImageCheck, check_images
 from medseg_diffusion.data.images import Entry, ImageCollection, find_images, images_and_scans
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
-from medseg_diffusion.volumes.paths import is_dicom_zip, is_image, is_series, require_file
+from medseg_diffusion.volumes.inputs import of_unread_formats, unread_files
+from medseg_diffusion.volumes.paths import folders_below, is_dicom_zip, is_image, is_series, require_file
 from medseg_diffusion.volumes.sources import series_below
 
 
@@ -25,7 +26,12 @@ def check(data: str | Path, on_progress: OnProgress = silent) -> ImageCheck:
     Raises:
         InputError: The path holds neither images nor scans.
     """
-    return check_images(_everything(Path(data)), partial(count_of(on_progress), "files"))
+    data = Path(data)
+    report = check_images(_everything(data), partial(count_of(on_progress), "files"))
+    folders = [folder for folder in folders_below(data) if not is_series(folder)]  # slices have any suffix
+    if unread := [file for folder in folders for file in unread_files(folder)]:
+        report.remarks.append(f"left out {of_unread_formats(unread)}; convert them to NIfTI")
+    return report
 
 
 def _everything(data: Path) -> ImageCollection:

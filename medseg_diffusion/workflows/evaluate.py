@@ -18,11 +18,10 @@ from medseg_diffusion.data.pairs import (
     find_foregrounds_beside,
     find_pairs,
     find_rater,
-    listed,
 )
 from medseg_diffusion.data.patients import read_patients
 from medseg_diffusion.data.strata import read_strata
-from medseg_diffusion.errors import InputError, UsageError, remark, remarks
+from medseg_diffusion.errors import InputError, UsageError, listed, remark, remarks
 from medseg_diffusion.files import as_paths, require_folder, write_files
 from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM, MeasureOptions
 from medseg_diffusion.metrics.comparison import Comparison, compare

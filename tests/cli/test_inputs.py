@@ -129,6 +129,16 @@ def test_a_folder_of_dicom_zips_is_segmented_and_checked(tiny_model: Path, tmp_p
     assert (checked["all files"], checked["problems"]) == (2, 0)
 
 
+def test_scans_that_are_left_out_are_said_in_one_warning(tiny_model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "a.nii.gz")
+    (tmp_path / "b.mgz").touch()
+    result = medseg("segment", tmp_path, "-m", tiny_model, "-o", tmp_path / "out", "--device", "cpu", "--json")
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 1
+    (line,) = [line for line in error_lines(result) if "left out" in line]
+    named = f"({tmp_path}/b.mgz); convert them to NIfTI"
+    assert line == f"medseg: warning: left out 1 file in formats that are not read {named}"
+
+
 def test_anomaly_reads_folders_by_pattern(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -15,9 +15,8 @@ from medseg_diffusion.data.pairs import (
     find_masks,
     find_pairs,
     find_rater,
-    listed,
 )
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, listed
 from tests.helpers.masks import box, save
 
 

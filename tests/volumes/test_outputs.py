@@ -60,7 +60,7 @@ def test_the_format_that_is_recommended_is_written(suffix: str) -> None:
     ):
         if (outputs, scan, suffix) == (segmentation_outputs, "scan.png", ".png"):
             continue
-        with pytest.raises(UsageError, match=r"of scan\.(nii\.gz|png) is not written as \.\w+; use ") as caught:
+        with pytest.raises(UsageError, match=r"of scan\.(nii\.gz|png) is not written as \.\S+; use ") as caught:
             outputs(Path(scan), Path(f"out{suffix}"), 1)
         for recommended in str(caught.value).rpartition("; use ")[2].split(" or "):
             assert Path(f"out{recommended}") in outputs(Path(scan), Path(f"out{recommended}"), 1).values()

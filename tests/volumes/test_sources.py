@@ -223,6 +223,37 @@ def test_a_case_without_all_channels_names_them(tmp_path: Path) -> None:
         read_source(source, three)
 
 
+# ---- formats that are not read ---------------------------------------------------------------------------------------
+
+
+def test_scans_in_formats_that_are_not_read_are_named_once_for_the_call(tmp_path: Path) -> None:
+    """In folders, in those of a list, and under a pattern; what describes a scan is none."""
+    touch(tmp_path / "a", "a.nii.gz", "b.mgz", "c.hdr", "c.img", ".d.mgz", "e_seg.nii.gz")
+    touch(tmp_path / "a", "a.json", "a.bval", "a.bvec", "a.csv", "a.tsv", "README", "a.txt", "a.raw", "t.gz")
+    touch(tmp_path / "b", "x.nii.bz2", "x.nii", "deeper/y.mnc")
+    (tmp_path / "list.txt").write_text("b\n")
+    with pytest.warns(UserWarning) as said:
+        sources = find_sources([tmp_path / "a", tmp_path / "list.txt", tmp_path / "b"], T1)
+    assert files(sources, tmp_path) == ["a/a.nii.gz", "b/x.nii"]
+    first = ", ".join(str(tmp_path / "a" / name) for name in ("b.mgz", "c.hdr", "c.img"))
+    assert [str(one.message) for one in said] == [
+        f"left out 4 files in formats that are not read ({first} and 1 more); convert them to NIfTI"
+    ]
+    with pytest.warns(UserWarning, match=r"left out 1 file in formats that are not read \(\S+/b/x\.nii\.bz2\)"):
+        assert files(find(tmp_path, pattern="b/x.*"), tmp_path) == ["b/x.nii"]
+
+
+@pytest.mark.parametrize("pattern", [None, "*"])
+def test_a_folder_of_formats_that_are_not_read_says_what_to_do(tmp_path: Path, pattern: str | None) -> None:
+    touch(tmp_path, *[f"{name}.npy" for name in "abcd"], "a_seg.nii.gz", "a.json")
+    with pytest.raises(
+        InputError,
+        match=r"found no scan.*, but 4 files in formats that are not read \(a\.npy, b\.npy, c\.npy and 1 more\); .*; "
+        "convert them to NIfTI$",
+    ):
+        find(tmp_path, pattern=pattern)
+
+
 def test_the_choice_of_a_series_needs_dicom(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz")
     with pytest.raises(

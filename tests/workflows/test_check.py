@@ -163,6 +163,20 @@ def test_previews_of_scans_are_no_images(tmp_path: Path) -> None:
     assert (report.kind, report.parts, report.broken) == ("scans", {"all": 1}, [])
 
 
+def test_scans_in_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """A folder of nothing else is refused with the remedy. Slices of a series may have any suffix."""
+    (tmp_path / "p1").mkdir()
+    (tmp_path / "p1" / "b.mgz").touch()
+    with pytest.raises(InputError, match=r"found no image, but 1 file in .* \(p1/b\.mgz\); .*; convert them to NIfTI$"):
+        check(tmp_path)
+    save(tmp_path / "a.nii.gz", np.random.default_rng(0).random((6, 7, 8)).astype(np.float32))
+    for path in series(tmp_path / "s", values()).iterdir():
+        path.rename(path.with_suffix(".img"))
+    report = check(tmp_path)
+    left_out = f"left out 1 file in formats that are not read ({tmp_path}/p1/b.mgz); convert them to NIfTI"
+    assert (report.broken, report.remarks) == ([], [left_out])
+
+
 def test_one_picture_is_opened_as_segment_would(tmp_path: Path) -> None:
     Image.new("L", (8, 9)).save(tmp_path / "picture.png")
     report = check(tmp_path / "picture.png")
