@@ -29,7 +29,8 @@ from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import Bounds, SplitName, split_of_patients
 from .file_lists import FileList
-from .images import PLAIN, ImageCollection, Pixels, find_images
+from .image_files import PLAIN, Pixels
+from .images import ImageCollection, find_images
 
 VERSION = 5
 """Version of the packed content. After a change of it, collections are packed again."""

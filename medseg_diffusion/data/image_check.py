@@ -17,7 +17,8 @@ from medseg_diffusion.volumes.io import read_labels, read_map, read_volume
 from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Case, CaseFolder, find_cases
-from .images import UNLABELLED, Entry, ImageCollection, Kind, is_image_file, mixture, open_image
+from .image_files import open_image
+from .images import UNLABELLED, Entry, ImageCollection, Kind, is_image_file, mixture
 
 
 @dataclass

@@ -14,7 +14,6 @@ labelsTr/, images/ beside labels/ or masks/) only the images are used. They are 
 
 from __future__ import annotations
 
-import io
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +21,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 from medseg_diffusion.errors import InputError, listed
 from medseg_diffusion.volumes.archives import UNREADABLE, zip_entries
-from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.inputs import of_unread_formats
-from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.outputs import MASK_OF_IMAGE, RESULTS, SAMPLES, SEGMENTATION
 from medseg_diffusion.volumes.paths import SUFFIXES, UNREAD_SUFFIXES, VOLUME_SUFFIXES, scan_name
 from medseg_diffusion.volumes.preprocessing import Preprocessing
@@ -39,18 +31,14 @@ from medseg_diffusion.volumes.sources import series_below
 
 from .cases import SplitName
 from .file_lists import FileList
+from .image_files import PLAIN, Pixels, open_image, pixels_of_image, pixels_of_scan
 from .patients import FILE as PATIENTS
 from .patients import patients_of
 
 Kind = Literal["tiny-imagenet", "images", "scans", "images and scans"]
-Pixels = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-FOREGROUND_SHARE = 0.1
-"""Smallest share of a slice that must be brighter than the scan's darkest level. Emptier slices are left out."""
 UNLABELLED = -1
-PLAIN = Preprocessing()
-"""Default preprocessing of scans: RAS, the original voxel size, intensities scaled by percentiles."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +95,11 @@ class ImageCollection:
             InputError: a broken file, levels that are not integers of 8 or 16 bits, or three sides for an image.
         """
         if self.kind == "scans":
-            return _scan(self.source / entry.name, size, channels, preprocessing)
+            return pixels_of_scan(self.source / entry.name, size, channels, preprocessing)
         if len(size) != 2:
             raise InputError(self.source, "images", "scans, for data.size of three sides", "give data.size one number")
         with open_image(self.source, entry.name, self.read(entry.name)) as image:
-            return np.asarray(_cropped_and_resized(image, size[0], channels)).reshape(1, *size, channels)
+            return pixels_of_image(image, size[0], channels)
 
 
 def find_images(source: Path | FileList) -> ImageCollection:
@@ -364,73 +352,4 @@ def _images(source: Path, names: Sequence[str], read: Callable[[str], bytes]) ->
     return ImageCollection(source, "images", tuple(entries), tuple(classes), read)
 
 
-def open_image(source: Path, name: str, content: bytes) -> Image.Image:
-    """The image with all pixels decoded, because Pillow reports a truncated file only then.
-
-    Args:
-        source: the collection, for messages.
-        name: the entry, for messages.
-        content: content of the file.
-
-    Raises:
-        InputError: a broken image, or levels that are not integers of 8 or 16 bits.
-    """
-    try:
-        stored = Image.open(io.BytesIO(content))
-        stored.load()
-        # As every viewer and `volumes.raster` do; a turned photograph would be another image to a segmenter.
-        image = ImageOps.exif_transpose(stored)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{source}/{name}",
-            f"a broken image ({error})",
-            "a whole image",
-            f"replace it, or {_SKIP}",
-        ) from error
-    levels = np.asarray(image) if image.mode == "I" else np.zeros(1)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise InputError(
-            f"{source}/{name}",
-            f"levels that no 16 bits hold (mode {image.mode})",
-            "whole levels of 8 or 16 bits",
-            f"convert it, or {_SKIP}",
-        )
-    return image
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of mode I or I;16 as mode L, with 65535 as 255. Pillow's own conversion clips at 255.
-
-    Mode I does not tell the depth. It counts as 8 bits if no level is above 255, except for a PNG: older versions of
-    Pillow read 16-bit PNGs in this mode.
-    """
-    levels = np.asarray(image).astype(np.int64)
-    deep = image.mode != "I" or image.format == "PNG" or levels.max() > 255
-    return Image.fromarray(((levels + 128) // 257 if deep else levels).astype(np.uint8))
-
-
-def _cropped_and_resized(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """The central square of an image, ``size`` pixels wide, as greyscale (1 channel) or RGB (3 channels)."""
-    image = (_eight_bits(image) if image.mode.startswith("I") else image).convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
-    if image.size != (size, size):
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((size, size), Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BICUBIC,
-                             box=(left, top, left + side, top + side))  # fmt: skip
-    return image
-
-
-def _scan(file: Path, size: Sequence[int], channels: int, preprocessing: Preprocessing) -> Pixels:
-    """The slices of a scan that are not empty, or the whole scan, with intensities -1..1 as 0..255."""
-    volume, _ = preprocessing.apply(read_volume(file))
-    volume = volume.clamp(-1, 1)
-    images = volume[None] if len(size) == 3 else volume.movedim(-1, 0)
-    if len(size) == 2:
-        visible = (images > -0.9).flatten(1).float().mean(1) >= FOREGROUND_SHARE
-        images = images[visible]
-    levels = ((to_generator_grid(images, size) + 1) * 127.5).round().to(torch.uint8)
-    return levels.movedim(1, -1).expand(*levels.shape[:1], *size, channels).numpy()
-
-
 _REPAIR = "download the official archive again"
-_SKIP = "leave it out with --skip-broken of train-generator or evaluate-generator"

@@ -22,7 +22,7 @@ from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 
 from .cases import Bounds, Case, CaseFolder, split_of_patients
 from .image_cache import VERSION, PackedImages, Row, open_packed, to_levels, write_packed
-from .images import FOREGROUND_SHARE
+from .image_files import FOREGROUND_SHARE
 from .mask_examples import CaseFormat, read_case_image, read_case_labels, require_slices
 
 MOST_CLASSES = 255
