@@ -241,6 +241,17 @@ def test_an_empty_mask_is_said_and_is_not_usual(tiny_model: Path, tmp_path: Path
     assert any("nothing was found: the mask is empty" in line for line in result.warnings)
 
 
+def test_an_empty_mask_of_members_that_are_not_says_so() -> None:
+    """Where most readers mark nothing, most members do; "nothing was found" would hide the others."""
+    from medseg_diffusion.workflows.finished import doubts_about
+
+    (line,) = doubts_about({"nodule": 0.0}, {"nodule": (0.0, 0.2)}, None, "").values()
+    assert "sampled masks are not" in line and "nothing was found" not in line
+    (line,) = doubts_about({"nodule": 0.0}, {"nodule": (0.0, 0.0)}, None, "").values()
+    assert "nothing was found" in line
+    assert doubts_about({"nodule": 0.1}, {"nodule": (0.0, 0.2)}, None, "") == {}
+
+
 # ---- outputs ---------------------------------------------------------------------------------------------------------
 
 

@@ -161,7 +161,9 @@ class Segmenter(Model):
             warnings=(
                 *said,
                 *model.notes,
-                *doubts_about(segmentation.volumes_ml, segmentation.quality, segmentation.unlike_training).values(),
+                *doubts_about(
+                    segmentation.volumes_ml, segmentation.members_ml, segmentation.quality, segmentation.unlike_training
+                ).values(),
             ),
         )
 

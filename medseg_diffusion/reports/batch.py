@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,3 +128,25 @@ def common_remarks(scans: Sequence[ScanOfBatch]) -> list[str]:
 def millilitres(volume: float) -> str:
     """Three decimals for small structures, fewer for large ones: about four significant digits."""
     return format_number(volume, 3 if abs(volume) < 10 else 2 if abs(volume) < 100 else 1)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How a page and the command line show the size of a class.
+
+    Attributes:
+        quantity: "volume" or "area".
+        unit: Its unit.
+        per_ml: So many of that unit are one millilitre.
+        text: A volume in ml -> its number in that unit.
+    """
+
+    quantity: str
+    unit: str
+    per_ml: float
+    text: Callable[[float], str]
+
+
+VOLUME = Size("volume", "ml", 1.0, millilitres)
+AREA = Size("area", "pixels", 1000.0, lambda volume_ml: f"{1000 * volume_ml:.0f}")
+"""Of image files, which have no pixel size: a nominal voxel of 1 mm stands for a pixel, and is 0.001 ml."""

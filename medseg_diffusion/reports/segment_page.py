@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from medseg_diffusion.volumes.paths import is_image
 
-from .batch import FENCE, OUTLIERS_FROM, ScanOfBatch, common_remarks, millilitres, outliers, overview, rank
+from .batch import AREA, FENCE, OUTLIERS_FROM, VOLUME, ScanOfBatch, Size, common_remarks, outliers, overview, rank
 from .page import INK, LINE, Cell, Row, Table, number, render, rules_table, svg
 from .viewer import Viewer
 
@@ -36,6 +36,11 @@ class SegmentedScan(ScanOfBatch):
     members_ml: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     level: float | None = None
     quality: str | None = None
+
+    @property
+    def size(self) -> Size:
+        """Pixels for an image file, millilitres for all others."""
+        return AREA if is_image(self.files.get("scan", ("", ""))[0]) else VOLUME
 
 
 def with_outliers(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> list[SegmentedScan]:
@@ -75,6 +80,7 @@ def segment_page(
         date: Date and time; None takes the present.
     """
     common = common_remarks(scans)
+    size = _size(scans)
     cards = [replace(scan, remarks=[text for text in scan.remarks if text not in common]) for scan in scans]
     return render(
         "segment_report.html.j2",
@@ -89,10 +95,16 @@ def segment_page(
         left_out=max(0, len(classes) - MOST_CLASSES),
         most=MOST_CLASSES,
         plot=_plot(scans, classes),
+        sizes=f"{size.quantity}s".capitalize(),
         unlike=_unlike(scans, list(classes)),
         outliers_from=OUTLIERS_FROM,
         viewer=viewer,
     )
+
+
+def _size(scans: Sequence[SegmentedScan]) -> Size:
+    """The size of the scans of a page: a call has either image files or volumes."""
+    return scans[0].size if scans else VOLUME
 
 
 def _facts(scans: Sequence[SegmentedScan]) -> dict[str, str]:
@@ -112,7 +124,7 @@ def _facts(scans: Sequence[SegmentedScan]) -> dict[str, str]:
 def _overview(scans: Sequence[SegmentedScan], classes: Sequence[str], viewer: Viewer | None) -> Table:
     shown = classes[:MOST_CLASSES]
     has_quality = any(scan.quality for scan in scans)
-    columns = [*(f"{name}, ml" for name in shown), *(["Quality"] if has_quality else []), "Seconds"]
+    columns = [*(f"{name}, {_size(scans).unit}" for name in shown), *(["Quality"] if has_quality else []), "Seconds"]
     cells = [
         [
             *(_volume(scan, name) for name in shown),
@@ -128,20 +140,21 @@ def _volume(scan: SegmentedScan, name: str) -> Cell:
     volume = scan.volumes_ml.get(name)
     if volume is None:
         return number(None)
-    return Cell(millilitres(volume), volume, _range(scan.intervals_ml.get(name)))
+    return Cell(scan.size.text(volume), volume, _range(scan, scan.intervals_ml.get(name)))
 
 
 def _details(scan: SegmentedScan, place: int, classes: Mapping[str, str]) -> dict[str, object]:
     """What the template shows of one scan."""
     level = "" if scan.level is None else f"{100 * scan.level:.0f} % interval"
-    columns = ["Class", "Volume, ml", *([level] if level else []), *(["Sampled masks"] if scan.members_ml else [])]
+    heading = f"{scan.size.quantity.capitalize()}, {scan.size.unit}"
+    columns = ["Class", heading, *([level] if level else []), *(["Sampled masks"] if scan.members_ml else [])]
     rows = [
         Row(
             [
                 Cell(name, colour=colour),
-                Cell(millilitres(scan.volumes_ml[name]), scan.volumes_ml[name]),
-                *([Cell(_range(scan.intervals_ml.get(name)) or "\u2013")] if level else []),
-                *([Cell(_range(scan.members_ml.get(name)) or "\u2013")] if scan.members_ml else []),
+                Cell(scan.size.text(scan.volumes_ml[name]), scan.volumes_ml[name]),
+                *([Cell(_range(scan, scan.intervals_ml.get(name)) or "\u2013")] if level else []),
+                *([Cell(_range(scan, scan.members_ml.get(name)) or "\u2013")] if scan.members_ml else []),
             ]
         )
         for name, colour in classes.items()
@@ -152,7 +165,7 @@ def _details(scan: SegmentedScan, place: int, classes: Mapping[str, str]) -> dic
     return {
         "scan": scan,
         "id": f"scan-{place}",
-        "table": Table(f"Volumes of {scan.name}", columns, rows) if rows else None,
+        "table": Table(f"{scan.size.quantity.capitalize()}s of {scan.name}", columns, rows) if rows else None,
         "numbers": {name: value for name, value in numbers.items() if value},
     }
 
@@ -162,9 +175,10 @@ def _unlike(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> list[str]
     sentences = []
     for name in classes:
         values = [scan.volumes_ml.get(name, math.nan) for scan in scans]
-        median = millilitres(float(np.nanmedian(values))) if np.isfinite(values).any() else ""
+        size = _size(scans)
+        median = size.text(float(np.nanmedian(values))) if np.isfinite(values).any() else ""
         sentences += [
-            f"{scan.name}: {name} {millilitres(value)} ml (median of the scans {median} ml)"
+            f"{scan.name}: {name} {size.text(value)} {size.unit} (median of the scans {median} {size.unit})"
             for scan, value, is_unlike in zip(scans, values, outliers(values), strict=True)
             if is_unlike
         ]
@@ -189,16 +203,17 @@ def _plot(scans: Sequence[SegmentedScan], classes: Mapping[str, str]) -> Markup 
 
     from .slices import plain, shortened
 
+    size = _size(scans)
     figure = Figure(figsize=(7.2, 0.95 * len(rows) + 0.25), layout="constrained")
     for axes, (colour, name, points) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
-        values = np.array([value for _, value in points])
+        values = size.per_ml * np.array([value for _, value in points])
         q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75])
         axes.barh(0, q3 - q1, left=q1, height=0.9, color=to_rgba(colour, 0.22))
         axes.vlines(median, -0.45, 0.45, color=INK, linewidth=2)
         # The scatter across the row is fixed, so that the same numbers give the same page.
         across = ((np.arange(len(values)) * 0.618034) % 1.0 - 0.5) * 0.6
         axes.scatter(values, across, s=18, color=to_rgba(colour, 0.9), edgecolors=INK, linewidths=0.5, zorder=3)
-        for (scan, value), y, is_unlike in zip(points, across, outliers(values.tolist()), strict=True):
+        for (scan, _), value, y, is_unlike in zip(points, values, across, outliers(values.tolist()), strict=True):
             if is_unlike:
                 left = value < median
                 axes.annotate(
@@ -212,24 +227,26 @@ def _plot(scans: Sequence[SegmentedScan], classes: Mapping[str, str]) -> Markup 
         axes.set_axisbelow(True)
         axes.tick_params(length=0, colors=INK)
         axes.spines[:].set_visible(False)
-    axes.set_xlabel("volume, ml", color=INK)
-    return svg(figure, "Volumes of every scan, one row per class")
+    axes.set_xlabel(f"{size.quantity}, {size.unit}", color=INK)
+    return svg(figure, f"{size.quantity.capitalize()}s of every scan, one row per class")
 
 
 def _rules(scans: Sequence[SegmentedScan]) -> dict[str, str]:
-    rules = {"Volume": "Number of the voxels of the class in the mask, times the size of a voxel."}
-    if any(is_image(scan.files["scan"][0]) for scan in scans if "scan" in scan.files):
-        rules["Image files"] = "They have no voxel size: 1 mm stands in its place, so that 1000 pixels are 1 ml."
+    size = _size(scans)
+    if size is AREA:
+        rules = {"Area": "Number of the pixels of the class in the mask. Image files have no pixel size."}
+    else:
+        rules = {"Volume": "Number of the voxels of the class in the mask, times the size of a voxel."}
     levels = sorted({scan.level for scan in scans if scan.level is not None})
     if levels:
         level = " or ".join(f"{100 * level:.0f} %" for level in levels)
         rules["Interval"] = (
             f"From the errors on the model's calibration cases: in {level} of patients like these it contains the "
-            "volume of the reference."
+            f"{size.quantity} of the reference."
         )
     if any(scan.members_ml for scan in scans):
         rules["Sampled masks"] = (
-            "Smallest and largest volume in the ensemble. They show the model's own spread, not its error."
+            f"Smallest and largest {size.quantity} in the ensemble. They show the model's own spread, not its error."
         )
     if any(scan.quality for scan in scans):
         rules["Quality"] = (
@@ -238,14 +255,15 @@ def _rules(scans: Sequence[SegmentedScan]) -> dict[str, str]:
             "\u201cusual\u201d. The flags and remarks tell which."
         )
     if len(scans) >= OUTLIERS_FROM:
+        article = "An" if size is AREA else "A"
         rules["Outlier"] = (
-            f"A volume more than {FENCE:g} times the quartiles' distance below the first or above the third quartile "
-            f"of the scans on this page (Tukey's outer fences); from {OUTLIERS_FROM} scans on."
+            f"{article} {size.quantity} more than {FENCE:g} times the quartiles' distance below the first or above the "
+            f"third quartile of the scans on this page (Tukey's outer fences); from {OUTLIERS_FROM} scans on."
         )
     if any(scan.status == "skipped" for scan in scans):
         rules["Finished earlier"] = (
-            "Volumes are counted in the mask that an earlier call has written. Interval, quality and time are from the "
-            "scan's statistics or from the earlier table, if these are of the same volumes."
+            f"{size.quantity.capitalize()}s are counted in the mask that an earlier call has written. Interval, "
+            "quality and time are from the scan's statistics or from the earlier table, if these are of the same sizes."
         )
     return rules
 
@@ -254,5 +272,5 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _range(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f"{millilitres(ends[0])} to {millilitres(ends[1])}"
+def _range(scan: SegmentedScan, ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{scan.size.text(ends[0])} to {scan.size.text(ends[1])}"

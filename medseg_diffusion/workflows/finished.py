@@ -28,6 +28,7 @@ from .scans import ScanResult
 VOLUME, LOW, HIGH = "_volume_ml", "_interval_low_ml", "_interval_high_ml"
 """Endings of the columns of a class in the table of volumes, after its name."""
 EMPTY = "nothing was found: the mask is empty; check the scan and whether the model is for it"
+MOSTLY_EMPTY = "the mask is empty, but sampled masks are not; look at them with --save-members"
 DISAGREE = "the sampled masks agree less than is usual for this model; check the result"
 
 
@@ -62,13 +63,18 @@ def finished_segmentation(scan: Path, files: Outputs, names: Mapping[int, str], 
         warning = f"the finished mask cannot be read: {' '.join(str(error).split())}"
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
     known = _from_row(row, volumes) | _from_statistics(files["statistics"], volumes)
-    doubts = doubts_about(volumes, known.get("quality"), known.pop("unlike_training", ""))
+    doubts = doubts_about(volumes, known.get("members_ml", {}), known.get("quality"), known.pop("unlike_training", ""))
     known["warnings"] = tuple(dict.fromkeys((*known.get("warnings", ()), *doubts.values())))
     known["flags"] = (*doubts, *known.get("flags", ()))
     return ScanResult(scan, "skipped", outputs, volumes_ml=volumes, **known)
 
 
-def doubts_about(volumes_ml: Mapping[str, float], quality: str | None, unlike_training: str) -> dict[str, str]:
+def doubts_about(
+    volumes_ml: Mapping[str, float],
+    members_ml: Mapping[str, tuple[float, float]],
+    quality: str | None,
+    unlike_training: str,
+) -> dict[str, str]:
     """Reasons to look at a segmentation: flag -> warning.
 
     How far members agree is only known for scans like those of the calibration, so it is no reason beside a scan
@@ -76,7 +82,8 @@ def doubts_about(volumes_ml: Mapping[str, float], quality: str | None, unlike_tr
     """
     unlike = {"unlike training": unlike_training} if unlike_training else {}
     if not any(volumes_ml.values()):
-        return {"empty mask": EMPTY, **unlike}
+        sampled = any(largest > 0 for _, largest in members_ml.values())
+        return {"empty mask": MOSTLY_EMPTY if sampled else EMPTY, **unlike}
     return {"members disagree": DISAGREE} if quality == "check" and not unlike else unlike
 
 

@@ -303,7 +303,9 @@ def _write_results(
         written["statistics"] = scan.outputs["statistics"]
     written |= label_files.write(scan.outputs["label-table"])
     segmented.write_mask(segmentation.labels)
-    doubts = doubts_about(segmentation.volumes_ml, segmentation.quality, segmentation.unlike_training)
+    doubts = doubts_about(
+        segmentation.volumes_ml, segmentation.members_ml, segmentation.quality, segmentation.unlike_training
+    )
     return ScanResult(
         scan.path,
         "done",

@@ -70,15 +70,15 @@ class SegmentReport(BatchReport):
 def chosen(scans: Sequence[SegmentedScan]) -> list[tuple[str, str]]:
     """The names of at most `MOST_VIEWED` scans for the viewer, each with the reason.
 
-    Flagged scans come first, then those with the smallest, median and largest volume of all classes together, then the
-    others, in their order.
+    Flagged scans come first, then those with the smallest, median and largest size of all classes together, then
+    the others, in their order.
     """
     segmented = [scan for scan in scans if scan.volumes_ml]
     reasons = {scan.name: ", ".join(scan.flags) for scan in segmented if scan.flags}
     by_volume = sorted(segmented, key=lambda scan: sum(scan.volumes_ml.values()))
     if len(by_volume) > 2:
-        for place, reason in ((0, "smallest volume"), (len(by_volume) // 2, "median volume"), (-1, "largest volume")):
-            reasons.setdefault(by_volume[place].name, reason)
+        for place, rank in ((0, "smallest"), (len(by_volume) // 2, "median"), (-1, "largest")):
+            reasons.setdefault(by_volume[place].name, f"{rank} {by_volume[place].size.quantity}")
     for scan in segmented:
         reasons.setdefault(scan.name, "")
     return list(reasons.items())[:MOST_VIEWED]

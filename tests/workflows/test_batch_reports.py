@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from dataclasses import replace
@@ -36,6 +37,11 @@ def overview(page: str) -> dict[str, list[str]]:
         cells = [unescape(re.sub(r"<[^>]*>", " ", cell)).split() for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)]
         found[cells[0][0]] = [" ".join(cell) for cell in cells]
     return found
+
+
+def without_scripts(page: Path) -> str:
+    """The text of a page without its viewer's code."""
+    return re.sub(r"<(script|style).*?</\1>", "", page.read_text(), flags=re.DOTALL)
 
 
 def viewed(page: str) -> list[str]:
@@ -183,9 +189,24 @@ def test_dicom_and_images_have_pictures(tmp_path: Path, tiny_model: Path, flat_m
     page = tmp_path / "page.html"
     run([series(tmp_path / "in" / "scan")], tiny_model, output=tmp_path / "a", output_format="dicom-seg", report=page)
     assert 'id="viewer"' in page.read_text()
-    assert "1000 pixels are 1 ml" not in page.read_text()
+    assert "Volume, ml" in page.read_text() and "Area" not in without_scripts(page)
     run([save_image(tmp_path / "picture.png")], flat_model, report=page)
-    assert 'id="viewer"' in page.read_text() and "1000 pixels are 1 ml" in page.read_text()
+    assert 'id="viewer"' in page.read_text()
+
+
+def test_sizes_in_images_are_areas_in_pixels(tmp_path: Path, flat_model: Path) -> None:
+    """Image files have no pixel size, so that millilitres would be made up; six of them have a plot, too."""
+    page = tmp_path / "page.html"
+    images = [save_image(tmp_path / "in" / f"{i}.png") for i in range(6)]
+    done = medseg("segment", *images, "-m", flat_model, "-o", tmp_path / "out", "--report", page, "--verbose")
+    assert done.exit_code == 0, done.output
+    text = without_scripts(page)
+    assert "Area, pixels" in text and "Areas over the scans" in text and "smallest area" in text
+    assert " ml" not in text and "olume" not in text
+    with (tmp_path / "out" / "volumes.csv").open() as table:
+        row = next(csv.DictReader(table))
+    name, volume = next((key.removesuffix("_volume_ml"), value) for key, value in row.items() if "_volume_ml" in key)
+    assert f"  {name}: {1000 * float(volume):.0f} pixels" in done.output and " ml" not in done.output
 
 
 @pytest.fixture
