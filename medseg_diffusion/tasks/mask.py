@@ -278,9 +278,22 @@ class FeedForward(nn.Module):
         return one_hot(torch.stack(members).flatten(0, 1), count).unflatten(0, (len(image), -1)).to(image)
 
 
-def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Soft Dice of the foreground classes over the batch, plus cross-entropy: logits (B, K, *S), labels (B, *S)."""
-    from monai.losses import DiceCELoss
+_SMOOTH = 1e-5
+"""Makes the Dice of a class that is neither there nor predicted 1; MONAI's value."""
 
-    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-    return loss(logits.float(), labels[:, None])
+
+def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Soft Dice of the foreground classes over the batch, plus cross-entropy: logits (B, K, *S), labels (B, *S).
+
+    The value of MONAI's DiceCELoss without a mask of each class, which takes a tenth of the training step of a brain
+    model of 31 classes.
+    """
+    log_probabilities = logits.float().log_softmax(dim=1)
+    of_label = log_probabilities.gather(1, labels[:, None]).flatten()
+    # index_add adds one voxel after the other: a million of them need float64.
+    zeros = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+    overlap = zeros.index_add(0, labels.flatten(), of_label.exp().double())
+    predicted = log_probabilities.exp().sum(dim=[0, *range(2, logits.ndim)])
+    sizes = predicted + torch.bincount(labels.flatten(), minlength=logits.shape[1])
+    dice = (2 * overlap + _SMOOTH) / (sizes + _SMOOTH)
+    return 1 - dice[1:].mean().float() - of_label.mean()

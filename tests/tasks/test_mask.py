@@ -170,6 +170,7 @@ def tiny(method: str, dims: int, **diffusion: object) -> SegmenterConfig:
     )
 
 
+@torch.enable_grad()
 def overfit(config: SegmenterConfig, num_classes: int, steps: int) -> tuple[nn.Module, list[float], Batch]:
     """The model after so many steps on one batch, and its loss with fixed times and noise before and after."""
     torch.manual_seed(0)
@@ -430,6 +431,24 @@ def test_the_segmentation_loss_by_hand() -> None:
     torch.testing.assert_close(dice_ce(logits, labels), 1 - overlap + entropy)
     certain = 50 * torch.stack([1 - truth, truth], dim=1)
     torch.testing.assert_close(dice_ce(certain, labels), torch.tensor(0.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((2, 7, 5), 3), ((1, 12, 11, 10), 6)])
+def test_the_segmentation_loss_is_that_of_monai(shape: tuple[int, ...], classes: int) -> None:
+    """Values and gradients, also with a class that is neither there nor likely."""
+    from monai.losses import DiceCELoss
+
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(classes - 1, shape, generator=generator)
+    logits = 3 * torch.randn(shape[0], classes, *shape[1:], generator=generator)
+    logits[:, -1] -= 200
+    logits.requires_grad_()
+    other = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)(logits, labels[:, None])
+    own = dice_ce(logits, labels)
+    torch.testing.assert_close(own, other)
+    expected, found = (torch.autograd.grad(loss, logits)[0] for loss in (other, own))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    assert expected.abs().max() > 1e-4
 
 
 def test_a_segmentation_loss_needs_a_classifying_head() -> None:
