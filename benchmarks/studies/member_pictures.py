@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.paths import is_image
 
 MEMBERS = 5
 COLOURS = ("#ffb000", "#00b4d8", "#e05780")
@@ -34,13 +35,14 @@ def main() -> None:
     parser.add_argument("--axis", type=int, default=1)
     parser.add_argument("--names", nargs="*", default=[])
     options = parser.parse_args()
-    scan, reference = read_volume(options.scan), read_labels(options.reference).data[0].numpy()
+    scan, reference = read_volume(options.scan, channels=None), read_labels(options.reference).data[0].numpy()
     position = int((reference > 0).sum(tuple({0, 1, 2} - {options.axis})).argmax())
 
     def across(array: NDArray[np.generic]) -> NDArray[np.generic]:
-        return np.rot90(array.take(position, options.axis))
+        plane: NDArray[np.generic] = np.asarray(array.take(position, options.axis))
+        return plane.T if is_image(options.scan) else np.rot90(plane)  # the second axis of image files points down
 
-    image = across(scan.data[0].numpy())
+    image = across(scan.data.mean(0).numpy())
     titles = ["reference", *(f"member {i + 1}" for i in range(MEMBERS)), "final mask"]
     names = options.names or [Path(model).name for model in options.models]
     height, width = image.shape
@@ -51,11 +53,13 @@ def main() -> None:
     for row, model_name, name in zip(axes, options.models, names, strict=True):
         model = load_segmenter(model_name, "cpu")
         found = model.segment(scan, derive_seed(0, options.scan.name))
-        masks = [reference]
+        masks: list[NDArray[np.generic] | None] = [reference, *[None] * MEMBERS, found.labels.numpy()]
         if model.samples_masks:
-            masks += list(model.aggregation.members_on_scan(found).numpy()[:MEMBERS])
-        masks += [0 * reference] * (1 + MEMBERS - len(masks)) + [found.labels.numpy()]
+            masks[1:-1] = model.aggregation.members_on_scan(found).numpy()[:MEMBERS]
         for panel, mask in zip(row, masks, strict=True):
+            if mask is None:
+                panel.axis("off")
+                continue
             panel.imshow(image, cmap="gray")
             for value, colour in zip(range(1, reference.max() + 1), COLOURS, strict=False):
                 if (across(mask) == value).any():
