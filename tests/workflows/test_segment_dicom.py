@@ -132,7 +132,7 @@ def test_presets_and_shipped_models_agree() -> None:
     for preset, name in (
         ("ensemdiff-brain-tissue-small", "brain-tissue-t1"),
         ("baseline-hippocampus-small", "hippocampus-t1"),
-        ("ensemdiff-lung-nodule-small", "lung-nodule-ct"),
+        ("medsegdiff-lung-nodule-small", "lung-nodule-ct"),
     ):
         assert load_config(preset).data.codes == load_segmenter(name, device="cpu").config.data.codes
 
