@@ -290,10 +290,12 @@ def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
     """
     log_probabilities = logits.float().log_softmax(dim=1)
     of_label = log_probabilities.gather(1, labels[:, None]).flatten()
-    # index_add adds one voxel after the other: a million of them need float64.
-    zeros = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
-    overlap = zeros.index_add(0, labels.flatten(), of_label.exp().double())
+
+    def of_class(values: Tensor) -> Tensor:  # sums by label; one voxel is added after the other: float64
+        sums = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+        return sums.index_add(0, labels.flatten(), values.double())
+
     predicted = log_probabilities.exp().sum(dim=[0, *range(2, logits.ndim)])
-    sizes = predicted + torch.bincount(labels.flatten(), minlength=logits.shape[1])
+    overlap, sizes = of_class(of_label.exp()), predicted + of_class(torch.ones_like(of_label))
     dice = (2 * overlap + _SMOOTH) / (sizes + _SMOOTH)
     return 1 - dice[1:].mean().float() - of_label.mean()

@@ -247,7 +247,11 @@ def test_a_stopped_command_says_in_one_line_how_far_it_was_and_how_to_go_on(
     monkeypatch.setattr(segment_module, "_write_results", writing)
     out = tmp_path / "out"
     words = ("segment", tmp_path / "in", "-m", tiny_model, "-o", out, "--device", "cpu")
-    result = medseg(*words)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
+    try:
+        result = medseg(*words)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == code
     assert error_lines(result) == [
         f"medseg: stopped: {by} after 2 of 4 scans; the same command with --skip-existing goes on"
