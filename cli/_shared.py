@@ -133,17 +133,17 @@ def print_scan(result: ScanResult, volumes: bool) -> None:
         fail(f"{result.scan}: {warning}", kind="warning")
     for kind, path in result.outputs.items():
         typer.echo(f"  {kind}: {path}")
-    from medseg_diffusion.volumes.paths import is_image  # imported here: `medseg --help` does not need it
+    if not volumes:
+        return
+    # Imported here: `medseg --help` does not need them.
+    from medseg_diffusion.reports.batch import AREA, VOLUME
+    from medseg_diffusion.volumes.paths import is_image
 
-    if is_image(result.scan):  # it has no pixel size: nominal ones of 1 mm made the volumes
-        unit, per_ml, digits = "pixels", 1000, 0
-    else:
-        unit, per_ml, digits = "ml", 1, 2
-    for name, volume in result.volumes_ml.items() if volumes else ():
-        ends = result.intervals_ml.get(name, ())
-        low, high = (f"{per_ml * end:.{digits}f}" for end in ends) if ends else ("", "")
-        interval = f" ({100 * (result.level or 0):.0f} %: {low} to {high})" if ends else ""
-        typer.echo(f"  {name}: {per_ml * volume:.{digits}f} {unit}{interval}")
+    size, digits = (AREA, 0) if is_image(result.scan) else (VOLUME, 2)
+    for name, volume in result.volumes_ml.items():
+        ends = [f"{size.per_ml * end:.{digits}f}" for end in result.intervals_ml.get(name, ())]
+        interval = f" ({100 * (result.level or 0):.0f} %: {' to '.join(ends)})" if ends else ""
+        typer.echo(f"  {name}: {size.per_ml * volume:.{digits}f} {size.unit}{interval}")
 
 
 def run_scans(
