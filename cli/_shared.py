@@ -136,10 +136,10 @@ def print_scan(result: ScanResult, volumes: bool) -> None:
     if not volumes:
         return
     # Imported here: `medseg --help` does not need them.
-    from medseg_diffusion.reports.batch import AREA, VOLUME
-    from medseg_diffusion.volumes.paths import is_image
+    from medseg_diffusion.reports.batch import AREA, size_of
 
-    size, digits = (AREA, 0) if is_image(result.scan) else (VOLUME, 2)
+    size = size_of(result.scan)
+    digits = 0 if size is AREA else 2
     for name, volume in result.volumes_ml.items():
         ends = [f"{size.per_ml * end:.{digits}f}" for end in result.intervals_ml.get(name, ())]
         interval = f" ({100 * (result.level or 0):.0f} %: {' to '.join(ends)})" if ends else ""

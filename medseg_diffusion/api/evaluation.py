@@ -109,6 +109,7 @@ def _on_one_grid(prediction: Image, reference: Image, spacing_mm: Sequence[float
         read_mask(mask, spacing_mm, affine) if volume is None else volume
         for mask, volume in zip((prediction, reference), own, strict=True)
     )
+    true = true.covering(predicted)
     return true.aligned(predicted), true
 
 

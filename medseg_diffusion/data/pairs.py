@@ -1,20 +1,20 @@
 """Pairs the files of an evaluation by case: predictions with references, and the further files of each case.
 
 Two files are one pair, whatever their names. Files in folders are paired by name: `case_seg.nii.gz` (or
-`case_anomaly_mask.nii.gz`), else `case.nii.gz`, is the mask of `case`.
+`case_anomaly_mask.nii.gz`), else `case.nii.gz`, is the mask of `case`. DICOM segmentations are masks like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError, listed
-from medseg_diffusion.volumes.inputs import scan_files
+from medseg_diffusion.volumes.inputs import dicom_segmentations, scan_files
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.outputs import ANOMALY, MASKS, RESULTS, SEGMENTATION
-from medseg_diffusion.volumes.paths import SUFFIXES, scan_name
+from medseg_diffusion.volumes.paths import SUFFIXES, is_series, scan_name
 from medseg_diffusion.volumes.volume import Volume
 
 
@@ -37,10 +37,13 @@ class MaskPair:
     def read(self) -> tuple[Volume, Volume]:
         """Prediction and reference, with the axes of the reference.
 
+        DICOM segmentations may hold a part of their scan's grid. Two of them are compared where either has voxels.
+
         Raises:
             InputError: A file that cannot be used, or two different grids.
         """
         prediction, reference = self.read_labels(self.prediction), self.read_labels(self.reference)
+        reference = reference.covering(prediction)
         return reference.aligned(prediction), reference
 
     def read_labels(self, path: Path) -> Volume:
@@ -158,9 +161,8 @@ def find_masks(path: Path) -> dict[str, Path]:
         raise InputError(path, "no such file or folder", "a label map or a folder of them", "check the path")
     if not path.is_dir():
         return {_case_name(scan_name(path)): path}
-    candidates = {
-        name: file for name, file in _files(path).items() if name.endswith(MASKS) or not name.endswith(RESULTS)
-    }
+    files = _files([*scan_files(path), *dicom_segmentations(path)])
+    candidates = {name: file for name, file in files.items() if name.endswith(MASKS) or not name.endswith(RESULTS)}
     masks: dict[str, Path] = {}
     for name, file in candidates.items():
         if not name.endswith(MASKS) and any(name + ending in candidates for ending in MASKS):
@@ -175,7 +177,12 @@ def find_masks(path: Path) -> dict[str, Path]:
             )
         masks[case] = file
     if not masks:
-        raise InputError(path, "a folder without label maps", f"files that end with {', '.join(SUFFIXES)}", "check it")
+        raise InputError(
+            path,
+            "a folder without label maps",
+            f"files that end with {', '.join(SUFFIXES)}, or DICOM segmentations",
+            "check it",
+        )
     return masks
 
 
@@ -194,7 +201,7 @@ def find_backgrounds(path: Path, pairs: Sequence[MaskPair]) -> dict[str, Path]:
     """Case name -> scan, for the cases that have one. nnU-Net's first channel, `case_0000`, also counts as the scan.
 
     Args:
-        path: A scan or a folder of scans. A single case takes a file of any name.
+        path: A scan or a folder of scans. A single case takes a scan of any name, and the folder of a DICOM series.
         pairs: The cases.
 
     Raises:
@@ -202,9 +209,9 @@ def find_backgrounds(path: Path, pairs: Sequence[MaskPair]) -> dict[str, Path]:
     """
     if not path.exists():
         raise InputError(path, "no such file or folder", "a scan or a folder of scans", "check the path")
-    if not path.is_dir() and len(pairs) == 1:
+    if len(pairs) == 1 and (not path.is_dir() or is_series(path)):
         return {pairs[0].name: path}
-    files = _files(path) if path.is_dir() else {scan_name(path): path}
+    files = _files(scan_files(path)) if path.is_dir() else {scan_name(path): path}
     found = {pair.name: files.get(pair.name) or files.get(f"{pair.name}_0000") for pair in pairs}
     scans = {name: file for name, file in found.items() if file is not None}
     if not scans:
@@ -231,7 +238,7 @@ def find_for_each(path: Path, pairs: Sequence[MaskPair], endings: Sequence[str],
         raise InputError(path, "no such file or folder", f"a {kind} or a folder of them", "check the path")
     if not path.is_dir() and len(pairs) == 1:
         return {pairs[0].name: path}
-    files = _files(path) if path.is_dir() else {scan_name(path): path}
+    files = _files(scan_files(path)) if path.is_dir() else {scan_name(path): path}
     matches = {
         pair.name: next((files[pair.name + end] for end in endings if pair.name + end in files), None) for pair in pairs
     }
@@ -260,10 +267,10 @@ def _case_name(name: str) -> str:
     return name
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> file, for the visible images directly in a folder."""
+def _files(paths: Iterable[Path]) -> dict[str, Path]:
+    """Name without suffix -> file."""
     files: dict[str, Path] = {}
-    for path in scan_files(folder):
+    for path in paths:
         name = scan_name(path)
         if name in files:
             raise InputError(path, f"the same name as {files[name].name}", "one file per case", "take one of them out")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg_diffusion.volumes.paths import is_image
+
 from .page import Cell, Row, Table, relative_link
 from .summary import format_number
 from .viewer import Viewer
@@ -18,6 +20,38 @@ OUTLIERS_FROM = 5
 FENCE = 3.0
 """Outer fences: with the inner ones (1.5), a third of ten ordinary scans may be flagged."""
 _ORDER = ("failed", "above healthy", "empty mask", "unlike training", "members disagree", "outlier", "warning")
+
+
+def millilitres(volume: float) -> str:
+    """Three decimals for small structures, fewer for large ones: about four significant digits."""
+    return format_number(volume, 3 if abs(volume) < 10 else 2 if abs(volume) < 100 else 1)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How a page and the command line show the size of a class.
+
+    Attributes:
+        quantity: "volume" or "area".
+        unit: Its unit.
+        per_ml: So many of that unit are one millilitre.
+        text: A volume in ml -> its number in that unit.
+    """
+
+    quantity: str
+    unit: str
+    per_ml: float
+    text: Callable[[float], str]
+
+
+VOLUME = Size("volume", "ml", 1.0, millilitres)
+AREA = Size("area", "pixels", 1000.0, lambda volume_ml: f"{1000 * volume_ml:.0f}")
+"""Of image files, which have no pixel size: a nominal voxel of 1 mm stands for a pixel, and is 0.001 ml."""
+
+
+def size_of(scan: Path | str) -> Size:
+    """How the sizes of a scan's classes are shown: pixels for an image file, millilitres for all others."""
+    return AREA if is_image(scan) else VOLUME
 
 
 @dataclass(frozen=True)
@@ -41,6 +75,16 @@ class ScanOfBatch:
     seconds: float = 0.0
     model: str = ""
     files: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> Size:
+        """How the sizes of its classes are shown."""
+        return size_of(self.files.get("scan", ("", ""))[0])
+
+
+def common_size(scans: Sequence[ScanOfBatch]) -> Size:
+    """That of all scans of a page: a call has either image files or volumes."""
+    return scans[0].size if scans else VOLUME
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -123,30 +167,3 @@ def common_remarks(scans: Sequence[ScanOfBatch]) -> list[str]:
     if len(computed) < 2:
         return []
     return [remark for remark in computed[0] if all(remark in remarks for remarks in computed)]
-
-
-def millilitres(volume: float) -> str:
-    """Three decimals for small structures, fewer for large ones: about four significant digits."""
-    return format_number(volume, 3 if abs(volume) < 10 else 2 if abs(volume) < 100 else 1)
-
-
-@dataclass(frozen=True)
-class Size:
-    """How a page and the command line show the size of a class.
-
-    Attributes:
-        quantity: "volume" or "area".
-        unit: Its unit.
-        per_ml: So many of that unit are one millilitre.
-        text: A volume in ml -> its number in that unit.
-    """
-
-    quantity: str
-    unit: str
-    per_ml: float
-    text: Callable[[float], str]
-
-
-VOLUME = Size("volume", "ml", 1.0, millilitres)
-AREA = Size("area", "pixels", 1000.0, lambda volume_ml: f"{1000 * volume_ml:.0f}")
-"""Of image files, which have no pixel size: a nominal voxel of 1 mm stands for a pixel, and is 0.001 ml."""

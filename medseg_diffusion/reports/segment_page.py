@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from markupsafe import Markup
 
-from medseg_diffusion.volumes.paths import is_image
-
-from .batch import AREA, FENCE, OUTLIERS_FROM, VOLUME, ScanOfBatch, Size, common_remarks, outliers, overview, rank
+from .batch import AREA, FENCE, OUTLIERS_FROM, ScanOfBatch, common_remarks, common_size, outliers, overview, rank
 from .page import INK, LINE, Cell, Row, Table, number, render, rules_table, svg
 from .viewer import Viewer
 
@@ -36,11 +34,6 @@ class SegmentedScan(ScanOfBatch):
     members_ml: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     level: float | None = None
     quality: str | None = None
-
-    @property
-    def size(self) -> Size:
-        """Pixels for an image file, millilitres for all others."""
-        return AREA if is_image(self.files.get("scan", ("", ""))[0]) else VOLUME
 
 
 def with_outliers(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> list[SegmentedScan]:
@@ -80,7 +73,7 @@ def segment_page(
         date: Date and time; None takes the present.
     """
     common = common_remarks(scans)
-    size = _size(scans)
+    size = common_size(scans)
     cards = [replace(scan, remarks=[text for text in scan.remarks if text not in common]) for scan in scans]
     return render(
         "segment_report.html.j2",
@@ -102,11 +95,6 @@ def segment_page(
     )
 
 
-def _size(scans: Sequence[SegmentedScan]) -> Size:
-    """The size of the scans of a page: a call has either image files or volumes."""
-    return scans[0].size if scans else VOLUME
-
-
 def _facts(scans: Sequence[SegmentedScan]) -> dict[str, str]:
     seconds = [scan.seconds for scan in scans if scan.status == "done"]
     facts = {
@@ -124,7 +112,11 @@ def _facts(scans: Sequence[SegmentedScan]) -> dict[str, str]:
 def _overview(scans: Sequence[SegmentedScan], classes: Sequence[str], viewer: Viewer | None) -> Table:
     shown = classes[:MOST_CLASSES]
     has_quality = any(scan.quality for scan in scans)
-    columns = [*(f"{name}, {_size(scans).unit}" for name in shown), *(["Quality"] if has_quality else []), "Seconds"]
+    columns = [
+        *(f"{name}, {common_size(scans).unit}" for name in shown),
+        *(["Quality"] if has_quality else []),
+        "Seconds",
+    ]
     cells = [
         [
             *(_volume(scan, name) for name in shown),
@@ -175,7 +167,7 @@ def _unlike(scans: Sequence[SegmentedScan], classes: Sequence[str]) -> list[str]
     sentences = []
     for name in classes:
         values = [scan.volumes_ml.get(name, math.nan) for scan in scans]
-        size = _size(scans)
+        size = common_size(scans)
         median = size.text(float(np.nanmedian(values))) if np.isfinite(values).any() else ""
         sentences += [
             f"{scan.name}: {name} {size.text(value)} {size.unit} (median of the scans {median} {size.unit})"
@@ -203,7 +195,7 @@ def _plot(scans: Sequence[SegmentedScan], classes: Mapping[str, str]) -> Markup 
 
     from .slices import plain, shortened
 
-    size = _size(scans)
+    size = common_size(scans)
     figure = Figure(figsize=(7.2, 0.95 * len(rows) + 0.25), layout="constrained")
     for axes, (colour, name, points) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         values = size.per_ml * np.array([value for _, value in points])
@@ -232,7 +224,7 @@ def _plot(scans: Sequence[SegmentedScan], classes: Mapping[str, str]) -> Markup 
 
 
 def _rules(scans: Sequence[SegmentedScan]) -> dict[str, str]:
-    size = _size(scans)
+    size = common_size(scans)
     if size is AREA:
         rules = {"Area": "Number of the pixels of the class in the mask. Image files have no pixel size."}
     else:

@@ -23,7 +23,7 @@ from medseg_diffusion.errors import InputError, UsageError, quiet_libraries
 from medseg_diffusion.files import whole_file
 
 from .paths import MAKER, is_dicom
-from .volume import Volume, grid_distance
+from .volume import Header, Volume, grid_distance
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
@@ -155,14 +155,15 @@ class SegmentationFile:
 
 
 def read_segmentation(path: Path) -> tuple[Volume, list[str]]:
-    """Read a DICOM segmentation that `SegmentationFile` wrote.
+    """Read a DICOM segmentation, of this package or another program.
 
     Returns:
-        (1, I, J, K) int32, the number of the segment of every voxel; its grid may be a part of the scan's, with the
-        axes in another order. And the labels of the segments 1, 2, ..., each the `segment_label` of a class.
+        (1, I, J, K) int32, the number of the segment of every voxel; its grid may be a part of the scan's
+        (`Header.sparse`), with the axes in another order. And the labels of the segments 1, 2, ...; if the package
+        wrote them, each is the `segment_label` of a class.
 
     Raises:
-        InputError: Another file, or a damaged one.
+        InputError: Another file, a damaged one, or segments that overlap.
     """
     import highdicom
 
@@ -173,9 +174,15 @@ def read_segmentation(path: Path) -> tuple[Volume, list[str]]:
             labels = [str(dataset.get_segment_description(n).segment_label) for n in dataset.segment_numbers]
     except (AttributeError, EOFError, IndexError, KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
         found = f"no readable DICOM segmentation ({' '.join(str(error).split())})"
-        raise InputError(path, found, "a DICOM segmentation", "segment the scan again") from error
+        raise InputError(
+            path,
+            found,
+            "a DICOM segmentation of segments that do not overlap",
+            "export it again, for instance to NIfTI",
+        ) from error
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read.affine  # LPS -> RAS
-    return Volume(torch.from_numpy(read.array.astype(np.int32))[None], affine, path), labels
+    header = Header(modality="SEG", sparse=True)
+    return Volume(torch.from_numpy(read.array.astype(np.int32))[None], affine, path, header), labels
 
 
 def manufacturer(path: Path) -> str:

@@ -8,7 +8,16 @@ from pathlib import Path
 from medseg_diffusion.errors import InputError, listed
 
 from .outputs import RESULTS, SEGMENTATION
-from .paths import SUFFIXES, UNREAD_SUFFIXES, is_image, is_series, require_file, scan_name
+from .paths import (
+    SUFFIXES,
+    UNREAD_SUFFIXES,
+    is_dicom,
+    is_dicom_segmentation,
+    is_image,
+    is_series,
+    require_file,
+    scan_name,
+)
 
 
 def scan_files(folder: Path) -> list[Path]:
@@ -23,6 +32,12 @@ def scan_files(folder: Path) -> list[Path]:
     if any(not is_image(path) and not scan_name(path).endswith(RESULTS) for path in files):
         return [path for path in files if not is_image(path)]
     return [path for path in files if not path.name.lower().endswith(SEGMENTATION["preview"])]
+
+
+def dicom_segmentations(folder: Path) -> list[Path]:
+    """The visible DICOM segmentations directly in a folder, sorted by name."""
+    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path.is_file())
+    return [path for path in files if is_dicom(path) and is_dicom_segmentation(path)]
 
 
 def refuse_lost(paths: Iterable[Path]) -> None:

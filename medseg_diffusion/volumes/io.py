@@ -19,7 +19,7 @@ from medseg_diffusion.files import temporary_folder
 from . import nifti
 from .label_table import LabelTable
 from .modality import SeriesChoice
-from .paths import MAKER, is_dicom, is_image, require_file, suffix_of
+from .paths import MAKER, is_dicom, is_dicom_segmentation, is_image, require_file, suffix_of
 from .volume import FileImage, FloatArray, Shape, Volume, check_affine, check_spacing, grid_distance
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -101,6 +101,9 @@ def read_grid(path: Path | str) -> tuple[Shape, FloatArray] | None:
 def read_labels(path: Path | str) -> Volume:
     """Read a label map. From an image with a palette, the indices are read, not the colours.
 
+    The labels of a DICOM segmentation are the numbers of its segments. It may hold a part of its scan's grid
+    (`Header.sparse`).
+
     Returns:
         (1, I, J, K) int32 of values 0 to 65535.
 
@@ -108,6 +111,10 @@ def read_labels(path: Path | str) -> Volume:
         InputError: as `read_volume`, and for values that are not whole numbers from 0 to 65535.
     """
     path = Path(path)
+    if _is_segmentation(path):
+        from . import dicom_seg
+
+        return dicom_seg.read_segmentation(path)[0]
     return labels_of(_opened(path, channels=1, labels=True), path)
 
 
@@ -128,8 +135,21 @@ def labels_of(opened: FileImage, source: Path) -> Volume:
 
 
 def stored_labels(path: Path | str) -> dict[int, str]:
-    """Label value -> name, by the label table in the header of a NIfTI mask; empty for files without one."""
-    return nifti.stored_labels(Path(path)) if suffix_of(path) in NIFTI_SUFFIXES else {}
+    """Label value -> name, by the header of a NIfTI mask or DICOM segmentation; empty for files without names.
+
+    Raises:
+        InputError: a DICOM segmentation that cannot be read, or a file of no known kind.
+    """
+    path = Path(path)
+    if _is_segmentation(path):
+        from . import dicom_seg
+
+        return dict(enumerate(dicom_seg.read_segmentation(path)[1], 1))
+    return nifti.stored_labels(path) if suffix_of(path) in NIFTI_SUFFIXES else {}
+
+
+def _is_segmentation(path: Path) -> bool:
+    return is_dicom(path) and path.is_file() and is_dicom_segmentation(path)
 
 
 def is_ours(path: Path) -> bool:

@@ -66,7 +66,9 @@ def is_series(folder: Path) -> bool:
 
     Segmentations are results, no series of a scan.
     """
-    return folder.is_dir() and any(_has_dicom(path) and not _is_segmentation(path) for path in _visible_files(folder))
+    return folder.is_dir() and any(
+        _has_dicom(path) and not is_dicom_segmentation(path) for path in _visible_files(folder)
+    )
 
 
 def is_dicom(path: Path) -> bool:
@@ -76,6 +78,13 @@ def is_dicom(path: Path) -> bool:
     if not path.is_file() or path.name.lower().endswith(SUFFIXES):
         return False
     return path.suffix.lower() == ".zip" or _has_dicom(path)
+
+
+def is_dicom_segmentation(path: Path) -> bool:
+    """Whether a file is a DICOM segmentation."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    return _starts_dicom(start) and _DICOM_SEGMENTATION in start
 
 
 def is_dicom_zip(path: Path) -> bool:
@@ -141,11 +150,6 @@ def _has_dicom(path: Path) -> bool:
 
 def _starts_dicom(start: bytes) -> bool:
     return start[128:132] == _DICOM or start[:4] in _BARE_DICOM
-
-
-def _is_segmentation(path: Path) -> bool:
-    with path.open("rb") as file:
-        return _DICOM_SEGMENTATION in file.read(512)
 
 
 def _is_slice(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:

@@ -30,6 +30,7 @@ class Header:
         modality: DICOM modality, such as "MR" or "CT"; empty if the file does not tell it.
         series: UID of the DICOM series; empty for another format.
         white: level of white in an image file (PNG, ...): 1, 255 or 65535; 0 if the file does not tell it.
+        sparse: the file may leave out empty slices, as a DICOM segmentation does: beyond the grid, voxels are 0.
         description: what a file that is written says of itself, in ASCII; that of a file that is read is not preserved.
     """
 
@@ -40,6 +41,7 @@ class Header:
     modality: str = ""
     series: str = ""
     white: int = 0
+    sparse: bool = False
     description: str = ""
 
 
@@ -154,15 +156,41 @@ class Volume:
     def aligned(self, other: Volume) -> Volume:
         """``other`` on this grid: its axes are permuted and flipped if they are stored in another order or direction.
 
+        A sparse file (`Header.sparse`) may hold a part of this grid; see `covering` if this volume is from one, too.
+
         Raises:
             InputError: as `require_same_grid`, if it is on another grid all the same.
         """
+        other = other.covering(self)
         try:
             self.require_same_grid(other)
         except InputError:
             other = other.oriented(self.axcodes)
             self.require_same_grid(other)
         return other
+
+    def covering(self, other: Volume) -> Volume:
+        """A volume from a sparse file (`Header.sparse`) on a grid that holds that of ``other``, too; 0 where it is new.
+
+        Its axes become those of ``other``. Any other volume is returned as it is, and so is one whose voxels lie
+        between those of ``other``, which `aligned` refuses.
+        """
+        if not self.header.sparse:
+            return self
+        turned = self.oriented(other.axcodes)
+        corners = _corners(turned.shape)
+        places = (corners @ (np.linalg.inv(other.affine) @ turned.affine).T)[:, :3]
+        first = np.rint(places[0]).astype(int)
+        if np.abs(places - first - corners[:, :3]).max() > 0.1:
+            return self
+        low = np.minimum(first, 0)
+        high = np.maximum(first + turned.shape, other.shape)
+        data = torch.zeros(len(self.data), *(high - low).tolist(), dtype=self.data.dtype)
+        part = tuple(slice(start, start + n) for start, n in zip((first - low).tolist(), turned.shape, strict=True))
+        data[(slice(None), *part)] = turned.data
+        affine = other.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ low
+        return Volume(data, affine, self.source, self.header)
 
     def oriented(self, codes: str = "RAS") -> Volume:
         """Permute and flip the axes so that they point as nearly as possible along `codes`. Nothing is interpolated.
@@ -200,8 +228,12 @@ def spacing_of(affine: FloatArray) -> tuple[float, float, float]:
 
 def grid_distance(a: FloatArray, b: FloatArray, shape: tuple[int, ...]) -> float:
     """Largest distance in mm, over the eight corner voxels, between their positions under two affines."""
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], (1,), indexing="ij"), axis=-1).reshape(-1, 4)
-    return float(np.linalg.norm(corners @ (a - b).T, axis=1).max())
+    return float(np.linalg.norm(_corners(shape) @ (a - b).T, axis=1).max())
+
+
+def _corners(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """(8, 4) homogeneous indices of the corner voxels of a grid, the first voxel first."""
+    return np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], (1,), indexing="ij"), axis=-1).reshape(-1, 4)
 
 
 def orientation_transform(affine: FloatArray, codes: str) -> npt.NDArray[np.int64]:

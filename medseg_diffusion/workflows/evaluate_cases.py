@@ -88,7 +88,9 @@ def _reliability(pair: MaskPair, reference: Volume, compared: Collection[int]) -
     path = pair.companion("probabilities")
     if path is None:
         return None, ""
-    volume, truth = aligned_or_none(read_map(path), reference), reference.data[0].numpy()
+    probabilities = read_map(path)
+    reference = reference.covering(probabilities)
+    volume, truth = aligned_or_none(probabilities, reference), reference.data[0].numpy()
     p: NDArray[Any] = np.empty(0) if volume is None else volume.data.numpy()
     if len(p) < 2 or abs(float(p.sum(0).mean()) - 1) > 1e-2:
         return None, f"Not used for calibration: {path.name} holds no class probabilities on the grid of its reference."
@@ -149,11 +151,13 @@ def compare_with_raters(task: RatersTask) -> RatedCase:
 
 def _agreement(task: RatersTask) -> ReaderAgreement:
     pair = task.pair
-    reference = pair.read_labels(pair.reference)
-    references = [reference, *(reference.aligned(pair.read_labels(path)) for path in task.raters)]
     members = pair.companion("members")
-    samples = reference.aligned(pair.read_labels(pair.prediction) if members is None else read_map(members))
-    arrays = [volume.data.numpy().astype(np.int64) for volume in (samples, *references)]
+    samples = pair.read_labels(pair.prediction) if members is None else read_map(members)
+    references = [pair.read_labels(path) for path in (pair.reference, *task.raters)]
+    grid = references[0]
+    for volume in (samples, *references[1:]):
+        grid = grid.covering(volume)
+    arrays = [grid.aligned(volume).data.numpy().astype(np.int64) for volume in (samples, *references)]
     if pair.merged:
         arrays = [array.clip(max=1) for array in arrays]
     # Labels become 1, 2, ...: the cost grows with the number of classes, not with their values.

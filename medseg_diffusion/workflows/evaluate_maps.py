@@ -61,8 +61,10 @@ def evaluate_scores(
     measured, has_nan = {}, False
     for name, path in maps.items():
         prediction, reference = masks(name)
-        scores = reference.aligned(read_scores(path))
-        values = scores.data[0].numpy()
+        scores = read_scores(path)
+        reference = reference.covering(scores)
+        prediction = reference.aligned(prediction)
+        values = reference.aligned(scores).data[0].numpy()
         counted = ~np.isnan(values)
         has_nan |= not counted.all()
         if foregrounds is not None:

@@ -83,9 +83,13 @@ def _viewed(
     pair: MaskPair, reason: str, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
 ) -> ViewedCase:
     prediction, reference = pair.read()
-    volumes: dict[LayerKind, Volume] = {"reference": _only(reference, labels), "prediction": _only(prediction, labels)}
+    volumes: dict[LayerKind, Volume] = {}
     if image is not None:
-        volumes["scan"] = reference.aligned(read_volume(image, channels=None))
+        scan = read_volume(image, channels=None)
+        reference = reference.covering(scan)
+        prediction = reference.aligned(prediction)
+        volumes["scan"] = reference.aligned(scan)
+    volumes |= {"reference": _only(reference, labels), "prediction": _only(prediction, labels)}
     uncertainty = pair.companion("uncertainty")
     if uncertainty is not None and (volume := aligned_or_none(read_map(uncertainty), reference)) is not None:
         volumes["uncertainty"] = volume

@@ -16,7 +16,7 @@ from medseg_diffusion.volumes.volume import Volume
 
 from .finished import read_mask
 from .scans import ScanResult
-from .viewed import MOST_VIEWED, BatchReport, ViewerCapacity, made_by, onto, remarks_of
+from .viewed import MOST_VIEWED, BatchReport, ViewerCapacity, made_by, remarks_of
 
 
 class SegmentReport(BatchReport):
@@ -56,10 +56,10 @@ class SegmentReport(BatchReport):
                 scan = self._read(result.scan)
                 volumes: dict[LayerKind, Volume] = {
                     "scan": scan,
-                    "prediction": onto(read_mask(result.outputs["segmentation"], self._names), scan),
+                    "prediction": scan.aligned(read_mask(result.outputs["segmentation"], self._names)),
                 }
                 if "uncertainty" in result.outputs:
-                    volumes["uncertainty"] = onto(read_map(result.outputs["uncertainty"], 1), scan)
+                    volumes["uncertainty"] = scan.aligned(read_map(result.outputs["uncertainty"], 1))
             except (MedsegError, OSError, ValueError):  # ValueError: a name that libraries cannot open
                 continue
             if not room.for_more(volumes.values()):

@@ -8,9 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-import torch
-
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import write_files
 from medseg_diffusion.volumes.outputs import require_report
@@ -92,28 +89,6 @@ def remarks_of(result: ScanResult) -> tuple[str, ...]:
 def made_by(result: ScanResult) -> str:
     """The model that made a result, with its weights as far as they are known; empty if it is not known."""
     return f"{result.model} (weights {result.model_sha256[:12]})" if result.model_sha256 else result.model
-
-
-def onto(result: Volume, scan: Volume) -> Volume:
-    """A result on the grid of its scan.
-
-    Args:
-        result: (1, I', J', K') on the scan's grid or a part of it, with the axes in any order.
-        scan: (C, I, J, K).
-
-    Returns:
-        (1, I, J, K) of the result's type, 0 outside the part.
-    """
-    turned = result.oriented(scan.axcodes)
-    first = np.rint((np.linalg.inv(scan.affine) @ turned.affine)[:3, 3]).astype(int).tolist()
-    data = torch.zeros(1, *scan.shape, dtype=result.data.dtype)
-    # Both ends are cut: a damaged header must not end in an error of indices.
-    low = [max(0, start) for start in first]
-    high = [max(0, min(n, start + m)) for n, m, start in zip(scan.shape, turned.shape, first, strict=True)]
-    to = tuple(slice(a, max(a, b)) for a, b in zip(low, high, strict=True))
-    part = tuple(slice(a.start - start, a.stop - start) for a, start in zip(to, first, strict=True))
-    data[(slice(None), *to)] = turned.data[(slice(0, 1), *part)]
-    return scan.like(data)
 
 
 class ViewerCapacity:

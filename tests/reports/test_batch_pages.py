@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_numbers_that_are_not_known_are_dashes() -> None:
     assert "old" in rows[1] and rows[1].count("\u2013") >= 3 and "1.500" in rows[1]
     assert "nan" not in re.sub(r'data-value="nan"', "", "".join(rows))
     assert "healthy scans (2)" in page
+
+
+def test_areas_of_image_files_are_counts_of_pixels() -> None:
+    scans = [
+        ScoredScan(name, "done", score=0.5, volume_ml=0.123, share=0.01, files={"scan": (f"{name}.png", "")})
+        for name in ("first", "second")
+    ]
+    page = anomaly_page(scans)
+    assert "Anomalous, pixels" in page and "Anomalous area" in page and "123 pixels" in page
+    assert " ml" not in page
+    assert "Anomalous volume" in anomaly_page([replace(one, files={"scan": ("scan.nii.gz", "")}) for one in scans])
 
 
 def test_the_only_scan_of_a_call_stands_open() -> None:

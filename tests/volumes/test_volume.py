@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations, product
 
 import nibabel as nib
@@ -29,6 +30,9 @@ def make(shape=(3, 4, 5), spacing=(0.7, 1.1, 2.3), angles=(0, 0, 0), origin=(-31
     affine = affine.astype(np.float32).astype(np.float64)
     data = torch.arange(int(np.prod(shape)), dtype=torch.float32).reshape(1, *shape)
     return Volume(data, affine, header=Header(**header))
+
+
+TURNED = make(angles=(5, -8, 3)).affine
 
 
 def place_of_each_value(volume: Volume) -> np.ndarray:
@@ -122,6 +126,51 @@ def test_axes_in_another_order_are_the_same_grid() -> None:
     assert volume.aligned(near := make(origin=(-31.7, 12.3, 0.13))) is near, "nothing moves that needs not"
     with pytest.raises(InputError, match="10 mm away"):
         volume.aligned(make(origin=(-21.7, 12.3, 0.123)).oriented("PIR"))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "SAR", "LPI"])
+def test_a_part_of_a_grid_comes_back_to_its_place(codes: str) -> None:
+    """A DICOM segmentation may hold a part of the scan, with the axes in another order."""
+    scan = Volume(torch.zeros(1, 6, 7, 5), affine=TURNED)
+    whole = torch.zeros(1, 6, 7, 5, dtype=torch.int32)
+    whole[0, 2:4, 1:6, 3] = torch.arange(10).reshape(2, 5)
+    part = part_of(whole, (1, 1, 2), (5, 7, 5))
+    torch.testing.assert_close(scan.aligned(part.oriented(codes)).data, whole)
+    complete = replace(part, header=Header()).oriented(codes)
+    with pytest.raises(InputError, match="4 x 6 x 3 voxels"):
+        scan.aligned(complete.oriented("RAS"))
+    assert complete.covering(scan) is complete
+
+
+def test_two_parts_of_a_grid_are_compared_where_either_has_voxels() -> None:
+    whole = torch.arange(6 * 7 * 5, dtype=torch.int32).reshape(1, 6, 7, 5)
+    one, other = part_of(whole, (0, 2, 1), (4, 7, 2)), part_of(whole, (3, 0, 3), (6, 5, 5)).oriented("ASL")
+    united = one.covering(other)
+    turned = united.aligned(other).oriented("RAS").data
+    expected_one, expected_other = torch.zeros_like(whole), torch.zeros_like(whole)
+    expected_one[:, 0:4, 2:7, 1:2] = whole[:, 0:4, 2:7, 1:2]
+    expected_other[:, 3:6, 0:5, 3:5] = whole[:, 3:6, 0:5, 3:5]
+    torch.testing.assert_close(united.oriented("RAS").data, expected_one[..., 1:5])
+    torch.testing.assert_close(turned, expected_other[..., 1:5])
+
+
+def test_a_part_between_the_voxels_or_beyond_the_scan_is_refused() -> None:
+    scan = Volume(torch.zeros(1, 6, 7, 5), affine=TURNED)
+    between = part_of(torch.ones(1, 6, 7, 5), (1, 1, 1), (4, 4, 4))
+    between.affine[0, 3] += 0.4
+    beyond = part_of(torch.ones(1, 6, 7, 5), (1, 1, 1), (4, 4, 4))
+    beyond.affine[:3, 3] -= 4 * TURNED[:3, 1]
+    for part in (between, beyond):
+        with pytest.raises(InputError, match="resample"):
+            scan.aligned(part)
+
+
+def part_of(whole: torch.Tensor, first: tuple[int, int, int], last: tuple[int, int, int]) -> Volume:
+    """The part of a label map that a sparse file holds."""
+    affine = TURNED.copy()
+    affine[:3, 3] = (TURNED @ [*first, 1])[:3]
+    box = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
+    return Volume(whole[(slice(None), *box)].clone(), affine, header=Header(sparse=True))
 
 
 def test_a_volume_refuses_what_has_no_place() -> None:
