@@ -51,7 +51,8 @@ class HealthyScan:
 def find_healthy(data: Path | FileList) -> list[HealthyScan]:
     """The scans of a list, of a labelled folder (`find_cases`), or of a plain one, whose scans are entirely healthy.
 
-    patients.csv (`medseg_diffusion.data.patients`) says which scans are of one patient.
+    patients.csv (`medseg_diffusion.data.patients`) says which scans are of one patient. Without it, a DICOM series in
+    deeper folders is of the patient whose name the first of them has, and any other scan has a patient of its own.
 
     Raises:
         InputError: a missing folder, no scan, or an image file instead of a volume.
@@ -68,9 +69,13 @@ def find_healthy(data: Path | FileList) -> list[HealthyScan]:
     files = find_scans(folder)
     for file in files:
         require_volume(file)
-    names_of = {file: scan_name(file) for file in files}
-    patients = patients_of(folder, names_of.values())
-    return [HealthyScan(name, file, None, patients.get(name, name)) for file, name in names_of.items()]
+    single = files == [folder]
+    names_of = {file: (Path() if single else file.relative_to(folder).parent) / scan_name(file) for file in files}
+    patients = patients_of(folder, [name.as_posix() for name in names_of.values()])
+    return [
+        HealthyScan(name.as_posix(), file, None, patients.get(name.as_posix(), name.parts[0]))
+        for file, name in names_of.items()
+    ]
 
 
 def _listed(entry: ListedFile) -> HealthyScan:

@@ -21,6 +21,7 @@ from medseg_diffusion.errors import InputError
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 from tests.helpers.anomaly import head, write
+from tests.helpers.dicom_series import series
 
 
 def test_slices_near_a_labelled_one_are_left_out() -> None:
@@ -85,3 +86,13 @@ def test_air_is_not_counted_as_left_out_for_a_lesion(tmp_path: Path) -> None:
     source = healthy_source(tmp_path / "scans", 1, None, (0, 0))
     images = packed_healthy(source, tmp_path, (16, 16), 1, Preprocessing())
     assert len(images.images) == 4 * 7 and left_out(images)["train"] == 4 * 2
+
+
+def test_dicom_series_in_deeper_folders_belong_to_the_patient_of_the_first(tmp_path: Path) -> None:
+    for path in ("p1/study/t1", "p1/study/t2", "p2/study/t1"):
+        series(tmp_path / path)
+    write(tmp_path / "p3.nii.gz", head(0)[0])
+    found = {scan.name: scan.patient for scan in find_healthy(tmp_path)}
+    assert found == {"p1/study/t1": "p1", "p1/study/t2": "p1", "p2/study/t1": "p2", "p3": "p3"}
+    (one,) = find_healthy(tmp_path / "p1" / "study" / "t1")
+    assert (one.name, one.patient) == ("t1", "t1")
