@@ -169,9 +169,12 @@ def test_anomalies(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_pat
 
 
 def test_what_a_model_has_seen(tmp_path: Path) -> None:
-    """Of a model of volumes with contrast between its classes."""
-    write_json(tmp_path / "seen.json", load_card("brain-tissue-t1")[SEEN])
-    assert_documented("model.json: seen", tmp_path / "seen.json")
+    """Of a model of volumes with contrast between its classes, and one of the middle of image files."""
+    for name in ("brain-tissue-t1", "lung-nodule-ct"):
+        write_json(tmp_path / f"{name}.json", load_card(name)[SEEN])
+    assert_documented(
+        "model.json: seen", *(tmp_path / f"{name}.json" for name in ("brain-tissue-t1", "lung-nodule-ct"))
+    )
 
 
 # ---- trainings -------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from medseg_diffusion.data.cases import find_cases, middle_cases, split_by_hash
-from medseg_diffusion.methods.seen import SEEN, MeasuredMask, MeasuredScan, Seen
+from medseg_diffusion.methods.seen import SEEN, MeasuredMask, MeasuredScan, Seen, measured_scan
 from medseg_diffusion.metrics.ambiguity import generalised_energy_distance
 from medseg_diffusion.metrics.detection import Curve, ScoredVoxels
 from medseg_diffusion.metrics.overlap import label_overlap
@@ -93,6 +94,15 @@ def test_a_10_mm_voxel_and_a_head_are_unlike_the_hippocampus_crops() -> None:
     for volume in (100.0, 1400.0):
         (said,) = seen.doubts_of_mask(MeasuredMask(dict.fromkeys(seen.volume_ml, volume), {}, {}))
         assert f"hippocampus of {volume:.0f} ml" in said
+
+
+def test_a_whole_ct_slice_is_unlike_the_nodules_in_the_middle(tmp_path: Path) -> None:
+    """The model looks at the middle 64 x 64 pixels alone; of a nodule elsewhere it would say that there is none."""
+    seen = Seen.from_entry(load_card("lung-nodule-ct")[SEEN])
+    image = torch.rand(1, 64, 64, 1)
+    (said,) = seen.doubts_of_scan(replace(measured_scan(image, (512, 512, 1), None, None, 2), intensity=[]))
+    assert said == "512 pixels along axis 1 (trained on 128 pixels)"
+    assert not seen.doubts_of_scan(replace(measured_scan(image, (128, 128, 1), None, None, 2), intensity=[]))
 
 
 def test_medseg_anomaly_works_without_training(tmp_path: Path) -> None:

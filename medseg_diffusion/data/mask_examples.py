@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, listed, remark
 from medseg_diffusion.volumes.io import read_labels, read_volume, stacked
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 from medseg_diffusion.volumes.volume import Volume, orientation_transform
@@ -152,6 +152,8 @@ def prepare(
 ) -> list[PreparedCase]:
     """Preprocess every case once and memory-map the results.
 
+    A warning names the cases whose labels lie partly beyond the middle that the preprocessing keeps (`crop_centre`).
+
     Args:
         cases: the cases.
         preprocessing: the model's preprocessing.
@@ -165,6 +167,7 @@ def prepare(
     """
     store = CaseStore(cache)
     kind = np.uint8 if expected.num_classes <= 256 else np.int32
+    cut_off = []
     for i, case in enumerate(cases):
         # A case is read again if one of its files or the way of reading it has changed.
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (*case.images, *case.labels)]
@@ -175,12 +178,18 @@ def prepare(
             if slices:
                 require_slices(volume, preprocessing.orientation)
             image, placement = preprocessing.apply(volume)
-            labels = [
-                apply_labels(read_case_labels(path, volume, expected), placement)[0].numpy().astype(kind)
-                for path in case.labels
-            ]
+            readers = [read_case_labels(path, volume, expected) for path in case.labels]
+            if preprocessing.crop_centre is not None and any(map(placement.leaves_out, readers)):
+                cut_off.append(case.name)
+            labels = [apply_labels(labels, placement)[0].numpy().astype(kind) for labels in readers]
             store.add(case.name, state, [image.numpy().astype(np.float32), *labels])
         on_case(i + 1, len(cases))
+    if cut_off and preprocessing.crop_centre is not None:
+        width, height = preprocessing.crop_centre
+        remark(
+            f"{len(cut_off)} of {len(cases)} cases have labels beyond the middle {width} x {height} voxels, which are "
+            f"left out ({listed(cut_off, 3)}); set preprocessing.crop_centre if that is not meant"
+        )
     return [stored_case(store, case.name) for case in cases]
 
 

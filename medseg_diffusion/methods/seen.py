@@ -8,7 +8,7 @@ A range is that of the training scans from the 1st to the 99th percentile, so th
 widen it. The extremes of a few scans are no border: among 15 scans alike, every eighth further one is beyond the
 smallest or the largest. A scan is therefore only unlike if it lies beyond a margin as well:
 
-* voxel size and field of view: a factor of `LENGTH_FACTOR`;
+* voxel size and field of view, or the number of pixels: a factor of `LENGTH_FACTOR`;
 * volume and share of a class: a factor of `VOLUME_FACTOR`, or the square root of largest to smallest if that is more;
 * intensities: half of the range and `INTENSITY_MARGIN`, on the model's scale, where most of a scan is within -1 and 1;
 * contrast: the inner fence, 1.5 times the quartiles' distance below the first quartile, has the margin in it; classes
@@ -80,7 +80,8 @@ class MeasuredScan:
 
     Attributes:
         voxel_mm: axis -> voxel size of the scan's own grid; empty for an image without one.
-        field_of_view_mm: axis -> size of the scan.
+        field_of_view_mm: axis -> size of the scan; empty for an image without a voxel size.
+        pixels: axis -> number of pixels of an image without a voxel size; empty for all others.
         intensity: for each channel, name -> statistic of the preprocessed image.
         masks: the masks of all readers.
     """
@@ -89,21 +90,25 @@ class MeasuredScan:
     field_of_view_mm: Mapping[str, float]
     intensity: Sequence[Mapping[str, float]]
     masks: Sequence[MeasuredMask] = ()
+    pixels: Mapping[str, float] = field(default_factory=dict)
 
 
 def measured_scan(
-    image: Tensor, grid: tuple[Shape, FloatArray] | None, orientation: str | None, dims: int
+    image: Tensor, shape: Shape, affine: FloatArray | None, orientation: str | None, dims: int
 ) -> MeasuredScan:
     """Measure a scan.
 
     Args:
         image: (C, *S) preprocessed intensities.
-        grid: sizes and affine of the scan's own grid; None for an image without a voxel size.
+        shape: sizes of the scan's own grid.
+        affine: (4, 4) voxel -> RAS mm of that grid; None for an image without a voxel size.
         orientation: the axes of the model, such as "RAS"; None for those of the scan.
         dims: 2 for a model of slices, which does not see their distance and their number; 3 for one of volumes.
     """
-    voxel_mm, field_of_view_mm = ({}, {}) if grid is None else lengths(*grid, orientation, dims)
-    return MeasuredScan(voxel_mm, field_of_view_mm, [_intensity(channel) for channel in image])
+    intensity = [_intensity(channel) for channel in image]
+    if affine is None:
+        return MeasuredScan({}, {}, intensity, pixels={f"axis {i}": n for i, n in enumerate(shape[:dims], 1)})
+    return MeasuredScan(*lengths(shape, affine, orientation, dims), intensity)
 
 
 def lengths(
@@ -187,7 +192,7 @@ class Seen:
 
     Attributes:
         scans: number of scans.
-        voxel_mm, field_of_view_mm: axis -> range.
+        voxel_mm, field_of_view_mm, pixels: axis -> range.
         intensity: for each channel, name -> range.
         volume_ml, image_share: class -> range.
         contrast: class -> darker class -> inner fence and largest value of how often a voxel is brighter.
@@ -200,6 +205,7 @@ class Seen:
     volume_ml: Mapping[str, Range] = field(default_factory=dict)
     image_share: Mapping[str, Range] = field(default_factory=dict)
     contrast: Mapping[str, Mapping[str, Range]] = field(default_factory=dict)
+    pixels: Mapping[str, Range] = field(default_factory=dict)
 
     @classmethod
     def of(cls, scans: Sequence[MeasuredScan]) -> Self | None:
@@ -223,6 +229,7 @@ class Seen:
             _ranges([mask.volume_ml for mask in masks]),
             _ranges([mask.image_share for mask in masks]),
             contrast,
+            _ranges([scan.pixels for scan in scans]),
         )
 
     def entry(self) -> dict[str, Any]:
@@ -237,6 +244,7 @@ class Seen:
         content = {
             "voxel_mm": _lists(self.voxel_mm),
             "field_of_view_mm": _lists(self.field_of_view_mm),
+            "pixels": _lists(self.pixels),
             "intensity": [_lists(channel) for channel in self.intensity],
             "classes": classes,
             "brighter": {name: _lists(others) for name, others in self.contrast.items()},
@@ -259,6 +267,7 @@ class Seen:
             _pairs({name: one["volume_ml"] for name, one in classes.items() if "volume_ml" in one}),
             _pairs({name: one["image_share"] for name, one in classes.items()}),
             {str(name): _pairs(others) for name, others in entry.get("brighter", {}).items()},
+            _pairs(entry.get("pixels", {})),
         )
 
     def doubts_of_scan(self, scan: MeasuredScan) -> list[str]:
@@ -266,6 +275,7 @@ class Seen:
         return [
             *_lengths_beyond("voxels of {:.3g} mm along {}", self.voxel_mm, scan.voxel_mm),
             *_lengths_beyond("a field of view of {:.0f} mm along {}", self.field_of_view_mm, scan.field_of_view_mm),
+            *_lengths_beyond("{:.0f} pixels along {}", self.pixels, scan.pixels, "pixels"),
             *self._intensities_beyond(scan),
         ]
 
@@ -345,9 +355,9 @@ def _factor(ends: Range) -> float:
     return max(VOLUME_FACTOR, math.sqrt(high / low)) if low > 0 else VOLUME_FACTOR
 
 
-def _lengths_beyond(what: str, seen: Mapping[str, Range], measured: Mapping[str, float]) -> list[str]:
+def _lengths_beyond(what: str, seen: Mapping[str, Range], measured: Mapping[str, float], unit: str = "mm") -> list[str]:
     doubts = {
-        f"{what.format(measured[axis], axis)} (trained on {_between(ends, 1.0, 'mm')})": by
+        f"{what.format(measured[axis], axis)} (trained on {_between(ends, 1.0, unit)})": by
         for axis, ends in seen.items()
         if axis in measured and (by := _times_beyond(measured[axis], ends, LENGTH_FACTOR)) > 1
     }

@@ -34,8 +34,8 @@ def stored_seen(saved: SavedModel) -> Seen | None:
 
 def measured(volume: Volume, image: Tensor, orientation: str | None, dims: int) -> MeasuredScan:
     """Measure a scan, with its ``image`` (C, *S) after the model's preprocessing. An image file has no voxel size."""
-    grid = None if is_image(volume.source or "") else (volume.shape, volume.affine)
-    return measured_scan(image, grid, orientation, dims)
+    affine = None if is_image(volume.source or "") else volume.affine
+    return measured_scan(image, volume.shape, affine, orientation, dims)
 
 
 def with_doubts(

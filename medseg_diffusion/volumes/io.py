@@ -84,18 +84,16 @@ def map_of(opened: FileImage, source: Path, channels: int | None = None) -> Volu
     return Volume(torch.from_numpy(_copied(array, np.dtype(np.float32))), opened.affine, source, opened.header)
 
 
-def read_grid(path: Path | str) -> tuple[Shape, FloatArray] | None:
-    """Sizes and affine of an image, from its header alone; None for an image file, which has no voxel size.
+def read_grid(path: Path | str) -> tuple[Shape, FloatArray | None]:
+    """Sizes and affine of an image, from its header alone; no affine for an image file, which has no voxel size.
 
     Raises:
         InputError: a file that is missing, damaged or of another kind.
     """
     path = Path(path)
-    if is_image(path):
-        return None
     opened = _opened(path, None)
     i, j, k = opened.shape[:3]
-    return (i, j, k), opened.affine
+    return (i, j, k), None if is_image(path) else opened.affine
 
 
 def read_labels(path: Path | str) -> Volume:

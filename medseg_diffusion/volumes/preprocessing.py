@@ -67,6 +67,11 @@ class Placement:
         scan = torch.empty(1).expand(1, *self.native_shape)
         Volume(scan, self.native_affine).require_same_grid(labels)
 
+    def leaves_out(self, labels: Volume) -> bool:
+        """Whether labels (1, I, J, K) on the scan's grid mark voxels beyond the part that was not cropped away."""
+        inside = _cut(reorient(labels.data, self.transform), self.box)
+        return bool(inside.count_nonzero() < labels.data.count_nonzero())
+
     def forward(self, data: Tensor) -> Tensor:
         """Map data from the scan's grid to the model's grid by linear interpolation.
 

@@ -114,9 +114,11 @@ def seen_in_cases(
 def _measured_case(
     case: PreparedCase, file: Path, preprocessing: Preprocessing, names: Mapping[int, str], dims: int
 ) -> MeasuredScan:
-    grid = read_grid(file)
-    scan = measured_scan(case.image, grid, preprocessing.orientation, dims)
-    voxel_mm3 = None if grid is None else preprocessing.voxel_mm3(grid[1])
+    shape, affine = read_grid(file)
+    scan = measured_scan(case.image, shape, affine, preprocessing.orientation, dims)
+    if preprocessing.crop_centre is None:  # images of any size are cut into windows, or resized
+        scan = replace(scan, pixels={})
+    voxel_mm3 = None if affine is None else preprocessing.voxel_mm3(affine)
     voxel_ml = None if voxel_mm3 is None else voxel_mm3 / 1000
     return replace(scan, masks=[measured_mask(label, case.image, names, voxel_ml) for label in case.labels])
 

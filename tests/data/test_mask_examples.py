@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.data.case_store import CaseStore
@@ -171,3 +173,21 @@ def test_a_2d_model_is_not_trained_on_lines(tmp_path: Path) -> None:
         InputError, match=r"\d\.nii: found a single slice across another axis \(1 x 12 x 10 voxels, RAS\)"
     ):
         train_segmenter(SegmenterConfig.model_validate(flat), tmp_path / "data", tmp_path / "run", device="cpu")
+
+
+def test_labels_beyond_the_middle_that_the_model_sees_are_told(tmp_path: Path) -> None:
+    """Else a model trains without them, and its validation, which sees the middle as well, praises it."""
+    for number, first in enumerate((4, 4, 0)):
+        label = np.zeros((10, 10), np.uint8)
+        label[first : first + 3, 4:6] = 1
+        for kind, array in (("images", np.arange(100, dtype=np.uint8).reshape(10, 10)), ("labels", label)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / kind / f"c{number}.png")
+    cases, expected = find_cases(tmp_path).cases, CaseFormat(1, 2)
+    with pytest.warns(UserWarning, match=r"1 of 3 cases have labels beyond the middle 6 x 6 voxels.*\(c2\)"):
+        prepared = prepare(cases, Preprocessing(None, crop_centre=(6, 6)), expected, tmp_path / "cropped")
+    assert [int(case.label.sum()) for case in prepared] == [6, 6, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(cases, Preprocessing(None, crop_centre=(10, 10)), expected, tmp_path / "whole")
+        prepare(cases, Preprocessing(None), expected, tmp_path / "plain")

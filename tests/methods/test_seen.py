@@ -31,7 +31,7 @@ def scan(seed: int, white: float = 1.0, shape: tuple[int, int, int] = (24, 24, 1
     labels = torch.zeros(shape, dtype=torch.uint8)
     labels[4:12, 4:12], labels[12:20, 4:12] = 1, 2
     image = torch.tensor([-1.0, 0.0, white])[labels.long()] + 0.2 * torch.randn(shape, generator=random)
-    measured = measured_scan(image[None], (shape, AFFINE), "RAS", 3)
+    measured = measured_scan(image[None], shape, AFFINE, "RAS", 3)
     return replace(measured, masks=[measured_mask(labels, image[None], NAMES, 0.002)])
 
 
@@ -55,6 +55,18 @@ def test_scans_like_those_of_the_training_raise_no_doubt(seen: Seen) -> None:
     for seed in range(100, 200):
         other = scan(seed, shape=(22, 24, 14))
         assert seen.doubts_of_scan(other) == seen.doubts_of_mask(other.masks[0]) == []
+
+
+def test_images_without_a_voxel_size_are_compared_by_their_pixels() -> None:
+    def picture(width: int) -> MeasuredScan:
+        return measured_scan(torch.rand(1, 8, 8, 1), (width, 100, 1), None, None, 2)
+
+    seen = Seen.of([picture(120 + n) for n in range(9)])
+    assert seen is not None and Seen.from_entry(seen.entry()) == seen
+    assert seen.doubts_of_scan(picture(150)) == []
+    (said,) = seen.doubts_of_scan(picture(512))
+    assert said == "512 pixels along axis 1 (trained on 120 to 128 pixels)"
+    assert not replace(seen, pixels={}).doubts_of_scan(picture(512)), "of a model that takes images of any size"
 
 
 @pytest.mark.parametrize(
