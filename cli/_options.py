@@ -158,14 +158,14 @@ MaxSteps = Annotated[
     int | None,
     typer.Option(min=1, help="Stop each network after this many training steps; default: the configuration's."),
 ]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0,
-        metavar="MIN",
-        help="Stop training after MIN minutes; default: no limit. In train-generator the preparation of images counts.",
-    ),
-]
+
+
+def time_limit_option(remark: str) -> Any:
+    """The option --time-limit of a training command, with a sentence on what the minutes hold."""
+    text = f"Stop training after MIN minutes; default: no limit. {remark}"
+    return typer.Option("--time-limit", min=0.0, metavar="MIN", help=text)
+
+
 Gpus = Annotated[int, typer.Option(min=1, help="Number of training processes, one per device.")]
 
 

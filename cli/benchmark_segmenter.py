@@ -28,11 +28,14 @@ def _numbers(text: str, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _setting(text: str) -> tuple[str, int, int]:
+def _setting(text: str) -> tuple[str, int, int] | None:
+    """Sampler, steps and ensemble size; None for the model's own."""
+    if text == "default":
+        return None
     sampler, _, numbers = text.partition(":")
     parts = numbers.split(":")
     if not sampler or len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"{text!r} is not a setting such as ddpm:1000:5", param_hint="--setting")
+        raise typer.BadParameter(f"{text!r} is not a setting such as ddpm:1000:5, or default", param_hint="--setting")
     return sampler, int(parts[0]), int(parts[1])
 
 
@@ -64,7 +67,8 @@ def benchmark_segmenter(
         typer.Option(
             "--setting",
             metavar="SAMPLER:STEPS:N",
-            help="Measure this setting (N samples) instead of varying one factor at a time; repeatable.",
+            help="Measure this setting (N samples), or 'default' for the model's own, instead of varying one factor at "
+            "a time; repeatable.",
         ),
     ] = None,
     without_x_t: Annotated[

@@ -19,8 +19,8 @@ from ._options import (
     Resume,
     RunFolder,
     Seed,
-    TimeLimit,
     existing,
+    time_limit_option,
 )
 from ._training import Trained, configured, print_trained, start_processes, training
 
@@ -41,7 +41,9 @@ def train_anomaly(
     overrides: Overrides = None,
     resume: Resume = False,
     max_steps: MaxSteps = None,
-    time_limit: TimeLimit = None,
+    time_limit: Annotated[
+        float | None, time_limit_option("The preparation of scans does not count, and calibration follows.")
+    ] = None,
     gpus: Gpus = 1,
     device: Device = "auto",
     seed: Seed = 0,

@@ -19,8 +19,8 @@ from ._options import (
     Resume,
     RunFolder,
     Seed,
-    TimeLimit,
     existing_model,
+    time_limit_option,
 )
 from ._training import Trained, configured, print_trained, start_processes, training
 
@@ -49,7 +49,7 @@ def train_generator(
     stage: Annotated[Stage, typer.Option(help="Latent models: train both stages, or only the first.")] = Stage.ALL,
     resume: Resume = False,
     max_steps: MaxSteps = None,
-    time_limit: TimeLimit = None,
+    time_limit: Annotated[float | None, time_limit_option("The preparation of images counts.")] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out.")] = False,
     download: Annotated[
         bool, typer.Option("--download", help="Download the weights of LPIPS if they are missing.")

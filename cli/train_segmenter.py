@@ -12,14 +12,13 @@ from ._options import (
     Device,
     Gpus,
     LabelledScans,
-    MaxSteps,
     Overrides,
     Quiet,
     Resume,
     RunFolder,
     Seed,
-    TimeLimit,
     existing_model,
+    time_limit_option,
 )
 from ._training import Trained, configured, print_trained, start_processes, training
 
@@ -40,8 +39,17 @@ def train_segmenter(
             callback=existing_model,
         ),
     ] = None,
-    max_steps: MaxSteps = None,
-    time_limit: TimeLimit = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stop the segmenter after this many training steps; default: the configuration's. Its finder or mask "
+            "autoencoder is trained to the end.",
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None, time_limit_option("The preparation of scans does not count, and calibration follows.")
+    ] = None,
     gpus: Gpus = 1,
     device: Device = "auto",
     seed: Seed = 0,

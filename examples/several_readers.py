@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
             f"  agreement (mean Dice of pairs) {found.agreement['nodule']:.2f}, disagreement {found.disagreement:.3f}"
         )
         shown = [image, *found.members[:3, ..., 0], found.members.mean(0)[..., 0], found.uncertainty[..., 0]]
-        titles = [title, "reader 1", "reader 2", "reader 3", "mean", "disagreement"]
+        titles = [title, "sample 1", "sample 2", "sample 3", "mean", "disagreement"]
         for axis, array, name in zip(row, shown, titles, strict=True):
             axis.imshow(array[32:96, 32:96], cmap="viridis" if name == "disagreement" else "gray")
             axis.set(title=name, xticks=[], yticks=[])

@@ -57,8 +57,9 @@ class BenchmarkOptions:
         steps: Numbers of denoising steps to compare, for one sample.
         ensembles: Ensemble sizes to compare, at the model's own number of steps.
         samplers: Samplers to compare, at the model's own number of steps.
-        settings: (sampler, steps, ensemble size) to measure instead of varying one factor at a time. Of a model without
-            steps only the ensemble size counts.
+        settings: (sampler, steps, ensemble size) to measure instead of varying one factor at a time; None stands for
+            the model's own, with which it is used and calibrated. Of a model without steps only the ensemble size
+            counts.
         without_x_t: Also measure every sampling model of several steps with a replacement of x_t: with the given
             settings, or with the model's own and the largest of the ensemble sizes.
         cases: Number of cases, the first by name; None for all.
@@ -72,7 +73,7 @@ class BenchmarkOptions:
     steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)
     ensembles: Sequence[int] = (1, 2, 5, 10)
     samplers: Sequence[str] = ("dpm++", "ddim", "ddpm")
-    settings: Sequence[tuple[str, int, int]] = ()
+    settings: Sequence[tuple[str, int, int] | None] = ()
     without_x_t: bool = False
     cases: int | None = 10
     one_per_patient: bool = False
@@ -159,17 +160,19 @@ def _settings(model: SegmentationModel, options: BenchmarkOptions) -> Iterator[S
     if not model.samples_masks:
         yield Setting("feed-forward", "", 1, defaults.ensemble)
         return
+    own = defaults.sampler, defaults.steps, defaults.ensemble
+    settings = [own if setting is None else setting for setting in options.settings]
     if not model.samplers:
-        if options.settings:
-            counts = dict.fromkeys(count for _, _, count in options.settings)
+        if settings:
+            counts = dict.fromkeys(count for _, _, count in settings)
             yield from (Setting("setting", "", 1, count) for count in counts)
         else:
             yield from (Setting("ensemble", "", 1, count) for count in options.ensembles)
         return
-    if options.settings:
-        yield from (Setting("setting", *setting) for setting in options.settings)
+    if settings:
+        yield from (Setting("setting", *setting) for setting in settings)
         if options.without_x_t:
-            for setting in options.settings:
+            for setting in settings:
                 yield from _without_x_t(*setting)
         return
     for count in options.steps:

@@ -124,6 +124,10 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)
     assert (row["factor"], row["sampler"], row["evaluations"]) == ("setting", "ddpm", 8)
+    result = CliRunner().invoke(app, [*arguments, "--setting", "default", "--device", "cpu", "--json"])
+    (row,) = json.loads(result.stdout)
+    own = load_segmenter(str(models["ensemdiff"]), "cpu").inference
+    assert (row["sampler"], row["steps"], row["ensemble"]) == (own.sampler, own.steps, own.ensemble)
     assert CliRunner().invoke(app, [*arguments, "--setting", "ddpm:4"]).exit_code == 2
     seen.clear()
     with pytest.raises(UsageError, match="sampler 'pndm' is unknown"):
