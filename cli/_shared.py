@@ -36,7 +36,7 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as aligned columns, with "-" where a row lacks a column. Nothing is cut, so output can be piped."""
+    """Print rows as aligned columns, with "-" where a row has no number. Nothing is cut, so output can be piped."""
     if not rows:
         return
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -47,7 +47,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

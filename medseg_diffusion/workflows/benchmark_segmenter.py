@@ -369,5 +369,7 @@ def _csv(table: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)), restval="")
     writer.writeheader()
-    writer.writerows(table)
+    for row in table:  # a number that does not exist is an empty field
+        unknown = {key: "" for key, value in row.items() if isinstance(value, float) and math.isnan(value)}
+        writer.writerow({**row, **unknown})
     return text.getvalue()

@@ -11,13 +11,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from medseg_cli.main import app
 from typer.testing import CliRunner
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.models.load import load_segmenter
-from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
@@ -139,6 +140,22 @@ def test_a_setting_is_measured_once_and_settings_can_be_chosen(models, data, tmp
             on_progress=lambda what, share: seen.append(what),
         )
     assert not seen, "found before anything is measured"
+
+
+def test_a_distance_that_does_not_exist_is_an_empty_field(models, data, tmp_path: Path) -> None:
+    """An untrained network marks nothing, so that there is no distance."""
+    saved = load_model_files(models["baseline"])
+    zeros = {name: torch.zeros_like(weight) for name, weight in saved.weights.items()}
+    save_model(tmp_path / "model", saved.card, zeros, "# card")
+    arguments = ["benchmark-segmenter", str(tmp_path / "model"), "--data", str(data), "-o", str(tmp_path), "-n", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    for table in ("benchmark.csv", "cases.csv"):
+        with (tmp_path / table).open(newline="") as file:
+            (row,) = csv.DictReader(file)
+        distances = [value for key, value in row.items() if "hd95" in key.lower() and "missing" not in key.lower()]
+        assert distances and set(distances) == {""}
+    assert "nan" not in result.output
 
 
 def test_both_calibration_errors_are_reported(models, data, tmp_path: Path) -> None:
