@@ -20,6 +20,7 @@ from medseg_diffusion.files import remove_left_over, restore_folder
 from medseg_diffusion.models.card import render_card
 from medseg_diffusion.models.store import save_model
 
+from .lock import hold
 from .log import require_trackers
 from .progress import OnProgress, count_of, silent, step_text
 from .resume import Checkpoints
@@ -116,7 +117,7 @@ class Job:
         data: Path | str | None = None,
         sides_file: str = "split.json",
     ) -> None:
-        """Writes config.yaml and the sides of the split.
+        """Writes config.yaml and the sides of the split, and keeps other processes out of the folder (`hold`).
 
         Call it after everything that can be refused, so that a refused call can be corrected and repeated in the same
         folder.
@@ -129,13 +130,14 @@ class Job:
             sides_file: where sides are written.
 
         Raises:
-            UsageError: the run exists and is not resumed, or was started with another configuration.
+            UsageError: the run exists and is not resumed, was started with another configuration, or is being trained.
             InputError: the sides have changed since the run was started.
         """
-        if self.resume and self.run.is_dir():  # tidies up after a process that was killed
+        start_run(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
+        hold(self.run)
+        if self.resume:  # tidies up after a process that was killed
             restore_folder(self.model)
             remove_left_over([self.run / name for name in ("config.yaml", "log.csv", sides_file)], time.time())
-        start_run(self.run, config, {"seed": self.seed, **(noted or {})}, self.resume)
         if sides is not None:
             keep_sides(self.run / sides_file, sides, data or self.run, self.resume)
 

@@ -62,6 +62,8 @@ class Recorder:
         self.saved_at, self.saved_step = time.monotonic(), -1
         self.is_whole = True
         self.log = TrainingLog(run.folder, state.step, run.resume, options.trackers) if runtime.is_main else None
+        if runtime.is_main:
+            self.checkpoints.remove_left_over()
 
     def __enter__(self) -> Recorder:
         return self

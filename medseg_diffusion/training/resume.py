@@ -96,6 +96,11 @@ class Checkpoints:
         last = self.folder / "last.pt"  # the only one, and so the oldest, of a run that an earlier version started
         return sorted(numbered, key=_step, reverse=True) + ([last] if last.is_file() else [])
 
+    def remove_left_over(self) -> None:
+        """Removes what a process that was killed while it saved has left; no other process may be saving."""
+        for left_over in self.folder.glob(".*.pt.*.tmp"):
+            left_over.unlink(missing_ok=True)
+
     def save(self, state: TrainingState, tensors: dict[str, Any]) -> None:
         """Writes ``state``, reads it back, and removes what is older than the files to keep.
 
@@ -109,8 +114,6 @@ class Checkpoints:
         content = {"state": state.numbers(), "ema_updates": state.ema.updates, **tensors}
         path = self.folder / f"step-{state.step:06d}.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(".*.pt.*.tmp"):  # of a process that was killed while it saved
-            left_over.unlink(missing_ok=True)
         with whole_file(path) as temporary:
             _write(content, temporary)
             if damage := self.damage(temporary):

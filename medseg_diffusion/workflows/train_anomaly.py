@@ -34,6 +34,7 @@ from medseg_diffusion.models.card import common_entries
 from medseg_diffusion.models.generator import restore_classifier, restore_generator
 from medseg_diffusion.models.store import SavedModel, home, load_model_files, parts_of_weights
 from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.lock import holding_runs
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Outcome, Progress
@@ -44,6 +45,7 @@ from .training_scans import seen_entry, seen_in_healthy
 
 
 # many: one keyword for each option of the command
+@holding_runs()
 def train_anomaly(
     config: AnomalyConfig | str | Path,
     healthy: Data,

@@ -40,6 +40,7 @@ from medseg_diffusion.tasks.image import ImageDiffusion, reduced
 from medseg_diffusion.tasks.patched import PatchedDiffusion
 from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
+from medseg_diffusion.training.lock import holding_runs
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
@@ -60,6 +61,7 @@ PICTURES = 16
 
 
 # many: one keyword for each option of the command
+@holding_runs()
 def train_generator(
     config: ImageConfig | str | Path,
     data: Data | PackedImages,

@@ -42,6 +42,7 @@ from medseg_diffusion.models.pixel_segmenter import GENERATOR, pixel_activations
 from medseg_diffusion.models.store import SavedModel, load_model_files, parts_of_weights, save_model
 from medseg_diffusion.networks.pixel_classifier import PixelClassifiers
 from medseg_diffusion.training.job import Job
+from medseg_diffusion.training.lock import holding_runs
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.volumes.io import read_labels, read_volume, write_labels
@@ -66,6 +67,7 @@ class TrainedPixelClassifier:
 
 
 # many: one keyword for each option of the command
+@holding_runs()
 def train_pixel_classifier(
     config: PixelClassifierConfig | str | Path,
     generator: str | Path,

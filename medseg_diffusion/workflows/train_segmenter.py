@@ -43,6 +43,7 @@ from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
 from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
+from medseg_diffusion.training.lock import holding_runs
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
@@ -58,6 +59,7 @@ CASES_OF_X_T, MEMBERS_OF_X_T = 20, 5
 
 
 # many: one keyword for each option of the command
+@holding_runs()
 def train_segmenter(
     config: SegmenterConfig | str | Path,
     data: Data,

@@ -64,6 +64,19 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
     assert names(tmp_path) == ["step-000006.pt", "step-000008.pt"]
 
 
+def test_only_the_start_of_a_call_removes_what_is_half_written(whole: Path, tmp_path: Path) -> None:
+    """Another process may be writing it, on a file system where the two cannot be kept apart."""
+    name = ".step-000004.pt.123-abc.tmp"
+
+    def appear(progress: Progress) -> None:
+        if progress.step == 1:
+            (tmp_path / "checkpoints").mkdir()
+            (tmp_path / "checkpoints" / name).write_bytes(b"half")
+
+    train(tmp_path, progress=appear)
+    assert names(tmp_path) == [name, "step-000006.pt", "step-000008.pt"]
+
+
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
