@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -43,23 +44,29 @@ def cached_latents(
         key: identifies the autoencoder, for example the SHA-256 of its weights.
         device: device of the computation.
         on_image: called with (images done, all).
+
+    Raises:
+        OSError: they cannot be written, as on a full disk; half of them are not left behind.
     """
     count, *size, channels = images.images.shape
     shape = tuple(codec.encode(torch.zeros(1, channels, *size, device=device)).shape[1:])
     mirror = mirrored_axis(len(size))
     file = images.folder / f"latents-{key[:16]}.f16"
     if not file.is_file():
-        with whole_file(file) as temporary:
-            latents = np.memmap(temporary, np.float16, "w+", shape=(count, 2, *shape))
+        each = 2 * math.prod(shape) * np.dtype(np.float16).itemsize
+        # Written as a file, not through a memory map, which a full disk would end with a bus error.
+        with whole_file(file) as temporary, temporary.open("wb") as written:
+            written.truncate(count * each)
             positions = np.sort(np.concatenate([images.part("train"), images.part("validation")]))
             at_once = images_at_once(size, BATCH)
             for first in range(0, len(positions), at_once):
                 part = positions[first : first + at_once]
                 batch = to_unit(torch.from_numpy(np.array(images.images[part])).movedim(-1, 1)).to(device)
-                for mirrored, image in enumerate((batch, batch.flip(mirror))):
-                    latents[part, mirrored] = codec.encode(image).float().cpu().numpy()
+                both = torch.stack([codec.encode(image) for image in (batch, batch.flip(mirror))], 1)
+                for position, latents in zip(part, both.half().cpu().numpy(), strict=True):
+                    written.seek(position * each)
+                    written.write(latents.tobytes())
                 on_image(min(first + at_once, len(positions)), len(positions))
-            latents.flush()
     return np.memmap(file, np.float16, "r", shape=(count, 2, *shape))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from medseg_diffusion.data.image_cache import packed
@@ -46,3 +47,12 @@ def test_workers_open_packed_images_and_latents_again(pictures, tmp_path: Path) 
     torch.testing.assert_close(
         copy.example(3, torch.Generator())["image"], examples.example(3, torch.Generator())["image"]
     )
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing_behind(pictures, small_disk: Path) -> None:
+    """Written through a memory map, it would end the process with a bus error."""
+    images = packed(pictures, small_disk, 32, 3, held_out=(0, 4))
+    before = sorted(images.folder.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        cached_latents(images, SimpleNamespace(encode=lambda image: image), "key", torch.device("cpu"))
+    assert sorted(images.folder.iterdir()) == before

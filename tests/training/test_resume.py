@@ -6,9 +6,7 @@ import errno
 import os
 import random
 import shutil
-import subprocess
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,18 +162,6 @@ def test_any_damage_to_the_content_is_noticed(whole: Path, tmp_path: Path) -> No
 
 
 # ---- full disks ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 100 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here; it needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 FULL = (
