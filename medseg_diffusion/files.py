@@ -146,7 +146,10 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
     try:
         modes = {name: _made_private(path) for name, path in temporary.items()}
         for name, content in contents.items():
-            temporary[name].write_bytes(content.encode() if isinstance(content, str) else content)
+            with temporary[name].open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
         for name, path in temporary.items():
             path.chmod(modes[name])
             path.replace(folder / name)

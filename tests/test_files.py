@@ -17,17 +17,18 @@ def test_files_appear_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert write_files(folder, {"a.txt": "ä", "b.bin": b"1"}) == (folder / "a.txt", folder / "b.bin")
     assert (folder / "a.txt").read_text(encoding="utf-8") == "ä"
 
-    original = Path.write_bytes
+    original, synced = os.fsync, []
 
-    def full_disk(self: Path, data: bytes) -> int:
-        if "b.bin" in self.name:
-            original(self, data[:1])
+    def full_disk(number: int) -> None:
+        synced.append(sorted(os.listdir(folder)))
+        original(number)
+        if len(synced) == 2:
             raise OSError("no space left")
-        return original(self, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_files(folder, {"a.txt": "changed", "b.bin": b"22"})
+    assert len(synced[1]) == 4, "the first one is not renamed before the second one is on the disk"
     assert sorted(os.listdir(folder)) == ["a.txt", "b.bin"]
     assert (folder / "a.txt").read_text(encoding="utf-8") == "ä" and (folder / "b.bin").read_bytes() == b"1"
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import (
     Field,
+    PositiveInt,
     model_validator,
 )
 
@@ -123,7 +124,7 @@ class AutoencoderNetworkSection(Section):
     quantiser: Literal["kl", "vq"] = "kl"
     codebook_size: int = Field(1024, ge=2)
     latent_channels: int = Field(4, gt=0)
-    channels: tuple[int, ...] = (64, 128)
+    channels: tuple[PositiveInt, ...] = Field((64, 128), min_length=1)
     num_res_blocks: int = Field(2, ge=1)
     attention_levels: tuple[bool, ...] = (False, False)
     middle_attention: bool = True
@@ -153,10 +154,10 @@ class ClassifierNetworkSection(Section):
     """Network of a noisy classifier; its channels, size and classes follow from the data."""
 
     channels: int = Field(128, gt=0)
-    channel_mult: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1)
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 3, 4), min_length=1)
     num_res_blocks: int = Field(4, ge=1)
-    attention_factors: tuple[int, ...] = (2, 4, 8)
-    head_channels: int = 64
+    attention_factors: tuple[PositiveInt, ...] = (2, 4, 8)
+    head_channels: int = Field(64, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     norm_groups: int = Field(32, gt=0)
 

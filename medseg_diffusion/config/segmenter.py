@@ -36,9 +36,9 @@ SegmenterMethod = Literal[
 class ImageEncoderSection(Section):
     """SegDiff's RRDB encoder (`medseg_diffusion.networks.segdiff.SegDiff`)."""
 
-    encoder_channels: int = 64
-    encoder_blocks: int = 12
-    encoder_growth: int = 32
+    encoder_channels: int = Field(64, ge=1)
+    encoder_blocks: int = Field(12, ge=1)
+    encoder_growth: int = Field(32, ge=1)
 
 
 class DynamicEncodingSection(Section):
@@ -70,7 +70,7 @@ class MaskAutoencoderSection(Section):
     """
 
     latent_channels: int = Field(4, gt=0)
-    channels: tuple[int, ...] = Field((32, 64), min_length=1)
+    channels: tuple[PositiveInt, ...] = Field((32, 64), min_length=1)
     num_res_blocks: int = Field(1, ge=1)
     features: int = Field(32, gt=0)
     kl_weight: float = Field(1e-6, ge=0)

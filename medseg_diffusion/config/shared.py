@@ -56,11 +56,11 @@ class UNetSection(Section):
 
     dims: Literal[2, 3] = 3
     channels: int = Field(32, gt=0)
-    channel_mult: tuple[int, ...] = Field((1, 2, 3), min_length=1)
-    num_res_blocks: int | tuple[int, ...] = 1
-    attention_factors: tuple[int, ...] = ()
-    head_channels: int = 32
-    num_heads: int | None = None
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 3), min_length=1)
+    num_res_blocks: PositiveInt | tuple[PositiveInt, ...] = 1
+    attention_factors: tuple[PositiveInt, ...] = ()
+    head_channels: int = Field(32, ge=1)
+    num_heads: int | None = Field(None, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     resampling: Literal["resblock", "conv", "plain"] = "resblock"
     patch_size: int = Field(1, ge=1)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import whole_file
 
+from .run import read_run_file
+
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
@@ -35,6 +37,9 @@ class TrainingLog:
         step: step at which this call starts.
         resume: keep the rows of log.csv up to ``step`` and drop later ones; otherwise start a new log.
         trackers: names of the trackers.
+
+    Raises:
+        InputError: the log.csv that is kept is damaged.
     """
 
     def __init__(self, run: Path, step: int, resume: bool, trackers: Sequence[Tracker] = ()) -> None:
@@ -42,8 +47,7 @@ class TrainingLog:
         self.path = run / "log.csv"
         self.rows: list[dict[str, Any]] = []
         if resume and self.path.is_file():
-            with self.path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            self.rows = [row for row in read_run_file(self.path, _rows) if int(row["step"]) <= step]
         steps = run / "steps.csv"
         before = steps.read_bytes() if resume and steps.is_file() else b""
         self.call = 1 + _last_call(before)
@@ -121,6 +125,14 @@ def _tracker(name: Tracker, run: Path, step: int) -> GeneralTracker:
         tracker = WandBTracker(PROJECT, name=run.name, dir=run, id=identity, resume="allow")
     tracker.start()
     return tracker
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    """The rows of log.csv; ValueError for one without the number of its step."""
+    rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines()))
+    for row in rows:
+        int(row["step"])
+    return rows
 
 
 def _last_call(content: bytes) -> int:

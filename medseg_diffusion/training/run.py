@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import require_folder, write_files, write_json
+
+Content = TypeVar("Content")
 
 
 def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bool) -> None:
@@ -25,7 +28,7 @@ def start_run(run: Path, config: BaseModel, noted: Mapping[str, Any], resume: bo
             package that knew fewer keys.
 
     Raises:
-        UsageError: see `require_startable`.
+        UsageError, InputError: see `require_startable`.
     """
     require_startable(run, config, noted, resume)
     if not resume:
@@ -40,6 +43,7 @@ def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], re
     Raises:
         UsageError: the run exists and ``resume`` is off, does not exist and it is on, was started with another
             configuration, or cannot be a folder.
+        InputError: the config.yaml of the run is damaged.
     """
     require_folder(run)
     file = run / "config.yaml"
@@ -49,7 +53,7 @@ def require_startable(run: Path, config: BaseModel, noted: Mapping[str, Any], re
         return
     if not file.is_file():
         raise UsageError(f"{run}: holds no run; drop --resume to start it")
-    before = _completed(yaml.safe_load(file.read_text()), type(config))
+    before = _completed(read_run_file(file, _mapping), type(config))
     now = {**config.model_dump(mode="json"), **noted}
     if changed := [key for key in now if before.get(key) != now[key]]:
         raise UsageError(
@@ -63,10 +67,10 @@ def keep_sides(file: Path, sides: Mapping[str, Any], data: Path | str, resume: b
 
     Raises:
         InputError: the data folder holds other cases than at the start, so that some have changed sides: cases used
-            for training would be tested on.
+            for training would be tested on. Or ``file`` is damaged.
     """
     content = json.loads(json.dumps(sides))
-    if resume and file.is_file() and json.loads(file.read_text()) != content:
+    if resume and file.is_file() and read_run_file(file, json.loads) != content:
         raise InputError(
             data,
             "other cases than when the run was started, which moves some from one side to another",
@@ -74,6 +78,30 @@ def keep_sides(file: Path, sides: Mapping[str, Any], data: Path | str, resume: b
             "restore them, or start a new run in another folder",
         )
     write_json(file, content)
+
+
+def read_run_file(file: Path, parse: Callable[[str], Content]) -> Content:
+    """What a file holds that the run has written, by ``parse``.
+
+    Raises:
+        InputError: ``parse`` cannot read it.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, yaml.YAMLError, csv.Error) as error:
+        raise InputError(
+            file,
+            f"a damaged file ({' '.join(str(error).split())})",
+            "the one that the run has written",
+            "restore it, or start a new run in another folder",
+        ) from error
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        raise ValueError("no keys with values")
+    return content
 
 
 def _completed(before: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:

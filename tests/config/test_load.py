@@ -137,6 +137,11 @@ def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
         ("training.max_steps=many", r"training\.max_steps: .*got 'many'"),
         ("method.name=3", "method is a value, not a section"),
         ("network.channels=[", "is not YAML"),
+        ("network.channel_mult=[1, 0]", r"network\.channel_mult\.1: .*greater than 0 \(got 0\)"),
+        ("network.num_res_blocks=0", r"network\.num_res_blocks.*: .*greater than 0 \(got 0\)"),
+        ("network.head_channels=0", r"network\.head_channels: .*greater than or equal to 1 \(got 0\)"),
+        ("network.attention_factors=[0]", r"network\.attention_factors\.0: .*greater than 0 \(got 0\)"),
+        ("image_encoder.encoder_growth=-1", r"image_encoder\.encoder_growth: .*equal to 1 \(got -1\)"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override, message) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medseg_diffusion.errors import UsageError
+from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.training.history import read_history
 from medseg_diffusion.training.log import PROJECT, TrainingLog, require_trackers
 from tests.helpers.training import resume_file, rows, train
@@ -43,6 +43,14 @@ def test_a_row_that_a_killed_call_left_unfinished_does_not_spoil_the_next_one(tm
     train(tmp_path, resume=True)
     history = read_history(tmp_path)
     assert history.steps.tolist() == list(range(1, 9)) and history.calls == 2
+
+
+def test_a_damaged_log_is_named(tmp_path: Path) -> None:
+    train(tmp_path, max_steps=4)
+    file = tmp_path / "log.csv"
+    file.write_text(file.read_text().replace("\n2,", "\ntwo,"))
+    with pytest.raises(InputError, match=r"log\.csv: found a damaged file \(.*'two'\); expected .*; restore it"):
+        train(tmp_path, resume=True)
 
 
 def test_tensorboard_has_every_step_and_validation(tmp_path: Path) -> None:
