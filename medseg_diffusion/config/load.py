@@ -7,7 +7,7 @@ is an error that names its dotted path and the nearest valid key.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -106,7 +106,8 @@ def load_config(config: str | Path | AnyConfig, overrides: Overrides = ()) -> An
         overrides: Values for single keys: {"training.max_steps": 100}, or the command line's "training.max_steps=100".
 
     Raises:
-        UsageError: unknown preset or file, bad YAML, an unknown key (with the nearest known one), or a bad value.
+        UsageError: unknown preset or file, bad YAML, a key that occurs twice, an unknown key (with the nearest known
+            one), or a bad value.
     """
     if isinstance(config, BaseModel):
         if not overrides:
@@ -127,6 +128,21 @@ def load_config(config: str | Path | AnyConfig, overrides: Overrides = ()) -> An
     return loaded
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses keys that occur twice, of which YAML's loaders take the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise UsageError(
+                    f"{self.name}: line {key.start_mark.line + 1}: the key {key.value} occurs a second time; keep one"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _content(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """The content of a preset or YAML file, and its path."""
     path = Path(name_or_path)
@@ -138,7 +154,8 @@ def _content(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
             )
         path = available[str(name_or_path)]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}); correct the file") from error
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from medseg_diffusion.config.load import NOTES, load_config, load_segmenter_config, presets
+from medseg_diffusion.config.unread import unread_keys
 from medseg_diffusion.errors import UsageError
 from tests.helpers.configs import MINIMAL, write
 
@@ -94,6 +95,20 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("training: {workers: 2}\nmethod: baseline\ntraining: {max_steps: 9}\n", 3, "training"),
+        ("method: baseline\ntraining:\n  workers: 2\n  max_steps: 9\n  workers: 3\n", 5, "workers"),
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, text: str, line: int, key: str) -> None:
+    """The first one would be lost in silence."""
+    file = write(tmp_path, text)
+    with pytest.raises(UsageError, match=rf"{file}: line {line}: the key {key} occurs a second time; keep one$"):
+        load_config(file)
+
+
 def test_yaml_that_names_code_is_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     with pytest.raises(UsageError, match="not YAML"):
@@ -162,6 +177,18 @@ def test_a_bad_override_is_refused(tmp_path: Path, override, message) -> None:
         ("categorical-lung-nodule-small", "diffusion.target=v", "diffusion.target"),
         ("baseline-brain-structures-small", "augmentation.probability=0.5", "augmentation.probability"),
         ("anomaly-patched-small", "generator.diffusion.weighting=min-snr", "generator.diffusion.weighting"),
+        ("anomaly-latent-healing-small", "partial_noise.start=100", "partial_noise.start"),
+        ("anomaly-partial-noise-small", "counterfactual.guidance=2", "counterfactual.guidance"),
+        ("anomaly-counterfactual-small", "patched.draws=2", "patched.draws"),
+        ("baseline-nuclei-small", "inference.steps=4", "inference.steps"),
+        ("probabilistic-unet-lung-nodule-small", "inference.sampler=ddim", "inference.sampler"),
+        ("autoencoder-slices-small", "training.compile=true", "training.compile"),
+        ("autoencoder-slices-small", "network.codebook_size=8", "network.codebook_size"),
+        ("adm-slices-small", "factor=4", "factor"),
+        ("adm-slices-small", "condition.drop=0.5", "condition.drop"),
+        ("adm-class-tiny-imagenet-small", "condition.context_channels=8", "condition.context_channels"),
+        ("adm-slices-small", "diffusion.times_mean=1", "diffusion.times_mean"),
+        ("ensemdiff-nuclei-small", "diffusion.gamma=3", "diffusion.gamma"),
     ],
 )
 def test_a_key_that_nothing_reads_is_named(preset: str, override: str, key: str) -> None:
@@ -173,3 +200,21 @@ def test_a_key_that_nothing_reads_is_named(preset: str, override: str, key: str)
 def test_another_method_names_all_that_it_ignores() -> None:
     with pytest.warns(UserWarning, match="because of method: baseline: diffusion.schedule, diffusion.head, "):
         load_config("ensemdiff-lung-nodule-small", ["method=baseline"])
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_have_no_key_without_an_effect(name: str) -> None:
+    assert unread_keys(load_config(name)) == {}
+
+
+def test_a_key_that_is_read_is_not_named() -> None:
+    """Warnings are errors here."""
+    load_config("autoencoder-slices-small", ["network.quantiser=vq", "network.codebook_size=8"])
+    load_config("adm-slices-small", ["diffusion.weighting=min-snr", "diffusion.gamma=3"])
+    load_config("rf-tiny-imagenet-small", ["diffusion.times_std=2"])
+    load_config("mask-hippocampus-small", ["condition.drop=0.5"])
+
+
+def test_a_codebook_has_no_divergence() -> None:
+    with pytest.warns(UserWarning, match="because of network.quantiser: vq: loss.kl_weight$"):
+        load_config("autoencoder-slices-small", ["network.quantiser=vq", "loss.kl_weight=1"])
