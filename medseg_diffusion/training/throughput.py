@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +32,7 @@ PEAK_TFLOPS = {
     "L4": (121, 60),
     "RTX A6000": (155, 77.4),
 }
-"""Peak of dense matrix products in 10^12 operations a second, (bfloat16, TF32), by a part of the device's name.
+"""Peak of dense matrix products in 10^12 operations a second, (bfloat16, TF32), by words of the device's name.
 
 From the vendor's data sheets; the first entry that fits counts. Other devices have no known peak. A peak measured by a
 matrix product would be that of its size and of what else the machine does; so on a CPU no utilisation is given.
@@ -120,7 +121,7 @@ def peak_flops(runtime: Runtime) -> float | None:
     if runtime.device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(runtime.device)
-    half, single = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), (None, None))
+    half, single = next((peaks for part, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), (None, None))
     peak = half if runtime.autocast is torch.bfloat16 else single
     return None if peak is None else 1e12 * peak
 

@@ -31,6 +31,11 @@ def on_gpu(dtype: torch.dtype | None) -> Runtime:
         ("NVIDIA A10", 125e12, 62.5e12),
         ("NVIDIA L40S", 362e12, 183e12),
         ("NVIDIA L4", 121e12, 60e12),
+        ("NVIDIA GH200 480GB", 989e12, 495e12),
+        ("NVIDIA RTX A6000", 155e12, 77.4e12),
+        ("NVIDIA RTX A4000", None, None),
+        ("NVIDIA RTX A3000 Laptop GPU", None, None),
+        ("NVIDIA RTX A1000", None, None),
         ("Something else", None, None),
     ],
 )
