@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.errors import InputError, UsageError, listed, remark
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.fitting import to_generator_grid
-from medseg_diffusion.volumes.inputs import find_scans
+from medseg_diffusion.volumes.inputs import find_scans, scan_files
 from medseg_diffusion.volumes.io import read_labels, read_volume
-from medseg_diffusion.volumes.paths import is_image, scan_name
+from medseg_diffusion.volumes.outputs import RESULTS
+from medseg_diffusion.volumes.paths import folders_below, is_image, is_series, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
+from medseg_diffusion.volumes.sources import series_below
 from medseg_diffusion.volumes.volume import Volume
 
 from .cases import Bounds, SplitName, digest, find_cases, split_of_patients
@@ -51,6 +53,8 @@ class HealthyScan:
 def find_healthy(data: Path | FileList) -> list[HealthyScan]:
     """The scans of a list, of a labelled folder (`find_cases`), or of a plain one, whose scans are entirely healthy.
 
+    A plain folder may hold DICOM series at any depth. Localizers are left out, with a warning.
+
     patients.csv (`medseg_diffusion.data.patients`) says which scans are of one patient. Without it, a DICOM series in
     deeper folders is of the patient whose name the first of them has, and any other scan has a patient of its own.
 
@@ -66,7 +70,7 @@ def find_healthy(data: Path | FileList) -> list[HealthyScan]:
         if several := [case.image for case in cases if case.further_channels]:
             raise _several_channels(several[0])
         return [HealthyScan(case.name, case.image, case.label, case.patient) for case in cases]
-    files = find_scans(folder)
+    files = _scans(folder)
     for file in files:
         require_volume(file)
     single = files == [folder]
@@ -76,6 +80,18 @@ def find_healthy(data: Path | FileList) -> list[HealthyScan]:
         HealthyScan(name.as_posix(), file, None, patients.get(name.as_posix(), name.parts[0]))
         for file, name in names_of.items()
     ]
+
+
+def _scans(folder: Path) -> list[Path]:
+    """The scans of a plain folder, files and DICOM series, or the path itself if it is one scan."""
+    if not folder.is_dir() or is_series(folder):
+        return find_scans(folder)
+    files = [path for path in scan_files(folder) if not scan_name(path).endswith(RESULTS)]
+    series = series_below(folder)
+    others = [path for path in folders_below(folder) if path not in series and is_series(path)]
+    if others:
+        remark(f"{folder}: left out localizers: {listed([path.relative_to(folder) for path in others], 3)}")
+    return [*files, *series] or find_scans(folder)
 
 
 def _listed(entry: ListedFile) -> HealthyScan:

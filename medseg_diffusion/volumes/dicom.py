@@ -31,9 +31,9 @@ from .modality import BIDS_SUFFIX, DICOM_MODALITY, SeriesChoice, kind_of
 from .paths import DICOM_SUFFIXES, dicom_files, is_dicomdir
 from .volume import FileImage, FloatArray, Header
 
-_UNEVEN = 0.05  # largest variation of the step between slices, as a share of it: many files round the positions
+UNEVEN = 0.05  # largest variation of the step between slices, as a share of it: many files round the positions
 _TURNED = 1e-3  # largest difference between the direction cosines of two slices
-_LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _TYPES: dict[tuple[int, int], npt.DTypeLike] = {
     (8, 0): np.uint8, (8, 1): np.int8, (16, 0): np.uint16, (16, 1): np.int16, (32, 0): np.uint32, (32, 1): np.int32,
 }  # fmt: skip
@@ -45,7 +45,7 @@ _LOCALIZER = re.compile(r"locali[sz]er|scout|topogram|surview|(?<![a-z])(loc|sur
 
 
 @dataclass(frozen=True, eq=False)
-class _Frame:
+class Frame:
     """One slice: the header of its file, its number within the file, its place, and its rescaling."""
 
     name: str
@@ -146,7 +146,7 @@ def source_slices(path: Path, series: str) -> tuple[list[SourceSlice], FloatArra
     """
     slices, frames = [], _volume_frames(path, SeriesChoice(series or None))
     for frame in frames:
-        thickness = _value(_groups(frame.header, frame.index), "PixelMeasuresSequence", "SliceThickness")
+        thickness = value_of(groups_of(frame.header, frame.index), "PixelMeasuresSequence", "SliceThickness")
         number = frame.index + 1 if "NumberOfFrames" in frame.header else None
         slices.append(
             SourceSlice(
@@ -156,12 +156,12 @@ def source_slices(path: Path, series: str) -> tuple[list[SourceSlice], FloatArra
     return slices, _affine(frames)
 
 
-def _volume_frames(path: Path, choice: SeriesChoice) -> list[_Frame]:
+def _volume_frames(path: Path, choice: SeriesChoice) -> list[Frame]:
     """The frames of the chosen series of a folder, a zip or a file, in the order of the volume's slices."""
     path = path.parent if is_dicomdir(path) else path
     chosen = _chosen(path, _all_series(_images(path)), choice)
     return _volume(
-        path, [frame for name, opener, header in chosen.files for frame in _frames(path, name, opener, header)]
+        path, [frame for name, opener, header in chosen.files for frame in frames_of(path, name, opener, header)]
     )
 
 
@@ -173,7 +173,7 @@ def _type(header: Dataset) -> npt.DTypeLike:
     return _TYPES.get(key, np.float32)
 
 
-def _affine(frames: Sequence[_Frame]) -> FloatArray:
+def _affine(frames: Sequence[Frame]) -> FloatArray:
     """(4, 4) voxel -> RAS mm; the array's axes are column, row and slice."""
     first, last = frames[0], frames[-1]
     affine = np.eye(4)
@@ -181,7 +181,7 @@ def _affine(frames: Sequence[_Frame]) -> FloatArray:
     affine[:3, 1] = first.axes[1] * first.spacing[0]
     affine[:3, 2] = (last.position - first.position) / (len(frames) - 1)
     affine[:3, 3] = first.position
-    result: FloatArray = _LPS_RAS @ affine
+    result: FloatArray = LPS_RAS @ affine
     return result
 
 
@@ -247,7 +247,7 @@ def _files(path: Path) -> Iterator[tuple[str, Opener]]:
         try:
             archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise _unreadable(path, _text(error)) from error
+            raise _unreadable(path, text_of(error)) from error
         for info in zip_entries(archive, path):
             if info.filename.rpartition("/")[2].upper() != "DICOMDIR":
                 yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
@@ -270,7 +270,7 @@ def _header(path: Path, name: str, opener: Opener) -> Dataset | None:
         except Exception as error:  # pydicom raises nearly anything for damaged files
             if force:
                 return None
-            raise _unreadable(path, f"{name}: {_text(error)}") from error
+            raise _unreadable(path, f"{name}: {text_of(error)}") from error
     return None
 
 
@@ -391,7 +391,7 @@ def _attribute(header: Dataset, name: str) -> Any:
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
 
-def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[_Frame]:
+def frames_of(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[Frame]:
     """The frames of one file, each with the values of its own functional groups, else those of the whole file."""
     try:
         count = int(header.get("NumberOfFrames") or 1)
@@ -401,10 +401,10 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
         if count != (len(each) or 1):
             raise ValueError(f"{count} frames, but the places of {len(each) or 1}")
         for index in range(count):
-            groups = _groups(header, index)
-            position = _value(groups, "PlanePositionSequence", "ImagePositionPatient")
-            axes = _value(groups, "PlaneOrientationSequence", "ImageOrientationPatient")
-            spacing = _value(groups, "PixelMeasuresSequence", "PixelSpacing")
+            groups = groups_of(header, index)
+            position = value_of(groups, "PlanePositionSequence", "ImagePositionPatient")
+            axes = value_of(groups, "PlaneOrientationSequence", "ImageOrientationPatient")
+            spacing = value_of(groups, "PixelMeasuresSequence", "PixelSpacing")
             if not position or not axes:
                 raise InputError(
                     path, "slices without position or orientation", "both for every slice", "export the series again"
@@ -416,11 +416,11 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
                     "the distance between pixels in every file",
                     "export the series again",
                 )
-            slope = _value(groups, "PixelValueTransformationSequence", "RescaleSlope")
-            intercept = _value(groups, "PixelValueTransformationSequence", "RescaleIntercept")
+            slope = value_of(groups, "PixelValueTransformationSequence", "RescaleSlope")
+            intercept = value_of(groups, "PixelValueTransformationSequence", "RescaleIntercept")
             if slope is not None and float(slope) == 0:
                 raise ValueError("a RescaleSlope of 0")
-            yield _Frame(
+            yield Frame(
                 name,
                 opener,
                 header,
@@ -438,17 +438,17 @@ def _frames(path: Path, name: str, opener: Opener, header: Dataset) -> Iterator[
     except (InputError, MemoryError):
         raise
     except Exception as error:  # values of an impossible kind, such as a position of two numbers
-        raise _unreadable(path, f"{name}: {_text(error)}") from error
+        raise _unreadable(path, f"{name}: {text_of(error)}") from error
 
 
-def _groups(header: Dataset, index: int) -> list[Dataset]:
+def groups_of(header: Dataset, index: int) -> list[Dataset]:
     """Where the attributes of a frame stand: in its own functional groups, in those of all frames, in the file."""
     shared = cast(Sequence[Dataset], header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     each = cast(Sequence[Dataset], header.get("PerFrameFunctionalGroupsSequence") or [])
     return [each[index], shared, header] if each else [shared, header]
 
 
-def _value(groups: Sequence[Dataset], sequence: str, name: str) -> Any:
+def value_of(groups: Sequence[Dataset], sequence: str, name: str) -> Any:
     """An attribute from the first of the functional groups that has it, or from the file itself, the last of them."""
     *functional, whole = groups
     for group in functional:
@@ -465,7 +465,7 @@ def _numbers(values: Any, count: int) -> FloatArray:
     return array
 
 
-def _volume(path: Path, frames: list[_Frame]) -> list[_Frame]:
+def _volume(path: Path, frames: list[Frame]) -> list[Frame]:
     """The frames as one volume (`_stacked`), without localizers, which are named in a warning."""
     localizers = _localizers(frames)
     rest = [frame for frame in frames if frame not in localizers]
@@ -481,7 +481,7 @@ def _volume(path: Path, frames: list[_Frame]) -> list[_Frame]:
     return stacked
 
 
-def _localizers(frames: Sequence[_Frame]) -> list[_Frame]:
+def _localizers(frames: Sequence[Frame]) -> list[Frame]:
     """The frames whose image type says so, or else up to three that lie across many others."""
     said = [frame for frame in frames if _is_localizer((frame.name, frame.open, frame.header))]
     if said:
@@ -492,9 +492,9 @@ def _localizers(frames: Sequence[_Frame]) -> list[_Frame]:
     return across if len(across) <= min(3, len(frames) // 4) else []
 
 
-def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
+def _stacked(path: Path, frames: list[Frame]) -> list[Frame]:
     """The frames in the order of their position; InputError unless they are one evenly stacked volume."""
-    _require_same(path, frames)
+    require_same(path, frames)
     if len(frames) == 1:
         raise InputError(path, "a series of one slice", "a volume of several", "export the whole series")
     normal = np.cross(*frames[0].axes)
@@ -511,7 +511,7 @@ def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
             "one image at each position of a slice",
             "export one time point, echo or reconstruction alone",
         )
-    if abs(gaps - typical).max() > _UNEVEN * typical:
+    if abs(gaps - typical).max() > UNEVEN * typical:
         raise InputError(
             path,
             f"slices {gaps.min():.3g} to {gaps.max():.3g} mm apart{_differences(frames)}",
@@ -519,7 +519,7 @@ def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
             "add the missing slices, or resample the series elsewhere",
         )
     # A tilted gantry shifts every slice by the same distance against its neighbour: the axes are sheared.
-    if np.linalg.norm(steps - steps.mean(0), axis=1).max() > _UNEVEN * typical:
+    if np.linalg.norm(steps - steps.mean(0), axis=1).max() > UNEVEN * typical:
         raise InputError(
             path,
             "slices shifted unevenly against each other",
@@ -529,7 +529,7 @@ def _stacked(path: Path, frames: list[_Frame]) -> list[_Frame]:
     return frames
 
 
-def _require_same(path: Path, frames: Sequence[_Frame]) -> None:
+def require_same(path: Path, frames: Sequence[Frame]) -> None:
     """InputError unless all frames have the same size, orientation and voxel size, and one number per pixel."""
 
     def differing(what: str, values: Sequence[str], remedy: str) -> None:
@@ -558,7 +558,7 @@ def _require_same(path: Path, frames: Sequence[_Frame]) -> None:
         raise InputError(path, "colour images", "one number per pixel", "export the original series")
 
 
-def _differences(frames: Sequence[_Frame]) -> str:
+def _differences(frames: Sequence[Frame]) -> str:
     """What tells images at the same position apart, in brackets; empty if the headers do not say it."""
     named: Mapping[str, tuple[str, str]] = {
         "echo time": ("MREchoSequence", "EffectiveEchoTime"),
@@ -570,7 +570,7 @@ def _differences(frames: Sequence[_Frame]) -> str:
         values = set()
         for frame in frames:
             each = cast(Sequence[Dataset], frame.header.get("PerFrameFunctionalGroupsSequence") or [])
-            value = _value([each[frame.index], Dataset()], *named[what]) if each and what in named else None
+            value = value_of([each[frame.index], Dataset()], *named[what]) if each and what in named else None
             values.add(str(frame.header.get(alone.get(what, ""), "") if value is None else value))
         if len(values) > 1:
             return f" ({what} {', '.join(sorted(values)[:3])})"
@@ -580,21 +580,21 @@ def _differences(frames: Sequence[_Frame]) -> str:
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _pixels(path: Path, frame: _Frame, larger: list[str]) -> npt.NDArray[np.generic]:
+def _pixels(path: Path, frame: Frame, larger: list[str]) -> npt.NDArray[np.generic]:
     """The stored values of a file: (rows, columns), or (frames, rows, columns).
 
     A file with more bytes than its size asks for is added to ``larger``.
     """
     try:
         with frame.open() as file:
-            dataset = _with_syntax(pydicom.dcmread(file, force=True))
+            dataset = with_syntax(pydicom.dcmread(file, force=True))
         array = np.asarray(dataset.pixel_array)
         compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
         excess = 0 if compressed else len(dataset.get("PixelData", b"")) - array.nbytes
     except (RuntimeError, NotImplementedError) as error:
         syntax = UID(str(frame.header.file_meta.get("TransferSyntaxUID", "")))
         if not (syntax.is_transfer_syntax and syntax.is_compressed):
-            raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+            raise _unreadable(path, f"{frame.name}: {text_of(error)}") from error
         if (stored := _decoded_by_itk(frame)) is not None:
             return stored
         raise InputError(
@@ -604,13 +604,13 @@ def _pixels(path: Path, frame: _Frame, larger: list[str]) -> npt.NDArray[np.gene
             "pip install 'medseg-diffusion[dicom]', or export the series uncompressed",
         ) from error
     except Exception as error:  # pydicom raises nearly anything for damaged files
-        raise _unreadable(path, f"{frame.name}: {_text(error)}") from error
+        raise _unreadable(path, f"{frame.name}: {text_of(error)}") from error
     if excess > 1:  # one byte fills an odd length
         larger.append(frame.name)
     return array
 
 
-def _decoded_by_itk(frame: _Frame) -> npt.NDArray[np.generic] | None:
+def _decoded_by_itk(frame: Frame) -> npt.NDArray[np.generic] | None:
     """The stored values (rows, columns) of a file of one frame; None if ITK has no decoder for it either.
 
     pydicom decodes most kinds of JPEG only with plug-ins, ITK without. ITK rescales, which is undone: the values are
@@ -630,7 +630,7 @@ def _decoded_by_itk(frame: _Frame) -> npt.NDArray[np.generic] | None:
     return np.asarray(np.rint((values.reshape(values.shape[-2:]) - frame.intercept) / frame.slope))
 
 
-def _with_syntax(dataset: Dataset) -> Dataset:
+def with_syntax(dataset: Dataset) -> Dataset:
     """The dataset with a transfer syntax: a file without preamble and meta header has that of its encoding."""
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit = dataset.original_encoding[0] is not False
@@ -638,7 +638,8 @@ def _with_syntax(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _text(error: Exception) -> str:
+def text_of(error: Exception) -> str:
+    """The text of an error on one line, of at most 120 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:120].rstrip(".")
 
 

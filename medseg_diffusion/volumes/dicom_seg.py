@@ -1,4 +1,4 @@
-"""Writes and reads masks of DICOM series as DICOM segmentations (DICOM-SEG), which refer to the images of the series.
+"""Writes masks of DICOM series as DICOM segmentations (DICOM-SEG), which refer to the images of the series.
 
 The segmentation type is BINARY, one bit for each voxel and class: every viewer of DICOM-SEG reads it. LABELMAP came
 into the standard in 2024, and few viewers and archives know it yet.
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError, UsageError, quiet_libraries
 from medseg_diffusion.files import whole_file
 
 from .paths import MAKER, is_dicom
-from .volume import Header, Volume, grid_distance
+from .volume import Volume, grid_distance
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
@@ -145,6 +144,7 @@ class SegmentationFile:
         try:
             with quiet_libraries():  # of values in the source that DICOM does not allow
                 dataset = _segmentation(self._slices, labels, self._segments, self._algorithm)
+                _state_distance(dataset, self._slices)
                 _refer_to(dataset, self._slices)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._unusable(f"headers that a segmentation cannot refer to ({error})") from error
@@ -152,37 +152,6 @@ class SegmentationFile:
 
     def _unusable(self, found: str) -> InputError:
         return InputError(self._path, found, "a complete DICOM series for a DICOM segmentation", "use --format nifti")
-
-
-def read_segmentation(path: Path) -> tuple[Volume, list[str]]:
-    """Read a DICOM segmentation, of this package or another program.
-
-    Returns:
-        (1, I, J, K) int32, the number of the segment of every voxel; its grid may be a part of the scan's
-        (`Header.sparse`), with the axes in another order. And the labels of the segments 1, 2, ...; if the package
-        wrote them, each is the `segment_label` of a class.
-
-    Raises:
-        InputError: Another file, a damaged one, or segments that overlap.
-    """
-    import highdicom
-
-    try:
-        with quiet_libraries():
-            dataset = highdicom.seg.segread(path)
-            read = dataset.get_volume(combine_segments=True)
-            labels = [str(dataset.get_segment_description(n).segment_label) for n in dataset.segment_numbers]
-    except (AttributeError, EOFError, IndexError, KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
-        found = f"no readable DICOM segmentation ({' '.join(str(error).split())})"
-        raise InputError(
-            path,
-            found,
-            "a DICOM segmentation of segments that do not overlap",
-            "export it again, for instance to NIfTI",
-        ) from error
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read.affine  # LPS -> RAS
-    header = Header(modality="SEG", sparse=True)
-    return Volume(torch.from_numpy(read.array.astype(np.int32))[None], affine, path, header), labels
 
 
 def manufacturer(path: Path) -> str:
@@ -240,6 +209,17 @@ def _segmentation(
     size = -(-int(dataset.NumberOfFrames) * labels[0].size // 8)
     dataset.PixelData = dataset.PixelData[:size] + bytes(size % 2)  # highdicom pads with the digit 0, not with a null
     return dataset
+
+
+def _state_distance(segmentation: Dataset, slices: Sequence[SourceSlice]) -> None:
+    """States the distance between slices along their normal, since frames may be left out.
+
+    highdicom takes that of their first voxels, which is longer if the gantry was tilted.
+    """
+    first, second = slices[0], slices[1]
+    distance = abs(float((second.position - first.position) @ np.cross(*first.axes)))
+    (measures,) = segmentation.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    measures.SpacingBetweenSlices = f"{distance:.6f}".rstrip("0").rstrip(".")
 
 
 def _description(number: int, segment: Segment, algorithm: Algorithm) -> SegmentDescription:

@@ -11,7 +11,6 @@ from .outputs import RESULTS, SEGMENTATION
 from .paths import (
     SUFFIXES,
     UNREAD_SUFFIXES,
-    folders_below,
     is_dicom,
     is_dicom_segmentation,
     is_image,
@@ -66,8 +65,8 @@ def of_unread_formats(files: Sequence[Path | str]) -> str:
 def find_scans(path: Path | str) -> list[Path]:
     """The scans of a path: the path itself if it is a file or a DICOM series, else the scans in the folder.
 
-    A folder's scans are its files (`scan_files`) without those whose names end like results (`RESULTS`), then all DICOM
-    series below it, each sorted by name.
+    A folder's scans are its files (`scan_files`) without those whose names end like results (`RESULTS`), then its
+    DICOM series, each sorted by name.
 
     Raises:
         InputError: a missing path, a file of another kind, or a folder without scans.
@@ -80,7 +79,7 @@ def find_scans(path: Path | str) -> list[Path]:
         return [path]
     files = scan_files(path)
     scans = [file for file in files if not scan_name(file).endswith(RESULTS)]
-    scans += filter(is_series, folders_below(path))
+    scans += sorted(inner for inner in path.iterdir() if is_series(inner))
     if not scans:
         found = f"a folder with only results ({len(files)} files)" if files else "a folder without scans"
         raise InputError(path, found, f"files that end with {', '.join(SUFFIXES)}", "check the path")

@@ -110,9 +110,9 @@ def read_labels(path: Path | str) -> Volume:
     """
     path = Path(path)
     if _is_segmentation(path):
-        from . import dicom_seg
+        from . import dicom_labels
 
-        return dicom_seg.read_segmentation(path)[0]
+        return dicom_labels.read_segmentation(path)[0]
     return labels_of(_opened(path, channels=1, labels=True), path)
 
 
@@ -140,9 +140,9 @@ def stored_labels(path: Path | str) -> dict[int, str]:
     """
     path = Path(path)
     if _is_segmentation(path):
-        from . import dicom_seg
+        from . import dicom_labels
 
-        return dict(enumerate(dicom_seg.read_segmentation(path)[1], 1))
+        return dicom_labels.segment_names(path)
     return nifti.stored_labels(path) if suffix_of(path) in NIFTI_SUFFIXES else {}
 
 

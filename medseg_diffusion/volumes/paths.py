@@ -112,9 +112,14 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def folders_below(folder: Path) -> list[Path]:
-    """The folder and all its visible subfolders, sorted; links to folders are not followed."""
-    folders = []
-    for root, inner, _ in os.walk(folder):
+    """The folder and all its visible subfolders, sorted; of one that is linked several times, the first."""
+    folders, known = [], set[str]()
+    for root, inner, _ in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in known:  # also a link to a folder above, which would never end
+            inner.clear()
+            continue
+        known.add(real)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         folders.append(Path(root))
     return folders

@@ -31,6 +31,7 @@ class Header:
         series: UID of the DICOM series; empty for another format.
         white: level of white in an image file (PNG, ...): 1, 255 or 65535; 0 if the file does not tell it.
         sparse: the file may leave out empty slices, as a DICOM segmentation does: beyond the grid, voxels are 0.
+        unknown_step: a sparse file does not say how far its slices are apart: between them, there may be empty ones.
         description: what a file that is written says of itself, in ASCII; that of a file that is read is not preserved.
     """
 
@@ -42,6 +43,7 @@ class Header:
     series: str = ""
     white: int = 0
     sparse: bool = False
+    unknown_step: bool = False
     description: str = ""
 
 
@@ -170,27 +172,39 @@ class Volume:
         return other
 
     def covering(self, other: Volume) -> Volume:
-        """A volume from a sparse file (`Header.sparse`) on a grid that holds that of ``other``, too; 0 where it is new.
+        """A label map from a sparse file (`Header.sparse`) on a grid that holds that of ``other``; 0 where it is new.
 
-        Its axes become those of ``other``. Any other volume is returned as it is, and so is one whose voxels lie
-        between those of ``other``, which `aligned` refuses.
+        Its axes become those of ``other``. Slices at unknown distances (`Header.unknown_step`) are placed one by one.
+        Any other volume is returned as it is, and so is one whose marked voxels lie between those of ``other``, which
+        `aligned` refuses.
         """
         if not self.header.sparse:
             return self
-        turned = self.oriented(other.axcodes)
-        corners = _corners(turned.shape)
-        places = (corners @ (np.linalg.inv(other.affine) @ turned.affine).T)[:, :3]
-        first = np.rint(places[0]).astype(int)
-        if np.abs(places - first - corners[:, :3]).max() > 0.1:
+        step = np.linalg.inv(other.affine) @ self.affine
+        axes = np.abs(step[:3, :3]).argmax(0)  # of ``other``, by this volume's axes
+        scale, last = step[axes, range(3)], np.array(self.shape) - 1
+        across = step[:3, :3].copy()
+        across[axes, range(3)] = 0
+        odd = int((np.abs(np.abs(scale) - 1) * last > 0.1).sum())
+        if sorted(axes) != [0, 1, 2] or (np.abs(across) @ last).max() > 0.1 or odd > self.header.unknown_step:
             return self
-        low = np.minimum(first, 0)
-        high = np.maximum(first + turned.shape, other.shape)
-        data = torch.zeros(len(self.data), *(high - low).tolist(), dtype=self.data.dtype)
-        part = tuple(slice(start, start + n) for start, n in zip((first - low).tolist(), turned.shape, strict=True))
-        data[(slice(None), *part)] = turned.data
+        slices, places = [], []
+        for axis in np.argsort(axes).tolist():  # in the order of the axes of ``other``
+            exact = scale[axis] * np.arange(self.shape[axis]) + step[axes[axis], 3]
+            between = np.abs(exact - np.rint(exact)) > 0.1
+            if self.data.movedim(axis + 1, 0)[torch.from_numpy(between)].any():
+                return self
+            slices.append(np.flatnonzero(~between))
+            places.append(np.rint(exact[~between]).astype(int))
+        low = np.array([place.min(initial=0) for place in places])
+        high = np.array([place.max(initial=n - 1) + 1 for place, n in zip(places, other.shape, strict=True)])
+        turned = self.data.numpy().transpose(0, *(np.argsort(axes) + 1))
+        data = np.zeros((len(turned), *(high - low)), turned.dtype)
+        channels, to = np.arange(len(turned)), (place - first for place, first in zip(places, low, strict=True))
+        data[np.ix_(channels, *to)] = turned[np.ix_(channels, *slices)]
         affine = other.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ low
-        return Volume(data, affine, self.source, self.header)
+        return Volume(torch.from_numpy(data), affine, self.source, self.header)
 
     def oriented(self, codes: str = "RAS") -> Volume:
         """Permute and flip the axes so that they point as nearly as possible along `codes`. Nothing is interpolated.
@@ -228,12 +242,8 @@ def spacing_of(affine: FloatArray) -> tuple[float, float, float]:
 
 def grid_distance(a: FloatArray, b: FloatArray, shape: tuple[int, ...]) -> float:
     """Largest distance in mm, over the eight corner voxels, between their positions under two affines."""
-    return float(np.linalg.norm(_corners(shape) @ (a - b).T, axis=1).max())
-
-
-def _corners(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """(8, 4) homogeneous indices of the corner voxels of a grid, the first voxel first."""
-    return np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], (1,), indexing="ij"), axis=-1).reshape(-1, 4)
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], (1,), indexing="ij"), axis=-1).reshape(-1, 4)
+    return float(np.linalg.norm(corners @ (a - b).T, axis=1).max())
 
 
 def orientation_transform(affine: FloatArray, codes: str) -> npt.NDArray[np.int64]:

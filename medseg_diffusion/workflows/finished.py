@@ -96,10 +96,11 @@ def read_mask(path: Path, names: Mapping[int, str]) -> Volume:
     if path.suffix.lower() != ".dcm":
         _require_same(path, list(stored_labels(path).items()), [(v, printable_name(n)) for v, n in names.items()])
         return read_labels(path)
-    from medseg_diffusion.volumes.dicom_seg import read_segmentation, segment_label
+    from medseg_diffusion.volumes.dicom_labels import read_segmentation
+    from medseg_diffusion.volumes.dicom_seg import segment_label
 
     mask, stored = read_segmentation(path)
-    _require_same(path, list(enumerate(stored, 1)), list(enumerate(map(segment_label, names.values()), 1)))
+    _require_same(path, list(stored.items()), list(enumerate(map(segment_label, names.values()), 1)))
     return mask.like(torch.from_numpy(from_segments(mask.data.numpy(), names)))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydicom.uid import generate_uid
 
 from medseg_diffusion.data.healthy import (
     find_healthy,
@@ -88,11 +89,23 @@ def test_air_is_not_counted_as_left_out_for_a_lesion(tmp_path: Path) -> None:
     assert len(images.images) == 4 * 7 and left_out(images)["train"] == 4 * 2
 
 
+def test_localizers_are_no_healthy_scans(tmp_path: Path) -> None:
+    uid = generate_uid()
+    series(tmp_path / "p1" / "t1", StudyInstanceUID=uid)
+    series(tmp_path / "p1" / "survey", StudyInstanceUID=uid, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    with pytest.warns(UserWarning, match="left out localizers: p1/survey"):
+        assert [scan.name for scan in find_healthy(tmp_path)] == ["p1/t1"]
+
+
 def test_dicom_series_in_deeper_folders_belong_to_the_patient_of_the_first(tmp_path: Path) -> None:
     for path in ("p1/study/t1", "p1/study/t2", "p2/study/t1"):
         series(tmp_path / path)
     write(tmp_path / "p3.nii.gz", head(0)[0])
     found = {scan.name: scan.patient for scan in find_healthy(tmp_path)}
     assert found == {"p1/study/t1": "p1", "p1/study/t2": "p1", "p2/study/t1": "p2", "p3": "p3"}
+    series(tmp_path / "elsewhere" / "p4" / "t1")
+    (tmp_path / "p4").symlink_to(tmp_path / "elsewhere" / "p4")
+    (tmp_path / "elsewhere" / "p4" / "loop").symlink_to(tmp_path / "elsewhere")
+    assert len(find_healthy(tmp_path)) == 5, "linked folders count once"
     (one,) = find_healthy(tmp_path / "p1" / "study" / "t1")
     assert (one.name, one.patient) == ("t1", "t1")

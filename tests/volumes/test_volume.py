@@ -165,6 +165,21 @@ def test_a_part_between_the_voxels_or_beyond_the_scan_is_refused() -> None:
             scan.aligned(part)
 
 
+def test_slices_at_unknown_distances_are_placed_one_by_one() -> None:
+    """A file that holds slices 1 and 4 alone does not say that two others lie between."""
+    scan = Volume(torch.zeros(1, 6, 7, 5), affine=TURNED)
+    whole = torch.zeros(1, 6, 7, 5, dtype=torch.int32)
+    whole[..., 1], whole[..., 4] = 1, 2
+    affine = TURNED @ np.diag([1.0, 1.0, 3.0, 1.0])
+    affine[:3, 3] = (TURNED @ [0, 0, 1, 1])[:3]
+    part = Volume(whole[..., [1, 4]], affine, header=Header(sparse=True, unknown_step=True))
+    for turned in (part, part.oriented("SLA")):
+        torch.testing.assert_close(scan.aligned(turned).data, whole)
+    known = replace(part, header=Header(sparse=True))
+    with pytest.raises(InputError, match="6 x 7 x 2 voxels"):
+        scan.aligned(known)
+
+
 def part_of(whole: torch.Tensor, first: tuple[int, int, int], last: tuple[int, int, int]) -> Volume:
     """The part of a label map that a sparse file holds."""
     affine = TURNED.copy()
