@@ -156,7 +156,11 @@ Images = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")]
 MaxSteps = Annotated[
     int | None,
-    typer.Option(min=1, help="Stop each network after this many training steps; default: the configuration's."),
+    typer.Option(
+        min=1,
+        help="Stop each network after this many training steps; default: the configuration's. The autoencoder of a "
+        "latent generator is trained to the end.",
+    ),
 ]
 
 

@@ -77,7 +77,8 @@ def train_anomaly(
         unhealthy: Scans with lesions, as ``healthy``, for detectors that also learn from unhealthy images. Only
             the labelled slices of labelled scans are used.
         resume: Continue an interrupted run with the same configuration.
-        max_steps: Stop each network at this step; the learning rate still follows training.max_steps.
+        max_steps: Stop generator and classifier at this step; the learning rate still follows training.max_steps. The
+            autoencoder of a latent generator is not shortened.
         time_limit_min: Stop training this many minutes after the data are prepared; calibration takes further time.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of weights, order, times and noise.

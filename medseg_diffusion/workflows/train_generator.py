@@ -95,7 +95,8 @@ def train_generator(
             autoencoder of the configuration is trained first.
         stage: "autoencoder" stops after the first stage of a latent generator.
         resume: Continue an interrupted run with the same configuration.
-        max_steps: Stop each stage at this step; the learning rate still follows training.max_steps.
+        max_steps: Stop at this step; the learning rate still follows training.max_steps. The autoencoder of a latent
+            generator is shortened only with ``stage`` "autoencoder".
         time_limit_min: Stop this many minutes after the start of the call, the preparation of the images included.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: Seed of weights, order, times and noise.
@@ -124,7 +125,9 @@ def train_generator(
     if isinstance(config, NoisyClassifierConfig):
         return _train_classifier(config, source, job)
     if latent and autoencoder is None:
-        autoencoder = _train_first_stage(config, source, job)
+        # The second stage is bound to the weights of the first, which a later call would train further.
+        first = job if stage == "autoencoder" else replace(job, max_steps=None)
+        autoencoder = _train_first_stage(config, source, first)
         out_of_time = Runtime(job.device, config.training.precision).any(job.minutes_left == 0)
         if stage == "autoencoder" or out_of_time:
             return autoencoder

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.generator import GeneratorConfig
@@ -56,12 +57,21 @@ def of_training(words: tuple[str, ...]) -> list[str]:
         large = settings.data.size in (64, 128) and "data.size=32" not in words
         small = ["data.size=32" if large else "data.size=16"]  # a cascade stays one
         held_out = ["data.validation_images=1", *(["data.test_images=1"] if settings.data.test_images else [])]
-        return sets(*(f"training.{one}" for one in TRAINING), *held_out, *small, "sampling.steps=2")
+        first = [f"autoencoder={short_autoencoder(settings.autoencoder)}"] if settings.autoencoder else []
+        return sets(*(f"training.{one}" for one in TRAINING), *held_out, *small, *first, "sampling.steps=2")
     if isinstance(settings, AnomalyConfig):
         inner = ("data.size=16", "data.test_images=2", "data.validation_images=2")
         training = (f"training.{one}" for one in TRAINING)
         return sets(*(f"generator.{one}" for one in (*inner, *training)), "partial_noise.draws=1")
     return []
+
+
+def short_autoencoder(name: str) -> str:
+    """A file of the configuration ``name`` that trains for a step: --max-steps does not shorten a first stage."""
+    config = load_config(name, [f"training.{one}" for one in TRAINING])
+    file = Path("autoencoder.yaml")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return str(file)
 
 
 def fewer(words: tuple[str, ...]) -> list[str]:

@@ -15,6 +15,7 @@ from medseg_diffusion.models.generator import restore_autoencoder
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows.train_generator import train_generator
 from tests.helpers.generators import QUIET, small_config
+from tests.helpers.training import resume_file
 
 pytestmark = QUIET
 
@@ -31,6 +32,22 @@ def test_a_latent_generator_trains_its_autoencoder_first(pictures, tmp_path: Pat
     weights = load_model_files(path).weights
     kept = restore_autoencoder(load_model_files(stage))[0].state_dict()
     assert all(torch.equal(weights[f"codec.{name}"], value) for name, value in kept.items())
+
+
+def test_max_steps_shortens_the_generator_but_not_its_autoencoder(pictures, tmp_path: Path) -> None:
+    """A second stage cannot go on if its autoencoder is trained further."""
+    first = tmp_path / "first.yaml"
+    first.write_text(json.dumps(small_config("autoencoder").model_dump(mode="json")))
+    config = small_config("latent", autoencoder=str(first))
+    whole = train_generator(config, pictures, tmp_path / "whole", device="cpu")
+    parts = tmp_path / "parts"
+    train_generator(config, pictures, parts, stage="autoencoder", max_steps=1, device="cpu")
+    assert resume_file(parts / "autoencoder")["state"]["step"] == 1
+    train_generator(config, pictures, parts, max_steps=1, resume=True, device="cpu")
+    assert resume_file(parts / "autoencoder")["state"]["step"] == 2 and resume_file(parts)["state"]["step"] == 1
+    resumed = train_generator(config, pictures, parts, resume=True, device="cpu")
+    weights, expected = load_model_files(resumed).weights, load_model_files(whole).weights
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
 def test_latents_have_zero_mean_and_unit_variance(pictures, image_models) -> None:

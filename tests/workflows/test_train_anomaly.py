@@ -42,7 +42,8 @@ def test_a_preset_trains_for_a_step_and_finds_something(name, monkeypatch, tmp_p
     if config.classifier is not None:
         changes += [f"classifier.data.{key}" for key in data] + ["classifier.training.batch_size=1"]
     if config.generator.autoencoder is not None:
-        stage = load_config(config.generator.autoencoder, ["training.batch_size=1", *(f"data.{key}" for key in data)])
+        short = ["training.batch_size=1", "training.max_steps=1"]
+        stage = load_config(config.generator.autoencoder, [*short, *(f"data.{key}" for key in data)])
         (tmp_path / "codec.yaml").write_text(json.dumps(stage.model_dump(mode="json")))
         changes.append(f"generator.autoencoder={tmp_path / 'codec.yaml'}")
     config = load_config(name, changes)
