@@ -169,16 +169,10 @@ def prepare(
     kind = np.uint8 if expected.num_classes <= 256 else np.int32
     cut_off = []
     for i, case in enumerate(cases):
-        # A case is read again if one of its files or the way of reading it has changed.
-        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (*case.images, *case.labels)]
-        reading = [expected.channels, expected.num_classes, expected.merge_labels, sorted(expected.named_labels)]
-        state = json.dumps([*files, repr(preprocessing), *reading, slices])
+        state = _state(case, preprocessing, expected, slices)
         if not store.holds(case.name, state):
-            volume = read_case_image(case, expected.channels)
-            if slices:
-                require_slices(volume, preprocessing.orientation)
+            volume, readers = _read(case, preprocessing, expected, slices)
             image, placement = preprocessing.apply(volume)
-            readers = [read_case_labels(path, volume, expected) for path in case.labels]
             if preprocessing.crop_centre is not None and any(map(placement.leaves_out, readers)):
                 cut_off.append(case.name)
             labels = [apply_labels(labels, placement)[0].numpy().astype(kind) for labels in readers]
@@ -191,6 +185,45 @@ def prepare(
             f"left out ({listed(cut_off, 3)}); set preprocessing.crop_centre if that is not meant"
         )
     return [stored_case(store, case.name) for case in cases]
+
+
+def require_usable(
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    expected: CaseFormat,
+    cache: Path,
+    on_case: Callable[[int, int], None] = lambda done, total: None,
+    slices: bool = False,
+) -> None:
+    """Check cases that are used only after the training by the rules of `prepare`, which has the same arguments.
+
+    The store notes which cases are checked, so that a resumed run does not read them again.
+
+    Raises:
+        InputError: as `prepare`.
+    """
+    store = CaseStore(cache)
+    for i, case in enumerate(cases):
+        state = f"checked {_state(case, preprocessing, expected, slices)}"
+        if not store.holds(case.name, state):
+            _read(case, preprocessing, expected, slices)
+            store.add(case.name, state, [])
+        on_case(i + 1, len(cases))
+
+
+def _state(case: Case, preprocessing: Preprocessing, expected: CaseFormat, slices: bool) -> str:
+    """A text that changes if one of the case's files or the way of reading it changes."""
+    files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (*case.images, *case.labels)]
+    reading = [expected.channels, expected.num_classes, expected.merge_labels, sorted(expected.named_labels)]
+    return json.dumps([*files, repr(preprocessing), *reading, slices])
+
+
+def _read(case: Case, preprocessing: Preprocessing, expected: CaseFormat, slices: bool) -> tuple[Volume, list[Volume]]:
+    """The image of a case and the labels of all its readers, checked."""
+    volume = read_case_image(case, expected.channels)
+    if slices:
+        require_slices(volume, preprocessing.orientation)
+    return volume, [read_case_labels(path, volume, expected) for path in case.labels]
 
 
 def require_every_class(cases: Sequence[PreparedCase], labels: Mapping[int, str], folder: Path | str) -> None:

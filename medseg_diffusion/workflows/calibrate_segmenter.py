@@ -89,10 +89,17 @@ def _unseen(cases: Sequence[Case], held_out: Mapping[str, Sequence[str]]) -> lis
 
 
 def store_calibration(
-    model: Path, cases: Sequence[Case], device: str, on_prepare: OnPrepare = lambda what, done, total: None
+    model: Path,
+    cases: Sequence[Case],
+    named_labels: Collection[int],
+    device: str,
+    on_prepare: OnPrepare = lambda what, done, total: None,
 ) -> Calibration:
-    """Calibrate the model directory ``model`` on ``cases``, and store the calibration in it."""
-    calibration = _fitted(model, cases, (), device, on_prepare)
+    """Calibrate the model directory ``model`` on ``cases``, and store the calibration in it.
+
+    ``named_labels`` are the label values that have a name in the folder of the cases, see `CaseFormat`.
+    """
+    calibration = _fitted(model, cases, named_labels, device, on_prepare)
     saved = load_model_files(model)
     card = {**saved.card, "calibration": asdict(calibration)}
     save_model(model, card, saved.weights, render_card(card))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,14 @@ from medseg_diffusion.data.class_names import misnamed
 from medseg_diffusion.data.draws import Examples
 from medseg_diffusion.data.file_lists import FileList
 from medseg_diffusion.data.label_maps import LabelMap, load_label_map, tissues
-from medseg_diffusion.data.mask_examples import CaseFormat, MaskExamples, PreparedCase, prepare, require_every_class
+from medseg_diffusion.data.mask_examples import (
+    CaseFormat,
+    MaskExamples,
+    PreparedCase,
+    prepare,
+    require_every_class,
+    require_usable,
+)
 from medseg_diffusion.data.synthetic_brains import SyntheticBrains
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
@@ -53,6 +60,7 @@ class SegmenterData:
         split: Split of the cases.
         several_readers: Whether any case of the folder has several readers. Validation cases are one per patient then.
         calibration: Cases of the calibration side.
+        named_labels: Label values that have a name in the folder, see `CaseFormat`.
         shape: Average shape of the training anatomies; None unless the configuration has a shape prior.
         coarse: Examples and validation cases of the finder; None unless the configuration has one.
         measure: Measures the training scans (`methods.seen`), which takes a while, for a training of so many examples;
@@ -69,6 +77,7 @@ class SegmenterData:
     measure: Callable[[int, OnCase], Seen | None]
     several_readers: bool = False
     calibration: Sequence[Case] = ()
+    named_labels: Collection[int] = ()
     shape: ShapePrior | None = None
     coarse: tuple[Examples, list[PreparedCase]] | None = None
     tissues: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -108,17 +117,16 @@ def _labelled_scans(
     labels = class_names_of(config.data, folder, data)
     section = config.data
     split = split_by_hash(folder.cases, section.test_cases, section.validation_cases, section.calibration_cases)
-    prepared = prepare(
-        [case for case in folder.cases if case.name in {*split.train, *split.validation}],
-        build.preprocessing(config.preprocessing),
-        CaseFormat(config.data.channels, len(labels), config.data.merge_labels, folder.labels),
-        cache,
-        on_case,
-        slices=config.network.dims == 2,
-    )
+    dims, total = config.network.dims, len(folder.cases)
+    used = {*split.train, *split.validation}
+    early = [case for case in folder.cases if case.name in used]
+    late = [case for case in folder.cases if case.name not in used]
+    preprocessing = build.preprocessing(config.preprocessing)
+    expected = CaseFormat(section.channels, len(labels), section.merge_labels, folder.labels)
+    prepared = prepare(early, preprocessing, expected, cache, lambda done, _: on_case(done, total), dims == 2)
+    require_usable(late, preprocessing, expected, cache, lambda done, _: on_case(len(early) + done, total), dims == 2)
     training = [case for case in prepared if case.name in split.train]
     require_every_class(training, labels, str(data))
-    dims = config.network.dims
     augmenter = Augmenter(build.augmentation(config.augmentation), dims)
     later = on_gpu and dims == 3
     examples = MaskExamples(training, config.data.window, config.data.foreground_share, augmenter, later)
@@ -148,11 +156,19 @@ def _labelled_scans(
     calibration = [case for case in folder.cases if case.name in split.calibration]
 
     def measure(examples: int, on_scan: OnCase) -> Seen | None:
-        preprocessing = build.preprocessing(config.preprocessing)
         return seen_in_cases(training, folder, preprocessing, labels, dims, on_scan=on_scan)
 
     return SegmenterData(
-        examples, validation, labels, folder.channels, summary, split, measure, several_readers, calibration
+        examples,
+        validation,
+        labels,
+        folder.channels,
+        summary,
+        split,
+        measure,
+        several_readers,
+        calibration,
+        folder.labels,
     )
 
 

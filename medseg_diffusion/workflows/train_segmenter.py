@@ -148,7 +148,8 @@ def train_segmenter(
     outcome = job.fit(model, prepared.examples, config.training, callbacks, runtime)
     if outcome.best and runtime.is_main:
         if prepared.calibration and not prepared.several_readers:
-            store_calibration(job.model, prepared.calibration, str(runtime.device), job.on_prepare)
+            cases, named = prepared.calibration, prepared.named_labels
+            store_calibration(job.model, cases, named, str(runtime.device), job.on_prepare)
         measure_x_t(job.model, config, prepared, runtime, job.on_prepare)
         add_seen(job.model, seen)  # the best weights may be of an earlier call, which measured less
     return job.model

@@ -58,6 +58,46 @@ def test_the_training_calibrates_on_a_side_of_its_own(block_scans: Path, tmp_pat
     assert card["calibration"]["volume_errors"] == [pytest.approx(max(ratios), abs=1e-5)]
 
 
+@pytest.mark.parametrize("side", ["calibration", "test"])
+def test_masks_for_later_are_checked_before_the_training(side: str, block_scans: Path, tmp_path: Path) -> None:
+    """A wrong one must not come to light when all steps are done."""
+    train_segmenter(config(calibration_cases=2), block_scans, tmp_path / "good", device="cpu", max_steps=1)
+    name = json.loads((tmp_path / "good" / "split.json").read_text())[side][0]
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(block_scans, data)
+    file = data / "labels" / f"{name}.nii.gz"
+    label = nib.load(file)
+    nib.save(nib.Nifti1Image(7 * np.asarray(label.dataobj), label.affine), file)
+    with pytest.raises(InputError, match=rf"{name}\.nii\.gz: found the values 0 and 7; .*divide the mask by 7"):
+        train_segmenter(config(calibration_cases=2), data, run, device="cpu", max_steps=1)
+    assert not (run / "config.yaml").exists()
+    shutil.copy(block_scans / "labels" / f"{name}.nii.gz", file)
+    assert train_segmenter(config(calibration_cases=2), data, run, device="cpu", max_steps=1).is_dir()
+
+
+def test_calibration_merges_the_labels_that_the_training_merges(block_scans: Path, tmp_path: Path) -> None:
+    """Labels that dataset.json names are no greyscale values, however large they are."""
+    data = tmp_path / "Task99"
+    shutil.copytree(block_scans / "images", data / "imagesTr")
+    (data / "labelsTr").mkdir()
+    for file in (block_scans / "labels").iterdir():
+        label = nib.load(file)
+        voxels = np.asarray(label.dataobj).copy()
+        voxels[4:][voxels[4:] == 1] = 20
+        nib.save(nib.Nifti1Image(voxels, label.affine), data / "labelsTr" / file.name)
+    names = sorted(file.name for file in (data / "labelsTr").iterdir())
+    content = {
+        "modality": {"0": "MR"},
+        "labels": {"0": "background", **{str(value): f"part {value}" for value in range(1, 21)}},
+        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
+    }
+    (data / "dataset.json").write_text(json.dumps(content))
+    settings = config(calibration_cases=2)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"merge_labels": True})})
+    model = train_segmenter(settings, data, tmp_path / "run", device="cpu")
+    assert load_model_files(model).card["calibration"]["patients"] == 2
+
+
 def test_without_calibration_patients_nothing_is_claimed(trained: Path) -> None:
     assert "calibration" not in load_model_files(trained).card
 
