@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medseg_diffusion.data.draws import FinishesBatches
-from medseg_diffusion.errors import MedsegError
 
 from .interrupt import apart
 from .runtime import Runtime
@@ -24,7 +23,7 @@ class Batches:
 
     Args:
         draws: the n-th training example by number.
-        batch_size: examples per step over all processes together.
+        batch_size: examples per step over all processes together, which share it evenly.
         first_step: the step of the first batch.
         last_step: the step after that of the last batch.
         workers: processes that prepare examples; 0 prepares them in this process.
@@ -32,9 +31,6 @@ class Batches:
 
     Attributes:
         waited: seconds in which this process waited for, or prepared, examples while its device had nothing to do.
-
-    Raises:
-        MedsegError: the processes cannot share a batch evenly.
     """
 
     def __init__(
@@ -46,8 +42,6 @@ class Batches:
         workers: int,
         runtime: Runtime,
     ) -> None:
-        if batch_size % runtime.world_size:
-            raise MedsegError(f"batch_size {batch_size} must be a multiple of the {runtime.world_size} processes")
         on_gpu = runtime.device.type == "cuda"
         self.runtime = runtime
         self.finish = draws.finish if isinstance(draws, FinishesBatches) else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from medseg_diffusion.diffusion.noise import derive_seed
-from medseg_diffusion.errors import MedsegError
+from medseg_diffusion.errors import UsageError
 
 from .batches import Batches, passes
 from .ema import EMA
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingRun",
     "fit",
     "learning_rate",
+    "require_trainable",
 ]
 
 Ending = Literal["finished", "max_steps", "time_limit"]
@@ -79,6 +80,18 @@ class KnowsStep(Protocol):
     def begin_step(self, step: int) -> None: ...
 
 
+def require_trainable(model: nn.Module, batch_size: int, runtime: Runtime) -> None:
+    """Raises what `fit` refuses, before any work is done. ``model`` may be without memory (device "meta").
+
+    Raises:
+        UsageError: the processes cannot share a batch evenly, or cannot share out the weights of several networks.
+    """
+    if batch_size % runtime.world_size:
+        raise UsageError(f"batch_size {batch_size} must be a multiple of the {runtime.world_size} processes")
+    if runtime.sharded and isinstance(model, SeveralParts):
+        raise UsageError("a training with several networks cannot share their weights out; set training.sharding=false")
+
+
 def fit(
     model: nn.Module,
     draws: Dataset[dict[str, Tensor]],
@@ -104,10 +117,11 @@ def fit(
     Raises:
         Stopped: SIGTERM or SIGUSR1.
         KeyboardInterrupt: Ctrl-C.
-        MedsegError: the loss was not finite in too many steps, the disk is full, or the processes cannot share a batch
-            evenly.
+        MedsegError: the loss was not finite in too many steps, or the disk is full.
+        UsageError: see `require_trainable`.
         InputError: nothing to resume from, or an unusable resume file.
     """
+    require_trainable(model, options.batch_size, runtime)
     ends_at = math.inf if run.time_limit_min is None else time.monotonic() + 60 * run.time_limit_min
     state = _initial_state(model, options, run, runtime)
     first, last = state.step, min(options.max_steps, run.max_steps or options.max_steps)
@@ -281,10 +295,6 @@ def _initial_state(model: nn.Module, options: TrainingOptions, run: TrainingRun,
     model = model.to(runtime.device)
     ema = EMA(model, options.ema_decay)
     if runtime.sharded:
-        if isinstance(model, SeveralParts):
-            raise MedsegError(
-                "a training with several networks cannot share their weights out; set training.sharding=false"
-            )
         if runtime.is_main:
             ema.whole = deepcopy(ema.module)
         shard(model, runtime.device)

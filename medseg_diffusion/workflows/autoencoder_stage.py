@@ -50,7 +50,7 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
         runtime.device,
         download=source.download,
     )
-    images = prepare_images(config, source, job, runtime)
+    images = prepare_images(config, source, job, runtime, lambda packed: _training(config, perceptual))
     if section.perceptual == "auto" and name != "lpips":
         warnings.warn(f"LPIPS has no weights here; training with {name} instead", stacklevel=2)
     job.seed_weights()

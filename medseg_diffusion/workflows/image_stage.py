@@ -25,6 +25,7 @@ from medseg_diffusion.models.store import home
 from medseg_diffusion.reports.pictures import as_pictures, grid, write_png
 from medseg_diffusion.training.job import Job
 from medseg_diffusion.training.runtime import Runtime
+from medseg_diffusion.training.trainer import require_trainable
 
 from .segmenter_data import class_names_of
 
@@ -56,7 +57,7 @@ def prepare_images(
     source: ImageSourceOptions,
     job: Job,
     runtime: Runtime,
-    build_model: Callable[[PackedImages], object] = lambda images: None,
+    build_model: Callable[[PackedImages], nn.Module],
     notes: Mapping[str, Any] | None = None,
 ) -> PackedImages:
     """Pack the images, check everything, and then create the run folder.
@@ -69,14 +70,16 @@ def prepare_images(
         build_model: Builds the network, so that its errors occur before the run folder exists.
         notes: Further values that must be the same when the run is resumed.
     """
-    job.require_startable(config, notes)
+    if runtime.is_main:
+        job.require_startable(config, notes)
     with runtime.main_first():
         images = _packed(config, source, job)
-    with torch.device("meta"):
-        build_model(images)
     if runtime.is_main:
+        with torch.device("meta"):
+            require_trainable(build_model(images), config.training.batch_size, runtime)
         sides = None if images.held_out is None else asdict(images.held_out)
         job.start(config, notes, sides, images.folder, "held_out.json")
+    runtime.wait()
     return images
 
 

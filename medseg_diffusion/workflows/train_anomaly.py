@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from medseg_diffusion import build
 from medseg_diffusion.config.anomaly import AnomalyConfig
 from medseg_diffusion.config.generator import GeneratorConfig, NoisyClassifierConfig
@@ -37,9 +39,10 @@ from medseg_diffusion.training.job import Job
 from medseg_diffusion.training.lock import holding_runs
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Outcome, Progress
+from medseg_diffusion.training.trainer import Outcome, Progress, require_trainable
 
 from .anomaly_calibration import AnomalyCalibration, CalibratedAnomaly
+from .autoencoder_stage import autoencoder_of
 from .train_generator import train_generator
 from .training_scans import seen_entry, seen_in_healthy
 
@@ -103,6 +106,7 @@ def train_anomaly(
     with runtime.main_first():
         images = _packed(config, source, scans, job)
     if runtime.is_main:
+        _require_networks(config, images, runtime)
         job.start(config, notes, source.splits, str(scans))
     job = job.clock_started()
     parts = {GENERATOR: _train_part(config.generator, images, GENERATOR, "image", job, runtime)}
@@ -141,6 +145,18 @@ def _require_fitting(
         raise UsageError("--unhealthy: this configuration uses only healthy scans; leave the option out")
     if exclude_labelled is not None and exclude_labelled < 1:
         raise UsageError("--exclude-labelled: expected 1 or more; 1 leaves out only the labelled slices")
+
+
+def _require_networks(config: AnomalyConfig, images: PackedImages, runtime: Runtime) -> None:
+    """Raise an error if generator or classifier cannot be built or trained."""
+    generator, classifier = config.generator, config.classifier
+    channels = None if generator.autoencoder is None else autoencoder_of(generator).network.latent_channels
+    with torch.device("meta"):
+        network = build.generator(generator, len(images.classes), channels)
+        require_trainable(network, generator.training.batch_size, runtime)
+        if classifier is not None:
+            other = build.noisy_classifier(classifier, len(images.classes))
+            require_trainable(other, classifier.training.batch_size, runtime)
 
 
 def _packed(config: AnomalyConfig, source: HealthySource, healthy: Path | FileList, job: Job) -> PackedImages:

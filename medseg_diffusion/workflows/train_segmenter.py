@@ -41,13 +41,14 @@ from medseg_diffusion.models.classes import TISSUES
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import X_T, load_model_files, save_model
 from medseg_diffusion.tasks.latent_mask import LatentMaskDiffusion
+from medseg_diffusion.tasks.mask import FeedForward
 from medseg_diffusion.training.health import Predictions
 from medseg_diffusion.training.job import Job, arranged
 from medseg_diffusion.training.lock import holding_runs
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.training.resume import Checkpoints
 from medseg_diffusion.training.runtime import Runtime
-from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress
+from medseg_diffusion.training.trainer import Callbacks, Outcome, Progress, require_trainable
 
 from . import finder_stage, mask_autoencoder_stage
 from .calibrate_segmenter import store_calibration
@@ -110,13 +111,13 @@ def train_segmenter(
     job = Job(run, resume, max_steps, time_limit_min, device, seed, on_progress, on_step, on_outcome)
     runtime = Runtime(device, config.training.precision, config.training.sharding)
     origin = _origin(init, job)
-    prepared = _prepare(config, files, job, runtime, origin)
+    notes = {} if origin is None else {"init": origin}
+    prepared = _prepare(config, files, job, runtime, notes)
+    with runtime.main_first():
+        model, finder = _networks(config, prepared, job, runtime, origin)
+        if runtime.is_main:
+            job.start(config, notes, asdict(prepared.split), str(files))
     job = job.clock_started()
-    job.seed_weights()
-    model = build.segmenter(config, len(prepared.labels))
-    finder = build.finder(config)
-    if origin is not None and not Checkpoints(run).files():  # a resume file has later weights
-        _load_weights(model, finder, origin)
     ceiling: dict[str, float] = {}
     if isinstance(model, LatentMaskDiffusion):
         stage = job.first_stage(mask_autoencoder_stage.FOLDER)
@@ -156,19 +157,31 @@ def train_segmenter(
 
 
 def _prepare(
-    config: SegmenterConfig, data: Path | FileList, job: Job, runtime: Runtime, origin: Mapping[str, str] | None
+    config: SegmenterConfig, data: Path | FileList, job: Job, runtime: Runtime, notes: Mapping[str, Any]
 ) -> SegmenterData:
-    """Prepare the data, check everything, and then create the run folder."""
-    notes = {} if origin is None else {"init": dict(origin)}
+    """Prepare the data, unless the run cannot be started."""
     cache, on_gpu = job.run / "cache", runtime.device.type == "cuda"
     if runtime.is_main:
         job.require_startable(config, notes)
         prepared = segmenter_data(config, data, cache, lambda done, total: job.on_prepare("cases", done, total), on_gpu)
-        job.start(config, notes, asdict(prepared.split), str(data))
     runtime.wait()
     if not runtime.is_main:  # the main process has filled the cache
         prepared = segmenter_data(config, data, cache, lambda done, total: None, on_gpu)
     return prepared
+
+
+def _networks(
+    config: SegmenterConfig, data: SegmenterData, job: Job, runtime: Runtime, origin: Mapping[str, str] | None
+) -> tuple[Segmenter, FeedForward | None]:
+    """The segmenter and its finder as the training starts from them; an error if they cannot be trained."""
+    job.seed_weights()
+    model, finder = build.segmenter(config, len(data.labels)), build.finder(config)
+    require_trainable(model, config.training.batch_size, runtime)
+    if config.finder is not None and finder is not None:
+        require_trainable(finder, config.finder.batch_size, runtime)
+    if origin is not None and not Checkpoints(job.run).files():  # a resume file has later weights
+        _load_weights(model, finder, origin)
+    return model, finder
 
 
 def validate(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medseg_diffusion.config.anomaly import AnomalyConfig
-from medseg_diffusion.config.load import load_config
+from medseg_diffusion.config.load import load_config, parse_config
 from medseg_diffusion.data.healthy import (
     find_healthy,
     require_usable,
@@ -87,6 +87,21 @@ def test_what_cannot_be_scored_is_refused_before_the_training(tmp_path: Path) ->
     with pytest.raises(InputError, match="found modality CT; expected MR"):
         require_usable(computed, scan.shape, (16, 16), "MR")
     require_usable(computed, scan.shape, (16, 16), None)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"), [("generator", {"num_res_blocks": [1]}), ("classifier", {"head_channels": 3})]
+)
+def test_what_cannot_be_trained_leaves_no_run_behind(part: str, changes, anomaly_scans, tmp_path: Path) -> None:
+    content = small_config("classes").model_dump(mode="json")
+    content[part]["network"] |= changes
+    config = parse_config(content, "test")
+    assert isinstance(config, AnomalyConfig)
+    with pytest.raises(UsageError, match="network"):
+        train_anomaly(
+            config, anomaly_scans, tmp_path / "run", exclude_labelled=1, unhealthy=anomaly_scans, device="cpu"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_detectors_that_need_unhealthy_scans_say_so(anomaly_scans, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from medseg_diffusion.config.generator import GeneratorConfig
 from medseg_diffusion.config.load import load_config, presets
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.workflows.train_generator import train_generator
 from tests.helpers.generators import OTHERS, QUIET, save_labelled_volumes, small_config
 
@@ -73,13 +74,17 @@ def test_options_that_do_not_fit_are_refused(pictures, image_models, tmp_path: P
         train_generator(lpips, pictures, tmp_path / "d")
 
 
-def test_what_no_model_can_be_built_of_leaves_no_run_behind(pictures, tmp_path: Path) -> None:
+def test_what_no_model_can_be_built_of_leaves_no_run_behind(pictures, tmp_path: Path, monkeypatch) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
     for i, file in enumerate(sorted(pictures.rglob("*.png"))):
         shutil.copy(file, flat / f"{i}.png")
     with pytest.raises(UsageError):
         train_generator(small_config("pixel", condition={"classes": "embedding"}), flat, tmp_path / "run", device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "world_size", property(lambda self: 3))
+        with pytest.raises(UsageError, match="batch_size 2 must be a multiple of the 3 processes"):
+            train_generator(small_config("autoencoder"), flat, tmp_path / "run", device="cpu")
     assert train_generator(small_config("pixel"), flat, tmp_path / "run", max_steps=1, device="cpu").is_dir()
     with pytest.raises(UsageError, match=r"data\.size: 15 is no multiple of 2, by which the autoencoder divides it"):
         small_config("autoencoder", data={"size": 15, "validation_images": 4})

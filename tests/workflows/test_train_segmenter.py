@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 
-from medseg_diffusion import build
 from medseg_diffusion.config.load import load_segmenter_config
+from medseg_diffusion.config.segmenter import SegmenterConfig
 from medseg_diffusion.errors import InputError, ModelError, UsageError
 from medseg_diffusion.models.segmenter import restore_segmenter
 from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Outcome, Progress
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 from tests.helpers.training import assert_same, config, finish, resume_file, start_two
@@ -61,7 +62,7 @@ def test_a_run_that_was_stopped_before_its_first_resume_file_starts_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "segmenter", interrupt)
+        patch.setattr("medseg_diffusion.workflows.train_segmenter.arranged", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train_segmenter(config(), block_scans, run, device="cpu", seed=3)
     with pytest.raises(UsageError, match=rf"resume with {run / 'config.yaml'} and seed 3, or use another folder"):
@@ -85,6 +86,32 @@ def test_what_is_refused_before_the_training_can_be_started_again(block_scans: P
         train_segmenter(config(), block_scans, run, device="cpu", on_progress=interrupt)
     train_segmenter(config(), block_scans, run, device="cpu")
     assert resume_file(run)["state"]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "match"),
+    [
+        ("diffusion", {"log_snr": [50, 60]}, r"diffusion\.log_snr"),
+        ("diffusion", {"schedule": {"name": "linear", "num_steps": 5}}, "schedule"),
+        ("network", {"num_res_blocks": [1]}, "network"),
+        ("training", {"batch_size": 4}, "batch_size 4 must be a multiple of the 3 processes"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_run_behind(
+    section: str,
+    changes: dict[str, Any],
+    match: str,
+    block_scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that the corrected call can be started in the same folder."""
+    content = config(batch_size=3).model_dump(mode="json")
+    content[section] |= changes
+    monkeypatch.setattr(Runtime, "world_size", property(lambda self: 3))
+    with pytest.raises(UsageError, match=match):
+        train_segmenter(SegmenterConfig.model_validate(content), block_scans, tmp_path / "run", device="cpu")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
 
 
 def test_resuming_what_was_never_started_is_refused(block_scans: Path, tmp_path: Path) -> None:
@@ -180,3 +207,4 @@ def test_a_run_starts_from_the_weights_of_a_trained_model(block_scans: Path, tmp
     wider = config().model_copy(update={"network": config().network.model_copy(update={"channels": 16})})
     with pytest.raises(ModelError, match="its network is not that of the configuration"):
         train_segmenter(wider, block_scans, tmp_path / "third", device="cpu", init=first)
+    assert not (tmp_path / "third" / "config.yaml").exists()
