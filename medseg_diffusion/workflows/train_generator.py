@@ -138,8 +138,10 @@ def train_generator(
 
 def _train_first_stage(config: GeneratorConfig, source: ImageSourceOptions, job: Job) -> Path:
     first = job.stage(job.run / "autoencoder")
-    if job.resume and job.started and not first.started:
-        raise UsageError(f"{job.run}: was started with --autoencoder; give the same one to --resume")
+    if job.resume and not first.started:
+        if job.started:
+            raise UsageError(f"{job.run}: was started with --autoencoder; give the same one to --resume")
+        job.require_startable(config)  # says that the folder holds no run
     return train_autoencoder(autoencoder_of(config), source, first)
 
 

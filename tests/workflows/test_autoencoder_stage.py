@@ -82,6 +82,20 @@ def test_a_latent_run_goes_on_with_the_autoencoder_it_was_given(pictures, image_
     train_generator(small_config("latent"), pictures, tmp_path / "run", resume=True, **given)
 
 
+def test_resuming_a_latent_run_that_was_never_started_is_refused(pictures, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run: holds no run; drop --resume to start it"):
+        train_generator(
+            small_config("latent"),
+            pictures,
+            tmp_path / "run",
+            resume=True,
+            max_steps=1,
+            device="cpu",
+            stage="autoencoder",
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_both_stages_hold_out_the_same_images(pictures, image_models, tmp_path: Path) -> None:
     data = {"size": 16, "validation_images": 4, "test_images": 5}
     with pytest.raises(ModelError, match=r"made for images with .*'test_images': 0.* this configuration has .*: 5"):
