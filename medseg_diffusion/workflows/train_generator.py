@@ -273,7 +273,8 @@ def _pictures(generator: Generator, images: PackedImages) -> Tensor:
     task, device = generator.task, generator.device
     if isinstance(task, PatchedDiffusion):
         real = _real(images).to(device)
-        restored = Patched(task.denoiser, task.noise, real.shape[2:]).healthy(real, range(len(real)))
+        half = (task.denoiser.schedule.num_steps + 1) // 2
+        restored = Patched(task.denoiser, task.noise, real.shape[2:], half).healthy(real, range(len(real)))
         return torch.stack([real, restored], dim=1).flatten(0, 1).cpu()
     label, low, mask = torch.arange(PICTURES) % max(1, task.num_classes), None, None
     if task.mask_classes:

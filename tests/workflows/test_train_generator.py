@@ -59,6 +59,13 @@ def test_training_resumes_exactly(pictures, tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_patched_generator_of_few_times_is_validated(pictures, tmp_path: Path) -> None:
+    """The pictures of a validation are restored from half of its times, not from time 500."""
+    config = small_config("patched", diffusion={"target": "x0", "schedule": {"name": "cosine", "num_steps": 99}})
+    train_generator(config, pictures, tmp_path / "run", max_steps=1, device="cpu")
+    assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["001.png"]
+
+
 def test_options_that_do_not_fit_are_refused(pictures, image_models, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--autoencoder and --stage are for configurations that name an autoencoder"):
         train_generator(small_config("pixel"), pictures, tmp_path / "a", autoencoder=image_models["autoencoder"])
