@@ -31,7 +31,7 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-NOTES = ("seed", "init", "exclude_labelled", "autoencoder_sha256", "generator_sha256")
+NOTES = ("seed", "init", "exclude_labelled", "autoencoder_sha256", "generator_sha256", "perceptual_loss")
 """Keys in the config.yaml of a run folder that are not part of the configuration."""
 
 AnyConfig = (

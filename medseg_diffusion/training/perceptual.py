@@ -14,12 +14,14 @@ from medseg_diffusion.networks.extractors import fingerprints, reason, weight_fi
 
 from .autoencoder import GradientSSIM, Perceptual
 
+PerceptualLoss = Literal["auto", "lpips", "gradient-ssim"]
+
 BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 """torchvision's VGG-16, whose features LPIPS compares."""
 
 
 def perceptual_loss(
-    kind: Literal["auto", "lpips", "gradient-ssim"],
+    kind: PerceptualLoss,
     backbone: str | None,
     channels: int,
     device: torch.device,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from medseg_diffusion import build
@@ -21,7 +22,7 @@ from medseg_diffusion.models.store import SavedModel
 from medseg_diffusion.networks.autoencoder import KLAutoencoder, VQAutoencoder
 from medseg_diffusion.training.autoencoder import AutoencoderTraining, LossWeights, Perceptual, as_images, standardise
 from medseg_diffusion.training.job import Job
-from medseg_diffusion.training.perceptual import perceptual_loss
+from medseg_diffusion.training.perceptual import PerceptualLoss, perceptual_loss
 from medseg_diffusion.training.runtime import Runtime
 from medseg_diffusion.training.trainer import Callbacks
 
@@ -42,16 +43,17 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
         ModelError: The configuration demands LPIPS, whose weights are missing.
     """
     runtime = Runtime(job.device, config.training.precision, config.training.sharding)
-    section = config.loss
+    section, noted = config.loss, _noted_loss(job)
     perceptual, name, fingerprints = perceptual_loss(
-        section.perceptual,
+        noted or section.perceptual,
         section.lpips_backbone,
         config.data.channels,
         runtime.device,
         download=source.download,
     )
-    images = prepare_images(config, source, job, runtime, lambda packed: _training(config, perceptual))
-    if section.perceptual == "auto" and name != "lpips":
+    notes = {"perceptual_loss": name} if noted is not None or not job.started else {}  # earlier versions noted nothing
+    images = prepare_images(config, source, job, runtime, lambda packed: _training(config, perceptual), notes)
+    if (noted or section.perceptual) == "auto" and name != "lpips":
         warnings.warn(f"LPIPS has no weights here; training with {name} instead", stacklevel=2)
     job.seed_weights()
     model = _training(config, perceptual)
@@ -90,6 +92,16 @@ def train_autoencoder(config: ImageAutoencoderConfig, source: ImageSourceOptions
 
     job.fit(model, examples, config.training, Callbacks(validate, save, job.step_done), runtime)
     return job.model
+
+
+def _noted_loss(job: Job) -> PerceptualLoss | None:
+    """The perceptual loss that a resumed run was started with: "auto" might choose another one by now.
+
+    None for a new run, and for one that an earlier version started.
+    """
+    if not job.resume or not job.started:
+        return None
+    return cast("PerceptualLoss | None", yaml.safe_load((job.run / "config.yaml").read_text()).get("perceptual_loss"))
 
 
 def autoencoder_of(config: GeneratorConfig) -> ImageAutoencoderConfig:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from medseg_diffusion.errors import ModelError, UsageError
 from medseg_diffusion.models.generator import restore_autoencoder
 from medseg_diffusion.models.store import load_model_files
+from medseg_diffusion.training.autoencoder import GradientSSIM
 from medseg_diffusion.workflows.train_generator import train_generator
 from tests.helpers.generators import QUIET, small_config
 from tests.helpers.training import resume_file
@@ -71,6 +74,25 @@ def test_an_autoencoder_without_an_adversary_keeps_its_last_weights(pictures, tm
         small_config("autoencoder", loss=loss, training=training), pictures, tmp_path / "run", device="cpu"
     )
     assert load_model_files(model).card["training"]["step"] == 4
+
+
+def test_a_resumed_autoencoder_keeps_its_perceptual_loss(pictures, tmp_path: Path, monkeypatch) -> None:
+    """Whatever "auto" would choose by now. A run of an earlier version did not note its loss, and goes on."""
+    asked: list[str] = []
+
+    def chosen(kind: str, *arguments: Any, **options: Any) -> tuple[GradientSSIM, str, list[str]]:
+        asked.append(kind)
+        return GradientSSIM(), "gradient-ssim", []
+
+    monkeypatch.setattr("medseg_diffusion.workflows.autoencoder_stage.perceptual_loss", chosen)
+    config, run = small_config("autoencoder"), tmp_path / "run"
+    train_generator(config, pictures, run, max_steps=1, device="cpu")
+    train_generator(config, pictures, run, max_steps=1, resume=True, device="cpu")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    assert content.pop("perceptual_loss") == "gradient-ssim"
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    train_generator(run / "config.yaml", pictures, run, resume=True, device="cpu")
+    assert asked == ["auto", "gradient-ssim", "auto"]
 
 
 def test_a_latent_run_goes_on_with_the_autoencoder_it_was_given(pictures, image_models, tmp_path: Path) -> None:
