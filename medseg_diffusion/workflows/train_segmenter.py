@@ -172,7 +172,7 @@ def _prepare(
 
 def _networks(
     config: SegmenterConfig, data: SegmenterData, job: Job, runtime: Runtime, origin: Mapping[str, str] | None
-) -> tuple[Segmenter, FeedForward | None]:
+) -> tuple[build.Segmenter, FeedForward | None]:
     """The segmenter and its finder as the training starts from them; an error if they cannot be trained."""
     job.seed_weights()
     model, finder = build.segmenter(config, len(data.labels)), build.finder(config)
