@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medseg_diffusion.errors import InputError, listed
+from medseg_diffusion.errors import InputError, listed, remark
 from medseg_diffusion.volumes.inputs import dicom_segmentations, scan_files
-from medseg_diffusion.volumes.io import read_labels
+from medseg_diffusion.volumes.io import maker_of, read_labels
 from medseg_diffusion.volumes.outputs import ANOMALY, MASKS, RESULTS, SEGMENTATION
 from medseg_diffusion.volumes.paths import SUFFIXES, is_series, scan_name
 from medseg_diffusion.volumes.volume import Volume
@@ -56,12 +56,17 @@ class MaskPair:
         return volume.like(volume.data.clamp(max=1)) if self.merged else volume
 
     def companion(self, output: str) -> Path | None:
-        """The ``output`` (a key of `SEGMENTATION`) that `medseg segment` wrote beside the prediction, else None."""
+        """The ``output`` (a key of `SEGMENTATION`) that `medseg segment` wrote beside the prediction, else None.
+
+        A file of another model than the prediction's is that of an earlier call: a remark says that it is not used.
+        """
         ending = scan_name(SEGMENTATION[output])
         for suffix in SUFFIXES:
             path = self.prediction.with_name(_case_name(scan_name(self.prediction)) + ending + suffix)
             if path.is_file():
-                return path
+                if maker_of(path) == maker_of(self.prediction):
+                    return path
+                remark(f"{path}: not of the model that made the mask beside it, so it is not used")
         return None
 
 

@@ -43,6 +43,8 @@ _MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
+# Elements that name the maker of a mask, and the characters of them that `SavedModel.signature` has.
+_MAKER = (("Manufacturer", 64), ("ManufacturerModelName", 48), ("DeviceSerialNumber", 12))
 _FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "NumberOfFrames")
 
 
@@ -154,14 +156,16 @@ class SegmentationFile:
         return InputError(self._path, found, "a complete DICOM series for a DICOM segmentation", "use --format nifti")
 
 
-def manufacturer(path: Path) -> str:
-    """The manufacturer that a DICOM file names; empty if it names none or cannot be read."""
+def description(path: Path) -> str:
+    """Manufacturer, model and its version, in the words of `SavedModel.signature`; empty if they cannot be read."""
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
 
     try:
         with quiet_libraries():
-            return str(dcmread(path, stop_before_pixels=True, specific_tags=["Manufacturer"]).get("Manufacturer", ""))
+            header = dcmread(path, stop_before_pixels=True, specific_tags=[name for name, _ in _MAKER])
+        words = (str(header.get(name, ""))[:length] for name, length in _MAKER)
+        return " ".join(words).encode("ascii", "replace").decode()
     except (AttributeError, EOFError, InvalidDicomError, KeyError, OSError, TypeError, ValueError):
         return ""
 

@@ -19,7 +19,7 @@ from medseg_diffusion.files import temporary_folder
 from . import nifti
 from .label_table import LabelTable
 from .modality import SeriesChoice
-from .paths import MAKER, is_dicom, is_dicom_segmentation, is_image, require_file, suffix_of
+from .paths import MAKER, SUFFIXES, is_dicom, is_dicom_segmentation, is_image, require_file, suffix_of
 from .volume import FileImage, FloatArray, Shape, Volume, check_affine, check_spacing, grid_distance
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -150,16 +150,19 @@ def _is_segmentation(path: Path) -> bool:
     return is_dicom(path) and path.is_file() and is_dicom_segmentation(path)
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a result file says that medseg wrote it, also if it was edited since by a program that keeps the words.
+def maker_of(path: Path) -> str:
+    """What a result of medseg says of its model (`SavedModel.signature`); empty for a file that medseg did not write.
 
-    One that cannot be read does not say it: medseg writes whole files only.
+    A file that was edited since by a program that keeps the words is still medseg's. One that cannot be read is not:
+    medseg writes whole files only.
     """
-    if path.suffix.lower() == ".dcm":
+    if path.name.lower().endswith(SUFFIXES):
+        text: str = format_of(path).description(path)
+    else:
         from . import dicom_seg
 
-        return dicom_seg.manufacturer(path) == MAKER
-    return format_of(path).description(path).startswith(MAKER)
+        text = dicom_seg.description(path)
+    return text if text.startswith(MAKER) else ""
 
 
 def write_labels(labels: Tensor, like: Volume, path: Path | str, table: LabelTable | None = None) -> None:

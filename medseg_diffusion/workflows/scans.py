@@ -23,7 +23,7 @@ from medseg_diffusion.errors import MedsegError, ModelError, UsageError, remark,
 from medseg_diffusion.files import remove_left_over
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.inputs import find_scans
-from medseg_diffusion.volumes.io import is_ours
+from medseg_diffusion.volumes.io import maker_of
 from medseg_diffusion.volumes.outputs import Outputs
 from medseg_diffusion.volumes.paths import scan_name
 from medseg_diffusion.volumes.volume import Volume
@@ -318,7 +318,7 @@ def refuse_foreign(results: Iterable[Path]) -> None:
     An empty file is replaced: nothing is lost with it, and ``mktemp`` makes one.
     """
     for path in results:
-        if path.is_file() and path.stat().st_size and not is_ours(path):
+        if path.is_file() and path.stat().st_size and not maker_of(path):
             raise UsageError(
                 f"{path}: a file that medseg did not write, which the result would replace; move it, give -o another "
                 "name, or keep it with --skip-existing"

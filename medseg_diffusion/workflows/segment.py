@@ -24,7 +24,7 @@ from medseg_diffusion.models.store import load_card, model_input
 from medseg_diffusion.reports.preview import preview_png
 from medseg_diffusion.training.progress import OnProgress, silent
 from medseg_diffusion.volumes.dicom_seg import Algorithm, Segment, SegmentationFile, require_series
-from medseg_diffusion.volumes.io import upright, write_labels, write_map
+from medseg_diffusion.volumes.io import maker_of, upright, write_labels, write_map
 from medseg_diffusion.volumes.label_table import Label, LabelTable
 from medseg_diffusion.volumes.outputs import (
     Format,
@@ -57,6 +57,7 @@ from .segment_report import SegmentReport
 from .segmentation_statistics import segmentation_statistics
 from .viewed import refuse_report
 
+_MAPS = ("probabilities", "uncertainty", "members")  # not pseudo-labels, which may be corrected by hand
 IGNORED = 255
 """Value of pseudo-labels that are too uncertain to train on."""
 
@@ -302,6 +303,7 @@ def _write_results(
         write_json(scan.outputs["statistics"], segmentation_statistics(scan, segmentation, model))
         written["statistics"] = scan.outputs["statistics"]
     written |= label_files.write(scan.outputs["label-table"])
+    _remove_earlier_maps(scan.outputs, written)
     segmented.write_mask(segmentation.labels)
     doubts = doubts_about(
         segmentation.volumes_ml, segmentation.members_ml, segmentation.quality, segmentation.unlike_training
@@ -343,6 +345,14 @@ def _write_maps(
         write_labels(pseudo, volume, files["pseudo-labels"], {**table, IGNORED: Label("ignored", "#808080")})
         written.append("pseudo-labels")
     return {kind: files[kind] for kind in written}
+
+
+def _remove_earlier_maps(files: Outputs, written: Outputs) -> None:
+    """Remove medseg's maps of the mask that is replaced, unless they are new: they would pass for the new mask's."""
+    if files["segmentation"].exists():
+        for file in (files[kind] for kind in _MAPS if kind not in written):
+            if maker_of(file):
+                file.unlink()
 
 
 def _mask_writer(

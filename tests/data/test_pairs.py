@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from medseg_diffusion.data.pairs import (
     MaskPair,
@@ -16,7 +17,10 @@ from medseg_diffusion.data.pairs import (
     find_pairs,
     find_rater,
 )
-from medseg_diffusion.errors import InputError, listed
+from medseg_diffusion.errors import InputError, listed, remarks
+from medseg_diffusion.volumes.io import write_labels, write_map
+from medseg_diffusion.volumes.paths import MAKER
+from medseg_diffusion.volumes.volume import Volume
 from tests.helpers.masks import box, save
 
 
@@ -142,6 +146,26 @@ def test_companions_lie_beside_the_prediction(tmp_path: Path) -> None:
     assert pair.companion("probabilities") is None
     touch(tmp_path, "a_prob.nii.gz", "truth_members.nii.gz")
     assert pair.companion("probabilities") == tmp_path / "a_prob.nii.gz" and pair.companion("members") is None
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
+def test_a_companion_is_of_the_model_that_made_the_mask(tmp_path: Path, suffix: str) -> None:
+    """Another model's probabilities, which an earlier call left, would be credited to the model of the mask."""
+    mask, file = tmp_path / f"a_seg{suffix}", tmp_path / "a_prob.nii.gz"
+    like = Volume(torch.zeros(1, 4, 4, 1), np.eye(4))
+    pair = MaskPair("a", mask, mask)
+    for maker, model, used in (
+        (f"{MAKER} one 012345678901", f"{MAKER} one 012345678901", True),
+        (f"{MAKER} one 012345678901", f"{MAKER} two 012345678901", False),
+        ("", f"{MAKER} one 012345678901", False),
+        (f"{MAKER} one 012345678901", "", False),
+        ("FSL 6", "", True),  # not of medseg: what its files say of their makers is unknown
+    ):
+        write_labels(torch.zeros(4, 4, 1, dtype=torch.uint8), like.described(maker), mask)
+        write_map(torch.zeros(2, 4, 4, 1), like.described(model), file)
+        with remarks() as said:
+            assert (pair.companion("probabilities") == file) is used, (maker, model)
+        assert said == ([] if used else [f"{file}: not of the model that made the mask beside it, so it is not used"])
 
 
 def test_labels_are_merged_in_both_masks(tmp_path: Path) -> None:

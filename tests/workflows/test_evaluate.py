@@ -326,6 +326,15 @@ def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:
     assert both.readers.matched_iou.mean == pytest.approx(1)
     assert "Several raters" in (tmp_path / "both" / "report.html").read_text()
 
+    stale = nib.load(pred / "a_members.nii.gz")
+    stale.header["descrip"] = b"medseg-diffusion another 0123456789ab"
+    nib.save(stale, pred / "a_members.nii.gz")
+    alone = evaluate(pred, one, tmp_path / "stale", EvaluateOptions(raters=[two]))
+    assert alone.readers is not None and alone.readers.energy_distance.mean == pytest.approx(0.25), "as without members"
+    assert [text for text in alone.warnings if "members" in text] == [
+        f"{pred / 'a_members.nii.gz'}: not of the model that made the mask beside it, so it is not used."
+    ]
+
     save(two / "a.nii.gz", np.zeros((3, 3, 3), np.uint8))
     with pytest.raises(InputError, match="3 x 3 x 3 voxels; expected 10 x 9 x 8"):
         evaluate(pred, one, tmp_path / "bad", EvaluateOptions(raters=[two]))

@@ -275,6 +275,19 @@ def test_a_mask_of_medseg_is_replaced_and_no_other_file(name: str, tmp_path: Pat
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
+def test_maps_of_the_mask_that_is_replaced_are_not_left(tmp_path: Path, tiny_model: Path) -> None:
+    """They would count as those of the new mask, in evaluations and for readers; no other file is removed."""
+    scan, kinds = save(tmp_path / "scan.nii.gz"), ("probabilities", "uncertainty", "members")
+    asked = {f"save_{kind}": True for kind in kinds}
+    (first,) = run([scan], tiny_model, ensemble=2, save_pseudo_labels=True, **asked)
+    run([scan], tiny_model, output=tmp_path / "scan.nrrd")
+    assert all(first.outputs[kind].is_file() for kind in kinds), "the mask that they are of is not replaced"
+    save(first.outputs["members"])
+    run([scan], tiny_model, seed=1, save_uncertainty=True)
+    left = [kind for kind in (*kinds, "pseudo-labels") if first.outputs[kind].is_file()]
+    assert left == ["uncertainty", "members", "pseudo-labels"], "members of another program stay"
+
+
 def test_a_foreign_mask_is_left_by_skip_existing_and_concerns_its_part_alone(tmp_path: Path, tiny_model: Path) -> None:
     scans = [save(tmp_path / f"{name}.nii.gz") for name in "abcd"]
     mask = save(tmp_path / "a_seg.nii.gz", np.ones((11, 13, 9), np.uint8))

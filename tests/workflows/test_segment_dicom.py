@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import highdicom
@@ -18,7 +19,7 @@ from medseg_diffusion.config.load import load_config
 from medseg_diffusion.models import segmentation
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import list_models, load_card
-from medseg_diffusion.volumes.io import read_labels, read_volume
+from medseg_diffusion.volumes.io import maker_of, read_labels, read_volume
 from tests.helpers.cli import error_lines, medseg
 from tests.helpers.dicom_series import series
 from tests.helpers.segmenters import make_model, run, save, tiny_config
@@ -104,6 +105,15 @@ def test_what_cannot_be_is_refused_before_any_work(
     (line,) = error_lines(result)
     assert result.exit_code == 2 and message in line
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
+def test_mask_and_maps_name_the_same_maker(tmp_path: Path, tiny_model: Path) -> None:
+    """In DICOM and NIfTI, so that evaluations use the probabilities; also of a name that NIfTI has no room for."""
+    model = tmp_path / f"Modèle{9 * ' long'}"
+    shutil.copytree(tiny_model, model)
+    (result,) = run([series(tmp_path / "scan")], model, output_format="dicom-seg", save_probabilities=True)
+    makers = {maker_of(result.outputs[kind]) for kind in ("segmentation", "probabilities")}
+    assert len(makers) == 1 and makers.pop().startswith("medseg-diffusion Mod?le long")
 
 
 def test_a_series_without_frame_of_reference_fails_before_the_computation(tmp_path: Path, tiny_model: Path) -> None:
