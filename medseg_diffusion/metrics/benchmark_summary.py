@@ -55,6 +55,7 @@ class BenchmarkRow:
         readers: The members compared with several readers; None for data of one reader.
         by_case: The numbers behind the means, and volumes: one entry per case and class. The energy distance is of all
             classes together.
+        calibrated_on: Number of these cases that the model's calibration was fitted to.
     """
 
     model: str
@@ -72,6 +73,7 @@ class BenchmarkRow:
     pairwise_dice: float
     readers: ReaderSummary | None
     by_case: list[dict[str, Any]] = field(repr=False)
+    calibrated_on: int = 0
 
     @property
     def mean_dice(self) -> float:

@@ -194,6 +194,13 @@ def _warnings(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
             found.append(
                 "Each difference has its own 95 % interval: of settings that are alike, one in twenty leaves out 0."
             )
+    names = short_names(rows)
+    found += dict.fromkeys(
+        f"{names[row.model]} was calibrated on {row.calibrated_on} of its {plural(row.cases, 'case')}: its ECE looks "
+        "better here than on other patients."
+        for row in rows
+        if row.calibrated_on
+    )
     fewest = min(row.patients for row in rows)
     if fewest < 2:
         found.append("A single patient gives no intervals: these numbers do not tell one setting from another.")

@@ -129,6 +129,8 @@ def benchmark_segmenter(
             build.sampler(sampler)
             if sampler not in model.samplers:
                 raise UsageError(f"{name}: {sampler} is no sampler of this model; use {', '.join(model.samplers)}")
+        if known := _calibrated_on(model, cases):
+            warnings.warn(f"{name}: {known} of the {len(cases)} cases calibrated it; its ECE is too good", stacklevel=2)
         if options.without_x_t and not any(setting.x_t != "own" for setting in settings):
             warnings.warn(f"{name}: takes at most one step, so nothing is measured without x_t", stacklevel=2)
         plan += [(name, setting, cases) for setting in settings]
@@ -207,6 +209,14 @@ def _held_out_cases(model: SegmentationModel, data: Path | FileList, options: Be
     return chosen
 
 
+def _calibrated_on(model: SegmentationModel, cases: Sequence[Case]) -> int:
+    """How many of the cases the model's calibration was fitted to, if it holds for the model's settings."""
+    if model.aggregation.calibration is None:
+        return 0
+    digests = model.saved.card.get("calibrated_on", {}).get("digests", ())
+    return sum(digest(case.name) in digests for case in cases)
+
+
 def _read_labels(path: Path, volume: Volume, model: SegmentationModel, named_labels: Collection[int]) -> Volume:
     return read_case_labels(path, volume, _format(model, named_labels))
 
@@ -246,7 +256,7 @@ def _measure(
     steps, sampler = (setting.steps, setting.sampler) if setting.sampler else (None, None)
     model = load_segmenter(name, options.device, ensemble=setting.ensemble, steps=steps, sampler=sampler)
     # The temperature is applied here, because the numbers without it are reported, too.
-    calibration = model.aggregation.calibration
+    calibration, known = model.aggregation.calibration, _calibrated_on(model, cases)
     model.aggregation = replace(model.aggregation, calibration=None)
     temperature = 1.0 if calibration is None else calibration.temperature
     sampling = f"{setting.sampler} {model.num_steps} steps, " if setting.sampler else ""
@@ -260,7 +270,8 @@ def _measure(
         with model.without_x_t(setting.x_t, seed) if setting.x_t != "own" else nullcontext():
             measurements.append(_measure_case(case, model, volume, [reference, *readers], temperature, seed))
         on_progress(f"{description}: case", done, len(cases))
-    return _row(name, replace(setting, steps=model.num_steps), [label for _, label in _classes(model)], measurements)
+    row = _row(name, replace(setting, steps=model.num_steps), [label for _, label in _classes(model)], measurements)
+    return replace(row, calibrated_on=known)
 
 
 def _classes(model: SegmentationModel) -> list[tuple[int, str]]:

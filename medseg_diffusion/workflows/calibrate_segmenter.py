@@ -36,7 +36,7 @@ def calibrate_segmenter(
     """Fit the calibration of a trained segmenter to the labelled scans, and write it as a new model.
 
     The calibration holds for the model's default sampler, steps, ensemble and fusion. In the folder of the model's
-    training, only scans that were held out for testing or calibration are used.
+    training, only scans that were held out for calibration are used, or else those held out for testing.
 
     Args:
         model: Folder or installed name.
@@ -70,22 +70,27 @@ def calibrate_segmenter(
             several[0].image, "several readers", "one label file a scan", "copy one reader's masks to labels/"
         )
     calibration = _fitted(saved.path, cases, folder.labels, device, count_of(on_progress))
-    patients = len({case.patient for case in cases})
-    entries = {"calibration": asdict(calibration), "calibrated_on": {"scans": len(cases), "patients": patients}}
-    card: dict[str, Any] = {**saved.card, **entries}
+    calibrated_on = {
+        "scans": len(cases),
+        "patients": len({case.patient for case in cases}),
+        "digests": sorted(digest(case.name) for case in cases),
+    }
+    card: dict[str, Any] = {**saved.card, "calibration": asdict(calibration), "calibrated_on": calibrated_on}
     save_model(output, card, saved.weights, render_card(card))
     return calibration
 
 
 def _unseen(cases: Sequence[Case], held_out: Mapping[str, Sequence[str]]) -> list[Case]:
-    """The cases that neither trained a model nor chose its weights.
+    """The cases that neither trained a model nor chose its weights; those of the test side only if there are no others.
 
     A folder with any of the held-out cases is that of the training, where all others were trained on.
     """
     sides = {name: side for side, names in held_out.items() for name in names}
-    if not any(digest(case.name) in sides for case in cases):
+    of = {case: sides.get(digest(case.name)) for case in cases}
+    if not any(of.values()):
         return list(cases)
-    return [case for case in cases if sides.get(digest(case.name)) in ("test", "calibration")]
+    calibration, test = ([case for case in cases if of[case] == side] for side in ("calibration", "test"))
+    return calibration or test
 
 
 def store_calibration(

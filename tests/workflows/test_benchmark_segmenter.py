@@ -16,10 +16,12 @@ from medseg_cli.main import app
 from typer.testing import CliRunner
 
 from medseg_diffusion.config.segmenter import SegmenterConfig
+from medseg_diffusion.data.cases import digest
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.models.load import load_segmenter
 from medseg_diffusion.models.store import load_model_files, save_model
 from medseg_diffusion.workflows.benchmark_segmenter import BenchmarkOptions, benchmark_segmenter
+from medseg_diffusion.workflows.calibrate_segmenter import calibrate_segmenter
 from medseg_diffusion.workflows.train_segmenter import train_segmenter
 
 
@@ -212,6 +214,25 @@ def test_held_out_cases_are_those_of_the_model_in_any_folder(models, data, tmp_p
     assert [case["case"] for case in row.by_case] == list(split["test"][1:])
     with pytest.raises(UsageError, match="has no validation cases in it"):
         benchmark_segmenter(*arguments, BenchmarkOptions(device="cpu"))
+
+
+def test_the_test_side_calibrates_only_a_model_without_a_calibration_side(models, data, tmp_path: Path) -> None:
+    """Its ECE on these patients would stand as that of patients which the model has not seen."""
+    split = json.loads((models["baseline"] / "split.json").read_text())
+    options = BenchmarkOptions(side="test", device="cpu")
+    calibrate_segmenter(models["baseline"], data, tmp_path / "one", device="cpu")
+    assert load_model_files(tmp_path / "one").card["calibrated_on"]["digests"] == [digest(split["calibration"][0])]
+    (row,) = benchmark_segmenter(tmp_path / "one", data, tmp_path / "clean", options)
+    assert row.calibrated_on == 0 and "was calibrated on" not in (tmp_path / "clean" / "report.html").read_text()
+
+    for part in ("images", "labels"):
+        shutil.copytree(data / part, tmp_path / "data" / part)
+        (tmp_path / "data" / part / f"{split['calibration'][0]}.nii.gz").unlink()
+    calibrate_segmenter(models["baseline"], tmp_path / "data", tmp_path / "two", device="cpu")
+    with pytest.warns(UserWarning, match="2 of the 2 cases calibrated it; its ECE is too good"):
+        (row,) = benchmark_segmenter(tmp_path / "two", data, tmp_path / "out", options)
+    assert row.calibrated_on == 2
+    assert "two was calibrated on 2 of its 2 cases: its ECE looks" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_command_reports_the_test_side(models, data, tmp_path: Path) -> None:

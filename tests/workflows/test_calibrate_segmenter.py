@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from medseg_diffusion.data.cases import digest
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.models.load import load_segmenter
@@ -111,7 +112,9 @@ def test_the_command_writes_a_new_model(trained: Path, elsewhere: Path, tmp_path
     calibration = json.loads(result.stdout)["calibration"]
     assert calibration["patients"] == calibration["cases"] == 6
     after = load_model_files(tmp_path / "new")
-    assert after.card["calibration"] == calibration and after.card["calibrated_on"] == {"scans": 6, "patients": 6}
+    digests = sorted(digest(path.name.removesuffix(".nii.gz")) for path in (elsewhere / "images").iterdir())
+    known = {"scans": 6, "patients": 6, "digests": digests}
+    assert after.card["calibration"] == calibration and after.card["calibrated_on"] == known
     assert before.card == {k: v for k, v in after.card.items() if k not in ("calibration", "calibrated_on")}
     assert load_segmenter(tmp_path / "new", "cpu").aggregation.calibration is not None
     with pytest.raises(UsageError, match="exists; choose a new folder"):
