@@ -157,7 +157,8 @@ def anomaly(
     with (
         RunReport(run_json, "anomaly", options, files) as run_report,
         AnomalyReport(report, options.model or DEFAULT_MODEL, read, options.command, len(ours)) as page,
-        ResultsTable(file, COLUMNS, numbers_of, masks) as table,  # first at the end: a page takes a while
+        # First at the end: a page takes a while.
+        ResultsTable(file, COLUMNS, numbers_of, {path: masks[path] for path in ours}) as table,
     ):
         work = Work(
             run_report.timed(read), load, lambda model, scan: _score_one(model, scan, options), "mask", finished_anomaly

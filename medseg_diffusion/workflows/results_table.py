@@ -54,10 +54,15 @@ class ResultsTable:
         self._rows: list[Row] = []
         self._names: dict[Path, str] = {}
         self._earlier: dict[str, Row] = {}
+        self._known: dict[str, Row] = {}
         if path is not None:
             # From the table's folder, so that both can be moved together.
             self._names = {scan: _relative(output, path.parent) for scan, output in outputs.items()}
             self._earlier = {row["output"]: row for row in read_table(path) if (path.parent / row["output"]).is_file()}
+            ours = set(self._names.values())
+            self._known = {
+                row["output"]: row for one in _tables_beside(path) for row in read_table(one) if row["output"] in ours
+            }
 
     def __enter__(self) -> ResultsTable:
         return self
@@ -69,8 +74,8 @@ class ResultsTable:
             self._write()
 
     def earlier(self, scan: Path) -> Row:
-        """The row of a scan in the table of an earlier call; empty without one."""
-        return self._earlier.get(self._names.get(scan, ""), {})
+        """The row of a scan in the newest table of an earlier call, however it was divided; empty without one."""
+        return self._known.get(self._names.get(scan, ""), {})
 
     def add(self, result: ScanResult) -> None:
         """Add the row of a scan."""
@@ -126,6 +131,13 @@ def read_table(path: Path) -> list[Row]:
     except (OSError, csv.Error):
         pass
     raise UsageError(f"{path}: is no table of results; move it, or give -o another folder")
+
+
+def _tables_beside(path: Path) -> list[Path]:
+    """The tables of a kind in a folder, of all scans and of parts, the oldest first."""
+    name = path.name.split(".")[0]
+    files = [file for pattern in (f"{name}.csv", f"{name}.*-of-*.csv") for file in path.parent.glob(pattern)]
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def table_path(name: str, outputs: Sequence[Path], folder: Path | None, part: tuple[int, int] | None) -> Path | None:

@@ -197,7 +197,8 @@ def segment(
     with (
         RunReport(run_json, "segment", options, files) as run_report,
         SegmentReport(report, names, read, options.command, len(ours)) as page,
-        ResultsTable(file, columns_of(names), numbers_of, masks) as table,  # first at the end: a page takes a while
+        # First at the end: a page takes a while.
+        ResultsTable(file, columns_of(names), numbers_of, {path: masks[path] for path in ours}) as table,
     ):
         work = Work(
             run_report.timed(read),

@@ -74,6 +74,26 @@ def test_finished_scans_keep_their_numbers(statistics: bool, tmp_path: Path, tin
     assert bool(results[0].members_ml) == statistics  # which the table does not hold
 
 
+def test_finished_scans_keep_their_numbers_in_other_parts(tmp_path: Path, tiny_model: Path) -> None:
+    """A change of --shard gives the table another name; the newest one in the folder tells of a scan."""
+    scans, out = three_scans(tmp_path / "in"), tmp_path / "out"
+    model = calibrated(tiny_model, tmp_path / "known", agreement=1.1)
+    options = {"ensemble": 3, "output": out, "volumes": True}
+    run(scans, model, **options)
+    before = {name: numbers(row) for name, row in rows(out / "volumes.csv").items()}
+    assert {row["quality"] for row in before.values()} == {"check"}
+    for part in (1, 2):
+        run(scans, model, skip_existing=True, shard=(part, 2), **options)
+    in_parts = {name: row for file in out.glob("volumes.*-of-2.csv") for name, row in rows(file).items()}
+    assert {name: numbers(row) for name, row in in_parts.items()} == before
+    assert {row["status"] for row in in_parts.values()} == {"skipped"}
+    other = calibrated(tiny_model, tmp_path / "other")
+    for part in (1, 2):
+        run(scans, other, seed=1, shard=(part, 2), **options)
+    run(scans, model, skip_existing=True, **options)
+    assert {row["model"] for row in rows(out / "volumes.csv").values()} == {"other"}, "not the row of a mask before"
+
+
 def test_statistics_and_masks_give_the_same_volumes(tmp_path: Path, tiny_model: Path) -> None:
     scans = three_scans(tmp_path / "in")
     run(scans, tiny_model, output=tmp_path / "out", statistics=True, volumes=True)
