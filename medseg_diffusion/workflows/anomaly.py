@@ -161,7 +161,11 @@ def anomaly(
         ResultsTable(file, COLUMNS, numbers_of, {path: masks[path] for path in ours}) as table,
     ):
         work = Work(
-            run_report.timed(read), load, lambda model, scan: _score_one(model, scan, options), "mask", finished_anomaly
+            run_report.timed(read),
+            load,
+            lambda model, scan: _score_one(model, scan, options),
+            "mask",
+            lambda path, files: finished_anomaly(path, files, table.earlier(path)),
         )
         return each_scan(
             ours,

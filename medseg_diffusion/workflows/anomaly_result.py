@@ -13,6 +13,7 @@ from medseg_diffusion.errors import MedsegError
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.outputs import Outputs
 
+from .results_table import BETWEEN, Row
 from .scans import ScanResult
 
 ABOVE_HEALTHY = 95.0
@@ -120,10 +121,11 @@ def _written(result: AnomalyResult) -> dict[str, Any]:
     }
 
 
-def finished_anomaly(scan: Path, files: Outputs) -> ScanResult:
+def finished_anomaly(scan: Path, files: Outputs, row: Row) -> ScanResult:
     """The result of a scan whose mask exists: its volume is that of the mask, the other numbers are in its JSON file.
 
-    Numbers of another mask do not count.
+    Its warnings are those of ``row``, which an earlier table has of the scan; it is empty without one. Numbers and
+    warnings of another mask do not count.
     """
     outputs = {kind: files[kind] for kind in ("mask", *files) if files[kind].is_file()}
     try:
@@ -134,17 +136,33 @@ def finished_anomaly(scan: Path, files: Outputs) -> ScanResult:
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
     known = _from_json(files["scores"], volume)
     unlike = known.get("unlike_training", "")
-    flags = flags_of(known.get("healthy_percentile"), unlike)
-    warnings = (unlike,) if unlike else ()
+    said, noted = _from_row(row, volume)
+    flags = (*flags_of(known.get("healthy_percentile"), unlike), *noted)
+    warnings = tuple(dict.fromkeys((*said, *([unlike] if unlike else []))))
     volumes = {"anomaly": volume}
     return AnomalyResult(scan, "skipped", outputs, volumes_ml=volumes, warnings=warnings, flags=flags, **known)
+
+
+def _from_row(row: Row, volume_ml: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The warnings in the row of an earlier table, and the flag "warning" if it has it; none of another mask."""
+    try:
+        if not row or not _same(float(row["volume_ml"]), volume_ml):
+            return (), ()
+        warnings = tuple(row["warnings"].split(BETWEEN)) if row["warnings"] else ()
+        return warnings, tuple(flag for flag in row["flags"].split(BETWEEN) if flag == "warning")
+    except (ValueError, KeyError):
+        return (), ()
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-4)
 
 
 def _from_json(file: Path, volume_ml: float) -> dict[str, Any]:
     """What *_anomaly.json tells beside the volume; empty without the file, or if it is of another mask."""
     try:
         content = json.loads(file.read_text())
-        if not math.isclose(content["volume_ml"], volume_ml, rel_tol=1e-5, abs_tol=1e-4):
+        if not _same(content["volume_ml"], volume_ml):
             return {}
         known = {name: content[name] for name in _DIGITS if name in content}
         texts = ("method", "threshold_from", "unlike_training")

@@ -179,7 +179,7 @@ def each_scan(
         result = _failed(path, written.value) if isinstance(written.value, Exception) else written.value
         if written.remarks:
             warnings = tuple(dict.fromkeys((*written.remarks, *result.warnings)))
-            result = replace(result, warnings=warnings, flags=(*result.flags, "warning"))
+            result = replace(result, warnings=warnings, flags=tuple(dict.fromkeys((*result.flags, "warning"))))
         results.append(result)
         if result.status == "failed" and failures is not None:
             _add_failure(failures, result)

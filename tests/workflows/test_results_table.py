@@ -335,6 +335,30 @@ def test_anomalies_have_the_numbers_of_their_files(
     assert float(edited["volume_ml"]) == pytest.approx(20 * 24 * 12 / 1000) and edited["score"] == ""
 
 
+def test_finished_scans_keep_the_warnings_of_their_calls(
+    anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Reasons why healthy scans say nothing about a scan, and remarks on its file, are in no file but the table."""
+    (tmp_path / "in").mkdir()
+    for name in ("s0", "s1"):
+        nib.save(nib.load(anomaly_scans / "images" / f"{name}.nii.gz"), tmp_path / "in" / f"{name}.nii")
+    with (tmp_path / "in" / "s0.nii").open("ab") as file:
+        file.write(b"more")
+    out = tmp_path / "out"
+    command = ("anomaly", tmp_path / "in", "-m", anomaly_models["pixel"], "--median", "3", "-o", out, *CPU)
+    assert medseg(*command).exit_code == 0
+    before = rows(out / "anomalies.csv")
+    assert "4 bytes follow the voxels" in before["s0.nii"]["warnings"] and "warning" in before["s0.nii"]["flags"]
+    assert "calibrated with another median" in before["s1.nii"]["warnings"]
+    medseg(*command, "--skip-existing")
+    after = rows(out / "anomalies.csv")
+    assert {name: numbers(row) for name, row in after.items()} == {name: numbers(row) for name, row in before.items()}
+    mask = nib.load(out / "s1_anomaly_mask.nii.gz")
+    nib.save(nib.Nifti1Image(np.ones(mask.shape, np.uint8), mask.affine), out / "s1_anomaly_mask.nii.gz")
+    medseg(*command, "--skip-existing")
+    assert "median" not in rows(out / "anomalies.csv")["s1.nii"]["warnings"], "of another mask"
+
+
 def test_finished_scans_have_the_flags_and_words_of_new_ones(
     anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
