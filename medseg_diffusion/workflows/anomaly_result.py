@@ -82,7 +82,8 @@ def compared(percentile: float | None, scans: int | None) -> str:
         return "not comparable with healthy scans"
     if percentile == 100:
         return f"higher than all {scans} healthy scans"
-    return f"higher than {percentile:.0f} % of {scans} healthy scans"
+    # Not rounded up: 100 % of them would be all.
+    return f"higher than {math.floor(percentile)} % of {scans} healthy scans"
 
 
 def flags_of(percentile: float | None, unlike_training: str) -> tuple[str, ...]:
@@ -167,7 +168,7 @@ def _from_json(file: Path, volume_ml: float) -> dict[str, Any]:
         known = {name: content[name] for name in _DIGITS if name in content}
         texts = ("method", "threshold_from", "unlike_training")
         numbers = [value for name, value in known.items() if name not in texts]
-        if not all(isinstance(value, int | float) for value in numbers) or "score" not in known:
+        if not all(isinstance(value, int | float) for value in numbers) or not {"score", "threshold"} <= known.keys():
             return {}
         return {
             **known,

@@ -64,6 +64,8 @@ def finished_segmentation(scan: Path, files: Outputs, names: Mapping[int, str], 
         return ScanResult(scan, "skipped", outputs, warnings=(warning,), flags=("warning",))
     known = _from_row(row, volumes) | _from_statistics(files["statistics"], volumes)
     doubts = doubts_about(volumes, known.get("members_ml", {}), known.get("quality"), known.pop("unlike_training", ""))
+    if "empty mask" in doubts and MOSTLY_EMPTY in known.get("warnings", ()):
+        doubts["empty mask"] = MOSTLY_EMPTY  # by the members, which a row does not hold
     known["warnings"] = tuple(dict.fromkeys((*known.get("warnings", ()), *doubts.values())))
     known["flags"] = (*doubts, *known.get("flags", ()))
     return ScanResult(scan, "skipped", outputs, volumes_ml=volumes, **known)

@@ -13,7 +13,8 @@ import pytest
 from medseg_diffusion.methods.healthy_scores import HealthyScores
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows import results_table
-from medseg_diffusion.workflows.finished import columns_of, finished_segmentation, numbers_of
+from medseg_diffusion.workflows.anomaly_result import compared, finished_anomaly
+from medseg_diffusion.workflows.finished import EMPTY, MOSTLY_EMPTY, columns_of, finished_segmentation, numbers_of
 from medseg_diffusion.workflows.results_table import FIRST, LAST, ResultsTable, read_table, table_path
 from medseg_diffusion.workflows.scans import ScanResult, part_of
 from tests.helpers.cli import error_lines, medseg
@@ -146,6 +147,21 @@ def test_masks_that_tell_nothing_are_rows_with_a_warning(tmp_path: Path, tiny_mo
     assert "the finished mask cannot be read" in written["a.nii.gz"]["warnings"]
     assert written["bb.nii.gz"]["bright_volume_ml"] == "0.0"
     assert "the label 7 is no class of the model" in written["ccc.nii.gz"]["warnings"]
+
+
+def test_an_empty_mask_keeps_the_word_of_its_members(tmp_path: Path) -> None:
+    """The table does not hold members; "nothing was found" beside their warning would contradict it."""
+    mask, scan = tmp_path / "a_seg.nii.gz", tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), mask)
+    for text in (MOSTLY_EMPTY, EMPTY):
+        first = ScanResult(scan, "done", {}, volumes_ml={"bright": 0.0}, warnings=(text,), flags=("empty mask",))
+        with ResultsTable(tmp_path / "volumes.csv", columns_of({1: "bright"}), numbers_of, {scan: mask}) as table:
+            table.add(first)
+        (row,) = read_table(tmp_path / "volumes.csv")
+        again = finished_segmentation(
+            scan, {"segmentation": mask, "statistics": tmp_path / "no.json"}, {1: "bright"}, row
+        )
+        assert (again.warnings, again.flags) == ((text,), ("empty mask",))
 
 
 @pytest.mark.parametrize(
@@ -369,3 +385,19 @@ def test_finished_scans_have_the_flags_and_words_of_new_ones(
     new, finished = (json.loads(medseg(*command, *more).stdout) for more in ((), ("--skip-existing",)))
     assert (new["status"], finished["status"]) == ("done", "skipped")
     assert new["flags"] == finished["flags"] and new["healthy_percentile"] == finished["healthy_percentile"]
+
+
+def test_a_place_among_healthy_scans_is_not_rounded_up() -> None:
+    assert compared(99.7, 300) == "higher than 99 % of 300 healthy scans", "one of them scored higher"
+    assert compared(100, 300) == "higher than all 300 healthy scans"
+
+
+@pytest.mark.parametrize("lacking", ["score", "threshold", None])
+def test_numbers_of_an_incomplete_file_do_not_count(lacking: str | None, tmp_path: Path) -> None:
+    files = {"mask": tmp_path / "a_anomaly_mask.nii.gz", "scores": tmp_path / "a_anomaly.json"}
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), files["mask"])
+    content = {"score": 0.5, "threshold": 0.4, "volume_ml": 0.0, "seconds": 1.0, "model": "m"}
+    files["scores"].write_text(json.dumps({key: value for key, value in content.items() if key != lacking}))
+    result = finished_anomaly(tmp_path / "a.nii.gz", files, {})
+    words = "score 0.500, not comparable with healthy scans; 0.00 ml above 0.400"
+    assert result.headline == ("" if lacking else words) and result.model == ("" if lacking else "m")
