@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -157,6 +157,14 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
         for path in temporary.values():
             path.unlink(missing_ok=True)
     return tuple(folder / name for name in contents)
+
+
+def require_table(path: Path, columns: Sequence[str]) -> None:
+    """UsageError for a file in the place of a table that does not begin with its columns, such as the user's own."""
+    if path.is_file():
+        with path.open(errors="replace") as file:
+            if file.readline().strip().split(",")[: len(columns)] != list(columns):
+                raise UsageError(f"{path}: is no table of this command; move it, or give -o another folder")
 
 
 def require_folder(path: Path) -> None:

@@ -133,6 +133,10 @@ def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
     return sections
 
 
+FIRST_COLUMNS = ("case", "label", "class")
+"""The first columns of `cases.csv`, by which it is recognised."""
+
+
 def cases_csv(evaluation: Evaluation) -> str:
     """The text of `cases.csv`: one row per case and class; a number that does not exist is an empty field.
 
@@ -143,7 +147,7 @@ def cases_csv(evaluation: Evaluation) -> str:
     patients, strata = evaluation.patients, evaluation.strata
     writer.writerow(
         (
-            *("case", "label", "class"),
+            *FIRST_COLUMNS,
             *(("patient",) if patients else ()),
             *(("stratum",) if strata is not None else ()),
             *evaluation.means,

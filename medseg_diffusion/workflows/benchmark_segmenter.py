@@ -30,7 +30,7 @@ from medseg_diffusion.data.mask_examples import CaseFormat, read_case, read_case
 from medseg_diffusion.device import keep_freed_memory
 from medseg_diffusion.diffusion.noise import derive_seed
 from medseg_diffusion.errors import UsageError
-from medseg_diffusion.files import require_folder, write_files
+from medseg_diffusion.files import require_folder, require_table, write_files
 from medseg_diffusion.methods.ablation import Replacement
 from medseg_diffusion.methods.ensemble import temperature_scaled
 from medseg_diffusion.metrics.ambiguity import ReaderAgreement, ReaderSummary
@@ -107,13 +107,14 @@ def benchmark_segmenter(
         on_row: Called after every setting.
 
     Raises:
-        UsageError: No case on this side, or an unknown sampler.
+        UsageError: No case on this side, an unknown sampler, or another table in the place of `cases.csv`.
         InputError: Unusable data, or a case whose labels are on another grid or of other classes.
         ModelError: No usable model.
     """
     files, output = folder_or_files(data), Path(output)
     names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     require_folder(output)
+    require_table(output / "cases.csv", ("model", "factor"))
     keep_freed_memory()  # as `medseg segment` does
     named_labels = find_cases(files).labels
     plan: list[tuple[str, Setting, list[Case]]] = []

@@ -22,7 +22,7 @@ from medseg_diffusion.data.pairs import (
 from medseg_diffusion.data.patients import read_patients
 from medseg_diffusion.data.strata import read_strata
 from medseg_diffusion.errors import InputError, UsageError, listed, remark, remarks
-from medseg_diffusion.files import as_paths, require_folder, write_files
+from medseg_diffusion.files import as_paths, require_folder, require_table, write_files
 from medseg_diffusion.metrics.case_metrics import TOLERANCE_MM, MeasureOptions
 from medseg_diffusion.metrics.comparison import Comparison, compare
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
@@ -31,7 +31,7 @@ from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluatio
 from medseg_diffusion.reports.comparison_page import comparison_page
 from medseg_diffusion.reports.evaluation_page import evaluation_page
 from medseg_diffusion.reports.page import relative_link
-from medseg_diffusion.reports.summary import cases_csv, comparison_json, summary_json
+from medseg_diffusion.reports.summary import FIRST_COLUMNS, cases_csv, comparison_json, summary_json
 from medseg_diffusion.reports.viewer import Viewer, viewer
 from medseg_diffusion.training.progress import OnProgress, count_of, silent
 from medseg_diffusion.volumes.paths import is_image, scan_name
@@ -157,12 +157,13 @@ def evaluate(
             a case without a row in the tables of patients or strata; a score map or foreground mask that is missing, on
             another grid or not usable. Nothing is written then.
         UsageError: Options that contradict each other, are out of range, or name a class that does not exist; a rater
-            who is named twice, or is the reference.
+            who is named twice, or is the reference; a table of the user's that `cases.csv` would replace.
         MedsegError: A process that was killed.
     """
     options.require_valid()
     output, reference = Path(output), Path(reference)
     require_folder(output)
+    _refuse_replacing([output], options)
     pairs, warnings = find_pairs(Path(prediction), reference, merged=options.merge_labels)
     with remarks() as said:
         inputs, unused = _find_inputs(pairs, options)
@@ -209,6 +210,7 @@ def compare_predictions(
             raise UsageError(
                 f"-o {output}: the results of {name} would be written among its masks; name another folder"
             )
+    _refuse_replacing([output / name for name in folders], options)
     pairs, left_out = find_common_pairs(folders, reference, merged=options.merge_labels)
     with remarks() as said:
         inputs, warnings = _find_inputs(next(iter(pairs.values())), options)
@@ -234,6 +236,15 @@ def compare_predictions(
     page = comparison_page(result, pages=pages, command=options.command)
     write_files(output, {"comparison.json": comparison_json(result), "report.html": page})
     return result
+
+
+def _refuse_replacing(outputs: Sequence[Path], options: EvaluateOptions) -> None:
+    """UsageError if `cases.csv` would replace a table that is given, or another one of that name."""
+    given = [path for path in (options.patients, options.strata[0] if options.strata else None) if path is not None]
+    for path in (output / "cases.csv" for output in outputs):
+        if path.resolve() in [one.resolve() for one in given]:
+            raise UsageError(f"{path}: the results would replace this table, which is read; give -o another folder")
+        require_table(path, FIRST_COLUMNS)
 
 
 def _viewer(result: Evaluation, inputs: _Inputs, options: EvaluateOptions) -> Viewer | None:

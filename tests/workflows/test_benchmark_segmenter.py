@@ -200,6 +200,13 @@ def test_a_bad_case_is_named_before_anything_is_measured(kind, models, data, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_of_the_user_is_not_replaced(models, data, tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_text("case,patient\na,1\n")
+    with pytest.raises(UsageError, match=r"cases\.csv: is no table of this command; move it"):
+        benchmark_segmenter(models["baseline"], data, tmp_path, BenchmarkOptions(device="cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
+
+
 def test_held_out_cases_are_those_of_the_model_in_any_folder(models, data, tmp_path: Path) -> None:
     """Splitting a part of the folder again would take training cases for held-out ones."""
     copy = shutil.copytree(data, tmp_path / "data")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -59,6 +60,27 @@ def test_folders_end_to_end(folders: tuple[Path, Path], tmp_path: Path) -> None:
     shown = re.findall(r"<option value=\"\d\">(\w) \(([\w ]+)\)", page)
     assert shown == [("c", "worst case"), ("a", "median case"), ("b", "best case")]
     assert "<code>medseg" not in page, "a call of the library has no command line"
+
+
+def test_a_table_of_the_user_is_not_replaced(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The results have its name; that which says whose scans these are may exist nowhere else."""
+    table, out = tmp_path / "cases.csv", tmp_path / "out"
+    for text, options, message in (
+        ("case,patient\na,1\nb,1\nc,2\n", ("--patients", table), "which is read; give -o another folder"),
+        ("case,label,class,scanner\na,1,x,A\n", ("--strata", f"{table}:scanner"), "which is read; give -o another"),
+        ("case,patient\na,1\n", (), "is no table of this command; move it"),
+    ):
+        table.write_text(text)
+        result = medseg("evaluate", *folders, "-o", tmp_path, *options)
+        assert result.exit_code == 2 and message in error_lines(result)[0], result.stderr
+        assert table.read_text() == text and not (tmp_path / "summary.json").exists()
+    (out / "pred").mkdir(parents=True)
+    table.rename(out / "pred" / "cases.csv")
+    other = shutil.copytree(folders[0], tmp_path / "other")
+    with pytest.raises(UsageError, match=r"pred.cases\.csv: is no table of this command"):
+        compare_predictions([folders[0], other], folders[1], out)
+    for _ in range(2):
+        evaluate(*folders, tmp_path / "own")  # its own table is replaced
 
 
 def test_two_files_need_no_common_name(tmp_path: Path) -> None:
