@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -35,6 +37,12 @@ from ._shared import fail
 
 class _Group(TyperGroup):
     """A command group that prints an expected failure as one line on stderr instead of a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # A name that the terminal cannot print must not end a batch. Where Python was told of another way, it stays.
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:

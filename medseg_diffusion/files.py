@@ -133,7 +133,8 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
 
     Args:
         folder: made if it does not exist.
-        contents: file name to content; text is UTF-8.
+        contents: file name to content. Text becomes UTF-8; what UTF-8 cannot hold, such as a byte of a file's name that
+            is no text, becomes an escape, which in JSON is an escape of JSON.
 
     Returns:
         The paths, in the order of ``contents``.
@@ -146,8 +147,9 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> tuple[Path
     try:
         modes = {name: _made_private(path) for name, path in temporary.items()}
         for name, content in contents.items():
+            data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
             with temporary[name].open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         for name, path in temporary.items():

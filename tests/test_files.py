@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_files_appear_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert len(synced[1]) == 4, "the first one is not renamed before the second one is on the disk"
     assert sorted(os.listdir(folder)) == ["a.txt", "b.bin"]
     assert (folder / "a.txt").read_text(encoding="utf-8") == "ä" and (folder / "b.bin").read_bytes() == b"1"
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    """Names of files are bytes on Linux. A result with such a name must not be lost; in JSON it stays readable."""
+    name = os.fsdecode(b"caf\xe9.nii.gz")
+    text, content = write_files(tmp_path, {"a.md": name, "b.json": json.dumps([name], ensure_ascii=False)})
+    assert text.read_text(encoding="utf-8") == r"caf\udce9.nii.gz"
+    assert json.loads(content.read_text(encoding="utf-8")) == [name]
 
 
 def test_what_a_killed_process_has_left_of_these_results_is_removed(tmp_path: Path) -> None:

@@ -155,4 +155,4 @@ def _sha256(scan: Path) -> str | None:
         lines = "".join(f"{_sha256(files[name])}  {name}\n" for name in sorted(files))
     except OSError:
         return None
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()

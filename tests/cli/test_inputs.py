@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -137,6 +139,24 @@ def test_scans_that_are_left_out_are_said_in_one_warning(tiny_model: Path, tmp_p
     (line,) = [line for line in error_lines(result) if "left out" in line]
     named = f"({tmp_path}/b.mgz); convert them to NIfTI"
     assert line == f"medseg: warning: left out 1 file in formats that are not read {named}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_a_name_that_cannot_be_printed_costs_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """The scans after it are segmented, and an evaluation writes its results. The output of the tests is strict."""
+    bad = os.fsdecode(b"bad\xff")
+    for name in (bad, "good"):
+        save(tmp_path / "scans" / f"{name}.nii.gz")
+    words = ["segment", tmp_path / "scans", "-m", tiny_model, "-o", tmp_path / "masks", "--device", "cpu"]
+    result = medseg(*words, "--report", tmp_path / "page.html", "--run-report", tmp_path / "run.json")
+    assert result.exit_code == 0, result.output
+    assert r"bad\udcff.nii.gz (" in result.stdout and "2 scans: 2 done" in result.stdout
+    words = ["evaluate", tmp_path / "masks", tmp_path / "masks", "--label", 1, "-o", tmp_path / "out"]
+    result = medseg(*words, "--markdown", tmp_path / "table.md", "--jobs", 1)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))
+    assert Path(summary["metric_per_case"][0]["prediction_file"]) == tmp_path / "masks" / f"{bad}_seg.nii.gz"
+    assert r"bad\udcff,1" in (tmp_path / "out" / "cases.csv").read_text("utf-8")
 
 
 def test_anomaly_reads_folders_by_pattern(anomaly_scans: Path, anomaly_models: dict[str, Path], tmp_path: Path) -> None:

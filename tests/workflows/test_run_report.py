@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -73,6 +75,9 @@ def test_the_hash_of_a_folder_is_that_of_its_sums(nested: bool, tmp_path: Path, 
     scan = tmp_path / "scan"
     for number in (1, 2) if nested else (1,):
         series(scan / f"s{number}" if nested else scan, SeriesNumber=number, StudyInstanceUID="1.2")
+    (scan / "notes").write_text("read me")
+    if sys.platform == "linux":  # where names are bytes, and need be no text
+        (scan / "notes").rename(scan / os.fsdecode(b"caf\xe9"))
     chosen = InputOptions(series="1")
     run([scan], tiny_model, run_report=tmp_path / "run.json", inputs=chosen)
     (noted,) = read(tmp_path / "run.json")["scans"]
