@@ -104,8 +104,8 @@ def line_plot(
 
 def finish(axes: Axes, across: str, up: str, grid: Literal["x", "y", "both"] = "both") -> None:
     """Name the axes, and draw text and grid in the theme's colours, without a frame."""
-    axes.set_xlabel(across, color=INK)
-    axes.set_ylabel(up, color=INK)
+    axes.set_xlabel(plain(across), color=INK)
+    axes.set_ylabel(plain(up), color=INK)
     axes.grid(axis=grid, color=LINE)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, colors=INK)

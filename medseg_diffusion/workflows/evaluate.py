@@ -230,11 +230,11 @@ def compare_predictions(
         output / name: _files(evaluation, shown, one, output / name, options)
         for (name, evaluation), shown, one in zip(named.items(), viewers, sets, strict=True)
     }
-    for folder, contents in files.items():
-        write_files(folder, contents)
     pages = {name: f"{quote(name)}/report.html" for name in named}
     page = comparison_page(result, pages=pages, command=options.command)
-    write_files(output, {"comparison.json": comparison_json(result), "report.html": page})
+    files[output] = {"comparison.json": comparison_json(result), "report.html": page}
+    for folder, contents in files.items():
+        write_files(folder, contents)
     return result
 
 

@@ -15,6 +15,12 @@ def test_distributions_of_nothing_of_one_and_of_missing_values() -> None:
     assert plot.count(">b</text>") == 2
 
 
+def test_names_with_dollar_signs_are_no_formulas() -> None:
+    """Such a folder of predictions ended a comparison, whose axis names the sets."""
+    label = r"Dice of $\foo$ - Dice of x"
+    assert f">{label}</text>" in distributions([(r"$\foo$", [0.1, 0.2])], label, bounds=None, zero=True)
+
+
 def test_a_box_is_drawn_from_five_values_on() -> None:
     few = distributions([("a", np.linspace(0.2, 0.8, BOX_FROM - 1))], "Dice")
     enough = distributions([("a", np.linspace(0.2, 0.8, BOX_FROM))], "Dice")

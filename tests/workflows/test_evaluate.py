@@ -562,6 +562,18 @@ def test_sets_whose_folders_have_one_name_are_told_apart(sets, tmp_path: Path) -
     assert list(result.evaluations) == ["a_pred", "b_pred"]
 
 
+def test_a_page_that_cannot_be_made_leaves_nothing(sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the sets would stand there without their comparison."""
+
+    def broken(*_: object, **__: object) -> str:
+        raise InputError(tmp_path, "a page that cannot be made", "a page", "none")
+
+    monkeypatch.setattr("medseg_diffusion.workflows.evaluate.comparison_page", broken)
+    with pytest.raises(InputError, match="a page that cannot be made"):
+        compare_predictions(sets[:2], sets[2], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_sets_that_cannot_be_compared(sets, tmp_path: Path) -> None:
     first, second, ref = sets
     with pytest.raises(UsageError, match="the same predictions twice"):
