@@ -244,4 +244,5 @@ def _draw_scale(figure: Any, drawn: Map, high: float) -> None:
     bar = figure.colorbar(scale, cax=figure.add_axes((0.3, 0.2 / height, 0.4, 0.07 / height)), orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK, labelsize=7, length=0, pad=2)
-    bar.ax.set_title(drawn.title, color=INK, fontsize=8, pad=2)
+    title = f"{drawn.title} (brightest: {high:.3g} or more)" if (drawn.values > high).any() else drawn.title
+    bar.ax.set_title(title, color=INK, fontsize=8, pad=2)

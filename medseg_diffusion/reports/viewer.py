@@ -334,7 +334,7 @@ def _encoded_layer(
         high = map_limit(layer.data)
         # 64 levels are more than the eye tells apart in a colormap, and take half the space of 256.
         stored = _bytes(reduced_image(np.nan_to_num(layer.data), factors), 0.0, high, levels=64)
-        entry |= {"high": high, "gradient": css_gradient(_MAPS[layer.kind])}
+        entry |= {"high": high, "clipped": bool((layer.data > high).any()), "gradient": css_gradient(_MAPS[layer.kind])}
     else:
         stored = _bytes(reduced_image(layer.data, factors), *window)
     # Along the axes, as the voxels are drawn: of a scan far from the patient's axes, NiiVue would choose others.

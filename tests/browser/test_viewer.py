@@ -213,6 +213,16 @@ def test_maps_lie_over_the_scan_with_a_legend(visit: Visits) -> None:
     assert np.abs(after[40:] - before[40:])[~coloured].mean() < 0.01
 
 
+def test_a_value_beyond_the_scale_of_its_map_is_said_to_be_larger(visit: Visits) -> None:
+    """The page holds a map up to its 99.9th percentile, here 0.7; where the cross is, the file has 0.9."""
+    scan, heat = np.random.default_rng(0).random((24, 28, 20)), np.full((24, 28, 20), 0.7)
+    heat[12, 14, 10] = 0.9
+    tab = opened(visit, document(case(layers=[Layer("scan", scan), Layer("uncertainty", heat)])))
+    tab.get_by_role("checkbox", name="Uncertainty").check()
+    assert tab.locator(".viewer-legend").inner_text().split() == ["Uncertainty", "0", "≥", "0.7"]
+    assert "Uncertainty: ≥ 0.7" in tab.locator(".viewer-place").inner_text()
+
+
 def test_a_case_is_chosen_from_the_list_or_by_the_page(visit: Visits) -> None:
     empty = case("second", affine=np.eye(4), layers=[Layer("scan", np.random.default_rng(0).random((9, 30, 12)))])
     tab = opened(visit, document(case("first"), empty))

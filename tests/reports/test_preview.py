@@ -85,6 +85,14 @@ def test_a_map_lies_over_the_anatomy() -> None:
     assert np.percentile(shades, 90) - np.percentile(shades, 10) > 0.2
 
 
+@pytest.mark.parametrize(("peak", "title"), [(0.5, "Score"), (0.9, "Score (brightest: 0.5 or more)")])
+def test_the_colour_bar_of_a_map_says_that_it_is_clipped(peak: float, title: str) -> None:
+    values = np.full((24, 24, 24), 0.5)
+    values[3, 4, 5] = peak
+    figure = still(Still(values, (1, 1, 1), [], Map(values, "Score", "plasma")), slices_per_plane=1)
+    assert figure.axes[-1].get_title() == title
+
+
 @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 9, 7), (6, 6, 6)])
 def test_flat_and_empty_images(shape: tuple[int, int, int]) -> None:
     picture = pixels(preview_png(np.zeros(shape), np.zeros(shape, int), (1, 1, 1), {1: "a"}, np.zeros(shape)))

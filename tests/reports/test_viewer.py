@@ -106,6 +106,14 @@ def test_maps_keep_their_values() -> None:
     assert np.asarray(image_of(layer).dataobj)[10, 10, 10] == 255
 
 
+@pytest.mark.parametrize("peak", [0.5, 0.9])
+def test_values_beyond_the_largest_byte_are_not_passed_off_as_exact(peak: float) -> None:
+    values = np.full((30, 30, 30), 0.5, np.float32)
+    values[3, 4, 5] = peak
+    (entry,) = data_of(viewer([ViewedCase("a", "", np.eye(4), [Layer("anomaly", values)])]))["cases"]
+    assert entry["layers"][1]["high"] == 0.5 and entry["layers"][1]["clipped"] == (peak > 0.5)
+
+
 def test_voxels_without_a_number_are_black() -> None:
     image = np.full((20, 20, 20), 5.0)
     image[:10], image[0, 0, 0] = np.nan, 1.0
