@@ -18,6 +18,7 @@ from medseg_diffusion.volumes.scores import read_scores
 from medseg_diffusion.volumes.volume import Volume
 
 from .evaluate_cases import aligned_or_none
+from .viewed import ViewerCapacity
 
 MAX_FLAGGED = 6
 """Flagged cases in the viewer beside the worst, the median and the best one."""
@@ -65,6 +66,8 @@ def viewed_cases(
 ) -> list[ViewedCase]:
     """The chosen cases with their scans, where there are some, references, predictions and maps.
 
+    They are all in memory: after the named ones there are only as many as fit (`ViewerCapacity`).
+
     Args:
         evaluation: The numbers.
         pairs: The masks of all cases.
@@ -73,15 +76,19 @@ def viewed_cases(
         named: Names of cases that are shown in any case.
     """
     by_name = {pair.name: pair for pair in pairs}
-    return [
-        _viewed(by_name[name], reason, images.get(name), (maps or {}).get(name), evaluation.labels)
-        for name, reason in chosen_cases(evaluation, named).items()
-    ]
+    cases, room = list[ViewedCase](), ViewerCapacity()
+    for name, reason in chosen_cases(evaluation, named).items():
+        volumes = _volumes(by_name[name], images.get(name), (maps or {}).get(name), evaluation.labels)
+        if not room.for_more(volumes.values()) and name not in named:
+            break
+        cases.append(viewed_case(name, reason, volumes, evaluation.labels))
+    return cases
 
 
-def _viewed(
-    pair: MaskPair, reason: str, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
-) -> ViewedCase:
+def _volumes(
+    pair: MaskPair, image: Path | None, score_map: Path | None, labels: Mapping[int, str]
+) -> dict[LayerKind, Volume]:
+    """What is shown of a case, on the grid of its reference."""
     prediction, reference = pair.read()
     volumes: dict[LayerKind, Volume] = {}
     if image is not None:
@@ -95,7 +102,7 @@ def _viewed(
         volumes["uncertainty"] = volume
     if score_map is not None:
         volumes["anomaly"] = reference.aligned(read_scores(score_map))
-    return viewed_case(pair.name, reason, volumes, labels)
+    return volumes
 
 
 def _only(volume: Volume, labels: Mapping[int, str]) -> Volume:

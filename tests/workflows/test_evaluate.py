@@ -188,6 +188,17 @@ def test_images_are_the_background(folders: tuple[Path, Path], tmp_path: Path) -
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize(("named", "shown"), [((), "c"), (("b", "a"), "ba")])
+def test_the_viewer_holds_what_fits_and_the_named_cases(
+    named: tuple[str, ...], shown: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are in memory before the numbers are written: nine chest scans would take 14 GB. The worst case, c, fits."""
+    monkeypatch.setattr("medseg_diffusion.workflows.viewed.MOST_VOXELS", 3 * 10 * 9 * 8)
+    evaluate(*folders, tmp_path / "out", EvaluateOptions(view=named))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "".join(re.findall(r"<option value=\"\d\">(\w) ", page)) == shown
+
+
 def test_pictures_are_the_same_whatever_the_storage_order(tmp_path: Path) -> None:
     pages = []
     for flip in (False, True):
