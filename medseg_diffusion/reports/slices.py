@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PLANES = {2: "Axial", 1: "Coronal", 0: "Sagittal"}
 # What lies on the left and on the right side of a plane.
 MARKS = {2: ("R", "L"), 1: ("R", "L"), 0: ("A", "P")}
+_FIRST = "RPI"  # where the axes begin
 INK = "#c9d1d9"  # titles on black
 MAP_OPACITY = 0.8  # of a map's highest value
 _DPI = 150
@@ -49,8 +50,8 @@ class Slice:
 
     @property
     def title(self) -> str:
-        """Name of the plane and its position, counted from 1 as viewers do."""
-        return f"{PLANES[self.axis]} {self.index + 1}"
+        """Name of the plane, and its number as counted from a side of the patient, whatever the order of the file."""
+        return f"{PLANES[self.axis]} {self.index + 1} from {_FIRST[self.axis]}"
 
 
 def plane(axis: int, index: int, shape: Sequence[int], spacing_mm: Sequence[float]) -> Slice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from medseg_diffusion.reports.slices import densest_slices, display_range, map_limit
+from medseg_diffusion.reports.slices import densest_slices, display_range, map_limit, plane
 
 
 def test_display_range_ignores_background_and_outliers() -> None:
@@ -23,6 +23,12 @@ def test_slices_are_the_fullest_of_each_part() -> None:
     assert [where.index for where in densest_slices(amount, 2, (1, 1, 1), 2)] == [4, 12]
     assert [where.index for where in densest_slices(amount, 2, (1, 1, 1), 1)] == [4]
     assert [where.index for where in densest_slices(np.zeros((4, 4, 9)), 2, (1, 1, 1), 3)] == [1, 4, 7]
+
+
+def test_the_number_of_a_slice_says_from_which_side_it_counts() -> None:
+    """Arrays are LAS, files often are not: slice 20 of 42 from the right is slice 23 of a RAS file."""
+    titles = [plane(axis, 19, (42, 51, 28), (1, 1, 1)).title for axis in range(3)]
+    assert titles == ["Sagittal 20 from R", "Coronal 20 from P", "Axial 20 from I"]
 
 
 def test_one_outlier_does_not_set_the_scale_of_a_map() -> None:
