@@ -131,28 +131,37 @@ class Comparison:
     Attributes:
         score: What rows are compared by: "dice", the mean over the classes, or "energy_distance", with several readers.
         rows: Each setting of a model once; none of those that say what x_t is worth.
-        best: The best of them.
+        best: The best of them; None if they were measured on different cases or classes, which says more about these
+            than about the settings.
         scores: The score of each row with its interval.
         differences: The score of each row minus that of the best one: mean over patients with its interval, over the
-            cases of both. NaN for the best one itself, without common cases, and for a row that cannot be compared:
-            the energy distance depends on the number of samples.
+            cases in which both have a score. NaN for the best one itself, without a best one, and for a row that cannot
+            be compared: the energy distance depends on the number of samples.
     """
 
     score: Literal["dice", "energy_distance"]
     rows: tuple[BenchmarkRow, ...]
-    best: BenchmarkRow
+    best: BenchmarkRow | None
     scores: tuple[Interval, ...]
     differences: tuple[Interval, ...]
 
     @property
     def behind(self) -> list[BenchmarkRow]:
-        """The rows that are worse than the best one: the interval of their difference does not hold 0."""
-        return [row for row, gap in zip(self.rows, self.differences, strict=True) if gap.low > 0 or gap.high < 0]
+        """The rows that are worse than the best one: the interval of their difference lies on the worse side of 0."""
+        return [row for row, gap in self._gaps if self._is_worse(gap)]
 
     @property
     def undecided(self) -> list[BenchmarkRow]:
-        """The rows that these patients do not tell apart from the best one."""
-        return [row for row, gap in zip(self.rows, self.differences, strict=True) if gap.low <= 0 <= gap.high]
+        """The rows that these patients do not show to be worse than the best one."""
+        return [row for row, gap in self._gaps if not self._is_worse(gap)]
+
+    @property
+    def _gaps(self) -> list[tuple[BenchmarkRow, Interval]]:
+        """The rows that are compared with the best one, and their differences."""
+        return [(row, gap) for row, gap in zip(self.rows, self.differences, strict=True) if not math.isnan(gap.low)]
+
+    def _is_worse(self, gap: Interval) -> bool:
+        return gap.low > 0 if self.score == "energy_distance" else gap.high < 0
 
 
 def compare(rows: Sequence[BenchmarkRow]) -> Comparison | None:
@@ -180,6 +189,9 @@ def compare(rows: Sequence[BenchmarkRow]) -> Comparison | None:
         return None
     sign = 1 if several else -1
     known = [row for row in distinct if id(row) in comparable]
+    measured = {frozenset((entry["case"], entry["class"]) for entry in row.by_case) for row in known}
+    if len(measured) > 1:
+        return Comparison(score, distinct, None, scores, tuple(mean_interval([]) for _ in distinct))
     best = min(known, key=lambda row: (sign * comparable[id(row)].mean, row.evaluations))
     differences = tuple(
         _difference(row, best, score) if id(row) in comparable else mean_interval([]) for row in distinct

@@ -130,8 +130,9 @@ def short_names(rows: Sequence[BenchmarkRow]) -> dict[str, str]:
 
 def _lead(rows: Sequence[BenchmarkRow], info: BenchmarkInfo) -> str:
     models = {row.model for row in rows}
-    counts = sorted({(row.cases, row.patients) for row in rows})
-    of = " or ".join(f"{plural(cases, 'case')} of {plural(patients, 'patient')}" for cases, patients in counts)
+    entries = [entry for row in rows for entry in row.by_case]
+    cases, patients = (len({entry[key] for entry in entries}) for key in ("case", "patient"))
+    of = f"{plural(cases, 'case')} of {plural(patients, 'patient')}"
     return f"{plural(len(models), 'model')} on {of} that training did not see ({info.side} side)."
 
 
@@ -140,6 +141,11 @@ def sentences(rows: Sequence[BenchmarkRow], comparison: Comparison | None) -> li
     if comparison is None:
         return ["No case has a score: every class is absent from all masks and references."]
     best, names = comparison.best, short_names(rows)
+    if best is None:
+        return [
+            "The models were measured on different cases or classes, so none is called the best. Benchmark each by "
+            "itself, or models with the same held-out cases and classes."
+        ]
     said = [
         f"The best {SCORES[comparison.score]} is {_score(best, comparison)}: {_called(best, names)}, {_cost(best)}."
     ]
@@ -152,7 +158,7 @@ def sentences(rows: Sequence[BenchmarkRow], comparison: Comparison | None) -> li
         cheapest = min(undecided, key=lambda row: (row.evaluations, row.seconds))
         verb, colon = ("is", ":") if len(undecided) == 1 else ("are", "; the cheapest of them is")
         said.append(
-            f"{plural(len(undecided), 'other setting')} {verb} not told apart from it by these patients{colon} "
+            f"{plural(len(undecided), 'other setting')} {verb} not shown to be worse by these patients{colon} "
             f"{_called(cheapest, names)}, {_cost(cheapest)}."
         )
     return said
@@ -180,7 +186,7 @@ def _warnings(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
     found = []
     if len(rows) < info.planned:
         found.append(f"Only {len(rows)} of {info.planned} rows have been measured: the run was stopped.")
-    if comparison is not None and len(comparison.rows) > 1:
+    if comparison is not None and comparison.best is not None and len(comparison.rows) > 1:
         if info.side == "validation":
             found.append(
                 "Settings may be chosen on these cases; the one that is chosen is then measured on the test side."
@@ -212,13 +218,15 @@ def _warnings(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
 def _facts(comparison: Comparison | None) -> dict[str, str]:
     if comparison is None:
         return {}
-    best = comparison.best
+    best, facts = comparison.best, {"Settings": str(len(comparison.rows))}
+    if best is None:
+        return facts
     score = comparison.scores[comparison.rows.index(best)]
     return {
         f"Best {SCORES[comparison.score]}": number(score.mean).text,
         "Evaluations a case": f"{best.evaluations:,}",
         "Time a case": _seconds(best.seconds),
-        "Settings": str(len(comparison.rows)),
+        **facts,
         "Patients": str(best.patients),
     }
 
@@ -247,7 +255,8 @@ def settings_table(rows: Sequence[BenchmarkRow], comparison: Comparison | None, 
     if comparison is not None:
         if comparison.score != "dice" or len(classes) > 1:
             columns.append((_heading(comparison), lambda row: interval(_of(row, comparison, comparison.scores))))
-        columns.append(("Difference from the best", lambda row: _difference(row, comparison)))
+        if comparison.best is not None:
+            columns.append(("Difference from the best", lambda row: _difference(row, comparison)))
     columns += [(f"Dice {name}", _class_dice(name)) for name in classes]
     columns += [
         ("IoU", lambda row: number(mean_of(row.iou))),
@@ -276,7 +285,7 @@ def _of(row: BenchmarkRow, comparison: Comparison, values: Sequence[Interval]) -
 
 def _difference(row: BenchmarkRow, comparison: Comparison) -> Cell:
     best = comparison.best
-    if row.model == best.model and str(row.setting) == str(best.setting):
+    if best is not None and row.model == best.model and str(row.setting) == str(best.setting):
         return Cell("best", 0.0)
     gap = _of(row, comparison, comparison.differences)
     if math.isnan(gap.mean):

@@ -48,9 +48,31 @@ def test_cases_without_a_score_are_left_out_in_pairs() -> None:
     assert found.differences[1].n == 2 and found.differences[1].mean == pytest.approx(0.1)
 
 
-def test_models_of_other_cases_have_no_difference() -> None:
-    found = compare([row(steps=1, dice=[0.5, 0.6]), row(steps=5, dice=[0.7, 0.8], first_case=7)])
-    assert found is not None and math.isnan(found.differences[0].mean) and not found.undecided and not found.behind
+def test_rows_of_other_cases_have_no_best() -> None:
+    """The second is better on the cases of both, but the first has easier cases: its mean is higher."""
+    easy, hard = [0.95, 0.95, 0.7, 0.8], [0.75, 0.85, 0.2, 0.3]
+    for first_case in (2, 7):  # some cases in common, and none
+        rows = [row(model="runs/a", dice=easy), row(model="runs/b", dice=hard, first_case=first_case)]
+        found = compare(rows)
+        assert found is not None and found.best is None and not found.undecided and not found.behind
+        assert all(math.isnan(gap.mean) for gap in found.differences)
+        assert [score.n for score in found.scores] == [4, 4]
+
+
+def test_rows_of_other_classes_have_no_best() -> None:
+    lesion, organ = row(model="runs/a"), row(model="runs/b", dice=[0.8, 0.9])
+    for entry in organ.by_case:
+        entry["class"] = "organ"
+    found = compare([lesion, organ])
+    assert found is not None and found.best is None and not found.behind
+
+
+def test_a_row_that_is_better_where_both_have_a_score_is_not_worse() -> None:
+    """The best is so by its other cases: in one of them a class is rightly empty, and has no score."""
+    first = row(steps=1, dice=[*[0.5] * 8, math.nan])
+    found = compare([first, row(steps=5, dice=[*[0.51] * 8, 0.0])])
+    assert found is not None and found.best is first
+    assert found.differences[1].low > 0 and found.behind == []
 
 
 def test_the_energy_distance_of_fewer_samples_is_not_compared() -> None:

@@ -18,9 +18,9 @@ BETTER = [0.6, 0.7, 0.8, 0.9]
         ([[0.5, 0.6, 0.7, 0.85]], "1 other setting is worse on the same patients"),
         (
             [[0.7, 0.6, 0.8, 0.8]],
-            "1 other setting is not told apart from it by these patients: ddim, 1 step, 1 sample,",
+            "1 other setting is not shown to be worse by these patients: ddim, 1 step, 1 sample,",
         ),
-        ([[0.7, 0.6, 0.8, 0.8]] * 2, "2 other settings are not told apart from it by these patients; the cheapest"),
+        ([[0.7, 0.6, 0.8, 0.8]] * 2, "2 other settings are not shown to be worse by these patients; the cheapest"),
     ],
 )
 def test_the_best_setting_and_what_the_patients_leave_open(others: list[list[float]], expected: str) -> None:
@@ -29,6 +29,15 @@ def test_the_best_setting_and_what_the_patients_leave_open(others: list[list[flo
     assert said[0].startswith("The best mean Dice is 0.750 (95 % interval 0.")
     assert said[0].endswith("ddim, 9 steps, 1 sample, 9 network evaluations and 0.9 s a case.")
     assert len(said) == 2 and said[1].startswith(expected)
+
+
+def test_models_of_other_cases_are_not_ranked() -> None:
+    """The model of the easier cases is not the better one, and all cases are counted."""
+    rows = [row(model="runs/a", dice=BETTER), row(model="runs/b", dice=[0.5, 0.6, 0.7, 0.8], first_case=2)]
+    page = benchmark_page(rows, INFO)
+    assert "2 models on 6 cases of 6 patients" in page and "so none is called the best" in page
+    assert "The best" not in page and "Difference from the best</th>" not in page
+    assert "so none is called the best" in benchmark_markdown(rows, INFO)
 
 
 def test_the_page_sets_rows_without_x_t_apart_and_warns() -> None:
