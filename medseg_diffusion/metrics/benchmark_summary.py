@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from statistics import fmean
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .ambiguity import ReaderSummary
-from .statistics import Interval, mean_interval
+from .comparison import ALPHA, hopeless
+from .statistics import Interval, by_patient, holm, mean_interval, paired_wilcoxon
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,9 @@ class Comparison:
         differences: The score of each row minus that of the best one: mean over patients with its interval, over the
             cases in which both have a score. NaN for the best one itself, without a best one, and for a row that cannot
             be compared: the energy distance depends on the number of samples.
+        p_values: Of the signed-rank test of each difference, corrected by Holm's method over ``n_tests``; NaN as above.
+        n_tests: All pairs of settings that were tested. The pairs with the best one are not enough: the same patients
+            say which is the best, and of many settings that are alike one looks better than the others.
     """
 
     score: Literal["dice", "energy_distance"]
@@ -144,24 +152,33 @@ class Comparison:
     best: BenchmarkRow | None
     scores: tuple[Interval, ...]
     differences: tuple[Interval, ...]
+    p_values: tuple[float, ...]
+    n_tests: int
 
     @property
     def behind(self) -> list[BenchmarkRow]:
-        """The rows that are worse than the best one: the interval of their difference lies on the worse side of 0."""
-        return [row for row, gap in self._gaps if self._is_worse(gap)]
+        """The rows that are worse than the best one, by the test and by the interval of their difference."""
+        return [row for row, gap, p in self._compared if self._is_worse(gap, p)]
 
     @property
     def undecided(self) -> list[BenchmarkRow]:
         """The rows that these patients do not show to be worse than the best one."""
-        return [row for row, gap in self._gaps if not self._is_worse(gap)]
+        return [row for row, gap, p in self._compared if not self._is_worse(gap, p)]
 
     @property
-    def _gaps(self) -> list[tuple[BenchmarkRow, Interval]]:
-        """The rows that are compared with the best one, and their differences."""
-        return [(row, gap) for row, gap in zip(self.rows, self.differences, strict=True) if not math.isnan(gap.low)]
+    def hopeless(self) -> bool:
+        """Whether so few patients cannot show a difference of any size between so many settings."""
+        return hopeless(max((gap.n for gap in self.differences), default=0), self.n_tests)
 
-    def _is_worse(self, gap: Interval) -> bool:
-        return gap.low > 0 if self.score == "energy_distance" else gap.high < 0
+    @property
+    def _compared(self) -> list[tuple[BenchmarkRow, Interval, float]]:
+        """The rows that have a difference from the best one, that difference, and its p value."""
+        every = zip(self.rows, self.differences, self.p_values, strict=True)
+        return [(row, gap, p) for row, gap, p in every if not math.isnan(gap.low)]
+
+    def _is_worse(self, gap: Interval, p: float) -> bool:
+        worse = gap.low > 0 if self.score == "energy_distance" else gap.high < 0
+        return worse and p < ALPHA and not hopeless(gap.n, self.n_tests)
 
 
 def compare(rows: Sequence[BenchmarkRow]) -> Comparison | None:
@@ -191,15 +208,22 @@ def compare(rows: Sequence[BenchmarkRow]) -> Comparison | None:
     known = [row for row in distinct if id(row) in comparable]
     measured = {frozenset((entry["case"], entry["class"]) for entry in row.by_case) for row in known}
     if len(measured) > 1:
-        return Comparison(score, distinct, None, scores, tuple(mean_interval([]) for _ in distinct))
+        none = tuple(mean_interval([]) for _ in distinct)
+        return Comparison(score, distinct, None, scores, none, (math.nan,) * len(distinct), 0)
     best = min(known, key=lambda row: (sign * comparable[id(row)].mean, row.evaluations))
-    differences = tuple(
-        _difference(row, best, score) if id(row) in comparable else mean_interval([]) for row in distinct
-    )
-    return Comparison(score, distinct, best, scores, differences)
+    values = {id(row): _by_case(row, score) for row in known}
+    gaps = {id(row): _gaps(values[id(row)], values[id(best)]) for row in known if row is not best}
+    differences = tuple(mean_interval(gaps.get(id(row), [])) for row in distinct)
+    p_values, n_tests = _tests(values, id(best))
+    p_of_rows = tuple(p_values.get(id(row), math.nan) for row in distinct)
+    return Comparison(score, distinct, best, scores, differences, p_of_rows, n_tests)
 
 
-def _by_case(row: BenchmarkRow, score: str) -> dict[str, tuple[str, float]]:
+_Scores = Mapping[str, tuple[str, float]]
+"""Case -> patient and score."""
+
+
+def _by_case(row: BenchmarkRow, score: str) -> _Scores:
     """Case -> patient and score; a case in which every class is rightly empty has none."""
     values: dict[str, tuple[str, list[float]]] = {}
     for entry in row.by_case:
@@ -213,10 +237,16 @@ def _mean_score(row: BenchmarkRow, score: str) -> Interval:
     return mean_interval([value for _, value in values], patients=[patient for patient, _ in values])
 
 
-def _difference(row: BenchmarkRow, best: BenchmarkRow, score: str) -> Interval:
-    if row is best:
-        return mean_interval([])
-    own, others = _by_case(row, score), _by_case(best, score)
+def _gaps(own: _Scores, others: _Scores) -> NDArray[np.float64]:
+    """Differences in the cases in which both have a score, one for each patient."""
     common = [case for case in own if case in others]
-    gaps = [own[case][1] - others[case][1] for case in common]
-    return mean_interval(gaps, patients=[own[case][0] for case in common])
+    return by_patient([own[case][1] - others[case][1] for case in common], [own[case][0] for case in common])
+
+
+def _tests(values: Mapping[int, _Scores], best: int) -> tuple[dict[int, float], int]:
+    """Key of a row -> corrected p value of its difference from the best one; and how many pairs were tested."""
+    pairs = list(combinations(values, 2))
+    gaps = [_gaps(values[first], values[second]) for first, second in pairs]
+    corrected = holm([paired_wilcoxon(gap, np.zeros_like(gap)).p_value for gap in gaps])
+    of_best = {key: p for pair, p in zip(pairs, corrected, strict=True) if best in pair for key in pair if key != best}
+    return of_best, sum(not math.isnan(p) for p in corrected)

@@ -134,6 +134,12 @@ def _difference(
     )
 
 
+def hopeless(n: int, n_tests: int) -> bool:
+    """Whether so few patients cannot show a difference of any size in so many tests."""
+    # The smallest p that a test of so few can have, times the number of tests: what Holm's correction makes of it.
+    return 2.0 ** (1 - n) * n_tests >= ALPHA
+
+
 def _conclusion(one: PairedDifference, class_name: str, unit: str, n_tests: int) -> str:
     """What the numbers of a comparison allow to say."""
     metric, difference = METRICS[one.metric], one.difference
@@ -163,9 +169,8 @@ def _conclusion(one: PairedDifference, class_name: str, unit: str, n_tests: int)
             f"{what}: {one.first} and {one.second} differ in most {unit}, but the mean may be the same for both "
             f"({numbers}): a few {unit} with large differences in the other direction weigh against the rest."
         )
-    # The smallest p that a test of so few can have, times the number of tests: what Holm's correction makes of it.
-    hopeless = 2.0 ** (1 - difference.n) * n_tests >= ALPHA
-    limit = f" So few {unit} cannot show a difference of any size in {n_tests} comparisons." if hopeless else ""
+    so_few = f" So few {unit} cannot show a difference of any size in {n_tests} comparisons."
+    limit = so_few if hopeless(difference.n, n_tests) else ""
     if excludes_zero:
         return (
             f"{what}: no difference is shown. The interval leaves 0 out, but among {n_tests} comparisons it may be "

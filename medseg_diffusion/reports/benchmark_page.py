@@ -10,6 +10,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from medseg_diffusion.metrics.benchmark_summary import BenchmarkRow, Comparison, compare, mean_of
+from medseg_diffusion.metrics.comparison import ALPHA
 from medseg_diffusion.metrics.overlap import EMPTY_RULE
 from medseg_diffusion.metrics.statistics import Interval, mean_interval
 
@@ -29,7 +30,9 @@ _REPLACEMENTS = {
 _RULES = {
     "Empty masks": EMPTY_RULE,
     "Intervals": "95 % bootstrap intervals over patients (BCa, seed 0); a patient's cases are averaged first.",
-    "Difference from the best": "Over the same cases: patients are resampled together with both of their values.",
+    "Difference from the best": "Over the same cases: patients are resampled together with both of their values. A "
+    "setting is called worse if its interval leaves out 0 and p < 0.05 in the Wilcoxon signed-rank test of the paired "
+    "differences, corrected by Holm's method over all pairs of settings, as the same patients tell the best.",
     "Mean Dice": "Mean over a case's classes, then over patients.",
     "HD95": "The larger of the two directed 95th percentiles of the distances between surfaces; a class that is "
     "missing from the prediction or the reference has none.",
@@ -153,13 +156,21 @@ def sentences(rows: Sequence[BenchmarkRow], comparison: Comparison | None) -> li
     if behind:
         verb = "is" if len(behind) == 1 else "are"
         count = plural(len(behind), "other setting")
-        said.append(f"{count} {verb} worse on the same patients: the 95 % interval of the difference leaves out 0.")
+        said.append(
+            f"{count} {verb} worse on the same patients (signed-rank test, p < {ALPHA} after correction over "
+            f"{plural(comparison.n_tests, 'comparison')})."
+        )
     if undecided:
         cheapest = min(undecided, key=lambda row: (row.evaluations, row.seconds))
         verb, colon = ("is", ":") if len(undecided) == 1 else ("are", "; the cheapest of them is")
         said.append(
             f"{plural(len(undecided), 'other setting')} {verb} not shown to be worse by these patients{colon} "
             f"{_called(cheapest, names)}, {_cost(cheapest)}."
+        )
+    if undecided and comparison.hopeless:
+        said.append(
+            f"So few patients cannot show a difference of any size in {plural(comparison.n_tests, 'comparison')} of "
+            "settings: measure more cases, or fewer settings."
         )
     return said
 
@@ -195,10 +206,6 @@ def _warnings(rows: Sequence[BenchmarkRow], info: BenchmarkInfo, comparison: Com
             found.append(
                 "The best of several settings looks better than it is on the cases by which it was chosen: choose on "
                 "the validation side, and measure only that setting here."
-            )
-        if len(comparison.rows) > 2:
-            found.append(
-                "Each difference has its own 95 % interval: of settings that are alike, one in twenty leaves out 0."
             )
     names = short_names(rows)
     found += dict.fromkeys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from medseg_diffusion.metrics.benchmark_summary import BenchmarkRow, compare
@@ -12,11 +13,12 @@ from tests.helpers.benchmarks import row
 
 def test_differences_are_of_the_same_patients() -> None:
     """Patients differ more than settings do: the intervals overlap, but each patient is better in one of them."""
-    first, second = row(steps=1, dice=[0.2, 0.4, 0.6, 0.8]), row(steps=5, dice=[0.25, 0.45, 0.66, 0.84])
+    low, high = [0.2, 0.4, 0.6, 0.8, 0.3, 0.7], [0.25, 0.45, 0.66, 0.84, 0.36, 0.74]
+    first, second = row(steps=1, dice=low), row(steps=5, dice=high)
     found = compare([first, second])
     assert found is not None and found.best is second and found.score == "dice"
     (gap, own) = found.differences
-    assert gap.mean == pytest.approx(-0.05) and gap.high < 0 and gap.n == 4 and math.isnan(own.mean)
+    assert gap.mean == pytest.approx(-0.05) and gap.high < 0 and gap.n == 6 and math.isnan(own.mean)
     assert found.scores[0].high > found.scores[1].low, "the intervals of the means do not tell them apart"
     assert found.behind == [first] and found.undecided == []
 
@@ -25,6 +27,28 @@ def test_settings_that_patients_do_not_tell_apart() -> None:
     first, second = row(steps=1, dice=[0.5, 0.9, 0.7, 0.6]), row(steps=5, dice=[0.6, 0.8, 0.75, 0.6])
     found = compare([first, second])
     assert found is not None and found.best is second and found.undecided == [first] and found.behind == []
+
+
+def test_few_patients_never_show_a_setting_to_be_worse() -> None:
+    """Each of them is worse, and the interval says so, but five patients may agree by chance."""
+    for patients in range(2, 7):
+        rows = [row(steps=1, dice=[0.5] * patients), row(steps=5, dice=[0.6 + 0.01 * i for i in range(patients)])]
+        found = compare(rows)
+        assert found is not None and found.differences[0].high < 0
+        assert found.behind == rows[: patients == 6] and found.hopeless == (patients < 6)
+
+
+def test_alike_settings_are_rarely_called_worse() -> None:
+    """The best of many was chosen by the same patients: differences from it are no single comparisons."""
+    rng, claims, leaves_out_0 = np.random.default_rng(0), 0, 0
+    for _ in range(6):
+        patients = rng.uniform(0.5, 0.9, 12)
+        rows = [row(steps=i + 1, dice=list(patients + rng.normal(0, 0.05, 12))) for i in range(6)]
+        found = compare(rows)
+        assert found is not None and found.n_tests == 15 and not found.hopeless
+        claims += len(found.behind)
+        leaves_out_0 += sum(gap.high < 0 for gap in found.differences)
+    assert claims == 0 and leaves_out_0 > 5
 
 
 def test_equal_scores_prefer_fewer_evaluations() -> None:
@@ -81,8 +105,9 @@ def test_the_energy_distance_of_fewer_samples_is_not_compared() -> None:
     def several(factor: str, ensemble: int, energy: list[float]) -> BenchmarkRow:
         return row(factor=factor, ensemble=ensemble, energy=energy)
 
-    one, few = several("ensemble", 1, [0.2, 0.2]), several("ensemble", 2, [0.1, 0.1])
-    many, fixed = several("ensemble", 8, [0.4, 0.5]), several("feed-forward", 1, [0.6, 0.7])
+    one, few = several("ensemble", 1, [0.2] * 6), several("ensemble", 2, [0.1] * 6)
+    many = several("ensemble", 8, [0.40, 0.50, 0.42, 0.44, 0.46, 0.48])
+    fixed = several("feed-forward", 1, [0.60, 0.71, 0.63, 0.66, 0.69, 0.72])
     found = compare([one, few, many, fixed])
     assert found is not None and found.score == "energy_distance" and found.best is many
     assert [math.isnan(gap.mean) for gap in found.differences] == [True, True, True, False]

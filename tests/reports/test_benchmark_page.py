@@ -9,18 +9,18 @@ from medseg_diffusion.reports.benchmark_page import BenchmarkInfo, benchmark_mar
 from tests.helpers.benchmarks import row
 
 INFO = BenchmarkInfo("data", "test", 2, 0, "medseg benchmark-segmenter <b>")
-BETTER = [0.6, 0.7, 0.8, 0.9]
+BETTER = [0.6, 0.7, 0.8, 0.9, 0.65, 0.75, 0.85, 0.75]
 
 
 @pytest.mark.parametrize(
     ("others", "expected"),
     [
-        ([[0.5, 0.6, 0.7, 0.85]], "1 other setting is worse on the same patients"),
+        ([[0.5, 0.6, 0.7, 0.85, 0.55, 0.65, 0.75, 0.7]], "1 other setting is worse on the same patients (signed-rank"),
         (
-            [[0.7, 0.6, 0.8, 0.8]],
+            [[0.7, 0.6, 0.8, 0.8] * 2],
             "1 other setting is not shown to be worse by these patients: ddim, 1 step, 1 sample,",
         ),
-        ([[0.7, 0.6, 0.8, 0.8]] * 2, "2 other settings are not shown to be worse by these patients; the cheapest"),
+        ([[0.7, 0.6, 0.8, 0.8] * 2] * 2, "2 other settings are not shown to be worse by these patients; the cheapest"),
     ],
 )
 def test_the_best_setting_and_what_the_patients_leave_open(others: list[list[float]], expected: str) -> None:
@@ -33,20 +33,20 @@ def test_the_best_setting_and_what_the_patients_leave_open(others: list[list[flo
 
 def test_models_of_other_cases_are_not_ranked() -> None:
     """The model of the easier cases is not the better one, and all cases are counted."""
-    rows = [row(model="runs/a", dice=BETTER), row(model="runs/b", dice=[0.5, 0.6, 0.7, 0.8], first_case=2)]
+    rows = [row(model="runs/a", dice=BETTER), row(model="runs/b", dice=[0.5] * 8, first_case=2)]
     page = benchmark_page(rows, INFO)
-    assert "2 models on 6 cases of 6 patients" in page and "so none is called the best" in page
+    assert "2 models on 10 cases of 10 patients" in page and "so none is called the best" in page
     assert "The best" not in page and "Difference from the best</th>" not in page
     assert "so none is called the best" in benchmark_markdown(rows, INFO)
 
 
 def test_the_page_sets_rows_without_x_t_apart_and_warns() -> None:
-    rows = [row(steps=1, dice=BETTER), row(steps=5, dice=[0.6, 0.7, 0.8, 0.95])]
+    rows = [row(steps=1, dice=BETTER), row(steps=5, dice=[*BETTER[:7], 0.95])]
     replaced = [row(factor="without x_t", steps=5, ensemble=3, x_t=x_t, dice=BETTER) for x_t in ("own", "zeros")]
     page = benchmark_page([*rows, *replaced], INFO)
     settings, noise = page.split("<h2>What the noise is worth</h2>")
     assert "nothing: all classes alike" in noise and "all classes alike" not in settings
-    assert page.count("<svg") == 2 and "choose on the validation side" in page and "4 patients are rough" in page
+    assert page.count("<svg") == 2 and "choose on the validation side" in page and "8 patients are rough" in page
     assert "have been measured" not in page
     assert "Only 2 of 7 rows have been measured" in benchmark_page(rows, BenchmarkInfo("data", "validation", 7))
 
@@ -67,8 +67,17 @@ def test_hostile_names_are_inert() -> None:
     assert "<img" not in text and r"\|&#36;x&#36; @" + "\u2060somebody" in text
 
 
+def test_too_few_patients_for_so_many_settings_are_said() -> None:
+    """Nothing is worse than the best then, and the reader learns that no difference would have been enough."""
+    rows = [row(steps=steps, dice=[0.1 * steps, 0.1 * steps + 0.1]) for steps in (1, 2, 3)]
+    said = sentences(rows, compare(rows))
+    assert said[1].startswith("2 other settings are not shown to be worse by these patients")
+    assert said[2].startswith("So few patients cannot show a difference of any size in 3 comparisons of settings")
+
+
 def test_one_row_needs_no_comparison() -> None:
     page = benchmark_page([row()], INFO)
+    assert "So few patients" not in page
     assert "<svg" not in page and "other setting" not in page and "Benchmark of model" in page
 
 
