@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 
 from .ambiguity import ReaderAgreement, ReaderSummary
 from .calibration import Reliability
@@ -12,7 +13,7 @@ from .case_metrics import ClassResult, MeasureOptions
 from .detection_summary import Detection
 from .overlap import ClassOverlap
 from .registry import METRICS, Metric
-from .statistics import Interval, mean_interval
+from .statistics import Interval, mean_interval, rough
 
 Means = Mapping[str, Mapping[int, Interval]]
 """Name of a metric -> label value -> mean over cases with its median and 95 % interval."""
@@ -89,7 +90,8 @@ class Evaluation:
         strata: The means of groups of cases; None without a table of strata.
         patients: Case name -> patient, if means and intervals are over patients; empty if they are over cases.
         seed: Seed of the bootstrap.
-        warnings: Facts that the reader should know, one sentence each, e.g. predictions without a reference.
+        warnings: Facts that the reader should know, one sentence each, e.g. predictions without a reference, or
+            intervals over few cases.
     """
 
     cases: tuple[EvaluatedCase, ...]
@@ -124,6 +126,18 @@ class Evaluation:
     def hd95(self) -> Mapping[int, Interval]:
         """Label value -> mean of the 95th percentile Hausdorff distance in mm."""
         return self.means["hd95_mm"]
+
+    @property
+    def intervals(self) -> list[Interval]:
+        """Every mean over cases, also those of strata, readers and detection."""
+        tables = [self.means, *(self.strata.means.values() if self.strata is not None else ())]
+        found = [interval for means in tables for of_labels in means.values() for interval in of_labels.values()]
+        if self.readers is not None:
+            found += [value for value in vars(self.readers).values() if isinstance(value, Interval)]
+        if self.detection is not None:
+            detection = self.detection
+            found += chain(detection.means.values(), detection.lesion_means.values(), detection.healthy.values())
+        return found
 
     @property
     def several_lesions(self) -> bool:
@@ -228,7 +242,7 @@ def summarise(
         patients: Case name -> patient of every case; None takes every case as a patient of its own.
         strata: File and column of a table of strata, and case name -> stratum of every case.
         seed: Seed of the bootstrap.
-        warnings: Passed on to the result.
+        warnings: Passed on to the result, which adds one on intervals over few cases.
     """
     ordered = tuple(sorted(cases, key=lambda case: case.name))
     reliabilities = [case.reliability for case in ordered if case.reliability is not None]
@@ -237,7 +251,7 @@ def summarise(
     if agreements:
         rated = [patients[name] for name in agreements] if patients else None
         readers = ReaderSummary.of(list(agreements.values()), rated, seed)
-    return Evaluation(
+    result = Evaluation(
         cases=ordered,
         labels=dict(labels),
         means=_means(ordered, labels, patients, seed),
@@ -251,6 +265,7 @@ def summarise(
         seed=seed,
         warnings=tuple(warnings),
     )
+    return replace(result, warnings=(*result.warnings, *rough(result.intervals, result.unit)))
 
 
 def _means(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+FEW = 10
+"""Intervals over fewer cases or patients are rough."""
 
 _RESAMPLES = 4999
 # Resamples drawn at a time. It limits memory to about 500 x cases floats.
@@ -101,6 +104,13 @@ def mean_interval(
     if not (math.isfinite(low) and math.isfinite(high)):
         low, high = _bootstrap(present, confidence, seed, "percentile")
     return Interval(mean, low, high, len(present), n_missing, median)
+
+
+def rough(intervals: Iterable[Interval], unit: str) -> list[str]:
+    """What is to be said about intervals over few cases or patients (``unit``); empty if none are over few."""
+    # Resampling cannot show what so few do not hold. A single value has no interval.
+    smallest = min((one.n for one in intervals if one.n > 1), default=FEW)
+    return [f"Intervals over as few as {smallest} {unit} are rough, and rather too narrow."] if smallest < FEW else []
 
 
 def paired_wilcoxon(a: Sequence[float], b: Sequence[float]) -> PairedTest:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from medseg_diffusion.metrics.comparison import METHOD, Comparison
 from medseg_diffusion.metrics.registry import METRICS
 
-from .evaluation_page import few_cases, metric_rules
+from .evaluation_page import metric_rules
 from .page import Cell, Row, Table, interval, interval_with_missing, number, plural, render
 from .plots import distributions
 from .theme import class_colours
@@ -49,7 +49,7 @@ def comparison_page(
         title=f"Comparison of {plural(len(comparison.evaluations), 'set')} of predictions",
         lead=f"{plural(len(first.cases), 'case')} that all sets have, with "
         f"{plural(len(first.labels), 'class', 'classes')}, compared with the same references.",
-        warnings=[*comparison.warnings, *few_cases(first)],
+        warnings=comparison.warnings,
         left_out=comparison.left_out,
         conclusions=comparison.conclusions,
         differences=_differences_table(comparison),

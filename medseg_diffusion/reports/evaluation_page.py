@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 MAX_CLASSES_IN_OVERVIEW = 6
 """With more classes, the table of cases has the mean and the worst class instead of a column for each."""
 
-FEW = 10
-"""Of fewer cases or patients the page says that their intervals are rough."""
-
 MAX_AGREEMENT_PLOTS = 12
 """Classes whose volumes are plotted: those with the largest bias, if there are more."""
 
@@ -60,7 +57,7 @@ def evaluation_page(
         title=_title(evaluation),
         lead=_lead(evaluation),
         facts=_facts(evaluation, flags),
-        warnings=[*evaluation.warnings, *few_cases(evaluation)],
+        warnings=evaluation.warnings,
         cases=_cases_table(evaluation, flags, viewer, links or {}),
         classes=_classes_tables(evaluation, shown),
         strata=_strata_table(evaluation),
@@ -76,14 +73,6 @@ def evaluation_page(
         detection=detection_page(evaluation.detection) if evaluation.detection is not None else None,
         viewer=viewer,
     )
-
-
-def few_cases(evaluation: Evaluation) -> list[str]:
-    """What is to be said about intervals over few cases: resampling cannot show what so few do not hold."""
-    count = len(set(evaluation.patients.values())) or len(evaluation.cases)
-    if not 1 < count < FEW:
-        return []
-    return [f"Intervals over {count} {evaluation.unit} are rough, and rather too narrow."]
 
 
 def case_flags(case: EvaluatedCase, evaluation: Evaluation) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 from warnings import catch_warnings, simplefilter
@@ -28,6 +29,7 @@ from medseg_diffusion.metrics.comparison import Comparison, compare
 from medseg_diffusion.metrics.detection import MIN_OVERLAP
 from medseg_diffusion.metrics.detection_summary import Detection
 from medseg_diffusion.metrics.evaluation_summary import EvaluatedCase, Evaluation, summarise
+from medseg_diffusion.metrics.statistics import rough
 from medseg_diffusion.reports.comparison_page import comparison_page
 from medseg_diffusion.reports.evaluation_page import evaluation_page
 from medseg_diffusion.reports.page import relative_link
@@ -224,7 +226,14 @@ def compare_predictions(
     evaluations = [replace(one, warnings=(*one.warnings, *on_files)) for one in evaluations]
     named = dict(zip(folders, evaluations, strict=True))
     paths = {name: str(path) for name, path in folders.items()}
-    result = Comparison(named, paths, compare(named), left_out, (*warnings, *on_files))
+    differences = compare(named)
+    intervals = [one.difference for one in differences]
+    for evaluation in evaluations:
+        intervals += chain.from_iterable(
+            evaluation.means[one.name].values() for one in evaluation.metrics if one.compared
+        )
+    said_of_all = (*warnings, *on_files, *rough(intervals, evaluations[0].unit))
+    result = Comparison(named, paths, differences, left_out, said_of_all)
     # All are made before the first is written: a file that cannot be used leaves nothing behind.
     files = {
         output / name: _files(evaluation, shown, one, output / name, options)

@@ -31,3 +31,21 @@ def test_class_means_leave_out_what_does_not_exist() -> None:
     assert np.isnan(means[3]["dice"]) and means[3]["tn"] == 4
     assert result.foreground_means()["dice"] == pytest.approx((5 / 6 + 1) / 2)
     assert result.n_with_probabilities == 0
+
+
+def _cases(with_organ: int) -> list[EvaluatedCase]:
+    """Twelve cases with a lesion; the first have an organ, too."""
+    masks = [np.array([[1, 1, 2 if number < with_organ else 0, 0]]) for number in range(12)]
+    return [EvaluatedCase(f"case_{i}", "", "", measure(mask, mask, [1, 2], (1.0, 1.0))) for i, mask in enumerate(masks)]
+
+
+def test_intervals_over_few_cases_are_a_warning_of_the_numbers() -> None:
+    """Not of the page alone; also of a class or a stratum that few of many cases have."""
+    labels = {1: "lesion", 2: "organ"}
+    few = "Intervals over as few as {} are rough, and rather too narrow.".format
+    assert summarise(_cases(12), labels, warnings=["first"]).warnings == ("first",)
+    assert summarise(_cases(2), labels, warnings=["first"]).warnings == ("first", few("2 cases"))
+    sites = {f"case_{i}": "north" if i < 9 else "south" for i in range(12)}
+    assert summarise(_cases(12), labels, strata=("sites.csv", "site", sites)).warnings == (few("3 cases"),)
+    patients = {f"case_{i}": f"patient {i // 2}" for i in range(12)}
+    assert summarise(_cases(12), labels, patients=patients).warnings == (few("6 patients"),)

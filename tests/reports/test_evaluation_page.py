@@ -125,10 +125,8 @@ def test_a_case_without_any_class_among_many_classes_has_no_worst_one() -> None:
 
 
 def test_few_cases_and_plots_left_out_are_said() -> None:
-    assert "Intervals over 9 cases are rough" in evaluation_page(many(9))
+    assert evaluation_page(many(9)).count("Intervals over as few as 9 cases are rough") == 1
     assert "are rough" not in evaluation_page(many(10)) and "are rough" not in evaluation_page(many(1))
-    sets = {"a": many(3), "b": many(3)}
-    assert "Intervals over 3 cases are rough" in comparison_page(Comparison(sets, {}, compare(sets)))
     assert "Shown are" not in evaluation_page(many(3))
     everywhere = np.arange(1, 41, dtype=np.uint8).reshape(8, 5)
     labels = {value: f"class {value}" for value in range(1, MAX_AGREEMENT_PLOTS + 2)}
