@@ -24,13 +24,22 @@ SAMPLES = 16
 """Usual number of samples. The energy distance has a bias that falls with it: different numbers are not comparable."""
 
 
+# Voxels compared at a time. It limits the arrays of numbers to tens of megabytes, whatever the size of the scan.
+_BLOCK = 1 << 18
+
+
 def distances(first: Masks, second: Masks, classes: int) -> NDArray[np.float64]:
     """(N, M) distances between N and M label maps. ``classes`` includes the background, which does not count."""
+    first, second = ([mask.ravel() for mask in masks] for masks in (first, second))
     iou_sum, n_classes = np.zeros((len(first), len(second))), np.zeros((len(first), len(second)))
     for value in range(1, classes):
-        a, b = (np.stack([mask.ravel() == value for mask in masks]).astype(np.float64) for masks in (first, second))
-        overlap = a @ b.T
-        union = a.sum(1)[:, None] + b.sum(1) - overlap
+        overlap, union = np.zeros_like(iou_sum), np.zeros_like(iou_sum)
+        for start in range(0, first[0].size, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            a, b = (np.array([mask[block] == value for mask in masks], np.float64) for masks in (first, second))
+            shared = a @ b.T
+            overlap += shared
+            union += a.sum(1)[:, None] + b.sum(1) - shared
         present = union > 0
         iou_sum += np.divide(overlap, union, out=np.zeros_like(overlap), where=present)
         n_classes += present
@@ -129,6 +138,7 @@ class ReaderAgreement:
     @classmethod
     def of(cls, samples: Masks, readers: Masks, classes: int) -> ReaderAgreement:
         """Compare label maps; ``classes`` includes the background."""
+        samples, readers = _where_marked(samples, readers)
         return cls(
             generalised_energy_distance(samples, readers, classes),
             matched_iou(samples, readers, classes),
@@ -137,6 +147,14 @@ class ReaderAgreement:
             float(np.mean([not mask.any() for mask in samples])),
             float(np.mean([not mask.any() for mask in readers])),
         )
+
+
+def _where_marked(samples: Masks, readers: Masks) -> tuple[Masks, Masks]:
+    """The maps (V,) in the voxels that any of them marks. All others, most of a scan, enter no number."""
+    marked = np.zeros(samples[0].size, bool)
+    for mask in (*samples, *readers):
+        marked |= mask.ravel() != 0
+    return [mask.ravel()[marked] for mask in samples], [mask.ravel()[marked] for mask in readers]
 
 
 @dataclass(frozen=True, eq=False)

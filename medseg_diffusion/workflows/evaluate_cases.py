@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,20 @@ def _agreement(task: RatersTask) -> ReaderAgreement:
     grid = references[0]
     for volume in (samples, *references[1:]):
         grid = grid.covering(volume)
-    arrays = [grid.aligned(volume).data.numpy().astype(np.int64) for volume in (samples, *references)]
-    if pair.merged:
-        arrays = [array.clip(max=1) for array in arrays]
-    # Labels become 1, 2, ...: the cost grows with the number of classes, not with their values.
-    values = np.asarray(sorted(task.labels))
-    classes = [np.where(np.isin(array, values), np.searchsorted(values, array) + 1, 0) for array in arrays]
-    sample_maps, *rater_maps = (list(maps) for maps in classes)
-    return ReaderAgreement.of(sample_maps, [labelmap for maps in rater_maps for labelmap in maps], len(values) + 1)
+    labels = sorted(task.labels)
+    sample_maps, *rater_maps = (
+        [_numbered(labelmap.clip(max=1) if pair.merged else labelmap, labels) for labelmap in volume.data.numpy()]
+        for volume in map(grid.aligned, (samples, *references))
+    )
+    return ReaderAgreement.of(sample_maps, [labelmap for maps in rater_maps for labelmap in maps], len(labels) + 1)
+
+
+def _numbered(labelmap: NDArray[Any], labels: Sequence[int]) -> NDArray[np.unsignedinteger[Any]]:
+    """``labels`` as 1, 2, ... in the smallest type that holds them, all others as 0.
+
+    The cost of comparisons grows with the number of classes, not with their values.
+    """
+    numbered = np.zeros(labelmap.shape, np.min_scalar_type(len(labels)))
+    for number, label in enumerate(labels, 1):
+        numbered[labelmap == label] = number
+    return numbered

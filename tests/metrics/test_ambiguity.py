@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medseg_diffusion.metrics import ambiguity
 from medseg_diffusion.metrics.ambiguity import (
     Frequencies,
     ReaderAgreement,
@@ -24,6 +27,14 @@ def test_distances_are_one_minus_iou() -> None:
     np.testing.assert_allclose(matrix, [[0, 1], [2 / 3, 1], [1, 0]])
     two = distances([np.array([1, 2, 0])], [np.array([1, 0, 2])], 3)
     np.testing.assert_allclose(two, [[0.5]])  # class 1 agrees, class 2 does not
+
+
+def test_distances_of_long_maps_are_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    first, second = (list(rng.integers(0, 3, (count, 5, 5))) for count in (3, 2))
+    whole = distances(first, second, 3)
+    monkeypatch.setattr(ambiguity, "_BLOCK", 4)
+    np.testing.assert_array_equal(distances(first, second, 3), whole)
 
 
 def test_samples_that_differ_as_the_raters_have_no_energy_distance() -> None:
@@ -82,3 +93,20 @@ def test_agreement_with_readers_by_hand() -> None:
     assert (equal.energy_distance, equal.matched_iou, equal.majority_dice) == pytest.approx((0, 1, 1))
     nothing = ReaderAgreement.of([NONE], [NONE, NONE], 2)
     assert (nothing.energy_distance, nothing.matched_iou, nothing.majority_dice) == (0, 1, 1)
+
+
+def test_background_changes_no_agreement_and_costs_little_memory() -> None:
+    """Most of a scan is marked by nobody: sums over all of it took hundreds of bytes a voxel, gigabytes for a head."""
+    rng = np.random.default_rng(0)
+    small = [rng.integers(0, 3, (6, 6, 6)).astype(np.uint8) for _ in range(18)]
+    large = [np.pad(labels, 29) for labels in small]
+    tracemalloc.start()
+    found = ReaderAgreement.of(large[:16], large[16:], 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * large[0].size
+    expected = ReaderAgreement.of(small[:16], small[16:], 3)
+    for name in ("energy_distance", "matched_iou", "majority_dice", "empty_samples", "empty_readers"):
+        assert getattr(found, name) == getattr(expected, name)
+    np.testing.assert_array_equal(found.frequencies.count, expected.frequencies.count)
+    assert found.frequencies.ece == expected.frequencies.ece

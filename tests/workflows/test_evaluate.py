@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import tracemalloc
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from medseg_diffusion.data.pairs import MaskPair
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.workflows.evaluate import EvaluateOptions, compare_predictions, evaluate
+from medseg_diffusion.workflows.evaluate_cases import RatersTask, compare_with_raters
 from tests.helpers.cli import error_lines, medseg
 from tests.helpers.masks import AFFINE, box, but_few, save
 from tests.helpers.pages import viewed
@@ -340,6 +343,19 @@ def test_a_rater_is_not_counted_twice(tmp_path: Path) -> None:
         where = f"--rater {named}" if other else "the reference"
         assert result.exit_code == 2 and f"its mask of a is that of {where}; name each rater once" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_raters_of_a_large_scan_take_little_memory(tmp_path: Path) -> None:
+    """64 bytes a voxel are the samples as they are read; with copies of whole scans it took 630."""
+    mask = np.zeros((60, 60, 60), np.uint8)
+    mask[20:40, 20:40, 20:40] = 7
+    ref, rater, pred = (save(tmp_path / name, mask) for name in ("a.nii.gz", "rater.nii.gz", "p/a_seg.nii.gz"))
+    save(pred.with_name("a_members.nii.gz"), np.stack([mask] * 16, axis=-1))
+    tracemalloc.start()
+    found = compare_with_raters(RatersTask(MaskPair("a", pred, ref), (rater,), (7,)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.agreement.matched_iou == 1 and peak < 200 * mask.size
 
 
 def test_samples_are_compared_with_all_raters(tmp_path: Path) -> None:
