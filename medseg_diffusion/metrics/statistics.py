@@ -113,9 +113,7 @@ def rough(intervals: Iterable[Interval], unit: str) -> list[str]:
     return [f"Intervals over as few as {smallest} {unit} are rough, and rather too narrow."] if smallest < FEW else []
 
 
-def paired_wilcoxon(
-    a: Sequence[float] | NDArray[np.floating], b: Sequence[float] | NDArray[np.floating]
-) -> PairedTest:
+def paired_wilcoxon(a: Sequence[float] | NDArray[np.floating], b: Sequence[float] | NDArray[np.floating]) -> PairedTest:
     """Two-sided Wilcoxon signed-rank test of whether paired values differ (Wilcoxon, Biometrics Bulletin 1945).
 
     Args:
