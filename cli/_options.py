@@ -116,11 +116,13 @@ STDOUT = Path("-")
 
 
 def writable_markdown(context: typer.Context, path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written, before anything is computed."""
+    """Refuse a file that cannot be written, or is named like a scan, before anything is computed."""
     from medseg_diffusion.files import require_replaceable
+    from medseg_diffusion.volumes.paths import refuse_scan_name
 
     if path is not None and path != STDOUT and not context.resilient_parsing:
         require_replaceable(path)
+        refuse_scan_name(path)
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from medseg_diffusion.errors import UsageError
 from medseg_diffusion.files import require_folder
 
-from .paths import SUFFIXES, UNREAD_SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, scan_name
+from .paths import SUFFIXES, UNREAD_SUFFIXES, VOLUME_SUFFIXES, is_image, is_series, refuse_scan_name, scan_name
 
 Outputs = dict[str, Path]
 """Kind of output -> its file."""
@@ -162,7 +162,9 @@ def _places(path: Path) -> set[Path]:
 
 
 def require_report(report: Path, scans: Collection[Path]) -> None:
-    """UsageError if a report on a run cannot be written, or would overwrite a scan or join a DICOM series."""
+    """UsageError if a report on a run cannot be written, would overwrite a scan or join a DICOM series, or is named
+    like a scan.
+    """
     require_folder(report.parent)
     if report.is_dir():
         raise UsageError(f"{report}: is a folder; give the report the name of a file")
@@ -170,6 +172,7 @@ def require_report(report: Path, scans: Collection[Path]) -> None:
         raise UsageError(f"{report}: the report would overwrite the scan; give it another name")
     if is_series(report.parent):
         raise UsageError(f"{report.parent}: holds a DICOM series, which results must not join; choose another folder")
+    refuse_scan_name(report)
 
 
 def _is_file(output: Path | None, scan: Path, count: int, result: Literal["mask", "score map"]) -> bool:

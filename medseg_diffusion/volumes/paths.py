@@ -6,7 +6,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from medseg_diffusion.errors import InputError
+from medseg_diffusion.errors import InputError, UsageError
 
 from .archives import UNREADABLE
 
@@ -144,6 +144,12 @@ def require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(path, "a folder", "a file", "name one scan in it")
     suffix_of(path)
+
+
+def refuse_scan_name(path: Path) -> None:
+    """UsageError for a page or a text that is named like a scan, or would replace one: its own name was forgotten."""
+    if path.name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES, *DICOM_SUFFIXES)) or is_dicom(path):
+        raise UsageError(f"{path}: is the name of a scan, but the result is a text; give it another name")
 
 
 def _has_dicom(path: Path) -> bool:

@@ -26,6 +26,7 @@ from medseg_diffusion.reports.run_page import Picture, RunSummary, State, Traine
 from medseg_diffusion.training.history import is_logged, read_history
 from medseg_diffusion.training.job import FIRST_STAGE_WARMUP
 from medseg_diffusion.training.trainer import TrainingOptions, learning_rate
+from medseg_diffusion.volumes.paths import refuse_scan_name
 
 QUIET_SECONDS = 600.0
 """A training that has logged nothing for so long, and for twice its longest step with a validation, has been stopped.
@@ -58,6 +59,7 @@ def report(run: str | Path, output: str | Path | None = None, *, command: str = 
     target = Path(output or run / "report.html")
     _config(run)  # a folder that is no run is refused as such
     require_replaceable(target)
+    refuse_scan_name(target)
     now = time.time()
     summary = run_summary(run, now)
     write_files(target.parent, {target.name: run_page(summary, now=now, command=command)})

@@ -72,3 +72,28 @@ def test_an_output_below_a_file_is_refused_first(
     assert result.exit_code == 2 and len(lines) == 1, result.output
     assert "file: " in lines[0] and ("is a file" in lines[0] or "exists" in lines[0] or "empty folder" in lines[0])
     assert sorted(inputs.rglob("*")) == before and (inputs / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["mask.nii.gz", "new.nii.gz", "picture.PNG", "brain.mgz", "IM0001"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "{scan}", "{scan}", "-o", "{out}", "--markdown", "{named}"),
+        ("segment", "{scan}", "-m", "{model}", "--report", "{named}", *CPU),
+        ("segment", "{scan}", "-m", "{model}", "--run-report", "{named}", *CPU),
+    ],
+)
+def test_a_text_never_replaces_a_scan_or_takes_its_name(
+    command: tuple[str, ...], name: str, inputs: Path, tiny_model: Path
+) -> None:
+    """`--markdown a.nii.gz b.nii.gz ref.nii.gz`, where the name of the text was forgotten, replaced a mask by text."""
+    (inputs / "mask.nii.gz").write_bytes(b"a mask")
+    if name == "IM0001":
+        (inputs / name).write_bytes(bytes(128) + b"DICM")
+    before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
+    values = {"scan": inputs / "scan.nii.gz", "out": inputs / "out", "named": inputs / name, "model": tiny_model}
+    result = medseg(*(part.format(**values) for part in command))
+    lines = error_lines(result)
+    assert result.exit_code == 2 and len(lines) == 1, result.output
+    assert "name of a scan" in lines[0] or "DICOM series" in lines[0]
+    assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
