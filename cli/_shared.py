@@ -25,9 +25,18 @@ if TYPE_CHECKING:
 ProgressCallback = Callable[[str, float], None]
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which could rewrite a terminal: files and cards may be a stranger's.
+
+    Bytes of a file name that are no text stay as escapes, because names that differ should differ.
+    """
+    escaped = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(character for character in escaped if character.isprintable() or character in "\n\t")
+
+
 def fail(message: str, kind: str = "error") -> None:
-    """Print a message on stderr in one line, without its line breaks."""
-    typer.echo(f"medseg: {kind}: {' '.join(message.split())}", err=True)
+    """Print a message on stderr in one line, without its line breaks and control characters."""
+    typer.echo(f"medseg: {kind}: {printable(' '.join(message.split()))}", err=True)
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
@@ -49,7 +58,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def write_markdown(path: Path | None, text: Callable[[], str]) -> None:
@@ -103,7 +112,7 @@ def _bar_or_lines(quiet: bool | None) -> Iterator[ProgressCallback]:
             nonlocal printed
             if fraction >= 1 or time.monotonic() - printed >= 1:
                 printed = time.monotonic()
-                typer.echo(f"[{fraction:4.0%}] {message}", err=True)
+                typer.echo(f"[{fraction:4.0%}] {printable(message)}", err=True)
 
         yield line
     else:
@@ -116,7 +125,7 @@ def _bar_or_lines(quiet: bool | None) -> Iterator[ProgressCallback]:
             task = bar.add_task("", total=1.0)
 
             def update(message: str, fraction: float) -> None:
-                bar.update(task, description=escape(message), completed=fraction)
+                bar.update(task, description=escape(printable(message)), completed=fraction)
 
             yield update
 
@@ -126,13 +135,13 @@ def print_scan(result: ScanResult, volumes: bool) -> None:
     if result.status == "failed":
         return
     note = "exists, skipped" if result.status == "skipped" else f"{result.seconds:.1f} s"
-    typer.echo(f"{result.scan} ({note})")
+    typer.echo(printable(f"{result.scan} ({note})"))
     if result.headline:
         typer.echo(f"  {result.headline}")
     for warning in result.warnings:
         fail(f"{result.scan}: {warning}", kind="warning")
     for kind, path in result.outputs.items():
-        typer.echo(f"  {kind}: {path}")
+        typer.echo(printable(f"  {kind}: {path}"))
     if not volumes:
         return
     # Imported here: `medseg --help` does not need them.
@@ -143,7 +152,7 @@ def print_scan(result: ScanResult, volumes: bool) -> None:
     for name, volume in result.volumes_ml.items():
         ends = [f"{size.per_ml * end:.{digits}f}" for end in result.intervals_ml.get(name, ())]
         interval = f" ({100 * (result.level or 0):.0f} %: {' to '.join(ends)})" if ends else ""
-        typer.echo(f"  {name}: {size.per_ml * volume:.{digits}f} {size.unit}{interval}")
+        typer.echo(printable(f"  {name}: {size.per_ml * volume:.{digits}f} {size.unit}{interval}"))
 
 
 def run_scans(
@@ -185,7 +194,7 @@ def run_scans(
     if len(results) != 1 and not quiet:
         typer.echo(_summary(results, time.monotonic() - started), err=as_json)
         if to_check := _to_check(results):
-            typer.echo(to_check, err=as_json)
+            typer.echo(printable(to_check), err=as_json)
     for result in failed:
         error = result.error or "failed"
         fail(error if result.scan.name in error else f"{result.scan}: {error}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ._options import AsJson, Quiet, existing
-from ._shared import fail, print_json, progress
+from ._shared import fail, print_json, printable, progress
 
 
 def check(
@@ -35,7 +35,7 @@ def check(
         print_json({**report.rows(), "broken": report.broken, "remarks": report.remarks})
     elif not quiet:
         for name, value in report.rows().items():
-            typer.echo(f"{name}: {value}")
+            typer.echo(printable(f"{name}: {value}"))
     for line in report.remarks if not quiet else ():
         fail(line, kind="warning")
     for line in report.broken:

@@ -11,18 +11,13 @@ import typer
 from medseg_diffusion.errors import UsageError
 
 from ._options import AsJson
-from ._shared import print_json, print_table
+from ._shared import print_json, print_table, printable
 
 app = typer.Typer(
     help="List, show, install, remove and export trained models, and import published weights.", no_args_is_help=True
 )
 
 ModelName = Annotated[str, typer.Argument(help="Name or folder of a model.")]
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which could rewrite a terminal: a card may be a stranger's."""
-    return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 @app.command("list")
@@ -34,8 +29,7 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
     else:
-        shown = [{**row, "labels": ", ".join(row["labels"])} for row in rows]
-        print_table([{**row, **{name: printable(row[name]) for name in ("method", "labels")}} for row in shown])
+        print_table([{**row, "labels": ", ".join(row["labels"])} for row in rows])
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,55 @@ def test_exit_code_of_several_scans(
     assert result.stdout.count("_seg.nii.gz") == len(statuses) - statuses.count("failed")
 
 
-def _with_pipeline(monkeypatch: pytest.MonkeyPatch, folder: Path, pipeline: object) -> Result:
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m"
+
+
+def test_no_file_writes_to_the_terminal_as_it_likes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Descriptions of DICOM series, names of files and names of classes reached it with their escape sequences."""
+    case = types.SimpleNamespace(
+        scan=Path(f"a{ESCAPES}\udcff.nii.gz"),
+        status="done",
+        outputs={"mask": Path(f"a{ESCAPES}\udcff_seg.nii.gz")},
+        seconds=1.0,
+        volumes_ml={f"organ{ESCAPES}": 2.0},
+        intervals_ml={},
+        level=None,
+        warnings=(f"series {ESCAPES}",),
+        flags=("warning",),
+        headline="",
+        error=None,
+        exit_code=0,
+    )
+
+    def segment(scans: object, options: object, on_case: Callable[[object], None], on_progress: object) -> list[object]:
+        on_case(case)
+        return [case, case]
+
+    pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None, segment=segment)
+    result = _with_pipeline(monkeypatch, tmp_path, pipeline, "--verbose")
+    assert result.exit_code == 0, result.output
+    assert not set(result.output) & set("\x1b\x07\x9b"), "no control characters"
+    assert result.stdout.count(r"\udcff") == 4, "a byte that is no text is told apart from nothing"
+    assert "organ" in result.stdout and "medseg: warning: " in result.stderr
+
+
+def test_an_error_does_not_write_to_the_terminal_as_it_likes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def raise_it(*_: object, **__: object) -> None:
+        raise InputError("folder", f"2 series: {ESCAPES}T1", "one", "choose with --series")
+
+    pipeline = types.SimpleNamespace(SegmentOptions=lambda **_: None, segment=raise_it)
+    (line,) = error_lines(_with_pipeline(monkeypatch, tmp_path, pipeline))
+    assert line.isprintable() and "T1" in line
+
+
+def _with_pipeline(monkeypatch: pytest.MonkeyPatch, folder: Path, pipeline: object, *options: str) -> Result:
     """Run `medseg segment` on a scan, with a stand-in for the library's workflow."""
     from medseg_diffusion import workflows
 
     monkeypatch.setitem(sys.modules, "medseg_diffusion.workflows.segment", pipeline)
     monkeypatch.setattr(workflows, "segment", pipeline, raising=False)
     (folder / "scan.nii.gz").touch()
-    return medseg("segment", str(folder / "scan.nii.gz"))
+    return medseg("segment", str(folder / "scan.nii.gz"), *options)
 
 
 def test_the_scans_to_check_are_named_at_the_end(tmp_path: Path, tiny_model: Path) -> None:
