@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from markupsafe import Markup
 
-from .batch import AREA, ScanOfBatch, common_remarks, common_size, overview, rank
+from .batch import ScanOfBatch, common_remarks, millilitres, overview, rank
 from .page import ACCENT, INK, LINE, SOFT, Cell, Row, Table, number, render, rules_table, svg
 from .summary import format_number
 from .viewer import Viewer
@@ -125,7 +125,7 @@ def _percent(share: float | None) -> str:
 
 def _overview(scans: Sequence[ScoredScan], viewer: Viewer | None) -> Table:
     several = len({scan.threshold for scan in scans if scan.threshold is not None}) > 1
-    columns = ["Score", "Healthy scans below, %", f"Anomalous, {common_size(scans).unit}", "of foreground, %"]
+    columns = ["Score", "Healthy scans below, %", "Anomalous, ml", "of foreground, %"]
     columns += ["Threshold"] if several else []
     cells = [
         [
@@ -142,7 +142,7 @@ def _overview(scans: Sequence[ScoredScan], viewer: Viewer | None) -> Table:
 
 
 def _size(scan: ScoredScan) -> Cell:
-    return number(None) if scan.volume_ml is None else Cell(scan.size.text(scan.volume_ml), scan.volume_ml)
+    return number(None) if scan.volume_ml is None else Cell(millilitres(scan.volume_ml), scan.volume_ml)
 
 
 def _details(scan: ScoredScan, place: int) -> dict[str, object]:
@@ -150,8 +150,8 @@ def _details(scan: ScoredScan, place: int) -> dict[str, object]:
     threshold = format_number(math.nan if scan.threshold is None else scan.threshold, 3)
     numbers = {
         "Score": (format_number(scan.score, 3), scan.compared) if scan.score is not None else None,
-        f"Anomalous {scan.size.quantity}": (
-            f"{scan.size.text(scan.volume_ml)} {scan.size.unit}",
+        "Anomalous volume": (
+            f"{millilitres(scan.volume_ml)} ml",
             f"{_percent(scan.share)} of the foreground",
         )
         if scan.volume_ml is not None
@@ -207,14 +207,13 @@ def _plot(scans: Sequence[ScoredScan], healthy: Sequence[float]) -> Markup | Non
 
 
 def _rules(scans: Sequence[ScoredScan]) -> dict[str, str]:
-    size = common_size(scans)
     rules = {
         "Score": "Of a scan: mean of the largest hundredth of its anomaly map within the foreground.",
         "Healthy scans below": "Percentage of the healthy scans of the model's calibration with a lower score; equal "
         "scores count one half. The fewer healthy scans there are, the coarser it is. From 95 % on, a scan has the "
         "flag \u201cabove healthy\u201d.",
-        "Anomalous": f"{size.quantity.capitalize()} of the mask: what lies above the threshold, without parts below "
-        f"the smallest volume that is asked for.{' Image files have no pixel size.' if size is AREA else ''}",
+        "Anomalous": "Volume of the mask: what lies above the threshold, without parts below the smallest volume that "
+        "is asked for.",
         "Healthy tissue above": "Share of the healthy scans' foreground above the threshold. In the mask of a healthy "
         "scan so much is expected, too, before small parts are dropped.",
         "Healthy counterpart": "What the method made of the scan as if it were healthy, in the scan's unit: an "

@@ -83,7 +83,7 @@ class ScanOfBatch:
 
 
 def common_size(scans: Sequence[ScanOfBatch]) -> Size:
-    """That of all scans of a page: a call has either image files or volumes."""
+    """That of all scans of a page: `medseg segment --report` refuses image files beside volumes."""
     return scans[0].size if scans else VOLUME
 
 

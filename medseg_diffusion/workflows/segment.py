@@ -160,8 +160,8 @@ def segment(
 
     Raises:
         UsageError: Contradictory options, two scans with the same output, a DICOM segmentation of a scan that is no
-            DICOM, a class that the model does not have, a table of other classes in the folder of the masks, or a file
-            in the place of a mask that medseg did not write.
+            DICOM, a class that the model does not have, a table of other classes in the folder of the masks, a file in
+            the place of a mask that medseg did not write, or a page about image files and volumes.
         InputError: A path that does not exist, or a folder without scans.
         ModelError: No usable model.
     """
@@ -173,6 +173,8 @@ def segment(
     outputs = _outputs(sources, options)
     report, run_json = (of_part(file, options.shard) for file in (options.report, options.run_report))
     refuse_report(report, run_json, files)
+    if report is not None:
+        _refuse_two_units(report, list(sources))
     names = _classes(options)
     ours = part_of(outputs, options.shard)
     if options.skip_existing:
@@ -230,6 +232,16 @@ def _outputs(sources: Mapping[Path, Source], options: SegmentOptions) -> dict[Pa
     if mask_format == "dicom-seg":
         require_series(list(sources))
     return outputs
+
+
+def _refuse_two_units(report: Path, scans: Sequence[Path]) -> None:
+    """UsageError for image files beside volumes: their sizes, in pixels and ml, cannot stand in one column."""
+    kinds = {is_image(scan): scan.name for scan in scans}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"--report {report}: a page shows areas, of image files such as {kinds[True]}, or volumes, of scans such "
+            f"as {kinds[False]}; segment them in two calls"
+        )
 
 
 def _classes(options: SegmentOptions) -> dict[int, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,15 +74,12 @@ def test_numbers_that_are_not_known_are_dashes() -> None:
     assert "healthy scans (2)" in page
 
 
-def test_areas_of_image_files_are_counts_of_pixels() -> None:
-    scans = [
-        ScoredScan(name, "done", score=0.5, volume_ml=0.123, share=0.01, files={"scan": (f"{name}.png", "")})
-        for name in ("first", "second")
-    ]
-    page = anomaly_page(scans)
-    assert "Anomalous, pixels" in page and "Anomalous area" in page and "123 pixels" in page
-    assert " ml" not in page
-    assert "Anomalous volume" in anomaly_page([replace(one, files={"scan": ("scan.nii.gz", "")}) for one in scans])
+def test_a_failed_image_file_leaves_the_units_of_the_scans() -> None:
+    """Image files are not scored. One of them among scans, which failed and so stood first, made their unit pixels."""
+    failed = ScoredScan("picture", "failed", ("failed",), files={"scan": ("picture.png", "")})
+    done = ScoredScan("scan", "done", score=0.5, volume_ml=0.123, share=0.01, files={"scan": ("scan.nii.gz", "")})
+    page = anomaly_page(worst_first([failed, done]))
+    assert "Anomalous, ml" in page and "Anomalous volume" in page and "0.123 ml" in page and "pixels" not in page
 
 
 def test_the_only_scan_of_a_call_stands_open() -> None:

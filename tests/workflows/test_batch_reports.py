@@ -208,6 +208,15 @@ def test_sizes_in_images_are_areas_in_pixels(tmp_path: Path, flat_model: Path) -
     assert f"  {name}: {1000 * float(volume):.0f} pixels" in done.output and " ml" not in done.output
 
 
+def test_a_page_does_not_mix_areas_and_volumes(tmp_path: Path, flat_model: Path) -> None:
+    """Pixels of an image file stood in a column of millilitres, and counted for its median and outliers."""
+    scans = [save(tmp_path / "in" / "a.nii.gz"), save_image(tmp_path / "in" / "b.png")]
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    refused = medseg("segment", *scans, "-m", flat_model, "-o", out, "--report", page)
+    assert refused.exit_code == 2 and "b.png" in refused.stderr and "a.nii.gz" in refused.stderr
+    assert not page.exists() and not out.exists()
+
+
 @pytest.fixture
 def flat_model(tmp_path: Path) -> Path:
     from tests.helpers.segmenters import FLAT, make_model, tiny_config
