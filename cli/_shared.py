@@ -145,14 +145,13 @@ def print_scan(result: ScanResult, volumes: bool) -> None:
     if not volumes:
         return
     # Imported here: `medseg --help` does not need them.
-    from medseg_diffusion.reports.batch import AREA, size_of
+    from medseg_diffusion.reports.batch import size_of
 
     size = size_of(result.scan)
-    digits = 0 if size is AREA else 2
     for name, volume in result.volumes_ml.items():
-        ends = [f"{size.per_ml * end:.{digits}f}" for end in result.intervals_ml.get(name, ())]
+        ends = [size.text(end) for end in result.intervals_ml.get(name, ())]
         interval = f" ({100 * (result.level or 0):.0f} %: {' to '.join(ends)})" if ends else ""
-        typer.echo(printable(f"  {name}: {size.per_ml * volume:.{digits}f} {size.unit}{interval}"))
+        typer.echo(printable(f"  {name}: {size.text(volume)} {size.unit}{interval}"))
 
 
 def run_scans(

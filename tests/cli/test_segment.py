@@ -94,7 +94,7 @@ def test_no_file_writes_to_the_terminal_as_it_likes(monkeypatch: pytest.MonkeyPa
         status="done",
         outputs={"mask": Path(f"a{ESCAPES}\udcff_seg.nii.gz")},
         seconds=1.0,
-        volumes_ml={f"organ{ESCAPES}": 2.0},
+        volumes_ml={f"organ{ESCAPES}": 0.004},
         intervals_ml={},
         level=None,
         warnings=(f"series {ESCAPES}",),
@@ -113,7 +113,8 @@ def test_no_file_writes_to_the_terminal_as_it_likes(monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 0, result.output
     assert not set(result.output) & set("\x1b\x07\x9b"), "no control characters"
     assert result.stdout.count(r"\udcff") == 4, "a byte that is no text is told apart from nothing"
-    assert "organ" in result.stdout and "medseg: warning: " in result.stderr
+    assert "organ: 0.004 ml" in result.stdout.replace("]0;owned[2J31m", ""), "a small finding is not 0.00 ml"
+    assert "medseg: warning: " in result.stderr
 
 
 def test_an_error_does_not_write_to_the_terminal_as_it_likes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from medseg_diffusion.methods.healthy_scores import HealthyScores
 from medseg_diffusion.models.store import load_model_files
 from medseg_diffusion.workflows import results_table
-from medseg_diffusion.workflows.anomaly_result import compared, finished_anomaly
+from medseg_diffusion.workflows.anomaly_result import AnomalyResult, compared, finished_anomaly
 from medseg_diffusion.workflows.finished import EMPTY, MOSTLY_EMPTY, columns_of, finished_segmentation, numbers_of
 from medseg_diffusion.workflows.results_table import FIRST, LAST, ResultsTable, read_table, table_path
 from medseg_diffusion.workflows.scans import ScanResult, part_of
@@ -318,6 +318,12 @@ def test_lines_and_separators_in_names_and_errors_stay_in_their_field(tmp_path: 
 
 
 # ---- anomalies -------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_anomaly_is_not_nothing() -> None:
+    """The command line said 0.00 ml where the page said 0.004 ml."""
+    found = AnomalyResult(Path("a.nii.gz"), "done", score=0.5, threshold=0.25, volumes_ml={"anomaly": 0.004})
+    assert found.headline == "score 0.500, not comparable with healthy scans; 0.004 ml above 0.250"
 
 
 def test_anomalies_have_the_numbers_of_their_files(
