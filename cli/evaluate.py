@@ -225,6 +225,7 @@ def _comparison_json(comparison: Comparison) -> dict[str, object]:
 
 def _print(result: Evaluation) -> None:
     from medseg_diffusion.reports.detection_text import detection_lines
+    from medseg_diffusion.reports.summary import format_number
 
     print_table(_rows(result.means, result, result.key_metrics, {}))
     if (strata := result.strata) is not None:
@@ -240,7 +241,7 @@ def _print(result: Evaluation) -> None:
     if (readers := result.readers) is not None:
         typer.echo(
             f"generalised energy distance (GED^2) {readers.energy_distance}, matched IoU {readers.matched_iou}, "
-            f"frequency ECE {readers.frequency_ece:.3f}"
+            f"frequency ECE {format_number(readers.frequency_ece)}"
         )
     if result.detection is not None:
         for line in detection_lines(result.detection):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from markupsafe import Markup
 
-from .batch import ScanOfBatch, common_remarks, millilitres, overview, rank
+from .batch import ScanOfBatch, common_remarks, millilitres, overview, percent, rank
 from .page import ACCENT, INK, LINE, SOFT, Cell, Row, Table, number, render, rules_table, svg
 from .summary import format_number
 from .viewer import Viewer
@@ -120,7 +120,7 @@ def _only(values: Iterable[float | None]) -> float | None:
 
 
 def _percent(share: float | None) -> str:
-    return "\u2013" if share is None else f"{100 * share:.2g} %"
+    return "\u2013" if share is None else percent(share)
 
 
 def _overview(scans: Sequence[ScoredScan], viewer: Viewer | None) -> Table:

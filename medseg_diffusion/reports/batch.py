@@ -27,6 +27,14 @@ def millilitres(volume: float) -> str:
     return format_number(volume, 3 if abs(volume) < 10 else 2 if abs(volume) < 100 else 1)
 
 
+def percent(share: float) -> str:
+    """A share in percent with two digits, from 10 % on with three; never with an exponent."""
+    value = 100 * share
+    if 0 < value < 0.0001:
+        return "below 0.0001 %"
+    return f"{value:.2g} %" if value < 10 else f"{value:.3g} %"
+
+
 @dataclass(frozen=True)
 class Size:
     """How a page and the command line show the size of a class.

@@ -11,6 +11,7 @@ from medseg_diffusion.metrics.registry import Metric
 
 from .markdown import markdown_page, markdown_table
 from .page import Cell, Row, Table, interval_with_missing, number, plural
+from .summary import format_number
 
 MAX_CLASSES = 6
 """With more classes, the worst cases have their mean Dice alone."""
@@ -28,8 +29,8 @@ def evaluation_markdown(evaluation: Evaluation, command: str = "") -> str:
     if not math.isnan(evaluation.mean_dice):
         said.append(f"The mean Dice over the classes is {evaluation.mean_dice:.3f}.")
     if evaluation.detection is not None:
-        numbers = (f"{name} {evaluation.detection.means[name].mean:.3f}" for name in ("AUROC", "AUPRC"))
-        said.append(f"Score maps have a mean {' and '.join(numbers)} over the {evaluation.unit} with lesions.")
+        auroc, auprc = (format_number(evaluation.detection.means[name].mean) for name in ("AUROC", "AUPRC"))
+        said.append(f"Score maps have a mean AUROC {auroc} and AUPRC {auprc} over the {evaluation.unit} with lesions.")
     title = "Evaluation of segmentations" if evaluation.detection is None else "Evaluation of anomaly maps and masks"
     return markdown_page(title, said, [markdown_table(table) for table in tables], evaluation.warnings, command)
 

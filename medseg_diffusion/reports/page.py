@@ -178,6 +178,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.globals.update(theme=VARIABLES)
+    environment.filters["number"] = format_number
     when = date if date is not None else datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     numbers = versions()
     page = environment.get_template(template).render(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_diffusion.errors import MedsegError
-from medseg_diffusion.reports.batch import millilitres
+from medseg_diffusion.reports.batch import millilitres, percent
 from medseg_diffusion.volumes.io import read_labels
 from medseg_diffusion.volumes.outputs import Outputs
 
@@ -73,7 +73,7 @@ class AnomalyResult(ScanResult):
         text = f"score {self.score:.3f}, {compared(self.healthy_percentile, self.healthy_scans)}"
         text += f"; {millilitres(self.volumes_ml['anomaly'])} ml above {self.threshold:.3f}"
         if self.healthy_false_positive_rate is not None:
-            text += f" ({100 * self.healthy_false_positive_rate:.2g} % of healthy tissue is expected above it)"
+            text += f" ({percent(self.healthy_false_positive_rate)} of healthy tissue is expected above it)"
         return text
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medseg_diffusion.reports.anomaly_page import ScoredScan, anomaly_page, worst_first
-from medseg_diffusion.reports.batch import distinct_names, linked, outliers
+from medseg_diffusion.reports.batch import distinct_names, linked, outliers, percent
 from medseg_diffusion.reports.segment_page import MOST_CLASSES, SegmentedScan, segment_page, with_outliers
 
 EVIL = '"><script>alert(1)</script>'
@@ -72,6 +72,20 @@ def test_numbers_that_are_not_known_are_dashes() -> None:
     assert "old" in rows[1] and rows[1].count("\u2013") >= 3 and "1.500" in rows[1]
     assert "nan" not in re.sub(r'data-value="nan"', "", "".join(rows))
     assert "healthy scans (2)" in page
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0 %"), (1e-8, "below 0.0001 %"), (1.26e-6, "0.00013 %"), (0.0123, "1.2 %"), (0.0996, "10 %"),
+        (0.123, "12.3 %"), (0.996, "99.6 %"), (0.99999, "100 %"), (1, "100 %"),
+    ],
+)  # fmt: skip
+def test_percentages_have_no_exponent(share: float, text: str) -> None:
+    """100 % of the foreground was 1e+02 %."""
+    assert percent(share) == text
+    page = anomaly_page([ScoredScan("a", "done", score=0.5, volume_ml=1.0, share=share, threshold=0.1)])
+    assert f"{text} of the foreground" in page
 
 
 def test_a_failed_image_file_leaves_the_units_of_the_scans() -> None:

@@ -331,6 +331,26 @@ def test_a_single_case_takes_a_rater_of_any_name_and_strangers_are_named(tmp_pat
     assert unrated.readers is None and f"No case of this rater is evaluated: {strangers}." in unrated.warnings
 
 
+def test_what_does_not_exist_is_a_dash_and_not_nan(tmp_path: Path) -> None:
+    """Without a marked voxel the frequencies have no error, and without a lesion score maps have no AUROC."""
+    empty = box(2)
+    pred, ref = save(tmp_path / "p" / "a_seg.nii.gz", empty), save(tmp_path / "ref" / "a.nii.gz", empty)
+    rater, scores = (
+        save(tmp_path / "r" / "a.nii.gz", empty),
+        save(tmp_path / "s" / "a_anomaly.nii.gz", empty + np.float32(0.5)),
+    )
+    done = medseg("evaluate", pred, ref, "-o", tmp_path / "out", "--rater", rater, "--label", 1)
+    assert done.exit_code == 0, done.output
+    assert "frequency ECE \u2013" in done.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<dt>Frequency ECE</dt><dd>\u2013</dd>" in page
+    markdown = medseg(
+        "evaluate", pred, ref, "-o", tmp_path / "maps", "--scores", scores, "--label", 1, "--markdown", "-"
+    )
+    assert markdown.exit_code == 0, markdown.output
+    assert "mean AUROC \u2013 and AUPRC \u2013 over" in markdown.stdout
+
+
 def test_a_rater_is_not_counted_twice(tmp_path: Path) -> None:
     """Neither under one name nor under two, nor as the reference: agreement would look better than it is."""
     pred, ref = save(tmp_path / "pred" / "a.nii.gz", box(4)).parent, save(tmp_path / "ref" / "a.nii.gz", box(4)).parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -324,6 +325,8 @@ def test_a_small_anomaly_is_not_nothing() -> None:
     """The command line said 0.00 ml where the page said 0.004 ml."""
     found = AnomalyResult(Path("a.nii.gz"), "done", score=0.5, threshold=0.25, volumes_ml={"anomaly": 0.004})
     assert found.headline == "score 0.500, not comparable with healthy scans; 0.004 ml above 0.250"
+    everywhere = replace(found, healthy_false_positive_rate=0.996)
+    assert everywhere.headline.endswith("(99.6 % of healthy tissue is expected above it)"), "it was 1e+02 %"
 
 
 def test_anomalies_have_the_numbers_of_their_files(
