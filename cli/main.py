@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from medseg_diffusion.errors import MedsegError, Stopped
+from medseg_diffusion.errors import MedsegError, Stopped, UsageError
 
 from . import (
     anomaly,
@@ -43,6 +43,14 @@ class _Group(TyperGroup):
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # As a path, an empty text would be the current folder.
+        if "" in args and not ctx.resilient_parsing:
+            raise UsageError(
+                "an argument is empty, perhaps a variable that is not set; give it a value or leave it out"
+            )
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

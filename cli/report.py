@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ._options import STDOUT, AsJson, Markdown, Quiet, existing, require_one_on_stdout
-from ._shared import print_json, write_markdown
+from ._shared import fail, print_json, write_markdown
 
 
 def report(
@@ -40,10 +40,13 @@ def report(
             {"network": one.title, "state": one.state, "step": one.history.step, "max_steps": one.max_steps}
             for one in summary.networks
         ]
-        print_json({"report": page, "state": summary.state, "networks": networks, "commands": summary.commands})
+        content = {"report": page, "state": summary.state, "networks": networks, "commands": summary.commands}
+        print_json({**content, "warnings": summary.warnings})
     elif not quiet and markdown != STDOUT:
         for sentence in run_sentences(summary, now):
             typer.echo(sentence)
         for purpose, line in summary.commands.items():
             typer.echo(f"{purpose}:\n    {line}")
         typer.echo(f"report: {page}")
+    for warning in () if quiet else summary.warnings:
+        fail(warning, kind="warning")

@@ -14,7 +14,7 @@ import torch
 
 from medseg_diffusion.data.image_cache import to_unit
 from medseg_diffusion.errors import UsageError
-from medseg_diffusion.files import write_files
+from medseg_diffusion.files import require_replaceable, write_files
 from medseg_diffusion.reports.pictures import as_pictures, grid, png
 from medseg_diffusion.volumes.io import write_labels, write_map
 from medseg_diffusion.volumes.label_table import LabelTable
@@ -121,7 +121,7 @@ class SegmentedScan:
         NIfTI files of labels hold the names and colours of the classes, too.
 
         Raises:
-            UsageError: A map that was not asked for, or a missing folder.
+            UsageError: A map that was not asked for, a missing folder, or a folder of this name.
             InputError: An unknown suffix.
         """
         return _write(self._array(what), self.scan, Path(path), self._table(what))
@@ -198,7 +198,7 @@ class ScoredScan:
         """Write the map, or the mask, with the scan's geometry, and return the path. Its suffix decides the format.
 
         Raises:
-            UsageError: A counterpart that was not asked for, or a missing folder.
+            UsageError: A counterpart that was not asked for, a missing folder, or a folder of this name.
             InputError: An unknown suffix.
         """
         return _write(self._array(what), self.scan, Path(path))
@@ -235,11 +235,12 @@ class Samples:
         """Write one PNG with all images, of volumes their middle slices, and return its path.
 
         Raises:
-            UsageError: A name that does not end in .png.
+            UsageError: A name that does not end in .png, or is that of a folder.
         """
         path = Path(path)
         if path.suffix.lower() != ".png":
             raise UsageError(f"{path}: expected a name that ends in .png; .to_nibabel(i) gives a volume")
+        require_replaceable(path)
         images = torch.from_numpy(self.images).movedim(-1, 1)
         write_files(path.parent, {path.name: png(grid(as_pictures(to_unit(images))))})
         return path

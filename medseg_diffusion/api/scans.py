@@ -51,7 +51,7 @@ def read_scan(
     if len(images) == 1 and isinstance(images[0], str | Path):
         refuse_geometry(spacing_mm, affine)
         return _read_one(Path(images[0]), takes)
-    if len(images) > 1 and len(images) != len(takes.channels):
+    if len(images) != 1 and len(images) != len(takes.channels):
         raise UsageError(f"a list of {len(images)} images; the model {takes} takes one image for each channel")
     kinds = takes.kinds if len(images) > 1 else (None,)
     return stacked(_image(image, kind, spacing_mm, affine) for image, kind in zip(images, kinds, strict=True))

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -205,7 +206,9 @@ def svg(figure: Figure, description: str) -> Markup:
 
     text = io.StringIO()
     # Text stays text, in the page's font. The salt gives the same figure the same names.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "medseg"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "medseg"}), warnings.catch_warnings():
+        # Of matplotlib's own font, which measures the text; the browser has another.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(
             text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )

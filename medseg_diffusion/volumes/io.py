@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medseg_diffusion.errors import InputError, MedsegError, UsageError, remarks
-from medseg_diffusion.files import temporary_folder
+from medseg_diffusion.files import require_replaceable, temporary_folder
 
 from . import nifti
 from .label_table import LabelTable
@@ -177,7 +177,8 @@ def write_labels(labels: Tensor, like: Volume, path: Path | str, table: LabelTab
     Raises:
         ValueError: another shape, type or range.
         InputError: an unknown suffix.
-        UsageError: a missing folder, or an image file that is no .png or is given more than one slice.
+        UsageError: a missing folder, a folder of this name, or an image file that is no .png or is given more than one
+            slice.
     """
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
@@ -204,7 +205,7 @@ def write_map(data: Tensor, like: Volume, path: Path | str) -> None:
     Raises:
         ValueError: another shape.
         InputError: an unknown suffix.
-        UsageError: a missing folder, or an image file.
+        UsageError: a missing folder, a folder of this name, or an image file.
     """
     array = data.detach().cpu().to(torch.float32).numpy()
     if array.ndim == 4:
@@ -248,6 +249,8 @@ def format_of(path: Path | str) -> ModuleType:
 def _opened(path: Path, channels: int | None, labels: bool = False, series: SeriesChoice = SeriesChoice()) -> FileImage:
     """Open a file of any format."""
     require_file(path)
+    if not os.access(path, os.R_OK):
+        raise InputError(path, "a file that may not be read (permission denied)", "a readable file", "change its mode")
     opened: FileImage
     if is_image(path):
         from . import raster
@@ -335,6 +338,7 @@ def _write(array: npt.NDArray[np.generic], like: Volume, path: Path, table: Labe
         raise ValueError(f"data of shape {array.shape} (channels last) is not on the grid {like.shape}")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: no such folder; make it or write elsewhere")
+    require_replaceable(path)
     if is_image(path):
         from . import raster
 

@@ -45,7 +45,7 @@ def import_model(
     """
     file, output, settings = Path(file), Path(output), dict(settings or {})
     if source not in SOURCES:
-        raise UsageError(f"--from {source}: unknown; use {', '.join(SOURCES)}")
+        raise UsageError(f"--from {source}: unknown; use {', '.join(SOURCES)} or monai-bundle")
     allowed = _NETWORK_SETTINGS | _DIFFUSION_SETTINGS | _IMAGE_SETTINGS
     if unknown := sorted(set(settings) - allowed):
         raise UsageError(f"--set {unknown[0]}: unknown; known: {', '.join(sorted(allowed))}")

@@ -67,6 +67,9 @@ def test_results_have_the_geometry_of_the_scan(segmenter: Segmenter, tmp_path: P
     assert np.array_equal(nib.load(tmp_path / "labels.nii.gz").get_fdata(), found.labels)
     assert found.to_nibabel("members").shape == (11, 13, 9, 2)
     assert found.save(str(tmp_path / "mask.nrrd")).is_file()
+    (tmp_path / "folder.nii.gz").mkdir()
+    with pytest.raises(UsageError, match=r"folder\.nii\.gz: is a folder"):
+        found.save(tmp_path / "folder.nii.gz")
     with pytest.raises(UsageError, match=r"members: not made; ask for it with segment\(scan, maps=\['members'\]\)"):
         segmenter.segment(path).save(tmp_path / "members.nii.gz", "members")
 

@@ -67,6 +67,11 @@ def test_channels_are_named_or_in_order(tmp_path: Path) -> None:
         read_scan([t1, save(tmp_path / "other.nii.gz", affine=np.eye(4))], TWO)
 
 
+def test_no_image_is_no_scan() -> None:
+    with pytest.raises(UsageError, match=r"a list of 0 images; the model .* takes one image for each channel"):
+        read_scan([], ONE)
+
+
 def test_an_array_needs_its_voxel_size_and_nothing_else_may_have_one(tmp_path: Path) -> None:
     path = save(tmp_path / "scan.nii.gz")
     with pytest.raises(InputError, match=r"the array: found no voxel size; expected that of the scan in mm; give spac"):

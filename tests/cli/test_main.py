@@ -97,6 +97,18 @@ def test_wrong_usage_exits_2(arguments: list[str], tmp_path: Path, monkeypatch: 
     assert medseg(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize("arguments", [["segment", ""], ["segment", "scan.nii.gz", "-o", ""], ["check", ""]])
+def test_an_empty_argument_is_not_the_current_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`medseg segment "$SCAN"` with an unset variable took all scans of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scan.nii.gz").write_bytes(b"no scan")
+    result = medseg(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("medseg: error: an argument is empty"), result.output
+
+
 def test_the_entry_point_is_a_typer_app() -> None:
     assert isinstance(SCRIPT.load(), typer.Typer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -26,6 +27,15 @@ def test_plots_take_their_colours_and_font_from_the_page() -> None:
         ids = re.findall(r' id="([^"]*)"', element)
         assert all(f"#{name}" in element for name in ids)
     assert svg(figure, "x") == svg(figure, "x")
+
+
+def test_names_in_any_script_are_drawn_without_a_warning() -> None:
+    """One warning for each letter was printed, although the browser has the letters."""
+    figure = Figure(figsize=(3, 2), layout="constrained")
+    figure.add_subplot().set_title("\u6d77\u9a6c\u4f53")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "\u6d77\u9a6c\u4f53" in svg(figure, "x")
 
 
 def test_every_variable_has_a_light_and_a_dark_colour() -> None:

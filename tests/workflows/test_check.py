@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_what_would_stop_a_training_is_said_with_a_remedy(labelled: Path, change
     (line,) = error_lines(result)
     assert line.startswith("medseg: error: ") and re.search(message, line), line
     assert "problems: 1" in result.stdout
+
+
+def test_a_file_without_permission_is_named_so(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was called incomplete, and to be converted again. Root may read everything, hence the stand-in."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b.nii.gz" and access(path, mode))
+    lines = error_lines(medseg("check", labelled))
+    assert lines and all("permission denied" in line for line in lines)
 
 
 def test_what_is_unusual_is_a_warning(tmp_path: Path) -> None:

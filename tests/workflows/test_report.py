@@ -75,6 +75,17 @@ def test_a_run_goes_on_while_it_logs(stopped: Path, tmp_path: Path) -> None:
     assert summary.state == "stopped" and "Nothing has been logged yet." in page.read_text()
 
 
+def test_warnings_are_not_on_the_page_alone(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training whose losses were not finite looked sound on the command line and in JSON."""
+    monkeypatch.setattr(
+        "medseg_diffusion.workflows.report._warnings", lambda networks: ["9 steps have no finite loss."]
+    )
+    command = ("report", stopped, "-o", tmp_path / "page.html")
+    assert error_lines(medseg(*command)) == ["medseg: warning: 9 steps have no finite loss."]
+    assert json.loads(medseg(*command, "--json").stdout)["warnings"] == ["9 steps have no finite loss."]
+    assert not error_lines(medseg(*command, "--quiet"))
+
+
 def test_both_stages_of_a_latent_segmenter(block_scans: Path, tmp_path: Path) -> None:
     train_segmenter(training.latent_config(), block_scans, tmp_path / "run", device="cpu")
     page, summary = report(tmp_path / "run", tmp_path / "page.html")
