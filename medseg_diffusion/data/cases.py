@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -200,34 +200,48 @@ def _names_in_regions(regions: Mapping[str, frozenset[int]]) -> dict[int, str]:
     return {value: f"{name} {value}" if name in alike else name for value, name in names.items()}
 
 
+def case_of_mask(name: str) -> str:
+    """The case of a mask, whose ``name`` is its path without suffix: the name without "_seg" or "_segmentation"."""
+    return re.sub("_seg(mentation)?$", "", name)
+
+
+def case_of_image(name: str, cases: Container[str]) -> str:
+    """The case of an image: its name, without nnU-Net's number of a channel if only the shorter name is a case.
+
+    Args:
+        name: path without suffix in the folder of images.
+        cases: `case_of_mask` of all masks.
+    """
+    plain = _CHANNEL.sub("", name)
+    return plain if name not in cases and plain in cases else name
+
+
 def _image_mask(images: Path, labels: Path) -> CaseFolder:
-    groups = [images, *sorted(path for path in images.iterdir() if path.is_dir())]
     masks = {
-        (path.parent.relative_to(labels), re.sub("_seg(mentation)?$", "", scan_name(path))): path
+        case_of_mask(_name_in(labels, path)): path
         for group in [labels, *sorted(p for p in labels.iterdir() if p.is_dir())]
         for path in scan_files(group)
     }
-    cases = []
-    for group in groups:
-        relative = group.relative_to(images)
-        by_case: dict[str, list[Path]] = {}
+    by_case: dict[str, list[Path]] = {}
+    for group in [images, *sorted(path for path in images.iterdir() if path.is_dir())]:
         for image in scan_files(group):
-            name, plain = scan_name(image), _CHANNEL.sub("", scan_name(image))
-            numbered = name != plain and (relative, name) not in masks and (relative, plain) in masks
-            by_case.setdefault(plain if numbered else name, []).append(image)
-        for name, (first, *others) in by_case.items():
-            label = masks.get((relative, name), labels / relative / first.name)
-            patient = name if group == images else group.name
-            full = name if group == images else f"{group.name}/{name}"
-            cases.append(Case(full, first, label, patient, further_channels=tuple(others)))
+            by_case.setdefault(case_of_image(_name_in(images, image), masks), []).append(image)
+    cases = []
+    for name, (first, *others) in by_case.items():
+        label = masks.get(name, labels / first.relative_to(images))
+        cases.append(Case(name, first, label, name.partition("/")[0], further_channels=tuple(others)))
     checked = _checked(images.parent, cases)
     return CaseFolder(checked, {}, _channels(checked))
+
+
+def _name_in(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).with_name(scan_name(file)).as_posix()
 
 
 def _several_readers(images: Path, raters: Path) -> CaseFolder:
     """Cases whose readers have a folder each."""
     folders = sorted((path for path in raters.iterdir() if path.is_dir()), key=lambda path: (len(path.name), path.name))
-    masks = [{re.sub("_seg(mentation)?$", "", scan_name(path)): path for path in scan_files(one)} for one in folders]
+    masks = [{case_of_mask(scan_name(path)): path for path in scan_files(one)} for one in folders]
     cases = []
     for image in scan_files(images):
         name = scan_name(image)

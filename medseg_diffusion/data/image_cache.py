@@ -32,7 +32,7 @@ from .file_lists import FileList
 from .image_files import PLAIN, Pixels
 from .images import ImageCollection, find_images
 
-VERSION = 5
+VERSION = 6
 """Version of the packed content. After a change of it, collections are packed again."""
 VOXELS_AT_ONCE = 2**21
 """Positions that an autoencoder computes together, about."""

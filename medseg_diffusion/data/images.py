@@ -29,7 +29,7 @@ from medseg_diffusion.volumes.paths import SUFFIXES, UNREAD_SUFFIXES, VOLUME_SUF
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 from medseg_diffusion.volumes.sources import series_below
 
-from .cases import SplitName
+from .cases import SplitName, case_of_image, case_of_mask
 from .file_lists import FileList
 from .image_files import PLAIN, Pixels, open_image, pixels_of_image, pixels_of_scan
 from .patients import FILE as PATIENTS
@@ -124,10 +124,10 @@ def images_and_scans(source: Path) -> ImageCollection:
     Raises:
         InputError: as `find_images`.
     """
-    collection, images = _collection(source)
+    collection, cases = _collection(source)
     if not source.is_dir() or collection.kind == "images and scans":
         return collection
-    names = [_without_suffix(entry.name.removeprefix(images)) for entry in collection.entries]
+    names = [cases.get(entry.name) or _without_suffix(entry.name) for entry in collection.entries]
     patients = patients_of(source, names)
     grouped = [
         replace(entry, group=patients.get(name, entry.group))
@@ -174,34 +174,32 @@ def _listed(files: FileList) -> ImageCollection:
     return ImageCollection(folder, kind, entries, tuple(classes), lambda name: (folder / name).read_bytes())
 
 
-def _collection(source: Path) -> tuple[ImageCollection, str]:
-    """The images grouped by names alone, and the folder of images beside labels ("images/"), or "" without one."""
+def _collection(source: Path) -> tuple[ImageCollection, dict[str, str]]:
+    """The images grouped by names alone, and the cases of images beside labels by name; empty without labels."""
     names, read = _zip(source) if source.is_file() else _folder(source)
     roots = [name.removesuffix("wnids.txt") for name in names if name.rpartition("/")[2] == "wnids.txt"]
     if roots:
-        return _tiny_imagenet(source, min(roots, key=len), names, read), ""
+        return _tiny_imagenet(source, min(roots, key=len), names, read), {}
     if source.is_file() and any(name.rpartition("/")[2] == PATIENTS for name in names):
         raise InputError(source, f"{PATIENTS} in a zip", "a folder, in which it can be read", "unpack the zip")
-    labelled = _images_beside_labels(names)
-    candidates = [name for name in names if labelled is None or name.startswith(labelled + "/")]
+    cases = _cases(names)
+    candidates = list(cases) or names
     unique = set(candidates)
     images = [name for name in candidates if is_image_file(name) and not _is_result(name, unique)]
     scans = [n for n in candidates if n.lower().endswith(VOLUME_SUFFIXES) and not scan_name(n).endswith(RESULTS)]
-    prefix = "" if labelled is None else f"{labelled}/"
-    if images and source.is_dir() and labelled is None:
+    if images and source.is_dir() and not cases:
         scans += [path.relative_to(source).as_posix() for path in series_below(source)]
     if images and scans:
         entries = tuple(Entry(name, name) for name in (*images, *scans))
-        return ImageCollection(source, "images and scans", entries, (), read), prefix
-    if images:
-        if labelled is not None:
-            entries = tuple(Entry(name, _patient(name, labelled)) for name in images)
-            return ImageCollection(source, "images", entries, (), read), prefix
-        return _images(source, images, read), prefix
-    if source.is_dir() and scans:
-        groups = _patients(scans) if labelled is None else [_patient(name, labelled) for name in scans]
-        entries = tuple(Entry(name, group) for name, group in zip(scans, groups, strict=True))
-        return ImageCollection(source, "scans", entries, (), read), prefix
+        return ImageCollection(source, "images and scans", entries, (), read), cases
+    if images and not cases:
+        return _images(source, images, read), cases
+    if images or (source.is_dir() and scans):
+        found = images or scans
+        # The patient of a case is its subfolder, else its name.
+        groups = [cases[name].partition("/")[0] for name in found] if cases else _patients(found)
+        entries = tuple(Entry(name, group) for name, group in zip(found, groups, strict=True))
+        return ImageCollection(source, "images" if images else "scans", entries, (), read), cases
     expected = f"Tiny ImageNet, or files that end with {', '.join(IMAGE_SUFFIXES)} or {', '.join(VOLUME_SUFFIXES)}"
     if unread := [name for name in names if name.lower().endswith(UNREAD_SUFFIXES)]:
         raise InputError(source, f"no image, but {of_unread_formats(unread)}", expected, "convert them to NIfTI")
@@ -218,13 +216,16 @@ def _is_result(name: str, names: set[str]) -> bool:
     return mask or name.endswith(SEGMENTATION["preview"])
 
 
-def _images_beside_labels(names: Sequence[str]) -> str | None:
-    """The folder of images in a labelled collection; None for any other collection."""
+def _cases(names: Sequence[str]) -> dict[str, str]:
+    """The files in the folder of images of a labelled collection, and their cases; empty for any other collection."""
     folders = {name.partition("/")[0] for name in names if "/" in name}
     for images, labels in (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks"), ("images", "raters")):
         if {images, labels} <= folders:
-            return images
-    return None
+            masks = [name for name in names if name.startswith(labels + "/") and name.lower().endswith(SUFFIXES)]
+            cases = {case_of_mask(_without_suffix(name).removeprefix(labels + "/")) for name in masks}
+            inside = [name for name in names if name.startswith(images + "/")]
+            return {name: case_of_image(_without_suffix(name).removeprefix(images + "/"), cases) for name in inside}
+    return {}
 
 
 def _patients(names: Sequence[str]) -> list[str]:
@@ -244,18 +245,10 @@ def _without_common_folder(names: Sequence[str]) -> list[list[str]]:
     return parts
 
 
-def _patient(name: str, images: str) -> str:
-    """The patient of a labelled image: its subfolder of ``images``, else its name without suffix."""
-    parts = name.removeprefix(images + "/").split("/")
-    if len(parts) > 1:
-        return parts[0]
-    return Path(_without_suffix(name)).name
-
-
 def _without_suffix(name: str) -> str:
     """A path without the suffix of its file: "a/scan.1.nii.gz" -> "a/scan.1"."""
     stem = scan_name(name) if name.lower().endswith(SUFFIXES) else Path(name).stem
-    return str(Path(name).with_name(stem))
+    return name.removesuffix(Path(name).name) + stem
 
 
 _MOST_OF_IMAGE = 2**28  # bytes of one image file, which is read whole

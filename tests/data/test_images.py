@@ -86,6 +86,42 @@ def test_of_a_labelled_folder_only_the_images_are_taken_with_the_sides_of_its_ca
         assert found == set(names) and all(images.names[i].startswith(layout[0]) for i in images.part(part))
 
 
+@pytest.mark.parametrize("suffix", ["nii.gz", "png"])
+def test_the_channels_of_a_case_stay_together_as_in_a_segmenter(tmp_path: Path, suffix: str) -> None:
+    """The numbered files of one nnU-Net case were separate groups: one patient was in training and test."""
+    folder = tmp_path / "data"
+    data = np.random.default_rng(0).integers(0, 2, (4, 4, 1)).astype(np.uint8)
+    images = [f"imagesTr/{case}_{channel:04d}" for case in "abcdef" for channel in range(2)]
+    for name in (*images, *(f"labelsTr/{case}" for case in "abcdef")):
+        path = folder / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == "png":
+            Image.fromarray(data[..., 0]).save(path)
+        else:
+            nib.save(nib.Nifti1Image(data, np.eye(4)), path)
+
+    def groups() -> dict[str, str]:
+        return {entry.name.removesuffix(f".{suffix}"): entry.group for entry in find_images(folder).entries}
+
+    def patients() -> dict[str, str]:
+        return {case.name: case.patient for case in find_cases(folder).cases}
+
+    assert patients() == {case: case for case in "abcdef"}
+    assert groups() == {name: patients()[Path(name).name[0]] for name in images}
+    rows = [f"{case},{'left' if case in 'abc' else 'right'}" for case in "abcdef"]
+    (folder / "patients.csv").write_text("\n".join(["case,patient", *rows]))
+    assert set(patients().values()) == {"left", "right"}
+    assert groups() == {name: patients()[Path(name).name[0]] for name in images}
+
+
+def test_an_image_that_has_a_label_of_its_own_is_no_channel(tmp_path: Path) -> None:
+    names = ["images/a", "images/a_0000", "labels/a", "labels/a_0000_seg", "images/b_2019", "labels/b_2019"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    assert [entry.group for entry in find_images(tmp_path).entries] == ["a", "a_0000", "b_2019"]
+
+
 def test_a_truncated_image_is_named_or_skipped(tmp_path: Path) -> None:
     folder = tiny_imagenet(tmp_path)
     bad = folder / "train" / "n01" / "images" / "n01_1.JPEG"
