@@ -19,7 +19,7 @@ from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.inputs import find_scans, scan_files
 from medseg_diffusion.volumes.io import read_labels, read_volume
 from medseg_diffusion.volumes.outputs import RESULTS
-from medseg_diffusion.volumes.paths import folders_below, is_image, is_series, scan_name
+from medseg_diffusion.volumes.paths import file_states, folders_below, is_image, is_series, scan_name
 from medseg_diffusion.volumes.preprocessing import Placement, Preprocessing
 from medseg_diffusion.volumes.sources import series_below
 from medseg_diffusion.volumes.volume import Volume
@@ -233,9 +233,8 @@ def packed_healthy(
     """
     everything = [*source.scans, *source.unhealthy]
     files = [path for scan in everything for path in (scan.image, scan.label) if path is not None]
-    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = [state, source.exclude_labelled, source.splits, len(source.scans), list(size), channels, VERSION]
-    about += [HEIGHTS, MOST_REPEATS]
+    about: list[object] = [file_states(files), [(scan.name, scan.patient) for scan in everything], source.splits]
+    about += [source.exclude_labelled, len(source.scans), list(size), channels, VERSION, HEIGHTS, MOST_REPEATS]
     key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
     folder = store / f"healthy-{'x'.join(map(str, size))}-{key}"
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError
 from medseg_diffusion.files import whole_folder
+from medseg_diffusion.volumes.paths import file_states
 from medseg_diffusion.volumes.preprocessing import Preprocessing
 
 from .cases import Bounds, SplitName, split_of_patients
@@ -261,11 +262,7 @@ def _splits(collection: ImageCollection, held_out: tuple[int, int]) -> dict[str,
 def _state(source: Path | FileList) -> list[object]:
     """Sizes and modification times of all files: they change when the source does."""
     if isinstance(source, FileList):
-        listed = [
-            (entry.name, entry.patient, entry.category, path.stat().st_size, path.stat().st_mtime_ns)
-            for entry in source.entries
-            for path in entry.images
-        ]
+        listed = [(entry.name, entry.patient, entry.category, file_states(entry.images)) for entry in source.entries]
         return [len(listed), hashlib.sha256(str(listed).encode()).hexdigest()]
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     stats = [(str(file.relative_to(source)), file.stat()) for file in files]

@@ -17,7 +17,7 @@ from torch import Tensor
 from medseg_diffusion.errors import InputError, UsageError
 from medseg_diffusion.files import whole_folder
 from medseg_diffusion.volumes.fitting import labels_to_generator_grid, to_generator_grid
-from medseg_diffusion.volumes.paths import is_image
+from medseg_diffusion.volumes.paths import file_states, is_image
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 
 from .cases import Bounds, Case, CaseFolder, split_of_patients
@@ -85,9 +85,8 @@ def packed_labelled(
     cases = source.folder.cases
     splits = split_of_patients([case.patient for case in cases], *source.held_out)
     files = [path for case in cases for path in (*case.images, *case.labels)]
-    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     expected = asdict(source.expected) | {"named_labels": sorted(source.folder.labels)}
-    about: list[object] = [state, splits, sorted((case.name, case.patient) for case in cases)]
+    about: list[object] = [file_states(files), splits, sorted((case.name, case.patient) for case in cases)]
     about += [sorted(source.names.items()), expected, list(size), skip_broken, VERSION]
     key = hashlib.sha256(json.dumps([*about, asdict(preprocessing)]).encode()).hexdigest()[:16]
     folder = store / f"labelled-{'x'.join(map(str, size))}-{key}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medseg_diffusion.errors import InputError, listed, remark
 from medseg_diffusion.volumes.io import read_labels, read_volume, stacked
+from medseg_diffusion.volumes.paths import file_states
 from medseg_diffusion.volumes.preprocessing import Preprocessing, apply_labels
 from medseg_diffusion.volumes.volume import Volume, orientation_transform
 
@@ -213,7 +214,7 @@ def require_usable(
 
 def _state(case: Case, preprocessing: Preprocessing, expected: CaseFormat, slices: bool) -> str:
     """A text that changes if one of the case's files or the way of reading it changes."""
-    files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in (*case.images, *case.labels)]
+    files = file_states((*case.images, *case.labels))
     reading = [expected.channels, expected.num_classes, expected.merge_labels, sorted(expected.named_labels)]
     return json.dumps([*files, repr(preprocessing), *reading, slices])
 

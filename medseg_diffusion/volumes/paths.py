@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from medseg_diffusion.errors import InputError, UsageError
@@ -109,6 +110,15 @@ def dicom_files(folder: Path) -> list[Path]:
     if is_series(folder):
         return _visible_files(folder)
     return [path for inner in folders_below(folder) for path in _visible_files(inner)]
+
+
+def file_states(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of the last change of all files, those of DICOM series included.
+
+    What was made from the files is out of date if this differs.
+    """
+    files = [file for path in paths for file in (dicom_files(path) if path.is_dir() else [path])]
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def folders_below(folder: Path) -> list[Path]:

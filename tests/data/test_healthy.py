@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from pydicom.uid import generate_uid
@@ -61,6 +62,46 @@ def test_every_height_is_drawn_as_often_as_it_occurs(tmp_path: Path) -> None:
     alone = healthy_source(tmp_path / "all" / "images", None, None, (0, 0))
     every = packed_healthy(alone, tmp_path, (16, 16), 1, Preprocessing())
     assert np.array_equal(np.sort(every.epoch), np.arange(200))
+
+
+def test_a_scan_that_patients_csv_gives_to_another_patient_is_packed_again(tmp_path: Path) -> None:
+    """Else the old split stays in use, and a scan that is held out now was trained on."""
+    data = tmp_path / "scans"
+    for i in range(6):
+        write(data / f"s{i}.nii.gz", head(i, None, (16, 16, 4))[0])
+
+    def trained(patients: str) -> tuple[set[str], set[str]]:
+        rows = [f"s{i},{patient}" for i, patient in enumerate(patients)]
+        (data / "patients.csv").write_text("\n".join(["case,patient", *rows]))
+        source = healthy_source(data, None, None, (1, 1))
+        images = packed_healthy(source, tmp_path / "store", (16, 16), 1, Preprocessing())
+        wanted = {scan.name for scan in source.scans if source.splits[scan.patient] == "train"}
+        return {images.names[i] for i in images.part("train")}, wanted
+
+    for patients in ("aabbcc", "ccaabb"):  # the same patients, with other scans
+        found, wanted = trained(patients)
+        assert found == wanted and len(found) == 2
+
+
+def test_a_series_whose_slices_are_replaced_is_packed_again(tmp_path: Path) -> None:
+    """Replaced files leave the size and time of their folder as they were."""
+    data = tmp_path / "scans"
+    for name in ("a", "b"):
+        series(data / name)
+
+    def packed_pixels() -> np.ndarray:
+        source = healthy_source(data, None, None, (0, 0))
+        return np.array(packed_healthy(source, tmp_path / "store", (8, 8), 1, Preprocessing()).images)
+
+    before = packed_pixels()
+    stored = (data / "a").stat()
+    for file in sorted((data / "a").glob("*.dcm")):
+        dataset = pydicom.dcmread(file)
+        dataset.PixelData = (4000 - dataset.pixel_array).astype(np.uint16).tobytes()
+        file.write_bytes(b"")
+        dataset.save_as(file)
+    assert (data / "a").stat().st_mtime_ns == stored.st_mtime_ns
+    assert not np.array_equal(before, packed_pixels())
 
 
 def test_small_lesions_count_whatever_the_models_voxels(tmp_path: Path) -> None:
