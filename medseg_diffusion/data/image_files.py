@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from medseg_diffusion.errors import InputError
+from medseg_diffusion.volumes import raster
 from medseg_diffusion.volumes.fitting import to_generator_grid
 from medseg_diffusion.volumes.io import read_volume
 from medseg_diffusion.volumes.preprocessing import Preprocessing
@@ -26,7 +27,7 @@ _SKIP = "leave it out with --skip-broken of train-generator or evaluate-generato
 
 
 def open_image(source: Path, name: str, content: bytes) -> Image.Image:
-    """The image with all pixels decoded, because Pillow reports a truncated file only then.
+    """The decoded image, upright (`raster.upright`).
 
     Args:
         source: the collection, for messages.
@@ -34,29 +35,26 @@ def open_image(source: Path, name: str, content: bytes) -> Image.Image:
         content: content of the file.
 
     Raises:
-        InputError: a broken image, or levels that are not integers of 8 or 16 bits.
+        InputError: a broken image, several in one file, transparency, or levels that are not integers of 8 or 16 bits.
     """
     try:
-        stored = Image.open(io.BytesIO(content))
-        stored.load()
-        # As every viewer and `volumes.raster` do; a turned photograph would be another image to a segmenter.
-        image = ImageOps.exif_transpose(stored)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{source}/{name}",
-            f"a broken image ({error})",
-            "a whole image",
-            f"replace it, or {_SKIP}",
-        ) from error
+        stored = Image.open(io.BytesIO(content), formats=(*raster.FORMATS, "WEBP"))
+        count = raster.image_count(stored)
+        image = raster.upright(stored)
+    except raster.BROKEN as error:
+        wrong = (f"a broken image ({raster.reason(error)})", "a whole image", f"replace it, or {_SKIP}")
+        raise InputError(f"{source}/{name}", *wrong) from error
     levels = np.asarray(image) if image.mode == "I" else np.zeros(1)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise InputError(
-            f"{source}/{name}",
-            f"levels that no 16 bits hold (mode {image.mode})",
-            "whole levels of 8 or 16 bits",
-            f"convert it, or {_SKIP}",
-        )
-    return image
+    if count > 1:
+        wrong = (f"{count} images in one file", "a single image", f"save each as a file of its own, or {_SKIP}")
+    elif raster.is_transparent(image):
+        wrong = ("transparent pixels", "an opaque image", f"flatten it onto a background, or {_SKIP}")
+    elif image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        found = f"levels that no 16 bits hold (mode {image.mode})"
+        wrong = (found, "whole levels of 8 or 16 bits", f"convert it, or {_SKIP}")
+    else:
+        return image
+    raise InputError(f"{source}/{name}", *wrong)
 
 
 def pixels_of_image(image: Image.Image, size: int, channels: int) -> Pixels:
@@ -88,9 +86,8 @@ def pixels_of_scan(file: Path, size: Sequence[int], channels: int, preprocessing
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Greyscale of mode I or I;16 as mode L, with 65535 as 255. Pillow's own conversion clips at 255.
 
-    Mode I does not tell the depth. It counts as 8 bits if no level is above 255, except for a PNG: older versions of
-    Pillow read 16-bit PNGs in this mode.
+    Mode I does not tell the depth. It counts as 8 bits if no level is above 255.
     """
     levels = np.asarray(image).astype(np.int64)
-    deep = image.mode != "I" or image.format == "PNG" or levels.max() > 255
+    deep = image.mode != "I" or levels.max() > 255
     return Image.fromarray(((levels + 128) // 257 if deep else levels).astype(np.uint8))

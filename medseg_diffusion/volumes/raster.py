@@ -20,7 +20,8 @@ from .volume import FileImage, Header, Volume
 _AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NO_UNIT = 0  # NIfTI's code
 _SOFTWARE = "Software"  # keyword of the PNG standard, for the description
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+"""Pillow tries no other formats: for some, it starts a program on a file that is not to be trusted."""
 _GREY: dict[str, npt.DTypeLike] = {
     "1": np.uint8,
     "L": np.uint8,
@@ -32,8 +33,7 @@ _GREY: dict[str, npt.DTypeLike] = {
 }
 _WHITE = {"1": 1, "L": 255, "RGB": 255, "I;16": 65535, "I;16L": 65535, "I;16B": 65535}
 _DEEP = tuple(mode for mode in _GREY if mode not in ("1", "L"))
-# What Pillow raises for files that are truncated, damaged or of another format.
-_BROKEN = (
+BROKEN = (
     OSError,
     EOFError,
     ValueError,
@@ -46,6 +46,7 @@ _BROKEN = (
     zlib.error,
     Image.DecompressionBombError,
 )
+"""What Pillow raises for files that are truncated, damaged or of another format."""
 
 
 def open_image(path: Path) -> FileImage:
@@ -96,40 +97,72 @@ def description(path: Path) -> str:
     try:
         with quiet_libraries(), Image.open(path, formats=("PNG",)) as image:
             return str(image.info.get(_SOFTWARE, ""))
-    except _BROKEN:
+    except BROKEN:
         return ""
 
 
-def _decoded(path: Path, exact: bool = False) -> Image.Image:
-    """The decoded image, upright. ``exact`` refuses a JPEG.
+def image_count(image: Image.Image) -> int:
+    """Number of images in an opened file. Further ones in a JPEG do not count."""
+    return 1 if _is_jpeg(image) else getattr(image, "n_frames", 1)
 
-    All pixels are decoded here, because Pillow reports a truncated file only then. The orientation in a photograph's
-    header is applied, as every viewer and labelling tool does: their masks are upright.
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image with all pixels decoded, because Pillow reports a truncated file only then.
+
+    The orientation in a photograph's header is applied, as every viewer and labelling tool does: their masks are
+    upright. Grey levels of 16 bits have such a mode.
+
+    Raises:
+        One of `BROKEN`: a damaged file.
     """
+    image.load()
+    turned = ImageOps.exif_transpose(image)
+    # Older versions of Pillow read a 16-bit PNG into 32 bits.
+    return turned.convert("I;16") if image.format == "PNG" and image.mode == "I" else turned
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether a pixel of a decoded image is not opaque."""
+    if not image.has_transparency_data or image.mode in _DEEP:
+        return False
+    alpha = image.convert("LA" if image.mode in ("1", "L", "LA") else "RGBA").getchannel("A")
+    return bool(alpha.getextrema() != (255, 255))
+
+
+def reason(error: Exception) -> str:
+    """What one of `BROKEN` says, for a message."""
+    # For an unknown format, Pillow's message names only an object in memory.
+    text = "of another format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return " ".join(text.split())[:120].rstrip(".") or type(error).__name__
+
+
+def _is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO")  # MPO: a JPEG with further images, which are previews
+
+
+def _decoded(path: Path, exact: bool = False) -> Image.Image:
+    """The decoded image, upright. ``exact`` refuses a JPEG."""
     try:
         # Read into memory first: Pillow (13.0) maps an uncompressed TIFF that it opens by name, and mistakes the sides
         # of one whose header asks for a quarter turn. Pillow's warnings concern metadata; unreadable pixels raise.
         content = io.BytesIO(path.read_bytes())
         _require_sums(content)
-        with quiet_libraries(), Image.open(content, formats=_FORMATS) as image:
-            jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further images, which are previews
-            count = 1 if jpeg else getattr(image, "n_frames", 1)
-            if jpeg and exact:
+        with quiet_libraries(), Image.open(content, formats=FORMATS) as image:
+            count = image_count(image)
+            if exact and _is_jpeg(image):
                 wrong = ("a JPEG", "a mask in a lossless format", "save the original mask as PNG")
             elif count > 1:
                 wrong = (f"{count} images in one file", "a single image", "save each as a file of its own")
             elif ";16" in str(image.tile) and image.mode not in _GREY:  # Pillow would silently reduce them to 8 bits
                 wrong = ("colours of 16 bits", "8 bits per colour", "convert the image to 8 bits")
             else:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                # Older versions of Pillow read a 16-bit PNG into 32 bits.
-                return upright.convert("I;16") if image.format == "PNG" and image.mode == "I" else upright
-    except _BROKEN as error:
-        # For an unknown format, Pillow's message names only an object in memory.
-        text = "of another format" if isinstance(error, UnidentifiedImageError) else str(error)
-        reason = " ".join(text.split())[:120].rstrip(".") or type(error).__name__
-        wrong = (f"an unreadable file ({reason})", "a complete PNG, JPEG, TIFF or BMP image", "copy or export it again")
+                return upright(image)
+    except BROKEN as error:
+        wrong = (
+            f"an unreadable file ({reason(error)})",
+            "a complete PNG, JPEG, TIFF or BMP image",
+            "copy or export it again",
+        )
     raise InputError(path, *wrong)
 
 
@@ -143,10 +176,8 @@ def _require_sums(content: io.BytesIO) -> None:
 
 def _colours(path: Path, image: Image.Image) -> Image.Image:
     """The image without palette and alpha: greyscale of some depth, or RGB."""
-    if image.has_transparency_data and image.mode not in _DEEP:
-        alpha = image.convert("LA" if image.mode in ("1", "L", "LA") else "RGBA").getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            raise InputError(path, "transparent pixels", "an opaque image", "flatten it onto a background")
+    if is_transparent(image):
+        raise InputError(path, "transparent pixels", "an opaque image", "flatten it onto a background")
     if image.mode == "LA":
         return image.getchannel("L")
     if image.mode in ("P", "PA", "RGBA"):

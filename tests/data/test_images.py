@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from medseg_diffusion.data.cases import find_cases, split_by_hash
 from medseg_diffusion.data.image_cache import packed
@@ -210,6 +210,34 @@ def test_levels_of_no_stated_depth_stay_and_those_beyond_sixteen_bits_are_refuse
         with pytest.raises(InputError, match=rf"{entry.name}: found levels that no 16 bits hold \(mode {mode}\)"):
             collection.pixels(entry, (4, 4), 1)
     assert len(check_images(collection).broken) == 3
+
+
+def test_no_program_is_started_for_a_file_of_another_format(tmp_path: Path, monkeypatch) -> None:
+    """Pillow runs Ghostscript on PostScript whatever the file's name; in a zip of anyone that is an attack."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **named: started.append(given))
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    collection = find_images(tmp_path)
+    with pytest.raises(InputError, match=r"a\.png: found a broken image \(of another format\).*--skip-broken"):
+        collection.pixels(collection.entries[0], (8, 8), 3)
+    assert not started
+
+
+def test_images_of_several_pages_and_transparency_are_named(tmp_path: Path) -> None:
+    """Only the first page was taken, and of transparent pixels the colours that no viewer shows."""
+    pages = [Image.new("L", (8, 8), level) for level in (1, 2, 3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "hidden.png")
+    Image.new("RGBA", (8, 8), (9, 8, 7, 255)).save(tmp_path / "opaque.png")
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "photo.webp", lossless=True)
+    check = check_images(find_images(tmp_path))
+    assert len(check.broken) == 2
+    assert "hidden.png: found transparent pixels; expected an opaque image" in check.broken[0]
+    assert "pages.tif: found 3 images in one file; expected a single image" in check.broken[1]
+    images = packed(tmp_path, tmp_path.with_name("store"), 8, skip_broken=True)
+    assert images.names == ("opaque.png", "photo.webp") and np.ptp(images.images, axis=(0, 1, 2)).max() == 0
 
 
 def test_a_missing_class_folder_and_a_wrong_zip_are_refused(tmp_path: Path) -> None:
