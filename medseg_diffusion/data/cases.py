@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,8 +82,8 @@ def find_cases(data: Path | FileList) -> CaseFolder:
     subfolder of images/ is the patient, else every case has a patient of its own.
 
     Raises:
-        InputError: a missing folder, another layout, an image without a label, a reader's mask without an image, no
-            case at all, or a patients.csv that lacks a case.
+        InputError: a missing folder, another layout, an image without a label, two masks of one case, a reader's mask
+            without an image, no case at all, or a patients.csv that lacks a case.
     """
     if isinstance(data, FileList):
         return _listed(data)
@@ -217,11 +218,7 @@ def case_of_image(name: str, cases: Container[str]) -> str:
 
 
 def _image_mask(images: Path, labels: Path) -> CaseFolder:
-    masks = {
-        case_of_mask(_name_in(labels, path)): path
-        for group in [labels, *sorted(p for p in labels.iterdir() if p.is_dir())]
-        for path in scan_files(group)
-    }
+    masks = _masks(labels, [labels, *sorted(path for path in labels.iterdir() if path.is_dir())])
     by_case: dict[str, list[Path]] = {}
     for group in [images, *sorted(path for path in images.iterdir() if path.is_dir())]:
         for image in scan_files(group):
@@ -234,6 +231,26 @@ def _image_mask(images: Path, labels: Path) -> CaseFolder:
     return CaseFolder(checked, {}, _channels(checked))
 
 
+def _masks(folder: Path, groups: Iterable[Path]) -> dict[str, Path]:
+    """The masks in a folder and its ``groups`` by case.
+
+    Raises:
+        InputError: two masks of one case.
+    """
+    masks: dict[str, Path] = {}
+    for path in (path for group in groups for path in scan_files(group)):
+        case = case_of_mask(_name_in(folder, path))
+        if case in masks:
+            raise InputError(
+                folder,
+                f"two masks of the case {case}, {masks[case].name} and {path.name}",
+                "one mask for each case",
+                "move the other one out of the folder",
+            )
+        masks[case] = path
+    return masks
+
+
 def _name_in(folder: Path, file: Path) -> str:
     return file.relative_to(folder).with_name(scan_name(file)).as_posix()
 
@@ -241,7 +258,7 @@ def _name_in(folder: Path, file: Path) -> str:
 def _several_readers(images: Path, raters: Path) -> CaseFolder:
     """Cases whose readers have a folder each."""
     folders = sorted((path for path in raters.iterdir() if path.is_dir()), key=lambda path: (len(path.name), path.name))
-    masks = [{case_of_mask(scan_name(path)): path for path in scan_files(one)} for one in folders]
+    masks = [_masks(one, [one]) for one in folders]
     cases = []
     for image in scan_files(images):
         name = scan_name(image)
@@ -289,8 +306,8 @@ def _checked(folder: Path, cases: list[Case]) -> tuple[Case, ...]:
                     f"the image and the label of case {case.name}",
                     "add the file or drop the case",
                 )
-    names = [case.name for case in cases]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    counts = Counter(case.name for case in cases)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise InputError(
             folder, f"two cases named {twice[0]}", "names that differ before the suffix", "rename one of them"
         )

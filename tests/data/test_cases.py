@@ -178,6 +178,17 @@ def test_photographs_have_masks_in_another_format_and_colours_as_channels(tmp_pa
     assert found.channels == names
 
 
+@pytest.mark.parametrize("masks", ["labels", "labels/p1", "raters/1"])
+@pytest.mark.parametrize("names", [("a.nii.gz", "a_seg.nii.gz"), ("a.nii", "a.nii.gz")])
+def test_two_masks_of_a_case_are_refused(tmp_path: Path, masks: str, names: tuple[str, str]) -> None:
+    """The last one by name was taken, so that the output of a model replaced the manual mask without a word."""
+    scan(tmp_path / "images" / ("p1" if "p1" in masks else "") / "a.nii.gz")
+    for name in names:
+        scan(tmp_path / masks / name)
+    with pytest.raises(InputError, match=rf"found two masks of the case \S*a, {names[0]} and {names[1]}; expected one"):
+        find_cases(tmp_path)
+
+
 def test_pictures_beside_scans_are_no_cases(tmp_path: Path) -> None:
     """Previews and screenshots lie beside scans; only in a folder without volumes are images the scans."""
     scan(tmp_path / "images" / "a.nii.gz")
