@@ -55,14 +55,15 @@ def load_label_map(file: Path, classes: BrainClasses = TISSUES) -> LabelMap:
     """Read a label map with voxels of 1 mm.
 
     Raises:
-        InputError: an unusable file, another voxel size, or a label that is in none of the ``classes``.
+        InputError: an unusable file, another voxel size, a label that is in none of the ``classes``, or no brain.
     """
     volume = read_labels(file).oriented("RAS")
     if not np.allclose(volume.spacing, 1.0, atol=0.01):
         size = " x ".join(f"{side:.3g}" for side in volume.spacing)
         raise InputError(file, f"voxels of {size} mm", "a label map of 1 mm", "resample it with nearest neighbours")
     labels = volume.data[0]
-    unknown = sorted(set(torch.unique(labels).tolist()) - set(classes.class_of))
+    present = set(torch.unique(labels).tolist())
+    unknown = sorted(present - set(classes.class_of))
     if unknown:
         raise InputError(
             file,
@@ -70,6 +71,8 @@ def load_label_map(file: Path, classes: BrainClasses = TISSUES) -> LabelMap:
             "FreeSurfer labels that belong to a class of the model",
             "map them in medseg_diffusion/data/brain_classes.py",
         )
+    if not any(TISSUES.class_of[label] for label in present):
+        raise InputError(file, "no voxel of a brain", "a label map of a head", "take it out of the folder")
     table = torch.zeros(max(LABELS) + 1, dtype=torch.uint8)
     table[list(LABELS)] = torch.arange(len(LABELS), dtype=torch.uint8)
     positions = torch.nonzero(labels)

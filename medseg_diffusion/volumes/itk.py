@@ -19,6 +19,11 @@ from medseg_diffusion.errors import InputError, remark
 from .volume import FileImage, FloatArray, Header, Volume, spacing_of
 
 _LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
+# The spaces of NRRD that name the patient's axes, as far as ITK turns them into its own.
+_PATIENT_SPACES = (
+    *("right-anterior-superior", "left-anterior-superior", "left-posterior-superior"),
+    *("ras", "las", "lps"),
+)
 _SOFTWARE = "Software"  # key of the description, which neither format has a field for
 
 
@@ -55,10 +60,8 @@ def open_image(path: Path) -> FileImage:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise _unreadable(path) from error
-    named = ("TransformMatrix", "Rotation", "Orientation") if header.meta else ("space",)
-    if not header.fields.keys() & set(named):
-        what = f"its header has no orientation (no {named[0]}), so left and right are a guess"
-        remark(f"{path.name}: {what}")
+    if (missing := _missing_orientation(header)) is not None:
+        remark(f"{path.name}: its header has no orientation ({missing}), so left and right are a guess")
     axes = reader.GetDimension()
     components = reader.GetNumberOfComponents()
     shape = tuple(int(n) for n in reader.GetSize()) + ((components,) if components > 1 else ())
@@ -75,6 +78,17 @@ def open_image(path: Path) -> FileImage:
     affine = _affine(reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection(), axes)
     dtype = np.dtype(_dtype(reader.GetPixelID()))
     return FileImage(shape, dtype, affine, Header(), load)
+
+
+def _missing_orientation(header: _TextHeader) -> str | None:
+    """What a header has, or has not, in place of the patient's axes; None if it names them."""
+    if header.meta:
+        named = header.fields.keys() & {"TransformMatrix", "Rotation", "Orientation"}
+        return None if named else "no TransformMatrix"
+    space = header.fields.get("space")
+    if space is None:
+        return "no space"
+    return None if space.lower() in _PATIENT_SPACES else f"space {space[:40]}"
 
 
 def _require_plausible(path: Path, header: _TextHeader) -> None:

@@ -192,6 +192,16 @@ def test_epochs_cover_every_anatomy() -> None:
     assert len(SyntheticBrains([head(), head()], (16, 16, 16), per_map=5)) == 10
 
 
+@pytest.mark.parametrize("label", [0, 165])  # nothing, and the skull alone
+def test_a_label_map_without_a_brain_is_refused(tmp_path: Path, label: int) -> None:
+    """It was loaded, and a training ended at a random draw from no voxels."""
+    assert TISSUES.class_of.get(label) == 0
+    path = tmp_path / "map.nii.gz"
+    nib.save(nib.Nifti1Image(np.full((4, 4, 4), label, np.int16), np.diag([-1.0, 1, 1, 1])), path)
+    with pytest.raises(InputError, match=r"map\.nii\.gz: found no voxel of a brain; expected a label map of a head"):
+        load_label_map(path)
+
+
 def test_label_map_files_are_checked(tmp_path: Path) -> None:
     labels = np.zeros((8, 9, 10), dtype=np.int16)
     labels[2:5, 3:6, 4:8] = 41

@@ -8,6 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from medseg_diffusion.errors import remarks
 from medseg_diffusion.volumes.io import read_volume, write_labels
 from tests.helpers.volumes import SHAPE, save, values
 
@@ -37,3 +38,27 @@ def test_nifti_and_itk_agree_on_the_same_scan(tmp_path) -> None:
     one, other = read_volume(tmp_path / "a.nii.gz"), read_volume(tmp_path / "a.nrrd")
     np.testing.assert_allclose(one.affine, other.affine, atol=1e-4)
     assert torch.equal(one.data, other.data)
+
+
+@pytest.mark.parametrize(
+    ("space", "missing"),
+    [
+        ("space: left-posterior-superior", None),
+        ("space: RAS", None),
+        ("space: scanner-xyz", "space scanner-xyz"),
+        ("space: 3D-right-handed", "space 3D-right-handed"),
+        ("space: 3D-left-handed", "space 3D-left-handed"),
+        ("space dimension: 3", "no space"),
+    ],
+)
+def test_an_nrrd_whose_space_does_not_name_the_patients_axes_is_told(tmp_path, space, missing) -> None:
+    """Its axes are taken for LPS, which is wrong for most of them."""
+    path = tmp_path / "a.nrrd"
+    sitk.WriteImage(sitk.GetImageFromArray(values().transpose(2, 1, 0)), str(path))
+    content = path.read_bytes()
+    assert b"\nspace: left-posterior-superior\n" in content
+    path.write_bytes(content.replace(b"space: left-posterior-superior", space.encode()))
+    with remarks() as said:
+        read_volume(path)
+    expected = f"a.nrrd: its header has no orientation ({missing}), so left and right are a guess"
+    assert said == ([] if missing is None else [expected])
