@@ -554,8 +554,12 @@ def require_same(path: Path, frames: Sequence[Frame]) -> None:
         raise InputError(path, "an orientation that is no pair of perpendicular unit vectors", "one", export)
     if min(first.spacing) <= 0:
         raise InputError(path, f"a pixel spacing of {first.spacing[0]:g} x {first.spacing[1]:g} mm", "above 0", export)
-    if int(first.header.get("SamplesPerPixel", 1)) != 1:
-        raise InputError(path, "colour images", "one number per pixel", "export the original series")
+    kinds = {str(frame.header.get("PhotometricInterpretation") or "MONOCHROME2") for frame in frames}
+    if int(first.header.get("SamplesPerPixel", 1)) != 1 or not kinds <= {"MONOCHROME1", "MONOCHROME2"}:
+        found = f"colour images ({', '.join(sorted(kinds))})"
+        raise InputError(path, found, "one intensity per pixel", "export the original series")
+    if "MONOCHROME1" in kinds:  # a matter of display: rescaled values mean the same
+        remark(f"{path.name}: its lowest values are shown white (MONOCHROME1); values are read as they are stored")
 
 
 def _differences(frames: Sequence[Frame]) -> str:

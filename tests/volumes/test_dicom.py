@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from typer.testing import CliRunner
 
-from medseg_diffusion.errors import InputError, UsageError
+from medseg_diffusion.errors import InputError, UsageError, remarks
 from medseg_diffusion.volumes import dicom
 from medseg_diffusion.volumes.inputs import find_scans
 from medseg_diffusion.volumes.io import read_volume
@@ -87,6 +87,15 @@ def test_slope_and_intercept_are_applied(values, tmp_path: Path) -> None:
     np.testing.assert_allclose(scaled.data, 2 * plain.data - 1000)
 
 
+def test_values_that_are_shown_inverted_are_read_as_stored_and_told(values, tmp_path: Path) -> None:
+    """MONOCHROME1 concerns the display alone: a Hounsfield unit means the same."""
+    plain = read_volume(series(tmp_path / "a", values))
+    with remarks() as said:
+        inverted = read_volume(series(tmp_path / "b", values, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_array_equal(inverted.data, plain.data)
+    assert said == ["b: its lowest values are shown white (MONOCHROME1); values are read as they are stored"]
+
+
 def test_folders_of_series_are_scans_beside_files(values, tmp_path: Path) -> None:
     first, second = series(tmp_path / "p1", values), series(tmp_path / "p2", values)
     nib.save(nib.Nifti1Image(values.astype(np.float32), np.eye(4)), tmp_path / "a.nii.gz")
@@ -104,7 +113,8 @@ def test_folders_of_series_are_scans_beside_files(values, tmp_path: Path) -> Non
         ({"ImagePositionPatient": None}, "slices without position"),
         ({"PixelSpacing": None}, r"no PixelSpacing in .*IMA"),
         ({"PixelSpacing": [0, 1]}, "a pixel spacing of 0 x 1 mm"),
-        ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "colour images"),
+        ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, r"colour images \(RGB\)"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, r"colour images \(PALETTE COLOR\); expected one intensity"),
     ],
 )
 def test_slices_that_are_no_volume_are_refused(changes, message, values, tmp_path: Path) -> None:
