@@ -70,6 +70,7 @@ def listed(items: Sequence[object], limit: int = 20) -> str:
 _collected: ContextVar[list[str] | None] = ContextVar("remarks", default=None)
 _quieting = threading.Lock()
 _quiet: list[warnings.catch_warnings] = []  # one entry for each block that a thread is in
+_MESSAGES = ("Glyph .* missing from font",)  # of the font that measures texts of a page; the browser has another
 _LIBRARIES = ("PIL", "highdicom", "nibabel", "numpy", "pydicom", r"torch\._(dynamo|inductor)")
 
 
@@ -97,6 +98,8 @@ def remarks() -> Iterator[list[str]]:
 def quiet_libraries() -> Iterator[None]:
     """Without the warnings of libraries that read and write files, which do not name the file, and of the compiler.
 
+    And without those of matplotlib on letters that its own font lacks.
+
     Our own remarks are made all the same. Several threads may be in such a block: the first one that comes changes the
     filters, and the last one that leaves restores them.
     """
@@ -106,6 +109,8 @@ def quiet_libraries() -> Iterator[None]:
             _quiet[0].__enter__()
             for library in _LIBRARIES:
                 warnings.filterwarnings("ignore", module=library)
+            for message in _MESSAGES:
+                warnings.filterwarnings("ignore", message)
         else:
             _quiet.append(_quiet[0])
     try:

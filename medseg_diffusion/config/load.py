@@ -155,7 +155,7 @@ def _content(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
         path = available[str(name_or_path)]
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _StrictLoader)
+            content = _StrictLoader(file).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())}); correct the file") from error
     if not isinstance(content, dict):

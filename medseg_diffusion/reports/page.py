@@ -9,7 +9,6 @@ import io
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from medseg_diffusion.errors import quiet_libraries
 from medseg_diffusion.metrics.statistics import Interval
 
 from .summary import format_number, versions
@@ -206,9 +206,7 @@ def svg(figure: Figure, description: str) -> Markup:
 
     text = io.StringIO()
     # Text stays text, in the page's font. The salt gives the same figure the same names.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "medseg"}), warnings.catch_warnings():
-        # Of matplotlib's own font, which measures the text; the browser has another.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "medseg"}), quiet_libraries():
         figure.savefig(
             text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )

@@ -64,7 +64,7 @@ def test_a_presets_name_with_overrides_is_a_configuration(block_scans: Path, tmp
     assert load_model(model, "cpu").segment(pairs(block_scans)[0][0]).labels.shape == (9, 8, 8)
     assert [step.step for step in steps] == [1, 2] and steps[0].max_steps == 2
     texts = [what for what, _ in told]
-    assert "cases: 5 of 5" in texts and any(text.startswith("step 2 of 2, loss ") for text in texts)
+    assert "cases: 6 of 6" in texts and any(text.startswith("step 2 of 2, loss ") for text in texts)
     assert all(0 <= share <= 1 for _, share in told)
 
 

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from PIL import Image
+
+from medseg_diffusion.volumes.dicom_seg import Algorithm, Segment, SegmentationFile
+from medseg_diffusion.volumes.io import read_volume
 
 from . import anomaly, dicom_series, generators, pixel_classifiers, segmenters, tiny_imagenet
 
@@ -74,6 +78,15 @@ def write_labelled(root: Path) -> None:
     )
 
 
+def write_test_set(root: Path) -> None:
+    """Two cases of my-data/ in a folder of their own."""
+    for kind in ("images", "labels"):
+        files = sorted((root / "my-data" / kind).iterdir())[:2]
+        (root / "official-test" / kind).mkdir(parents=True)
+        for path in files:
+            shutil.copy(path, root / "official-test" / kind)
+
+
 def write_readers(root: Path) -> None:
     """Slices of six patients with the masks of two readers, and one nodule alone."""
     rows = ["case,patient"]
@@ -87,6 +100,18 @@ def write_readers(root: Path) -> None:
         rows.append(f"n{i},p{i}")
     (root / "nodules" / "patients.csv").write_text("\n".join(rows) + "\n")
     shutil.copy(root / "nodules" / "images" / "n0.png", root / "nodule.png")
+
+
+def write_dicom(root: Path) -> None:
+    """A DICOM series, as a folder and zipped, and a reference of it as a DICOM segmentation."""
+    series = dicom_series.series(root / "series")
+    with zipfile.ZipFile(root / "series.zip", "w") as archive:
+        for path in sorted(series.iterdir()):
+            archive.write(path, f"series/{path.name}")
+    scan = read_volume(series)
+    labels = torch.zeros(scan.shape, dtype=torch.uint8)
+    labels[1:4, 2:5, 2:4] = 1
+    SegmentationFile(scan, [Segment("bright")], Algorithm("reader", "0", {})).write(labels, root / "reference.dcm")
 
 
 def write_scans(root: Path) -> None:
@@ -130,13 +155,11 @@ def write_heads(root: Path) -> None:
 def prepare(root: Path) -> None:
     """Write everything that the pages start from."""
     write_labelled(root)
+    write_test_set(root)
     write_readers(root)
     write_scans(root)
     write_heads(root)
-    dicom_series.series(root / "series")
-    with zipfile.ZipFile(root / "series.zip", "w") as archive:
-        for path in sorted((root / "series").iterdir()):
-            archive.write(path, f"series/{path.name}")
+    write_dicom(root)
     images = tiny_imagenet.tiny_imagenet(root, per_class=8)
     for i in range(5, 16):  # scores need ten real images
         (images / "test" / "images" / f"test_{i}.JPEG").write_bytes(tiny_imagenet.jpeg(150 + i))

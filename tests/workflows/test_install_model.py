@@ -82,7 +82,7 @@ def test_a_name_is_taken_until_it_is_overwritten_or_removed(tiny_model: Path, tm
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "-x", "x" * 101, "a\nb", "/etc/x"])
 def test_strange_names_are_refused(name: str, tiny_model: Path, home: Path) -> None:
     assert "--name" in refused(2, "install", tiny_model, f"--name={name}")
-    assert refused(4, "remove", "--yes", "--", name)
+    assert refused(4 if name else 2, "remove", "--yes", "--", name)
     assert not home.exists()
 
 

@@ -408,5 +408,5 @@ def test_numbers_of_an_incomplete_file_do_not_count(lacking: str | None, tmp_pat
     content = {"score": 0.5, "threshold": 0.4, "volume_ml": 0.0, "seconds": 1.0, "model": "m"}
     files["scores"].write_text(json.dumps({key: value for key, value in content.items() if key != lacking}))
     result = finished_anomaly(tmp_path / "a.nii.gz", files, {})
-    words = "score 0.500, not comparable with healthy scans; 0.00 ml above 0.400"
+    words = "score 0.500, not comparable with healthy scans; 0.000 ml above 0.400"
     assert result.headline == ("" if lacking else words) and result.model == ("" if lacking else "m")
