@@ -67,12 +67,17 @@ def test_a_failed_training_leaves_nothing_locked(run: Path) -> None:
 
 
 def test_a_file_system_without_locks_stops_no_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     def flock(file: object, operation: int) -> None:
+        tried.append(operation)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with holding_runs():
         hold(run)
+    assert len(tried) == 1
     monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
     with holding_runs():
         hold(run)
+    assert len(tried) == 1 and [path.name for path in run.iterdir()] == ["config.yaml"]
