@@ -15,6 +15,7 @@ labelsTr/, images/ beside labels/ or masks/) only the images are used. They are 
 from __future__ import annotations
 
 import os
+import posixpath
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -182,7 +183,10 @@ def _collection(source: Path) -> tuple[ImageCollection, dict[str, str]]:
         return _tiny_imagenet(source, min(roots, key=len), names, read), {}
     if source.is_file() and any(name.rpartition("/")[2] == PATIENTS for name in names):
         raise InputError(source, f"{PATIENTS} in a zip", "a folder, in which it can be read", "unpack the zip")
-    cases = _cases(names)
+    if (inner := _common_folder(names)) and inner + PATIENTS in names:
+        found = f"its {PATIENTS} in {inner}"
+        raise InputError(source, found, "a folder that holds it itself", f"give {source / inner}")
+    cases = _cases(source, names)
     candidates = list(cases) or names
     unique = set(candidates)
     images = [name for name in candidates if is_image_file(name) and not _is_result(name, unique)]
@@ -216,16 +220,38 @@ def _is_result(name: str, names: set[str]) -> bool:
     return mask or name.endswith(SEGMENTATION["preview"])
 
 
-def _cases(names: Sequence[str]) -> dict[str, str]:
-    """The files in the folder of images of a labelled collection, and their cases; empty for any other collection."""
-    folders = {name.partition("/")[0] for name in names if "/" in name}
-    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks"), ("images", "raters")):
+_LABELLED = (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks"), ("images", "raters"))
+
+
+def _cases(source: Path, names: Sequence[str]) -> dict[str, str]:
+    """The files in the folder of images of a labelled collection, and their cases; empty for any other collection.
+
+    The collection may lie in a folder of its own, as in most zips, or be given by its folder of images.
+    """
+    top = _common_folder(names)
+    folders = {name.removeprefix(top).partition("/")[0] for name in names if "/" in name.removeprefix(top)}
+    for images, labels in _LABELLED:
         if {images, labels} <= folders:
-            masks = [name for name in names if name.startswith(labels + "/") and name.lower().endswith(SUFFIXES)]
-            cases = {case_of_mask(_without_suffix(name).removeprefix(labels + "/")) for name in masks}
-            inside = [name for name in names if name.startswith(images + "/")]
-            return {name: case_of_image(_without_suffix(name).removeprefix(images + "/"), cases) for name in inside}
+            inside = [name for name in names if name.startswith(f"{top}{images}/")]
+            return _cases_of(inside, f"{top}{images}/", names, f"{top}{labels}/")
+        beside = source.parent / labels
+        if source.is_dir() and source.resolve().name == images and beside.is_dir():
+            return _cases_of(names, "", _folder(beside)[0], "")
     return {}
+
+
+def _cases_of(images: Sequence[str], before: str, masks: Sequence[str], before_masks: str) -> dict[str, str]:
+    """The cases of images, by the names of the masks; both without what stands before them."""
+    stems = [_without_suffix(name) for name in masks if name.lower().endswith(SUFFIXES)]
+    cases = {case_of_mask(stem.removeprefix(before_masks)) for stem in stems if stem.startswith(before_masks)}
+    return {name: case_of_image(_without_suffix(name).removeprefix(before), cases) for name in images}
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    """The folders that contain all files, such as "data/", or ""; whatever lies loose beside them does not count."""
+    folders = {name.rpartition("/")[0] for name in names if "/" in name}
+    common = posixpath.commonpath(folders) if folders else ""
+    return f"{common}/" if common else ""
 
 
 def _patients(names: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .noise import uniform_times
-from .schedule import NoiseSchedule, expand, sent
+from .schedule import NoiseSchedule, expand, precise, sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +131,11 @@ def bound_loss(schedule: NoiseSchedule, logits: Tensor, noised: NoisedLabels) ->
         noised: the labels.
     """
     # In float64: from t to t - 1 both posteriors are nearly the same, and float32 leaves noise of their difference.
-    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-    true = one_hot(noised.x0, logits.shape[1]).to(precise)
+    dtype = precise(logits.device)
+    true = one_hot(noised.x0, logits.shape[1]).to(dtype)
     before = noised.t - 1
     target = posterior(schedule, true, noised.x_t, noised.t, before)
-    predicted = posterior(schedule, logits.to(precise).softmax(1), noised.x_t, noised.t, before)
+    predicted = posterior(schedule, logits.to(dtype).softmax(1), noised.x_t, noised.t, before)
     smallest = torch.finfo(predicted.dtype).tiny
     divergence: Tensor = torch.special.xlogy(target, target) - target * predicted.clamp(min=smallest).log()
     return schedule.num_steps * divergence.sum(1).flatten(1).mean(1).to(logits.dtype)

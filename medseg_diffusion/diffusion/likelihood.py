@@ -21,6 +21,7 @@ from .denoiser import Condition, Denoiser
 from .noise import Noised, draw_noised
 from .posterior import Decoder, FixedVariance, bound_term, gaussian_kl
 from .prediction import Prediction
+from .schedule import precise
 
 Data = Literal["8-bit", "continuous"]
 
@@ -106,7 +107,7 @@ def variational_bound(
     steps = list(zip(trajectory[:-1], trajectory[1:], [trajectory[0], *trajectory[:-2]], strict=True))
 
     def mean(nats: Tensor) -> Tensor:
-        return per_unit * nats.double().flatten(1).mean(1)
+        return per_unit * nats.to(precise(nats.device)).flatten(1).mean(1)
 
     def term(prediction: Prediction, noised: Noised, s: Tensor, later: Tensor) -> Tensor:
         return mean(bound_term(denoiser.schedule, prediction, noised, s, later, decoder, fixed_variance))

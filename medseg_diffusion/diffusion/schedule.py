@@ -134,6 +134,11 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device)
 
 
+def precise(device: torch.device) -> torch.dtype:
+    """The widest floating-point type on ``device``: float64, but float32 on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def from_betas(betas: Tensor) -> NoiseSchedule:
     """The schedule of a list of ``betas`` (T,), alpha_bar_t = prod_{i <= t} (1 - beta_i).
 

@@ -64,7 +64,8 @@ def simplex(
     for octave in range(octaves):
         amplitude = persistence**octave
         places = points * (2**octave / wavelength)
-        total += amplitude * _octave(places, start, lattice)
+        # At a place of its own: where all octaves meet at the same point of the lattice, they add up instead of cancel.
+        total += amplitude * _octave(places, start * 2**octave % _PERIOD, lattice)
         squares += amplitude**2
     total /= math.sqrt(squares * _VARIANCE)
     return total.reshape(len(generators), channels, *size).to(like.dtype)

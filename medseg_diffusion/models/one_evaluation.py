@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion.build import Segmenter
-from medseg_diffusion.tasks.mask import FeedForward, MaskDiffusion
+from medseg_diffusion.tasks.mask import FeedForward, MaskDiffusion, start_deviation
 
 
 class OneEvaluation(nn.Module):
     """Class probabilities (B, K, *S) of preprocessed images, without seeds, samplers or windows.
 
-    The arguments of the call are the image (B, C, *S) and, for a mask diffusion model, x_T (B, noise_channels, *S) of
-    standard normal noise, from which the member follows in one step.
+    The arguments of the call are the image (B, C, *S) and, for a mask diffusion model, standard normal noise
+    (B, noise_channels, *S), from which the member follows in one step.
 
     Args:
         model: the trained model.
@@ -44,7 +44,8 @@ class OneEvaluation(nn.Module):
         cond = denoiser.network.encode_condition(image)  # type: ignore[operator]
         cond = {name: value for name, value in cond.items() if name != "anchor"}
         t = torch.full((image.shape[0],), self.start, dtype=torch.int64, device=image.device)
-        x0 = denoiser(noise, t, cond).x0  # every sampler's step to t = 0 is the predicted x0
+        x_t = start_deviation(denoiser, self.start, encoding.scale) * noise
+        x0 = denoiser(x_t, t, cond).x0  # every sampler's step to t = 0 is the predicted x0
         if denoiser.head == "linear":
             x0 = x0.clamp(-encoding.scale, encoding.scale)
         return encoding.decode(x0)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg_diffusion.diffusion.noise import gaussian
+from medseg_diffusion.diffusion.posterior import gaussian_kl
 
 from .blocks import conv, speed_up_lone_volumes
 from .slabs import LARGE, by_slabs
@@ -160,7 +161,8 @@ class KLAutoencoder(_Standardised):
         """
         mean, log_variance = self.moments(image)
         noise = gaussian(mean.shape[1:], generators, like=mean)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
+        standard = mean.new_zeros(())  # mean and log-variance of N(0, I)
+        kl = gaussian_kl(mean, log_variance, standard, standard).flatten(1).sum(1)
         return self.decoder(self.post_quant_conv(mean + (0.5 * log_variance).exp() * noise)), kl
 
     @property

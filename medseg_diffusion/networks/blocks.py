@@ -18,12 +18,13 @@ class _Conv3d(nn.Conv3d):
     """A convolution that uses oneDNN also for a single small volume.
 
     For a batch of one with channels x depth x height below about 20,000, PyTorch uses a fallback that takes seven times
-    as long (`use_mkldnn` in its Convolution.cpp). A crop of an organ is that small at every level of a U-Net.
+    as long (`use_mkldnn` in its Convolution.cpp). A crop of an organ is that small at every level of a U-Net. Compilers
+    and the ONNX exporter do not know oneDNN's own convolution.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         lone = x.device.type == "cpu" and x.shape[0] == 1 and x.dtype == torch.float32
-        plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
         if lone and plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
             padding = cast(tuple[int, ...], self.padding)
             return torch.mkldnn_convolution(x, weight, bias, padding, self.stride, self.dilation, self.groups)
@@ -144,6 +145,15 @@ class Resample(nn.Module):
         if self.conv is None:
             return resample(x, self.resampling)
         return cast(Tensor, self.conv(x if self.resampling == "down" else resample(x, "up")))
+
+
+def padded_to(x: Tensor, multiple: int) -> Tensor:
+    """Pads (B, C, *S) at the end of every axis to a multiple: images repeat the border, labels get background."""
+    missing = [-n % multiple for n in x.shape[2:]]
+    if not any(missing):
+        return x
+    pad = [amount for m in reversed(missing) for amount in (0, m)]
+    return F.pad(x, pad, mode="replicate") if x.is_floating_point() else F.pad(x, pad)
 
 
 def heads_of(channels: int, head_channels: int, num_heads: int | None = None) -> int:

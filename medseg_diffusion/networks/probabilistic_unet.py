@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Parts, conv, normalisation
+from medseg_diffusion.diffusion.posterior import gaussian_kl
+
+from .blocks import Parts, conv, normalisation, padded_to
 from .unet import UNet
 
 LOWEST_LOG_SCALE, HIGHEST_LOG_SCALE = -6.0, 3.0
@@ -22,20 +24,18 @@ LOWEST_LOG_SCALE, HIGHEST_LOG_SCALE = -6.0, 3.0
 
 @dataclass(frozen=True, eq=False)
 class DiagonalGaussian:
-    """Independent Gaussians (B, Z): ``mean`` and the logarithm ``log_scale`` of the standard deviation."""
+    """Independent Gaussians (..., Z): ``mean`` and the logarithm ``log_scale`` of the standard deviation."""
 
     mean: Tensor
     log_scale: Tensor
 
     def sample(self, eps: Tensor) -> Tensor:
-        """The sample of standard normal noise ``eps`` (B, Z)."""
+        """The sample of standard normal noise ``eps`` (..., Z)."""
         return self.mean + self.log_scale.exp() * eps
 
     def divergence(self, other: DiagonalGaussian) -> Tensor:
-        """KL(self || other) in nats, (B,)."""
-        ratio = 2 * (self.log_scale - other.log_scale)
-        distance = (self.mean - other.mean) * (-other.log_scale).exp()
-        return 0.5 * (ratio.exp() + distance.square() - 1 - ratio).sum(1)
+        """KL(self || other) in nats, (...)."""
+        return gaussian_kl(self.mean, 2 * self.log_scale, other.mean, 2 * other.log_scale).sum(-1)
 
 
 class GaussianEncoder(nn.Module):
@@ -64,10 +64,7 @@ class GaussianEncoder(nn.Module):
         self.out = nn.Linear(unet.widths[-1], 2 * latent_channels)
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
-        missing = [-n % self.factor for n in x.shape[2:]]
-        if any(missing):
-            x = F.pad(x, [amount for m in reversed(missing) for amount in (0, m)], mode="replicate")
-        h = self.stem(x)
+        h = self.stem(padded_to(x, self.factor))
         for block in self.encoder:
             h = block(h, None)
         mean, log_scale = self.out(F.silu(self.norm(h)).flatten(2).mean(2)).float().chunk(2, dim=1)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medseg_diffusion.diffusion.schedule import precise
+
 LARGE = 2**21
 """Voxels from which an image is computed by slabs."""
 SLAB = 2**19
@@ -75,10 +77,10 @@ def _normalisation(norm: nn.GroupNorm, x: Tensor, voxels: int) -> Layer:
         part = x[:, :, first:last].float().reshape(len(x), norm.num_groups, -1)
         variance, mean = torch.var_mean(part, dim=2, correction=0)
         shares.append((last - first) / x.shape[2])
-        means.append(mean.double())
-        variances.append(variance.double())
-    share = torch.tensor(shares, dtype=torch.float64, device=x.device)[:, None, None]
-    each = torch.stack(means)
+        means.append(mean)
+        variances.append(variance)
+    share = torch.tensor(shares, dtype=precise(x.device), device=x.device)[:, None, None]
+    each = torch.stack(means).to(share.dtype)
     mean = (share * each).sum(0)
     factor = ((share * (torch.stack(variances) + (each - mean).square())).sum(0) + norm.eps).rsqrt()
 

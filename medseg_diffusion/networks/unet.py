@@ -15,13 +15,12 @@ from contextlib import suppress
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medseg_diffusion.diffusion.denoiser import Condition
 
-from .blocks import Parts, ResamplingKind, conv, normalisation, timestep_embedding, zeroed
+from .blocks import Parts, ResamplingKind, conv, normalisation, padded_to, timestep_embedding, zeroed
 
 Collect = Callable[[str, Tensor], None]
 
@@ -232,10 +231,7 @@ class UNet(nn.Module):
 
     def padded(self, x: Tensor) -> Tensor:
         """(B, C, *S) with every spatial axis padded at its end, by replication, to a multiple of ``factor``."""
-        missing = [-n % self.factor for n in x.shape[2:]]
-        if not any(missing):
-            return x
-        return F.pad(x, [amount for m in reversed(missing) for amount in (0, m)], mode="replicate")
+        return padded_to(x, self.factor)
 
 
 def recomputed(checkpointing: bool, block: nn.Module, *inputs: Tensor | None) -> Tensor:

@@ -106,8 +106,7 @@ def spread(schedule: NoiseSchedule, count: int, start: int) -> list[int]:
     if not 1 <= count <= start <= schedule.num_steps:
         raise ValueError(f"needs 1 <= count <= start <= {schedule.num_steps}, got {count} times from {start}")
     lam = schedule.half_log_snr()[1 : start + 1]
-    end = float(lam[-1]) if lam[-1].isfinite() else LOWEST_HALF_LOG_SNR
-    even = torch.linspace(float(lam[0]), end, count, dtype=torch.float64)
+    even = torch.linspace(float(lam[0]), max(float(lam[-1]), LOWEST_HALF_LOG_SNR), count, dtype=torch.float64)
     times = [0]  # ascending; the 0 is only a lower limit and is not returned
     for i, value in enumerate(even[:-1], start=1):
         nearest = 1 + int((lam - value).abs().argmin())

@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_diffusion.device import at_once
@@ -19,6 +18,7 @@ from medseg_diffusion.diffusion.denoiser import NetworkDenoiser
 from medseg_diffusion.diffusion.noise import TimeSource, draw_noised, generators
 from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.networks.autoencoder import KLAutoencoder
+from medseg_diffusion.networks.blocks import padded_to
 from medseg_diffusion.sampling.loop import Sampler
 
 from .mask import Batch, MaskEncoding, dice_ce, sample_all
@@ -47,7 +47,7 @@ class MaskAutoencoder(nn.Module):
 
     def channels_of(self, labels: Tensor) -> Tensor:
         """The codec's input for labels (B, *S), padded to multiples of ``factor``."""
-        return self.encoding.encode(padded(labels[:, None], self.factor)[:, 0])
+        return self.encoding.encode(padded_to(labels[:, None], self.factor)[:, 0])
 
     def decode(self, latent: Tensor, shape: Sequence[int]) -> Tensor:
         """Decodes latents (B, C', *s) to class probabilities (B, K, *S), S being ``shape``."""
@@ -116,14 +116,5 @@ class LatentMaskDiffusion(nn.Module):
         return torch.cat(decoded).unflatten(0, (len(image), -1))
 
     def _condition(self, image: Tensor) -> dict[str, Tensor]:
-        cond: dict[str, Tensor] = self.network.encode_condition(padded(image, self.autoencoder.factor))  # type: ignore[operator]
+        cond: dict[str, Tensor] = self.network.encode_condition(padded_to(image, self.autoencoder.factor))  # type: ignore[operator]
         return cond
-
-
-def padded(x: Tensor, multiple: int) -> Tensor:
-    """Pads (B, C, *S) at the end of every axis to a multiple: images repeat the border, labels get background."""
-    missing = [-size % multiple for size in x.shape[2:]]
-    if not any(missing):
-        return x
-    pad = [n for m in reversed(missing) for n in (0, m)]
-    return F.pad(x, pad) if not x.is_floating_point() else F.pad(x, pad, mode="replicate")

@@ -21,6 +21,7 @@ from medseg_diffusion.diffusion.denoiser import Clipped, Condition, Denoiser, Ne
 from medseg_diffusion.diffusion.noise import TimeSource, draw_noised, gaussian, generators
 from medseg_diffusion.diffusion.objective import Objective
 from medseg_diffusion.diffusion.prediction import Prediction
+from medseg_diffusion.diffusion.schedule import precise
 from medseg_diffusion.sampling.loop import Sampler, sample
 
 from .jitter import Jitter
@@ -198,6 +199,15 @@ class MaskDiffusion(nn.Module):
         return self.encoding.decode(x0).unflatten(0, (len(image), -1))
 
 
+def start_deviation(denoiser: Denoiser, time: int, scale: float) -> float:
+    """Standard deviation of x_t at ``time``, for x0 of the standard deviation ``scale``.
+
+    Before T, alpha is not 0, and a scale below 1 makes x_t narrower than standard normal noise.
+    """
+    signal = denoiser.schedule.value(time)
+    return math.sqrt(signal * scale**2 + 1 - signal)
+
+
 def sample_all(
     denoiser: Denoiser,
     sampler: Sampler,
@@ -210,11 +220,9 @@ def sample_all(
 ) -> Tensor:
     """Draws N samples for each of the B conditions, one for each seed: (B N, *shape), dtype and device of ``like``.
 
-    They are sampled in batches of `at_once`. They start from noise of the standard deviation that x_t has at the first
-    time, for x0 of the standard deviation ``scale``: before T, alpha is not 0, and a scale below 1 makes x_t narrower.
+    They are sampled in batches of `at_once`, from noise of the standard deviation `start_deviation`.
     """
-    signal = denoiser.schedule.value(times[0])
-    deviation = math.sqrt(signal * scale**2 + 1 - signal)
+    deviation = start_deviation(denoiser, times[0], scale)
     count = len(seeds[0])
     own = generators([seed for members in seeds for seed in members])
     batch = at_once(math.prod(shape[1:]), like.device)
@@ -292,8 +300,8 @@ def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
     of_label = log_probabilities.gather(1, labels[:, None]).flatten()
 
     def of_class(values: Tensor) -> Tensor:  # sums by label; one voxel is added after the other: float64
-        sums = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
-        return sums.index_add(0, labels.flatten(), values.double())
+        sums = torch.zeros(logits.shape[1], dtype=precise(logits.device), device=logits.device)
+        return sums.index_add(0, labels.flatten(), values.to(sums.dtype))
 
     predicted = log_probabilities.exp().sum(dim=[0, *range(2, logits.ndim)])
     overlap, sizes = of_class(of_label.exp()), predicted + of_class(torch.ones_like(of_label))

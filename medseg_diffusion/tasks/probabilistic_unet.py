@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medseg_diffusion.device import at_once
 from medseg_diffusion.diffusion.noise import gaussian, generators
-from medseg_diffusion.networks.probabilistic_unet import ProbabilisticUNet, posterior_input
+from medseg_diffusion.networks.probabilistic_unet import DiagonalGaussian, ProbabilisticUNet, posterior_input
 from medseg_diffusion.sampling.loop import Sampler
 
 from .mask import Batch, MaskEncoding
@@ -57,7 +57,7 @@ class ProbabilisticSegmentation(nn.Module):
         prior, features = self.network.prior(image), self.network.features(image)
         own = generators([seed for members in seeds for seed in members])
         eps = gaussian((self.network.latent_channels,), own, like=prior.mean).unflatten(0, (len(image), count))
-        latents = prior.mean[:, None] + prior.log_scale.exp()[:, None] * eps
+        latents = DiagonalGaussian(prior.mean[:, None], prior.log_scale[:, None]).sample(eps)
         batch = at_once(math.prod(image.shape[2:]), image.device)
         which = torch.arange(len(image), device=image.device).repeat_interleave(count)
         parts = zip(which.split(batch), latents.flatten(0, 1).split(batch), strict=True)

@@ -192,7 +192,7 @@ def standardise(autoencoder: KLAutoencoder | VQAutoencoder, batches: Iterable[Te
     total = square = torch.zeros(())
     count = 0
     for batch in batches:
-        latent = autoencoder.encode(batch).double().transpose(0, 1).flatten(1).cpu()
+        latent = autoencoder.encode(batch).cpu().double().transpose(0, 1).flatten(1)
         total, square, count = total + latent.sum(1), square + latent.square().sum(1), count + latent.shape[1]
     mean = total / count
     autoencoder.shift.copy_(mean)

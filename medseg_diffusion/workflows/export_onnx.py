@@ -77,8 +77,7 @@ def _write(
 ) -> None:
     names = ["image", "noise"][: len(inputs)]
     try:
-        # Gradients on: without them, oneDNN's own convolution is called, which ONNX does not have (`networks.blocks`).
-        with quiet_libraries(), torch.enable_grad():
+        with quiet_libraries(), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 tuple(inputs),

@@ -86,6 +86,22 @@ def test_of_a_labelled_folder_only_the_images_are_taken_with_the_sides_of_its_ca
         assert found == set(names) and all(images.names[i].startswith(layout[0]) for i in images.part(part))
 
 
+@pytest.mark.parametrize("layout", [("imagesTr", "labelsTr"), ("images", "masks")])
+def test_the_masks_of_a_zipped_labelled_folder_are_no_images(tmp_path: Path, layout: tuple[str, str]) -> None:
+    """Most zips hold one folder, in which all lies; so do folders into which they were unpacked."""
+    for name in [f"{part}/{case}.png" for part in layout for case in "ab"]:
+        (tmp_path / "outer" / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "outer" / "data" / name)
+    expected = [f"data/{layout[0]}/{case}.png" for case in "ab"]
+    assert [entry.name for entry in find_images(tmp_path / "outer").entries] == expected
+    archive = zipped(tmp_path / "outer" / "data")
+    assert [entry.name for entry in find_images(archive).entries] == expected
+    archive.unlink()
+    (tmp_path / "outer" / "data" / "patients.csv").write_text("case,patient\na,1\nb,1\n")
+    with pytest.raises(InputError, match=r"patients.csv in data/"):
+        find_images(tmp_path / "outer")
+
+
 @pytest.mark.parametrize("suffix", ["nii.gz", "png"])
 def test_the_channels_of_a_case_stay_together_as_in_a_segmenter(tmp_path: Path, suffix: str) -> None:
     """The numbered files of one nnU-Net case were separate groups: one patient was in training and test."""
@@ -108,6 +124,8 @@ def test_the_channels_of_a_case_stay_together_as_in_a_segmenter(tmp_path: Path, 
 
     assert patients() == {case: case for case in "abcdef"}
     assert groups() == {name: patients()[Path(name).name[0]] for name in images}
+    alone = {entry.name.removesuffix(f".{suffix}"): entry.group for entry in find_images(folder / "imagesTr").entries}
+    assert {f"imagesTr/{name}": group for name, group in alone.items()} == groups()
     rows = [f"{case},{'left' if case in 'abc' else 'right'}" for case in "abcdef"]
     (folder / "patients.csv").write_text("\n".join(["case,patient", *rows]))
     assert set(patients().values()) == {"left", "right"}

@@ -84,3 +84,11 @@ def test_a_lone_small_volume_is_convolved_like_two_and_not_by_the_slow_fallback(
     torch.testing.assert_close(last, lone)
     layer(pair[:1]).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.abs().max() > 0
+
+
+def test_a_lone_volume_can_be_traced_without_gradients() -> None:
+    """As --compile does: oneDNN's own convolution is unknown to compilers."""
+    layer, lone = conv(3, 2, 2), torch.ones(1, 2, 4, 4, 4)
+    with torch.no_grad():
+        traced = torch.compile(layer, backend="aot_eager", fullgraph=True)(lone)
+        torch.testing.assert_close(traced, layer(lone))

@@ -38,6 +38,10 @@ def test_spread_times_are_the_log_snr_spacing_where_none_coincide(start, count) 
     assert [*spread(LINEAR, count, start), 0] == spaced(LINEAR, count, "log-snr", start)
 
 
+def test_spread_times_waste_no_step_on_the_clipped_end_of_the_cosine_schedule() -> None:
+    assert [*spread(cosine(1000), 10, 1000), 0] == spaced(cosine(1000), 10, "log-snr")
+
+
 def test_spread_times_fill_the_clean_end_before_they_leave_the_spacing() -> None:
     times = spread(LINEAR, 51, 250)
     assert times[-6:] == [6, 5, 4, 3, 2, 1]

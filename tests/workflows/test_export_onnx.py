@@ -27,6 +27,7 @@ ONE = {"inference": {"steps": 1, "ensemble": 2}}
 ENCODER = {"encoder_channels": 8, "encoder_blocks": 1, "encoder_growth": 8}
 OTHERS = {
     "linear": {**ONE, "diffusion": {"schedule": {"name": "cosine"}, "target": "x0"}},
+    "from a later time": {**ONE, "diffusion": {"schedule": {"name": "cosine"}, "scale": 0.5, "log_snr": [-2, 2]}},
     "segdiff": {**ONE, "method": "segdiff", "image_encoder": ENCODER},
     "baseline": {"method": "baseline"},
     "slices": {**ONE, **segmenters.FLAT, "data": {"labels": ["bright"], "window": [8, 8]}},

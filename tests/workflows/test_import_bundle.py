@@ -124,6 +124,16 @@ def test_what_a_bundle_leaves_out_is_as_in_monai(tmp_path: Path) -> None:
     assert default["attention_levels"].default == (False, False, True, True)
 
 
+def test_a_schedule_without_a_number_of_steps_has_that_of_monai(tmp_path: Path) -> None:
+    """It is read nevertheless, and a schedule of learning rates is not taken for it."""
+    scheduler = {name: value for name, value in SCHEDULER.items() if name != "num_train_timesteps"}
+    rates = {"_target_": "x.WarmupScheduler", "optimizer": "@optimizer"}
+    write_bundle(tmp_path / "bundle", a_rates=rates, noise_scheduler=scheduler)
+    settings = read_bundle(tmp_path / "bundle", "denoiser").settings
+    assert (settings["num_steps"], settings["schedule"], settings["beta_end"]) == (1000, "scaled-linear", 0.0195)
+    assert signature(DDPMScheduler).parameters["num_train_timesteps"].default == 1000
+
+
 def test_other_folders_and_choices_are_one_line(tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle")
     with pytest.raises(UsageError, match="choose with --set part=NAME"):

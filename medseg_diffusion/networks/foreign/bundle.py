@@ -27,6 +27,7 @@ _FIRST: dict[Part, str] = {"denoiser": "conv_in.conv.weight", "autoencoder": "en
 """A weight that only this network has."""
 _SCHEDULES = {"linear_beta": "linear", "scaled_linear_beta": "scaled-linear"}
 _TARGETS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_GAUSSIAN = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _MOST_BYTES = 2**24
 _LONGEST, _DEPTH = 64, 16
 _MISSING: Any = object()
@@ -194,9 +195,9 @@ def _of_scheduler(configs: list[_Config]) -> dict[str, Any]:
     """Schedule and target of the first scheduler that a file names; empty if none does."""
     for config in configs:
         for name, section in config.sections():
-            if not name.endswith("Scheduler") or "num_train_timesteps" not in section:
-                continue
-            if name not in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"):
+            if name not in (*_GAUSSIAN, "RFlowScheduler") and "num_train_timesteps" not in section:
+                continue  # no schedule of noise, but one of learning rates, say
+            if name not in _GAUSSIAN:
                 raise ModelError(f"{config.path}: {name}: not a schedule of Gaussian diffusion that can be imported")
             schedule = config.plain(section, "schedule", "linear_beta")
             target = config.plain(section, "prediction_type", "epsilon")
@@ -207,7 +208,7 @@ def _of_scheduler(configs: list[_Config]) -> dict[str, Any]:
                 )
             return {
                 "schedule": _SCHEDULES[schedule],
-                "num_steps": config.plain(section, "num_train_timesteps"),
+                "num_steps": config.plain(section, "num_train_timesteps", 1000),
                 "beta_start": config.plain(section, "beta_start", 1e-4),
                 "beta_end": config.plain(section, "beta_end", 2e-2),
                 "target": _TARGETS[target],
