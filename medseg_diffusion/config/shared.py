@@ -69,7 +69,7 @@ class UNetSection(Section):
     norm_eps: float = Field(1e-5, gt=0)
     norm_groups: int = Field(32, gt=0)
     middle_attention: bool | None = None
-    out_kernel: Literal[1, 3] = 3
+    out_width: PositiveInt | None = None
 
 
 SamplerName = Literal["ddpm", "ddim", "dpm++", "euler", "heun"]

@@ -184,8 +184,8 @@ def _collection(source: Path) -> tuple[ImageCollection, dict[str, str]]:
     if source.is_file() and any(name.rpartition("/")[2] == PATIENTS for name in names):
         raise InputError(source, f"{PATIENTS} in a zip", "a folder, in which it can be read", "unpack the zip")
     if (inner := _common_folder(names)) and inner + PATIENTS in names:
-        found = f"its {PATIENTS} in {inner}"
-        raise InputError(source, found, "a folder that holds it itself", f"give {source / inner}")
+        place = f"its {PATIENTS} in {inner}"
+        raise InputError(source, place, "a folder that holds it itself", f"give {source / inner}")
     cases = _cases(source, names)
     candidates = list(cases) or names
     unique = set(candidates)

@@ -122,7 +122,8 @@ class MedSegDiff(nn.Module):
         cond = cond or {}
         unet = self.unet
         emb = unet.embedding(timesteps, cond, x.dtype)
-        mask = unet.encode(unet.stem(fold(unet.padded(x), unet.patch_size)), emb)
+        patches = fold(unet.padded(x), unet.patch_size)
+        mask = unet.encode(unet.stem(patches), emb)
         image = [cond[f"image.{i}"] for i in range(self.mixed_after[0] + 1)]
         mixing = dict(zip(self.mixed_after, self.mixing, strict=True))
         for i in range(self.mixed_after[0], len(mask)):
@@ -131,7 +132,7 @@ class MedSegDiff(nn.Module):
             if i < len(self.image_encoder):
                 image.append(recomputed(unet.checkpointing, self.image_encoder[i], image[i]))
         summed = [a + b for a, b in zip(mask, image, strict=True)]
-        return unet.decode(summed[-1], summed, emb, x.shape[2:])
+        return unet.decode(summed[-1], summed, emb, patches, x.shape[2:])
 
 
 def timeless(parts: Parts) -> Parts:

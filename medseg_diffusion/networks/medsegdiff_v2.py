@@ -279,6 +279,6 @@ class MedSegDiffV2(nn.Module):
         cond = cond or {}
         unet = self.unet
         emb = unet.embedding(timesteps, cond, x.dtype)
-        first = unet.stem(fold(unet.padded(x), unet.patch_size))
-        skips = unet.encode(first * (1 + cond["gate"]), emb)
-        return unet.decode(self.semantic(skips[-1], cond["semantic"], emb), skips, emb, x.shape[2:])
+        patches = fold(unet.padded(x), unet.patch_size)
+        skips = unet.encode(unet.stem(patches) * (1 + cond["gate"]), emb)
+        return unet.decode(self.semantic(skips[-1], cond["semantic"], emb), skips, emb, patches, x.shape[2:])

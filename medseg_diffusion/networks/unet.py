@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,8 +56,7 @@ class UNet(nn.Module):
         norm_groups: groups of the group normalisations; fewer for narrow networks
             (`medseg_diffusion.networks.blocks.normalisation`).
         middle_attention: attention at the lowest level; None to have it if any other level has attention.
-        out_kernel: side of the last convolution's kernel, 3 (published) or 1. With many classes and patches it has more
-            outputs than any other layer: a fifth of the arithmetic of a network of 32 classes, which 1 saves.
+        out_width: hidden channels of a `PatchHead`; None for the published last layer, a convolution of side 3.
         num_classes: number of labels, including "no label" if the model has it.
         context_channels: width of the context. With it, attention is by spatial transformers.
         transformer_depth: layers of each spatial transformer.
@@ -85,7 +85,7 @@ class UNet(nn.Module):
         norm_eps: float = 1e-5,
         norm_groups: int = 32,
         middle_attention: bool | None = None,
-        out_kernel: int = 3,
+        out_width: int | None = None,
         num_classes: int | None = None,
         context_channels: int | None = None,
         transformer_depth: int = 1,
@@ -130,10 +130,12 @@ class UNet(nn.Module):
             widths[-1], bool(attention_factors) if middle_attention is None else middle_attention
         )
         self.decoder = parts.decoder(widths[-1], skips, widths, depths)
-        self.out = nn.Sequential(
-            normalisation(widths[0], norm_eps, norm_groups),
-            nn.SiLU(),
-            zeroed(conv(dims, widths[0], out_channels * patch_size**dims, out_kernel)),
+        outputs = out_channels * patch_size**dims
+        norm = normalisation(widths[0], norm_eps, norm_groups)
+        self.out: nn.Module = (
+            nn.Sequential(norm, nn.SiLU(), zeroed(conv(dims, widths[0], outputs)))
+            if out_width is None
+            else PatchHead(norm, self.stem, out_width, outputs)
         )
 
     def encode_condition(self, image: Tensor) -> Condition:
@@ -180,11 +182,12 @@ class UNet(nn.Module):
         size = x.shape[2:]
         emb = self.embedding(timesteps, cond, x.dtype)
         context = None if self.context_channels is None else self._needed(cond, "context")
-        h = self.stem(fold(self.padded(x), self.patch_size))
+        patches = fold(self.padded(x), self.patch_size)
+        h = self.stem(patches)
         if "stem" in cond:
             h = h + cond["stem"]
         skips = self.encode(h, emb, context, collect)
-        return self.decode(skips[-1], skips, emb, size, context, collect)
+        return self.decode(skips[-1], skips, emb, patches, size, context, collect)
 
     def embedding(self, timesteps: Tensor, cond: Condition, dtype: torch.dtype) -> Tensor:
         """The embedding (B, 4 * channels) of the time, and of the class if the network is conditioned by it."""
@@ -208,18 +211,20 @@ class UNet(nn.Module):
         h: Tensor,
         skips: Sequence[Tensor],
         emb: Tensor,
+        patches: Tensor,
         size: Sequence[int],
         context: Tensor | None = None,
         collect: Collect = lambda name, h: None,
     ) -> Tensor:
-        """The output (B, out_channels, *size) from the bottleneck ``h`` and the encoder's outputs."""
+        """The output (B, out_channels, *size) from the bottleneck ``h``, the encoder's outputs and the folded input."""
         for i, block in enumerate(self.middle):
             h = self._call_block(block, h, emb, context)
             collect(f"middle.{i}", h)
         for i, (block, skip) in enumerate(zip(self.decoder, reversed(skips), strict=True)):
             h = self._call_block(block, torch.cat([h, skip], dim=1), emb, context)
             collect(f"decoder.{i}", h)
-        return unfold(self.out(h), self.patch_size)[(slice(None), slice(None), *(slice(0, n) for n in size))]
+        out = self.out(h, patches) if isinstance(self.out, PatchHead) else self.out(h)
+        return unfold(out, self.patch_size)[(slice(None), slice(None), *(slice(0, n) for n in size))]
 
     def _call_block(self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         return recomputed(self.checkpointing, block, h, emb, context)
@@ -232,6 +237,32 @@ class UNet(nn.Module):
     def padded(self, x: Tensor) -> Tensor:
         """(B, C, *S) with every spatial axis padded at its end, by replication, to a multiple of ``factor``."""
         return padded_to(x, self.factor)
+
+
+class PatchHead(nn.Module):
+    """Two convolutions of side 1 that see the folded input beside the features.
+
+    The features of a patch need not repeat the input's values in it, which say where in the patch a boundary lies. With
+    many classes, a last convolution of side 3 of all outputs would be a fifth of the network's arithmetic.
+
+    Args:
+        norm: normalises the features.
+        stem: the network's first convolution, which gives the dimensions and the channels of the folded input.
+        width: hidden channels.
+        out_channels: channels of the folded output.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, stem: nn.Module, width: int, out_channels: int) -> None:
+        super().__init__()
+        weight = cast(Tensor, stem.weight)
+        dims, inputs = weight.ndim - 2, weight.shape[1]
+        self.norm = norm
+        self.hidden = conv(dims, norm.num_channels + inputs, width, kernel=1)
+        self.last = zeroed(conv(dims, width, out_channels, kernel=1))
+
+    def forward(self, h: Tensor, patches: Tensor) -> Tensor:
+        features = torch.cat([F.silu(self.norm(h)), patches.to(h.dtype)], dim=1)
+        return cast(Tensor, self.last(F.silu(self.hidden(features))))
 
 
 def recomputed(checkpointing: bool, block: nn.Module, *inputs: Tensor | None) -> Tensor:

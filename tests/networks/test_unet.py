@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -50,14 +51,21 @@ def test_padding_repeats_the_border_and_is_cropped_at_the_end(dims, patch_size) 
 
 
 @BOTH
-def test_a_last_kernel_of_one_looks_at_its_own_patch(dims) -> None:
-    """Apart from the last convolution the network is the published one."""
-    wide, narrow = (small(dims, patch_size=2, out_kernel=side) for side in (3, 1))
-    shapes = [{name: part.shape for name, part in network.state_dict().items()} for network in (wide, narrow)]
-    differing = [name for name in shapes[0] if shapes[0][name] != shapes[1][name]]
-    assert differing == ["out.2.weight"] and shapes[1]["out.2.weight"][2:] == (1,) * dims
-    x = normal(3, 1, wide.in_channels, *size(dims, 9, 7, 5))
-    assert awake(narrow)(x, torch.tensor([5])).shape[2:] == x.shape[2:]
+def test_a_patch_head_sees_the_values_of_its_own_patch(dims) -> None:
+    """Without features an output depends on the input of its own patch alone. Other layers are the published ones."""
+    network, published = small(dims, patch_size=2, out_width=5), small(dims, patch_size=2)
+    shapes = [{name: part.shape for name, part in one.state_dict().items()} for one in (network, published)]
+    assert {name.partition(".")[0] for name, _ in shapes[0].items() ^ shapes[1].items()} == {"out"}
+    head = awake(network).out
+    head.norm.weight.data.zero_()
+    head.norm.bias.data.zero_()
+    x = normal(3, 1, network.in_channels, *size(dims, 9, 7, 5)).requires_grad_()
+    out = network(x, torch.tensor([5]))
+    assert out.shape[2:] == x.shape[2:]
+    first = (0, slice(None), *[0] * dims)
+    (gradient,) = torch.autograd.grad(out[first].sum(), x)
+    reached = gradient.abs().sum((0, 1)).nonzero()
+    assert reached.tolist() == list(map(list, itertools.product(range(2), repeat=dims)))
 
 
 @BOTH
