@@ -234,7 +234,7 @@ def _cases(source: Path, names: Sequence[str]) -> dict[str, str]:
         if {images, labels} <= folders:
             inside = [name for name in names if name.startswith(f"{top}{images}/")]
             return _cases_of(inside, f"{top}{images}/", names, f"{top}{labels}/")
-        beside = source.parent / labels
+        beside = source.resolve().parent / labels
         if source.is_dir() and source.resolve().name == images and beside.is_dir():
             return _cases_of(names, "", _folder(beside)[0], "")
     return {}

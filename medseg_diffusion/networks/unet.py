@@ -240,7 +240,7 @@ class UNet(nn.Module):
 
 
 class PatchHead(nn.Module):
-    """Two convolutions of side 1 that see the folded input beside the features.
+    """Two convolutions of side 1: (features (B, F, *S), folded input (B, C, *S)) -> (B, out_channels, *S).
 
     The features of a patch need not repeat the input's values in it, which say where in the patch a boundary lies. With
     many classes, a last convolution of side 3 of all outputs would be a fifth of the network's arithmetic.

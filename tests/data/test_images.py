@@ -103,7 +103,7 @@ def test_the_masks_of_a_zipped_labelled_folder_are_no_images(tmp_path: Path, lay
 
 
 @pytest.mark.parametrize("suffix", ["nii.gz", "png"])
-def test_the_channels_of_a_case_stay_together_as_in_a_segmenter(tmp_path: Path, suffix: str) -> None:
+def test_the_channels_of_a_case_stay_together_as_in_a_segmenter(tmp_path: Path, suffix: str, monkeypatch) -> None:
     """The numbered files of one nnU-Net case were separate groups: one patient was in training and test."""
     folder = tmp_path / "data"
     data = np.random.default_rng(0).integers(0, 2, (4, 4, 1)).astype(np.uint8)
@@ -126,6 +126,8 @@ def test_the_channels_of_a_case_stay_together_as_in_a_segmenter(tmp_path: Path, 
     assert groups() == {name: patients()[Path(name).name[0]] for name in images}
     alone = {entry.name.removesuffix(f".{suffix}"): entry.group for entry in find_images(folder / "imagesTr").entries}
     assert {f"imagesTr/{name}": group for name, group in alone.items()} == groups()
+    monkeypatch.chdir(folder / "imagesTr")
+    assert {entry.group for entry in find_images(Path()).entries} == set("abcdef")
     rows = [f"{case},{'left' if case in 'abc' else 'right'}" for case in "abcdef"]
     (folder / "patients.csv").write_text("\n".join(["case,patient", *rows]))
     assert set(patients().values()) == {"left", "right"}
